@@ -1,0 +1,157 @@
+"""Checkpoints: written whole, loaded strictly and without executing code.
+
+A checkpoint is what Lightning saves plus the entry `histodiffusion`, from which `load_model` rebuilds the
+model without any other file:
+
+    format    version of this layout
+    kind      autoencoder, diffusion, classifier or vit
+    model     target and params of the class to build (plain containers, no paths)
+    classes   class names in label order, or None
+    training_only   prefixes of weights that `load_model` leaves out (a discriminator, say)
+    seed, versions, revision
+"""
+
+import hashlib
+import os
+import pickle
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+KEY = "histodiffusion"
+FORMAT = 1
+KINDS = ("autoencoder", "diffusion", "classifier", "vit")
+
+
+def make_record(
+    kind: str,
+    model: dict,
+    classes: list[str] | None,
+    seed: int | None,
+    training_only: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """The `histodiffusion` entry of a checkpoint.
+
+    Args:
+        training_only: Prefixes of weights that only training needs; `load_model` leaves them out.
+    """
+    from ldm.run import git_revision, versions
+
+    assert kind in KINDS
+    return {
+        "format": FORMAT,
+        "kind": kind,
+        "model": model,
+        "classes": classes,
+        "training_only": list(training_only),
+        "seed": seed,
+        "versions": versions(),
+        "revision": git_revision(),
+    }
+
+
+def write_checkpoint(path: str | os.PathLike, payload: dict[str, Any]) -> None:
+    """Save with torch to a temporary file beside `path`, then rename, so that no half-written file has its name."""
+    import torch
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(payload, file)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def checkpoint_path(path: str | os.PathLike, what: str = "checkpoint") -> Path:
+    """The checkpoint file that `path` means: itself, or the last one of a run folder."""
+    found = Path(path).expanduser()
+    if found.is_dir():
+        found = found / "checkpoints" / "last.ckpt"
+    if not found.is_file():
+        raise UserError(f"{what}: no file {found}; give a .ckpt file or a run folder that holds checkpoints/last.ckpt")
+    return found
+
+
+def read_checkpoint(
+    path: str | os.PathLike, kinds: tuple[str, ...] | None = None, what: str = "checkpoint"
+) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU with `weights_only=True` and check its kind.
+
+    Args:
+        path: A checkpoint file, or a run folder (its last checkpoint).
+        kinds: Accepted kinds; None for any.
+        what: How messages call it, for example `--classifier`.
+
+    Raises:
+        UserError: No such file, not one of ours, or of another kind.
+    """
+    import torch
+
+    found = checkpoint_path(path, what)
+    try:
+        payload = torch.load(found, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{what}: {found} cannot be read as a checkpoint ({reason[:120]})") from None
+    if not isinstance(payload, dict) or KEY not in payload:
+        raise UserError(f"{what}: {found} was not written by this toolkit (it has no {KEY!r} entry)")
+    record = payload[KEY]
+    if record["format"] > FORMAT:
+        raise UserError(
+            f"{what}: {found} has format {record['format']}, this version reads up to {FORMAT}; update the toolkit"
+        )
+    if kinds is not None and record["kind"] not in kinds:
+        raise UserError(f"{what}: {found} holds a model of kind {record['kind']}; needed is {' or '.join(kinds)}")
+    return payload
+
+
+def load_model(
+    path: str | os.PathLike,
+    kinds: tuple[str, ...] | str,
+    device: "torch.device | str" = "cpu",
+    what: str = "checkpoint",
+):
+    """Rebuild the model of a checkpoint, from the checkpoint alone, in evaluation mode without gradients.
+
+    Returns:
+        The LightningModule of the recorded class, weights loaded strictly.
+    """
+    from ldm.config import instantiate_from_config
+
+    kinds = (kinds,) if isinstance(kinds, str) else kinds
+    payload = read_checkpoint(path, kinds, what)
+    record = payload[KEY]
+    model = instantiate_from_config(record["model"])
+    training_only = tuple(record["training_only"])
+    state = {k: v for k, v in payload["state_dict"].items() if not k.startswith(training_only)}
+    load_strictly(model, state, f"{what}: {path}")
+    model.classes = record["classes"]
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_strictly(model, state: dict, where: str) -> None:
+    """`load_state_dict` whose mismatches are one line that names the first few."""
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:]]
+        raise UserError(f"{where}: the weights do not fit the model: {' '.join(lines)[:400]}") from None
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,136 @@
+"""What every command has in common: argument types, one-line errors, exit statuses, devices.
+
+Imports nothing heavy, so that `--help` answers at once.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from ldm.errors import UserError
+
+TRACEBACK_VARIABLE = "HISTO_TRACEBACK"
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line (no usage block) with exit status 2."""
+
+    def __init__(self, *args, **kwargs):
+        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def boolean(text: str) -> bool:
+    """Parse `True`/`False` as the published scripts take them (`--anneal_lr True`)."""
+    value = text.strip().lower()
+    if value in ("true", "yes", "y", "1", "t"):
+        return True
+    if value in ("false", "no", "n", "0", "f"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+
+
+def number(kind: type, low: float | None = None, high: float | None = None) -> Callable:
+    """An argparse type for an int or float within [low, high]."""
+
+    def parse(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            word = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {word}") from None
+        # Written so that nan, for which every comparison is false, is refused too.
+        inside = (low is None or value >= low) and (high is None or value <= high)
+        if not inside or value != value:
+            bounds = f"[{'-inf' if low is None else low}, {'inf' if high is None else high}]"
+            raise argparse.ArgumentTypeError(f"{text} must be in {bounds}")
+        return value
+
+    return parse
+
+
+def existing_path(text: str | os.PathLike, what: str, kind: str = "any") -> Path:
+    """The path, or a UserError that names it when it is missing or of the wrong kind.
+
+    Args:
+        what: How the message calls it, for example `--data_dir`.
+        kind: "file", "dir" or "any".
+    """
+    path = Path(text).expanduser()
+    if not path.exists():
+        raise UserError(f"{what}: {path} does not exist; check the path")
+    if kind == "file" and not path.is_file():
+        raise UserError(f"{what}: {path} is a folder; give a file")
+    if kind == "dir" and not path.is_dir():
+        raise UserError(f"{what}: {path} is a file; give a folder")
+    return path
+
+
+def resolve_device(name: str | None):
+    """The torch device for `auto`, `cpu`, `cuda`, `cuda:1` or `mps`; UserError where there is none."""
+    import torch
+
+    if name in (None, "", "auto"):
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        if torch.backends.mps.is_available():
+            return torch.device("mps")
+        return torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: use auto, cpu, cuda, cuda:INDEX or mps") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise UserError(f"--device {name}: this machine has {count} CUDA devices; use auto or cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"--device {name}: no MPS device here; use auto or cpu")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name}: use auto, cpu, cuda, cuda:INDEX or mps")
+    return device
+
+
+def _one_line(error: BaseException) -> str:
+    """The message on one line, freed of the worker traceback that a DataLoader puts before it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    if lines[0].startswith("Caught ") and "DataLoader worker" in lines[0]:
+        return lines[-1].split("UserError: ", 1)[-1]
+    return " ".join(lines)
+
+
+def run_command(main: Callable[[], int | None]) -> NoReturn:
+    """Run an entry point: a user's mistake or a file-system error is one line and exit status 2.
+
+    Set HISTO_TRACEBACK=1 to see where such an error came from.
+    """
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        status = main() or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
+    except (UserError, OSError) as error:
+        if os.environ.get(TRACEBACK_VARIABLE) == "1":
+            raise
+        if isinstance(error, OSError) and error.strerror:
+            where = f": {error.filename}" if error.filename else ""
+            message = f"{error.strerror}{where}"
+        else:
+            message = _one_line(error)
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        status = 2
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(status)

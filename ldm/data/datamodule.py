@@ -1,0 +1,270 @@
+"""The LightningDataModule that a configuration's `data:` node describes."""
+
+import logging
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from hashlib import blake2b
+from typing import Any
+
+import cv2
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from ldm.config import instantiate_from_config
+from ldm.data.tiles import TileFolder
+from ldm.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class ResumableSampler(DistributedSampler):
+    """One endless order of shuffled tiles, a function of the seed; each pass is a window onto it.
+
+    In each pass every tile comes once (but for a remainder smaller than a batch). A pass starts at
+    batch `position()`, so a resumed run goes on with the batch that the uninterrupted one would
+    have had, wherever it stopped. A TileFolder gets (index, seed) pairs: the augmentation of a tile
+    then depends neither on the number of workers and ranks nor on any other use of random numbers.
+
+    A DistributedSampler, since Lightning leaves those as they are.
+
+    Args:
+        batch_size: Per rank.
+        num_replicas: Ranks. They see disjoint tiles.
+        position: Batches (per rank) drawn so far. Default: whole passes, counted by `set_epoch`.
+
+    Raises:
+        UserError: Fewer tiles than ranks.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        seed: int = 0,
+        num_replicas: int = 1,
+        rank: int = 0,
+        position: Callable[[], int] | None = None,
+    ):
+        super().__init__(dataset, num_replicas, rank, shuffle=True, seed=seed)
+        share = len(dataset) // num_replicas
+        if share == 0:
+            raise UserError(
+                f"{len(dataset)} training tiles are too few for {num_replicas} devices; use fewer"
+            )
+        self.batch_size = min(batch_size, share)
+        self.num_samples = share - share % self.batch_size
+        self.position = position
+
+    def __iter__(self) -> Iterator[int | tuple[int, int]]:
+        batches = self.num_samples // self.batch_size
+        position = self.epoch * batches if self.position is None else self.position()
+        epoch, first = divmod(position, batches)
+        first *= self.batch_size
+        return iter((self._order(epoch) + self._order(epoch + 1))[first:][: self.num_samples])
+
+    def _order(self, epoch: int) -> list[int] | list[tuple[int, int]]:
+        """This rank's tiles in one pass."""
+        generator = np.random.default_rng((self.seed, epoch))
+        order = generator.permutation(len(self.dataset))
+        seeds = generator.integers(2**62, size=len(self.dataset))  # of the tiles, in index order
+        order = order[self.rank :: self.num_replicas][: self.num_samples]
+        if isinstance(self.dataset, TileFolder):
+            return list(zip(order.tolist(), seeds[order].tolist(), strict=True))
+        return order.tolist()
+
+
+def _start_worker(worker_id: int) -> None:
+    cv2.setNumThreads(0)  # a pool of threads per worker only fights over the cores
+
+
+def split_by_group(
+    names: list[str], labels: list[int], fraction: float, pattern: str | None, seed: int
+) -> tuple[list[int], list[int]]:
+    """Split tiles into (train, held out) so that no group is on both sides.
+
+    Groups are taken in the order of a hash of (seed, group), so a tile keeps its side when others
+    are added, until each class has its share held out. At least half of each class stays in train.
+
+    Args:
+        names: Relative paths.
+        labels: Classes of the tiles; the same number everywhere when there are none.
+        fraction: Share to hold out, in (0, 1).
+        pattern: Regular expression searched in the name; its group 1 is the patient, slide or
+            region. None makes each tile its own group.
+
+    Raises:
+        UserError: The pattern is bad or does not match, or there are too few groups.
+    """
+    members: dict[str, list[int]] = defaultdict(list)
+    if pattern is None:
+        for i, name in enumerate(names):
+            members[name].append(i)
+    else:
+        try:
+            regex = re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"group_regex={pattern!r} is no regular expression: {error}") from None
+        if regex.groups < 1:
+            raise UserError(
+                f"group_regex={pattern!r} needs parentheses around the patient, slide or region"
+            )
+        for i, name in enumerate(names):
+            match = regex.search(name)
+            if match is None or match.group(1) is None:
+                raise UserError(f"group_regex={pattern!r} does not match {name}; correct it")
+            members[match.group(1)].append(i)
+
+    label_of = np.asarray(labels) - np.min(labels)  # unlabelled tiles, all -1, become one class
+    total = np.bincount(label_of)
+    target = np.maximum(1, np.round(fraction * total))
+    held_count = np.zeros_like(total)
+    held: list[int] = []
+
+    def order(group: str) -> bytes:
+        return blake2b(f"{seed}:{group}".encode(), digest_size=16).digest()
+
+    for group in sorted(members, key=order):
+        count = np.bincount(label_of[members[group]], minlength=len(total))
+        wanted = ((count > 0) & (held_count < target)).any()
+        if wanted and (2 * (held_count + count) <= total)[count > 0].all():
+            held += members[group]
+            held_count += count
+    if not held:
+        raise UserError(
+            f"val_fraction={fraction}: {len(names)} tiles in {len(members)} groups are too few to"
+            " hold some out; add tiles, give `validation` or set val_fraction=0"
+        )
+    without = int(((total > 0) & (held_count == 0)).sum())
+    if without:
+        log.warning("validation: %d classes have too few groups to hold one out", without)
+    chosen = set(held)
+    return [i for i in range(len(names)) if i not in chosen], sorted(held)
+
+
+class DataModuleFromConfig(pl.LightningDataModule):
+    """Training and validation tiles from `{target, params}` nodes.
+
+    Without `validation`, a share of the training tiles is held out, unaugmented: the same tiles for
+    the same seed. Data sets are built on first use of `train_dataset` or `val_dataset`.
+
+    Args:
+        batch_size: Tiles per step and rank. A training set smaller than it makes one smaller batch;
+            otherwise an incomplete last batch is dropped.
+        train: Node of the training set.
+        validation: Node of the validation set, or None.
+        num_workers: Loader processes.
+        val_fraction: Share held out, in [0, 0.5]; 0 for none. Not used with `validation`.
+        group_regex: See `split_by_group`: tiles of one patient, slide or region stay together.
+        seed: Of the hold-out, the order and the augmentation.
+
+    Raises:
+        UserError: A value out of range, classes of the two sets that differ, or bad tiles.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        train: Mapping[str, Any],
+        validation: Mapping[str, Any] | None = None,
+        num_workers: int = 2,
+        val_fraction: float = 0.05,
+        group_regex: str | None = None,
+        seed: int = 0,
+    ):
+        super().__init__()
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise UserError(f"batch_size={batch_size!r} must be a whole number, at least 1")
+        if not isinstance(num_workers, int) or num_workers < 0:
+            raise UserError(f"num_workers={num_workers!r} must be a whole number, at least 0")
+        if not 0 <= val_fraction <= 0.5:
+            raise UserError(f"val_fraction={val_fraction} must be in [0, 0.5]")
+        if not isinstance(seed, int) or seed < 0:
+            raise UserError(f"seed={seed!r} must be a whole number, at least 0")
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.val_fraction = val_fraction
+        self.group_regex = group_regex
+        self.seed = seed
+        self._train_node = train
+        self._validation_node = validation
+        self._train: Dataset | None = None
+        self._validation: Dataset | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        if self._train is not None:
+            return
+        train = instantiate_from_config(self._train_node)
+        validation = None
+        if self._validation_node is not None:
+            validation = instantiate_from_config(self._validation_node)
+            ours, theirs = getattr(train, "classes", []), getattr(validation, "classes", [])
+            if ours and theirs and list(ours) != list(theirs):
+                raise UserError(
+                    f"classes of train {list(ours)} and validation {list(theirs)} differ;"
+                    " make the class folders alike"
+                )
+        elif self.val_fraction > 0:
+            if not isinstance(train, TileFolder):
+                raise UserError(
+                    f"val_fraction={self.val_fraction} needs a TileFolder to hold tiles out of, not"
+                    f" {type(train).__name__}; give `validation` or set val_fraction=0"
+                )
+            kept, held = split_by_group(
+                train.relative_paths, train.labels, self.val_fraction, self.group_regex, self.seed
+            )
+            train, validation = train.subset(kept), train.subset(held, random=False)
+        self._train, self._validation = train, validation
+
+    @property
+    def train_dataset(self) -> Dataset:
+        """Built on first use."""
+        self.setup()
+        assert self._train is not None
+        return self._train
+
+    @property
+    def val_dataset(self) -> Dataset | None:
+        """The given or held-out tiles; None when there are none."""
+        self.setup()
+        return self._validation
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names in label order; empty when the training tiles are unlabelled."""
+        return list(getattr(self.train_dataset, "classes", []))
+
+    def train_dataloader(self) -> DataLoader:
+        options: dict[str, Any] = {}
+        trainer = self.trainer
+        if trainer is not None:
+            progress = trainer.fit_loop.epoch_loop.batch_progress
+            options = {
+                "num_replicas": trainer.world_size,
+                "rank": trainer.global_rank,
+                "position": lambda: progress.total.ready,
+            }
+            # Lightning cannot know that the sampler finds its place by itself.
+            warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before")
+        sampler = ResumableSampler(self.train_dataset, self.batch_size, self.seed, **options)
+        return self._loader(self.train_dataset, sampler=sampler)
+
+    def val_dataloader(self) -> DataLoader | list:
+        return [] if self.val_dataset is None else self._loader(self.val_dataset)
+
+    def _loader(self, dataset: Dataset, **kwargs: Any) -> DataLoader:
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_start_worker,
+            # Its own generator: an iterator draws one number for its workers, which would
+            # otherwise shift the sequence that the model's noise comes from.
+            generator=torch.Generator().manual_seed(self.seed),
+            **kwargs,
+        )

@@ -1,0 +1,165 @@
+"""Samplers: from noise to clean latents, as functions over a noise predictor.
+
+Contract: `eps_fn(z_t, t) -> eps_pred` with z_t (B, C, H, W) and t (B,) int64. All noise comes from
+the caller (`noise_fn(j)` for step j = 0..S-1, noisiest first): a sampler draws nothing by itself.
+
+| variable | in the DDIM paper (Song et al. 2021) |
+|---|---|
+| `alpha_bar_t`, `alpha_bar_prev` | alpha_t and alpha_{t-1}, eq. 12 |
+| `sigma_t` | sigma_t, the deviation of the noise added, eq. 16 |
+| `z_0_pred` | predicted x_0, eq. 9 |
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.diffusion.schedule import NoiseSchedule, time_pairs
+from ldm.errors import UserError
+
+EpsFn = Callable[[Tensor, Tensor], Tensor]
+NoiseFn = Callable[[int], Tensor]
+
+
+class Step(NamedTuple):
+    """What a sampler reports after each step."""
+
+    j: int  # step of the sampler, 0 = noisiest
+    t: int  # training time step that the network saw
+    t_prev: int  # time step of `z`
+    z: Tensor  # latents after the step, (B, C, H, W)
+    z_0_pred: Tensor  # clean latents as predicted at t, (B, C, H, W)
+
+
+class IndexedNoise:
+    """Standard normal noise that depends on (seed, class, image, step) only.
+
+    So an image is the same in any batch, at any position, on any device: values are drawn in
+    float32 on the CPU, then moved. NumPy's Philox serves because torch's CPU generator keeps 32
+    bits of its seed: among 100,000 images, one pair would be expected to share all its noise.
+
+    Args:
+        seed: Seed of the run, at least 0.
+        class_index: Class of the images, one for all or one each; -1 for unconditional images.
+        indices: Number of each image within its class, (B,).
+        shape: Shape of one latent, (C, H, W).
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        class_index: int | Sequence[int],
+        indices: Sequence[int],
+        shape: Sequence[int],
+        device: torch.device | str = "cpu",
+    ):
+        indices = [int(i) for i in indices]
+        classes = [class_index] * len(indices) if isinstance(class_index, int) else class_index
+        # SeedSequence takes whole numbers from 0, hence + 1.
+        self._keys = [(seed, int(c) + 1, i) for c, i in zip(classes, indices, strict=True)]
+        self._shape = tuple(shape)
+        self._device = device
+
+    def _draw(self, stream: int) -> Tensor:
+        draws = [
+            np.random.Generator(
+                np.random.Philox(np.random.SeedSequence((*key, stream)))
+            ).standard_normal(self._shape, dtype=np.float32)
+            for key in self._keys
+        ]
+        return torch.from_numpy(np.stack(draws)).to(self._device)  # (B, C, H, W)
+
+    def initial(self) -> Tensor:
+        """z_T, (B, C, H, W)."""
+        return self._draw(0)
+
+    def __call__(self, j: int) -> Tensor:
+        """Noise of sampler step j, (B, C, H, W)."""
+        return self._draw(j + 1)
+
+
+def ddim(
+    eps_fn: EpsFn,
+    schedule: NoiseSchedule,
+    z_T: Tensor,
+    pairs: Sequence[tuple[int, int]],
+    eta: float = 0.0,
+    noise_fn: NoiseFn | None = None,
+    on_step: Callable[[Step], None] | None = None,
+) -> Tensor:
+    """DDIM (Song et al. 2021, eq. 12).
+
+    Args:
+        eps_fn: Noise predictor, possibly guided.
+        z_T: Standard normal latents, (B, C, H, W).
+        pairs: From `time_pairs`.
+        eta: 0 is deterministic, 1 has the posterior variance of DDPM.
+        noise_fn: Needed when eta > 0.
+        on_step: Called after each step.
+
+    Returns:
+        The latents at the last t_prev, (B, C, H, W).
+
+    Raises:
+        UserError: when eta is not in [0, 1].
+    """
+    if not 0 <= eta <= 1:
+        raise UserError(f"eta={eta} must be in [0, 1] (0 deterministic, 1 as noisy as DDPM)")
+    assert eta == 0 or noise_fn is not None
+    z = z_T
+    for j, (t, t_prev) in enumerate(pairs):
+        steps = torch.full((len(z),), t, dtype=torch.int64, device=z.device)  # (B,)
+        eps_pred = eps_fn(z, steps)
+        z_0_pred = schedule.predict_z_0(z, steps, eps_pred)
+        # Scalars in float64; the latents keep their type.
+        alpha_bar_t, alpha_bar_prev = _alpha_bars(schedule, t, t_prev)
+        sigma_t = (
+            eta
+            * ((1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_prev)) ** 0.5
+        )
+        direction = max(1 - alpha_bar_prev - sigma_t**2, 0.0) ** 0.5
+        z = alpha_bar_prev**0.5 * z_0_pred + direction * eps_pred
+        if sigma_t > 0:
+            z = z + sigma_t * noise_fn(j)
+        if on_step is not None:
+            on_step(Step(j, t, t_prev, z, z_0_pred))
+    return z
+
+
+def ddpm(
+    eps_fn: EpsFn,
+    schedule: NoiseSchedule,
+    z_T: Tensor,
+    noise_fn: NoiseFn,
+    pairs: Sequence[tuple[int, int]] | None = None,
+    on_step: Callable[[Step], None] | None = None,
+) -> Tensor:
+    """Ancestral sampling with the posterior variance (Ho et al. 2020, eqs. 6 and 7).
+
+    Args as `ddim`; without `pairs` every one of the T steps is taken, down to the clean end. On a
+    subsequence of steps the posterior q(z_prev | z_t, z_0) is that of the shortened chain.
+    """
+    pairs = time_pairs(schedule.T, schedule.T) if pairs is None else pairs
+    z = z_T
+    for j, (t, t_prev) in enumerate(pairs):
+        steps = torch.full((len(z),), t, dtype=torch.int64, device=z.device)  # (B,)
+        z_0_pred = schedule.predict_z_0(z, steps, eps_fn(z, steps))
+        alpha_bar_t, alpha_bar_prev = _alpha_bars(schedule, t, t_prev)
+        alpha = alpha_bar_t / alpha_bar_prev  # of the step t_prev -> t
+        weight_z_0 = alpha_bar_prev**0.5 * (1 - alpha) / (1 - alpha_bar_t)
+        weight_z_t = alpha**0.5 * (1 - alpha_bar_prev) / (1 - alpha_bar_t)
+        z = weight_z_0 * z_0_pred + weight_z_t * z
+        variance = (1 - alpha) * (1 - alpha_bar_prev) / (1 - alpha_bar_t)
+        if variance > 0:
+            z = z + variance**0.5 * noise_fn(j)
+        if on_step is not None:
+            on_step(Step(j, t, t_prev, z, z_0_pred))
+    return z
+
+
+def _alpha_bars(schedule: NoiseSchedule, t: int, t_prev: int) -> tuple[float, float]:
+    alpha_bar_prev = schedule.alphas_cumprod[t_prev].item() if t_prev >= 0 else 1.0
+    return schedule.alphas_cumprod[t].item(), alpha_bar_prev

@@ -1,0 +1,156 @@
+"""The forward process q(z_t | z_0) and the time steps that samplers visit.
+
+Letters: B batch, C channels, H W latent size, T training time steps, S sampling steps. A time step
+`t` is in [0, T); -1 stands for the clean end, where alpha_bar is 1. Tables are float64 on the CPU;
+what is gathered from them has the type and device of the latents it multiplies.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ldm.errors import UserError
+
+NAMES = ("scaled_linear", "linear", "cosine")
+
+
+def make_betas(
+    name: str = "scaled_linear",
+    timesteps: int = 1000,
+    linear_start: float = 0.0015,
+    linear_end: float = 0.0155,
+) -> Tensor:
+    """Noise variances of the forward process, (T,) float64.
+
+    Args:
+        name: "scaled_linear" is linear in sqrt(beta) (Rombach et al. 2022; configurations published
+            with that code call it linear), "linear" is linear in beta (Ho et al. 2020), "cosine" is
+            Nichol & Dhariwal 2021, eq. 17, which has no start and end.
+        timesteps: T, at least 1.
+        linear_start: First beta of the two linear schedules.
+        linear_end: Last beta, at least `linear_start` and below 1.
+
+    Raises:
+        UserError: for an unknown name or values out of range.
+    """
+    if name not in NAMES:
+        raise UserError(f"schedule={name!r} must be one of {', '.join(NAMES)}")
+    if timesteps < 1:
+        raise UserError(f"timesteps={timesteps} must be at least 1")
+    if name == "cosine":
+        # f(t) = cos^2((t/T + s) / (1 + s) * pi/2), s = 0.008; beta tends to 1, hence the clipping.
+        steps = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
+        f = torch.cos((steps + 0.008) / 1.008 * math.pi / 2) ** 2  # (T + 1,)
+        return (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    if not 0 < linear_start <= linear_end < 1:
+        raise UserError(
+            f"linear_start={linear_start}, linear_end={linear_end} must satisfy "
+            "0 < linear_start <= linear_end < 1"
+        )
+    if name == "linear":
+        return torch.linspace(linear_start, linear_end, timesteps, dtype=torch.float64)
+    ends = linear_start**0.5, linear_end**0.5
+    return torch.linspace(*ends, timesteps, dtype=torch.float64) ** 2
+
+
+class NoiseSchedule:
+    """q(z_t | z_0) = N(sqrt(alpha_bar_t) z_0, (1 - alpha_bar_t) I) (Ho et al. 2020, eq. 4).
+
+    Not an nn.Module: the tables follow from four numbers, so checkpoints store those (`settings`).
+
+    Args: as `make_betas`.
+    """
+
+    def __init__(
+        self,
+        name: str = "scaled_linear",
+        timesteps: int = 1000,
+        linear_start: float = 0.0015,
+        linear_end: float = 0.0155,
+    ):
+        self.settings = {
+            "name": name,
+            "timesteps": timesteps,
+            "linear_start": linear_start,
+            "linear_end": linear_end,
+        }
+        self.T = timesteps
+        self.betas = make_betas(name, timesteps, linear_start, linear_end)  # (T,)
+        self.alphas_cumprod = (1 - self.betas).cumprod(0)  # (T,)
+        # t = -1 gathers the last entry, the clean end. Roots are taken in float64, since
+        # 1 - alpha_bar of the first steps would lose digits in float32.
+        padded = torch.cat([self.alphas_cumprod, torch.ones(1, dtype=torch.float64)])
+        self._tables = {
+            "alpha_bar": padded,
+            "signal": padded.sqrt(),
+            "noise": (1 - padded).sqrt(),
+        }
+        self._cache: dict[tuple, Tensor] = {}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, NoiseSchedule) and torch.equal(self.betas, other.betas)
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        return f"NoiseSchedule({', '.join(f'{k}={v!r}' for k, v in self.settings.items())})"
+
+    def _gather(self, table: str, t: Tensor, like: Tensor) -> Tensor:
+        # Half-precision latents are multiplied in float32: a bfloat16 alpha_bar has two digits.
+        dtype = like.dtype if like.dtype in (torch.float32, torch.float64) else torch.float32
+        key = (table, like.device, dtype)
+        if key not in self._cache:
+            self._cache[key] = self._tables[table].to(dtype).to(like.device)
+        return self._cache[key][t.to(like.device)].view(-1, *[1] * (like.ndim - 1))
+
+    def alpha_bar(self, t: Tensor, like: Tensor) -> Tensor:
+        """alpha_bar_t for time steps t (B,) in [-1, T), shaped to multiply `like`: (B, 1, 1, 1)."""
+        return self._gather("alpha_bar", t, like)
+
+    def signal(self, t: Tensor, like: Tensor) -> Tensor:
+        """sqrt(alpha_bar_t), shaped as `alpha_bar`."""
+        return self._gather("signal", t, like)
+
+    def noise(self, t: Tensor, like: Tensor) -> Tensor:
+        """sqrt(1 - alpha_bar_t), shaped as `alpha_bar`."""
+        return self._gather("noise", t, like)
+
+    def q_sample(self, z_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """Sample q(z_t | z_0) (Ho et al. 2020, eq. 4).
+
+        Args:
+            z_0: Clean scaled latents, (B, C, H, W).
+            t: Time steps, (B,) int64 in [-1, T).
+            eps: Standard normal noise shaped like z_0.
+        """
+        return self.signal(t, z_0) * z_0 + self.noise(t, z_0) * eps
+
+    def predict_z_0(self, z_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """The clean latent that z_t and its noise imply (inverse of `q_sample` in z_0)."""
+        return (z_t - self.noise(t, z_t) * eps) / self.signal(t, z_t)
+
+    def predict_eps(self, z_t: Tensor, t: Tensor, z_0: Tensor) -> Tensor:
+        """The noise that z_t and its clean latent imply (inverse of `q_sample` in eps), t >= 0."""
+        return (z_t - self.signal(t, z_t) * z_0) / self.noise(t, z_t)
+
+
+def time_pairs(T: int, steps: int, offset: int = 1) -> list[tuple[int, int]]:
+    """The (t, t_prev) pairs that a sampler visits, noisiest first.
+
+    t_k = floor(k T / S) + offset for k = 0..S-1, and t_prev of each pair is the t of the next one;
+    the last one goes to t_0 - 1. With offset 1, as published with latent diffusion, that end is
+    step 0 (alpha_bar = alphas_cumprod[0]); with offset 0 it is -1 (alpha_bar = 1). Steps that would
+    leave the table (S = T) take offset 0. S need not divide T.
+
+    Raises:
+        UserError: when `steps` is not in [1, T].
+    """
+    if not 1 <= steps <= T:
+        raise UserError(f"sampling steps={steps} must be in [1, {T}], the training time steps")
+    assert offset >= 0
+    ascending = [k * T // steps for k in range(steps)]
+    if ascending[-1] + offset >= T:
+        offset = 0
+    times = [t + offset for t in reversed(ascending)]
+    return list(zip(times, [*times[1:], times[-1] - 1], strict=True))

@@ -1,0 +1,101 @@
+"""Settings of the evaluation classifier; the published ones are the defaults.
+
+Imports nothing heavy, so that `eval.py --help` answers at once.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ldm.errors import UserError
+
+PRECISIONS = ("auto", "32", "bf16-mixed", "16-mixed")
+SCHEDULES = ("cosine", "tanh", "constant")
+NO_AUGMENT = "none"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a trained classifier beside its data and seed. Fields are named as the options.
+
+    Defaults are those of the published script, with two differences in what they do:
+    - `cooldown_epochs` is 0: the published 10 never ran, because its loop ended at `epochs`.
+    - `warmup_epochs` None means 5, or a tenth of `epochs` where that is less.
+    """
+
+    # Network
+    arch: str = "vit_small"
+    patch_size: int | None = None  # None: 16 for the short names, else the architecture's own
+    input_size: int = 224
+    avgpool_patchtokens: int = 0
+    finetune: str | None = None
+    checkpoint_key: str | None = None
+    drop: float = 0.0
+    attn_drop_rate: float = 0.0
+    drop_path: float = 0.1
+
+    # Optimisation
+    epochs: int = 300
+    batch_size: int = 256
+    opt: str = "adamw"
+    lr: float = 5e-4  # at a batch of 512
+    min_lr: float = 1e-5
+    warmup_lr: float = 1e-6
+    warmup_epochs: int | None = None
+    cooldown_epochs: int = 0
+    sched: str = "cosine"
+    weight_decay: float = 0.05
+    momentum: float = 0.9
+    clip_grad: float | None = None
+    model_ema: bool = True
+    model_ema_decay: float = 0.99996
+    precision: str = "auto"
+
+    # Augmentation
+    smoothing: float = 0.1
+    aa: str = "rand-m9-mstd0.5-inc1"
+    color_jitter: float = 0.4
+    train_interpolation: str = "bicubic"
+    reprob: float = 0.25
+    remode: str = "pixel"
+    recount: int = 1
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    mixup_prob: float = 1.0
+    mixup_switch_prob: float = 0.5
+    mixup_mode: str = "batch"
+
+    @property
+    def mixes(self) -> bool:
+        """Whether batches are mixed, which needs an even number of images in each."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    @property
+    def warmup(self) -> int:
+        """Warm-up epochs, resolved."""
+        if self.warmup_epochs is None:
+            return min(5, self.epochs // 10)
+        return self.warmup_epochs
+
+    def check(self) -> None:
+        """UserError for values that contradict each other or would have no effect."""
+        if self.warmup >= self.epochs:
+            raise UserError(
+                f"--warmup-epochs {self.warmup} must be less than --epochs {self.epochs}; lower it"
+            )
+        if self.cooldown_epochs and self.sched == "constant":
+            raise UserError("--cooldown-epochs needs a --sched that decays: cosine or tanh")
+        if self.mixes and self.batch_size % 2:
+            raise UserError(
+                f"--batch-size {self.batch_size} must be even, because mixup and cutmix pair images;"
+                " change it or add --mixup 0 --cutmix 0"
+            )
+        if self.color_jitter != Settings.color_jitter and self.aa != NO_AUGMENT:
+            raise UserError(
+                f"--color-jitter {self.color_jitter} has no effect under --aa {self.aa}, which jitters"
+                " colours itself; add --aa none"
+            )
+        if self.checkpoint_key and not self.finetune:
+            raise UserError("--checkpoint_key names an entry of the file that --finetune gives")
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)

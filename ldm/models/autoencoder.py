@@ -1,0 +1,129 @@
+"""Training of the KL autoencoder (stage 1 of the method)."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.config import instantiate_from_config
+from ldm.errors import UserError
+from ldm.models.base import HistoModule
+from ldm.modules.autoencoder import AutoencoderKL as AutoencoderNet
+
+
+class AutoencoderKL(HistoModule):
+    """Trains `ldm.modules.autoencoder.AutoencoderKL` with LPIPS, KL and a PatchGAN.
+
+    Two Adam optimisers under manual optimisation; `global_step` counts the generator's steps only, so that
+    `max_steps`, `disc_start` and checkpoint names mean the same with and without the discriminator.
+
+    Args:
+        ddconfig, embed_dim: Architecture, see `ldm.modules.autoencoder.AutoencoderKL`.
+        lossconfig: target/params of the loss; without it the module only encodes and decodes.
+        ckpt_path: Autoencoder checkpoint to start from.
+        monitor: Validation metric that chooses the best checkpoint.
+        betas: Adam's, of both optimisers.
+        accumulate_grad_batches: Batches per optimiser step.
+    """
+
+    kind = "autoencoder"
+    training_only = ("loss.",)
+
+    def __init__(
+        self,
+        ddconfig: dict,
+        embed_dim: int,
+        lossconfig: dict | None = None,
+        ckpt_path: str | None = None,
+        monitor: str | None = None,
+        betas: tuple[float, float] = (0.5, 0.9),
+        accumulate_grad_batches: int = 1,
+    ):
+        super().__init__()
+        self.automatic_optimization = False
+        self.ddconfig, self.embed_dim = ddconfig, embed_dim
+        self.monitor = monitor
+        self.betas = tuple(betas)
+        self.accumulate_grad_batches = accumulate_grad_batches
+        self.net = AutoencoderNet(ddconfig, embed_dim)
+        self.loss = instantiate_from_config(lossconfig) if lossconfig else None
+        if ckpt_path:
+            self.start_from(ckpt_path)
+
+    def rebuild_config(self) -> dict[str, Any]:
+        # Named, not type(self): a subclass that tunes the decoder leaves a plain autoencoder behind.
+        params = {"ddconfig": self.ddconfig, "embed_dim": self.embed_dim}
+        return {"target": "ldm.models.autoencoder.AutoencoderKL", "params": params}
+
+    def metrics(self) -> set[str]:
+        names = {"val/rec_loss", "val/nll_loss", "val/kl_loss", "val/total_loss", "val/psnr"}
+        return names | ({"val/p_loss"} if getattr(self.loss, "perceptual", None) else set())
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        if self.loss is None:
+            raise UserError("model.params.lossconfig is missing: an autoencoder cannot train without a loss")
+        optimizers = [torch.optim.Adam(self.net.parameters(), lr=self.learning_rate, betas=self.betas)]
+        if self.loss.discriminator is not None:
+            discriminator = self.loss.discriminator.parameters()
+            optimizers.append(torch.optim.Adam(discriminator, lr=self.learning_rate, betas=self.betas))
+        return optimizers
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        x = batch["image"]
+        optimizers = self.optimizers()
+        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+        # The step that this batch belongs to, also while gradients accumulate.
+        step = self.global_step
+        adversarial = self.loss.disc_scale(step) > 0
+        full = (batch_idx + 1) % self.accumulate_grad_batches == 0 or self.trainer.is_last_batch
+        if self.loss.discriminator is not None:
+            # The generator's backward pass runs through the discriminator but must not leave gradients in it.
+            self.loss.discriminator.requires_grad_(False)
+        x_rec, posterior = self.net(x)
+        loss, log = self.loss.generator_loss(x, x_rec, posterior, step, self.net.last_layer)
+        self.check_finite(loss, batch, batch_idx)
+        self.manual_backward(loss / self.accumulate_grad_batches)
+        if full:
+            log["grad_norm"] = self._step(optimizers[0], self.net.parameters())
+        if adversarial:
+            self.loss.discriminator.requires_grad_(True)
+            d_loss, d_log = self.loss.discriminator_loss(x, x_rec, step)
+            self.check_finite(d_loss, batch, batch_idx)
+            self.manual_backward(d_loss / self.accumulate_grad_batches)
+            log |= d_log
+            if full:
+                self._uncounted(optimizers[1])
+                self._step(optimizers[1], self.loss.discriminator.parameters())
+        bar = {"train/rec_loss": log.pop("rec_loss")}
+        self.log_dict(bar, prog_bar=True, batch_size=len(x))
+        self.log_dict({f"train/{k}": v for k, v in log.items()}, batch_size=len(x))
+
+    @staticmethod
+    def _uncounted(optimizer) -> None:
+        # Lightning counts every optimiser's step as a global step, through these two hooks.
+        optimizer._on_before_step = optimizer._on_after_step = lambda: None
+
+    @staticmethod
+    def _step(optimizer, parameters: Iterable[nn.Parameter]) -> Tensor:
+        norm = nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
+        optimizer.step()
+        optimizer.zero_grad()
+        return norm
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        x = batch["image"]
+        x_rec, posterior = self.net(x, sample=False)  # the mean, so that the number has no noise
+        _, log = self.loss.generator_loss(x, x_rec, posterior, self.global_step)
+        mse = (x.clamp(-1, 1) - x_rec.clamp(-1, 1)).square().mean(dim=(1, 2, 3))
+        log["psnr"] = (10 * torch.log10(4.0 / mse.clamp(min=1e-10))).mean()  # dB, images span 2
+        bar = {"val/rec_loss": log.pop("rec_loss")}
+        self.log_dict(bar, prog_bar=True, batch_size=len(x), sync_dist=True)
+        self.log_dict({f"val/{k}": v for k, v in log.items()}, batch_size=len(x), sync_dist=True)
+
+    @torch.no_grad()
+    def log_images(self, batch: dict[str, Any], count: int) -> dict[str, Tensor]:
+        """Inputs, reconstructions and decoded standard normal latents, (count, 3, H, W) each."""
+        x = batch["image"][:count]
+        x_rec, posterior = self.net(x, sample=False)
+        return {"inputs": x, "reconstructions": x_rec, "samples": self.net.decode(torch.randn_like(posterior.mean))}

@@ -1,0 +1,151 @@
+"""Fine-tuning the decoder with an auxiliary classifier (stage 2b of the method)."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm.errors import UserError
+from ldm.models.base import HistoModule
+from ldm.modules.autoencoder import AutoencoderKL as AutoencoderNet
+from ldm.modules.losses import PerceptualLoss
+
+
+class DecoderFinetune(HistoModule):
+    """Tunes the decoder so that class evidence survives decoding.
+
+    labelled image -> frozen encoder -> z -> decoder -> reconstruction -> auxiliary classifier -> label
+    (Ye et al. 2023, architecture figure). The decoder's loss is the classifier's cross entropy plus the
+    reconstruction error; the encoder stays frozen, since the diffusion model lives in its latent space.
+    What it leaves behind is an autoencoder checkpoint with the fingerprint of the one it started from.
+
+    Args:
+        autoencoder_ckpt: The pre-trained autoencoder (or an earlier decoder fine-tuning).
+        aux_arch: Any timm architecture, trained from scratch.
+        aux_weight: Weight of the cross entropy in the decoder's loss.
+        aux_start: Step from which the cross entropy reaches the decoder; before it, only the classifier
+            learns, so that the decoder is not tuned by a classifier that knows nothing.
+        rec_weight: Weight of the mean absolute reconstruction error.
+        perceptual_weight, perceptual_weights: LPIPS, as in `LPIPSWithDiscriminator`.
+        weight_decay: AdamW's, of the auxiliary classifier only.
+        monitor: Validation metric that chooses the best checkpoint.
+
+    Raises:
+        UserError: A missing checkpoint, an unknown architecture, or data without labels.
+    """
+
+    kind = "autoencoder"
+    training_only = ("aux_classifier.",)
+
+    def __init__(
+        self,
+        autoencoder_ckpt: str | None,
+        aux_arch: str = "resnet18",
+        aux_weight: float = 1.0,
+        aux_start: int = 0,
+        rec_weight: float = 1.0,
+        perceptual_weight: float = 0.0,
+        perceptual_weights: str | None = None,
+        weight_decay: float = 0.05,
+        monitor: str | None = None,
+    ):
+        super().__init__()
+        from ldm.checkpoint import load_model
+
+        if not autoencoder_ckpt:
+            raise UserError(
+                "model.params.autoencoder_ckpt is not set: export HISTO_AUTOENCODER=CKPT or give "
+                "model.params.autoencoder_ckpt=CKPT"
+            )
+        source = load_model(autoencoder_ckpt, "autoencoder", what="model.params.autoencoder_ckpt")
+        self.source_config = source.rebuild_config()
+        self.net: AutoencoderNet = source.net
+        self.net.decoder.requires_grad_(True)
+        self.net.post_quant_conv.requires_grad_(True)
+        self.aux_arch = aux_arch
+        self.aux_weight, self.aux_start, self.rec_weight = aux_weight, aux_start, rec_weight
+        self.perceptual_weight = perceptual_weight
+        self.perceptual = PerceptualLoss(perceptual_weights) if perceptual_weight > 0 else None
+        self.weight_decay = weight_decay
+        self.monitor = monitor
+        self.aux_classifier = None  # built when the data says how many classes there are
+
+    def rebuild_config(self) -> dict[str, Any]:
+        return self.source_config
+
+    def metrics(self) -> set[str]:
+        return {"val/aux_loss", "val/aux_accuracy", "val/rec_loss", "val/total_loss"}
+
+    def setup(self, stage: str) -> None:
+        self.build_aux_classifier(self.trainer.datamodule.classes)
+
+    def build_aux_classifier(self, classes: list[str] | None) -> None:
+        """Make the auxiliary classifier for these classes."""
+        import timm
+
+        if not classes:
+            raise UserError(
+                "decoder fine-tuning needs labelled tiles: set data.params.train.params.labelled=true and give a "
+                "folder with one folder per class"
+            )
+        if self.aux_classifier is not None:
+            return
+        self.classes = list(classes)
+        try:
+            self.aux_classifier = timm.create_model(self.aux_arch, pretrained=False, num_classes=len(classes))
+        except RuntimeError as error:
+            raise UserError(f"model.params.aux_arch={self.aux_arch!r} is not a timm architecture ({error})") from None
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        decoder = [*self.net.decoder.parameters(), *self.net.post_quant_conv.parameters()]
+        groups = [
+            {"params": decoder, "weight_decay": 0.0},
+            {"params": list(self.aux_classifier.parameters()), "weight_decay": self.weight_decay},
+        ]
+        return torch.optim.AdamW(groups, lr=self.learning_rate)
+
+    def train(self, mode: bool = True) -> "DecoderFinetune":
+        super().train(mode)
+        self.net.encoder.eval()
+        return self
+
+    def _losses(self, batch: dict[str, Any], sample: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        x, y = batch["image"], batch["label"]
+        with torch.no_grad():
+            posterior = self.net.encode(x)
+            z = posterior.sample() if sample else posterior.mode()
+        x_rec = self.net.decode(z)
+        reaches_decoder = self.global_step >= self.aux_start
+        logits = self.aux_classifier(x_rec if reaches_decoder else x_rec.detach())  # (B, K)
+        aux_loss = F.cross_entropy(logits, y)
+        rec_loss = (x - x_rec).abs().mean()
+        total = self.aux_weight * aux_loss + self.rec_weight * rec_loss
+        log = {"aux_loss": aux_loss.detach(), "rec_loss": rec_loss.detach()}
+        if self.perceptual is not None:
+            p_loss = self.perceptual(x, x_rec).mean()
+            total = total + self.perceptual_weight * p_loss
+            log["p_loss"] = p_loss.detach()
+        log["aux_accuracy"] = (logits.argmax(dim=1) == y).float().mean()
+        return total, {"total_loss": total.detach(), **log}
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        loss, log = self._losses(batch, sample=True)
+        self.check_finite(loss, batch, batch_idx)
+        self._log("train", log, len(batch["label"]))
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        _, log = self._losses(batch, sample=False)
+        self._log("val", log, len(batch["label"]))
+
+    def _log(self, split: str, log: dict[str, Tensor], batch_size: int) -> None:
+        for name, value in log.items():
+            on_bar = name in ("rec_loss", "aux_accuracy")
+            self.log(f"{split}/{name}", value, prog_bar=on_bar, batch_size=batch_size, sync_dist=split == "val")
+
+    @torch.no_grad()
+    def log_images(self, batch: dict[str, Any], count: int) -> dict[str, Tensor]:
+        """Inputs and reconstructions, (count, 3, H, W) each."""
+        x = batch["image"][:count]
+        return {"inputs": x, "reconstructions": self.net(x, sample=False)[0]}

@@ -1,0 +1,105 @@
+"""Lightning callbacks: image grids and throughput."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import rank_zero_only
+from torch import Tensor
+
+from ldm.data.tiles import to_uint8, write_png
+
+
+def image_grid(images: Tensor, columns: int = 4):
+    """Tile images (B, 3, H, W) in [-1, 1] into one uint8 array (height, width, 3)."""
+    from torchvision.utils import make_grid
+
+    return to_uint8(make_grid(images.detach().float().cpu().clamp(-1, 1), nrow=columns, pad_value=1.0))
+
+
+class ImageLogger(pl.Callback):
+    """Writes what a model's `log_images` shows as PNG grids into RUN/images, and to TensorBoard.
+
+    Grids come from the first validation batch (the first training batch where nothing is held out), so
+    that successive grids show the same tiles.
+
+    Args:
+        batch_frequency: Optimiser steps between grids.
+        max_images: Images per grid.
+        increase_log_steps: Also at steps 1, 2, 4, 8, ... below `batch_frequency`.
+    """
+
+    def __init__(self, batch_frequency: int, max_images: int = 8, increase_log_steps: bool = False):
+        self.batch_frequency = batch_frequency
+        self.max_images = max_images
+        powers = {2**n for n in range(batch_frequency.bit_length()) if 2**n < batch_frequency}
+        self._early_steps = powers if increase_log_steps else set()
+        self._last_step = 0
+        self._batch: dict[str, Any] | None = None
+
+    def _fixed_batch(self, trainer: pl.Trainer) -> dict[str, Any]:
+        if self._batch is None:
+            data = trainer.datamodule.val_dataset or trainer.datamodule.train_dataset
+            items = [data[i]["image"] for i in range(min(self.max_images, len(data)))]
+            self._batch = {"image": torch.stack(items)}
+        return {"image": self._batch["image"].to(trainer.strategy.root_device)}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        step = trainer.global_step
+        due = step % self.batch_frequency == 0 or step in self._early_steps
+        if due and step != self._last_step:  # with gradient accumulation a step lasts several batches
+            self._last_step = step
+            self._write(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step != self._last_step:
+            self._write(trainer, pl_module)
+
+    @rank_zero_only
+    def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        folder = Path(trainer.default_root_dir) / "images"
+        folder.mkdir(parents=True, exist_ok=True)
+        was_training = pl_module.training
+        # Drawing pictures must not change the run: the random state is put back.
+        with torch.random.fork_rng(enabled=True), torch.no_grad():
+            torch.manual_seed(0)
+            pl_module.eval()
+            grids = pl_module.log_images(self._fixed_batch(trainer), self.max_images)
+            pl_module.train(was_training)
+        for name, images in grids.items():
+            grid = image_grid(images)
+            write_png(folder / f"{name}_{trainer.global_step:08d}.png", grid)
+            for logger in trainer.loggers:
+                if isinstance(logger, pl.loggers.TensorBoardLogger):
+                    logger.experiment.add_image(name, grid, trainer.global_step, dataformats="HWC")
+
+
+class Throughput(pl.Callback):
+    """Shows training speed, in images per second over all ranks, on the progress bar and in the logs."""
+
+    def __init__(self, every: int = 10):
+        self.every = every
+        self._images = 0
+        self._since: float | None = None
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        self._since = None  # validation and start-up between epochs are not training
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if self._since is None:
+            self._since, self._images = time.perf_counter(), 0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: dict, batch_idx: int
+    ) -> None:
+        self._images += len(batch["image"]) * trainer.world_size
+        # An epoch of a small labelled set may have fewer batches than that.
+        if (batch_idx + 1) % self.every == 0 or trainer.is_last_batch:
+            seconds = time.perf_counter() - self._since
+            pl_module.log("images_per_s", self._images / seconds, prog_bar=True, batch_size=1)
+            self._since = None
+
+    def on_validation_start(self, *_: Any) -> None:
+        self._since = None

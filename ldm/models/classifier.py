@@ -1,0 +1,404 @@
+"""Training of the noisy-latent classifier that guides sampling (stage 2a of the method).
+
+Letters: B batch, C channels, H W latent size, K classes, T training time steps.
+"""
+
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import PurePath
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ldm.checkpoint import KEY, load_model
+from ldm.config import instantiate_from_config
+from ldm.diffusion.samplers import IndexedNoise
+from ldm.diffusion.schedule import NoiseSchedule
+from ldm.errors import UserError
+from ldm.models.base import HistoModule
+from ldm.models.diffusion import latent_sums, scale_from_sums
+from ldm.modules.autoencoder import AutoencoderKL as AutoencoderNet
+from ldm.modules.lr_schedule import LinearAnneal
+
+QUARTERS = 4  # ranges of t whose validation accuracy is reported
+T_SAMPLERS = ("uniform", "stratified")
+
+# Least pixels -> width multipliers by level. From 128 as guided diffusion's classifiers (512: their
+# first level is half as wide).
+CHANNEL_MULT = {
+    512: (1, 1, 1, 2, 2, 4, 4),
+    256: (1, 1, 2, 2, 4, 4),
+    128: (1, 1, 2, 3, 4),
+    64: (1, 2, 3, 4),
+    0: (1, 2, 4),
+}
+
+
+def sample_time_steps(sampler: str, count: int, T: int, device: torch.device | str) -> Tensor:
+    """Time steps (count,) int64, each uniform in [0, T).
+
+    Args:
+        sampler: "uniform" draws them independently; "stratified" draws one in each of `count` equal
+            parts of [0, T), in random order, so that every batch covers the schedule and the loss
+            varies less from step to step.
+    """
+    if sampler == "uniform":
+        return torch.randint(T, (count,), device=device)
+    assert sampler == "stratified", sampler
+    part = torch.randperm(count, device=device) + torch.rand(count, device=device)
+    # Rounding may carry the last part onto T itself.
+    return (part * (T / count)).long().clamp(max=T - 1)
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """What a classifier takes over from stage 1, so that it fits the diffusion model.
+
+    Attributes:
+        first_stage: The frozen autoencoder.
+        schedule: Settings of the noise schedule.
+        scale_factor: Latent scale; None when the checkpoint does not know it (an autoencoder's).
+    """
+
+    first_stage: AutoencoderNet
+    schedule: dict[str, Any]
+    scale_factor: float | None
+
+    @classmethod
+    def load(cls, path: str, what: str = "--first_stage") -> "LatentSpace":
+        """Of a diffusion checkpoint, or of an autoencoder checkpoint with the paper's schedule."""
+        model = load_model(path, ("diffusion", "autoencoder"), what=what)
+        if model.kind == "diffusion":
+            settings, scale = model.schedule.settings, float(model.scale_factor)
+            return cls(model.first_stage_model, settings, scale)
+        return cls(model.net, NoiseSchedule().settings, None)
+
+    def measured(
+        self, tiles: Dataset, device: torch.device | str = "cpu", count: int = 2048
+    ) -> "LatentSpace":
+        """With a scale of 1 / std over up to `count` of these tiles, where there is none yet."""
+        if self.scale_factor is not None:
+            return self
+        chosen = torch.linspace(0, len(tiles) - 1, min(count, len(tiles))).long().unique().tolist()
+        sums = latent_sums(self.first_stage.to(device), tiles, chosen, device)
+        # Six digits, so that measuring it again on another machine gives the same number.
+        return replace(self, scale_factor=float(f"{scale_from_sums(sums):.6g}"))
+
+
+def default_channel_mult(pixels: int, latent_size: int) -> tuple[int, ...]:
+    """Width multipliers by level for tiles of `pixels`.
+
+    Levels are left out at the end where the latent cannot be halved so often.
+    """
+    levels = next(mult for least, mult in CHANNEL_MULT.items() if pixels >= least)
+    while len(levels) > 1 and latent_size % 2 ** (len(levels) - 1):
+        levels = levels[:-1]
+    return levels
+
+
+def attention_factors(resolutions: Sequence[int] | None, pixels: int, levels: int) -> list[int]:
+    """Down-sampling factors of the latent at which there is attention.
+
+    Args:
+        resolutions: As guided diffusion counts them, `pixels` / factor. None for the paper's
+            factors, 8 and 16, as far as there are such levels.
+        levels: Number of levels; the factors are 1, 2, ... 2 ** (levels - 1).
+
+    Raises:
+        UserError: A resolution that is not one of a level.
+    """
+    factors = [2**level for level in range(levels)]
+    if resolutions is None:
+        return [factor for factor in (8, 16) if factor in factors] or factors[-1:]
+    allowed = {pixels // factor: factor for factor in factors if pixels % factor == 0}
+    unknown = [r for r in resolutions if r not in allowed]
+    if unknown:
+        raise UserError(
+            f"classifier_attention_resolutions={','.join(map(str, resolutions))}: {unknown[0]} is "
+            f"no level's resolution; choose among {', '.join(map(str, allowed))}"
+        )
+    return sorted(allowed[r] for r in resolutions)
+
+
+def network_config(
+    first_stage: AutoencoderNet,
+    num_classes: int,
+    width: int = 128,
+    depth: int = 2,
+    channel_mult: Sequence[int] | None = None,
+    attention_resolutions: Sequence[int] | None = None,
+    pool: str = "attention",
+    resblock_updown: bool = True,
+    use_scale_shift_norm: bool = True,
+    dropout: float = 0.0,
+) -> dict[str, Any]:
+    """target/params of the half UNet for latents of `first_stage`; defaults are the paper's.
+
+    Args:
+        width: Channels of the first level.
+        depth: Residual blocks per level.
+        channel_mult: Width of each level in multiples of `width`; None for `default_channel_mult`.
+        attention_resolutions: See `attention_factors`.
+        pool: See `ldm.modules.unet.EncoderUNetModel`.
+    """
+    pixels, size = first_stage.resolution, first_stage.latent_size
+    channel_mult = list(channel_mult or default_channel_mult(pixels, size))
+    params = {
+        "image_size": size,
+        "in_channels": first_stage.embed_dim,
+        "model_channels": width,
+        "out_channels": num_classes,
+        "num_res_blocks": depth,
+        "attention_resolutions": attention_factors(
+            attention_resolutions, pixels, len(channel_mult)
+        ),
+        "dropout": dropout,
+        "channel_mult": channel_mult,
+        # Heads are 64 wide; every level is a multiple of `width`, which may be smaller.
+        "num_head_channels": math.gcd(64, width),
+        "use_scale_shift_norm": use_scale_shift_norm,
+        "resblock_updown": resblock_updown,
+        "pool": pool,
+    }
+    return {"target": "ldm.modules.unet.EncoderUNetModel", "params": params}
+
+
+class NoisyLatentClassifier(HistoModule):
+    """p(y | z_t, t): trained on latents of a frozen autoencoder with noise of the whole schedule.
+
+    The autoencoder is not part of the checkpoint: its fingerprint and the latent scale are, and a
+    sampler compares them with those of the diffusion model.
+
+    Args:
+        net_config: target/params of `ldm.modules.unet.EncoderUNetModel`; `out_channels` is K.
+        autoencoder_fingerprint: Names the latent space.
+        scale_factor: The latents are multiplied by it; the diffusion model's.
+        timesteps, beta_schedule, linear_start, linear_end: The diffusion model's, see
+            `ldm.diffusion.schedule.NoiseSchedule`.
+        noised: Train on z_t with t over the whole schedule. False trains on clean latents at t = 0,
+            as the code published with the paper does.
+        t_sampler: "uniform" or "stratified", see `sample_time_steps`.
+        microbatch: Images per forward pass; gradients accumulate over the batch. None for all.
+        weight_decay: AdamW's.
+        anneal_steps: The learning rate falls linearly to 0 over so many steps; None keeps it.
+        first_stage: The frozen autoencoder, needed to train.
+
+    Raises:
+        UserError: Settings out of range, or an autoencoder that does not fit the network.
+    """
+
+    kind = "classifier"
+
+    def __init__(
+        self,
+        net_config: dict,
+        autoencoder_fingerprint: str,
+        scale_factor: float,
+        timesteps: int = 1000,
+        beta_schedule: str = "scaled_linear",
+        linear_start: float = 0.0015,
+        linear_end: float = 0.0155,
+        noised: bool = True,
+        t_sampler: str = "uniform",
+        microbatch: int | None = None,
+        weight_decay: float = 0.0,
+        anneal_steps: int | None = None,
+        first_stage: AutoencoderNet | None = None,
+    ):
+        super().__init__()
+        # Micro-batches need several backward passes per step.
+        self.automatic_optimization = False
+        if t_sampler not in T_SAMPLERS:
+            raise UserError(
+                f"schedule_sampler={t_sampler!r} must be one of {', '.join(T_SAMPLERS)}"
+            )
+        self.schedule = NoiseSchedule(beta_schedule, timesteps, linear_start, linear_end)
+        self.net_config = net_config
+        self.autoencoder_fingerprint = autoencoder_fingerprint
+        self.noised = noised
+        self.t_sampler = t_sampler
+        self.microbatch = microbatch
+        self.weight_decay = weight_decay
+        self.anneal_steps = anneal_steps
+        self.monitor = "val/accuracy"
+        self.net: nn.Module = instantiate_from_config(net_config)
+        self.latent_shape = (self.net.in_channels, self.net.image_size, self.net.image_size)
+        self.register_buffer("scale_factor", torch.tensor(float(scale_factor)))
+        if first_stage is not None:
+            self._check_first_stage(first_stage)
+        # Around nn.Module's bookkeeping: the frozen autoencoder stays out of the checkpoint.
+        object.__setattr__(self, "first_stage", first_stage)
+
+    def _check_first_stage(self, first_stage: AutoencoderNet) -> None:
+        if first_stage.fingerprint() != self.autoencoder_fingerprint:
+            raise UserError(
+                "the autoencoder is not the one that the classifier was trained with; "
+                "give the same --first_stage"
+            )
+        if first_stage.embed_dim != self.latent_shape[0]:
+            raise UserError(
+                f"the classifier takes latents of {self.latent_shape[0]} channels, the autoencoder "
+                f"makes {first_stage.embed_dim}"
+            )
+
+    def rebuild_config(self) -> dict[str, Any]:
+        schedule = self.schedule.settings
+        params = {
+            "net_config": self.net_config,
+            "autoencoder_fingerprint": self.autoencoder_fingerprint,
+            "scale_factor": float(self.scale_factor),
+            "timesteps": schedule["timesteps"],
+            "beta_schedule": schedule["name"],
+            "linear_start": schedule["linear_start"],
+            "linear_end": schedule["linear_end"],
+            "noised": self.noised,
+        }
+        return {"target": "ldm.models.classifier.NoisyLatentClassifier", "params": params}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        stored = checkpoint[KEY]["model"]["params"]
+        if stored["autoencoder_fingerprint"] != self.autoencoder_fingerprint:
+            raise UserError(
+                "the checkpoint to resume was trained on latents of another autoencoder; "
+                "give the same --first_stage"
+            )
+        theirs, ours = stored["net_config"]["params"], self.net_config["params"]
+        different = [
+            f"{k} {theirs.get(k)} there, {ours.get(k)} here"
+            for k in ours
+            if theirs.get(k) != ours[k]
+        ]
+        if different:
+            raise UserError(
+                f"the checkpoint to resume holds another network ({'; '.join(different)}); "
+                "give the options that it was started with"
+            )
+
+    @property
+    def quarters(self) -> list[tuple[int, int]]:
+        """The ranges [low, high) of t whose accuracy is reported."""
+        T = self.schedule.T
+        bounds = [q * T // QUARTERS for q in range(QUARTERS + 1)]
+        return [(low, max(high, low + 1)) for low, high in pairwise(bounds)]
+
+    @property
+    def quarter_metrics(self) -> list[str]:
+        return [f"val/accuracy_t{low}-{high - 1}" for low, high in self.quarters]
+
+    def metrics(self) -> set[str]:
+        return {"val/accuracy", "val/loss", "val/accuracy_clean", *self.quarter_metrics}
+
+    def forward(self, z_t: Tensor, t: Tensor) -> Tensor:
+        """Logits (B, K) of noisy latents (B, C, H, W) at time steps (B,)."""
+        return self.net(z_t, t)
+
+    @torch.no_grad()
+    def encode(self, x: Tensor, sample: bool = True) -> Tensor:
+        """Scaled latents z_0 (B, C, H, W) of images in [-1, 1]: a draw, or the mean."""
+        posterior = self.first_stage.encode(x)
+        return self.scale_factor * (posterior.sample() if sample else posterior.mode())
+
+    # Training
+
+    def setup(self, stage: str) -> None:
+        assert self.first_stage is not None, "training needs first_stage"
+        self.first_stage.to(self.trainer.strategy.root_device).eval().requires_grad_(False)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = torch.optim.AdamW(
+            self.net.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay
+        )
+        if self.anneal_steps is None:
+            return {"optimizer": optimizer}
+        factor = LinearAnneal(self.anneal_steps)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
+        }
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        optimizer, y = self.optimizers(), batch["label"]
+        z_0 = self.encode(batch["image"])  # (B, C, H, W)
+        if self.noised:
+            t = sample_time_steps(self.t_sampler, len(y), self.schedule.T, z_0.device)  # (B,)
+            z_t = self.schedule.q_sample(z_0, t, torch.randn_like(z_0))
+        else:
+            t, z_t = torch.zeros_like(y), z_0
+        loss, accuracy = self.accumulate(z_t, t, y, batch, batch_idx)
+        norm = nn.utils.get_total_norm(p.grad for p in self.net.parameters() if p.grad is not None)
+        optimizer.step()
+        optimizer.zero_grad()
+        if self.anneal_steps is not None:
+            self.lr_schedulers().step()
+        bar = {"train/loss": loss, "train/accuracy": accuracy}
+        self.log_dict(bar, prog_bar=True, batch_size=len(y))
+        self.log("train/grad_norm", norm, batch_size=len(y))
+
+    def accumulate(
+        self, z_t: Tensor, t: Tensor, y: Tensor, batch: dict[str, Any], batch_idx: int
+    ) -> tuple[Tensor, Tensor]:
+        """Add the gradient of the mean cross entropy to the weights, micro-batch by micro-batch.
+
+        Returns:
+            Mean loss and accuracy of the batch.
+        """
+        size = self.microbatch or len(y)
+        loss, hits = torch.zeros((), device=y.device), torch.zeros((), device=y.device)
+        for start in range(0, len(y), size):
+            part = slice(start, start + size)
+            logits = self.net(z_t[part], t[part]).float()  # (b, K)
+            # Summed, then divided by B: micro-batches of unequal size count by their images.
+            part_loss = F.cross_entropy(logits, y[part], reduction="sum") / len(y)
+            self.check_finite(part_loss, batch, batch_idx)
+            self.manual_backward(part_loss)
+            loss += part_loss.detach()
+            hits += (logits.argmax(dim=1) == y[part]).sum()
+        return loss, hits / len(y)
+
+    # Validation
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        y = batch["label"]
+        z_0 = self.encode(batch["image"], sample=False)
+        names = ["/".join(PurePath(path).parts[-2:]) for path in batch["path"]]  # CLASS/file
+        logits = self.net(z_0, torch.zeros_like(y)).float()  # (B, K)
+        clean = _scores(logits, y)
+        quarters = [_scores(self.noisy_logits(z_0, names, q), y) for q in range(QUARTERS)]
+        # What training sees decides which checkpoint is best.
+        seen = quarters if self.noised else [clean]
+        values = {
+            "val/loss": sum(loss for loss, _ in seen) / len(seen),
+            "val/accuracy": sum(accuracy for _, accuracy in seen) / len(seen),
+        }
+        self.log_dict(values, prog_bar=True, batch_size=len(y), sync_dist=True)
+        ranges = {
+            name: accuracy
+            for name, (_, accuracy) in zip(self.quarter_metrics, quarters, strict=True)
+        }
+        ranges["val/accuracy_clean"] = clean[1]
+        self.log_dict(ranges, batch_size=len(y), sync_dist=True)
+
+    def noisy_logits(self, z_0: Tensor, names: Sequence[str], quarter: int) -> Tensor:
+        """Logits (B, K) at one t per image within a quarter of the schedule.
+
+        Time step and noise follow from the image's name, so that the numbers of two evaluations
+        compare, whatever the batch size, the number of ranks or the order.
+        """
+        low, high = self.quarters[quarter]
+        keys = [zlib.crc32(name.encode()) for name in names]
+        spread = [zlib.crc32(f"{quarter}/{name}".encode()) % (high - low) for name in names]
+        t = torch.tensor([low + s for s in spread], device=z_0.device)  # (B,)
+        eps = IndexedNoise(0, quarter, keys, z_0.shape[1:], z_0.device).initial()
+        return self.net(self.schedule.q_sample(z_0, t, eps), t).float()
+
+
+def _scores(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross entropy and accuracy."""
+    return F.cross_entropy(logits, y), (logits.argmax(dim=1) == y).float().mean()

@@ -1,0 +1,44 @@
+"""Exponential moving average of a network's weights."""
+
+import copy
+
+import torch
+from torch import nn
+
+
+class EMA(nn.Module):
+    """A copy of `net` whose weights follow an exponential moving average.
+
+    Call `update(net)` once per optimiser step, whatever the gradient accumulation or number of ranks. The
+    decay of update number n is min(decay, (1 + n) / (10 + n)), so that a young average is not held back by
+    its random start (as latent diffusion's average does).
+
+    Args:
+        net: The trained network; it is copied.
+        decay: Final decay per optimiser step, in [0, 1).
+    """
+
+    def __init__(self, net: nn.Module, decay: float = 0.9999):
+        super().__init__()
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"EMA decay={decay} must be in [0, 1)")
+        self.decay = decay
+        self.net = copy.deepcopy(net).eval().requires_grad_(False)
+        self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))
+
+    def train(self, mode: bool = True) -> "EMA":
+        """The average is only ever evaluated, so it stays in evaluation mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def update(self, net: nn.Module) -> None:
+        self.num_updates += 1
+        n = int(self.num_updates)
+        decay = min(self.decay, (1 + n) / (10 + n))
+        averages = list(self.net.parameters())
+        torch._foreach_lerp_(averages, [p.detach() for p in net.parameters()], 1.0 - decay)
+        for average, buffer in zip(self.net.buffers(), net.buffers(), strict=True):
+            average.copy_(buffer)
+
+    def forward(self, *args, **kwargs):
+        return self.net(*args, **kwargs)

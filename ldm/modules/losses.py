@@ -1,0 +1,216 @@
+"""The autoencoder's loss: pixels, LPIPS, KL and a PatchGAN (Rombach et al. 2022, appendix G)."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.errors import UserError
+from ldm.modules.autoencoder import DiagonalGaussian
+from ldm.modules.discriminator import NLayerDiscriminator
+
+FETCH_VGG = "python -c \"from torchvision.models import vgg16; vgg16(weights='IMAGENET1K_V1')\""
+
+
+def find_vgg16_weights(path: str | None) -> Path:
+    """Where the LPIPS backbone's weights lie: the given file, or torchvision's download cache.
+
+    Raises:
+        UserError: There is no such file. Nothing is ever downloaded.
+    """
+    from torchvision.models import VGG16_Weights
+
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(VGG16_Weights.IMAGENET1K_V1.url).name
+    found = Path(path).expanduser() if path else cached
+    if not found.is_file():
+        raise UserError(
+            f"perceptual_weight is above 0, but the LPIPS backbone weights are not at {found}; where there is "
+            f"internet, run {FETCH_VGG} and copy the file here, or set lossconfig.params.perceptual_weights=FILE, "
+            "or train without LPIPS with lossconfig.params.perceptual_weight=0"
+        )
+    return found
+
+
+def build_lpips(weights: str | None) -> nn.Module:
+    """LPIPS with the VGG-16 backbone (Zhang et al. 2018), frozen, for images in [-1, 1].
+
+    The network and the trained linear heads are torchmetrics'; the backbone's weights are a local
+    torchvision file.
+
+    Args:
+        weights: File of torchvision's VGG-16 state dictionary; None for torchvision's cache.
+    """
+    from torchmetrics.functional.image.lpips import _LPIPS
+
+    path = find_vgg16_weights(weights)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has no common base class for its many failures
+        raise UserError(f"{path} is not a state dictionary of torchvision's vgg16 ({type(error).__name__})") from None
+    lpips = _LPIPS(net="vgg", pnet_rand=True)
+    # torchmetrics cuts VGG into slices, but keeps the layer numbers: features.5.bias -> slice2.5.bias.
+    backbone = {}
+    for name in lpips.net.state_dict():
+        source = "features." + name.split(".", 1)[1]
+        if source not in state:
+            raise UserError(f"{path} lacks {source}: give torchvision's vgg16 state dictionary")
+        backbone[name] = state[source]
+    lpips.net.load_state_dict(backbone, strict=True)
+    return lpips.eval().requires_grad_(False)
+
+
+class PerceptualLoss:
+    """LPIPS distance that builds its network at construction and follows the images' device.
+
+    Not an nn.Module: its frozen weights are a library's, so they belong neither in checkpoints nor in
+    the optimiser's or DDP's list of parameters.
+    """
+
+    def __init__(self, weights: str | None):
+        self._net = build_lpips(weights)
+
+    def __call__(self, x: Tensor, x_rec: Tensor) -> Tensor:
+        """Distance of each pair of images (B, 3, H, W) in [-1, 1]: (B, 1, 1, 1)."""
+        self._net.to(x.device)
+        return self._net(x.contiguous(), x_rec.contiguous())
+
+
+def hinge_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    return 0.5 * (F.relu(1.0 - logits_real).mean() + F.relu(1.0 + logits_fake).mean())
+
+
+def vanilla_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    return 0.5 * (F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean())
+
+
+D_LOSSES = {"hinge": hinge_d_loss, "vanilla": vanilla_d_loss}
+
+
+class LPIPSWithDiscriminator(nn.Module):
+    """Reconstruction, KL and adversarial loss with an adaptive adversarial weight.
+
+    The reconstruction term is a Laplace negative log-likelihood summed over each image's pixels,
+    (|x - x_rec| + perceptual_weight * LPIPS) / exp(logvar) + logvar; the adversarial term is weighted so
+    that its gradient at the decoder's last layer matches the reconstruction's (Esser et al. 2021, eq. 7).
+
+    Args:
+        disc_start: Generator step (optimiser steps) from which the discriminator takes part.
+        logvar_init: Log-variance of the reconstruction term.
+        kl_weight: Weight of KL(q || N(0, 1)), summed over each image.
+        disc_weight: Weight of the adversarial term; 0 trains without a discriminator.
+        disc_ramp: Steps over which the adversarial term grows from 0 after `disc_start`; 0 switches it on at
+            once, as published.
+        disc_adaptive_max: Upper clamp of the adaptive weight.
+        disc_factor: Further factor of both adversarial losses.
+        perceptual_weight: Weight of LPIPS; 0 needs no backbone weights.
+        perceptual_weights: File of the backbone's weights; None for torchvision's cache.
+
+    Raises:
+        UserError: An unknown `disc_loss`, a negative weight, or missing backbone weights.
+    """
+
+    def __init__(
+        self,
+        disc_start: int,
+        logvar_init: float = 0.0,
+        kl_weight: float = 1.0,
+        pixelloss_weight: float = 1.0,
+        disc_num_layers: int = 3,
+        disc_in_channels: int = 3,
+        disc_factor: float = 1.0,
+        disc_weight: float = 1.0,
+        perceptual_weight: float = 1.0,
+        disc_loss: str = "hinge",
+        disc_ramp: int = 0,
+        disc_adaptive_max: float = 1e4,
+        perceptual_weights: str | None = None,
+    ):
+        super().__init__()
+        if disc_loss not in D_LOSSES:
+            raise UserError(f"lossconfig.params.disc_loss={disc_loss!r} must be one of {', '.join(D_LOSSES)}")
+        weights = {
+            "kl_weight": kl_weight,
+            "pixelloss_weight": pixelloss_weight,
+            "disc_factor": disc_factor,
+            "disc_weight": disc_weight,
+            "perceptual_weight": perceptual_weight,
+            "disc_start": disc_start,
+            "disc_ramp": disc_ramp,
+        }
+        for name, value in weights.items():
+            if value < 0:
+                raise UserError(f"lossconfig.params.{name}={value} must not be negative")
+        self.disc_start = disc_start
+        self.disc_ramp = disc_ramp
+        self.kl_weight = kl_weight
+        self.pixelloss_weight = pixelloss_weight
+        self.disc_factor = disc_factor
+        self.disc_weight = disc_weight
+        self.disc_adaptive_max = disc_adaptive_max
+        self.perceptual_weight = perceptual_weight
+        self.d_loss = D_LOSSES[disc_loss]
+        self.register_buffer("logvar", torch.tensor(float(logvar_init)))
+        self.perceptual = PerceptualLoss(perceptual_weights) if perceptual_weight > 0 else None
+        self.discriminator = None
+        if disc_weight > 0 and disc_factor > 0:
+            self.discriminator = NLayerDiscriminator(disc_in_channels, n_layers=disc_num_layers)
+
+    def disc_scale(self, step: int) -> float:
+        """Factor of the adversarial losses at generator step `step`: 0 before `disc_start`, then ramped."""
+        if self.discriminator is None or step < self.disc_start:
+            return 0.0
+        ramp = 1.0 if self.disc_ramp == 0 else min(1.0, (step - self.disc_start + 1) / self.disc_ramp)
+        return self.disc_factor * ramp
+
+    def adaptive_weight(self, nll: Tensor, g_loss: Tensor, last_layer: nn.Parameter) -> Tensor:
+        nll_grad = torch.autograd.grad(nll, last_layer, retain_graph=True)[0]
+        g_grad = torch.autograd.grad(g_loss, last_layer, retain_graph=True)[0]
+        ratio = nll_grad.norm() / (g_grad.norm() + 1e-4)
+        return self.disc_weight * ratio.clamp(0.0, self.disc_adaptive_max).detach()
+
+    def generator_loss(
+        self,
+        x: Tensor,
+        x_rec: Tensor,
+        posterior: DiagonalGaussian,
+        step: int,
+        last_layer: nn.Parameter | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of the autoencoder and its parts.
+
+        Args:
+            x, x_rec: Images and reconstructions, (B, 3, H, W) in [-1, 1].
+            step: Generator steps done so far.
+            last_layer: The decoder's last weight; without it (validation) the adversarial term is left out.
+        """
+        l1 = (x - x_rec).abs()
+        distance = self.pixelloss_weight * l1
+        log = {"rec_loss": l1.detach().mean()}
+        if self.perceptual is not None:
+            p_loss = self.perceptual(x, x_rec)
+            distance = distance + self.perceptual_weight * p_loss
+            log["p_loss"] = p_loss.detach().mean()
+        nll = (distance / self.logvar.exp() + self.logvar).sum() / len(x)
+        kl = posterior.kl().mean()
+        loss = nll + self.kl_weight * kl
+        log |= {"nll_loss": nll.detach(), "kl_loss": kl.detach()}
+        scale = self.disc_scale(step)
+        if scale > 0 and last_layer is not None:
+            g_loss = -self.discriminator(x_rec).mean()
+            d_weight = self.adaptive_weight(nll, g_loss, last_layer)
+            loss = loss + d_weight * scale * g_loss
+            log |= {"g_loss": g_loss.detach(), "d_weight": d_weight}
+        return loss, {"total_loss": loss.detach(), **log}
+
+    def discriminator_loss(self, x: Tensor, x_rec: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of the discriminator on images and (detached) reconstructions, and its logits' means."""
+        logits_real = self.discriminator(x.detach())
+        logits_fake = self.discriminator(x_rec.detach())
+        loss = self.disc_scale(step) * self.d_loss(logits_real, logits_fake)
+        log = {
+            "disc_loss": loss.detach(),
+            "logits_real": logits_real.detach().mean(),
+            "logits_fake": logits_fake.detach().mean(),
+        }
+        return loss, log

@@ -1,0 +1,55 @@
+"""Learning-rate factors by optimiser step."""
+
+from collections.abc import Sequence
+
+from ldm.errors import UserError
+
+
+class LambdaLinearScheduler:
+    """Linear warm-up, then a linear slope, in one or more cycles (parameter names of published configs).
+
+    Within a cycle the factor rises from `f_start` to `f_max` over `warm_up_steps`, then moves linearly to
+    `f_min` at the cycle's end. Use an instance as the function of `torch.optim.lr_scheduler.LambdaLR`.
+
+    Args:
+        warm_up_steps, cycle_lengths: Optimiser steps, one entry per cycle.
+        f_start, f_max, f_min: Factors of the base learning rate, one entry per cycle.
+    """
+
+    def __init__(
+        self,
+        warm_up_steps: Sequence[int],
+        f_min: Sequence[float],
+        f_max: Sequence[float],
+        f_start: Sequence[float],
+        cycle_lengths: Sequence[int],
+    ):
+        lengths = {len(warm_up_steps), len(f_min), len(f_max), len(f_start), len(cycle_lengths)}
+        if len(lengths) != 1 or 0 in lengths:
+            raise UserError(
+                "scheduler_config: warm_up_steps, f_min, f_max, f_start and cycle_lengths must be lists of one length"
+            )
+        self.cycles = list(zip(warm_up_steps, cycle_lengths, f_start, f_max, f_min, strict=True))
+
+    def __call__(self, step: int) -> float:
+        """Factor of the base learning rate at optimiser step `step`, counted from 0."""
+        for warm_up, length, f_start, f_max, f_min in self.cycles:
+            if step < length:
+                break
+            step -= length
+        else:
+            return f_min  # past the last cycle
+        if step < warm_up:
+            return f_start + (f_max - f_start) * step / warm_up
+        # Measured from the cycle's start, as the published schedule does, not from the end of the warm-up.
+        return f_min + (f_max - f_min) * (length - step) / length
+
+
+class LinearAnneal:
+    """Factor that falls linearly from 1 to 0 over `total_steps` (guided diffusion's `--anneal_lr`)."""
+
+    def __init__(self, total_steps: int):
+        self.total_steps = total_steps
+
+    def __call__(self, step: int) -> float:
+        return max(0.0, 1.0 - step / self.total_steps)

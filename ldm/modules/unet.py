@@ -1,0 +1,290 @@
+"""The diffusion UNet and its half, the noisy-latent classifier, from one set of blocks.
+
+Letters: B batch, C channels, H W spatial (of the latent), K classes, E width of the time embedding.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ldm.errors import UserError
+from ldm.modules.blocks import (
+    AttentionBlock,
+    AttentionPool2d,
+    Downsample,
+    ResBlock,
+    TimestepEmbedSequential,
+    Upsample,
+    group_norm,
+    timestep_embedding,
+    zero_init,
+)
+
+POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
+
+
+class _Encoder(nn.Module):
+    """What both networks share: the time embedding, the down-sampling path and the middle."""
+
+    def __init__(
+        self,
+        image_size: int,
+        in_channels: int,
+        model_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Sequence[int],
+        dropout: float,
+        channel_mult: Sequence[int],
+        conv_resample: bool,
+        use_checkpoint: bool,
+        num_heads: int,
+        num_head_channels: int,
+        use_scale_shift_norm: bool,
+        resblock_updown: bool,
+        use_new_attention_order: bool,
+    ):
+        super().__init__()
+        if image_size % 2 ** (len(channel_mult) - 1):
+            raise UserError(
+                f"image_size={image_size} (of the latent) must be a multiple of {2 ** (len(channel_mult) - 1)}, "
+                f"since channel_mult has {len(channel_mult)} levels; use fewer levels or larger tiles"
+            )
+        self.image_size = image_size
+        self.in_channels = in_channels
+        self.model_channels = model_channels
+        emb_channels = 4 * model_channels
+        self.time_embed = nn.Sequential(
+            nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+        )
+
+        def res_block(channels: int, **options) -> ResBlock:
+            return ResBlock(
+                channels,
+                emb_channels,
+                dropout,
+                use_scale_shift_norm=use_scale_shift_norm,
+                use_checkpoint=use_checkpoint,
+                **options,
+            )
+
+        def attention(channels: int, heads: int = num_heads) -> AttentionBlock:
+            return AttentionBlock(
+                channels,
+                num_heads=heads,
+                num_head_channels=num_head_channels,
+                use_checkpoint=use_checkpoint,
+                use_new_attention_order=use_new_attention_order,
+            )
+
+        self._res_block, self._attention = res_block, attention
+        channels = model_channels
+        self.input_blocks = nn.ModuleList(
+            [TimestepEmbedSequential(nn.Conv2d(in_channels, channels, 3, padding=1))]
+        )
+        self._widths = [channels]  # of every input block's output, for the skip connections
+        factor = 1  # down-sampling factor, the unit of attention_resolutions
+        for level, mult in enumerate(channel_mult):
+            for _ in range(num_res_blocks):
+                layers = [res_block(channels, out_channels=mult * model_channels)]
+                channels = mult * model_channels
+                if factor in attention_resolutions:
+                    layers.append(attention(channels))
+                self.input_blocks.append(TimestepEmbedSequential(*layers))
+                self._widths.append(channels)
+            if level < len(channel_mult) - 1:
+                down = res_block(channels, down=True) if resblock_updown else Downsample(channels, conv_resample)
+                self.input_blocks.append(TimestepEmbedSequential(down))
+                self._widths.append(channels)
+                factor *= 2
+        self.middle_block = TimestepEmbedSequential(res_block(channels), attention(channels), res_block(channels))
+        self._channels, self._factor = channels, factor
+
+    def _finish_build(self) -> None:
+        # The builders are closures, which neither pickle nor deepcopy; they are needed in __init__ only.
+        del self._res_block, self._attention
+
+    def _embed(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.time_embed(timestep_embedding(t, self.model_channels).to(dtype))  # (B, E)
+
+
+class UNetModel(_Encoder):
+    """Noise predictor eps(z_t, t) (Dhariwal & Nichol 2021; Rombach et al. 2022).
+
+    Args:
+        image_size: Height and width of the latent; must be a multiple of 2 ** (levels - 1).
+        attention_resolutions: Down-sampling factors at which there is attention (1 = full resolution).
+        channel_mult: Width of each level in multiples of `model_channels`.
+        conv_resample: Learned resampling between levels; unused with `resblock_updown`.
+        num_heads, num_head_channels: Heads by number, or by width when `num_head_channels` is not -1.
+        num_heads_upsample: Number of heads on the up-sampling path; -1 for `num_heads`.
+        num_classes: When set, labels y (B,) are embedded and added to the time embedding.
+        use_checkpoint: Recompute activations in the backward pass: less memory, the same gradients.
+
+    Raises:
+        UserError: Sizes that do not fit together.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Sequence[int],
+        dropout: float = 0.0,
+        channel_mult: Sequence[int] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        num_classes: int | None = None,
+        use_checkpoint: bool = False,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
+    ):
+        super().__init__(
+            image_size,
+            in_channels,
+            model_channels,
+            num_res_blocks,
+            attention_resolutions,
+            dropout,
+            channel_mult,
+            conv_resample,
+            use_checkpoint,
+            num_heads,
+            num_head_channels,
+            use_scale_shift_norm,
+            resblock_updown,
+            use_new_attention_order,
+        )
+        self.out_channels = out_channels
+        self.num_classes = num_classes
+        if num_classes is not None:
+            self.label_emb = nn.Embedding(num_classes, 4 * model_channels)
+        heads = num_heads if num_heads_upsample == -1 else num_heads_upsample
+        channels, factor, widths = self._channels, self._factor, list(self._widths)
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            for i in range(num_res_blocks + 1):
+                layers = [self._res_block(channels + widths.pop(), out_channels=mult * model_channels)]
+                channels = mult * model_channels
+                if factor in attention_resolutions:
+                    layers.append(self._attention(channels, heads))
+                if level > 0 and i == num_res_blocks:
+                    up = self._res_block(channels, up=True) if resblock_updown else Upsample(channels, conv_resample)
+                    layers.append(up)
+                    factor //= 2
+                self.output_blocks.append(TimestepEmbedSequential(*layers))
+        self.out = nn.Sequential(
+            group_norm(channels), nn.SiLU(), zero_init(nn.Conv2d(channels, out_channels, 3, padding=1))
+        )
+        self._finish_build()
+
+    def forward(self, z_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """Predict the noise in `z_t`.
+
+        Args:
+            z_t: Noisy latents, (B, C, H, W).
+            t: Time steps, (B,) int64 in [0, T).
+            y: Labels, (B,), for a network with `num_classes`.
+        """
+        assert (y is not None) == (self.num_classes is not None), "y goes with num_classes, and only with it"
+        emb = self._embed(t, z_t.dtype)
+        if y is not None:
+            emb = emb + self.label_emb(y)
+        h, skips = z_t, []
+        for block in self.input_blocks:
+            h = block(h, emb)
+            skips.append(h)
+        h = self.middle_block(h, emb)
+        for block in self.output_blocks:
+            h = block(torch.cat([h, skips.pop()], dim=1), emb)
+        return self.out(h)  # (B, out_channels, H, W)
+
+
+class EncoderUNetModel(_Encoder):
+    """Classifier p(y | z_t, t) of noisy latents: the down-sampling half of the UNet and a pooling head.
+
+    Args: as for `UNetModel`, and
+        out_channels: Number of classes K.
+        pool: "attention" (needs `num_head_channels`), "adaptive" (mean), or "spatial" / "spatial_v2"
+            (means of every block's output, then two linear layers).
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Sequence[int],
+        dropout: float = 0.0,
+        channel_mult: Sequence[int] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        use_checkpoint: bool = False,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
+        pool: str = "adaptive",
+    ):
+        if pool not in POOLS:
+            raise UserError(f"pool={pool!r} must be one of {', '.join(POOLS)}")
+        super().__init__(
+            image_size,
+            in_channels,
+            model_channels,
+            num_res_blocks,
+            attention_resolutions,
+            dropout,
+            channel_mult,
+            conv_resample,
+            use_checkpoint,
+            num_heads,
+            num_head_channels,
+            use_scale_shift_norm,
+            resblock_updown,
+            use_new_attention_order,
+        )
+        self.out_channels = out_channels
+        self.pool = pool
+        channels = self._channels
+        all_widths = sum(self._widths) + channels
+        if pool == "adaptive":
+            self.out = nn.Sequential(
+                group_norm(channels),
+                nn.SiLU(),
+                nn.AdaptiveAvgPool2d(1),
+                zero_init(nn.Conv2d(channels, out_channels, 1)),
+                nn.Flatten(),
+            )
+        elif pool == "attention":
+            head = AttentionPool2d(image_size // self._factor, channels, num_head_channels, out_channels)
+            self.out = nn.Sequential(group_norm(channels), nn.SiLU(), head)
+        elif pool == "spatial":
+            self.out = nn.Sequential(nn.Linear(all_widths, 2048), nn.ReLU(), nn.Linear(2048, out_channels))
+        else:
+            self.out = nn.Sequential(
+                nn.Linear(all_widths, 2048), group_norm(2048), nn.SiLU(), nn.Linear(2048, out_channels)
+            )
+        self._finish_build()
+
+    def forward(self, z_t: Tensor, t: Tensor) -> Tensor:
+        """Logits (B, K) of the classes, from noisy latents (B, C, H, W) and time steps (B,)."""
+        emb = self._embed(t, z_t.dtype)
+        by_level = self.pool.startswith("spatial")
+        h, means = z_t, []
+        for block in self.input_blocks:
+            h = block(h, emb)
+            if by_level:
+                means.append(h.mean(dim=(2, 3)))
+        h = self.middle_block(h, emb)
+        if by_level:
+            return self.out(torch.cat([*means, h.mean(dim=(2, 3))], dim=-1))
+        return self.out(h)

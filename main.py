@@ -1,0 +1,182 @@
+"""Train an autoencoder, a latent diffusion model or a decoder from YAML configurations.
+
+    python main.py --base configs/autoencoder/autoencoder_histo_kl_64x64x3.yaml -t --gpus 0,1,2,3
+    python main.py --base configs/latent-diffusion/histo-ldm-kl-8.yaml -t --gpus 0,1,2,3
+
+Configurations are merged from left to right, then overridden by `section.key=value` arguments.
+"""
+
+import argparse
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.cli import ArgumentParser, boolean, number, run_command
+from ldm.errors import UserError
+from ldm.trainer import add_run_arguments
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+log = logging.getLogger("main")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = ArgumentParser(
+        prog="main.py",
+        description="Train an autoencoder, a latent diffusion model or a decoder from YAML configurations.",
+        epilog="Any further argument of the form section.key=value overrides the configuration.",
+    )
+    parser.add_argument("-b", "--base", nargs="+", default=[], metavar="YAML", help="configurations, merged left to right")
+    parser.add_argument("-t", "--train", type=boolean, nargs="?", const=True, default=False, help="train")
+    add_run_arguments(parser)
+    parser.add_argument(
+        "--scale_lr",
+        type=boolean,
+        nargs="?",
+        const=True,
+        default=False,
+        help="multiply base_learning_rate by devices x batch size x accumulated batches",
+    )
+    parser.add_argument("--max_steps", type=number(int, 1), help="optimiser steps to train for")
+    parser.add_argument("--max_epochs", type=number(int, 1), help="epochs to train for")
+    args, rest = parser.parse_known_args(argv)
+    for word in rest:
+        if word.startswith("-") or "=" not in word:
+            parser.error(f"unknown argument {word}; overrides have the form section.key=value")
+    args.overrides = rest
+    return args
+
+
+def load_configuration(args: argparse.Namespace) -> dict[str, Any]:
+    """The resolved, checked configuration of `--base` (or of the run to resume) and the overrides."""
+    from ldm.config import load_configs, resolve, validate_config
+    from ldm.run import RunFolder
+
+    bases = args.base
+    if args.resume and not bases:
+        bases = [RunFolder.of_resume(args.resume)[0].configs / "resolved.yaml"]
+    if not bases:
+        raise UserError("--base: give at least one YAML configuration (or --resume RUN)")
+    config = resolve(load_configs(bases, args.overrides))
+    validate_config(config)
+    trainer = config.setdefault("lightning", {}).setdefault("trainer", {})
+    if args.max_steps is not None:
+        trainer["max_steps"] = args.max_steps
+    if args.max_epochs is not None:
+        trainer["max_epochs"] = args.max_epochs
+    if "max_steps" in trainer and "max_epochs" not in trainer:
+        trainer["max_epochs"] = -1  # Lightning would stop after 1,000 epochs
+    if isinstance(trainer.get("val_check_interval"), int):
+        # A number of batches, across epochs: Lightning otherwise refuses one that exceeds an epoch.
+        trainer.setdefault("check_val_every_n_epoch", None)
+    config["data"].setdefault("params", {}).setdefault("seed", args.seed)
+    return config
+
+
+def effective_batch(config: dict[str, Any], ranks: int) -> int:
+    accumulated = config["lightning"]["trainer"].get("accumulate_grad_batches", 1)
+    return ranks * config["data"]["params"]["batch_size"] * accumulated
+
+
+def describe(config: dict[str, Any], model, data, batch: int, learning_rate: float, scaled: bool) -> str:
+    """Parameter counts, data set sizes, effective batch and learning rate, one per line."""
+    lines = []
+    for name, child in model.named_children():
+        count = sum(p.numel() for p in child.parameters())
+        trained = sum(p.numel() for p in child.parameters() if p.requires_grad)
+        lines.append(f"parameters   {name}: {count:,} ({trained:,} trained)")
+    held_out = 0 if data.val_dataset is None else len(data.val_dataset)
+    lines.append(f"data         {len(data.train_dataset):,} training tiles, {held_out:,} validation tiles")
+    if data.classes:
+        lines.append(f"classes      {', '.join(data.classes)}")
+    lines.append(f"batch        {batch} (devices x batch size x accumulated batches)")
+    rule = "base_learning_rate x batch, --scale_lr" if scaled else "base_learning_rate, not scaled"
+    lines.append(f"learning rate {learning_rate:.3g} ({rule})")
+    return "\n".join(lines)
+
+
+def find_run(args: argparse.Namespace, config: dict[str, Any]):
+    """The run's folder, and the checkpoint to go on from (None for a new run)."""
+    from omegaconf import OmegaConf
+
+    from ldm.run import RunFolder
+
+    if args.resume:
+        return RunFolder.of_resume(args.resume)
+    run = RunFolder.choose(args.logdir, args.name, Path(args.base[0]).stem)
+    if not run.last.is_file():
+        return run, None
+    before = OmegaConf.to_container(OmegaConf.load(run.configs / "resolved.yaml"))
+    if before["model"] != config["model"]:
+        raise UserError(
+            f"--name {args.name}: {run.root} holds a run with another model section; give another name, or repeat "
+            f"its command ({run.configs / 'resolved.yaml'} says how it was configured)"
+        )
+    log.info("%s exists: going on from its last checkpoint", run.root)
+    return run, run.last
+
+
+def train(args: argparse.Namespace) -> "tuple[pl.Trainer, pl.LightningModule] | None":
+    """Build everything and train; returns the trainer and the model, or None after a dry run."""
+    import inspect
+
+    import pytorch_lightning as pl
+    import torch
+    from omegaconf import OmegaConf
+
+    from ldm.config import instantiate_from_config
+    from ldm.trainer import build_trainer, checkpoint_callbacks, choose_devices, choose_precision
+
+    if not (args.train or args.dry_run):
+        raise UserError("nothing to do: give -t to train, or --dry-run to see what would be trained")
+    config = load_configuration(args)
+    devices = choose_devices(args.gpus, args.devices, args.dry_run)
+    precision = choose_precision(args.precision, devices)
+    pl.seed_everything(args.seed, workers=True, verbose=False)
+
+    data = instantiate_from_config(config["data"])
+    data.setup()
+    model = instantiate_from_config({k: config["model"][k] for k in ("target", "params") if k in config["model"]})
+    model.seed = args.seed
+    batch = effective_batch(config, devices.count * args.num_nodes)
+    model.learning_rate = config["model"]["base_learning_rate"] * (batch if args.scale_lr else 1)
+    text = describe(config, model, data, batch, model.learning_rate, args.scale_lr)
+    if args.dry_run:
+        print(OmegaConf.to_yaml(OmegaConf.create(config)))
+        print(f"devices      {devices.count} x {devices.accelerator} x {args.num_nodes} machines, {precision}")
+        print(text)
+        return None
+
+    run, checkpoint = find_run(args, config)
+    lightning = config["lightning"]
+    callbacks = checkpoint_callbacks(
+        run, model, data.val_dataset is not None, (lightning.get("modelcheckpoint") or {}).get("params")
+    )
+    callbacks += [instantiate_from_config(node) for node in (lightning.get("callbacks") or {}).values()]
+    loggers = [instantiate_from_config(lightning["logger"])] if lightning.get("logger") else []
+    settings = dict(lightning["trainer"])
+    if lightning.get("strategy"):
+        settings["strategy"] = instantiate_from_config(lightning["strategy"])
+    trainer = build_trainer(run, model, devices, args.num_nodes, precision, callbacks, settings, loggers)
+    if trainer.is_global_zero:
+        run.record(config, args.seed)
+        log.info("%s\nwriting to    %s", text, run.root)
+    # Older Lightning has no such argument; its own default then is to load everything.
+    safe = {"weights_only": True} if "weights_only" in inspect.signature(trainer.fit).parameters else {}
+    trainer.fit(model, datamodule=data, ckpt_path=checkpoint, **(safe if checkpoint else {}))
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    trainer.save_checkpoint(run.last)
+    log.info("done at step %d: %s", trainer.global_step, run.last)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return trainer, model
+
+
+def main(argv: list[str] | None = None) -> None:
+    train(parse_arguments(argv))
+
+
+if __name__ == "__main__":
+    run_command(main)

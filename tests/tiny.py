@@ -1,0 +1,105 @@
+"""Tiny real models, as checkpoints, for tests that need a whole pipeline."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ldm.checkpoint import write_checkpoint
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.classifier import NoisyLatentClassifier, network_config
+from ldm.models.diffusion import LatentDiffusion
+
+PIXELS = 32
+LATENT = (3, 16, 16)
+CLASSES = ["ADI", "LYM", "TUM"]
+COLOURS = {"ADI": (230, 220, 225), "LYM": (90, 40, 140), "TUM": (200, 90, 150)}
+
+
+def randomise(module: torch.nn.Module, seed: int) -> None:
+    """Weights of a usual size everywhere: fresh networks end in zeros and would predict nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                parameter.copy_(noise * 0.7 / parameter[0].numel() ** 0.5)
+            else:
+                parameter.add_(0.05 * noise)
+
+
+def save(module, path: Path) -> Path:
+    payload = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(payload)
+    write_checkpoint(path, payload)
+    return path
+
+
+def autoencoder(seed: int = 0) -> AutoencoderKL:
+    ddconfig = {
+        "ch": 32,
+        "ch_mult": [1, 1],
+        "num_res_blocks": 1,
+        "z_channels": 3,
+        "resolution": PIXELS,
+    }
+    module = AutoencoderKL(ddconfig=ddconfig, embed_dim=3)
+    randomise(module, seed)
+    return module
+
+
+def diffusion(autoencoder_path: Path, scale_factor: float = 0.8, **params) -> LatentDiffusion:
+    unet = {
+        "image_size": LATENT[1],
+        "in_channels": 3,
+        "out_channels": 3,
+        "model_channels": 32,
+        "num_res_blocks": 1,
+        "attention_resolutions": [2],
+        "channel_mult": [1, 1],
+        "use_scale_shift_norm": True,
+        "resblock_updown": True,
+    }
+    module = LatentDiffusion(
+        unet_config={"target": "ldm.modules.unet.UNetModel", "params": unet},
+        first_stage_ckpt=str(autoencoder_path),
+        image_size=LATENT[1],
+        scale_factor=scale_factor,
+        **params,
+    )
+    randomise(module.unet, 1)
+    if module.ema is not None:
+        randomise(module.ema.net, 2)
+    return module
+
+
+def classifier(
+    model: LatentDiffusion, classes: list[str] | None = None, seed: int = 3, **params
+) -> NoisyLatentClassifier:
+    """A classifier for the latents of a diffusion model; `params` replace what it takes from there."""
+    first_stage = model.first_stage_model
+    classes = CLASSES if classes is None else classes
+    net = network_config(first_stage, len(classes), width=32, depth=1, channel_mult=(1, 1))
+    params = {
+        "net_config": net,
+        "autoencoder_fingerprint": first_stage.fingerprint(),
+        "scale_factor": float(model.scale_factor),
+        **params,
+    }
+    module = NoisyLatentClassifier(**params)
+    randomise(module.net, seed)
+    module.classes = list(classes)
+    return module
+
+
+def tiles(root: Path, per_class: int, seed: int = 0, pixels: int = PIXELS) -> Path:
+    """Class folders of noisy tiles, one colour per class."""
+    generator = np.random.default_rng(seed)
+    for name, colour in COLOURS.items():
+        (root / name).mkdir(parents=True)
+        for i in range(per_class):
+            noise = generator.normal(0, 20, (pixels, pixels, 3))
+            image = (np.array(colour) + noise).clip(0, 255).astype(np.uint8)
+            Image.fromarray(image).save(root / name / f"{seed}_{i}.png")
+    return root
