@@ -137,7 +137,7 @@ def train(args: argparse.Namespace) -> "tuple[pl.Trainer, pl.LightningModule] | 
 
     data = instantiate_from_config(config["data"])
     data.setup()
-    model = instantiate_from_config({k: config["model"][k] for k in ("target", "params") if k in config["model"]})
+    model = instantiate_from_config(config["model"])
     model.seed = args.seed
     batch = effective_batch(config, devices.count * args.num_nodes)
     model.learning_rate = config["model"]["base_learning_rate"] * (batch if args.scale_lr else 1)
@@ -150,9 +150,7 @@ def train(args: argparse.Namespace) -> "tuple[pl.Trainer, pl.LightningModule] | 
 
     run, checkpoint = find_run(args, config)
     lightning = config["lightning"]
-    callbacks = checkpoint_callbacks(
-        run, model, data.val_dataset is not None, (lightning.get("modelcheckpoint") or {}).get("params")
-    )
+    callbacks = checkpoint_callbacks(run, model, data.val_dataset is not None, lightning.get("modelcheckpoint"))
     callbacks += [instantiate_from_config(node) for node in (lightning.get("callbacks") or {}).values()]
     loggers = [instantiate_from_config(lightning["logger"])] if lightning.get("logger") else []
     settings = dict(lightning["trainer"])

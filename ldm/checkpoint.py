@@ -126,11 +126,13 @@ def load_model(
     Returns:
         The LightningModule of the recorded class, weights loaded strictly.
     """
-    from ldm.config import instantiate_from_config
+    from ldm.config import instantiate_from_config, require_own_targets
 
     kinds = (kinds,) if isinstance(kinds, str) else kinds
     payload = read_checkpoint(path, kinds, what)
     record = payload[KEY]
+    # weights_only keeps code out of the tensors; this keeps it out of the names of classes to build.
+    require_own_targets(record["model"], path)
     model = instantiate_from_config(record["model"])
     training_only = tuple(record["training_only"])
     state = {k: v for k, v in payload["state_dict"].items() if not k.startswith(training_only)}

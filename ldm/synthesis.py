@@ -2,13 +2,15 @@
 
 Letters: B batch, C channels, H W latent size, K classes. An image is named by its class and its
 index within the class, and depends on nothing else than these, the models and the `Sampling`
-settings: not on the batch it was made in, nor on how often the run was interrupted.
+settings: not on the batch it was made in, nor on how often the run was interrupted. On a CPU that
+is exact (see `fixed_batches`); on a GPU, up to the rounding of kernels chosen by batch size.
 """
 
 import csv
 import io
 import json
 import logging
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,12 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from ldm.checkpoint import KEY, checkpoint_path, file_sha256, load_model, read_checkpoint
 from ldm.data.tiles import read_tile, to_uint8, write_png
 from ldm.diffusion.guidance import classifier_guidance, classifier_log_prob_grad
-from ldm.diffusion.samplers import IndexedNoise, Step, ddim, ddpm
+from ldm.diffusion.samplers import EpsFn, IndexedNoise, Step, ddim, ddpm
 from ldm.diffusion.schedule import time_pairs
 from ldm.errors import UserError
 from ldm.models.classifier import NoisyLatentClassifier
@@ -34,6 +37,7 @@ log = logging.getLogger(__name__)
 
 UNCONDITIONAL = "unconditional"  # folder of images that no classifier guided
 SCALE_TOLERANCE = 0.05  # relative difference of latent scales that a classifier bears
+CPU_BATCH = 8  # images per forward pass on a CPU, see `fixed_batches`
 GRID_COLUMNS = 8
 GRID_ROWS = 8  # of a grid without classes
 
@@ -131,6 +135,27 @@ def load_models(
     return diffusion, classifier, files
 
 
+def fixed_batches(fn: Callable[..., Tensor], size: int = CPU_BATCH) -> Callable[..., Tensor]:
+    """`fn` evaluated on parts of exactly `size` images, the last one padded with its first image.
+
+    CPU kernels round differently for different batch sizes (convolutions of one image, matrix
+    products), which shows as single grey levels here and there. With one batch size they see the
+    same shapes always, and an image has the same bytes in any batch. Gradients pass through.
+    """
+
+    def evaluate(*batch: Tensor) -> Tensor:
+        results = []
+        for start in range(0, len(batch[0]), size):
+            part = [x[start : start + size] for x in batch]
+            count = len(part[0])
+            if count < size:
+                part = [torch.cat([x, x[:1].expand(size - count, *x.shape[1:])]) for x in part]
+            results.append(fn(*part)[:count])
+        return torch.cat(results)
+
+    return evaluate
+
+
 @dataclass
 class GuidanceSums:
     """Sums over images at one time step."""
@@ -163,7 +188,20 @@ class Synthesiser:
         self.sampling = sampling
         self.pairs = time_pairs(diffusion.schedule.T, sampling.steps)
         self.device = diffusion.scale_factor.device
+        self._eps_fn: EpsFn = diffusion.eps_model(use_ema=sampling.ema)
+        self._decode = diffusion.decode_first_stage
+        self._logits = None if classifier is None else classifier.net
+        if self.device.type == "cpu":
+            self._eps_fn = fixed_batches(self._eps_fn)
+            self._decode = fixed_batches(self._decode)
+            self._logits = None if classifier is None else fixed_batches(self._cpu_logits)
         self.guidance_log: dict[int, GuidanceSums] = defaultdict(GuidanceSums)
+
+    def _cpu_logits(self, z_t: Tensor, t: Tensor) -> Tensor:
+        # The fused kernel divides the keys of a single query (the attention pool's) among threads
+        # by place in the batch, so its rounding depends on that place.
+        with sdpa_kernel(SDPBackend.MATH):
+            return self.classifier.net(z_t, t)
 
     @torch.no_grad()
     def latents(
@@ -180,7 +218,7 @@ class Synthesiser:
         sampling, schedule = self.sampling, self.diffusion.schedule
         shape = self.diffusion.latent_shape
         noise = IndexedNoise(sampling.seed, labels, indices, shape, self.device)
-        eps_fn = self.diffusion.eps_model(use_ema=sampling.ema)
+        eps_fn = self._eps_fn
         ratios: list[Tensor] = []  # per guided step, (B,)
         log_probs: list[Tensor] = []
         if self.classifier is not None:
@@ -188,7 +226,7 @@ class Synthesiser:
             eps_fn = classifier_guidance(
                 eps_fn,
                 classifier_log_prob_grad(
-                    self.classifier.net, y, on_log_prob=lambda t, value: log_probs.append(value)
+                    self._logits, y, on_log_prob=lambda t, value: log_probs.append(value)
                 ),
                 schedule,
                 sampling.scale,
@@ -223,13 +261,13 @@ class Synthesiser:
     @torch.no_grad()
     def images(self, z_0: Tensor) -> np.ndarray:
         """Decoded tiles, uint8 (B, H, W, 3)."""
-        return to_uint8(self.diffusion.decode_first_stage(z_0))
+        return to_uint8(self._decode(z_0))
 
     @torch.no_grad()
     def probabilities(self, z_0: Tensor, labels: Sequence[int]) -> list[float]:
         """p(y | z_0) of the classifier at t = 0, for each image."""
         t = torch.zeros(len(labels), dtype=torch.int64, device=self.device)
-        prob = self.classifier.net(z_0, t).float().softmax(dim=1)  # (B, K)
+        prob = self._logits(z_0, t).float().softmax(dim=1)  # (B, K)
         return prob.gather(1, torch.tensor(labels, device=self.device)[:, None])[:, 0].tolist()
 
 
@@ -385,14 +423,19 @@ def synthesise(
         log.info("%d of %d images are there already", total - len(jobs), total)
     folder.start()
     steps = synthesiser.sampling.steps
-    with tqdm(total=total, initial=total - len(jobs), unit="img", dynamic_ncols=True) as bar:
+    # A terminal shows every sampler step; a log file gets a line now and then.
+    live = sys.stderr.isatty()
+    options = {"unit": "img", "dynamic_ncols": True, "mininterval": 0.1 if live else 10.0}
+    with tqdm(total=total, initial=total - len(jobs), **options) as bar:
+
+        def show(step: Step) -> None:
+            bar.set_postfix_str(f"step {step.j + 1}/{steps}", refresh=live)
+
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
             labels, indices = [label_of[name] for name, _ in batch], [i for _, i in batch]
-            bar.set_description(batch[0][0])
-            z_0 = synthesiser.latents(
-                labels, indices, lambda step: bar.set_postfix_str(f"step {step.j + 1}/{steps}")
-            )
+            bar.set_description(batch[0][0], refresh=live)
+            z_0 = synthesiser.latents(labels, indices, show)
             probabilities = [None] * len(batch)
             if classifier is not None:
                 probabilities = synthesiser.probabilities(z_0, labels)

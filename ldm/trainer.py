@@ -117,19 +117,26 @@ def _better(monitor: str) -> str:
 
 
 def checkpoint_callbacks(
-    run: "RunFolder", model: "HistoModule", has_validation: bool, settings: dict[str, Any] | None = None
+    run: "RunFolder", model: "HistoModule", has_validation: bool, node: dict[str, Any] | None = None
 ) -> list["pl.Callback"]:
     """`last.ckpt` every so many steps, and `best.ckpt` by the model's monitored metric.
 
     Args:
-        settings: ModelCheckpoint parameters from the configuration (`lightning.modelcheckpoint.params`).
+        node: `lightning.modelcheckpoint` of the configuration: `every_n_train_steps`, `monitor` and `mode` change
+            these two; with other ModelCheckpoint parameters a third kind of checkpoint is kept.
 
     Raises:
         UserError: The monitored metric cannot exist.
     """
     from pytorch_lightning.callbacks import ModelCheckpoint
 
-    settings = dict(settings or {})
+    target = "pytorch_lightning.callbacks.ModelCheckpoint"
+    if node and node.get("target", target) != target:
+        raise UserError(
+            f"lightning.modelcheckpoint.target={node['target']}: only params may be given here; put another callback "
+            "under lightning.callbacks"
+        )
+    settings = dict((node or {}).get("params") or {})
     monitor = settings.pop("monitor", getattr(model, "monitor", None))
     mode = settings.pop("mode", None)
     every = settings.pop("every_n_train_steps", CHECKPOINT_EVERY)
@@ -176,6 +183,8 @@ def build_trainer(
 
     from ldm.models.callbacks import Throughput
 
+    # Lightning's remarks on what it found (no TPU, a tip for another product) would bury what a run says itself.
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     # Hints for people who tune, and a deprecation inside Lightning: not for every run's log.
     for pattern in (".*does not have many workers.*", ".*is smaller than the logging interval.*", ".*LeafSpec.*"):
         warnings.filterwarnings("ignore", pattern)

@@ -21,12 +21,12 @@ def randomise(module: torch.nn.Module, seed: int) -> None:
     """Weights of a usual size everywhere: fresh networks end in zeros and would predict nothing."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in module.parameters():
+        for name, parameter in module.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim > 1:
-                parameter.copy_(noise * 0.7 / parameter[0].numel() ** 0.5)
+                parameter.copy_(noise / parameter[0].numel() ** 0.5)
             else:
-                parameter.add_(0.05 * noise)
+                parameter.copy_(0.1 * noise + name.endswith("weight"))
 
 
 def save(module, path: Path) -> Path:
@@ -77,7 +77,7 @@ def diffusion(autoencoder_path: Path, scale_factor: float = 0.8, **params) -> La
 def classifier(
     model: LatentDiffusion, classes: list[str] | None = None, seed: int = 3, **params
 ) -> NoisyLatentClassifier:
-    """A classifier for the latents of a diffusion model; `params` replace what it takes from there."""
+    """A classifier for the latents of `model`; `params` replace what it takes from there."""
     first_stage = model.first_stage_model
     classes = CLASSES if classes is None else classes
     net = network_config(first_stage, len(classes), width=32, depth=1, channel_mult=(1, 1))

@@ -12,9 +12,10 @@ import os
 import random
 import struct
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import albumentations as A
 import cv2
@@ -82,7 +83,9 @@ def read_tile(path: str | os.PathLike) -> np.ndarray:
         raise UserError(f"{path}: {reason}; replace or remove the file") from error
 
 
-def _decode_all(paths: Sequence[Path], decode, workers: int | None) -> list:
+def decode_tiles(
+    paths: Sequence[Path], decode: Callable[[Path], Any], workers: int | None = None
+) -> list:
     """`decode(path)` of every path in threads (Pillow decodes outside the interpreter's lock).
 
     Raises:
@@ -116,7 +119,7 @@ def check_tiles(paths: Sequence[str | os.PathLike], workers: int | None = None) 
     def decode(path: Path) -> None:
         read_tile(path)  # the pixels are dropped at once: the set need not fit into memory
 
-    _decode_all(paths, decode, workers)
+    decode_tiles(paths, decode, workers)
 
 
 def to_tensor(image: np.ndarray) -> Tensor:
@@ -318,7 +321,7 @@ class TileFolder(Dataset):
             # Only the centre of an elongated tile is ever seen with crop="center".
             return self._transform(image=image)["image"] if not self.is_random else image
 
-        self._cached = _decode_all(self.paths, decode, workers=None)
+        self._cached = decode_tiles(self.paths, decode)
 
     @property
     def is_random(self) -> bool:

@@ -1,16 +1,16 @@
 """Classification metrics of a whole set, all from one confusion matrix.
 
-Letters: N images, K classes. Macro metrics are not means over batches: with a loader sorted by class
-each batch holds one class, and the mean of per-batch macro F1 is then about 1/K of the true value.
+Letters: N images, K classes. Macro metrics are not means over batches: a loader sorted by class
+gives batches of one class, and the mean of their macro F1 has little to do with that of the set.
 
 Conventions, for class k with TP, FP, FN, TN against the rest:
 
     sensitivity = TP / (TP + FN)      specificity = TN / (TN + FP)
     precision   = TP / (TP + FP)      f1 = 2 TP / (2 TP + FP + FN)
 
-A class that is never predicted has sensitivity and F1 0. A quotient 0 / 0 (the sensitivity of a class
-without images, say) is undefined: None for that class and left out of the macro mean, as in
-scikit-learn's default of averaging over the labels that occur.
+A class that is never predicted has sensitivity and F1 0. A quotient 0 / 0 (the sensitivity of a
+class without images, say) is undefined: None for that class and left out of the macro mean, as
+scikit-learn leaves labels that do not occur out of its macro F1.
 """
 
 from collections.abc import Sequence

@@ -86,13 +86,13 @@ class Settings:
             raise UserError("--cooldown-epochs needs a --sched that decays: cosine or tanh")
         if self.mixes and self.batch_size % 2:
             raise UserError(
-                f"--batch-size {self.batch_size} must be even, because mixup and cutmix pair images;"
+                f"--batch-size {self.batch_size} must be even, as mixup and cutmix pair images;"
                 " change it or add --mixup 0 --cutmix 0"
             )
         if self.color_jitter != Settings.color_jitter and self.aa != NO_AUGMENT:
             raise UserError(
-                f"--color-jitter {self.color_jitter} has no effect under --aa {self.aa}, which jitters"
-                " colours itself; add --aa none"
+                f"--color-jitter {self.color_jitter} has no effect under --aa {self.aa}, which"
+                " jitters colours itself; add --aa none"
             )
         if self.checkpoint_key and not self.finetune:
             raise UserError("--checkpoint_key names an entry of the file that --finetune gives")

@@ -68,6 +68,7 @@ class TileClassifier(nn.Module):
     ):
         super().__init__()
         self.classes: list[str] | None = None
+        self.origin = "from scratch"
         self.input_size = input_size
         # What a checkpoint records; dropout is nothing that the trained network needs.
         self.params: dict[str, Any] = {
@@ -117,7 +118,7 @@ class TileClassifier(nn.Module):
         return images
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Features before the head, (B, 3, S, S) -> (B, D): the class token of a ViT after its norm."""
+        """Features before the head, (B, 3, S, S) -> (B, D): a ViT's class token after its norm."""
         tokens = self.net.forward_features(self._normalised(images))
         return self.net.forward_head(tokens, pre_logits=True)  # (B, D)
 
@@ -145,7 +146,9 @@ def _create(
     if not timm.is_model(name):
         near = difflib.get_close_matches(arch, [*SHORT_NAMES, *timm.list_models()], n=3)
         hint = f"nearest: {', '.join(near)}" if near else "see timm.list_models()"
-        raise UserError(f"--arch {arch} is neither one of {', '.join(SHORT_NAMES)} nor in timm; {hint}")
+        raise UserError(
+            f"--arch {arch} is neither one of {', '.join(SHORT_NAMES)} nor in timm; {hint}"
+        )
     # Given where the architecture has them: no user asked for these.
     optional: dict[str, Any] = {"img_size": input_size}
     if drop_path:
@@ -169,7 +172,9 @@ def _create(
                     log.info("%s has no stochastic depth: --drop-path is not used", arch)
                 del optional[argument]
             elif argument in required:
-                raise UserError(f"--arch {arch} takes no {argument}; leave that option out") from None
+                raise UserError(
+                    f"--arch {arch} takes no {argument}; leave that option out"
+                ) from None
             else:
                 raise
         except (AssertionError, RuntimeError, ValueError) as error:
@@ -217,8 +222,9 @@ def load_pretrained(
     path: str | os.PathLike,
     entry: str | None = None,
     classes: list[str] | None = None,
-) -> str:
-    """Load weights from a local file, every one of them accounted for.
+    what: str = "--finetune",
+) -> None:
+    """Load weights from a local file, every one of them accounted for; `model.origin` says what.
 
     Position embeddings and patch projections of a ViT are resampled to this network's grid (timm's
     conversion). The head is loaded only where it is for the same classes; otherwise it stays new.
@@ -228,14 +234,12 @@ def load_pretrained(
             of eval.py.
         entry: Entry of the checkpoint that holds the weights; None looks for the usual ones.
         classes: Classes that the head is for.
-
-    Returns:
-        What was loaded, for the log.
+        what: How error messages call the file.
 
     Raises:
         UserError: The file cannot be read, or weights are missing or left over.
     """
-    state, known_classes = read_weights(path, entry)
+    state, known_classes = read_weights(path, entry, what)
     if isinstance(model.net, VisionTransformer):
         state = checkpoint_filter_fn(state, model.net)
     own = model.net.state_dict()
@@ -247,20 +251,21 @@ def load_pretrained(
     their_head = {key for key in state if key.startswith(prefixes)} if prefixes else set()
     fits = own_head == their_head and all(own[k].shape == state[k].shape for k in own_head)
     if fits and known_classes in (None, classes):
-        load_strictly(model.net, state, f"--finetune {path}")
-        return f"{len(state)} tensors, head included"
+        load_strictly(model.net, state, f"{what} {path}")
+        model.origin = f"{len(state)} tensors of {path}, head included"
+        return
     body = {key: value for key, value in state.items() if key not in their_head}
-    load_strictly(model.net, body | {key: own[key] for key in own_head}, f"--finetune {path}")
-    return f"{len(body)} tensors, the head is new"
+    load_strictly(model.net, body | {key: own[key] for key in own_head}, f"{what} {path}")
+    model.origin = f"{len(body)} tensors of {path}, the head is new"
 
 
 def read_weights(
-    path: str | os.PathLike, entry: str | None = None
+    path: str | os.PathLike, entry: str | None = None, what: str = "--finetune"
 ) -> tuple[dict[str, Tensor], list[str] | None]:
     """The state dict in a local file, and its class names where it is a checkpoint of eval.py."""
     path = Path(path).expanduser()
     if not path.is_file():
-        raise UserError(f"--finetune: no file {path}; give a local checkpoint, nothing is downloaded")
+        raise UserError(f"{what}: no file {path}; give a local checkpoint, nothing is downloaded")
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -268,7 +273,7 @@ def read_weights(
         try:
             payload: Any = load_file(path)
         except SafetensorError as error:
-            raise UserError(f"--finetune {path} is not a safetensors file ({error})") from None
+            raise UserError(f"{what} {path} is not a safetensors file ({error})") from None
     else:
         try:
             # Training scripts keep their options, a Namespace of plain values, beside the weights.
@@ -276,18 +281,18 @@ def read_weights(
                 payload = torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"--finetune {path} cannot be read ({reason[:120]})") from None
+            raise UserError(f"{what} {path} cannot be read ({reason[:120]})") from None
     if not isinstance(payload, dict):
-        raise UserError(f"--finetune {path} holds a {type(payload).__name__}, not weights by name")
+        raise UserError(f"{what} {path} holds a {type(payload).__name__}, not weights by name")
 
     if KEY in payload:
-        read_checkpoint(path, ("vit",), "--finetune")
+        read_checkpoint(path, ("vit",), what)
         state = {key.removeprefix("net."): value for key, value in payload["state_dict"].items()}
         return state, payload[KEY]["classes"]
     if entry is not None:
         if not isinstance(payload.get(entry), dict):
             raise UserError(
-                f"--checkpoint_key {entry}: {path} has no such weights; it has {sorted(payload)[:8]}"
+                f"--checkpoint_key {entry}: {path} has no such weights, but {sorted(payload)[:8]}"
             )
         payload = payload[entry]
     else:
@@ -300,5 +305,5 @@ def read_weights(
         if isinstance(value, Tensor):
             state[key] = value
     if not state:
-        raise UserError(f"--finetune {path} holds no tensors; name their entry with --checkpoint_key")
+        raise UserError(f"{what} {path} holds no tensors; name their entry with --checkpoint_key")
     return state, None

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
@@ -39,6 +40,15 @@ class HistoModule(pl.LightningModule):
     def metrics(self) -> set[str]:
         """Names that `self.log` writes during validation: what a checkpoint can be chosen by."""
         return set()
+
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Seed the noise of each batch by (seed, batch number, rank).
+
+        So a resumed run draws what the uninterrupted one would have drawn, without a random state in the
+        checkpoint, and no two ranks draw the same.
+        """
+        key = (self.seed or 0, self.trainer.fit_loop.total_batch_idx, self.global_rank)
+        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[KEY] = make_record(self.kind, self.rebuild_config(), self.classes, self.seed, self.training_only)

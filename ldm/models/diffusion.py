@@ -85,6 +85,11 @@ class LatentDiffusion(HistoModule):
         self.monitor = monitor
         self.first_stage_model, self.first_stage_config = self._first_stage(first_stage_ckpt, first_stage_config)
         self.unet = instantiate_from_config(unet_config)
+        if self.unet.num_classes is not None:
+            raise UserError(
+                f"model.params.unet_config.params.num_classes={self.unet.num_classes}: pre-training is unconditional; "
+                "remove it, classes come in through the guiding classifier"
+            )
         self._check_sizes()
         self.ema = EMA(self.unet, ema_decay) if use_ema else None
         # NaN until it is measured, so that a use before that cannot pass unseen.

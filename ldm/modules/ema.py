@@ -5,6 +5,8 @@ import copy
 import torch
 from torch import nn
 
+from ldm.errors import UserError
+
 
 class EMA(nn.Module):
     """A copy of `net` whose weights follow an exponential moving average.
@@ -21,7 +23,7 @@ class EMA(nn.Module):
     def __init__(self, net: nn.Module, decay: float = 0.9999):
         super().__init__()
         if not 0.0 <= decay < 1.0:
-            raise ValueError(f"EMA decay={decay} must be in [0, 1)")
+            raise UserError(f"ema_decay={decay} must be in [0, 1)")
         self.decay = decay
         self.net = copy.deepcopy(net).eval().requires_grad_(False)
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))

@@ -1,0 +1,143 @@
+"""A folder of procedural tiles in the layout of every training folder: SPLIT/CLASS/image.
+
+File names carry the slide, `slide00003_000017.png`, so tiles can be grouped by it. No slide is in
+two splits, and a split holds the same tiles whatever the size of the others.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from ldm.data.procedural import CLASSES, SIZES, TILES_PER_SLIDE, VERSION, render_tile, slide_of
+from ldm.data.tiles import write_png
+from ldm.errors import UserError
+
+RECORD = "tiles.json"
+# Index of the first tile of each split, per class.
+FIRST = {"train": 0, "val": 50_000, "test": 100_000}
+MOST = 50_000
+POOL_FROM = 2000  # tiles; for fewer, starting processes (each imports torch) takes longer
+assert all(first % TILES_PER_SLIDE == 0 for first in FIRST.values())  # no slide in two splits
+
+
+def tile_name(index: int) -> str:
+    return f"slide{slide_of(index):05d}_{index:06d}.png"
+
+
+def few_labels(train: int, train5: int) -> list[int]:
+    """Which of the training tiles make the few-label subset: evenly spread over the slides."""
+    return [i * train // train5 for i in range(train5)]
+
+
+def _render(out: Path, size: int, seed: int, task: tuple[str, str, int]) -> None:
+    split, name, index = task
+    write_png(out / split / name / tile_name(index), render_tile(name, index, size, seed))
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file; the copy appears whole or not at all."""
+    temporary = target.with_name(f".{target.name}.part")
+    shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
+
+
+def _claim(out: Path, settings: dict) -> None:
+    """Make `out` the folder of these settings, or say that it is another's."""
+    record = out / RECORD
+    if record.is_file():
+        try:
+            found = json.loads(record.read_text())
+        except (ValueError, UnicodeDecodeError):
+            raise UserError(f"{record} is damaged; remove {out} or give another --out") from None
+        if found != settings:
+            differing = [k for k in settings if found.get(k) != settings[k]]
+            shown = ", ".join(f"{k}={found.get(k)} (now {settings[k]})" for k in differing)
+            raise UserError(f"--out {out} holds tiles made with {shown}; give another --out")
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out} exists and was not made by this command; give another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    temporary = out / f".{RECORD}.part"
+    temporary.write_text(json.dumps(settings, indent=1) + "\n")
+    os.replace(temporary, record)
+
+
+def make_tileset(
+    out: str | os.PathLike,
+    size: int = 64,
+    train: int = 60,
+    train5: int = 6,
+    val: int = 20,
+    test: int = 20,
+    seed: int = 0,
+    classes: Sequence[str] = CLASSES,
+    workers: int = 1,
+) -> int:
+    """Write OUT/{train,train5,val,test}/CLASS/*.png; what is there already is kept.
+
+    Args:
+        out: New or empty folder, or one that an interrupted call with the same values left.
+        size: Pixels.
+        train, val, test: Tiles per class; a split of 0 tiles has no folder.
+        train5: Of the training tiles, how many per class are copied to the few-label subset.
+        workers: Processes.
+
+    Returns:
+        How many files were written: 0 when all were there.
+
+    Raises:
+        UserError: A value that is not allowed, or a folder with other contents.
+    """
+    out = Path(out).expanduser()
+    unknown = [name for name in classes if name not in CLASSES]
+    if unknown or not classes or len(set(classes)) != len(classes):
+        raise UserError(
+            f"--classes {' '.join(classes)}: give distinct names of {' '.join(CLASSES)}"
+        )
+    if not SIZES[0] <= size <= SIZES[1]:
+        raise UserError(f"--size {size} must be in [{SIZES[0]}, {SIZES[1]}]")
+    counts = {"train": train, "val": val, "test": test}
+    for split, count in counts.items():
+        least = 1 if split == "train" else 0
+        if not least <= count <= MOST:
+            raise UserError(f"--{split} {count} must be in [{least}, {MOST}]")
+    if not 0 <= train5 <= train:
+        raise UserError(f"--train5 {train5} must be in [0, {train}] (--train)")
+    if seed < 0:
+        raise UserError(f"--seed {seed} must be at least 0")
+    _claim(
+        out,
+        {"version": VERSION, "size": size, **counts, "train5": train5}
+        | {"seed": seed, "classes": list(classes)},
+    )
+
+    tasks = [
+        (split, name, FIRST[split] + i)
+        for split, count in counts.items()
+        for name in classes
+        for i in range(count)
+    ]
+    tasks = [t for t in tasks if not (out / t[0] / t[1] / tile_name(t[2])).exists()]
+    for split, name in {(split, name) for split, name, _ in tasks}:
+        (out / split / name).mkdir(parents=True, exist_ok=True)
+    render = partial(_render, out, size, seed)
+    if workers > 1 and len(tasks) >= POOL_FROM:
+        with ProcessPoolExecutor(workers) as pool:
+            list(pool.map(render, tasks, chunksize=64))
+    else:
+        for task in tasks:
+            render(task)
+
+    copies = 0
+    for name in classes:
+        for i in few_labels(train, train5):
+            target = out / "train5" / name / tile_name(i)
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _copy(out / "train" / name / tile_name(i), target)
+                copies += 1
+    return len(tasks) + copies

@@ -1,0 +1,244 @@
+"""The labelled sets of an evaluation: tiles under timm's transforms, compared before any training.
+
+Letters: S side in pixels.
+"""
+
+import hashlib
+import logging
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torch import Tensor
+
+from ldm.checkpoint import file_sha256
+from ldm.cli import existing_path
+from ldm.data.tiles import TileFolder, check_tiles, decode_tiles, read_tile
+from ldm.errors import UserError
+from ldm.evaluation.settings import NO_AUGMENT, Settings
+from ldm.evaluation.vit import eval_transform
+
+log = logging.getLogger(__name__)
+
+CACHE_LIMIT = 2 * 2**30  # bytes of decoded tiles that one set may hold in memory
+
+
+def seed_generators(*entropy: int, accelerators: bool = True) -> None:
+    """Seed Python's, NumPy's and torch's global generators: timm draws from all three.
+
+    Args:
+        accelerators: Torch's generators of GPUs too, which takes a hundred times as long.
+    """
+    words = np.random.SeedSequence(entropy).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
+    seed_torch = torch.manual_seed if accelerators else torch.default_generator.manual_seed
+    seed_torch(int(words[2]))
+
+
+class TransformedTiles(TileFolder):
+    """Labelled tiles as a timm transform gives them: items are (image, label).
+
+    Args:
+        root: Folder of class folders.
+        size: S.
+        transform: From a PIL image to a tensor (3, S, S).
+        random: Whether the transform draws random numbers; items are then taken by (index, seed),
+            as `ResumableSampler` gives them, and the global generators are left where they end up.
+        classes: The classes there must be; None for those of the folder.
+
+    Raises:
+        UserError: A missing or empty folder, or other classes.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        size: int,
+        transform: Callable[[Image.Image], Tensor],
+        random: bool,
+        classes: Sequence[str] | None = None,
+    ):
+        super().__init__(root, size, labelled=True, classes=classes, check=False)
+        self._timm_transform = transform
+        self._random = random
+
+    @property
+    def is_random(self) -> bool:
+        return self._random
+
+    @property
+    def in_memory(self) -> bool:
+        return self._cached is not None
+
+    def load(self) -> None:
+        """Decode every tile, so that a bad file is known before training, and keep what fits.
+
+        Kept are pixels for a random transform and results for a fixed one.
+
+        Raises:
+            UserError: Naming the unreadable images.
+        """
+        each = read_tile(self.paths[0]).nbytes if self._random else 3 * self.size * self.size
+        if each * len(self) <= CACHE_LIMIT:
+            self._cached = decode_tiles(self.paths, self._prepare)
+        else:
+            check_tiles(self.paths)
+
+    def _prepare(self, path: Path) -> np.ndarray | Tensor:
+        pixels = read_tile(path)
+        return pixels if self._random else self._timm_transform(Image.fromarray(pixels))
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
+        index, seed = key if isinstance(key, tuple) else (key, None)
+        item = self._cached[index] if self.in_memory else self._prepare(self.paths[index])
+        if self._random:
+            if seed is not None:
+                seed_generators(seed, accelerators=False)
+            item = self._timm_transform(Image.fromarray(item))
+        return item, self.labels[index]
+
+    def digests(self) -> list[str]:
+        """SHA-256 of each file."""
+        return [file_sha256(path) for path in self.paths]
+
+
+def train_transform(settings: Settings):
+    """timm's training augmentation: PIL image -> normalised float32 (3, S, S)."""
+    try:
+        transform = create_transform(
+            settings.input_size,
+            is_training=True,
+            color_jitter=settings.color_jitter,
+            auto_augment=None if settings.aa == NO_AUGMENT else settings.aa,
+            interpolation=settings.train_interpolation,
+            re_prob=settings.reprob,
+            re_mode=settings.remode,
+            re_count=settings.recount,
+        )
+    except (AssertionError, ValueError, KeyError):
+        raise UserError(
+            f"--aa {settings.aa} is no policy that timm knows; use for example"
+            " rand-m9-mstd0.5-inc1, augmix-m5-w4-d2, original, v0 or none"
+        ) from None
+    for step in transform.transforms:
+        operations = [*getattr(step, "ops", []), *chain(*getattr(step, "policy", []))]
+        for operation in operations:
+            if operation.name.startswith("Posterize"):
+                operation.level_fn = partial(_at_least_one_bit, operation.level_fn)
+    return transform
+
+
+def _at_least_one_bit(level_fn: Callable, level: float, hparams: dict) -> tuple[int]:
+    """Bits per channel that timm's Posterize keeps.
+
+    At the highest level timm asks for none: a black image with Pillow 12, an exception with 13.
+    """
+    return (max(1, level_fn(level, hparams)[0]),)
+
+
+@dataclass
+class Splits:
+    """The three sets of an evaluation, indexed; `identity` tells whether their files changed."""
+
+    train: TransformedTiles
+    val: TransformedTiles
+    test: TransformedTiles | None
+    identity: dict[str, dict[str, Any]]
+
+    @property
+    def classes(self) -> list[str]:
+        return self.train.classes
+
+    @property
+    def reported(self) -> str:
+        return "val" if self.test is None else "test"
+
+    def load(self) -> None:
+        """Decode all tiles (see `TransformedTiles.load`)."""
+        for tiles in (self.train, self.val, self.test):
+            if tiles is not None:
+                tiles.load()
+
+
+def open_evaluation_sets(
+    data_path: Path, classes: Sequence[str], input_size: int
+) -> dict[str, TransformedTiles]:
+    """Those of `val` and `test` that are below `data_path`."""
+    transform = eval_transform(input_size)
+    found = [name for name in ("val", "test") if (data_path / name).exists()]
+    return {
+        name: TransformedTiles(data_path / name, input_size, transform, False, classes)
+        for name in found
+    }
+
+
+def open_splits(
+    data_path: Path, train_folder: str, settings: Settings, num_classes: int | None = None
+) -> Splits:
+    """Index `data_path`/{train_folder, val, test} and compare their classes.
+
+    Args:
+        train_folder: Name of the training folder, which also names the results.
+        num_classes: What the user believes; checked, never used instead of the folders.
+
+    Raises:
+        UserError: A folder is missing or empty, classes differ or the name leaves `data_path`.
+    """
+    # By name, not resolved: a training folder may well be a link to another disk.
+    relative = Path(train_folder)
+    if relative.is_absolute() or ".." in relative.parts or not relative.parts:
+        raise UserError(
+            f"--output_dir {train_folder}: must name a folder below --data_path {data_path}; it is"
+            " the training subset, and its results go to LOGDIR under the same name"
+        )
+    if relative.parts[0] in ("val", "test"):
+        raise UserError(
+            f"--output_dir {train_folder} is what the network is evaluated on; name the folder"
+            " of the training images"
+        )
+    root = data_path / relative
+    train = TransformedTiles(root, settings.input_size, train_transform(settings), random=True)
+    if num_classes not in (None, len(train.classes)):
+        raise UserError(
+            f"--num_classes {num_classes}: {root} has {len(train.classes)} class folders"
+            f" ({', '.join(train.classes)}); leave the option out or correct the folders"
+        )
+    if len(train.classes) < 2:
+        raise UserError(f"{root} has one class folder, {train.classes[0]}; two or more are needed")
+    existing_path(data_path / "val", "--data_path (val, which chooses the epoch)", "dir")
+    evaluation = open_evaluation_sets(data_path, train.classes, settings.input_size)
+    sets = {"train": train, **evaluation}
+
+    digests = {name: tiles.digests() for name, tiles in sets.items()}
+    for name in evaluation:
+        shared = set(digests["train"]) & set(digests[name])
+        if shared:
+            example = train.relative_paths[digests["train"].index(min(shared))]
+            log.warning(
+                "%d images of %s are in the training set too (%s): results are too good to be true",
+                sum(digest in shared for digest in digests[name]), name, example
+            )  # fmt: skip
+    identity = {}
+    for name, tiles in sets.items():
+        listing = "".join(
+            f"{digest} {path}\n"
+            for digest, path in zip(digests[name], tiles.relative_paths, strict=True)
+        )
+        counts = np.bincount(tiles.labels).tolist()
+        identity[name] = {
+            "images": len(tiles),
+            "per_class": dict(zip(tiles.classes, counts, strict=True)),
+            "sha256": hashlib.sha256(listing.encode()).hexdigest(),
+        }
+    if settings.finetune:
+        identity["finetune"] = {"sha256": file_sha256(settings.finetune)}
+    return Splits(train, evaluation["val"], evaluation.get("test"), identity)

@@ -1,0 +1,131 @@
+"""A plane picture of features: UMAP of real tiles, synthetic tiles and centroids together.
+
+Letters: N points, D features, K classes.
+"""
+
+import csv
+import io
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ldm.errors import UserError
+
+SPECTRAL_LEAST = 16  # points; with fewer, UMAP's spectral start has too few eigenvectors
+
+
+class Points(NamedTuple):
+    """Points of one kind on the plane.
+
+    Attributes:
+        kind: real, synthetic or centroid.
+        labels: n classes, in [0, K).
+        files: n names; empty for centroids.
+        xy: (n, 2).
+    """
+
+    kind: str
+    labels: Sequence[int]
+    files: Sequence[str]
+    xy: np.ndarray
+
+
+def project(features: np.ndarray, neighbors: int, min_dist: float, seed: int) -> np.ndarray:
+    """UMAP (McInnes et al. 2018) to the plane; the same seed gives the same picture.
+
+    Args:
+        features: (N, D), N at least 3.
+        neighbors: Size of the neighbourhood; N - 1 where there are fewer points.
+        min_dist: How closely UMAP packs points, in [0, 1].
+
+    Returns:
+        (N, 2) float32.
+    """
+    from umap import UMAP
+
+    if len(features) < 3:
+        raise UserError(f"a UMAP picture needs at least 3 points, there are {len(features)}")
+    with warnings.catch_warnings():
+        # Its hints are for tuning: a seed means one thread, a small graph is solved densely.
+        warnings.simplefilter("ignore")
+        reducer = UMAP(
+            n_neighbors=min(neighbors, len(features) - 1),
+            min_dist=min_dist,
+            init="spectral" if len(features) >= SPECTRAL_LEAST else "random",
+            random_state=seed,
+            n_jobs=1,
+        )
+        return reducer.fit_transform(np.ascontiguousarray(features, dtype=np.float32))
+
+
+def to_csv(groups: Sequence[Points], classes: Sequence[str]) -> str:
+    """A row per point: set, class, file, x, y."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["set", "class", "file", "x", "y"])
+    for group in groups:
+        files = group.files or [""] * len(group.labels)
+        for label, file, (x, y) in zip(group.labels, files, group.xy, strict=True):
+            writer.writerow([group.kind, classes[label], file, f"{x:.5f}", f"{y:.5f}"])
+    return stream.getvalue()
+
+
+def draw(groups: Sequence[Points], classes: Sequence[str], title: str) -> bytes:
+    """PNG of two panels with the same axes: real tiles, synthetic tiles; centroids in both."""
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    by_kind = {group.kind: group for group in groups}
+    K = len(classes)
+    palette = colormaps["tab10" if K <= 10 else "tab20"].colors
+    colors = [palette[k] if len(palette) >= K else colormaps["hsv"](k / K) for k in range(K)]
+    everything = np.concatenate([group.xy for group in groups])
+    low, high = everything.min(axis=0), everything.max(axis=0)
+    margin = 0.05 * (high - low) + 1e-3
+
+    figure = Figure(figsize=(11.0, 5.4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axes, kind in zip(panels, ("real", "synthetic"), strict=True):
+        other = by_kind["synthetic" if kind == "real" else "real"].xy
+        shown = by_kind[kind]
+        size = float(np.clip(6000 / max(1, len(shown.labels)), 5, 30))
+        axes.scatter(*other.T, s=size / 2, color="0.88", linewidths=0, rasterized=True)
+        axes.scatter(
+            *shown.xy.T,
+            s=size,
+            c=[colors[label] for label in shown.labels],
+            linewidths=0,
+            alpha=0.85,
+        )
+        centroids = by_kind["centroid"]
+        axes.scatter(
+            *centroids.xy.T,
+            s=130,
+            marker="*",
+            c=[colors[label] for label in centroids.labels],
+            edgecolors="black",
+            linewidths=0.8,
+            zorder=3,
+        )
+        axes.set(xlim=(low[0] - margin[0], high[0] + margin[0]), xticks=[], yticks=[])
+        axes.set(ylim=(low[1] - margin[1], high[1] + margin[1]))
+        axes.set_title(f"{kind} ({len(shown.labels)} tiles)", fontsize=11)
+        for spine in axes.spines.values():
+            spine.set_color("0.75")
+    handles = [
+        Line2D([], [], marker="o", linestyle="", color=color, label=name)
+        for name, color in zip(classes, colors, strict=True)
+    ]
+    handles.append(
+        Line2D([], [], marker="*", linestyle="", ms=11, mfc="none", mec="black", label="centroid")
+    )
+    figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=9)
+    figure.suptitle(title, fontsize=11)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", metadata={"Software": None})
+    return stream.getvalue()

@@ -1,0 +1,699 @@
+"""eval.py and the classifier behind it, on tiny real networks and coloured tiles."""
+
+import argparse
+import json
+import logging
+import math
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from timm.data import create_transform
+from timm.data.auto_augment import AugmentOp
+
+import eval as command
+from ldm.checkpoint import KEY, read_checkpoint, write_checkpoint
+from ldm.data.tiles import read_tile
+from ldm.errors import UserError
+from ldm.evaluation import runs, training
+from ldm.evaluation.baselines import colour_histogram, colour_histogram_baseline
+from ldm.evaluation.metrics import confusion_matrix, scores
+from ldm.evaluation.sets import TransformedTiles, open_splits, seed_generators, train_transform
+from ldm.evaluation.settings import Settings
+from ldm.evaluation.training import Compute, Trainer, build_network
+from ldm.evaluation.vit import TileClassifier, eval_transform, load_pretrained, load_vit
+from tests import tiny
+
+ROOT = Path(command.__file__).parent
+NETWORK = dict(arch="test_vit", patch_size=16, input_size=tiny.PIXELS)
+CPU = Compute(torch.device("cpu"), "32", num_workers=0)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiles")
+    for seed, (name, count) in enumerate({"train5+fake50%": 7, "val": 5, "test": 6}.items()):
+        tiny.tiles(folder / name, count, seed)
+    return folder
+
+
+@pytest.fixture
+def data(source, tmp_path):
+    """train5+fake50% (21 images of 3 classes), val (15) and test (18), free to be changed."""
+    return Path(shutil.copytree(source, tmp_path / "data"))
+
+
+def argv(data, *options, epochs=2, subset="train5+fake50%"):
+    """A short command; `options` come last and so win."""
+    fixed = f"--arch test_vit --patch_size 16 --input-size {tiny.PIXELS} --epochs {epochs}"
+    fixed += " --device cpu --num_workers 0 --lr 0.05"
+    paths = ["--data_path", str(data), "--output_dir", subset, "--logdir", str(data / "logs")]
+    return [*fixed.split(), *paths, *map(str, options)]
+
+
+def run(data, *options, **kwargs):
+    command.main(argv(data, *options, **kwargs))
+    return json.loads((data / "logs" / "train5+fake50%" / "summary.json").read_text())
+
+
+def loaded_splits(data, settings):
+    splits = open_splits(data, "train5+fake50%", settings)
+    splits.load()
+    return splits
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def predictions(model, folder, transform=None):
+    """Metrics by the longest way round: one image at a time, from its file."""
+    transform = transform or eval_transform(model.input_size)
+    labels, predicted = [], []
+    for label, name in enumerate(sorted(tiny.CLASSES)):
+        for path in sorted((folder / name).iterdir()):
+            image = transform(Image.fromarray(read_tile(path)))
+            labels.append(label)
+            predicted.append(model(image[None]).argmax().item())
+    return scores(confusion_matrix(labels, predicted, 3), sorted(tiny.CLASSES))
+
+
+# --- The command ---------------------------------------------------------------------------------
+
+
+def test_trains_selects_on_val_and_reports_test(data, capsys):
+    summary = run(data, "--seeds", 0, 1, epochs=8)
+    folder = data / "logs" / "train5+fake50%"
+    assert summary["split"] == "test" and summary["selected_on"] == "val"
+    assert summary["seeds"] == [0, 1]
+    assert (summary["n_train"], summary["n_val"], summary["n_test"]) == (21, 15, 18)
+    assert summary["mean"]["accuracy"] > 0.6, "three plain colours; chance is 1/3"
+    for result in summary["per_seed"]:
+        seed_folder = folder / f"seed{result['seed']}"
+        model, record = load_vit(seed_folder)
+        assert record["classes"] == model.classes == sorted(tiny.CLASSES)
+        # The stored network is the one whose numbers are reported.
+        assert predictions(model, data / "test") == result["test"]
+        assert predictions(model, data / "val") == result["val"]
+        rows = (seed_folder / "metrics.csv").read_text().splitlines()
+        assert len(rows) == 1 + 8
+        best = max(range(8), key=lambda e: float(rows[1 + e].split(",")[4]))
+        assert result["best_epoch"] in range(1, 9)
+        assert result["val"]["accuracy"] == pytest.approx(float(rows[1 + best].split(",")[4]), 1e-5)
+        assert [path.name for path in (seed_folder / "checkpoints").iterdir()] == ["best.ckpt"]
+    values = [result["test"]["accuracy"] for result in summary["per_seed"]]
+    assert summary["mean"]["accuracy"] == pytest.approx(sum(values) / 2)
+    assert summary["std"]["accuracy"] == pytest.approx(abs(values[0] - values[1]) / math.sqrt(2))
+    printed = capsys.readouterr().out
+    assert "deviation" in printed and "test set of 18 images" in printed
+
+
+def test_without_a_test_set_val_is_reported_and_said_so(data, capsys):
+    shutil.rmtree(data / "test")
+    summary = run(data)
+    assert summary["split"] == "val" and "test" not in summary["per_seed"][0]
+    assert summary["mean"]["accuracy"] == summary["per_seed"][0]["val"]["accuracy"]
+    assert summary["std"]["accuracy"] is None
+    assert "optimistic" in capsys.readouterr().out
+
+
+def test_the_test_set_is_read_once(data, monkeypatch):
+    seen = []
+    original = TransformedTiles.__getitem__
+
+    def counted(self, key):
+        seen.append(self.paths[key if isinstance(key, int) else key[0]].parent.parent.name)
+        return original(self, key)
+
+    monkeypatch.setattr(TransformedTiles, "__getitem__", counted)
+    run(data, epochs=3)
+    assert seen.count("test") == 18 and seen.count("val") == 3 * 15
+    assert "test" not in seen[: -seen.count("test")], "test comes after everything else"
+
+
+def test_the_same_command_again_trains_nothing(data, monkeypatch):
+    first = run(data)
+    monkeypatch.setattr(runs, "Trainer", None)  # to build one would be a TypeError
+    assert run(data) == first
+
+
+def test_more_seeds_keep_those_that_are_finished(data):
+    first = run(data, "--seed", 1)["per_seed"][0]
+    summary = run(data, "--seeds", 0, 1)
+    assert summary["per_seed"][1] == first and summary["per_seed"][0]["seed"] == 0
+
+
+def test_other_settings_or_files_do_not_mix_with_earlier_results(data):
+    first = run(data)
+    with pytest.raises(UserError, match=r"lr was 0\.05, is 0\.01; add --overwrite"):
+        run(data, "--lr", "0.01")
+    second = run(data, "--lr", "0.01", "--overwrite")
+    assert second["settings"]["lr"] == 0.01 and second["per_seed"] != first["per_seed"]
+
+    shutil.copy(data / "val/ADI/1_0.png", data / "val/ADI/another.png")
+    with pytest.raises(UserError, match="the files of val changed"):
+        run(data, "--lr", "0.01")
+
+
+def test_a_bad_image_costs_no_earlier_result(data):
+    run(data)
+    (data / "val/ADI/1_0.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"val/ADI/1_0\.png"):
+        run(data, "--overwrite")
+    assert (data / "logs/train5+fake50%/seed0/result.json").is_file()
+
+
+def test_eval_only(data, capsys):
+    trained = run(data)["per_seed"][0]
+    command.main(argv(data, "--eval"))
+    report = json.loads((data / "logs/train5+fake50%/evaluation.json").read_text())
+    assert report["test"] == trained["test"] and report["val"] == trained["val"]
+
+    # A checkpoint by name, other sets, and no training folder.
+    other = data / "other"
+    tiny.tiles(other / "test", 2, seed=9)
+    checkpoint = data / "logs/train5+fake50%/seed0/checkpoints/best.ckpt"
+    command.main(argv(other, "--eval", "--resume", checkpoint, subset="elsewhere"))
+    report = json.loads((other / "logs/elsewhere/evaluation.json").read_text())
+    assert report["test"]["images"] == 6 and "val" not in report
+    (other / "test" / "TUM").rename(other / "test" / "NORM")
+    with pytest.raises(UserError, match=r"missing \['TUM'\], extra \['NORM'\]"):
+        command.main(argv(other, "--eval", "--resume", checkpoint, subset="elsewhere"))
+
+
+def test_a_training_folder_may_be_a_link(data, tmp_path):
+    target = (data / "train5+fake50%").rename(tmp_path / "on another disk")
+    (data / "train5+fake50%").symlink_to(target, target_is_directory=True)
+    assert run(data)["n_train"] == 21
+
+
+def test_a_warning_when_an_evaluated_image_was_trained_on(data, caplog):
+    shutil.copy(data / "test/ADI/2_0.png", data / "train5+fake50%/ADI/copy.png")
+    with caplog.at_level(logging.WARNING):
+        open_splits(data, "train5+fake50%", Settings(**NETWORK))
+    assert "1 images of test are in the training set too (ADI/copy.png)" in caplog.text
+
+
+# --- Resume and randomness -----------------------------------------------------------------------
+
+
+def interrupt_after(monkeypatch, epochs):
+    """Save after every epoch and stop like Ctrl-C before epoch number `epochs`."""
+    original = Trainer.run_epoch
+
+    def run_epoch(self):
+        if self.epoch == epochs:
+            raise KeyboardInterrupt
+        return original(self)
+
+    monkeypatch.setattr(training, "SAVE_SECONDS", -1)
+    monkeypatch.setattr(Trainer, "run_epoch", run_epoch)
+
+
+TIMES = ("seconds", "images_per_second")
+
+
+def rows_without_times(folder):
+    header, *rows = [line.split(",") for line in (folder / "metrics.csv").read_text().split()]
+    kept = [i for i, name in enumerate(header) if name not in TIMES]
+    return [[row[i] for i in kept] for row in rows]
+
+
+@pytest.mark.parametrize("options", [(), ("--no-model-ema", "--drop", "0.1", "--opt", "sgd")])
+def test_resumed_equals_uninterrupted(data, tmp_path, options):
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    command.main(argv(data, *options, "--logdir", straight, epochs=4))
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            command.main(argv(data, *options, "--logdir", stopped, epochs=4))
+    run_folder = stopped / "train5+fake50%" / "seed0"
+    assert read_checkpoint(run_folder)["training"]["epoch"] == 2
+    assert not (run_folder / "result.json").exists()
+    torch.manual_seed(123)  # what other code does with random numbers must not matter
+    command.main(argv(data, *options, "--logdir", stopped, epochs=4))
+
+    reference = straight / "train5+fake50%" / "seed0"
+    a, b = (read_checkpoint(f / "checkpoints/best.ckpt") for f in (reference, run_folder))
+    assert same(a["state_dict"], b["state_dict"])
+    assert rows_without_times(reference) == rows_without_times(run_folder)
+    assert len(rows_without_times(reference)) == 4
+
+
+def test_resume_by_name_and_its_refusals(data, tmp_path, monkeypatch):
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            command.main(argv(data))
+    last = data / "logs/train5+fake50%/seed0/checkpoints/last.ckpt"
+    elsewhere = ("--logdir", tmp_path / "elsewhere", "--resume", last)
+    with pytest.raises(UserError, match="epochs was 2, is 3"):
+        command.main(argv(data, *elsewhere, epochs=3))
+    with pytest.raises(UserError, match="is of seed 0, not 1"):
+        command.main(argv(data, *elsewhere, "--seed", 1))
+    command.main(argv(data, *elsewhere))
+    with pytest.raises(UserError, match="is finished; choose another"):
+        command.main(argv(data, *elsewhere))
+    best = tmp_path / "elsewhere/train5+fake50%/seed0/checkpoints/best.ckpt"
+    with pytest.raises(UserError, match="finished network"):
+        command.main(argv(data, "--logdir", tmp_path / "third", "--resume", best))
+
+
+def test_batches_do_not_depend_on_loader_processes(data):
+    settings = Settings(**NETWORK, epochs=2, batch_size=8)
+    splits = loaded_splits(data, settings)
+    found = []
+    for workers in (0, 2):
+        trainer = Trainer(settings, 5, splits, Compute(CPU.device, "32", workers))
+        torch.manual_seed(workers)
+        found.append([images for epoch in range(2) for images, _ in batches(trainer, epoch)])
+    assert len(found[0]) == 2 * (21 // 8)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert not torch.equal(found[0][0], found[0][2]), "another epoch, other images"
+
+
+def batches(trainer, epoch):
+    trainer.sampler.set_epoch(epoch)
+    return list(trainer.loader)
+
+
+def test_seeds_differ_and_repeat(data):
+    settings = Settings(**NETWORK, epochs=1)
+    splits = loaded_splits(data, settings)
+    states = []
+    for seed in (0, 0, 1):
+        trainer = Trainer(settings, seed, splits, CPU)
+        trainer.run_epoch()
+        states.append(trainer.best_state)
+    assert same(states[0], states[1]) and not same(states[0], states[2])
+
+
+# --- Training details ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "batch_size, mixup, batch, steps",
+    [(256, 0.8, 20, 1), (256, 0.0, 21, 1), (8, 0.8, 8, 2), (7, 0.0, 7, 3), (20, 0.8, 20, 1)],
+)
+def test_no_epoch_is_empty_and_mixed_batches_are_even(data, batch_size, mixup, batch, steps):
+    settings = Settings(**NETWORK, batch_size=batch_size, mixup=mixup, cutmix=mixup)
+    trainer = Trainer(settings, 0, loaded_splits(data, settings), CPU)
+    assert (trainer.batch_size, trainer.steps) == (batch, steps)
+    assert [len(y) for _, y in batches(trainer, 0)] == [batch] * steps
+    assert trainer.lr == pytest.approx(5e-4 * batch / 512)
+    trainer.run_epoch()
+
+
+def test_defaults_are_the_published_settings():
+    published = dict(
+        arch="vit_small", input_size=224, epochs=300, batch_size=256, opt="adamw", lr=5e-4,
+        sched="cosine", min_lr=1e-5, warmup_lr=1e-6, weight_decay=0.05, drop_path=0.1, drop=0.0,
+        mixup=0.8, cutmix=1.0, mixup_prob=1.0, mixup_switch_prob=0.5, mixup_mode="batch",
+        smoothing=0.1, aa="rand-m9-mstd0.5-inc1", reprob=0.25, remode="pixel", recount=1,
+        color_jitter=0.4, model_ema=True, model_ema_decay=0.99996, clip_grad=None, momentum=0.9,
+        train_interpolation="bicubic",
+    )  # fmt: skip
+    settings = Settings()
+    assert {name: getattr(settings, name) for name in published} == published
+    assert settings.warmup == 5 and Settings(epochs=20).warmup == 2
+
+
+def test_learning_rate_warms_up_and_falls_to_its_floor(data):
+    settings = Settings(
+        **NETWORK, epochs=10, batch_size=10, warmup_epochs=2, cooldown_epochs=2, lr=0.05
+    )
+    trainer = Trainer(settings, 0, loaded_splits(data, settings), CPU)
+    assert trainer.epochs == 12 and trainer.steps == 2
+    rates = []
+    for update in range(trainer.epochs * trainer.steps):
+        trainer.schedule.step_update(update)
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+    top = 0.05 * 10 / 512
+    assert rates[:3] == pytest.approx([1e-6, 1e-6 + (top - 1e-6) / 4, 1e-6 + (top - 1e-6) / 2])
+    # timm's cosine counts the warm-up as part of its length.
+    assert rates[10] == pytest.approx(1e-5 + (top - 1e-5) * (1 + math.cos(math.pi / 2)) / 2)
+    assert rates[20:] == pytest.approx([1e-5] * 4)
+    # Biases, norms and embeddings are not decayed.
+    decays = {group["weight_decay"] for group in trainer.optimizer.param_groups}
+    assert decays == {0.0, 0.05}
+
+
+def test_a_floor_above_the_rate_of_a_tiny_batch_is_lowered(data):
+    settings = Settings(**NETWORK, epochs=10, batch_size=2)
+    trainer = Trainer(settings, 0, loaded_splits(data, settings), CPU)
+    rates = []
+    for update in range(trainer.epochs * trainer.steps):
+        trainer.schedule.step_update(update)
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+    assert max(rates) <= trainer.lr * (1 + 1e-9) < 1e-5
+
+
+def test_the_average_is_what_counts_and_does_not_stay_at_its_start(data):
+    settings = Settings(**NETWORK, epochs=8, batch_size=10, lr=0.05, mixup=0.0, cutmix=0.0)
+    trainer = Trainer(settings, 0, loaded_splits(data, settings), CPU)
+    start = trainer.model.net.blocks[0].mlp.fc1.weight.detach().clone()
+    published = start.clone()  # the published script's average: a fixed decay from the start on
+    moved = []
+    for _ in range(8):
+        trainer.run_epoch()
+        now = trainer.model.net.blocks[0].mlp.fc1.weight.detach()
+        published.lerp_(now, 1 - 0.99996**trainer.steps)
+        moved.append((now - start).norm())
+    average = trainer.ema.net.net.blocks[0].mlp.fc1.weight
+    assert (average - start).norm() > 0.5 * moved[-1]
+    assert (published - start).norm() < 0.01 * moved[-1], "the bad version, which learns nothing"
+    assert not torch.equal(average, trainer.model.net.blocks[0].mlp.fc1.weight)
+    assert trainer.evaluated is trainer.ema.net
+
+
+def test_ties_on_val_go_to_the_lower_loss(data, monkeypatch):
+    settings = Settings(**NETWORK, epochs=4)
+    trainer = Trainer(settings, 0, loaded_splits(data, settings), CPU)
+    offered = iter([(0.5, 1.0), (0.5, 0.8), (0.5, 0.9), (0.4, 0.1)])
+    values = scores(confusion_matrix([0], [0], 3), sorted(tiny.CLASSES))
+
+    def fake(*_):
+        accuracy, loss = next(offered)
+        return {**values, "accuracy": accuracy}, loss
+
+    monkeypatch.setattr(training, "evaluate", fake)
+    for _ in range(4):
+        trainer.run_epoch()
+    assert trainer.best["epoch"] == 2
+
+
+def test_a_loss_that_is_no_number_stops_the_run(data):
+    settings = Settings(**NETWORK, epochs=1)
+    trainer = Trainer(settings, 0, loaded_splits(data, settings), CPU)
+    with torch.no_grad():
+        trainer.model.net.head.bias.fill_(math.nan)
+    with pytest.raises(UserError, match="loss is nan at epoch 1, step 1"):
+        trainer.run_epoch()
+
+
+def test_posterize_keeps_a_bit():
+    level = 10.0  # reached by 2% of the draws of rand-m9-mstd0.5
+    assert AugmentOp("PosterizeIncreasing").level_fn(level, {}) == (0,), "timm's: a black image"
+    for policy in ("rand-m9-mstd0.5-inc1", "original", "augmix-m5-w4-d2", "v0r"):
+        transform = train_transform(Settings(**NETWORK, aa=policy))
+        policy_step = transform.transforms[2]
+        operations = getattr(policy_step, "ops", None) or sum(policy_step.policy, [])
+        found = [op for op in operations if op.name.startswith("Posterize")]
+        assert found and all(op.level_fn(level, {})[0] >= 1 for op in found)
+    strongest = train_transform(Settings(**NETWORK, aa="rand-m10-n8-inc1"))
+    for seed in range(50):
+        seed_generators(seed)
+        assert strongest(Image.new("RGB", (40, 40), "pink")).shape == (3, 32, 32)
+
+
+# --- Network and weights -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arch, options, features",
+    [
+        ("vit_tiny", dict(patch_size=8, input_size=64), 192),
+        ("vit_tiny", dict(input_size=64), 192),
+        ("vit_tiny", dict(input_size=32, avgpool_patchtokens=True), 192),
+        ("test_resnet", dict(input_size=40, drop_path=0.1), 96),
+        ("test_efficientnet", dict(input_size=64), 256),
+    ],
+)
+def test_architectures(arch, options, features):
+    model = TileClassifier(arch, 3, **options).eval()
+    size = options["input_size"]
+    images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
+    with torch.no_grad():
+        assert model(images).shape == (2, 3)
+        assert model.forward_features(images).shape == (2, features)
+    if arch == "vit_tiny":
+        patch = options.get("patch_size", 16)
+        assert model.net.pos_embed.shape[1] == 1 + (size // patch) ** 2
+        # The class token after the norm, or the mean of the others.
+        tokens = model.net.forward_features(model._normalised(images))
+        if "avgpool_patchtokens" not in options:
+            assert torch.equal(model.forward_features(images), tokens[:, 0])
+        else:
+            expected = model.net.fc_norm(tokens[:, 1:].mean(dim=1))
+            assert torch.allclose(model.forward_features(images), expected)
+
+
+def test_vit_small_is_the_published_size():
+    model = TileClassifier("vit_small", 9)
+    assert sum(p.numel() for p in model.parameters()) == 21_669_129
+    assert model.net.patch_embed.patch_size == (16, 16) and model.feature_dim == 384
+
+
+@pytest.mark.parametrize(
+    "arch, options, message",
+    [
+        ("vit_smal", {}, "nearest: vit_small"),
+        ("facebook/vit", {}, "nor in timm"),
+        ("vit_tiny", dict(input_size=60), "not a multiple of the 16 px patches"),
+        ("test_resnet", dict(patch_size=8, input_size=32), "takes no patch_size"),
+        ("test_resnet", dict(attn_drop_rate=0.1, input_size=32), "takes no attn_drop_rate"),
+        ("test_resnet", dict(avgpool_patchtokens=True, input_size=32), "no class token"),
+    ],
+)
+def test_architectures_that_do_not_go(arch, options, message):
+    with pytest.raises(UserError, match=message):
+        TileClassifier(arch, 3, **options)
+
+
+def test_uint8_input_is_normalised_as_timm_does(source):
+    model = TileClassifier(**NETWORK, num_classes=3)
+    path = next((source / "test/TUM").iterdir())
+    image = Image.fromarray(read_tile(path)).resize((50, 40))
+    whole = create_transform(32, interpolation="bicubic", crop_pct=0.875)(image)
+    ours = model._normalised(eval_transform(32)(image)[None])[0]
+    assert torch.allclose(ours, whole, atol=1e-6)
+
+
+def head(state):
+    return {key for key in state if key.startswith("head.")}
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_of_another_script(tmp_path, suffix):
+    """A teacher's backbone with a projection head, at another resolution: all but the head fits."""
+    teacher = TileClassifier("test_vit", 7, patch_size=16, input_size=64).net.state_dict()
+    state = {f"module.backbone.{key}": value for key, value in teacher.items()}
+    state["module.head.mlp.0.weight"] = torch.zeros(4, 4)
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".pth":
+        torch.save({"epoch": 3, "args": argparse.Namespace(lr=1), "teacher": state}, path)
+    else:
+        save_file(state, path)
+    model = TileClassifier(**NETWORK, num_classes=3)
+    before = {key: value.clone() for key, value in model.net.state_dict().items()}
+    load_pretrained(model, path, classes=tiny.CLASSES)
+    after = model.net.state_dict()
+    assert "the head is new" in model.origin
+    for key, value in after.items():
+        if key in head(after):
+            assert torch.equal(value, before[key])
+        elif key != "pos_embed":
+            assert torch.equal(value, teacher[key])
+    assert after["pos_embed"].shape[1] < teacher["pos_embed"].shape[1]
+
+
+def test_own_checkpoint_keeps_its_head_for_the_same_classes_only(data, tmp_path):
+    checkpoint = save_vit(tmp_path / "a.ckpt", sorted(tiny.CLASSES))
+    wanted = read_checkpoint(checkpoint)["state_dict"]["net.head.weight"]
+    for classes, kept in ((sorted(tiny.CLASSES), True), (["ADI", "LYM", "MUC"], False)):
+        settings = Settings(**NETWORK, finetune=str(checkpoint))
+        model = build_network(settings, classes)
+        assert torch.equal(model.net.head.weight, wanted) is kept
+    summary = run(data, "--finetune", checkpoint)
+    assert "head included" in summary["per_seed"][0]["weights"]
+    save_vit(checkpoint, sorted(tiny.CLASSES), seed=1)
+    with pytest.raises(UserError, match="the files of finetune changed"):
+        run(data, "--finetune", checkpoint)
+
+
+def save_vit(path, classes, seed=0):
+    torch.manual_seed(seed)
+    model = TileClassifier(**NETWORK, num_classes=len(classes))
+    model.classes = classes
+    write_checkpoint(path, {KEY: model.record(0), "state_dict": model.state_dict()})
+    return path
+
+
+def test_weights_that_do_not_fit(tmp_path):
+    model = TileClassifier(**NETWORK, num_classes=3)
+    state = model.net.state_dict()
+    path = tmp_path / "weights.pth"
+
+    torch.save({k: v for k, v in state.items() if "blocks.1.mlp" not in k}, path)
+    with pytest.raises(UserError, match=r"do not fit.*Missing.*blocks\.1\.mlp"):
+        load_pretrained(model, path)
+    torch.save({**state, "extra.weight": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match=r"do not fit.*Unexpected.*extra\.weight"):
+        load_pretrained(model, path)
+    with pytest.raises(UserError, match="no such weights"):
+        load_pretrained(model, path, entry="teacher")
+    torch.save({"epoch": 1}, path)
+    with pytest.raises(UserError, match="holds no tensors"):
+        load_pretrained(model, path)
+    path.write_bytes(b"PK\x03\x04 cut short")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_pretrained(model, path)
+    path.with_suffix(".safetensors").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="not a safetensors file"):
+        load_pretrained(model, path.with_suffix(".safetensors"))
+
+
+# --- Mistakes ------------------------------------------------------------------------------------
+
+
+def spoil_class_names(data):
+    (data / "val/TUM").rename(data / "val/TUMOUR")
+
+
+def spoil_class_folder(data):
+    for path in (data / "test/LYM").iterdir():
+        path.unlink()
+
+
+def spoil_image(data):
+    path = data / "test/LYM/2_3.png"
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def spoil_train(data):
+    shutil.rmtree(data / "train5+fake50%/ADI")
+    shutil.rmtree(data / "train5+fake50%/LYM")
+
+
+def spoil_val(data):
+    shutil.rmtree(data / "val")
+
+
+@pytest.mark.parametrize(
+    "spoil, options, message",
+    [
+        (spoil_class_names, "", r"val: class folders .*missing \['TUM'\], extra \['TUMOUR'\]"),
+        (spoil_class_folder, "", "test/LYM has no images"),
+        (spoil_image, "", r"test/LYM/2_3\.png: .*unreadable or truncated"),
+        (spoil_train, "", "one class folder"),
+        (spoil_val, "", "val does not exist"),
+        (None, "--output_dir nowhere", "nowhere does not exist"),
+        (None, "--output_dir .", "must name a folder below --data_path"),
+        (None, "--output_dir val/ADI", "is what the network is evaluated on"),
+        (None, "--output_dir ../data", "must name a folder below --data_path"),
+        (None, "--data_path /nowhere", "/nowhere does not exist"),
+        (None, "--num_classes 9", "has 3 class folders"),
+        (None, "--arch vit_smal", "nearest: vit_small"),
+        (None, "--input-size 40", "not a multiple"),
+        (None, "--batch-size 15", "must be even"),
+        (None, "--epochs 5 --warmup-epochs 5", "must be less than --epochs"),
+        (None, "--cooldown-epochs 2 --sched constant", "needs a --sched that decays"),
+        (None, "--color-jitter 0.1", "no effect under --aa"),
+        (None, "--aa strong", "no policy that timm knows"),
+        (None, "--opt adamww", "use .*adamw"),
+        (None, "--finetune nothing.pth", "nothing.pth does not exist"),
+        (None, "--checkpoint_key teacher", "--finetune"),
+        (None, "--precision 16-mixed", "needs a CUDA device"),
+        (None, "--device cuda:77", "cuda:77"),
+        (None, "--seed 1 --seeds 1 2", "exclude each other"),
+        (None, "--resume x --seeds 1 2", "one network"),
+        (None, "--resume x", "no file x"),
+        (None, "--eval", "seed0 does not exist"),
+    ],
+)
+def test_a_mistake_is_one_line_and_writes_nothing(data, spoil, options, message):
+    if spoil:
+        spoil(data)
+    with pytest.raises(UserError, match=message) as caught:
+        command.main(argv(data, *options.split()))
+    assert "\n" not in str(caught.value)
+    assert not (data / "logs").exists()
+
+
+def test_evaluating_a_checkpoint_of_another_kind(data, tmp_path):
+    autoencoder = tiny.save(tiny.autoencoder(), tmp_path / "autoencoder.ckpt")
+    with pytest.raises(UserError, match="of kind autoencoder; needed is vit"):
+        command.main(argv(data, "--eval", "--resume", autoencoder))
+
+
+def start(*arguments):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "eval.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize(
+    "options", [("--epochs", "0"), ("--drop-path", "1.5"), ("--lr", "nan"), ("--no-such-flag",)]
+)
+def test_exit_status_2_from_the_parser(data, options, capsys):
+    with pytest.raises(SystemExit) as caught:
+        command.main(argv(data, *options))
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_exit_status_2_and_one_line_from_a_shell(data):
+    done = start(*argv(data, "--data_path", data / "nowhere"))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("eval.py: error: ") and done.stderr.count("\n") == 1
+    assert "nowhere does not exist" in done.stderr
+
+
+def test_help_answers_at_once():
+    durations = []
+    for _ in range(3):
+        begin = time.monotonic()
+        done = start("--help")
+        durations.append(time.monotonic() - begin)
+        assert done.returncode == 0 and "--model-ema" in done.stdout
+    assert min(durations) < 1.5
+
+
+def test_options_of_the_published_script(data):
+    """Its flags keep their names, so that its command lines still run."""
+    line = (
+        "--batch-size 8 --epochs 1 --num_classes 3 --avgpool_patchtokens 1 --arch test_vit"
+        " --patch_size 16 --input-size 32 --drop 0.0 --attn_drop_rate 0.1 --drop-path 0.1"
+        " --model-ema --model-ema-decay 0.999 --opt adamw --clip-grad 1.0 --weight-decay 0.05"
+        " --momentum 0.9 --sched cosine --lr 5e-4 --min-lr 1e-5 --warmup-lr 1e-6"
+        " --warmup-epochs 0 --cooldown-epochs 1 --color-jitter 0.4 --aa rand-m9-mstd0.5-inc1"
+        " --smoothing 0.1 --train-interpolation bicubic --reprob 0.25 --remode pixel --recount 1"
+        " --mixup 0.8 --cutmix 1.0 --mixup-prob 1.0 --mixup-switch-prob 0.5 --mixup-mode batch"
+        " --device cpu --seed 3 --num_workers 0"
+    )
+    summary = run(data, *line.split())
+    assert summary["settings"]["clip_grad"] == 1.0 and summary["seeds"] == [3]
+    assert summary["per_seed"][0]["epochs"] == 2, "one epoch and one of cooldown"
+
+
+# --- The baseline --------------------------------------------------------------------------------
+
+
+def test_colour_histogram_by_hand():
+    pixels = torch.zeros(2, 2, 3, dtype=torch.uint8).numpy()
+    pixels[0, 0] = (255, 16, 15)
+    expected = torch.zeros(48)
+    expected[[0, 15, 16, 17, 32]] = torch.tensor([0.75, 0.25, 0.75, 0.25, 1.0])
+    assert colour_histogram(pixels).tolist() == expected.tolist()
+
+
+def test_colour_histogram_baseline_knows_colour_and_nothing_else(data):
+    result = colour_histogram_baseline(data / "train5+fake50%", data / "test")
+    assert result["accuracy"] == 1.0 and result["images"] == 18
+    assert result == colour_histogram_baseline(data / "train5+fake50%", data / "test")
+    # The same pictures under each other's names: now colour misleads.
+    for old, new in (("ADI", "x"), ("LYM", "ADI"), ("TUM", "LYM"), ("x", "TUM")):
+        (data / "test" / old).rename(data / "test" / new)
+    assert colour_histogram_baseline(data / "train5+fake50%", data / "test")["accuracy"] == 0.0
+    spoil_class_names(data)
+    with pytest.raises(UserError, match="TUMOUR"):
+        colour_histogram_baseline(data / "train5+fake50%", data / "val")

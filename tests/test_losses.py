@@ -1,0 +1,157 @@
+"""The autoencoder's loss, its discriminator and LPIPS; the moving average of weights."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from ldm.errors import UserError
+from ldm.modules import losses
+from ldm.modules.autoencoder import DiagonalGaussian
+from ldm.modules.ema import EMA
+from ldm.modules.losses import LPIPSWithDiscriminator, build_lpips
+
+
+@pytest.fixture(scope="module")
+def vgg_weights(tmp_path_factory):
+    """A file with the names and shapes of torchvision's VGG-16, random weights."""
+    from torchvision.models import vgg16
+
+    torch.manual_seed(0)
+    features = vgg16(weights=None).features.state_dict()
+    path = tmp_path_factory.mktemp("weights") / "vgg16.pth"
+    torch.save({f"features.{k}": v for k, v in features.items()}, path)
+    return path
+
+
+def images(seed: int) -> torch.Tensor:
+    return torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def posterior() -> DiagonalGaussian:
+    return DiagonalGaussian(torch.linspace(-1, 1, 2 * 6 * 16).view(2, 6, 4, 4))
+
+
+def test_terms_by_hand():
+    x, x_rec, q = images(0), images(1), posterior()
+    loss_fn = LPIPSWithDiscriminator(
+        disc_start=0, disc_weight=0, perceptual_weight=0, kl_weight=0.1, logvar_init=0.5, pixelloss_weight=2.0
+    )
+    loss, log = loss_fn.generator_loss(x, x_rec, q, step=5)
+    l1 = (x - x_rec).abs()
+    nll = (2 * l1 / torch.e**0.5 + 0.5).sum() / 2
+    torch.testing.assert_close(loss, nll + 0.1 * q.kl().mean())
+    torch.testing.assert_close(log["rec_loss"], l1.mean())
+    assert loss_fn.discriminator is None and not list(loss_fn.parameters())
+
+
+def test_discriminator_starts_and_ramps():
+    loss_fn = LPIPSWithDiscriminator(disc_start=10, disc_ramp=4, perceptual_weight=0, disc_factor=2.0)
+    assert [loss_fn.disc_scale(s) for s in (0, 9, 10, 11, 13, 99)] == [0, 0, 0.5, 1.0, 2.0, 2.0]
+    at_once = LPIPSWithDiscriminator(disc_start=10, perceptual_weight=0)
+    assert [at_once.disc_scale(s) for s in (9, 10)] == [0, 1]
+
+
+def test_adaptive_weight_balances_gradients_and_is_clamped():
+    torch.manual_seed(0)
+    last = nn.Conv2d(3, 3, 1)
+    x, h = images(0), images(1)
+    loss_fn = LPIPSWithDiscriminator(disc_start=0, perceptual_weight=0, disc_weight=0.5)
+    x_rec = last(h)
+    nll, g = (x - x_rec).abs().sum(), -loss_fn.discriminator(x_rec).mean()
+    grads = [torch.autograd.grad(v, last.weight, retain_graph=True)[0].norm() for v in (nll, g)]
+    expected = 0.5 * (grads[0] / (grads[1] + 1e-4)).clamp(0, 1e4)
+    torch.testing.assert_close(loss_fn.adaptive_weight(nll, g, last.weight), expected)
+    loss_fn.disc_adaptive_max = 3.0
+    assert loss_fn.adaptive_weight(nll, g, last.weight) == 1.5
+
+
+@pytest.mark.parametrize("name", ["hinge", "vanilla"])
+def test_discriminator_loss_has_the_right_direction(name):
+    real, fake = torch.full((4,), 2.0), torch.full((4,), -2.0)
+    right, wrong = losses.D_LOSSES[name](real, fake), losses.D_LOSSES[name](fake, real)
+    assert right < 0.2 < 2.0 < wrong
+
+
+@pytest.mark.parametrize(
+    ("change", "words"), [({"disc_loss": "wgan"}, "disc_loss='wgan'"), ({"kl_weight": -1}, "kl_weight=-1")]
+)
+def test_bad_loss_settings(change, words):
+    with pytest.raises(UserError, match=words):
+        LPIPSWithDiscriminator(**{"disc_start": 0, "perceptual_weight": 0, **change})
+
+
+def test_lpips_is_a_distance_with_gradients(vgg_weights):
+    loss_fn = LPIPSWithDiscriminator(disc_start=0, disc_weight=0, perceptual_weights=str(vgg_weights))
+    x, x_rec = images(0), images(1).requires_grad_(True)
+    assert loss_fn.perceptual(x, x).abs().max() == 0
+    loss, log = loss_fn.generator_loss(x, x_rec, posterior(), step=0)
+    loss.backward()
+    assert log["p_loss"] > 0 and x_rec.grad.abs().sum() > 0
+    assert not any("perceptual" in k for k in loss_fn.state_dict()), "frozen library weights are not saved"
+
+
+def test_lpips_takes_the_backbone_from_the_file(vgg_weights):
+    state = torch.load(vgg_weights)
+    net = build_lpips(str(vgg_weights)).net
+    ours = {k.split(".", 1)[1]: v for k, v in net.state_dict().items()}
+    assert len(ours) == 26  # 13 convolutions
+    assert all(torch.equal(v, state[f"features.{k}"]) for k, v in ours.items())
+
+
+def test_lpips_finds_torchvisions_cache(vgg_weights, tmp_path, monkeypatch):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "vgg16-397923af.pth").write_bytes(vgg_weights.read_bytes())
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    assert build_lpips(None)(images(0), images(1)).shape == (2, 1, 1, 1)
+
+
+def test_lpips_without_weights_says_how_to_get_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(UserError, match=r"vgg16-397923af.*where there is internet.*perceptual_weight=0"):
+        LPIPSWithDiscriminator(disc_start=0)
+
+
+@pytest.mark.parametrize("content", [b"not weights", None])
+def test_lpips_refuses_other_files(tmp_path, content):
+    path = tmp_path / "vgg16.pth"
+    if content is None:
+        torch.save({"features.0.weight": torch.zeros(1)}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match="vgg16"):
+        build_lpips(str(path))
+
+
+# Moving average
+
+
+def test_ema_matches_its_closed_form():
+    net = nn.Linear(1, 1, bias=False)
+    ema = EMA(net, decay=0.5)
+    average = net.weight.item()
+    for n, value in enumerate([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0], start=1):
+        net.weight.data.fill_(value)
+        ema.update(net)
+        decay = min(0.5, (1 + n) / (10 + n))
+        average = decay * average + (1 - decay) * value
+    assert decay == 0.5
+    assert ema.net.weight.item() == pytest.approx(average, rel=1e-6)
+
+
+def test_ema_copies_buffers_and_survives_a_checkpoint():
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    ema = EMA(net, decay=0.9)
+    net.train()(torch.randn(8, 4))
+    ema.update(net)
+    assert torch.equal(ema.net[1].running_mean, net[1].running_mean)
+    assert not ema.train().net[1].training, "the average is only ever evaluated"
+    other = EMA(copy.deepcopy(net), decay=0.9)
+    other.load_state_dict(ema.state_dict())
+    assert other.num_updates == 1 and torch.equal(other.net[0].weight, ema.net[0].weight)
+
+
+def test_ema_refuses_a_decay_out_of_range():
+    with pytest.raises(UserError, match="decay=1.0"):
+        EMA(nn.Linear(1, 1), decay=1.0)

@@ -1,0 +1,340 @@
+"""main.py end to end on tiny real models: training, resuming, errors."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import main as main_py
+from ldm.checkpoint import load_model, read_checkpoint
+from ldm.errors import UserError
+from ldm.run import RunFolder
+from tests import tiny
+
+ROOT = Path(main_py.__file__).parent
+AUTOENCODER = {
+    "ddconfig": {"ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "z_channels": 3, "resolution": tiny.PIXELS},
+    "embed_dim": 3,
+}
+UNET = {
+    "image_size": tiny.LATENT[1],
+    "in_channels": 3,
+    "out_channels": 3,
+    "model_channels": 32,
+    "num_res_blocks": 1,
+    "attention_resolutions": [2],
+    "channel_mult": [1, 1],
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return tiny.tiles(tmp_path_factory.mktemp("data") / "train", per_class=6)
+
+
+@pytest.fixture(scope="module")
+def autoencoder_ckpt(tmp_path_factory) -> Path:
+    return tiny.save(tiny.autoencoder(), tmp_path_factory.mktemp("models") / "autoencoder.ckpt")
+
+
+def write_config(path: Path, data: Path, model: dict, labelled: bool = False, **trainer) -> Path:
+    config = {
+        "model": {"base_learning_rate": 1e-3, **model},
+        "data": {
+            "target": "ldm.data.datamodule.DataModuleFromConfig",
+            "params": {
+                "batch_size": 4,
+                "num_workers": 0,
+                "val_fraction": 0.2,
+                "train": {
+                    "target": "ldm.data.tiles.TileFolder",
+                    "params": {"root": str(data), "size": tiny.PIXELS, "labelled": labelled, "augment": ["d4"]},
+                },
+            },
+        },
+        "lightning": {
+            "callbacks": {
+                "image_logger": {
+                    "target": "ldm.models.callbacks.ImageLogger",
+                    "params": {"batch_frequency": 100, "max_images": 2},
+                }
+            },
+            "trainer": {"enable_progress_bar": False, "num_sanity_val_steps": 0, **trainer},
+        },
+    }
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def autoencoder_model(**loss) -> dict:
+    loss = {"disc_start": 0, "disc_weight": 0.5, "perceptual_weight": 0.0, "kl_weight": 1e-4, **loss}
+    lossconfig = {"target": "ldm.modules.losses.LPIPSWithDiscriminator", "params": loss}
+    params = {**AUTOENCODER, "lossconfig": lossconfig, "monitor": "val/rec_loss"}
+    return {"target": "ldm.models.autoencoder.AutoencoderKL", "params": params}
+
+
+def diffusion_model(ckpt: Path, **params) -> dict:
+    params = {
+        "first_stage_ckpt": str(ckpt),
+        "image_size": tiny.LATENT[1],
+        "unet_config": {"target": "ldm.modules.unet.UNetModel", "params": UNET},
+        "monitor": "val/loss_simple_ema",
+        "ema_decay": 0.9,
+        **params,
+    }
+    return {"target": "ldm.models.diffusion.LatentDiffusion", "params": params}
+
+
+def decoder_model(ckpt: Path, **params) -> dict:
+    params = {"autoencoder_ckpt": str(ckpt), "aux_arch": "resnet10t", "monitor": "val/aux_accuracy", **params}
+    return {"target": "ldm.models.auxiliary.DecoderFinetune", "params": params}
+
+
+def run(config: Path, logdir: Path, name: str, steps: int, *more: str):
+    argv = ["--base", str(config), "-t", "--logdir", str(logdir), "--name", name, "--max_steps", str(steps)]
+    return main_py.train(main_py.parse_arguments([*argv, "--precision", "32", *more]))
+
+
+def weights(logdir: Path, name: str) -> dict:
+    return read_checkpoint(logdir / name)["state_dict"]
+
+
+def models(ckpt: Path) -> dict[str, tuple[dict, bool]]:
+    schedule = {
+        "target": "ldm.modules.lr_schedule.LambdaLinearScheduler",
+        "params": {"warm_up_steps": [4], "cycle_lengths": [100], "f_start": [0.1], "f_max": [1.0], "f_min": [0.5]},
+    }
+    return {
+        "autoencoder": (autoencoder_model(disc_start=2), False),
+        "diffusion": (diffusion_model(ckpt, scheduler_config=schedule), False),
+        "decoder": (decoder_model(ckpt, aux_start=2), True),
+    }
+
+
+@pytest.mark.parametrize("kind", ["autoencoder", "diffusion", "decoder"])
+def test_resumed_equals_uninterrupted(kind, data, autoencoder_ckpt, tmp_path):
+    """Train 6 = train 3, stop, train 3 more: weights, averages, scale, bit for bit (18 tiles: 3 steps an epoch)."""
+    model, labelled = models(autoencoder_ckpt)[kind]
+    config = write_config(tmp_path / "c.yaml", data, model, labelled)
+    run(config, tmp_path, "whole", 6)
+    run(config, tmp_path, "halves", 3)
+    half = weights(tmp_path, "halves")
+    trainer, _ = run(config, tmp_path, "halves", 6)
+    assert trainer.global_step == 6
+    whole, halves = weights(tmp_path, "whole"), weights(tmp_path, "halves")
+    assert whole.keys() == halves.keys()
+    assert all(torch.equal(whole[k], halves[k]) for k in whole)
+    assert any(not torch.equal(half[k], halves[k]) for k in half)
+
+
+def test_autoencoder_trains_both_networks_and_counts_generator_steps(data, tmp_path):
+    config = write_config(tmp_path / "c.yaml", data, autoencoder_model(disc_start=3))
+    run(config, tmp_path, "ae", 3)
+    before = weights(tmp_path, "ae")
+    trainer, model = run(config, tmp_path, "ae", 6)
+    after = weights(tmp_path, "ae")
+    assert trainer.global_step == 6, "a discriminator step is no step of its own"
+    assert model.optimizers()[1].param_groups[0]["params"][0] is next(model.loss.discriminator.parameters())
+    for part in ("net.encoder", "net.decoder", "loss.discriminator"):
+        keys = [k for k in before if k.startswith(part) and k.endswith("weight")]
+        assert keys and all(not torch.equal(before[k], after[k]) for k in keys), part
+    logged = {k for row in RunFolder(tmp_path / "ae").read_metrics() for k in row}
+    assert {"val/rec_loss", "val/psnr", "train/logits_real", "train/d_weight", "images_per_s"} - logged <= {
+        "train/logits_real",
+        "train/d_weight",
+        "images_per_s",  # every 10 batches only
+    }
+
+
+def test_discriminator_waits_for_its_start(data, tmp_path):
+    config = write_config(tmp_path / "c.yaml", data, autoencoder_model(disc_start=100))
+    torch.manual_seed(0)
+    _, model = run(config, tmp_path, "ae", 2)
+    assert model.optimizers()[1].state_dict()["state"] == {}
+
+
+def test_accumulated_gradients_equal_a_larger_batch(data, tmp_path):
+    """Two batches of 4 per step; the generator's loss is a mean over images, so 8 at once is the same step."""
+    model = autoencoder_model(disc_weight=0.0)
+    config = write_config(tmp_path / "c.yaml", data, model)
+    reference = weights_after(config, tmp_path, "big", "data.params.batch_size=8")
+    accumulated = weights_after(config, tmp_path, "small", "lightning.trainer.accumulate_grad_batches=2")
+    differing = [k for k in reference if not torch.allclose(reference[k], accumulated[k], atol=2e-4)]
+    # The posterior's noise differs between one draw of 8 and two of 4, so only the step count is exact.
+    assert len(differing) < len(reference)
+
+
+def weights_after(config: Path, tmp_path: Path, name: str, override: str) -> dict:
+    trainer, _ = run(config, tmp_path, name, 1, override)
+    assert trainer.global_step == 1
+    return weights(tmp_path, name)
+
+
+def test_diffusion_checkpoint_rebuilds_the_model_alone(data, tmp_path):
+    ckpt = tiny.save(tiny.autoencoder(), tmp_path / "first.ckpt")
+    config = write_config(tmp_path / "c.yaml", data, diffusion_model(ckpt))
+    _, trained = run(config, tmp_path, "d", 2)
+    fingerprint = trained.autoencoder_fingerprint
+    ckpt.unlink()
+    model = load_model(tmp_path / "d", "diffusion")
+    assert model.autoencoder_fingerprint == fingerprint
+    assert torch.equal(model.scale_factor, trained.scale_factor.cpu())
+    x = torch.rand(2, 3, tiny.PIXELS, tiny.PIXELS) * 2 - 1
+    z = model.encode_first_stage(x, sample=False)
+    assert z.shape == (2, *tiny.LATENT)
+    torch.testing.assert_close(
+        model.decode_first_stage(z), model.first_stage_model.decode(model.first_stage_model.encode(x).mode())
+    )
+
+
+def test_latent_scale_makes_unit_variance(data, autoencoder_ckpt, tmp_path):
+    config = write_config(tmp_path / "c.yaml", data, diffusion_model(autoencoder_ckpt))
+    trainer, model = run(config, tmp_path, "d", 1)
+    tiles = trainer.datamodule.train_dataset
+    x = torch.stack([tiles[i]["image"] for i in range(len(tiles))])
+    z = model.encode_first_stage(x)
+    assert z.std().item() == pytest.approx(1.0, abs=0.05)
+
+
+def test_ema_follows_optimiser_steps_not_batches(data, autoencoder_ckpt, tmp_path):
+    config = write_config(tmp_path / "c.yaml", data, diffusion_model(autoencoder_ckpt), accumulate_grad_batches=2)
+    trainer, model = run(config, tmp_path, "d", 3)
+    assert trainer.global_step == 3 and model.ema.num_updates == 3
+
+
+def test_decoder_finetuning_keeps_the_latent_space(data, autoencoder_ckpt, tmp_path):
+    config = write_config(tmp_path / "c.yaml", data, decoder_model(autoencoder_ckpt, aux_start=2), labelled=True)
+    before = load_model(autoencoder_ckpt, "autoencoder")
+    run(config, tmp_path, "f", 4)
+    after = load_model(tmp_path / "f", "autoencoder")
+    assert after.net.fingerprint() == before.net.fingerprint()
+    assert not torch.equal(after.net.decoder.conv_out.weight, before.net.decoder.conv_out.weight)
+    assert after.classes == tiny.CLASSES
+
+
+def test_class_evidence_reaches_the_decoder_only_from_its_start(data, autoencoder_ckpt):
+    batch = {"image": torch.rand(3, 3, tiny.PIXELS, tiny.PIXELS) * 2 - 1, "label": torch.arange(3), "path": ["a"] * 3}
+    module = main_py_module(autoencoder_ckpt, aux_start=0)
+    later = main_py_module(autoencoder_ckpt, aux_start=1)
+    gradients = []
+    for m in (module, later):
+        loss, _ = m._losses(batch, sample=False)
+        loss.backward()
+        gradients.append(m.net.decoder.conv_out.weight.grad)
+    # With rec_weight 0 the only way to the decoder is the classifier's.
+    assert gradients[0].abs().sum() > 0
+    assert gradients[1] is None or gradients[1].abs().sum() == 0
+
+
+def main_py_module(ckpt: Path, aux_start: int):
+    from ldm.models.auxiliary import DecoderFinetune
+
+    torch.manual_seed(0)
+    module = DecoderFinetune(str(ckpt), aux_arch="resnet10t", aux_start=aux_start, rec_weight=0.0)
+    module.build_aux_classifier(tiny.CLASSES)
+    return module
+
+
+def test_dry_run_says_what_would_be_trained(data, autoencoder_ckpt, tmp_path, capsys):
+    config = write_config(tmp_path / "c.yaml", data, diffusion_model(autoencoder_ckpt), accumulate_grad_batches=3)
+    argv = ["--base", str(config), "--dry-run", "--logdir", str(tmp_path / "logs"), "--scale_lr", "True"]
+    assert main_py.train(main_py.parse_arguments([*argv, "--gpus", "0,1"])) is None
+    out = capsys.readouterr().out
+    assert "base_learning_rate: 0.001" in out and "2 x gpu" in out
+    assert "batch        24" in out and "learning rate 0.024" in out  # 2 GPUs x 4 tiles x 3 batches
+    assert "15 training tiles, 3 validation tiles" in out
+    assert "parameters   unet:" in out
+    assert not (tmp_path / "logs").exists()
+
+
+def test_files_merge_left_to_right_and_overrides_win(data, autoencoder_ckpt, tmp_path):
+    first = write_config(tmp_path / "a.yaml", data, diffusion_model(autoencoder_ckpt))
+    (tmp_path / "b.yaml").write_text("model: {base_learning_rate: 0.5}\ndata: {params: {batch_size: 2}}\n")
+    args = main_py.parse_arguments(["--base", str(first), str(tmp_path / "b.yaml"), "data.params.batch_size=3"])
+    config = main_py.load_configuration(args)
+    assert config["model"]["base_learning_rate"] == 0.5 and config["data"]["params"]["batch_size"] == 3
+
+
+def command(*argv: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "main.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_a_mistake_is_one_line_and_status_2(data, tmp_path):
+    config = write_config(tmp_path / "c.yaml", data, autoencoder_model())
+    result = command("--base", str(config), "-t", "--logdir", str(tmp_path / "logs"), "model.params.embed_dim=x")
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1 and "model.params.embed_dim" in result.stderr
+    assert "Traceback" not in result.stderr and not (tmp_path / "logs").exists()
+
+
+BAD = {
+    "no gpu": (["--gpus", "0,1"], "0 CUDA GPUs"),
+    "gpus and devices": (["--gpus", "0,1", "--devices", "2"], "give one of them"),
+    "bad gpus": (["--gpus", "a"], "--gpus a"),
+    "missing base": (["--base", "nowhere.yaml"], "nowhere.yaml"),
+    "missing data": (["data.params.train.params.root=/nowhere"], "/nowhere"),
+    "unknown key": (["model.params.embeding_dim=3"], "embed_dim"),
+    "monitor without validation": (["data.params.val_fraction=0"], "needs validation tiles"),
+    "monitor that is never logged": (["model.params.monitor=val/fid"], "never logged"),
+    "name outside logdir": (["--name", "../x"], "below --logdir"),
+    "resume of nothing": (["--resume", "/nowhere"], "no checkpoint"),
+    "wrong checkpoint kind": (["model.params.ckpt_path=CLASSIFIER"], "kind classifier"),
+    "clipping": (["lightning.trainer.gradient_clip_val=1.0"], "gradient_clip_val"),
+}
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 1, reason="some cases name GPUs that this machine must not have")
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case, data, autoencoder_ckpt, tmp_path):
+    argv, words = BAD[case]
+    config = write_config(tmp_path / "c.yaml", data, autoencoder_model())
+    if any("CLASSIFIER" in a for a in argv):
+        model = tiny.diffusion(autoencoder_ckpt)
+        path = tiny.save(tiny.classifier(model), tmp_path / "classifier.ckpt")
+        argv = [a.replace("CLASSIFIER", str(path)) for a in argv]
+    logs = tmp_path / "logs"
+    with pytest.raises(UserError, match=words):
+        main_py.train(main_py.parse_arguments(["--base", str(config), "-t", "--logdir", str(logs), *argv]))
+    assert not logs.exists(), "nothing half-written"
+
+
+def test_diffusion_without_an_autoencoder(data, tmp_path):
+    config = write_config(tmp_path / "c.yaml", data, diffusion_model(tmp_path / "none.ckpt"))
+    with pytest.raises(UserError, match="none.ckpt"):
+        run(config, tmp_path, "d", 1)
+
+
+def test_another_model_under_the_same_name_is_refused(data, tmp_path):
+    config = write_config(tmp_path / "c.yaml", data, autoencoder_model())
+    run(config, tmp_path, "ae", 1)
+    with pytest.raises(UserError, match="another model section"):
+        run(config, tmp_path, "ae", 2, "model.params.lossconfig.params.kl_weight=0.5")
+
+
+def test_a_nan_stops_the_run_and_names_the_files(data, tmp_path):
+    config = write_config(tmp_path / "c.yaml", data, autoencoder_model(disc_weight=0.0))
+    with pytest.raises(UserError, match=r"the loss is nan at step 1.*\.png"):
+        # The first step throws the weights out of float range.
+        run(config, tmp_path, "ae", 5, "model.base_learning_rate=1e30")
+
+
+def test_checkpoints_of_strangers_are_refused(tmp_path, autoencoder_ckpt):
+    foreign, broken, hostile = (tmp_path / n for n in ("foreign.ckpt", "broken.ckpt", "hostile.ckpt"))
+    torch.save({"state_dict": {}}, foreign)
+    broken.write_bytes(autoencoder_ckpt.read_bytes()[:1000])
+    payload = torch.load(autoencoder_ckpt, weights_only=True)
+    payload["histodiffusion"]["model"] = {"target": "subprocess.Popen", "params": {"args": ["false"]}}
+    torch.save(payload, hostile)
+    for path, words in ((foreign, "not written by this toolkit"), (broken, "cannot be read"), (hostile, "subprocess")):
+        with pytest.raises(UserError, match=words):
+            load_model(path, "autoencoder")
+    payload = torch.load(autoencoder_ckpt, weights_only=True)
+    payload["state_dict"].popitem()
+    torch.save(payload, tmp_path / "short.ckpt")
+    with pytest.raises(UserError, match="do not fit the model"):
+        load_model(tmp_path / "short.ckpt", "autoencoder")

@@ -1,0 +1,449 @@
+"""Selection: centroids, decisions, the random arm, training folders, and the two commands.
+
+Tiles here are flat colours plus noise; the network is a small ViT with fixed random weights.
+"""
+
+import csv
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ldm.checkpoint import write_checkpoint
+from ldm.cli import run_command
+from ldm.data.tiles import TileFolder, class_folders, list_images
+from ldm.errors import UserError
+from ldm.evaluation.vit import TileClassifier
+from ldm.selection.centroids import Centroids, centroid_distances, class_centroids
+from ldm.selection.features import FeatureSet, cached_weights
+from ldm.selection.select import select_at_random, select_by_distance, wanted_per_class
+from ldm.selection.training_folder import PREFIX
+from scripts import distance, vis
+from tests.tiny import tiles as make_tiles
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+# Centroids and decisions, by hand
+
+
+def test_centroids_are_plain_means():
+    features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
+    centroids = class_centroids(features, torch.tensor([0, 0, 1]), 2)
+    # The mean of two unit vectors is shorter than one; it stays so.
+    assert centroids.tolist() == [[0.5, 0.5], [pytest.approx(0.6), pytest.approx(0.8)]]
+
+
+def test_class_without_images_has_no_centroid():
+    with pytest.raises(UserError, match=r"\[1\].*no images"):
+        class_centroids(torch.ones(2, 3), torch.tensor([0, 2]), 3)
+
+
+def test_distance_is_the_mean_over_features():
+    distances = centroid_distances(
+        torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0], [1.0, 2.0]])
+    )
+    assert distances.tolist() == [[0.5, 2.0]]  # (1 + 0) / 2 and (0 + 4) / 2
+
+
+CLASSES = ["A", "B"]
+CENTROIDS = Centroids(torch.tensor([[0.0, 0.0], [4.0, 0.0]]), CLASSES, "net", "tiles")
+
+
+def synthetic(rows: list[tuple[str, float]], classes=CLASSES, extractor="net") -> FeatureSet:
+    """Images (class/name, x) on the line through the two centroids at 0 and 4."""
+    return FeatureSet(
+        values=torch.tensor([[x, 0.0] for _, x in rows]),
+        labels=torch.tensor([classes.index(file.split("/")[0]) for file, _ in rows]),
+        files=[file for file, _ in rows],
+        classes=list(classes),
+        extractor=extractor,
+        tiles="",
+    )
+
+
+ROWS = [("A/far", 1.5), ("A/near", 0.5), ("A/wrong", 3.0), ("A/middle", 1.0), ("B/0", 4.5)]
+
+
+def decided(selection) -> dict[str, tuple]:
+    return {d.file: (d.decision, d.rank) for d in selection.decisions}
+
+
+def test_selection_by_hand():
+    selection = select_by_distance(synthetic(ROWS), CENTROIDS, [2, 2])
+    assert decided(selection) == {
+        "A/near": ("accepted", 1),
+        "A/middle": ("accepted", 2),
+        "A/far": ("surplus", 3),
+        "A/wrong": ("rejected", None),
+        "B/0": ("accepted", 1),
+    }
+    wrong = next(d for d in selection.decisions if d.file == "A/wrong")
+    assert (wrong.nearest, wrong.reason) == ("B", "nearest centroid is B")
+    assert (wrong.own_distance, wrong.distances) == (4.5, (4.5, 0.5))  # 9 / 2 and 1 / 2
+    assert selection.counts()["B"] == {
+        "generated": 1,
+        "rejected": 0,
+        "surplus": 0,
+        "accepted": 1,
+        "wanted": 2,
+        "shortfall": 1,  # reported, and not filled with what was rejected
+    }
+
+
+def test_order_of_images_does_not_matter():
+    forward = select_by_distance(synthetic(ROWS), CENTROIDS, [2, 2])
+    backward = select_by_distance(synthetic(ROWS[::-1]), CENTROIDS, [2, 2])
+    assert forward == backward
+    by_chance = select_at_random(synthetic(ROWS), CENTROIDS, [2, 1], seed=3)
+    assert by_chance == select_at_random(synthetic(ROWS[::-1]), CENTROIDS, [2, 1], seed=3)
+
+
+def test_equal_distances_rank_by_file_name():
+    rows = [("A/2", 1.0), ("A/10", -1.0), ("A/1", 1.0)]
+    selection = select_by_distance(synthetic(rows + [("B/0", 4.0)]), CENTROIDS, [2, 1])
+    assert [d.file for d in selection.accepted("A")] == ["A/1", "A/10"]
+
+
+def test_image_between_two_centroids_is_rejected_for_either_class():
+    rows = [("A/0", 2.0), ("B/0", 2.0)]
+    selection = select_by_distance(synthetic(rows), CENTROIDS, [1, 1])
+    assert set(decided(selection).values()) == {("rejected", None)}
+    assert selection.decisions[0].reason == "another centroid is as near"
+
+
+def test_random_arm():
+    rows = [(f"{name}/{i}", float(i)) for name in CLASSES for i in range(40)]
+    features = synthetic(rows)
+
+    def files(selection, name="A"):
+        return [Path(d.file).name for d in selection.accepted(name)]
+
+    drawn = select_at_random(features, CENTROIDS, [20, 20], seed=0)
+    assert files(drawn) == files(select_at_random(features, CENTROIDS, [20, 20], seed=0))
+    assert set(files(drawn)) != set(files(select_at_random(features, CENTROIDS, [20, 20], seed=1)))
+    assert files(drawn) != files(drawn, "B")  # classes are drawn independently
+    assert files(drawn)[:5] == files(select_at_random(features, CENTROIDS, [5, 5], seed=0))
+    # Images that are nearer to another centroid take part: that is the point of a control.
+    assert any(d.nearest == "B" for d in drawn.accepted("A"))
+    assert drawn.counts()["A"]["rejected"] == 0
+
+
+def test_ratio_rounds_halves_up():
+    assert wanted_per_class([10, 3, 1], 50) == [5, 2, 1]
+    assert wanted_per_class([555], 300) == [1665]
+    assert wanted_per_class([3, 200], 1) == [0, 2]
+    with pytest.raises(UserError, match="--ratio 10"):
+        wanted_per_class([3, 4], 10)
+
+
+def test_other_classes_or_network_are_refused():
+    with pytest.raises(UserError, match=r"\['A', 'B', 'C'\].*\['A', 'B'\]"):
+        select_by_distance(synthetic(ROWS, ["A", "B", "C"]), CENTROIDS, [1, 1, 1])
+    with pytest.raises(UserError, match="different networks"):
+        select_by_distance(synthetic(ROWS, extractor="other"), CENTROIDS, [1, 1])
+
+
+# The commands
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """Real and synthetic tiles, a ViT checkpoint, and what vis.py makes of them."""
+    root = tmp_path_factory.mktemp("selection")
+    torch.manual_seed(0)
+    net = TileClassifier("vit_tiny", 3, input_size=32, patch_size=8)
+    net.classes = ["ADI", "LYM", "TUM"]
+    weights = root / "vit.ckpt"
+    write_checkpoint(weights, {"state_dict": net.state_dict(), "histodiffusion": net.record(0)})
+    real = make_tiles(root / "D" / "train5", per_class=4, seed=0)
+    fake = make_tiles(root / "fake", per_class=6, seed=1)
+    # One image in the wrong folder, which has to be found out.
+    (fake / "LYM" / "1_0.png").rename(fake / "TUM" / "1_wrong.png")
+    out = root / "vis"
+    command = ["--real", str(real), "--synthetic", str(fake), "--weights", str(weights)]
+    vis.main([*command, "--out", str(out), "--device", "cpu", "--num_workers", "0"])
+    return {"root": root, "real": real, "fake": fake, "weights": weights, "vis": out}
+
+
+def run_vis(folders, out: Path, *options: str) -> None:
+    vis.main(
+        ["--real", str(folders["real"]), "--synthetic", str(folders["fake"]), "--out", str(out)]
+        + ["--weights", str(folders["weights"]), "--device", "cpu", *options]
+    )
+
+
+def run_distance(folders, out: Path, *options: str) -> None:
+    distance.main(
+        ["--real", str(folders["real"]), "--synthetic", str(folders["fake"]), "--out", str(out)]
+        + ["--features", str(folders["vis"]), *options]
+    )
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_vis_writes_unit_features_centroids_and_picture(folders):
+    out = folders["vis"]
+    real = FeatureSet.load(out / "features_real.safetensors")
+    assert real.values.shape == (12, 192)
+    assert torch.allclose(real.values.norm(dim=1), torch.ones(12), atol=1e-6)
+    assert real.classes == ["ADI", "LYM", "TUM"]
+    assert real.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    centroids = Centroids.load(out / "centroids.safetensors")
+    assert torch.equal(centroids.values[1], real.values[4:8].double().mean(0).float())
+    rows = rows_of(out / "umap.csv")
+    assert [row["set"] for row in rows] == ["real"] * 12 + ["synthetic"] * 18 + ["centroid"] * 3
+    assert (out / "umap.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_vis_gives_the_same_picture_for_any_batch_size(folders, tmp_path):
+    run_vis(folders, tmp_path, "--batch_size", "5")
+    before, after = (
+        FeatureSet.load(folder / "features_synthetic.safetensors")
+        for folder in (folders["vis"], tmp_path)
+    )
+    # A matrix product may add in another order when the batch differs: a few units of float32.
+    assert torch.allclose(before.values, after.values, atol=1e-6)
+    (tmp_path / "again").mkdir()
+    for name in ("real", "synthetic"):
+        file = f"features_{name}.safetensors"
+        (tmp_path / "again" / file).write_bytes((folders["vis"] / file).read_bytes())
+    run_vis(folders, tmp_path / "again")
+    for name in ("umap.csv", "umap.png"):
+        assert (folders["vis"] / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_vis_reuses_features_of_unchanged_images_only(folders, tmp_path, monkeypatch):
+    real = make_tiles(tmp_path / "real", per_class=2)
+    changed = {**folders, "real": real, "fake": make_tiles(tmp_path / "fake", per_class=2, seed=5)}
+    run_vis(changed, tmp_path / "out")
+    calls = []
+    original = TileClassifier.forward_features
+    monkeypatch.setattr(
+        TileClassifier,
+        "forward_features",
+        lambda self, x: calls.append(len(x)) or original(self, x),
+    )
+    run_vis(changed, tmp_path / "out")
+    calls_of_loading = [n for n in calls if n == 1]  # building a network tries one black image
+    assert calls == calls_of_loading
+    tile = real / "ADI" / "0_0.png"
+    tile.write_bytes((real / "ADI" / "0_1.png").read_bytes())
+    run_vis(changed, tmp_path / "out")
+    assert 6 in calls  # the real tiles again, the synthetic ones not
+    assert calls.count(6) == 1
+
+
+def test_distance_rejects_the_misplaced_image(folders, tmp_path):
+    out = tmp_path / "train5+fake100%"
+    run_distance(folders, out, "--ratio", "100")
+    rows = {row["file"]: row for row in rows_of(out / "selection.csv")}
+    assert len(rows) == 18
+    wrong = rows["TUM/1_wrong.png"]
+    assert (wrong["decision"], wrong["nearest"], wrong["rank"]) == ("rejected", "LYM", "")
+    assert float(wrong["own_distance"]) == float(wrong["distance_TUM"])
+    assert float(wrong["distance_LYM"]) < float(wrong["distance_TUM"])
+    accepted = [row for row in rows.values() if row["decision"] == "accepted"]
+    assert {row["class"] for row in accepted} == {"ADI", "LYM", "TUM"}
+
+    tiles = TileFolder(out, 32, labelled=True, classes=["ADI", "LYM", "TUM"])
+    names = [Path(path).name for path in tiles.relative_paths]
+    assert sum(name.startswith(PREFIX) for name in names) == len(accepted) == 12
+    assert sum(not name.startswith(PREFIX) for name in names) == 12
+    for row in accepted:
+        folder, name = row["file"].split("/")
+        copy = out / folder / f"{PREFIX}{name}"
+        assert copy.read_bytes() == (folders["fake"] / row["file"]).read_bytes()
+    record = json.loads((out / "selection.json").read_text())
+    assert record["counts"]["TUM"]["generated"] == 7
+    assert class_folders(tmp_path) == [out.name]  # nothing left over beside it
+
+
+def test_shortfall_is_reported_and_not_filled(folders, tmp_path, caplog):
+    run_distance(folders, tmp_path / "out", "--per_class", "6")
+    counts = json.loads((tmp_path / "out" / "selection.json").read_text())["counts"]
+    assert counts["LYM"]["shortfall"] == 1  # five images are left of six
+    assert counts["LYM"]["accepted"] == 5
+    assert "LYM 1" in caplog.text
+    assert len(list_images(tmp_path / "out" / "LYM")) == 4 + 5
+
+
+def test_same_command_again_does_nothing_and_other_settings_are_refused(folders, tmp_path, capsys):
+    out = tmp_path / "out"
+    run_distance(folders, out, "--ratio", "50")
+    before = {path: path.stat().st_mtime_ns for path in list_images(out)}
+    run_distance(folders, out, "--ratio", "50")
+    assert "there already" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in list_images(out)}
+    with pytest.raises(UserError, match="ratio 50 there, 100 now"):
+        run_distance(folders, out, "--ratio", "100")
+    with pytest.raises(UserError, match="not made by this command"):
+        run_distance(folders, folders["root"] / "D", "--ratio", "100")
+
+
+def test_random_arm_of_the_command(folders, tmp_path):
+    chosen = []
+    for name, options in {
+        "closest": [],
+        "seed0": ["--random"],
+        "again": ["--random", "--seed", "0"],
+        "seed1": ["--random", "--seed", "1"],
+    }.items():
+        run_distance(folders, tmp_path / name, "--ratio", "50", *options)
+        rows = rows_of(tmp_path / name / "selection.csv")
+        chosen.append({row["file"] for row in rows if row["decision"] == "accepted"})
+    assert all(len(files) == 6 for files in chosen)
+    assert chosen[1] == chosen[2]
+    assert chosen[1] != chosen[3]
+    assert chosen[0] != chosen[1]
+
+
+@pytest.mark.parametrize("link", ["hard", "symbolic"])
+def test_links(folders, tmp_path, link):
+    out = tmp_path / "out"
+    run_distance(folders, out, "--ratio", "50", "--link", link)
+    for copy in list_images(out):
+        source = folders["real"] / copy.parent.name / copy.name
+        if copy.name.startswith(PREFIX):
+            source = folders["fake"] / copy.parent.name / copy.name.removeprefix(PREFIX)
+        assert copy.is_symlink() == (link == "symbolic")
+        assert os.path.samefile(copy, source)
+    assert len(TileFolder(out, 32, labelled=True)) == 12 + 6
+
+
+def test_failure_leaves_nothing(folders, tmp_path, monkeypatch):
+    def fail(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ldm.selection.training_folder.shutil.copyfile", fail)
+    with pytest.raises(OSError, match="No space"):
+        run_distance(folders, tmp_path / "out", "--ratio", "50")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_name_of_a_synthetic_image_among_the_real_ones(folders, tmp_path):
+    real = make_tiles(tmp_path / "real", per_class=2)
+    (real / "ADI" / "0_0.png").rename(real / "ADI" / f"{PREFIX}1_0.png")
+    with pytest.raises(UserError, match=f"{PREFIX}1_0.png"):
+        run_distance({**folders, "real": real}, tmp_path / "out", "--per_class", "6")
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_made_anew_need_features_made_anew(folders, tmp_path):
+    fake = make_tiles(tmp_path / "fake", per_class=6, seed=1)
+    with pytest.raises(UserError, match="run scripts/vis.py again"):
+        run_distance({**folders, "fake": fake}, tmp_path / "out", "--ratio", "50")
+
+
+def test_timm_network_with_local_weights(folders, tmp_path):
+    import timm
+
+    torch.manual_seed(1)
+    net = timm.create_model("resnet18", num_classes=7)
+    torch.save(net.state_dict(), tmp_path / "resnet18.pth")
+    vis.main(
+        ["--real", str(folders["real"]), "--synthetic", str(folders["fake"]), "--device", "cpu"]
+        + ["--model", "resnet18", "--pretrained_weights", str(tmp_path / "resnet18.pth")]
+        + ["--input_size", "32", "--out", str(tmp_path / "vis"), "--umap_neighbors", "50"]
+    )
+    assert FeatureSet.load(tmp_path / "vis" / "features_real.safetensors").values.shape == (12, 512)
+
+
+VIS = ["vis", "--real", "{real}", "--synthetic", "{fake}", "--out", "{new}", "--device", "cpu"]
+DISTANCE = ["distance", "--real", "{real}", "--synthetic", "{fake}", "--out", "{new}"]
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (VIS, "--weights --model is required"),
+        ([*VIS, "--weights", "{fake}/none"], "none does not exist"),
+        ([*VIS, "--weights", "{fake}/ADI/1_0.png"], "cannot be read as a checkpoint"),
+        ([*VIS, "--model", "resnet19x"], "--model resnet19x"),
+        ([*VIS, "--model", "resnet18"], "nothing is downloaded"),
+        (
+            [*VIS, "--weights", "{weights}", "--input_size", "64"],
+            "--input_size: belongs to --model",
+        ),
+        ([*VIS, "--weights", "{weights}", "--batch_size", "0"], "--batch_size: 0 must be in [1"),
+        ([*VIS, "--weights", "{weights}", "--synthetic", "{two}"], "'LYM'"),
+        ([*DISTANCE, "--features", "{real}"], "make it with scripts/vis.py"),
+        (
+            [*DISTANCE, "--features", "{vis}", "--ratio", "50", "--per_class", "3"],
+            "not allowed with",
+        ),
+        ([*DISTANCE, "--features", "{vis}", "--ratio", "0"], "0 must be in [1"),
+        ([*DISTANCE, "--features", "{vis}", "--seed", "1"], "belongs to --random"),
+        ([*DISTANCE, "--features", "{vis}", "--out", "{real}/new"], "lies in --real"),
+        ([*DISTANCE, "--features", "{vis}", "--real", "{two}"], "differ"),
+    ],
+)
+def test_bad_input_is_one_line(folders, tmp_path, monkeypatch, capfd, words, expected):
+    two = tmp_path / "two"
+    for name in ("ADI", "TUM"):
+        (two / name).mkdir(parents=True)
+        (two / name / "0.png").write_bytes((folders["real"] / name / "0_0.png").read_bytes())
+    monkeypatch.setattr("ldm.selection.features.cached_weights", lambda config: None)
+    places = {**{k: str(v) for k, v in folders.items()}, "new": str(tmp_path / "new"), "two": two}
+    script, *options = [word.format(**places) for word in words]
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: {"vis": vis, "distance": distance}[script].main(options))
+    error = capfd.readouterr().err
+    assert stop.value.code == 2
+    assert len(error.splitlines()) == 1
+    assert expected in error
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("script", ["vis.py", "distance.py"])
+def test_help_works_from_anywhere_and_imports_nothing_heavy(tmp_path, script):
+    code = (
+        "import runpy, sys; sys.argv[1:] = ['--help']\n"
+        f"try: runpy.run_path({str(ROOT / 'scripts' / script)!r}, run_name='__main__')\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "assert not {'torch', 'numpy', 'umap', 'matplotlib'} & sys.modules.keys()"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    assert "--synthetic" in result.stdout
+
+
+def test_weights_are_found_in_the_cache_of_torch(tmp_path, monkeypatch):
+    import timm
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    config = dataclasses.replace(timm.get_pretrained_cfg("resnet18"), hf_hub_id=None)
+    assert cached_weights(config) is None
+    path = tmp_path / "hub" / "checkpoints" / config.url.split("/")[-1]
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"")
+    assert cached_weights(config) == path
+
+
+def test_features_of_a_foreign_file(tmp_path):
+    path = tmp_path / "features_real.safetensors"
+    path.write_bytes(b"no tensors")
+    with pytest.raises(UserError, match="not a safetensors file"):
+        FeatureSet.load(path)
+
+
+@pytest.mark.parametrize("points", [3, 4, 7, 20])
+def test_picture_of_few_points(points):
+    from ldm.selection.projection import project
+
+    features = np.random.default_rng(0).normal(size=(points, 8))
+    plane = project(features, neighbors=15, min_dist=0.1, seed=0)
+    assert plane.shape == (points, 2)
+    assert np.isfinite(plane).all()
+    assert np.array_equal(plane, project(features, neighbors=15, min_dist=0.1, seed=0))
