@@ -44,7 +44,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for word in rest:
         if word.startswith("-") or "=" not in word:
             parser.error(f"unknown argument {word}; overrides have the form section.key=value")
-    args.overrides = rest
+    # `--base a.yaml key=value`: what follows the files up to the next flag lands in --base.
+    args.overrides = [word for word in args.base if "=" in word] + rest
+    args.base = [word for word in args.base if "=" not in word]
     return args
 
 

@@ -186,7 +186,13 @@ def build_trainer(
     # Lightning's remarks on what it found (no TPU, a tip for another product) would bury what a run says itself.
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     # Hints for people who tune, and a deprecation inside Lightning: not for every run's log.
-    for pattern in (".*does not have many workers.*", ".*is smaller than the logging interval.*", ".*LeafSpec.*"):
+    for pattern in (
+        ".*does not have many workers.*",
+        ".*is smaller than the logging interval.*",
+        ".*LeafSpec.*",
+        ".*modules? in eval mode at the start.*",  # the frozen first stage, on purpose
+        "Checkpoint directory .* exists and is not empty.*",  # a resumed run
+    ):
         warnings.filterwarnings("ignore", pattern)
     world = devices.count * num_nodes
     settings = dict(settings)
