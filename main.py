@@ -24,11 +24,20 @@ log = logging.getLogger("main")
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(
         prog="main.py",
-        description="Train an autoencoder, a latent diffusion model or a decoder from YAML configurations.",
+        description="Train an autoencoder, a latent diffusion model or a decoder from YAML files.",
         epilog="Any further argument of the form section.key=value overrides the configuration.",
     )
-    parser.add_argument("-b", "--base", nargs="+", default=[], metavar="YAML", help="configurations, merged left to right")
-    parser.add_argument("-t", "--train", type=boolean, nargs="?", const=True, default=False, help="train")
+    parser.add_argument(
+        "-b",
+        "--base",
+        nargs="+",
+        default=[],
+        metavar="YAML",
+        help="configurations, merged left to right",
+    )
+    parser.add_argument(
+        "-t", "--train", type=boolean, nargs="?", const=True, default=False, help="train"
+    )
     add_run_arguments(parser)
     parser.add_argument(
         "--scale_lr",
@@ -51,7 +60,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def load_configuration(args: argparse.Namespace) -> dict[str, Any]:
-    """The resolved, checked configuration of `--base` (or of the run to resume) and the overrides."""
+    """The resolved, checked configuration of `--base` (or of the run to resume) and the
+    overrides."""
     from ldm.config import load_configs, resolve, validate_config
     from ldm.run import RunFolder
 
@@ -81,7 +91,9 @@ def effective_batch(config: dict[str, Any], ranks: int) -> int:
     return ranks * config["data"]["params"]["batch_size"] * accumulated
 
 
-def describe(config: dict[str, Any], model, data, batch: int, learning_rate: float, scaled: bool) -> str:
+def describe(
+    config: dict[str, Any], model, data, batch: int, learning_rate: float, scaled: bool
+) -> str:
     """Parameter counts, data set sizes, effective batch and learning rate, one per line."""
     lines = []
     for name, child in model.named_children():
@@ -89,7 +101,9 @@ def describe(config: dict[str, Any], model, data, batch: int, learning_rate: flo
         trained = sum(p.numel() for p in child.parameters() if p.requires_grad)
         lines.append(f"parameters   {name}: {count:,} ({trained:,} trained)")
     held_out = 0 if data.val_dataset is None else len(data.val_dataset)
-    lines.append(f"data         {len(data.train_dataset):,} training tiles, {held_out:,} validation tiles")
+    lines.append(
+        f"data         {len(data.train_dataset):,} training tiles, {held_out:,} validation tiles"
+    )
     if data.classes:
         lines.append(f"classes      {', '.join(data.classes)}")
     lines.append(f"batch        {batch} (devices x batch size x accumulated batches)")
@@ -112,7 +126,8 @@ def find_run(args: argparse.Namespace, config: dict[str, Any]):
     before = OmegaConf.to_container(OmegaConf.load(run.configs / "resolved.yaml"))
     if before["model"] != config["model"]:
         raise UserError(
-            f"--name {args.name}: {run.root} holds a run with another model section; give another name, or repeat "
+            f"--name {args.name}: {run.root} holds a run with another model section; give another "
+            "name, or repeat "
             f"its command ({run.configs / 'resolved.yaml'} says how it was configured)"
         )
     log.info("%s exists: going on from its last checkpoint", run.root)
@@ -131,7 +146,9 @@ def train(args: argparse.Namespace) -> "tuple[pl.Trainer, pl.LightningModule] | 
     from ldm.trainer import build_trainer, checkpoint_callbacks, choose_devices, choose_precision
 
     if not (args.train or args.dry_run):
-        raise UserError("nothing to do: give -t to train, or --dry-run to see what would be trained")
+        raise UserError(
+            "nothing to do: give -t to train, or --dry-run to see what would be trained"
+        )
     config = load_configuration(args)
     devices = choose_devices(args.gpus, args.devices, args.dry_run)
     precision = choose_precision(args.precision, devices)
@@ -146,24 +163,37 @@ def train(args: argparse.Namespace) -> "tuple[pl.Trainer, pl.LightningModule] | 
     text = describe(config, model, data, batch, model.learning_rate, args.scale_lr)
     if args.dry_run:
         print(OmegaConf.to_yaml(OmegaConf.create(config)))
-        print(f"devices      {devices.count} x {devices.accelerator} x {args.num_nodes} machines, {precision}")
+        print(
+            f"devices      {devices.count} x {devices.accelerator} x {args.num_nodes} machines, "
+            f"{precision}"
+        )
         print(text)
         return None
 
     run, checkpoint = find_run(args, config)
     lightning = config["lightning"]
-    callbacks = checkpoint_callbacks(run, model, data.val_dataset is not None, lightning.get("modelcheckpoint"))
-    callbacks += [instantiate_from_config(node) for node in (lightning.get("callbacks") or {}).values()]
+    callbacks = checkpoint_callbacks(
+        run, model, data.val_dataset is not None, lightning.get("modelcheckpoint")
+    )
+    callbacks += [
+        instantiate_from_config(node) for node in (lightning.get("callbacks") or {}).values()
+    ]
     loggers = [instantiate_from_config(lightning["logger"])] if lightning.get("logger") else []
     settings = dict(lightning["trainer"])
     if lightning.get("strategy"):
         settings["strategy"] = instantiate_from_config(lightning["strategy"])
-    trainer = build_trainer(run, model, devices, args.num_nodes, precision, callbacks, settings, loggers)
+    trainer = build_trainer(
+        run, model, devices, args.num_nodes, precision, callbacks, settings, loggers
+    )
     if trainer.is_global_zero:
         run.record(config, args.seed)
         log.info("%s\nwriting to    %s", text, run.root)
     # Older Lightning has no such argument; its own default then is to load everything.
-    safe = {"weights_only": True} if "weights_only" in inspect.signature(trainer.fit).parameters else {}
+    safe = (
+        {"weights_only": True}
+        if "weights_only" in inspect.signature(trainer.fit).parameters
+        else {}
+    )
     trainer.fit(model, datamodule=data, ckpt_path=checkpoint, **(safe if checkpoint else {}))
     if trainer.interrupted:
         raise KeyboardInterrupt

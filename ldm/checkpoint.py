@@ -1,7 +1,7 @@
 """Checkpoints: written whole, loaded strictly and without executing code.
 
-A checkpoint is what Lightning saves plus the entry `histodiffusion`, from which `load_model` rebuilds the
-model without any other file:
+A checkpoint is what Lightning saves plus the entry `histodiffusion`, from which `load_model`
+rebuilds the model without any other file:
 
     format    version of this layout
     kind      autoencoder, diffusion, classifier or vit
@@ -56,7 +56,7 @@ def make_record(
 
 
 def write_checkpoint(path: str | os.PathLike, payload: dict[str, Any]) -> None:
-    """Save with torch to a temporary file beside `path`, then rename, so that no half-written file has its name."""
+    """Save with torch, whole or not at all: to a temporary file beside `path`, then rename."""
     import torch
 
     path = Path(path)
@@ -78,7 +78,10 @@ def checkpoint_path(path: str | os.PathLike, what: str = "checkpoint") -> Path:
     if found.is_dir():
         found = found / "checkpoints" / "last.ckpt"
     if not found.is_file():
-        raise UserError(f"{what}: no file {found}; give a .ckpt file or a run folder that holds checkpoints/last.ckpt")
+        raise UserError(
+            f"{what}: no file {found}; give a .ckpt file or a run folder that holds "
+            "checkpoints/last.ckpt"
+        )
     return found
 
 
@@ -102,16 +105,24 @@ def read_checkpoint(
         payload = torch.load(found, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{what}: {found} cannot be read as a checkpoint ({reason[:120]})") from None
+        raise UserError(
+            f"{what}: {found} cannot be read as a checkpoint ({reason[:120]})"
+        ) from None
     if not isinstance(payload, dict) or KEY not in payload:
-        raise UserError(f"{what}: {found} was not written by this toolkit (it has no {KEY!r} entry)")
+        raise UserError(
+            f"{what}: {found} was not written by this toolkit (it has no {KEY!r} entry)"
+        )
     record = payload[KEY]
     if record["format"] > FORMAT:
         raise UserError(
-            f"{what}: {found} has format {record['format']}, this version reads up to {FORMAT}; update the toolkit"
+            f"{what}: {found} has format {record['format']}, this version reads up to {FORMAT}; "
+            "update the toolkit"
         )
     if kinds is not None and record["kind"] not in kinds:
-        raise UserError(f"{what}: {found} holds a model of kind {record['kind']}; needed is {' or '.join(kinds)}")
+        raise UserError(
+            f"{what}: {found} holds a model of kind {record['kind']}; needed is "
+            f"{' or '.join(kinds)}"
+        )
     return payload
 
 
@@ -121,7 +132,7 @@ def load_model(
     device: "torch.device | str" = "cpu",
     what: str = "checkpoint",
 ):
-    """Rebuild the model of a checkpoint, from the checkpoint alone, in evaluation mode without gradients.
+    """Rebuild a model from its checkpoint alone, in evaluation mode, without gradients.
 
     Returns:
         The LightningModule of the recorded class, weights loaded strictly.
@@ -131,7 +142,7 @@ def load_model(
     kinds = (kinds,) if isinstance(kinds, str) else kinds
     payload = read_checkpoint(path, kinds, what)
     record = payload[KEY]
-    # weights_only keeps code out of the tensors; this keeps it out of the names of classes to build.
+    # weights_only keeps code out of the tensors; this keeps it out of the classes to build.
     require_own_targets(record["model"], path)
     model = instantiate_from_config(record["model"])
     training_only = tuple(record["training_only"])
@@ -147,7 +158,9 @@ def load_strictly(model, state: dict, where: str) -> None:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:]]
-        raise UserError(f"{where}: the weights do not fit the model: {' '.join(lines)[:400]}") from None
+        raise UserError(
+            f"{where}: the weights do not fit the model: {' '.join(lines)[:400]}"
+        ) from None
 
 
 def file_sha256(path: str | os.PathLike) -> str:

@@ -75,7 +75,7 @@ def existing_path(text: str | os.PathLike, what: str, kind: str = "any") -> Path
 
 
 def resolve_device(name: str | None):
-    """The torch device for `auto`, `cpu`, `cuda`, `cuda:1` or `mps`; UserError where there is none."""
+    """The torch device for `auto`, `cpu`, `cuda`, `cuda:1` or `mps`; UserError without one."""
     import torch
 
     if name in (None, "", "auto"):
@@ -91,7 +91,9 @@ def resolve_device(name: str | None):
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
-            raise UserError(f"--device {name}: this machine has {count} CUDA devices; use auto or cpu")
+            raise UserError(
+                f"--device {name}: this machine has {count} CUDA devices; use auto or cpu"
+            )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"--device {name}: no MPS device here; use auto or cpu")
     if device.type not in ("cpu", "cuda", "mps"):

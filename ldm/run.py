@@ -47,7 +47,12 @@ def git_revision() -> str | None:
     here = Path(__file__).parent
     try:
         revision = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True, timeout=10
+            ["git", "rev-parse", "HEAD"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
         )
         status = subprocess.run(
             ["git", "status", "--porcelain", "--untracked-files=no"],
@@ -64,7 +69,10 @@ def git_revision() -> str | None:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a result."""
-    return {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}}
+    return {
+        "python": platform.python_version(),
+        **{p: importlib.metadata.version(p) for p in PACKAGES},
+    }
 
 
 def hardware() -> dict[str, Any]:
@@ -78,7 +86,12 @@ def hardware() -> dict[str, Any]:
     except OSError:
         pass  # not Linux; the platform's own word stays
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"processor": processor, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpus": gpus}
+    return {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+    }
 
 
 @dataclass(frozen=True)
@@ -122,18 +135,26 @@ class RunFolder:
 
     @classmethod
     def of_resume(cls, target: str) -> tuple["RunFolder", Path]:
-        """The run and the checkpoint that `--resume TARGET` (a run folder or a checkpoint in it) means."""
+        """The run and the checkpoint that `--resume TARGET` means."""
         path = Path(target)
         checkpoint = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
         if not checkpoint.is_file():
-            raise UserError(f"--resume {target}: no checkpoint at {checkpoint}; give a run folder or a .ckpt file")
+            raise UserError(
+                f"--resume {target}: no checkpoint at {checkpoint}; give a run folder or a .ckpt "
+                "file"
+            )
         if checkpoint.parent.name != "checkpoints":
-            raise UserError(f"--resume {target}: a checkpoint to resume lies in RUN/checkpoints/; this one does not")
+            raise UserError(
+                f"--resume {target}: a checkpoint to resume lies in RUN/checkpoints/; this one "
+                "does not"
+            )
         return cls(checkpoint.parent.parent), checkpoint
 
     def read_metrics(self) -> list[dict[str, float]]:
-        """What was logged, over all starts of the run: one mapping from name to value per logged step."""
-        starts = sorted(self.root.glob("metrics/version_*/metrics.csv"), key=lambda p: int(p.parent.name[8:]))
+        """What was logged over all starts of the run: name to value, per logged step."""
+        starts = sorted(
+            self.root.glob("metrics/version_*/metrics.csv"), key=lambda p: int(p.parent.name[8:])
+        )
         rows = []
         for path in starts:
             with path.open(newline="") as file:
@@ -141,7 +162,7 @@ class RunFolder:
         return rows
 
     def record(self, config: dict, seed: int) -> None:
-        """Write the resolved configuration, the command, versions, revision and hardware of this start."""
+        """Write the resolved configuration, command, versions, revision and hardware of a start."""
         from omegaconf import OmegaConf
 
         stamp = time.strftime("%Y-%m-%dT%H-%M-%S")

@@ -23,24 +23,41 @@ CHECKPOINT_EVERY = 1000  # optimiser steps
 
 def add_run_arguments(parser: ArgumentParser) -> None:
     """The arguments of a run: where it writes, what it resumes, on which devices it trains."""
-    parser.add_argument("-n", "--name", help="name of the run: it writes to LOGDIR/NAME, and goes on where it stopped")
-    parser.add_argument("-r", "--resume", metavar="RUN", help="run folder or checkpoint to go on from")
-    parser.add_argument("-s", "--seed", type=number(int, 0, 2**32 - 1), default=23, help="seed of all randomness")
+    parser.add_argument(
+        "-n",
+        "--name",
+        help="name of the run: it writes to LOGDIR/NAME, and goes on where it stopped",
+    )
+    parser.add_argument(
+        "-r", "--resume", metavar="RUN", help="run folder or checkpoint to go on from"
+    )
+    parser.add_argument(
+        "-s", "--seed", type=number(int, 0, 2**32 - 1), default=23, help="seed of all randomness"
+    )
     parser.add_argument("-l", "--logdir", default="logs", help="folder of all runs")
     parser.add_argument(
-        "--gpus", metavar="LIST", help="GPUs as in Lightning 1: '0,1' these two, '2' any two, '0,' number 0 alone"
+        "--gpus",
+        metavar="LIST",
+        help="GPUs as in Lightning 1: '0,1' these two, '2' any two, '0,' number 0 alone",
     )
-    parser.add_argument("--devices", type=number(int, 1), help="number of devices of the best kind there is")
+    parser.add_argument(
+        "--devices", type=number(int, 1), help="number of devices of the best kind there is"
+    )
     parser.add_argument("--num_nodes", type=number(int, 1), default=1, help="number of machines")
     parser.add_argument(
-        "--precision", choices=PRECISIONS, default="auto", help="auto: bf16-mixed on GPUs that have it, else 32"
+        "--precision",
+        choices=PRECISIONS,
+        default="auto",
+        help="auto: bf16-mixed on GPUs that have it, else 32",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print what would be trained, and exit")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what would be trained, and exit"
+    )
 
 
 @dataclass(frozen=True)
 class Devices:
-    """Where to train: Lightning's `accelerator` and `devices`, and how many devices that is per machine."""
+    """Where to train: Lightning's `accelerator`, and `devices` of each machine."""
 
     accelerator: str
     devices: int | list[int]
@@ -63,7 +80,9 @@ def parse_gpus(text: str) -> list[int] | int:
             raise ValueError
         return count
     except ValueError:
-        raise UserError(f"--gpus {text}: give a list of distinct GPUs ('0,1' or '0,') or a count ('2')") from None
+        raise UserError(
+            f"--gpus {text}: give a list of distinct GPUs ('0,1' or '0,') or a count ('2')"
+        ) from None
 
 
 def choose_devices(gpus: str | None, devices: int | None, dry_run: bool = False) -> Devices:
@@ -86,7 +105,8 @@ def choose_devices(gpus: str | None, devices: int | None, dry_run: bool = False)
         needed = max(wanted) + 1 if isinstance(wanted, list) else wanted
         if (needed > found or wanted == 0) and not dry_run:
             raise UserError(
-                f"--gpus {gpus}: this machine has {found} CUDA GPUs; leave --gpus out to train on the best device "
+                f"--gpus {gpus}: this machine has {found} CUDA GPUs; leave --gpus out to train on "
+                "the best device "
                 "there is, or name fewer"
             )
         return Devices("gpu", wanted)
@@ -102,12 +122,16 @@ def choose_devices(gpus: str | None, devices: int | None, dry_run: bool = False)
 
 
 def choose_precision(name: str, devices: Devices) -> str:
-    """Lightning's precision for `--precision`; `auto` is bf16-mixed on GPUs that have it, else 32."""
+    """Lightning's precision for `--precision`; `auto`: bf16-mixed on GPUs that have it, else 32."""
     import torch
 
     if name != "auto":
         return {"32": "32-true", "64": "64-true"}.get(name, name)
-    has_bf16 = devices.accelerator == "gpu" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    has_bf16 = (
+        devices.accelerator == "gpu"
+        and torch.cuda.is_available()
+        and torch.cuda.is_bf16_supported()
+    )
     return "bf16-mixed" if has_bf16 else "32-true"
 
 
@@ -122,8 +146,9 @@ def checkpoint_callbacks(
     """`last.ckpt` every so many steps, and `best.ckpt` by the model's monitored metric.
 
     Args:
-        node: `lightning.modelcheckpoint` of the configuration: `every_n_train_steps`, `monitor` and `mode` change
-            these two; with other ModelCheckpoint parameters a third kind of checkpoint is kept.
+        node: `lightning.modelcheckpoint` of the configuration: `every_n_train_steps`, `monitor`
+            and `mode` change these two; with other ModelCheckpoint parameters a third kind of
+            checkpoint is kept.
 
     Raises:
         UserError: The monitored metric cannot exist.
@@ -133,17 +158,25 @@ def checkpoint_callbacks(
     target = "pytorch_lightning.callbacks.ModelCheckpoint"
     if node and node.get("target", target) != target:
         raise UserError(
-            f"lightning.modelcheckpoint.target={node['target']}: only params may be given here; put another callback "
+            f"lightning.modelcheckpoint.target={node['target']}: only params may be given here; "
+            "put another callback "
             "under lightning.callbacks"
         )
     settings = dict((node or {}).get("params") or {})
     monitor = settings.pop("monitor", getattr(model, "monitor", None))
     mode = settings.pop("mode", None)
     every = settings.pop("every_n_train_steps", CHECKPOINT_EVERY)
-    common = {"dirpath": run.checkpoints, "enable_version_counter": False, "auto_insert_metric_name": False}
-    callbacks: list[pl.Callback] = [ModelCheckpoint(filename="last", every_n_train_steps=every, **common)]
+    common = {
+        "dirpath": run.checkpoints,
+        "enable_version_counter": False,
+        "auto_insert_metric_name": False,
+    }
+    callbacks: list[pl.Callback] = [
+        ModelCheckpoint(filename="last", every_n_train_steps=every, **common)
+    ]
     if settings:
-        # What the configuration adds (save_top_k, filename, train_time_interval ...) is a checkpoint of its own.
+        # What the configuration adds (save_top_k, filename, train_time_interval ...) is a
+        # checkpoint of its own.
         extra = {"filename": "step_{step:08d}", "save_top_k": -1, **settings}
         if "train_time_interval" not in settings:
             extra["every_n_train_steps"] = every
@@ -151,14 +184,20 @@ def checkpoint_callbacks(
     if monitor:
         if not has_validation:
             raise UserError(
-                f"model.params.monitor={monitor!r} needs validation tiles: give data.params.validation, or "
+                f"model.params.monitor={monitor!r} needs validation tiles: give "
+                "data.params.validation, or "
                 "data.params.val_fraction above 0, or set model.params.monitor=null"
             )
         if monitor not in model.metrics():
             raise UserError(
-                f"model.params.monitor={monitor!r} is never logged; this model logs {', '.join(sorted(model.metrics()))}"
+                f"model.params.monitor={monitor!r} is never logged; this model logs "
+                f"{', '.join(sorted(model.metrics()))}"
             )
-        callbacks.append(ModelCheckpoint(filename="best", monitor=monitor, mode=mode or _better(monitor), **common))
+        callbacks.append(
+            ModelCheckpoint(
+                filename="best", monitor=monitor, mode=mode or _better(monitor), **common
+            )
+        )
     return callbacks
 
 
@@ -172,7 +211,8 @@ def build_trainer(
     settings: dict[str, Any],
     loggers: list[Any] | None = None,
 ) -> "pl.Trainer":
-    """A Lightning trainer that logs to CSV and TensorBoard in the run's folder and shows a progress bar.
+    """A Lightning trainer that logs to CSV and TensorBoard in the run's folder and shows a
+    progress bar.
 
     Args:
         settings: Trainer arguments from the configuration; they take precedence.
@@ -183,7 +223,7 @@ def build_trainer(
 
     from ldm.models.callbacks import Throughput
 
-    # Lightning's remarks on what it found (no TPU, a tip for another product) would bury what a run says itself.
+    # Lightning's remarks (no TPU, a tip for another product) would bury what a run says itself.
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     # Hints for people who tune, and a deprecation inside Lightning: not for every run's log.
     for pattern in (
@@ -205,7 +245,9 @@ def build_trainer(
         if "accumulate_grad_batches" in settings:
             model.accumulate_grad_batches = settings.pop("accumulate_grad_batches")
         if settings.get("gradient_clip_val") is not None:
-            raise UserError("lightning.trainer.gradient_clip_val does not apply to the autoencoder; remove it")
+            raise UserError(
+                "lightning.trainer.gradient_clip_val does not apply to the autoencoder; remove it"
+            )
     bar = settings.get("enable_progress_bar", True)
     refresh = 1 if sys.stderr.isatty() else 50
     return pl.Trainer(

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -28,7 +29,6 @@ from ldm.evaluation.sets import TransformedTiles, open_splits, seed_generators, 
 from ldm.evaluation.settings import Settings
 from ldm.evaluation.training import Compute, Trainer, build_network
 from ldm.evaluation.vit import TileClassifier, eval_transform, load_pretrained, load_vit
-from tests import tiny
 
 ROOT = Path(command.__file__).parent
 NETWORK = dict(arch="test_vit", patch_size=16, input_size=tiny.PIXELS)

@@ -1,4 +1,5 @@
-"""The networks have the parameter names, shapes and outputs of published checkpoints (tests/golden)."""
+"""The networks have the parameter names, shapes and outputs of published checkpoints
+(tests/golden)."""
 
 import json
 import zlib

@@ -36,7 +36,12 @@ def posterior() -> DiagonalGaussian:
 def test_terms_by_hand():
     x, x_rec, q = images(0), images(1), posterior()
     loss_fn = LPIPSWithDiscriminator(
-        disc_start=0, disc_weight=0, perceptual_weight=0, kl_weight=0.1, logvar_init=0.5, pixelloss_weight=2.0
+        disc_start=0,
+        disc_weight=0,
+        perceptual_weight=0,
+        kl_weight=0.1,
+        logvar_init=0.5,
+        pixelloss_weight=2.0,
     )
     loss, log = loss_fn.generator_loss(x, x_rec, q, step=5)
     l1 = (x - x_rec).abs()
@@ -47,7 +52,9 @@ def test_terms_by_hand():
 
 
 def test_discriminator_starts_and_ramps():
-    loss_fn = LPIPSWithDiscriminator(disc_start=10, disc_ramp=4, perceptual_weight=0, disc_factor=2.0)
+    loss_fn = LPIPSWithDiscriminator(
+        disc_start=10, disc_ramp=4, perceptual_weight=0, disc_factor=2.0
+    )
     assert [loss_fn.disc_scale(s) for s in (0, 9, 10, 11, 13, 99)] == [0, 0, 0.5, 1.0, 2.0, 2.0]
     at_once = LPIPSWithDiscriminator(disc_start=10, perceptual_weight=0)
     assert [at_once.disc_scale(s) for s in (9, 10)] == [0, 1]
@@ -75,7 +82,8 @@ def test_discriminator_loss_has_the_right_direction(name):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"), [({"disc_loss": "wgan"}, "disc_loss='wgan'"), ({"kl_weight": -1}, "kl_weight=-1")]
+    ("change", "words"),
+    [({"disc_loss": "wgan"}, "disc_loss='wgan'"), ({"kl_weight": -1}, "kl_weight=-1")],
 )
 def test_bad_loss_settings(change, words):
     with pytest.raises(UserError, match=words):
@@ -83,13 +91,17 @@ def test_bad_loss_settings(change, words):
 
 
 def test_lpips_is_a_distance_with_gradients(vgg_weights):
-    loss_fn = LPIPSWithDiscriminator(disc_start=0, disc_weight=0, perceptual_weights=str(vgg_weights))
+    loss_fn = LPIPSWithDiscriminator(
+        disc_start=0, disc_weight=0, perceptual_weights=str(vgg_weights)
+    )
     x, x_rec = images(0), images(1).requires_grad_(True)
     assert loss_fn.perceptual(x, x).abs().max() == 0
     loss, log = loss_fn.generator_loss(x, x_rec, posterior(), step=0)
     loss.backward()
     assert log["p_loss"] > 0 and x_rec.grad.abs().sum() > 0
-    assert not any("perceptual" in k for k in loss_fn.state_dict()), "frozen library weights are not saved"
+    assert not any("perceptual" in k for k in loss_fn.state_dict()), (
+        "frozen library weights are not saved"
+    )
 
 
 def test_lpips_takes_the_backbone_from_the_file(vgg_weights):
@@ -109,7 +121,9 @@ def test_lpips_finds_torchvisions_cache(vgg_weights, tmp_path, monkeypatch):
 
 def test_lpips_without_weights_says_how_to_get_them(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    with pytest.raises(UserError, match=r"vgg16-397923af.*where there is internet.*perceptual_weight=0"):
+    with pytest.raises(
+        UserError, match=r"vgg16-397923af.*where there is internet.*perceptual_weight=0"
+    ):
         LPIPSWithDiscriminator(disc_start=0)
 
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import yaml
 
@@ -12,11 +13,16 @@ import main as main_py
 from ldm.checkpoint import load_model, read_checkpoint
 from ldm.errors import UserError
 from ldm.run import RunFolder
-import tiny
 
 ROOT = Path(main_py.__file__).parent
 AUTOENCODER = {
-    "ddconfig": {"ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "z_channels": 3, "resolution": tiny.PIXELS},
+    "ddconfig": {
+        "ch": 32,
+        "ch_mult": [1, 1],
+        "num_res_blocks": 1,
+        "z_channels": 3,
+        "resolution": tiny.PIXELS,
+    },
     "embed_dim": 3,
 }
 UNET = {
@@ -51,7 +57,12 @@ def write_config(path: Path, data: Path, model: dict, labelled: bool = False, **
                 "val_fraction": 0.2,
                 "train": {
                     "target": "ldm.data.tiles.TileFolder",
-                    "params": {"root": str(data), "size": tiny.PIXELS, "labelled": labelled, "augment": ["d4"]},
+                    "params": {
+                        "root": str(data),
+                        "size": tiny.PIXELS,
+                        "labelled": labelled,
+                        "augment": ["d4"],
+                    },
                 },
             },
         },
@@ -70,7 +81,13 @@ def write_config(path: Path, data: Path, model: dict, labelled: bool = False, **
 
 
 def autoencoder_model(**loss) -> dict:
-    loss = {"disc_start": 0, "disc_weight": 0.5, "perceptual_weight": 0.0, "kl_weight": 1e-4, **loss}
+    loss = {
+        "disc_start": 0,
+        "disc_weight": 0.5,
+        "perceptual_weight": 0.0,
+        "kl_weight": 1e-4,
+        **loss,
+    }
     lossconfig = {"target": "ldm.modules.losses.LPIPSWithDiscriminator", "params": loss}
     params = {**AUTOENCODER, "lossconfig": lossconfig, "monitor": "val/rec_loss"}
     return {"target": "ldm.models.autoencoder.AutoencoderKL", "params": params}
@@ -89,12 +106,27 @@ def diffusion_model(ckpt: Path, **params) -> dict:
 
 
 def decoder_model(ckpt: Path, **params) -> dict:
-    params = {"autoencoder_ckpt": str(ckpt), "aux_arch": "resnet10t", "monitor": "val/aux_accuracy", **params}
+    params = {
+        "autoencoder_ckpt": str(ckpt),
+        "aux_arch": "resnet10t",
+        "monitor": "val/aux_accuracy",
+        **params,
+    }
     return {"target": "ldm.models.auxiliary.DecoderFinetune", "params": params}
 
 
 def run(config: Path, logdir: Path, name: str, steps: int, *more: str):
-    argv = ["--base", str(config), "-t", "--logdir", str(logdir), "--name", name, "--max_steps", str(steps)]
+    argv = [
+        "--base",
+        str(config),
+        "-t",
+        "--logdir",
+        str(logdir),
+        "--name",
+        name,
+        "--max_steps",
+        str(steps),
+    ]
     return main_py.train(main_py.parse_arguments([*argv, "--precision", "32", *more]))
 
 
@@ -105,7 +137,13 @@ def weights(logdir: Path, name: str) -> dict:
 def models(ckpt: Path) -> dict[str, tuple[dict, bool]]:
     schedule = {
         "target": "ldm.modules.lr_schedule.LambdaLinearScheduler",
-        "params": {"warm_up_steps": [4], "cycle_lengths": [100], "f_start": [0.1], "f_max": [1.0], "f_min": [0.5]},
+        "params": {
+            "warm_up_steps": [4],
+            "cycle_lengths": [100],
+            "f_start": [0.1],
+            "f_max": [1.0],
+            "f_min": [0.5],
+        },
     }
     return {
         "autoencoder": (autoencoder_model(disc_start=2), False),
@@ -116,7 +154,8 @@ def models(ckpt: Path) -> dict[str, tuple[dict, bool]]:
 
 @pytest.mark.parametrize("kind", ["autoencoder", "diffusion", "decoder"])
 def test_resumed_equals_uninterrupted(kind, data, autoencoder_ckpt, tmp_path):
-    """Train 6 = train 3, stop, train 3 more: weights, averages, scale, bit for bit (3 steps an epoch)."""
+    """Train 6 = train 3, stop, train 3 more: weights, averages, scale, bit for bit (3 steps an
+    epoch)."""
     model, labelled = models(autoencoder_ckpt)[kind]
     config = write_config(tmp_path / "c.yaml", data, model, labelled)
     run(config, tmp_path, "whole", 6)
@@ -137,12 +176,20 @@ def test_autoencoder_trains_both_networks_and_counts_generator_steps(data, tmp_p
     trainer, model = run(config, tmp_path, "ae", 6)
     after = weights(tmp_path, "ae")
     assert trainer.global_step == 6, "a discriminator step is no step of its own"
-    assert model.optimizers()[1].param_groups[0]["params"][0] is next(model.loss.discriminator.parameters())
+    assert model.optimizers()[1].param_groups[0]["params"][0] is next(
+        model.loss.discriminator.parameters()
+    )
     for part in ("net.encoder", "net.decoder", "loss.discriminator"):
         keys = [k for k in before if k.startswith(part) and k.endswith("weight")]
         assert keys and all(not torch.equal(before[k], after[k]) for k in keys), part
     logged = {k for row in RunFolder(tmp_path / "ae").read_metrics() for k in row}
-    assert {"val/rec_loss", "val/psnr", "train/logits_real", "train/d_weight", "images_per_s"} - logged <= {
+    assert {
+        "val/rec_loss",
+        "val/psnr",
+        "train/logits_real",
+        "train/d_weight",
+        "images_per_s",
+    } - logged <= {
         "train/logits_real",
         "train/d_weight",
         "images_per_s",  # every 10 batches only
@@ -157,13 +204,19 @@ def test_discriminator_waits_for_its_start(data, tmp_path):
 
 
 def test_accumulated_gradients_equal_a_larger_batch(data, tmp_path):
-    """Two batches of 4 per step; the generator's loss is a mean over images, so 8 at once is the same step."""
+    """Two batches of 4 per step; the generator's loss is a mean over images, so 8 at once is the
+    same step."""
     model = autoencoder_model(disc_weight=0.0)
     config = write_config(tmp_path / "c.yaml", data, model)
     reference = weights_after(config, tmp_path, "big", "data.params.batch_size=8")
-    accumulated = weights_after(config, tmp_path, "small", "lightning.trainer.accumulate_grad_batches=2")
-    differing = [k for k in reference if not torch.allclose(reference[k], accumulated[k], atol=2e-4)]
-    # The posterior's noise differs between one draw of 8 and two of 4, so only the step count is exact.
+    accumulated = weights_after(
+        config, tmp_path, "small", "lightning.trainer.accumulate_grad_batches=2"
+    )
+    differing = [
+        k for k in reference if not torch.allclose(reference[k], accumulated[k], atol=2e-4)
+    ]
+    # The posterior's noise differs between one draw of 8 and two of 4, so only the step count is
+    # exact.
     assert len(differing) < len(reference)
 
 
@@ -186,7 +239,8 @@ def test_diffusion_checkpoint_rebuilds_the_model_alone(data, tmp_path):
     z = model.encode_first_stage(x, sample=False)
     assert z.shape == (2, *tiny.LATENT)
     torch.testing.assert_close(
-        model.decode_first_stage(z), model.first_stage_model.decode(model.first_stage_model.encode(x).mode())
+        model.decode_first_stage(z),
+        model.first_stage_model.decode(model.first_stage_model.encode(x).mode()),
     )
 
 
@@ -200,13 +254,17 @@ def test_latent_scale_makes_unit_variance(data, autoencoder_ckpt, tmp_path):
 
 
 def test_ema_follows_optimiser_steps_not_batches(data, autoencoder_ckpt, tmp_path):
-    config = write_config(tmp_path / "c.yaml", data, diffusion_model(autoencoder_ckpt), accumulate_grad_batches=2)
+    config = write_config(
+        tmp_path / "c.yaml", data, diffusion_model(autoencoder_ckpt), accumulate_grad_batches=2
+    )
     trainer, model = run(config, tmp_path, "d", 3)
     assert trainer.global_step == 3 and model.ema.num_updates == 3
 
 
 def test_decoder_finetuning_keeps_the_latent_space(data, autoencoder_ckpt, tmp_path):
-    config = write_config(tmp_path / "c.yaml", data, decoder_model(autoencoder_ckpt, aux_start=2), labelled=True)
+    config = write_config(
+        tmp_path / "c.yaml", data, decoder_model(autoencoder_ckpt, aux_start=2), labelled=True
+    )
     before = load_model(autoencoder_ckpt, "autoencoder")
     run(config, tmp_path, "f", 4)
     after = load_model(tmp_path / "f", "autoencoder")
@@ -216,7 +274,11 @@ def test_decoder_finetuning_keeps_the_latent_space(data, autoencoder_ckpt, tmp_p
 
 
 def test_class_evidence_reaches_the_decoder_only_from_its_start(data, autoencoder_ckpt):
-    batch = {"image": torch.rand(3, 3, tiny.PIXELS, tiny.PIXELS) * 2 - 1, "label": torch.arange(3), "path": ["a"] * 3}
+    batch = {
+        "image": torch.rand(3, 3, tiny.PIXELS, tiny.PIXELS) * 2 - 1,
+        "label": torch.arange(3),
+        "path": ["a"] * 3,
+    }
     module = main_py_module(autoencoder_ckpt, aux_start=0)
     later = main_py_module(autoencoder_ckpt, aux_start=1)
     gradients = []
@@ -239,8 +301,18 @@ def main_py_module(ckpt: Path, aux_start: int):
 
 
 def test_dry_run_says_what_would_be_trained(data, autoencoder_ckpt, tmp_path, capsys):
-    config = write_config(tmp_path / "c.yaml", data, diffusion_model(autoencoder_ckpt), accumulate_grad_batches=3)
-    argv = ["--base", str(config), "--dry-run", "--logdir", str(tmp_path / "logs"), "--scale_lr", "True"]
+    config = write_config(
+        tmp_path / "c.yaml", data, diffusion_model(autoencoder_ckpt), accumulate_grad_batches=3
+    )
+    argv = [
+        "--base",
+        str(config),
+        "--dry-run",
+        "--logdir",
+        str(tmp_path / "logs"),
+        "--scale_lr",
+        "True",
+    ]
     assert main_py.train(main_py.parse_arguments([*argv, "--gpus", "0,1"])) is None
     out = capsys.readouterr().out
     assert "base_learning_rate: 0.001" in out and "2 x gpu" in out
@@ -252,21 +324,34 @@ def test_dry_run_says_what_would_be_trained(data, autoencoder_ckpt, tmp_path, ca
 
 def test_files_merge_left_to_right_and_overrides_win(data, autoencoder_ckpt, tmp_path):
     first = write_config(tmp_path / "a.yaml", data, diffusion_model(autoencoder_ckpt))
-    (tmp_path / "b.yaml").write_text("model: {base_learning_rate: 0.5}\ndata: {params: {batch_size: 2}}\n")
-    args = main_py.parse_arguments(["--base", str(first), str(tmp_path / "b.yaml"), "data.params.batch_size=3"])
+    (tmp_path / "b.yaml").write_text(
+        "model: {base_learning_rate: 0.5}\ndata: {params: {batch_size: 2}}\n"
+    )
+    args = main_py.parse_arguments(
+        ["--base", str(first), str(tmp_path / "b.yaml"), "data.params.batch_size=3"]
+    )
     config = main_py.load_configuration(args)
-    assert config["model"]["base_learning_rate"] == 0.5 and config["data"]["params"]["batch_size"] == 3
+    assert (
+        config["model"]["base_learning_rate"] == 0.5 and config["data"]["params"]["batch_size"] == 3
+    )
 
 
 def command(*argv: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "main.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "main.py", *argv],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
 
 
 def test_a_mistake_is_one_line_and_status_2(data, tmp_path):
     config = write_config(tmp_path / "c.yaml", data, autoencoder_model())
-    result = command("--base", str(config), "-t", "--logdir", str(tmp_path / "logs"), "model.params.embed_dim=x")
+    result = command(
+        "--base", str(config), "-t", "--logdir", str(tmp_path / "logs"), "model.params.embed_dim=x"
+    )
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1 and "model.params.embed_dim" in result.stderr
     assert "Traceback" not in result.stderr and not (tmp_path / "logs").exists()
@@ -288,7 +373,9 @@ BAD = {
 }
 
 
-@pytest.mark.skipif(torch.cuda.device_count() > 1, reason="some cases name GPUs that this machine must not have")
+@pytest.mark.skipif(
+    torch.cuda.device_count() > 1, reason="some cases name GPUs that this machine must not have"
+)
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(case, data, autoencoder_ckpt, tmp_path):
     argv, words = BAD[case]
@@ -299,7 +386,9 @@ def test_bad_input(case, data, autoencoder_ckpt, tmp_path):
         argv = [a.replace("CLASSIFIER", str(path)) for a in argv]
     logs = tmp_path / "logs"
     with pytest.raises(UserError, match=words):
-        main_py.train(main_py.parse_arguments(["--base", str(config), "-t", "--logdir", str(logs), *argv]))
+        main_py.train(
+            main_py.parse_arguments(["--base", str(config), "-t", "--logdir", str(logs), *argv])
+        )
     assert not logs.exists(), "nothing half-written"
 
 
@@ -324,13 +413,22 @@ def test_a_nan_stops_the_run_and_names_the_files(data, tmp_path):
 
 
 def test_checkpoints_of_strangers_are_refused(tmp_path, autoencoder_ckpt):
-    foreign, broken, hostile = (tmp_path / n for n in ("foreign.ckpt", "broken.ckpt", "hostile.ckpt"))
+    foreign, broken, hostile = (
+        tmp_path / n for n in ("foreign.ckpt", "broken.ckpt", "hostile.ckpt")
+    )
     torch.save({"state_dict": {}}, foreign)
     broken.write_bytes(autoencoder_ckpt.read_bytes()[:1000])
     payload = torch.load(autoencoder_ckpt, weights_only=True)
-    payload["histodiffusion"]["model"] = {"target": "subprocess.Popen", "params": {"args": ["false"]}}
+    payload["histodiffusion"]["model"] = {
+        "target": "subprocess.Popen",
+        "params": {"args": ["false"]},
+    }
     torch.save(payload, hostile)
-    for path, words in ((foreign, "not written by this toolkit"), (broken, "cannot be read"), (hostile, "subprocess")):
+    for path, words in (
+        (foreign, "not written by this toolkit"),
+        (broken, "cannot be read"),
+        (hostile, "subprocess"),
+    ):
         with pytest.raises(UserError, match=words):
             load_model(path, "autoencoder")
     payload = torch.load(autoencoder_ckpt, weights_only=True)

@@ -57,7 +57,11 @@ def test_attention_orders_differ_by_a_permutation_only():
     torch.manual_seed(0)
     old = awaken(UNetModel(**UNET, channel_mult=(1,), attention_resolutions=[1], num_heads=2))
     new = UNetModel(
-        **UNET, channel_mult=(1,), attention_resolutions=[1], num_heads=2, use_new_attention_order=True
+        **UNET,
+        channel_mult=(1,),
+        attention_resolutions=[1],
+        num_heads=2,
+        use_new_attention_order=True,
     )
     state = old.state_dict()
     for key, value in state.items():
@@ -115,8 +119,9 @@ def test_paper_unet_has_the_published_number_of_parameters(monkeypatch):
 def test_timestep_embedding_by_hand():
     # dim 4: frequencies 1 and 1/100; cosines first.
     t = torch.tensor([0, 2])
-    expected = torch.stack([torch.ones(2), torch.tensor([2.0, 0.02]).cos()]), torch.stack(
-        [torch.zeros(2), torch.tensor([2.0, 0.02]).sin()]
+    expected = (
+        torch.stack([torch.ones(2), torch.tensor([2.0, 0.02]).cos()]),
+        torch.stack([torch.zeros(2), torch.tensor([2.0, 0.02]).sin()]),
     )
     torch.testing.assert_close(timestep_embedding(t, 4), torch.cat(expected, dim=1))
     assert timestep_embedding(t, 5).shape == (2, 5)
@@ -172,9 +177,13 @@ def test_posterior_by_hand():
     assert torch.equal(posterior.mode(), moments[:, :2])
     draws = [posterior.sample(torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
-    many = DiagonalGaussian(moments.expand(20_000, -1, -1, -1)).sample(torch.Generator().manual_seed(0))
+    many = DiagonalGaussian(moments.expand(20_000, -1, -1, -1)).sample(
+        torch.Generator().manual_seed(0)
+    )
     torch.testing.assert_close(many.mean(0).flatten(), torch.tensor([1.0, -2.0]), atol=0.08, rtol=0)
-    torch.testing.assert_close(many.std(0).flatten(), torch.tensor([1.0, torch.e]), atol=0.08, rtol=0)
+    torch.testing.assert_close(
+        many.std(0).flatten(), torch.tensor([1.0, torch.e]), atol=0.08, rtol=0
+    )
 
 
 def test_fingerprint_follows_the_encoder_only():

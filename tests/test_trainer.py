@@ -9,7 +9,8 @@ from ldm.errors import UserError
 
 
 @pytest.mark.parametrize(
-    ("text", "meaning"), [("0,1", [0, 1]), ("2", 2), ("0,", [0]), ("3,", [3]), ("-1", -1), ("1,0,2", [1, 0, 2])]
+    ("text", "meaning"),
+    [("0,1", [0, 1]), ("2", 2), ("0,", [0]), ("3,", [3]), ("-1", -1), ("1,0,2", [1, 0, 2])],
 )
 def test_gpus_mean_what_they_meant_in_lightning_1(text, meaning):
     assert trainer.parse_gpus(text) == meaning
@@ -54,14 +55,17 @@ def test_numbers_out_of_range(text):
         cli.number(float, 0, 1)(text)
 
 
-@pytest.mark.parametrize(("text", "value"), [("True", True), ("false", False), ("1", True), ("no", False)])
+@pytest.mark.parametrize(
+    ("text", "value"), [("True", True), ("false", False), ("1", True), ("no", False)]
+)
 def test_booleans(text, value):
     assert cli.boolean(text) is value
 
 
 def test_worker_errors_become_one_line():
     error = UserError(
-        "Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+        "Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call "
+        "last):\n"
         '  File "x.py", line 1\nldm.errors.UserError: tile a.png cannot be read'
     )
     assert cli._one_line(error) == "tile a.png cannot be read"

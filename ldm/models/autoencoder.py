@@ -15,8 +15,9 @@ from ldm.modules.autoencoder import AutoencoderKL as AutoencoderNet
 class AutoencoderKL(HistoModule):
     """Trains `ldm.modules.autoencoder.AutoencoderKL` with LPIPS, KL and a PatchGAN.
 
-    Two Adam optimisers under manual optimisation; `global_step` counts the generator's steps only, so that
-    `max_steps`, `disc_start` and checkpoint names mean the same with and without the discriminator.
+    Two Adam optimisers under manual optimisation; `global_step` counts the generator's steps only,
+    so that `max_steps`, `disc_start` and checkpoint names mean the same with and without the
+    discriminator.
 
     Args:
         ddconfig, embed_dim: Architecture, see `ldm.modules.autoencoder.AutoencoderKL`.
@@ -52,7 +53,6 @@ class AutoencoderKL(HistoModule):
             self.start_from(ckpt_path)
 
     def rebuild_config(self) -> dict[str, Any]:
-        # Named, not type(self): a subclass that tunes the decoder leaves a plain autoencoder behind.
         params = {"ddconfig": self.ddconfig, "embed_dim": self.embed_dim}
         return {"target": "ldm.models.autoencoder.AutoencoderKL", "params": params}
 
@@ -62,11 +62,17 @@ class AutoencoderKL(HistoModule):
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         if self.loss is None:
-            raise UserError("model.params.lossconfig is missing: an autoencoder cannot train without a loss")
-        optimizers = [torch.optim.Adam(self.net.parameters(), lr=self.learning_rate, betas=self.betas)]
+            raise UserError(
+                "model.params.lossconfig is missing: an autoencoder cannot train without a loss"
+            )
+        optimizers = [
+            torch.optim.Adam(self.net.parameters(), lr=self.learning_rate, betas=self.betas)
+        ]
         if self.loss.discriminator is not None:
             discriminator = self.loss.discriminator.parameters()
-            optimizers.append(torch.optim.Adam(discriminator, lr=self.learning_rate, betas=self.betas))
+            optimizers.append(
+                torch.optim.Adam(discriminator, lr=self.learning_rate, betas=self.betas)
+            )
         return optimizers
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -78,7 +84,8 @@ class AutoencoderKL(HistoModule):
         adversarial = self.loss.disc_scale(step) > 0
         full = (batch_idx + 1) % self.accumulate_grad_batches == 0 or self.trainer.is_last_batch
         if self.loss.discriminator is not None:
-            # The generator's backward pass runs through the discriminator but must not leave gradients in it.
+            # The generator's backward pass runs through the discriminator but must not leave
+            # gradients in it.
             self.loss.discriminator.requires_grad_(False)
         x_rec, posterior = self.net(x)
         loss, log = self.loss.generator_loss(x, x_rec, posterior, step, self.net.last_layer)
@@ -126,4 +133,8 @@ class AutoencoderKL(HistoModule):
         """Inputs, reconstructions and decoded standard normal latents, (count, 3, H, W) each."""
         x = batch["image"][:count]
         x_rec, posterior = self.net(x, sample=False)
-        return {"inputs": x, "reconstructions": x_rec, "samples": self.net.decode(torch.randn_like(posterior.mean))}
+        return {
+            "inputs": x,
+            "reconstructions": x_rec,
+            "samples": self.net.decode(torch.randn_like(posterior.mean)),
+        }

@@ -15,17 +15,18 @@ from ldm.modules.losses import PerceptualLoss
 class DecoderFinetune(HistoModule):
     """Tunes the decoder so that class evidence survives decoding.
 
-    labelled image -> frozen encoder -> z -> decoder -> reconstruction -> auxiliary classifier -> label
-    (Ye et al. 2023, architecture figure). The decoder's loss is the classifier's cross entropy plus the
-    reconstruction error; the encoder stays frozen, since the diffusion model lives in its latent space.
-    What it leaves behind is an autoencoder checkpoint with the fingerprint of the one it started from.
+    labelled image -> frozen encoder -> z -> decoder -> reconstruction -> auxiliary classifier ->
+    label (Ye et al. 2023, architecture figure). The decoder's loss is the classifier's cross
+    entropy plus the reconstruction error; the encoder stays frozen, since the diffusion model
+    lives in its latent space. What it leaves behind is an autoencoder checkpoint with the
+    fingerprint of the one it started from.
 
     Args:
         autoencoder_ckpt: The pre-trained autoencoder (or an earlier decoder fine-tuning).
         aux_arch: Any timm architecture, trained from scratch.
         aux_weight: Weight of the cross entropy in the decoder's loss.
-        aux_start: Step from which the cross entropy reaches the decoder; before it, only the classifier
-            learns, so that the decoder is not tuned by a classifier that knows nothing.
+        aux_start: Step from which the cross entropy reaches the decoder; before it, only the
+            classifier learns, so that the decoder is not tuned by a classifier that knows nothing.
         rec_weight: Weight of the mean absolute reconstruction error.
         perceptual_weight, perceptual_weights: LPIPS, as in `LPIPSWithDiscriminator`.
         weight_decay: AdamW's, of the auxiliary classifier only.
@@ -86,16 +87,21 @@ class DecoderFinetune(HistoModule):
 
         if not classes:
             raise UserError(
-                "decoder fine-tuning needs labelled tiles: set data.params.train.params.labelled=true and give a "
+                "decoder fine-tuning needs labelled tiles: set "
+                "data.params.train.params.labelled=true and give a "
                 "folder with one folder per class"
             )
         if self.aux_classifier is not None:
             return
         self.classes = list(classes)
         try:
-            self.aux_classifier = timm.create_model(self.aux_arch, pretrained=False, num_classes=len(classes))
+            self.aux_classifier = timm.create_model(
+                self.aux_arch, pretrained=False, num_classes=len(classes)
+            )
         except RuntimeError as error:
-            raise UserError(f"model.params.aux_arch={self.aux_arch!r} is not a timm architecture ({error})") from None
+            raise UserError(
+                f"model.params.aux_arch={self.aux_arch!r} is not a timm architecture ({error})"
+            ) from None
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         decoder = [*self.net.decoder.parameters(), *self.net.post_quant_conv.parameters()]
@@ -142,7 +148,13 @@ class DecoderFinetune(HistoModule):
     def _log(self, split: str, log: dict[str, Tensor], batch_size: int) -> None:
         for name, value in log.items():
             on_bar = name in ("rec_loss", "aux_accuracy")
-            self.log(f"{split}/{name}", value, prog_bar=on_bar, batch_size=batch_size, sync_dist=split == "val")
+            self.log(
+                f"{split}/{name}",
+                value,
+                prog_bar=on_bar,
+                batch_size=batch_size,
+                sync_dist=split == "val",
+            )
 
     @torch.no_grad()
     def log_images(self, batch: dict[str, Any], count: int) -> dict[str, Tensor]:

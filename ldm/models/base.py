@@ -1,4 +1,4 @@
-"""What the LightningModules have in common: the checkpoint record, learning rates, finite losses."""
+"""What the LightningModules have in common: checkpoint records, seeds, finite losses."""
 
 from typing import Any
 
@@ -44,21 +44,25 @@ class HistoModule(pl.LightningModule):
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Seed the noise of each batch by (seed, batch number, rank).
 
-        So a resumed run draws what the uninterrupted one would have drawn, without a random state in the
-        checkpoint, and no two ranks draw the same.
+        So a resumed run draws what the uninterrupted one would have drawn, without a random state
+        in the checkpoint, and no two ranks draw the same.
         """
         key = (self.seed or 0, self.trainer.fit_loop.total_batch_idx, self.global_rank)
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[KEY] = make_record(self.kind, self.rebuild_config(), self.classes, self.seed, self.training_only)
+        checkpoint[KEY] = make_record(
+            self.kind, self.rebuild_config(), self.classes, self.seed, self.training_only
+        )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if KEY not in checkpoint or checkpoint[KEY]["kind"] != self.kind:
             raise UserError(f"the checkpoint to resume does not hold a model of kind {self.kind}")
         stored = checkpoint[KEY]["classes"]
         if self.classes is not None and stored != self.classes:
-            raise UserError(f"the checkpoint was trained on the classes {stored}, the data has {self.classes}")
+            raise UserError(
+                f"the checkpoint was trained on the classes {stored}, the data has {self.classes}"
+            )
 
     def start_from(self, path: str, what: str = "ckpt_path") -> None:
         """Load the weights of a checkpoint of the same kind as a starting point for training.
@@ -68,7 +72,9 @@ class HistoModule(pl.LightningModule):
         stored = read_checkpoint(path, (self.kind,), what)["state_dict"]
         own = self.state_dict()
         extra = {k for k in own.keys() ^ stored.keys() if k.startswith(self.training_only)}
-        state = {k: v for k, v in stored.items() if k not in extra} | {k: own[k] for k in extra & own.keys()}
+        state = {k: v for k, v in stored.items() if k not in extra} | {
+            k: own[k] for k in extra & own.keys()
+        }
         load_strictly(self, state, f"{what}: {path}")
 
     def check_finite(self, loss: Tensor, batch: dict[str, Any], batch_idx: int) -> None:
@@ -81,7 +87,7 @@ class HistoModule(pl.LightningModule):
             return
         files = ", ".join(map(str, batch["path"][:3]))
         raise UserError(
-            f"the loss is {float(loss.detach().mean())} at step {self.global_step}, batch {batch_idx} "
-            f"(files: {files}, ...); the last checkpoint is intact: lower the learning rate, or use --precision "
-            "bf16-mixed or 32 instead of 16-mixed, and resume"
+            f"the loss is {float(loss.detach().mean())} at step {self.global_step}, batch "
+            f"{batch_idx} (files: {files}, ...); the last checkpoint is intact: lower the learning "
+            "rate, or use --precision bf16-mixed or 32 instead of 16-mixed, and resume"
         )

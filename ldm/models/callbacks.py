@@ -16,14 +16,16 @@ def image_grid(images: Tensor, columns: int = 4):
     """Tile images (B, 3, H, W) in [-1, 1] into one uint8 array (height, width, 3)."""
     from torchvision.utils import make_grid
 
-    return to_uint8(make_grid(images.detach().float().cpu().clamp(-1, 1), nrow=columns, pad_value=1.0))
+    return to_uint8(
+        make_grid(images.detach().float().cpu().clamp(-1, 1), nrow=columns, pad_value=1.0)
+    )
 
 
 class ImageLogger(pl.Callback):
     """Writes what a model's `log_images` shows as PNG grids into RUN/images, and to TensorBoard.
 
-    Grids come from the first validation batch (the first training batch where nothing is held out), so
-    that successive grids show the same tiles.
+    Grids come from the first validation batch (the first training batch where nothing is held
+    out), so that successive grids show the same tiles.
 
     Args:
         batch_frequency: Optimiser steps between grids.
@@ -46,10 +48,13 @@ class ImageLogger(pl.Callback):
             self._batch = {"image": torch.stack(items)}
         return {"image": self._batch["image"].to(trainer.strategy.root_device)}
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
+    ) -> None:
         step = trainer.global_step
         due = step % self.batch_frequency == 0 or step in self._early_steps
-        if due and step != self._last_step:  # with gradient accumulation a step lasts several batches
+        # With gradient accumulation a step lasts several batches.
+        if due and step != self._last_step:
             self._last_step = step
             self._write(trainer, pl_module)
 
@@ -77,7 +82,7 @@ class ImageLogger(pl.Callback):
 
 
 class Throughput(pl.Callback):
-    """Shows training speed, in images per second over all ranks, on the progress bar and in the logs."""
+    """Shows training speed, images per second over all ranks, on the bar and in the logs."""
 
     def __init__(self, every: int = 10):
         self.every = every
@@ -92,7 +97,12 @@ class Throughput(pl.Callback):
             self._since, self._images = time.perf_counter(), 0
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: dict, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: dict,
+        batch_idx: int,
     ) -> None:
         self._images += len(batch["image"]) * trainer.world_size
         # An epoch of a small labelled set may have fewer batches than that.

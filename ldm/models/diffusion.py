@@ -22,15 +22,16 @@ LOSSES = {"l1": lambda error: error.abs(), "l2": lambda error: error.square()}
 class LatentDiffusion(HistoModule):
     """Unconditional diffusion in the latent space of a frozen autoencoder (Rombach et al. 2022).
 
-    The latents are multiplied by `scale_factor` = 1 / std, where the deviation is taken over many tiles,
-    spread over the whole corpus, by all ranks together. It is stored in the checkpoint.
+    The latents are multiplied by `scale_factor` = 1 / std, where the deviation is taken over many
+    tiles, spread over the whole corpus, by all ranks together. It is stored in the checkpoint.
 
     Args:
         unet_config: target/params of the noise predictor.
         first_stage_ckpt: Autoencoder checkpoint.
-        first_stage_config: target/params of the autoencoder; `params.ckpt_path` is its checkpoint in
-            published configurations. Not needed beside `first_stage_ckpt`.
-        timesteps, beta_schedule, linear_start, linear_end: See `ldm.diffusion.schedule.NoiseSchedule`.
+        first_stage_config: target/params of the autoencoder; `params.ckpt_path` is its checkpoint
+            in published configurations. Not needed beside `first_stage_ckpt`.
+        timesteps, beta_schedule, linear_start, linear_end: See
+            `ldm.diffusion.schedule.NoiseSchedule`.
         loss_type: "l1" (the paper's) or "l2", on the predicted noise.
         image_size: Height and width of the latent.
         channels: Channels of the latent.
@@ -71,9 +72,13 @@ class LatentDiffusion(HistoModule):
     ):
         super().__init__()
         if loss_type not in LOSSES:
-            raise UserError(f"model.params.loss_type={loss_type!r} must be one of {', '.join(LOSSES)}")
+            raise UserError(
+                f"model.params.loss_type={loss_type!r} must be one of {', '.join(LOSSES)}"
+            )
         if scale_factor is not None and not scale_factor > 0:
-            raise UserError(f"model.params.scale_factor={scale_factor} must be above 0 (or null to measure it)")
+            raise UserError(
+                f"model.params.scale_factor={scale_factor} must be above 0 (or null to measure it)"
+            )
         self.schedule = NoiseSchedule(beta_schedule, timesteps, linear_start, linear_end)
         self.loss_type = loss_type
         self.latent_shape = (channels, image_size, image_size)
@@ -83,23 +88,27 @@ class LatentDiffusion(HistoModule):
         self.ema_decay = ema_decay
         self.weight_decay = weight_decay
         self.monitor = monitor
-        self.first_stage_model, self.first_stage_config = self._first_stage(first_stage_ckpt, first_stage_config)
+        self.first_stage_model, self.first_stage_config = self._first_stage(
+            first_stage_ckpt, first_stage_config
+        )
         self.unet = instantiate_from_config(unet_config)
         if self.unet.num_classes is not None:
             raise UserError(
-                f"model.params.unet_config.params.num_classes={self.unet.num_classes}: pre-training is unconditional; "
-                "remove it, classes come in through the guiding classifier"
+                f"model.params.unet_config.params.num_classes={self.unet.num_classes}: "
+                "pre-training is unconditional; remove it, classes come in through the classifier"
             )
         self._check_sizes()
         self.ema = EMA(self.unet, ema_decay) if use_ema else None
         # NaN until it is measured, so that a use before that cannot pass unseen.
-        self.register_buffer("scale_factor", torch.tensor(float("nan") if scale_factor is None else scale_factor))
+        self.register_buffer(
+            "scale_factor", torch.tensor(float("nan") if scale_factor is None else scale_factor)
+        )
         if ckpt_path:
             self.start_from(ckpt_path)
 
     @staticmethod
     def _first_stage(ckpt: str | None, config: dict | None) -> tuple[AutoencoderNet, dict]:
-        """The frozen autoencoder's network, and the configuration that rebuilds it without a file."""
+        """The frozen autoencoder, and the configuration that rebuilds it without a file."""
         from ldm.checkpoint import load_model
 
         config = dict(config or {})
@@ -112,8 +121,9 @@ class LatentDiffusion(HistoModule):
             different = [k for k in stated if stated[k] != own[k]]
             if different:
                 raise UserError(
-                    f"model.params.first_stage_config.params: {', '.join(different)} differs from what {ckpt} was "
-                    "trained with; leave first_stage_config out, the checkpoint knows its architecture"
+                    f"model.params.first_stage_config.params: {', '.join(different)} differs from "
+                    f"what {ckpt} was trained with; leave first_stage_config out, the checkpoint "
+                    "knows its architecture"
                 )
         elif params:
             # Rebuilding from a diffusion checkpoint, whose weights follow.
@@ -128,13 +138,23 @@ class LatentDiffusion(HistoModule):
     def _check_sizes(self) -> None:
         first, (channels, size, _) = self.first_stage_model, self.latent_shape
         if first.embed_dim != channels:
-            raise UserError(f"model.params.channels={channels}, but the autoencoder's latents have {first.embed_dim}")
-        for name, value in (("in_channels", self.unet.in_channels), ("out_channels", self.unet.out_channels)):
+            raise UserError(
+                f"model.params.channels={channels}, but the autoencoder's latents have "
+                f"{first.embed_dim}"
+            )
+        for name, value in (
+            ("in_channels", self.unet.in_channels),
+            ("out_channels", self.unet.out_channels),
+        ):
             if value != channels:
-                raise UserError(f"model.params.unet_config.params.{name}={value} must be {channels}, as model.params.channels")
+                raise UserError(
+                    f"model.params.unet_config.params.{name}={value} must be {channels}, as "
+                    "model.params.channels"
+                )
         if self.unet.image_size != size:
             raise UserError(
-                f"model.params.unet_config.params.image_size={self.unet.image_size} must be model.params.image_size={size}"
+                f"model.params.unet_config.params.image_size={self.unet.image_size} must be "
+                f"model.params.image_size={size}"
             )
 
     def rebuild_config(self) -> dict[str, Any]:
@@ -171,8 +191,10 @@ class LatentDiffusion(HistoModule):
     # The latent space
 
     @torch.no_grad()
-    def encode_first_stage(self, x: Tensor, generator: torch.Generator | None = None, sample: bool = True) -> Tensor:
-        """Scaled latents z_0 (B, C, h, w) of images (B, 3, H, W) in [-1, 1]: a draw, or the mean."""
+    def encode_first_stage(
+        self, x: Tensor, generator: torch.Generator | None = None, sample: bool = True
+    ) -> Tensor:
+        """Scaled latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1]: a draw, or the mean."""
         posterior = self.first_stage_model.encode(x)
         return self.scale_factor * (posterior.sample(generator) if sample else posterior.mode())
 
@@ -182,7 +204,7 @@ class LatentDiffusion(HistoModule):
         return self.first_stage_model.decode(z_0 / self.scale_factor)
 
     def replace_first_stage(self, path: str) -> None:
-        """Decode with another autoencoder of the same latent space (one whose decoder was fine-tuned).
+        """Decode with another autoencoder of the same latent space, one with a tuned decoder.
 
         Raises:
             UserError: Its encoder is another one.
@@ -192,8 +214,8 @@ class LatentDiffusion(HistoModule):
         other = load_model(path, "autoencoder", self.device, what="--first_stage").net
         if other.fingerprint() != self.autoencoder_fingerprint:
             raise UserError(
-                f"--first_stage: {path} has another latent space than the diffusion model; give the autoencoder that "
-                "the diffusion model was trained with, or one whose decoder was fine-tuned from it"
+                f"--first_stage: {path} has another latent space than the diffusion model; give "
+                "the autoencoder it was trained with, or one whose decoder was fine-tuned from that"
             )
         self.first_stage_model = other
 
@@ -201,8 +223,8 @@ class LatentDiffusion(HistoModule):
         size = self.first_stage_model.latent_size
         if size != self.latent_shape[1]:
             raise UserError(
-                f"model.params.image_size={self.latent_shape[1]}, but the autoencoder turns tiles of "
-                f"{self.first_stage_model.resolution} pixels into latents of {size}"
+                f"model.params.image_size={self.latent_shape[1]}, but the autoencoder turns tiles "
+                f"of {self.first_stage_model.resolution} pixels into latents of {size}"
             )
         if torch.isnan(self.scale_factor):
             self.scale_factor.fill_(self._measure_scale())
@@ -224,7 +246,9 @@ class LatentDiffusion(HistoModule):
     # Training
 
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = torch.optim.AdamW(self.unet.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
+        optimizer = torch.optim.AdamW(
+            self.unet.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay
+        )
         if self.scheduler_config is None:
             return {"optimizer": optimizer}
         factor = instantiate_from_config(self.scheduler_config)
@@ -238,11 +262,13 @@ class LatentDiffusion(HistoModule):
             self.ema.update(self.unet)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        norm = torch.nn.utils.get_total_norm(p.grad for p in self.unet.parameters() if p.grad is not None)
+        norm = torch.nn.utils.get_total_norm(
+            p.grad for p in self.unet.parameters() if p.grad is not None
+        )
         self.log("train/grad_norm", norm)
 
     def eps_loss(self, eps_fn: Callable, z_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """Mean error of the predicted noise per image, (B,) (Ho et al. 2020, eq. 14; L1 in the paper)."""
+        """Mean error of the predicted noise per image, (B,) (Ho et al. 2020, eq. 14)."""
         error = eps_fn(self.schedule.q_sample(z_0, t, eps), t) - eps
         return LOSSES[self.loss_type](error.float()).mean(dim=(1, 2, 3))
 
@@ -256,7 +282,9 @@ class LatentDiffusion(HistoModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         # The same time steps and noise at every validation, so that the numbers compare.
-        generator = torch.Generator().manual_seed(batch_idx * self.trainer.world_size + self.global_rank)
+        generator = torch.Generator().manual_seed(
+            batch_idx * self.trainer.world_size + self.global_rank
+        )
         z_0 = self.encode_first_stage(batch["image"], generator)
         t = torch.randint(self.schedule.T, (len(z_0),), generator=generator).to(z_0.device)
         eps = torch.randn(z_0.shape, generator=generator).to(z_0.device)
@@ -273,7 +301,7 @@ class LatentDiffusion(HistoModule):
 
     @torch.no_grad()
     def log_images(self, batch: dict[str, Any], count: int) -> dict[str, Tensor]:
-        """Inputs, reconstructions and unconditional samples (50 DDIM steps), (count, 3, H, W) each."""
+        """Inputs, reconstructions and samples of 50 DDIM steps, (count, 3, H, W) each."""
         from ldm.diffusion.samplers import IndexedNoise, ddim
         from ldm.diffusion.schedule import time_pairs
 
@@ -283,16 +311,23 @@ class LatentDiffusion(HistoModule):
         noise = IndexedNoise(0, -1, range(len(x)), self.latent_shape, self.device)
         z_0 = ddim(self.eps_model(), self.schedule, noise.initial(), pairs, eta=1.0, noise_fn=noise)
         reconstructions = self.decode_first_stage(self.encode_first_stage(x, sample=False))
-        return {"inputs": x, "reconstructions": reconstructions, "samples": self.decode_first_stage(z_0)}
+        return {
+            "inputs": x,
+            "reconstructions": reconstructions,
+            "samples": self.decode_first_stage(z_0),
+        }
 
 
 @torch.no_grad()
-def latent_sums(net: AutoencoderNet, dataset, indices: list[int], device, batch_size: int = 32) -> Tensor:
+def latent_sums(
+    net: AutoencoderNet, dataset, indices: list[int], device, batch_size: int = 32
+) -> Tensor:
     """Count, sum and sum of squares of latents drawn for these tiles, (3,) float64 on `device`."""
     sums = torch.zeros(3, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     for start in range(0, len(indices), batch_size):
-        x = torch.stack([dataset[i]["image"] for i in indices[start : start + batch_size]]).to(device)
+        batch = indices[start : start + batch_size]
+        x = torch.stack([dataset[i]["image"] for i in batch]).to(device)
         z = net.encode(x).sample(generator).double().cpu()
         sums += torch.stack([torch.tensor(float(z.numel())), z.sum(), z.square().sum()])
     return sums.to(device)
@@ -308,7 +343,7 @@ def scale_from_sums(sums: Tensor) -> float:
     variance = squares / count - (total / count) ** 2
     if not variance > 1e-12:
         raise UserError(
-            f"the autoencoder's latents have variance {variance:.3g} over {int(count)} values, so they carry no image; "
-            "train the autoencoder first, and check that the tiles are not all alike"
+            f"the autoencoder's latents have variance {variance:.3g} over {int(count)} values, so "
+            "they carry no image; train the autoencoder first, and check that the tiles differ"
         )
     return variance**-0.5

@@ -37,14 +37,16 @@ class DiagonalGaussian:
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """Draw z; a CPU generator gives the same draw on every device."""
         device = self.mean.device if generator is None else generator.device
-        noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
+        noise = torch.randn(
+            self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype
+        )
         return self.mean + self.std * noise.to(self.mean.device)
 
     def mode(self) -> Tensor:
         return self.mean
 
     def kl(self) -> Tensor:
-        """KL(q || N(0, 1)) in nats, summed over each image: (B,) (Kingma & Welling 2014, appendix B)."""
+        """KL(q || N(0, 1)) of each image, (B,), nats (Kingma & Welling 2014, appendix B)."""
         terms = self.mean.square() + self.logvar.exp() - 1.0 - self.logvar
         return 0.5 * terms.sum(dim=(1, 2, 3))
 
@@ -83,7 +85,9 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (rearrange(layer(h), "b c h w -> b 1 (h w) c") for layer in (self.q, self.k, self.v))
+        q, k, v = (
+            rearrange(layer(h), "b c h w -> b 1 (h w) c") for layer in (self.q, self.k, self.v)
+        )
         h = rearrange(attend(q, k, v), "b 1 (h w) c -> b c h w", h=x.shape[2])
         return x + self.proj_out(h)
 
@@ -110,10 +114,13 @@ class _Upsample(nn.Module):
 class _Level(nn.Module):
     """One resolution: residual blocks, each followed by attention where `attention` is set."""
 
-    def __init__(self, in_channels: int, channels: int, blocks: int, dropout: float, attention: bool):
+    def __init__(
+        self, in_channels: int, channels: int, blocks: int, dropout: float, attention: bool
+    ):
         super().__init__()
         self.block = nn.ModuleList(
-            ResnetBlock(in_channels if i == 0 else channels, channels, dropout) for i in range(blocks)
+            ResnetBlock(in_channels if i == 0 else channels, channels, dropout)
+            for i in range(blocks)
         )
         self.attn = nn.ModuleList(AttnBlock(channels) for _ in range(blocks if attention else 0))
 
@@ -137,7 +144,7 @@ class _Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Image (B, in_channels, H, W) to moments (B, 2 * z_channels, H / f, W / f), f = 2 ** (levels - 1)."""
+    """Image (B, in_channels, H, W) to moments (B, 2 z_channels, H/f, W/f), f = 2^(levels - 1)."""
 
     def __init__(
         self,
@@ -194,7 +201,7 @@ class Decoder(nn.Module):
         channels = ch * ch_mult[-1]
         self.conv_in = nn.Conv2d(z_channels, channels, 3, padding=1)
         self.mid = _Middle(channels, dropout)
-        stages = []  # built from the lowest resolution up, stored by level as in published checkpoints
+        stages = []  # built from the lowest resolution up, stored by level as published
         for level, mult in reversed(list(enumerate(ch_mult))):
             attention = resolution // 2**level in attn_resolutions
             stage = _Level(channels, ch * mult, num_res_blocks + 1, dropout, attention)
@@ -234,8 +241,9 @@ class AutoencoderKL(nn.Module):
     """Encoder, posterior and decoder.
 
     Args:
-        ddconfig: Architecture: `ch`, `ch_mult`, `num_res_blocks`, `z_channels`, `resolution` (of the image,
-            pixels), and optionally `in_channels`, `out_ch`, `attn_resolutions`, `dropout`, `double_z` (True).
+        ddconfig: Architecture: `ch`, `ch_mult`, `num_res_blocks`, `z_channels`, `resolution` (of
+            the image, pixels), and optionally `in_channels`, `out_ch`, `attn_resolutions`,
+            `dropout`, `double_z` (True).
         embed_dim: Channels of the latent.
 
     Raises:
@@ -260,11 +268,15 @@ class AutoencoderKL(nn.Module):
         missing = sorted(k for k, v in DDCONFIG_KEYS.items() if v is None and k not in ddconfig)
         if unknown or missing:
             raise UserError(
-                f"ddconfig: unknown keys {unknown}, missing keys {missing}; allowed are {', '.join(DDCONFIG_KEYS)}"
+                f"ddconfig: unknown keys {unknown}, missing keys {missing}; allowed are "
+                f"{', '.join(DDCONFIG_KEYS)}"
             )
         config = {**DDCONFIG_KEYS, **ddconfig}
         if not config.pop("double_z"):
-            raise UserError("ddconfig.double_z=False: a KL autoencoder predicts mean and variance; set it to True")
+            raise UserError(
+                "ddconfig.double_z=False: a KL autoencoder predicts mean and variance; set it to "
+                "True"
+            )
         factor = 2 ** (len(config["ch_mult"]) - 1)
         if config["resolution"] % factor:
             raise UserError(
@@ -300,8 +312,8 @@ class AutoencoderKL(nn.Module):
     def fingerprint(self) -> str:
         """SHA-256 of the encoder's weights, hexadecimal.
 
-        It names the latent space: tuning the decoder keeps it, while a diffusion model or a classifier
-        of another latent space can be told apart.
+        It names the latent space: tuning the decoder keeps it, while a diffusion model or a
+        classifier of another latent space can be told apart.
         """
         digest = hashlib.sha256()
         for part in (self.encoder, self.quant_conv):

@@ -1,10 +1,10 @@
 """Blocks of the diffusion UNet and of the noisy-latent classifier.
 
-Letters: B batch, C channels, H W spatial, E width of the time embedding, N = H * W tokens, D head width.
+Letters: B batch, C channels, H W spatial, E time embedding, N = H W tokens, D head width.
 
-Architecture: Dhariwal & Nichol 2021 ("Diffusion Models Beat GANs", appendix A), the UNet that latent
-diffusion (Rombach et al. 2022) and its published checkpoints use. Attributes that hold weights keep the
-names of those checkpoints.
+Architecture: Dhariwal & Nichol 2021 (appendix A), the UNet that latent diffusion (Rombach et al.
+2022) and its published checkpoints use. Attributes that hold weights keep the names of those
+checkpoints.
 """
 
 import math
@@ -41,7 +41,8 @@ def group_norm(channels: int, eps: float = 1e-5) -> nn.GroupNorm:
     """GroupNorm over 32 groups; UserError where 32 does not divide the number of channels."""
     if channels % GROUPS:
         raise UserError(
-            f"a layer of {channels} channels cannot be normalised in {GROUPS} groups; choose model_channels "
+            f"a layer of {channels} channels cannot be normalised in {GROUPS} groups; choose "
+            "model_channels "
             f"(or ch) and the channel multipliers so that every layer is a multiple of {GROUPS}"
         )
     return nn.GroupNorm(GROUPS, channels, eps=eps)
@@ -55,7 +56,7 @@ def zero_init(module: nn.Module) -> nn.Module:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention within heads, (B, heads, N, D) each, on PyTorch's fused kernels; scale 1/sqrt(D)."""
+    """Attention within heads, (B, heads, N, D) each, scale 1/sqrt(D), on fused kernels."""
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -64,7 +65,9 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int, use_conv: bool, out_channels: int | None = None):
         super().__init__()
-        self.conv = nn.Conv2d(channels, out_channels or channels, 3, padding=1) if use_conv else None
+        self.conv = (
+            nn.Conv2d(channels, out_channels or channels, 3, padding=1) if use_conv else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")  # (B, C, 2H, 2W)
@@ -91,7 +94,7 @@ class ResBlock(nn.Module):
     Args:
         channels: Input channels.
         emb_channels: Width E of the time embedding.
-        use_scale_shift_norm: The embedding scales and shifts the normalised features (FiLM, "adaptive
+        use_scale_shift_norm: The embedding scales and shifts the normalised features ("adaptive
             group normalisation") instead of being added.
         up, down: Resample inside the residual branch and on the skip path (BigGAN blocks).
     """
@@ -173,10 +176,15 @@ class AttentionBlock(nn.Module):
         width = num_head_channels if num_head_channels != -1 else num_heads
         if width < 1 or channels % width:
             name = "num_heads" if num_head_channels == -1 else "num_head_channels"
-            raise UserError(f"{name}={width} must be positive and divide the {channels} channels of an attention layer")
+            raise UserError(
+                f"{name}={width} must be positive and divide the {channels} channels of an "
+                "attention layer"
+            )
         self.num_heads = num_heads if num_head_channels == -1 else channels // num_head_channels
         self.use_checkpoint = use_checkpoint
-        self.layout = "b (s h d) n -> s b h n d" if use_new_attention_order else "b (h s d) n -> s b h n d"
+        self.layout = (
+            "b (s h d) n -> s b h n d" if use_new_attention_order else "b (h s d) n -> s b h n d"
+        )
         self.norm = group_norm(channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero_init(nn.Conv1d(channels, channels, 1))
@@ -207,11 +215,14 @@ class AttentionPool2d(nn.Module):
         super().__init__()
         if num_head_channels < 1 or embed_dim % num_head_channels:
             raise UserError(
-                f"num_head_channels={num_head_channels} must be positive and divide the {embed_dim} channels "
+                f"num_head_channels={num_head_channels} must be positive and divide the "
+                f"{embed_dim} channels "
                 "of the attention pool"
             )
         self.num_heads = embed_dim // num_head_channels
-        self.positional_embedding = nn.Parameter(torch.randn(embed_dim, spatial_size**2 + 1) / embed_dim**0.5)
+        self.positional_embedding = nn.Parameter(
+            torch.randn(embed_dim, spatial_size**2 + 1) / embed_dim**0.5
+        )
         self.qkv_proj = nn.Conv1d(embed_dim, 3 * embed_dim, 1)
         self.c_proj = nn.Conv1d(embed_dim, output_dim, 1)
 

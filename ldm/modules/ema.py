@@ -11,9 +11,9 @@ from ldm.errors import UserError
 class EMA(nn.Module):
     """A copy of `net` whose weights follow an exponential moving average.
 
-    Call `update(net)` once per optimiser step, whatever the gradient accumulation or number of ranks. The
-    decay of update number n is min(decay, (1 + n) / (10 + n)), so that a young average is not held back by
-    its random start (as latent diffusion's average does).
+    Call `update(net)` once per optimiser step, whatever the gradient accumulation or number of
+    ranks. The decay of update number n is min(decay, (1 + n) / (10 + n)), so that a young average
+    is not held back by its random start (as latent diffusion's average does).
 
     Args:
         net: The trained network; it is copied.

@@ -25,8 +25,9 @@ def find_vgg16_weights(path: str | None) -> Path:
     found = Path(path).expanduser() if path else cached
     if not found.is_file():
         raise UserError(
-            f"perceptual_weight is above 0, but the LPIPS backbone weights are not at {found}; where there is "
-            f"internet, run {FETCH_VGG} and copy the file here, or set lossconfig.params.perceptual_weights=FILE, "
+            f"perceptual_weight is above 0, but the LPIPS backbone weights are not at {found}; "
+            f"where there is internet, run {FETCH_VGG} and copy the file here, or set "
+            "lossconfig.params.perceptual_weights=FILE, "
             "or train without LPIPS with lossconfig.params.perceptual_weight=0"
         )
     return found
@@ -47,9 +48,11 @@ def build_lpips(weights: str | None) -> nn.Module:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no common base class for its many failures
-        raise UserError(f"{path} is not a state dictionary of torchvision's vgg16 ({type(error).__name__})") from None
+        raise UserError(
+            f"{path} is not a state dictionary of torchvision's vgg16 ({type(error).__name__})"
+        ) from None
     lpips = _LPIPS(net="vgg", pnet_rand=True)
-    # torchmetrics cuts VGG into slices, but keeps the layer numbers: features.5.bias -> slice2.5.bias.
+    # torchmetrics cuts VGG into slices but keeps the numbers: features.5.bias, slice2.5.bias.
     backbone = {}
     for name in lpips.net.state_dict():
         source = "features." + name.split(".", 1)[1]
@@ -63,8 +66,8 @@ def build_lpips(weights: str | None) -> nn.Module:
 class PerceptualLoss:
     """LPIPS distance that builds its network at construction and follows the images' device.
 
-    Not an nn.Module: its frozen weights are a library's, so they belong neither in checkpoints nor in
-    the optimiser's or DDP's list of parameters.
+    Not an nn.Module: its frozen weights are a library's, so they belong neither in checkpoints nor
+    in the optimiser's or DDP's list of parameters.
     """
 
     def __init__(self, weights: str | None):
@@ -91,16 +94,17 @@ class LPIPSWithDiscriminator(nn.Module):
     """Reconstruction, KL and adversarial loss with an adaptive adversarial weight.
 
     The reconstruction term is a Laplace negative log-likelihood summed over each image's pixels,
-    (|x - x_rec| + perceptual_weight * LPIPS) / exp(logvar) + logvar; the adversarial term is weighted so
-    that its gradient at the decoder's last layer matches the reconstruction's (Esser et al. 2021, eq. 7).
+    (|x - x_rec| + perceptual_weight * LPIPS) / exp(logvar) + logvar; the adversarial term is
+    weighted so that its gradient at the decoder's last layer matches the reconstruction's (Esser
+    et al. 2021, eq. 7).
 
     Args:
         disc_start: Generator step (optimiser steps) from which the discriminator takes part.
         logvar_init: Log-variance of the reconstruction term.
         kl_weight: Weight of KL(q || N(0, 1)), summed over each image.
         disc_weight: Weight of the adversarial term; 0 trains without a discriminator.
-        disc_ramp: Steps over which the adversarial term grows from 0 after `disc_start`; 0 switches it on at
-            once, as published.
+        disc_ramp: Steps over which the adversarial term grows from 0 after `disc_start`; 0
+            switches it on at once, as published.
         disc_adaptive_max: Upper clamp of the adaptive weight.
         disc_factor: Further factor of both adversarial losses.
         perceptual_weight: Weight of LPIPS; 0 needs no backbone weights.
@@ -128,7 +132,9 @@ class LPIPSWithDiscriminator(nn.Module):
     ):
         super().__init__()
         if disc_loss not in D_LOSSES:
-            raise UserError(f"lossconfig.params.disc_loss={disc_loss!r} must be one of {', '.join(D_LOSSES)}")
+            raise UserError(
+                f"lossconfig.params.disc_loss={disc_loss!r} must be one of {', '.join(D_LOSSES)}"
+            )
         weights = {
             "kl_weight": kl_weight,
             "pixelloss_weight": pixelloss_weight,
@@ -157,10 +163,12 @@ class LPIPSWithDiscriminator(nn.Module):
             self.discriminator = NLayerDiscriminator(disc_in_channels, n_layers=disc_num_layers)
 
     def disc_scale(self, step: int) -> float:
-        """Factor of the adversarial losses at generator step `step`: 0 before `disc_start`, then ramped."""
+        """Factor of the adversarial losses: 0 before generator step `disc_start`, then ramped."""
         if self.discriminator is None or step < self.disc_start:
             return 0.0
-        ramp = 1.0 if self.disc_ramp == 0 else min(1.0, (step - self.disc_start + 1) / self.disc_ramp)
+        ramp = (
+            1.0 if self.disc_ramp == 0 else min(1.0, (step - self.disc_start + 1) / self.disc_ramp)
+        )
         return self.disc_factor * ramp
 
     def adaptive_weight(self, nll: Tensor, g_loss: Tensor, last_layer: nn.Parameter) -> Tensor:
@@ -182,7 +190,8 @@ class LPIPSWithDiscriminator(nn.Module):
         Args:
             x, x_rec: Images and reconstructions, (B, 3, H, W) in [-1, 1].
             step: Generator steps done so far.
-            last_layer: The decoder's last weight; without it (validation) the adversarial term is left out.
+            last_layer: The decoder's last weight; without it (validation) the adversarial term is
+                left out.
         """
         l1 = (x - x_rec).abs()
         distance = self.pixelloss_weight * l1
@@ -203,8 +212,10 @@ class LPIPSWithDiscriminator(nn.Module):
             log |= {"g_loss": g_loss.detach(), "d_weight": d_weight}
         return loss, {"total_loss": loss.detach(), **log}
 
-    def discriminator_loss(self, x: Tensor, x_rec: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of the discriminator on images and (detached) reconstructions, and its logits' means."""
+    def discriminator_loss(
+        self, x: Tensor, x_rec: Tensor, step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of the discriminator on images and reconstructions, and its mean logits."""
         logits_real = self.discriminator(x.detach())
         logits_fake = self.discriminator(x_rec.detach())
         loss = self.disc_scale(step) * self.d_loss(logits_real, logits_fake)

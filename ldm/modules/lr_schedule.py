@@ -6,10 +6,11 @@ from ldm.errors import UserError
 
 
 class LambdaLinearScheduler:
-    """Linear warm-up, then a linear slope, in one or more cycles (parameter names of published configs).
+    """Linear warm-up, then a linear slope, in one or more cycles (names of published configs).
 
-    Within a cycle the factor rises from `f_start` to `f_max` over `warm_up_steps`, then moves linearly to
-    `f_min` at the cycle's end. Use an instance as the function of `torch.optim.lr_scheduler.LambdaLR`.
+    Within a cycle the factor rises from `f_start` to `f_max` over `warm_up_steps`, then moves
+    linearly to `f_min` at the cycle's end. Use an instance as the function of
+    `torch.optim.lr_scheduler.LambdaLR`.
 
     Args:
         warm_up_steps, cycle_lengths: Optimiser steps, one entry per cycle.
@@ -27,26 +28,25 @@ class LambdaLinearScheduler:
         lengths = {len(warm_up_steps), len(f_min), len(f_max), len(f_start), len(cycle_lengths)}
         if len(lengths) != 1 or 0 in lengths:
             raise UserError(
-                "scheduler_config: warm_up_steps, f_min, f_max, f_start and cycle_lengths must be lists of one length"
+                "scheduler_config: warm_up_steps, f_min, f_max, f_start and cycle_lengths must be "
+                "lists of one length"
             )
         self.cycles = list(zip(warm_up_steps, cycle_lengths, f_start, f_max, f_min, strict=True))
 
     def __call__(self, step: int) -> float:
         """Factor of the base learning rate at optimiser step `step`, counted from 0."""
         for warm_up, length, f_start, f_max, f_min in self.cycles:
+            if step < warm_up:
+                return f_start + (f_max - f_start) * step / warm_up
             if step < length:
-                break
+                # Measured from the cycle's start, as the published schedule does.
+                return f_min + (f_max - f_min) * (length - step) / length
             step -= length
-        else:
-            return f_min  # past the last cycle
-        if step < warm_up:
-            return f_start + (f_max - f_start) * step / warm_up
-        # Measured from the cycle's start, as the published schedule does, not from the end of the warm-up.
-        return f_min + (f_max - f_min) * (length - step) / length
+        return self.cycles[-1][-1]
 
 
 class LinearAnneal:
-    """Factor that falls linearly from 1 to 0 over `total_steps` (guided diffusion's `--anneal_lr`)."""
+    """Factor that falls linearly from 1 to 0 over `total_steps` (`--anneal_lr`)."""
 
     def __init__(self, total_steps: int):
         self.total_steps = total_steps

@@ -47,15 +47,18 @@ class _Encoder(nn.Module):
         super().__init__()
         if image_size % 2 ** (len(channel_mult) - 1):
             raise UserError(
-                f"image_size={image_size} (of the latent) must be a multiple of {2 ** (len(channel_mult) - 1)}, "
-                f"since channel_mult has {len(channel_mult)} levels; use fewer levels or larger tiles"
+                f"image_size={image_size} (of the latent) must be a multiple of "
+                f"{2 ** (len(channel_mult) - 1)}, as channel_mult has {len(channel_mult)} levels; "
+                "use fewer levels or larger tiles"
             )
         self.image_size = image_size
         self.in_channels = in_channels
         self.model_channels = model_channels
         emb_channels = 4 * model_channels
         self.time_embed = nn.Sequential(
-            nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+            nn.Linear(model_channels, emb_channels),
+            nn.SiLU(),
+            nn.Linear(emb_channels, emb_channels),
         )
 
         def res_block(channels: int, **options) -> ResBlock:
@@ -93,15 +96,21 @@ class _Encoder(nn.Module):
                 self.input_blocks.append(TimestepEmbedSequential(*layers))
                 self._widths.append(channels)
             if level < len(channel_mult) - 1:
-                down = res_block(channels, down=True) if resblock_updown else Downsample(channels, conv_resample)
+                down = (
+                    res_block(channels, down=True)
+                    if resblock_updown
+                    else Downsample(channels, conv_resample)
+                )
                 self.input_blocks.append(TimestepEmbedSequential(down))
                 self._widths.append(channels)
                 factor *= 2
-        self.middle_block = TimestepEmbedSequential(res_block(channels), attention(channels), res_block(channels))
+        self.middle_block = TimestepEmbedSequential(
+            res_block(channels), attention(channels), res_block(channels)
+        )
         self._channels, self._factor = channels, factor
 
     def _finish_build(self) -> None:
-        # The builders are closures, which neither pickle nor deepcopy; they are needed in __init__ only.
+        # The builders are closures, which neither pickle nor deepcopy, needed in __init__ only.
         del self._res_block, self._attention
 
     def _embed(self, t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -113,10 +122,12 @@ class UNetModel(_Encoder):
 
     Args:
         image_size: Height and width of the latent; must be a multiple of 2 ** (levels - 1).
-        attention_resolutions: Down-sampling factors at which there is attention (1 = full resolution).
+        attention_resolutions: Down-sampling factors at which there is attention (1 = full
+            resolution).
         channel_mult: Width of each level in multiples of `model_channels`.
         conv_resample: Learned resampling between levels; unused with `resblock_updown`.
-        num_heads, num_head_channels: Heads by number, or by width when `num_head_channels` is not -1.
+        num_heads, num_head_channels: Heads by number, or by width when `num_head_channels` is not
+            -1.
         num_heads_upsample: Number of heads on the up-sampling path; -1 for `num_heads`.
         num_classes: When set, labels y (B,) are embedded and added to the time embedding.
         use_checkpoint: Recompute activations in the backward pass: less memory, the same gradients.
@@ -170,17 +181,25 @@ class UNetModel(_Encoder):
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(channel_mult))):
             for i in range(num_res_blocks + 1):
-                layers = [self._res_block(channels + widths.pop(), out_channels=mult * model_channels)]
+                layers = [
+                    self._res_block(channels + widths.pop(), out_channels=mult * model_channels)
+                ]
                 channels = mult * model_channels
                 if factor in attention_resolutions:
                     layers.append(self._attention(channels, heads))
                 if level > 0 and i == num_res_blocks:
-                    up = self._res_block(channels, up=True) if resblock_updown else Upsample(channels, conv_resample)
+                    up = (
+                        self._res_block(channels, up=True)
+                        if resblock_updown
+                        else Upsample(channels, conv_resample)
+                    )
                     layers.append(up)
                     factor //= 2
                 self.output_blocks.append(TimestepEmbedSequential(*layers))
         self.out = nn.Sequential(
-            group_norm(channels), nn.SiLU(), zero_init(nn.Conv2d(channels, out_channels, 3, padding=1))
+            group_norm(channels),
+            nn.SiLU(),
+            zero_init(nn.Conv2d(channels, out_channels, 3, padding=1)),
         )
         self._finish_build()
 
@@ -192,7 +211,9 @@ class UNetModel(_Encoder):
             t: Time steps, (B,) int64 in [0, T).
             y: Labels, (B,), for a network with `num_classes`.
         """
-        assert (y is not None) == (self.num_classes is not None), "y goes with num_classes, and only with it"
+        assert (y is not None) == (self.num_classes is not None), (
+            "y goes with num_classes, and only with it"
+        )
         emb = self._embed(t, z_t.dtype)
         if y is not None:
             emb = emb + self.label_emb(y)
@@ -207,11 +228,11 @@ class UNetModel(_Encoder):
 
 
 class EncoderUNetModel(_Encoder):
-    """Classifier p(y | z_t, t) of noisy latents: the down-sampling half of the UNet and a pooling head.
+    """Classifier p(y | z_t, t) of noisy latents: the down-sampling half of the UNet, and a pool.
 
     Args: as for `UNetModel`, and
         out_channels: Number of classes K.
-        pool: "attention" (needs `num_head_channels`), "adaptive" (mean), or "spatial" / "spatial_v2"
+        pool: "attention" (needs `num_head_channels`), "adaptive" (mean), "spatial" or "spatial_v2"
             (means of every block's output, then two linear layers).
     """
 
@@ -265,13 +286,20 @@ class EncoderUNetModel(_Encoder):
                 nn.Flatten(),
             )
         elif pool == "attention":
-            head = AttentionPool2d(image_size // self._factor, channels, num_head_channels, out_channels)
+            head = AttentionPool2d(
+                image_size // self._factor, channels, num_head_channels, out_channels
+            )
             self.out = nn.Sequential(group_norm(channels), nn.SiLU(), head)
         elif pool == "spatial":
-            self.out = nn.Sequential(nn.Linear(all_widths, 2048), nn.ReLU(), nn.Linear(2048, out_channels))
+            self.out = nn.Sequential(
+                nn.Linear(all_widths, 2048), nn.ReLU(), nn.Linear(2048, out_channels)
+            )
         else:
             self.out = nn.Sequential(
-                nn.Linear(all_widths, 2048), group_norm(2048), nn.SiLU(), nn.Linear(2048, out_channels)
+                nn.Linear(all_widths, 2048),
+                group_norm(2048),
+                nn.SiLU(),
+                nn.Linear(2048, out_channels),
             )
         self._finish_build()
 
