@@ -188,20 +188,36 @@ class Synthesiser:
         self.sampling = sampling
         self.pairs = time_pairs(diffusion.schedule.T, sampling.steps)
         self.device = diffusion.scale_factor.device
-        self._eps_fn: EpsFn = diffusion.eps_model(use_ema=sampling.ema)
-        self._decode = diffusion.decode_first_stage
-        self._logits = None if classifier is None else classifier.net
-        if self.device.type == "cpu":
-            self._eps_fn = fixed_batches(self._eps_fn)
-            self._decode = fixed_batches(self._decode)
-            self._logits = None if classifier is None else fixed_batches(self._cpu_logits)
+        self._in_parts = fixed_batches if self.device.type == "cpu" else lambda fn: fn
         self.guidance_log: dict[int, GuidanceSums] = defaultdict(GuidanceSums)
 
-    def _cpu_logits(self, z_t: Tensor, t: Tensor) -> Tensor:
+    def _logits(self, z_t: Tensor, t: Tensor) -> Tensor:
+        if self.device.type != "cpu":
+            return self.classifier.net(z_t, t)
         # The fused kernel divides the keys of a single query (the attention pool's) among threads
         # by place in the batch, so its rounding depends on that place.
         with sdpa_kernel(SDPBackend.MATH):
             return self.classifier.net(z_t, t)
+
+    def _guided(
+        self, eps_fn: EpsFn, labels: Sequence[int], ratios: list[Tensor], log_probs: list[Tensor]
+    ) -> EpsFn:
+        """`eps_fn` guided to `labels`; each step adds to `ratios`, each part to `log_probs`."""
+        y = torch.tensor(labels, device=self.device)  # (B,)
+
+        def log_prob_grad(z_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            keep = lambda t, log_prob: log_probs.append(log_prob)  # noqa: E731
+            return classifier_log_prob_grad(self._logits, y, keep)(z_t, t)
+
+        in_parts = self._in_parts(log_prob_grad)
+        return classifier_guidance(
+            eps_fn,
+            lambda z_t, t: in_parts(z_t, t, y),
+            self.diffusion.schedule,
+            self.sampling.scale,
+            self.sampling.interval,
+            on_ratio=lambda t, ratio: ratios.append(ratio),
+        )
 
     @torch.no_grad()
     def latents(
@@ -218,21 +234,11 @@ class Synthesiser:
         sampling, schedule = self.sampling, self.diffusion.schedule
         shape = self.diffusion.latent_shape
         noise = IndexedNoise(sampling.seed, labels, indices, shape, self.device)
-        eps_fn = self._eps_fn
+        eps_fn = self._in_parts(self.diffusion.eps_model(use_ema=sampling.ema))
         ratios: list[Tensor] = []  # per guided step, (B,)
-        log_probs: list[Tensor] = []
+        log_probs: list[Tensor] = []  # per guided step and part of the batch
         if self.classifier is not None:
-            y = torch.tensor(labels, device=self.device)  # (B,)
-            eps_fn = classifier_guidance(
-                eps_fn,
-                classifier_log_prob_grad(
-                    self._logits, y, on_log_prob=lambda t, value: log_probs.append(value)
-                ),
-                schedule,
-                sampling.scale,
-                sampling.interval,
-                on_ratio=lambda t, value: ratios.append(value),
-            )
+            eps_fn = self._guided(eps_fn, labels, ratios, log_probs)
         if sampling.sampler == "ddim":
             z_T = noise.initial()
             z_0 = ddim(eps_fn, schedule, z_T, self.pairs, sampling.eta, noise, on_step)
@@ -244,7 +250,9 @@ class Synthesiser:
                 f"steps={sampling.steps}); lower --classifier_scale or raise --custom_steps"
             )
         if ratios:
-            self._record(torch.stack(ratios), torch.stack(log_probs).exp())
+            # The last part may be padded.
+            log_prob = torch.cat(log_probs).view(len(ratios), -1)[:, : len(labels)]
+            self._record(torch.stack(ratios), log_prob.exp())
         return z_0
 
     def _record(self, ratios: Tensor, probabilities: Tensor) -> None:
@@ -261,13 +269,17 @@ class Synthesiser:
     @torch.no_grad()
     def images(self, z_0: Tensor) -> np.ndarray:
         """Decoded tiles, uint8 (B, H, W, 3)."""
-        return to_uint8(self._decode(z_0))
+        return to_uint8(self._in_parts(self.diffusion.decode_first_stage)(z_0))
 
     @torch.no_grad()
     def probabilities(self, z_0: Tensor, labels: Sequence[int]) -> list[float]:
         """p(y | z_0) of the classifier at t = 0, for each image."""
-        t = torch.zeros(len(labels), dtype=torch.int64, device=self.device)
-        prob = self._logits(z_0, t).float().softmax(dim=1)  # (B, K)
+
+        def evaluate(z_0: Tensor) -> Tensor:
+            t = torch.zeros(len(z_0), dtype=torch.int64, device=self.device)
+            return self._logits(z_0, t).float().softmax(dim=1)  # (B, K)
+
+        prob = self._in_parts(evaluate)(z_0)
         return prob.gather(1, torch.tensor(labels, device=self.device)[:, None])[:, 0].tolist()
 
 

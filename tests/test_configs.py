@@ -1,0 +1,53 @@
+"""Every YAML under configs/ is valid and trains one step, shrunk in batch and data only."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+
+import main as main_py
+from ldm.config import load_configs, resolve, validate_config
+from ldm.run import RunFolder
+
+ROOT = Path(main_py.__file__).parent
+TRAINING = sorted(
+    p.relative_to(ROOT).as_posix()
+    for p in (ROOT / "configs").rglob("*.yaml")
+    if "target" in (p.read_text())
+)
+PAPER_SIZED = ("configs/autoencoder/", "configs/latent-diffusion/")
+
+
+def test_there_are_as_many_as_expected():
+    assert len(TRAINING) == 9
+
+
+@pytest.fixture
+def environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("HISTO_DATA", str(tmp_path))
+    monkeypatch.setenv("HISTO_AUTOENCODER", str(tmp_path / "none.ckpt"))
+    for split in ("train", "train5", "val"):
+        tiny.tiles(tmp_path / split, per_class=2)
+    return tmp_path
+
+
+@pytest.mark.parametrize("path", TRAINING)
+def test_valid(path, environment):
+    validate_config(resolve(load_configs([ROOT / path])))
+
+
+@pytest.mark.parametrize("path", [p for p in TRAINING if not p.startswith(PAPER_SIZED)])
+def test_trains_one_step(path, environment, monkeypatch):
+    folder = path.rsplit("/", 1)[0]
+    small = ["data.params.batch_size=2", "lightning.trainer.limit_val_batches=1"]
+
+    def train(config: str, name: str) -> None:
+        argv = ["--base", str(ROOT / config), "-t", "--logdir", str(environment / "logs")]
+        argv += ["--name", name, "--max_steps", "1", "lightning.trainer.enable_progress_bar=false"]
+        main_py.train(main_py.parse_arguments([*argv, *small]))
+
+    if not path.endswith("autoencoder.yaml"):
+        train(f"{folder}/autoencoder.yaml", "autoencoder")
+        monkeypatch.setenv("HISTO_AUTOENCODER", str(environment / "logs" / "autoencoder"))
+    train(path, "run")
+    assert RunFolder(environment / "logs" / "run").last.is_file()
