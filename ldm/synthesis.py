@@ -206,8 +206,10 @@ class Synthesiser:
         y = torch.tensor(labels, device=self.device)  # (B,)
 
         def log_prob_grad(z_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            keep = lambda t, log_prob: log_probs.append(log_prob)  # noqa: E731
-            return classifier_log_prob_grad(self._logits, y, keep)(z_t, t)
+            grad_fn = classifier_log_prob_grad(
+                self._logits, y, on_log_prob=lambda t, log_prob: log_probs.append(log_prob)
+            )
+            return grad_fn(z_t, t)
 
         in_parts = self._in_parts(log_prob_grad)
         return classifier_guidance(

@@ -4,7 +4,7 @@
 
 DIR/CLASS/images on both sides, with the same classes. Writes VIS/features_real.safetensors,
 VIS/features_synthetic.safetensors, VIS/centroids.safetensors (scripts/distance.py reads these),
-VIS/umap.png and VIS/umap.csv. Features of images that have not changed are taken from VIS.
+VIS/umap.png, VIS/umap.csv, and VIS/fidelity.json (distances of the two sets). Features of images that have not changed are taken from VIS.
 """
 
 import argparse
@@ -66,7 +66,8 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from ldm.data.tiles import TileFolder
-    from ldm.run import write_bytes, write_text
+    from ldm.evaluation.fidelity import FEWEST_TILES, fidelity
+    from ldm.run import write_bytes, write_json, write_text
     from ldm.selection.centroids import Centroids, class_centroids
     from ldm.selection.features import Extractor, folder_features
     from ldm.selection.projection import Points, draw, project, to_csv
@@ -105,7 +106,14 @@ def main(argv: list[str] | None = None) -> None:
     ]
     write_text(out / "umap.csv", to_csv(groups, classes))
     write_bytes(out / "umap.png", draw(groups, classes, "UMAP of features"))
+    counts = {"real": n_real, "synthetic": len(synthetic.files)}
     print(f"{n_real} real and {len(synthetic.files)} synthetic tiles: {out}/umap.png")
+    if min(counts.values()) < FEWEST_TILES:
+        print(f"fewer than {FEWEST_TILES} tiles on a side: no {out}/fidelity.json")
+        return
+    closeness = fidelity(real.values, synthetic.values, args.seed)
+    write_json(out / "fidelity.json", {**closeness, **counts, "network": extractor.identity})
+    print(", ".join(f"{name} {value:.3f}" for name, value in closeness.items()))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 
@@ -18,7 +19,6 @@ from ldm.diffusion.samplers import IndexedNoise, ddim
 from ldm.diffusion.schedule import time_pairs
 from ldm.errors import UserError
 from ldm.synthesis import UNCONDITIONAL, Sampling, Synthesiser, fixed_batches, load_models
-from tests import tiny
 
 ROOT = Path(sample_diffusion.__file__).parent
 

@@ -25,7 +25,7 @@ from ldm.selection.features import FeatureSet, cached_weights
 from ldm.selection.select import select_at_random, select_by_distance, wanted_per_class
 from ldm.selection.training_folder import PREFIX
 from scripts import distance, vis
-from tests.tiny import tiles as make_tiles
+from tiny import tiles as make_tiles
 
 ROOT = Path(__file__).resolve().parents[1]
 
