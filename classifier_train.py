@@ -202,31 +202,9 @@ def describe(args: argparse.Namespace, model, data, devices, precision: str) -> 
             f"{passes} passes each)",
             f"learning rate {args.lr:.3g}{' annealed to 0' if args.anneal_lr else ''} over "
             f"{args.iterations:,} steps",
-            f"devices      {devices.count} x {devices.accelerator} x {args.num_nodes} machines, "
-            f"{precision}",
+            devices.describe(args.num_nodes, precision),
         ]
     )
-
-
-def find_run(args: argparse.Namespace, config: dict[str, Any]):
-    """The run's folder, and the checkpoint to go on from (None for a new run)."""
-    from omegaconf import OmegaConf
-
-    from ldm.run import RunFolder
-
-    if args.resume:
-        return RunFolder.of_resume(args.resume)
-    run = RunFolder.choose(args.logdir, args.name, "classifier")
-    if not run.last.is_file():
-        return run, None
-    before = OmegaConf.to_container(OmegaConf.load(run.configs / "resolved.yaml"))
-    if before["model"] != config["model"]:
-        raise UserError(
-            f"--name {args.name}: {run.root} holds a run with another model; give another name, or "
-            f"repeat its command ({run.configs / 'resolved.yaml'} says how it was configured)"
-        )
-    log.info("%s exists: going on from its last checkpoint", run.root)
-    return run, run.last
 
 
 def write_result(trainer: "pl.Trainer", run) -> None:
@@ -252,16 +230,20 @@ def train(args: argparse.Namespace) -> "tuple[pl.Trainer, pl.LightningModule] | 
     """Build everything and train; returns the trainer and the model, or None after a dry run."""
     check_paths(args)
 
-    import inspect
-
     import pytorch_lightning as pl
-    import torch
     from omegaconf import OmegaConf
     from pytorch_lightning.callbacks import EarlyStopping
 
     from ldm.config import instantiate_from_config
     from ldm.models.classifier import LatentSpace
-    from ldm.trainer import build_trainer, checkpoint_callbacks, choose_devices, choose_precision
+    from ldm.run import RunFolder
+    from ldm.trainer import (
+        build_trainer,
+        checkpoint_callbacks,
+        choose_devices,
+        choose_precision,
+        fit,
+    )
 
     devices = choose_devices(args.gpus, args.devices, args.dry_run)
     precision = choose_precision(args.precision, devices)
@@ -290,9 +272,11 @@ def train(args: argparse.Namespace) -> "tuple[pl.Trainer, pl.LightningModule] | 
         print(text)
         return None
 
-    run, checkpoint = find_run(args, config)
+    run, checkpoint = RunFolder.find(
+        args.logdir, args.name, args.resume, "classifier", config["model"]
+    )
     regular = {"filename": "model_{step:06d}", "every_n_train_steps": args.save_interval}
-    callbacks = checkpoint_callbacks(run, model, True, regular)
+    callbacks = checkpoint_callbacks(run, model, True, {"params": regular})
     if args.patience:
         callbacks.append(EarlyStopping("val/accuracy", mode="max", patience=args.patience))
     settings = {
@@ -304,24 +288,9 @@ def train(args: argparse.Namespace) -> "tuple[pl.Trainer, pl.LightningModule] | 
         "check_val_every_n_epoch": None,
     }
     trainer = build_trainer(run, model, devices, args.num_nodes, precision, callbacks, settings)
-    if trainer.is_global_zero:
-        run.record(config, args.seed)
-        log.info("%s\nwriting to    %s", text, run.root)
-    # Older Lightning has no such argument; its own default then is to load everything.
-    safe = (
-        {"weights_only": True}
-        if "weights_only" in inspect.signature(trainer.fit).parameters
-        else {}
-    )
-    trainer.fit(model, datamodule=data, ckpt_path=checkpoint, **(safe if checkpoint else {}))
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-    trainer.save_checkpoint(run.last)
+    fit(trainer, model, data, run, checkpoint, config, text)
     if trainer.is_global_zero:
         write_result(trainer, run)
-        log.info("done at step %d: %s", trainer.global_step, run.last)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
     return trainer, model
 
 

@@ -112,38 +112,20 @@ def describe(
     return "\n".join(lines)
 
 
-def find_run(args: argparse.Namespace, config: dict[str, Any]):
-    """The run's folder, and the checkpoint to go on from (None for a new run)."""
-    from omegaconf import OmegaConf
-
-    from ldm.run import RunFolder
-
-    if args.resume:
-        return RunFolder.of_resume(args.resume)
-    run = RunFolder.choose(args.logdir, args.name, Path(args.base[0]).stem)
-    if not run.last.is_file():
-        return run, None
-    before = OmegaConf.to_container(OmegaConf.load(run.configs / "resolved.yaml"))
-    if before["model"] != config["model"]:
-        raise UserError(
-            f"--name {args.name}: {run.root} holds a run with another model section; give another "
-            "name, or repeat "
-            f"its command ({run.configs / 'resolved.yaml'} says how it was configured)"
-        )
-    log.info("%s exists: going on from its last checkpoint", run.root)
-    return run, run.last
-
-
 def train(args: argparse.Namespace) -> "tuple[pl.Trainer, pl.LightningModule] | None":
     """Build everything and train; returns the trainer and the model, or None after a dry run."""
-    import inspect
-
     import pytorch_lightning as pl
-    import torch
     from omegaconf import OmegaConf
 
     from ldm.config import instantiate_from_config
-    from ldm.trainer import build_trainer, checkpoint_callbacks, choose_devices, choose_precision
+    from ldm.run import RunFolder
+    from ldm.trainer import (
+        build_trainer,
+        checkpoint_callbacks,
+        choose_devices,
+        choose_precision,
+        fit,
+    )
 
     if not (args.train or args.dry_run):
         raise UserError(
@@ -161,16 +143,14 @@ def train(args: argparse.Namespace) -> "tuple[pl.Trainer, pl.LightningModule] | 
     batch = effective_batch(config, devices.count * args.num_nodes)
     model.learning_rate = config["model"]["base_learning_rate"] * (batch if args.scale_lr else 1)
     text = describe(config, model, data, batch, model.learning_rate, args.scale_lr)
+    text += f"\n{devices.describe(args.num_nodes, precision)}"
     if args.dry_run:
         print(OmegaConf.to_yaml(OmegaConf.create(config)))
-        print(
-            f"devices      {devices.count} x {devices.accelerator} x {args.num_nodes} machines, "
-            f"{precision}"
-        )
         print(text)
         return None
 
-    run, checkpoint = find_run(args, config)
+    stem = Path(args.base[0]).stem if args.base else "run"
+    run, checkpoint = RunFolder.find(args.logdir, args.name, args.resume, stem, config["model"])
     lightning = config["lightning"]
     callbacks = checkpoint_callbacks(
         run, model, data.val_dataset is not None, lightning.get("modelcheckpoint")
@@ -185,22 +165,7 @@ def train(args: argparse.Namespace) -> "tuple[pl.Trainer, pl.LightningModule] | 
     trainer = build_trainer(
         run, model, devices, args.num_nodes, precision, callbacks, settings, loggers
     )
-    if trainer.is_global_zero:
-        run.record(config, args.seed)
-        log.info("%s\nwriting to    %s", text, run.root)
-    # Older Lightning has no such argument; its own default then is to load everything.
-    safe = (
-        {"weights_only": True}
-        if "weights_only" in inspect.signature(trainer.fit).parameters
-        else {}
-    )
-    trainer.fit(model, datamodule=data, ckpt_path=checkpoint, **(safe if checkpoint else {}))
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-    trainer.save_checkpoint(run.last)
-    log.info("done at step %d: %s", trainer.global_step, run.last)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    fit(trainer, model, data, run, checkpoint, config, text)
     return trainer, model
 
 

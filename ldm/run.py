@@ -3,6 +3,7 @@
 import csv
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import re
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import UserError
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "albumentations", "timm", "numpy")
 
@@ -132,6 +135,33 @@ class RunFolder:
         if Path(logdir).resolve() not in root.resolve().parents:
             raise UserError(f"--name {name}: must be a folder below --logdir {logdir}")
         return cls(root)
+
+    @classmethod
+    def find(
+        cls, logdir: str, name: str | None, resume: str | None, stem: str, model: dict
+    ) -> "tuple[RunFolder, Path | None]":
+        """The folder of a run, and the checkpoint to go on from (None for a new run).
+
+        A named run that exists goes on where it stopped, provided that its `model` section is unchanged.
+
+        Raises:
+            UserError: There is nothing to resume, or another model under this name.
+        """
+        from omegaconf import OmegaConf
+
+        if resume:
+            return cls.of_resume(resume)
+        run = cls.choose(logdir, name, stem)
+        if not run.last.is_file():
+            return run, None
+        written = run.configs / "resolved.yaml"
+        if OmegaConf.to_container(OmegaConf.load(written))["model"] != model:
+            raise UserError(
+                f"--name {name}: {run.root} holds a run with another model section; give another "
+                f"name, or repeat its command ({written} says how it was configured)"
+            )
+        log.info("%s exists: going on from its last checkpoint", run.root)
+        return run, run.last
 
     @classmethod
     def of_resume(cls, target: str) -> tuple["RunFolder", Path]:

@@ -1,5 +1,6 @@
 """One way to build a Lightning trainer, shared by main.py and classifier_train.py."""
 
+import inspect
 import logging
 import sys
 import warnings
@@ -10,6 +11,8 @@ from ldm.cli import ArgumentParser, number
 from ldm.errors import UserError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import pytorch_lightning as pl
 
     from ldm.models.base import HistoModule
@@ -65,6 +68,10 @@ class Devices:
     @property
     def count(self) -> int:
         return self.devices if isinstance(self.devices, int) else len(self.devices)
+
+    def describe(self, num_nodes: int, precision: str) -> str:
+        """One line for the summary of a run."""
+        return f"devices      {self.count} x {self.accelerator} x {num_nodes} machines, {precision}"
 
 
 def parse_gpus(text: str) -> list[int] | int:
@@ -274,3 +281,39 @@ def build_trainer(
             *callbacks,
         ],
     )
+
+
+def fit(
+    trainer: "pl.Trainer",
+    model: "HistoModule",
+    data: "pl.LightningDataModule",
+    run: "RunFolder",
+    checkpoint: "Path | None",
+    config: dict[str, Any],
+    summary: str,
+) -> None:
+    """Record this start in the run's folder, train, and leave `last.ckpt`.
+
+    Args:
+        checkpoint: Where to go on from; None for a new run.
+        config: Resolved configuration, for the record.
+        summary: What is trained, shown at the start.
+
+    Raises:
+        KeyboardInterrupt: Training was interrupted; the checkpoints written until then are whole.
+    """
+    import torch
+
+    if trainer.is_global_zero:
+        run.record(config, model.seed)
+        log.info("%s\nwriting to    %s", summary, run.root)
+    # Older Lightning has no such argument; its own default then is to load everything.
+    takes_it = "weights_only" in inspect.signature(trainer.fit).parameters
+    safe = {"weights_only": True} if checkpoint and takes_it else {}
+    trainer.fit(model, datamodule=data, ckpt_path=checkpoint, **safe)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    trainer.save_checkpoint(run.last)
+    log.info("done at step %d: %s", trainer.global_step, run.last)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

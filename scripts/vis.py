@@ -4,7 +4,8 @@
 
 DIR/CLASS/images on both sides, with the same classes. Writes VIS/features_real.safetensors,
 VIS/features_synthetic.safetensors, VIS/centroids.safetensors (scripts/distance.py reads these),
-VIS/umap.png, VIS/umap.csv, and VIS/fidelity.json (distances of the two sets). Features of images that have not changed are taken from VIS.
+VIS/umap.png, VIS/umap.csv and VIS/fidelity.json (distances of the two sets). Features of images
+that have not changed are taken from VIS.
 """
 
 import argparse

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import tiles as make_tiles
 
 from ldm.checkpoint import write_checkpoint
 from ldm.cli import run_command
@@ -25,7 +26,6 @@ from ldm.selection.features import FeatureSet, cached_weights
 from ldm.selection.select import select_at_random, select_by_distance, wanted_per_class
 from ldm.selection.training_folder import PREFIX
 from scripts import distance, vis
-from tiny import tiles as make_tiles
 
 ROOT = Path(__file__).resolve().parents[1]
 
