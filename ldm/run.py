@@ -142,7 +142,7 @@ class RunFolder:
     ) -> "tuple[RunFolder, Path | None]":
         """The folder of a run, and the checkpoint to go on from (None for a new run).
 
-        A named run that exists goes on where it stopped, provided that its `model` section is unchanged.
+        A named run that exists goes on where it stopped, if its `model` section is the same.
 
         Raises:
             UserError: There is nothing to resume, or another model under this name.
