@@ -162,6 +162,8 @@ def checkpoint_callbacks(
     """
     from pytorch_lightning.callbacks import ModelCheckpoint
 
+    from ldm.models.callbacks import LastCheckpoint
+
     target = "pytorch_lightning.callbacks.ModelCheckpoint"
     if node and node.get("target", target) != target:
         raise UserError(
@@ -178,9 +180,7 @@ def checkpoint_callbacks(
         "enable_version_counter": False,
         "auto_insert_metric_name": False,
     }
-    callbacks: list[pl.Callback] = [
-        ModelCheckpoint(filename="last", every_n_train_steps=every, **common)
-    ]
+    callbacks: list[pl.Callback] = [LastCheckpoint(every, **common)]
     if settings:
         # What the configuration adds (save_top_k, filename, train_time_interval ...) is a
         # checkpoint of its own.

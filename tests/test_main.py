@@ -244,6 +244,14 @@ def test_diffusion_checkpoint_rebuilds_the_model_alone(data, tmp_path):
     )
 
 
+def test_further_checkpoints_are_kept_beside_last_and_best(data, tmp_path):
+    config = write_config(tmp_path / "c.yaml", data, autoencoder_model(disc_weight=0.0))
+    more = ["lightning.modelcheckpoint.params.every_n_train_steps=2"]
+    run(config, tmp_path, "ae", 4, *more, "lightning.modelcheckpoint.params.save_top_k=-1")
+    names = sorted(p.name for p in (tmp_path / "ae" / "checkpoints").iterdir())
+    assert names == ["best.ckpt", "last.ckpt", "step_00000002.ckpt", "step_00000004.ckpt"]
+
+
 def test_latent_scale_makes_unit_variance(data, autoencoder_ckpt, tmp_path):
     config = write_config(tmp_path / "c.yaml", data, diffusion_model(autoencoder_ckpt))
     trainer, model = run(config, tmp_path, "d", 1)

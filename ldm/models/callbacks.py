@@ -6,6 +6,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
@@ -79,6 +80,17 @@ class ImageLogger(pl.Callback):
             for logger in trainer.loggers:
                 if isinstance(logger, pl.loggers.TensorBoardLogger):
                     logger.experiment.add_image(name, grid, trainer.global_step, dataformats="HWC")
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """`last.ckpt`, overwritten every so many steps.
+
+    A class of its own, since Lightning tells checkpoint callbacks apart by class and settings, and a
+    second one may be asked for at the same interval.
+    """
+
+    def __init__(self, every_n_train_steps: int, **kwargs: Any):
+        super().__init__(filename="last", every_n_train_steps=every_n_train_steps, **kwargs)
 
 
 class Throughput(pl.Callback):
