@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from ldm.checkpoint import KEY, checkpoint_path, file_sha256, load_model, read_checkpoint
@@ -191,14 +190,6 @@ class Synthesiser:
         self._in_parts = fixed_batches if self.device.type == "cpu" else lambda fn: fn
         self.guidance_log: dict[int, GuidanceSums] = defaultdict(GuidanceSums)
 
-    def _logits(self, z_t: Tensor, t: Tensor) -> Tensor:
-        if self.device.type != "cpu":
-            return self.classifier.net(z_t, t)
-        # The fused kernel divides the keys of a single query (the attention pool's) among threads
-        # by place in the batch, so its rounding depends on that place.
-        with sdpa_kernel(SDPBackend.MATH):
-            return self.classifier.net(z_t, t)
-
     def _guided(
         self, eps_fn: EpsFn, labels: Sequence[int], ratios: list[Tensor], log_probs: list[Tensor]
     ) -> EpsFn:
@@ -207,7 +198,7 @@ class Synthesiser:
 
         def log_prob_grad(z_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
             grad_fn = classifier_log_prob_grad(
-                self._logits, y, on_log_prob=lambda t, log_prob: log_probs.append(log_prob)
+                self.classifier.net, y, on_log_prob=lambda t, log_prob: log_probs.append(log_prob)
             )
             return grad_fn(z_t, t)
 
@@ -279,7 +270,7 @@ class Synthesiser:
 
         def evaluate(z_0: Tensor) -> Tensor:
             t = torch.zeros(len(z_0), dtype=torch.int64, device=self.device)
-            return self._logits(z_0, t).float().softmax(dim=1)  # (B, K)
+            return self.classifier.net(z_0, t).float().softmax(dim=1)  # (B, K)
 
         prob = self._in_parts(evaluate)(z_0)
         return prob.gather(1, torch.tensor(labels, device=self.device)[:, None])[:, 0].tolist()

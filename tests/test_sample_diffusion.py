@@ -60,7 +60,9 @@ def test_images_do_not_depend_on_the_batch_size(models, tmp_path):
     folders = []
     for batch_size in (1, 3, 8):
         folders.append(tmp_path / str(batch_size))
-        sample(models, folders[-1], "--classifier_scale", 20, "--batch_size", batch_size, n=3)
+        sample(
+            models, folders[-1], "--classifier_scale", 20, "--batch_size", batch_size, n=3, steps=2
+        )
     first, *others = [files(folder) for folder in folders]
     images = [name for name in first if name.endswith(".png")]
     assert len(images) == 9 + 1  # and the grid
@@ -162,8 +164,9 @@ def test_guidance_raises_the_probability(models, tmp_path):
         sample(models, tmp_path / str(scale), "--classifier_scale", scale, n=4, steps=10)
         rows = manifest(tmp_path / str(scale))
         probability.append(np.array([float(row["prob"]) for row in rows]))
-    # The tiny networks are random, so the effect is small, but it is there in each image.
-    assert (probability[1] > probability[0]).all()
+    # The tiny networks are random, so the effect is small, but it is there in every class.
+    unguided, guided = (values.reshape(3, 4).mean(axis=1) for values in probability)
+    assert (guided > unguided + 0.002).all()
 
 
 def test_vanilla_sampling(models, tmp_path):

@@ -85,8 +85,8 @@ class ImageLogger(pl.Callback):
 class LastCheckpoint(ModelCheckpoint):
     """`last.ckpt`, overwritten every so many steps.
 
-    A class of its own, since Lightning tells checkpoint callbacks apart by class and settings, and a
-    second one may be asked for at the same interval.
+    A class of its own, since Lightning tells checkpoint callbacks apart by class and settings, and
+    another one may be asked for at the same interval.
     """
 
     def __init__(self, every_n_train_steps: int, **kwargs: Any):

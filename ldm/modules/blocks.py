@@ -231,7 +231,10 @@ class AttentionPool2d(nn.Module):
         x = torch.cat([x.mean(dim=-1, keepdim=True), x], dim=-1)  # (B, C, 1 + N)
         x = x + self.positional_embedding.to(x.dtype)
         q, k, v = rearrange(self.qkv_proj(x), "b (s h d) n -> s b h n d", s=3, h=self.num_heads)
-        pooled = attend(q[:, :, :1], k, v)  # only the mean token asks: (B, heads, 1, D)
+        # Only the mean token asks. Written out, because for one query the fused kernels divide the
+        # keys among threads by place in the batch: an image's gradient would round by its place.
+        scores = (q[:, :, :1] * k).sum(dim=-1, keepdim=True) * k.shape[-1] ** -0.5
+        pooled = (scores.softmax(dim=2) * v).sum(dim=2, keepdim=True)  # (B, heads, 1, D)
         return self.c_proj(rearrange(pooled, "b h n d -> b (h d) n"))[:, :, 0]  # (B, output_dim)
 
 
