@@ -444,3 +444,15 @@ def test_checkpoints_of_strangers_are_refused(tmp_path, autoencoder_ckpt):
     torch.save(payload, tmp_path / "short.ckpt")
     with pytest.raises(UserError, match="do not fit the model"):
         load_model(tmp_path / "short.ckpt", "autoencoder")
+
+
+def test_two_processes_measure_the_scale_of_one(data, autoencoder_ckpt, tmp_path):
+    """Each of two CPU ranks (gloo) encodes half of the tiles; the stored scale is that of all."""
+    config = write_config(tmp_path / "c.yaml", data, diffusion_model(autoencoder_ckpt))
+    run(config, tmp_path, "one", 1)
+    argv = ["--base", str(config), "-t", "--logdir", str(tmp_path), "--name", "two"]
+    result = command(*argv, "--max_steps", "1", "--devices", "2")
+    assert result.returncode == 0, result.stderr
+    one, two = weights(tmp_path, "one"), weights(tmp_path, "two")
+    torch.testing.assert_close(one["scale_factor"], two["scale_factor"], rtol=1e-5, atol=0)
+    assert two["ema.num_updates"] == 1

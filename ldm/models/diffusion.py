@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ldm.config import instantiate_from_config
+from ldm.data.tiles import TileFolder
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 from ldm.models.base import HistoModule
@@ -233,6 +234,8 @@ class LatentDiffusion(HistoModule):
         device = self.trainer.strategy.root_device
         self.first_stage_model.to(device)
         dataset = self.trainer.datamodule.train_dataset
+        if isinstance(dataset, TileFolder):
+            dataset = dataset.subset(range(len(dataset)), random=False)  # without augmentation
         # The same tiles whatever the number of ranks: every rank takes its share of them.
         count = min(self.scale_images, len(dataset))
         chosen = torch.linspace(0, len(dataset) - 1, count).long().unique().tolist()
@@ -322,14 +325,19 @@ class LatentDiffusion(HistoModule):
 def latent_sums(
     net: AutoencoderNet, dataset, indices: list[int], device, batch_size: int = 32
 ) -> Tensor:
-    """Count, sum and sum of squares of latents drawn for these tiles, (3,) float64 on `device`."""
+    """Count, sum and sum of squares of the latents of these tiles, (3,) float64 on `device`.
+
+    Taken in expectation over the posterior, E[z^2] = mean^2 + var, so nothing is drawn and the sums
+    do not depend on how the tiles are divided.
+    """
     sums = torch.zeros(3, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
     for start in range(0, len(indices), batch_size):
         batch = indices[start : start + batch_size]
         x = torch.stack([dataset[i]["image"] for i in batch]).to(device)
-        z = net.encode(x).sample(generator).double().cpu()
-        sums += torch.stack([torch.tensor(float(z.numel())), z.sum(), z.square().sum()])
+        posterior = net.encode(x)
+        mean, variance = posterior.mean.double().cpu(), posterior.logvar.double().exp().cpu()
+        squares = mean.square() + variance
+        sums += torch.stack([torch.tensor(float(mean.numel())), mean.sum(), squares.sum()])
     return sums.to(device)
 
 
