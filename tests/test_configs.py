@@ -51,3 +51,27 @@ def test_trains_one_step(path, environment, monkeypatch):
         monkeypatch.setenv("HISTO_AUTOENCODER", str(environment / "logs" / "autoencoder"))
     train(path, "run")
     assert RunFolder(environment / "logs" / "run").last.is_file()
+
+
+@pytest.mark.slow
+def test_paper_sized_configs_train_one_step(environment, monkeypatch):
+    """The paper's networks at full size, one tile per step, without LPIPS (no weights here)."""
+
+    def train(config: str, name: str, *more: str) -> None:
+        argv = ["--base", str(ROOT / "configs" / config), "-t", "--name", name, "--max_steps", "1"]
+        argv += ["--logdir", str(environment / "logs"), *more, "data.params.batch_size=1"]
+        argv += ["data.params.num_workers=0", "lightning.trainer.limit_val_batches=1"]
+        argv += [
+            "lightning.callbacks.image_logger=null",
+            "lightning.trainer.num_sanity_val_steps=0",
+        ]
+        main_py.train(main_py.parse_arguments(argv))
+        assert RunFolder(environment / "logs" / name).last.is_file()
+
+    # The discriminator at once, so that both networks take part.
+    loss = "model.params.lossconfig.params"
+    off = [f"{loss}.perceptual_weight=0", f"{loss}.disc_start=0"]
+    train("autoencoder/autoencoder_histo_kl_64x64x3.yaml", "autoencoder", *off)
+    monkeypatch.setenv("HISTO_AUTOENCODER", str(environment / "logs" / "autoencoder"))
+    train("latent-diffusion/histo-ldm-kl-8.yaml", "diffusion", "model.params.scale_images=2")
+    train("autoencoder/decoder_finetune.yaml", "decoder", "model.params.perceptual_weight=0")
