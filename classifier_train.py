@@ -212,6 +212,8 @@ def write_result(trainer: "pl.Trainer", run) -> None:
     from ldm.run import write_json
 
     last = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+    if not last:
+        return  # the run was complete already
     best = next(c for c in trainer.checkpoint_callbacks if c.monitor == "val/accuracy")
     score = None if best.best_model_score is None else float(best.best_model_score)
     result = {

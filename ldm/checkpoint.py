@@ -103,7 +103,13 @@ def read_checkpoint(
     found = checkpoint_path(path, what)
     try:
         payload = torch.load(found, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except pickle.UnpicklingError:
+        # torch's own message advises to switch the protection off.
+        raise UserError(
+            f"{what}: {found} is no checkpoint, or holds more than tensors and plain data; give a "
+            "checkpoint that this toolkit wrote"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"{what}: {found} cannot be read as a checkpoint ({reason[:120]})"

@@ -226,9 +226,9 @@ def build_trainer(
         loggers: Further loggers.
     """
     import pytorch_lightning as pl
-    from pytorch_lightning.callbacks import LearningRateMonitor, TQDMProgressBar
+    from pytorch_lightning.callbacks import LearningRateMonitor
 
-    from ldm.models.callbacks import Throughput
+    from ldm.models.callbacks import ProgressBar, Throughput
 
     # Lightning's remarks (no TPU, a tip for another product) would bury what a run says itself.
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
@@ -237,6 +237,7 @@ def build_trainer(
         ".*does not have many workers.*",
         ".*is smaller than the logging interval.*",
         ".*LeafSpec.*",
+        "Using ModelCheckpoint with manual optimization.*",  # saves after a step, as wanted
         ".*modules? in eval mode at the start.*",  # the frozen first stage, on purpose
         "Checkpoint directory .* exists and is not empty.*",  # a resumed run
     ):
@@ -277,7 +278,7 @@ def build_trainer(
         callbacks=[
             Throughput(),
             LearningRateMonitor("step"),
-            *([TQDMProgressBar(refresh_rate=refresh)] if bar else []),
+            *([ProgressBar(refresh_rate=refresh)] if bar else []),
             *callbacks,
         ],
     )
@@ -304,6 +305,11 @@ def fit(
     """
     import torch
 
+    from ldm.checkpoint import read_checkpoint
+
+    if checkpoint is not None:
+        # A checkpoint that does not fit is refused before anything is written.
+        model.on_load_checkpoint(read_checkpoint(checkpoint, (model.kind,), "--resume"))
     if trainer.is_global_zero:
         run.record(config, model.seed)
         log.info("%s\nwriting to    %s", summary, run.root)
@@ -314,6 +320,7 @@ def fit(
     if trainer.interrupted:
         raise KeyboardInterrupt
     trainer.save_checkpoint(run.last)
-    log.info("done at step %d: %s", trainer.global_step, run.last)
+    if trainer.is_global_zero:
+        log.info("done at step %d: %s", trainer.global_step, run.last)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -46,6 +46,8 @@ def autoencoder(seed: int = 0) -> AutoencoderKL:
     }
     module = AutoencoderKL(ddconfig=ddconfig, embed_dim=3)
     randomise(module, seed)
+    with torch.no_grad():
+        module.net.quant_conv.bias[3:] -= 8  # a trained posterior is narrow
     return module
 
 
@@ -94,12 +96,18 @@ def classifier(
 
 
 def tiles(root: Path, per_class: int, seed: int = 0, pixels: int = PIXELS) -> Path:
-    """Class folders of noisy tiles, one colour per class."""
+    """Class folders of noisy tiles, one colour and one size of check per class.
+
+    Networks of 32 channels see the checks only: with 32 groups their group norm takes each
+    channel's mean away, and the colour with it.
+    """
     generator = np.random.default_rng(seed)
-    for name, colour in COLOURS.items():
+    for k, (name, colour) in enumerate(COLOURS.items()):
         (root / name).mkdir(parents=True)
+        bands = (np.arange(pixels) // 2 ** (k + 1)) % 2
+        checks = 40 * ((bands[:, None] ^ bands[None, :]) - 0.5)[..., None]
         for i in range(per_class):
             noise = generator.normal(0, 20, (pixels, pixels, 3))
-            image = (np.array(colour) + noise).clip(0, 255).astype(np.uint8)
+            image = (np.array(colour) + checks + noise).clip(0, 255).astype(np.uint8)
             Image.fromarray(image).save(root / name / f"{seed}_{i}.png")
     return root
