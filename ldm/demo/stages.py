@@ -23,6 +23,7 @@ from ldm.run import write_json
 
 ROOT = Path(__file__).resolve().parents[2]  # where the entry points are
 TAIL = 15  # lines of a failed stage's log that are shown
+GRACE = 20.0  # seconds that a stopped stage has to end by itself
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,14 @@ def launch(
                     return process.wait(timeout=1.0)
                 except subprocess.TimeoutExpired:
                     tick()
-        except BaseException:
-            process.terminate()
-            process.wait()
+        except BaseException as stop:
+            if not isinstance(stop, KeyboardInterrupt):  # that one reaches the process by itself
+                process.terminate()
+            try:
+                process.wait(timeout=GRACE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
             raise
 
 
@@ -176,6 +182,9 @@ class Runner:
         write_json(marker, {"key": key, "seconds": before})
         try:
             status = self.launch(stage.command, log_path, stage.environment, line.tick)
+        except BaseException:
+            line.end("", "stopped; the same command goes on here")
+            raise
         finally:
             seconds = round(before + time.monotonic() - start, 1)
             write_json(marker, {"key": key, "seconds": seconds})
