@@ -111,11 +111,11 @@ def _table(page: Page, plan: Plan, rows: Sequence[Mapping[str, Any]]) -> None:
         numbers=range(1, 3 + len(HEADLINE)),
     )
     error = max(math.sqrt(r["accuracy"] * (1 - r["accuracy"]) / images) for r in rows)
-    seeds = len(summary["seeds"])
+    steps, seeds = plan.settings["evaluation"]["steps"], len(summary["seeds"])
     page.text(
-        f"On {images} real tiles of {split}; the epoch was chosen on val. Every network was"
-        f" trained for about {plan.settings['evaluation']['steps']} steps, whatever its number of"
-        f" tiles. ± is the deviation over {seeds} {'seed' if seeds == 1 else 'seeds'}; it leaves"
+        f"On {images} tiles of {split} (real here means: not made by the diffusion model); the"
+        f" epoch was chosen on val. Every network was trained for about {steps} steps, whatever its"
+        f" number of tiles. ± is the deviation over {seeds} {'seed' if seeds == 1 else 'seeds'}; it leaves"
         f" out that {images} tiles are few: they alone give an accuracy a standard error of up to"
         f" {error:.3f}, and smaller differences between rows mean nothing. The colour histogram"
         " knows no shapes: a network that does not beat it has learned stains at best.",
@@ -213,7 +213,7 @@ def _classifier(page: Page, plan: Plan) -> None:
                 ["clean", *(f"t {name}" for name in names)],
                 [last["val/accuracy_clean"], *(quarters[name] for name in names)],
                 level=1 / len(classes),
-                level_name="chance",
+                level_name=f"chance {1 / len(classes):.2f}",
             ),
             line_chart(
                 "Probability of the wanted class while sampling",
@@ -263,9 +263,10 @@ def _samples(page: Page, plan: Plan) -> None:
     page.grid(
         rows,
         ["real", "without guidance", f"guided, scale {sampling['scale']:g}"],
-        f"{sampling['steps']} DDIM steps, eta {sampling['eta']:g}. Column by column, guided tiles"
-        " come from the same noise as those without guidance, so their difference is what guidance"
-        " did. Nothing was picked: these are the first ones.",
+        f"{sampling['steps']} DDIM steps, eta {sampling['eta']:g}. Tiles without guidance have no"
+        " class: they stand in the row of the guided tiles that come from the same noise, in the"
+        " same order, so the difference is what guidance did. Nothing was picked: these are the"
+        " first ones.",
         SIDE,
     )
 

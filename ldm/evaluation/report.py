@@ -49,10 +49,10 @@ code { font: 12px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
 details { margin: 10px 0; } summary { cursor: pointer; color: var(--soft); }
 figure { margin: 14px 0; } figcaption { margin-top: 6px; max-width: 90ch; }
 figure > img { max-width: 100%; border-radius: 6px; background: #fff; }
-.grid { display: grid; gap: 3px; align-items: center; width: max-content; }
+.grid { display: grid; gap: 3px; align-items: start; width: max-content; }
 .grid img { display: block; border-radius: 3px; }
 .grid .head { color: var(--soft); font-size: 12px; padding: 0 6px 2px 0; align-self: end; }
-.grid .name { font-weight: 600; font-size: 13px; padding-right: 10px; }
+.grid .name { font-weight: 600; font-size: 13px; padding: 6px 10px 0 0; }
 .cell { text-align: center; font-size: 11px; line-height: 1.35; color: var(--soft);
   font-variant-numeric: tabular-nums; }
 .cell.good img { outline: 2px solid var(--third); outline-offset: -2px; }
@@ -284,10 +284,10 @@ def line_chart(title: str, series: Sequence[Series], x_label: str, falling: bool
         return LEFT + share * (WIDTH - LEFT - RIGHT), _height(y, y_ticks)
 
     body = [_frame(title, y_ticks)]
-    for x in (low, (low + high) / 2, high):
-        at, _ = place(x, 0)
-        anchor = "middle" if x not in (low, high) else ("start" if at < WIDTH / 2 else "end")
-        body.append(f'<text x="{at:.1f}" y="{HEIGHT - 19}" text-anchor="{anchor}">{x:.4g}</text>')
+    for x in nice_ticks(low, high):
+        if low <= x <= high:
+            at, _ = place(x, 0)
+            body.append(f'<text x="{at:.1f}" y="{HEIGHT - 19}" text-anchor="middle">{x:.4g}</text>')
     body.append(f'<text x="{(WIDTH + LEFT) / 2}" y="{HEIGHT - 5}" text-anchor="middle">'
                 f"{escape(x_label)}</text>")  # fmt: skip
     for i, line in enumerate(points):
@@ -334,7 +334,8 @@ def bar_chart(
         y = _height(level, ticks)
         body.append(
             f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<text x="{LEFT + 4}" y="{y - 4:.1f}">{escape(level_name)}</text>'
+            f'<text x="{WIDTH - RIGHT}" y="{TOP - 4}" text-anchor="end">'
+            f"- - {escape(level_name)}</text>"
         )
     return _svg(body, title)
 
