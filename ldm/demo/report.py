@@ -112,11 +112,12 @@ def _table(page: Page, plan: Plan, rows: Sequence[Mapping[str, Any]]) -> None:
     )
     error = max(math.sqrt(r["accuracy"] * (1 - r["accuracy"]) / images) for r in rows)
     steps, seeds = plan.settings["evaluation"]["steps"], len(summary["seeds"])
+    runs = "1 seed" if seeds == 1 else f"{seeds} seeds"
     page.text(
         f"On {images} tiles of {split} (real here means: not made by the diffusion model); the"
         f" epoch was chosen on val. Every network was trained for about {steps} steps, whatever its"
-        f" number of tiles. ± is the deviation over {seeds} {'seed' if seeds == 1 else 'seeds'}; it"
-        f" leaves out that {images} tiles are few: they alone give an accuracy a standard error of up to"
+        f" number of tiles. ± is the deviation over {runs}; it leaves out that {images} tiles are"
+        " few: they alone give an accuracy a standard error of up to"
         f" {error:.3f}, and smaller differences between rows mean nothing. The colour histogram"
         " knows no shapes: a network that does not beat it has learned stains at best.",
         soft=True,
