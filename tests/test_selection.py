@@ -367,7 +367,7 @@ DISTANCE = ["distance", "--real", "{real}", "--synthetic", "{fake}", "--out", "{
     [
         (VIS, "--weights --model is required"),
         ([*VIS, "--weights", "{fake}/none"], "none does not exist"),
-        ([*VIS, "--weights", "{fake}/ADI/1_0.png"], "cannot be read as a checkpoint"),
+        ([*VIS, "--weights", "{fake}/ADI/1_0.png"], "is no checkpoint"),
         ([*VIS, "--model", "resnet19x"], "--model resnet19x"),
         ([*VIS, "--model", "resnet18"], "nothing is downloaded"),
         (
