@@ -85,6 +85,27 @@ def checkpoint_path(path: str | os.PathLike, what: str = "checkpoint") -> Path:
     return found
 
 
+def load_tensors(path: Path, what: str) -> Any:
+    """What torch saved in a file, on the CPU, provided that it is tensors and plain data only.
+
+    Raises:
+        UserError: It is not, or it is no such file.
+    """
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        # torch's own message advises to switch the protection off.
+        raise UserError(
+            f"{what}: {path} is no checkpoint, or holds more than tensors and plain data; give "
+            "another file"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{what}: {path} cannot be read as a checkpoint ({reason[:120]})") from None
+
+
 def read_checkpoint(
     path: str | os.PathLike, kinds: tuple[str, ...] | None = None, what: str = "checkpoint"
 ) -> dict[str, Any]:
@@ -98,22 +119,8 @@ def read_checkpoint(
     Raises:
         UserError: No such file, not one of ours, or of another kind.
     """
-    import torch
-
     found = checkpoint_path(path, what)
-    try:
-        payload = torch.load(found, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        # torch's own message advises to switch the protection off.
-        raise UserError(
-            f"{what}: {found} is no checkpoint, or holds more than tensors and plain data; give a "
-            "checkpoint that this toolkit wrote"
-        ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{what}: {found} cannot be read as a checkpoint ({reason[:120]})"
-        ) from None
+    payload = load_tensors(found, what)
     if not isinstance(payload, dict) or KEY not in payload:
         raise UserError(
             f"{what}: {found} was not written by this toolkit (it has no {KEY!r} entry)"

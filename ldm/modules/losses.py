@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.checkpoint import load_tensors
 from ldm.errors import UserError
 from ldm.modules.autoencoder import DiagonalGaussian
 from ldm.modules.discriminator import NLayerDiscriminator
@@ -45,12 +46,7 @@ def build_lpips(weights: str | None) -> nn.Module:
     from torchmetrics.functional.image.lpips import _LPIPS
 
     path = find_vgg16_weights(weights)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load has no common base class for its many failures
-        raise UserError(
-            f"{path} is not a state dictionary of torchvision's vgg16 ({type(error).__name__})"
-        ) from None
+    state = load_tensors(path, "LPIPS backbone (torchvision's vgg16)")
     lpips = _LPIPS(net="vgg", pnet_rand=True)
     # torchmetrics cuts VGG into slices but keeps the numbers: features.5.bias, slice2.5.bias.
     backbone = {}
