@@ -98,8 +98,8 @@ def load_tensors(path: Path, what: str) -> Any:
     except pickle.UnpicklingError:
         # torch's own message advises to switch the protection off.
         raise UserError(
-            f"{what}: {path} is no checkpoint, or holds more than tensors and plain data; give "
-            "another file"
+            f"{what}: {path} cannot be read: it is no checkpoint, or holds more than tensors and "
+            "plain data; give another file"
         ) from None
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -121,6 +121,12 @@ def read_checkpoint(
     """
     found = checkpoint_path(path, what)
     payload = load_tensors(found, what)
+    check_record(payload, found, kinds, what)
+    return payload
+
+
+def check_record(payload: Any, found: Path, kinds: tuple[str, ...] | None, what: str) -> None:
+    """UserError unless `payload`, read from `found`, is a checkpoint of ours of one of `kinds`."""
     if not isinstance(payload, dict) or KEY not in payload:
         raise UserError(
             f"{what}: {found} was not written by this toolkit (it has no {KEY!r} entry)"
@@ -136,7 +142,6 @@ def read_checkpoint(
             f"{what}: {found} holds a model of kind {record['kind']}; needed is "
             f"{' or '.join(kinds)}"
         )
-    return payload
 
 
 def load_model(

@@ -12,28 +12,10 @@ import yaml
 import main as main_py
 from ldm.checkpoint import load_model, read_checkpoint
 from ldm.errors import UserError
+from ldm.modules.autoencoder import DiagonalGaussian
 from ldm.run import RunFolder
 
 ROOT = Path(main_py.__file__).parent
-AUTOENCODER = {
-    "ddconfig": {
-        "ch": 32,
-        "ch_mult": [1, 1],
-        "num_res_blocks": 1,
-        "z_channels": 3,
-        "resolution": tiny.PIXELS,
-    },
-    "embed_dim": 3,
-}
-UNET = {
-    "image_size": tiny.LATENT[1],
-    "in_channels": 3,
-    "out_channels": 3,
-    "model_channels": 32,
-    "num_res_blocks": 1,
-    "attention_resolutions": [2],
-    "channel_mult": [1, 1],
-}
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +71,8 @@ def autoencoder_model(**loss) -> dict:
         **loss,
     }
     lossconfig = {"target": "ldm.modules.losses.LPIPSWithDiscriminator", "params": loss}
-    params = {**AUTOENCODER, "lossconfig": lossconfig, "monitor": "val/rec_loss"}
+    params = {"ddconfig": tiny.DDCONFIG, "embed_dim": 3, "lossconfig": lossconfig}
+    params["monitor"] = "val/rec_loss"
     return {"target": "ldm.models.autoencoder.AutoencoderKL", "params": params}
 
 
@@ -97,7 +80,7 @@ def diffusion_model(ckpt: Path, **params) -> dict:
     params = {
         "first_stage_ckpt": str(ckpt),
         "image_size": tiny.LATENT[1],
-        "unet_config": {"target": "ldm.modules.unet.UNetModel", "params": UNET},
+        "unet_config": {"target": "ldm.modules.unet.UNetModel", "params": tiny.UNET},
         "monitor": "val/loss_simple_ema",
         "ema_decay": 0.9,
         **params,
@@ -170,7 +153,8 @@ def test_resumed_equals_uninterrupted(kind, data, autoencoder_ckpt, tmp_path):
 
 
 def test_autoencoder_trains_both_networks_and_counts_generator_steps(data, tmp_path):
-    config = write_config(tmp_path / "c.yaml", data, autoencoder_model(disc_start=3))
+    model = autoencoder_model(disc_start=3)
+    config = write_config(tmp_path / "c.yaml", data, model, log_every_n_steps=1)
     run(config, tmp_path, "ae", 3)
     before = weights(tmp_path, "ae")
     trainer, model = run(config, tmp_path, "ae", 6)
@@ -183,17 +167,8 @@ def test_autoencoder_trains_both_networks_and_counts_generator_steps(data, tmp_p
         keys = [k for k in before if k.startswith(part) and k.endswith("weight")]
         assert keys and all(not torch.equal(before[k], after[k]) for k in keys), part
     logged = {k for row in RunFolder(tmp_path / "ae").read_metrics() for k in row}
-    assert {
-        "val/rec_loss",
-        "val/psnr",
-        "train/logits_real",
-        "train/d_weight",
-        "images_per_s",
-    } - logged <= {
-        "train/logits_real",
-        "train/d_weight",
-        "images_per_s",  # every 10 batches only
-    }
+    expected = {"val/rec_loss", "val/psnr", "train/logits_real", "train/d_weight", "images_per_s"}
+    assert expected <= logged
 
 
 def test_discriminator_waits_for_its_start(data, tmp_path):
@@ -203,21 +178,26 @@ def test_discriminator_waits_for_its_start(data, tmp_path):
     assert model.optimizers()[1].state_dict()["state"] == {}
 
 
-def test_accumulated_gradients_equal_a_larger_batch(data, tmp_path):
-    """Two batches of 4 per step; the generator's loss is a mean over images, so 8 at once is the
-    same step."""
-    model = autoencoder_model(disc_weight=0.0)
-    config = write_config(tmp_path / "c.yaml", data, model)
-    reference = weights_after(config, tmp_path, "big", "data.params.batch_size=8")
-    accumulated = weights_after(
-        config, tmp_path, "small", "lightning.trainer.accumulate_grad_batches=2"
+def test_accumulated_gradients_equal_a_larger_batch(data, tmp_path, monkeypatch):
+    """Two batches of 4 make the step of one batch of 8: the loss is a mean over images.
+
+    The posterior's mean stands in for its draws, which differ between one batch and two.
+    """
+    monkeypatch.setattr(DiagonalGaussian, "sample", lambda self, generator=None: self.mean)
+    config = write_config(tmp_path / "c.yaml", data, autoencoder_model(disc_weight=0.0))
+    whole = weights_after(config, tmp_path, "whole", "data.params.batch_size=8")
+    halves = weights_after(
+        config, tmp_path, "halves", "lightning.trainer.accumulate_grad_batches=2"
     )
-    differing = [
-        k for k in reference if not torch.allclose(reference[k], accumulated[k], atol=2e-4)
-    ]
-    # The posterior's noise differs between one draw of 8 and two of 4, so only the step count is
-    # exact.
-    assert len(differing) < len(reference)
+    other = weights_after(config, tmp_path, "other", "data.params.batch_size=4")
+
+    def agreement(a: dict, b: dict) -> float:
+        close = [((a[k] - b[k]).abs() < 1e-5).flatten() for k in a if k.startswith("net.")]
+        return torch.cat(close).float().mean().item()
+
+    # Adam's first step is the gradient's sign, so a gradient that is nearly 0 may differ.
+    assert agreement(whole, halves) > 0.99
+    assert agreement(whole, other) < 0.95, "half of the batch must not do"
 
 
 def weights_after(config: Path, tmp_path: Path, name: str, override: str) -> dict:

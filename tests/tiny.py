@@ -17,6 +17,26 @@ CLASSES = ["ADI", "LYM", "TUM"]
 COLOURS = {"ADI": (230, 220, 225), "LYM": (90, 40, 140), "TUM": (200, 90, 150)}
 
 
+DDCONFIG = {
+    "ch": 32,
+    "ch_mult": [1, 1],
+    "num_res_blocks": 1,
+    "z_channels": 3,
+    "resolution": PIXELS,
+}
+UNET = {
+    "image_size": LATENT[1],
+    "in_channels": 3,
+    "out_channels": 3,
+    "model_channels": 32,
+    "num_res_blocks": 1,
+    "attention_resolutions": [2],
+    "channel_mult": [1, 1],
+    "use_scale_shift_norm": True,
+    "resblock_updown": True,
+}
+
+
 def randomise(module: torch.nn.Module, seed: int) -> None:
     """Weights of a usual size everywhere: fresh networks end in zeros and would predict nothing."""
     generator = torch.Generator().manual_seed(seed)
@@ -37,14 +57,7 @@ def save(module, path: Path) -> Path:
 
 
 def autoencoder(seed: int = 0) -> AutoencoderKL:
-    ddconfig = {
-        "ch": 32,
-        "ch_mult": [1, 1],
-        "num_res_blocks": 1,
-        "z_channels": 3,
-        "resolution": PIXELS,
-    }
-    module = AutoencoderKL(ddconfig=ddconfig, embed_dim=3)
+    module = AutoencoderKL(ddconfig=DDCONFIG, embed_dim=3)
     randomise(module, seed)
     with torch.no_grad():
         module.net.quant_conv.bias[3:] -= 8  # a trained posterior is narrow
@@ -52,19 +65,8 @@ def autoencoder(seed: int = 0) -> AutoencoderKL:
 
 
 def diffusion(autoencoder_path: Path, scale_factor: float = 0.8, **params) -> LatentDiffusion:
-    unet = {
-        "image_size": LATENT[1],
-        "in_channels": 3,
-        "out_channels": 3,
-        "model_channels": 32,
-        "num_res_blocks": 1,
-        "attention_resolutions": [2],
-        "channel_mult": [1, 1],
-        "use_scale_shift_norm": True,
-        "resblock_updown": True,
-    }
     module = LatentDiffusion(
-        unet_config={"target": "ldm.modules.unet.UNetModel", "params": unet},
+        unet_config={"target": "ldm.modules.unet.UNetModel", "params": UNET},
         first_stage_ckpt=str(autoencoder_path),
         image_size=LATENT[1],
         scale_factor=scale_factor,

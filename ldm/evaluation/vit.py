@@ -7,7 +7,6 @@ import argparse
 import difflib
 import logging
 import os
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,15 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transf
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from ldm.checkpoint import KEY, load_model, load_strictly, make_record, read_checkpoint
+from ldm.checkpoint import (
+    KEY,
+    check_record,
+    load_model,
+    load_strictly,
+    load_tensors,
+    make_record,
+    read_checkpoint,
+)
 from ldm.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -275,18 +282,14 @@ def read_weights(
         except SafetensorError as error:
             raise UserError(f"{what} {path} is not a safetensors file ({error})") from None
     else:
-        try:
-            # Training scripts keep their options, a Namespace of plain values, beside the weights.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                payload = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{what} {path} cannot be read ({reason[:120]})") from None
+        # Training scripts keep their options, a Namespace of plain values, beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            payload = load_tensors(path, what)
     if not isinstance(payload, dict):
         raise UserError(f"{what} {path} holds a {type(payload).__name__}, not weights by name")
 
     if KEY in payload:
-        read_checkpoint(path, ("vit",), what)
+        check_record(payload, path, ("vit",), what)
         state = {key.removeprefix("net."): value for key, value in payload["state_dict"].items()}
         return state, payload[KEY]["classes"]
     if entry is not None:
