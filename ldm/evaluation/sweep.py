@@ -1,0 +1,286 @@
+"""Scores of guided samples by setting: does guidance reach the class, and at what price?
+
+Letters: N images, D features, K classes. A judge, a classifier of images that took no part in the
+guidance, says which class a synthetic tile looks like; held-out real tiles say how far the tiles of
+each class are from tissue.
+"""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.errors import UserError
+from ldm.evaluation.fidelity import FEWEST_TILES, fidelity
+
+
+@dataclass(frozen=True)
+class JudgedTiles:
+    """A labelled set of tiles as the judge sees it.
+
+    Attributes:
+        features: (N, D), rows of length 1.
+        predicted: Classes that the judge gives, (N,) int64 in [0, K).
+        labels: Classes that the tiles are meant to show, (N,) int64 in [0, K).
+    """
+
+    features: Tensor
+    predicted: Tensor
+    labels: Tensor
+
+    def of_class(self, k: int) -> Tensor:
+        """Features of class k."""
+        return self.features[self.labels == k]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a setting gives.
+
+    Attributes:
+        images: N.
+        agreement: Share of tiles that the judge gives their class, mean over classes.
+        agreement_error: Standard error of `agreement`.
+        kernel_distance: KID to the real tiles of all classes together (Binkowski et al. 2018).
+        class_kernel_distance: KID to the real tiles of the same class, mean over classes: low only
+            where tiles are of the right class, look real and vary as real ones do.
+        class_kernel_distance_error: Its deviation over random subsets, as the mean of K numbers.
+        precision: Share of tiles within the real manifold (Kynkaanniemi et al. 2019).
+        recall: Share of real tiles within the synthetic manifold.
+        diversity: Mean distance of two tiles of a class, relative to that of real tiles; 1 is as
+            varied as tissue, 0 is one tile again and again.
+    """
+
+    images: int
+    agreement: float
+    agreement_error: float
+    kernel_distance: float
+    class_kernel_distance: float
+    class_kernel_distance_error: float
+    precision: float
+    recall: float
+    diversity: float
+
+
+def score(real: JudgedTiles, synthetic: JudgedTiles, num_classes: int, seed: int = 0) -> Scores:
+    """Scores of synthetic tiles against held-out real ones.
+
+    Args:
+        num_classes: K; both sets have at least `FEWEST_TILES` tiles of each class.
+        seed: Of the subsets that kernel distances are averaged over.
+
+    Raises:
+        UserError: A class has too few tiles.
+    """
+    classes = range(num_classes)
+    for name, tiles in (("real", real), ("synthetic", synthetic)):
+        fewest = torch.bincount(tiles.labels, minlength=num_classes).min().item()
+        if fewest < FEWEST_TILES:
+            raise UserError(
+                f"a class has {fewest} {name} tiles; each needs {FEWEST_TILES} or more to compare"
+            )
+    hits = (synthetic.predicted == synthetic.labels).double()
+    shares = torch.stack([hits[synthetic.labels == k].mean() for k in classes])  # (K,)
+    counts = torch.bincount(synthetic.labels, minlength=num_classes)  # (K,)
+    overall = fidelity(_scaled(real.features), _scaled(synthetic.features), seed)
+    own = [
+        fidelity(_scaled(real.of_class(k)), _scaled(synthetic.of_class(k)), seed) for k in classes
+    ]
+    spreads = [
+        sum(pairwise_distance(tiles.of_class(k)) for k in classes) for tiles in (synthetic, real)
+    ]
+    deviations = [values["kernel_distance_std"] for values in own]
+    return Scores(
+        images=len(synthetic.labels),
+        agreement=shares.mean().item(),
+        agreement_error=(shares * (1 - shares) / counts).sum().sqrt().item() / num_classes,
+        kernel_distance=overall["kernel_distance"],
+        class_kernel_distance=sum(values["kernel_distance"] for values in own) / num_classes,
+        class_kernel_distance_error=float(np.linalg.norm(deviations)) / num_classes,
+        precision=overall["precision"],
+        recall=overall["recall"],
+        diversity=spreads[0] / spreads[1],
+    )
+
+
+def _scaled(features: Tensor) -> Tensor:
+    # KID's kernel is (x . y / D + 1)^3: with rows of length sqrt(D) it sees their cosine.
+    return features.double() * features.shape[1] ** 0.5
+
+
+def pairwise_distance(features: Tensor) -> float:
+    """Mean of 1 - cosine over all pairs of different rows of length 1, (N, D), N at least 2."""
+    # The sum over all pairs is |sum of rows|^2, of which N pairs are rows with themselves.
+    n = len(features)
+    cosine = (features.double().sum(0).square().sum() - n) / (n * (n - 1))
+    return 1 - cosine.item()
+
+
+@dataclass(frozen=True)
+class Row:
+    """A setting with its scores.
+
+    Attributes:
+        guidance: "classifier" or "cfg", what `scale` multiplies.
+        interval: Guided time steps, as "LOW:HIGH" or "all".
+        probability: Mean p(y) of the guiding classifier at the end; None without one.
+        guidance_to_noise: Largest mean |guidance| / |eps| over the steps; None without guidance.
+        folder: Of its tiles.
+    """
+
+    guidance: str
+    scale: float
+    interval: str
+    sampler: str
+    steps: int
+    eta: float
+    scores: Scores
+    probability: float | None
+    guidance_to_noise: float | None
+    images_per_s: float
+    folder: str
+
+    @property
+    def series(self) -> str:
+        """Everything but the scale, in words."""
+        name = f"{self.sampler}, {self.steps} steps"
+        return name if self.interval == "all" else f"{name}, t in {self.interval}"
+
+    def cells(self) -> dict[str, Any]:
+        """Column to value, the scores among them."""
+        row = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "scores"}
+        folder = row.pop("folder")
+        return {**row, **asdict(self.scores), "folder": folder}
+
+
+def best(rows: Sequence[Row]) -> Row:
+    """The setting to use.
+
+    Of the settings whose `class_kernel_distance` is within one error of the lowest, the one that
+    the judge agrees with most: as close to tissue of the right class as any, and clearest in class.
+    """
+    lowest = min(rows, key=lambda row: row.scores.class_kernel_distance).scores
+    limit = lowest.class_kernel_distance + lowest.class_kernel_distance_error
+    close = [row for row in rows if row.scores.class_kernel_distance <= limit]
+    return max(close, key=lambda row: row.scores.agreement)
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, rows[0].cells(), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        cells = row.cells().items()
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in cells})
+    return stream.getvalue()
+
+
+def to_markdown(rows: Sequence[Row], real_agreement: float) -> str:
+    """The table for people, the best setting in bold, real tiles in the last line."""
+    head = (
+        "scale | sampler | steps | guided t | agreement | class KID x 1000 | KID x 1000 | "
+        "precision | recall | diversity | guidance / noise | images/s"
+    )
+    lines = [f"| {head} |", "|---" * (head.count("|") + 1) + "|"]
+    chosen = best(rows)
+    for row in rows:
+        s = row.scores
+        ratio = "" if row.guidance_to_noise is None else f"{row.guidance_to_noise:.3f}"
+        error = 1000 * s.class_kernel_distance_error
+        cells = [
+            f"{row.scale:g}", row.sampler, str(row.steps), row.interval,
+            f"{s.agreement:.3f} ± {s.agreement_error:.3f}",
+            f"{1000 * s.class_kernel_distance:.1f} ± {error:.1f}",
+            f"{1000 * s.kernel_distance:.1f}",
+            f"{s.precision:.2f}", f"{s.recall:.2f}", f"{s.diversity:.2f}",
+            ratio, f"{row.images_per_s:.2f}",
+        ]  # fmt: skip
+        if row is chosen:
+            cells = [f"**{cell}**" if cell else cell for cell in cells]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.append(f"| real tiles | | | | {real_agreement:.3f} |" + " |" * 7)
+    return "\n".join(lines) + "\n"
+
+
+PANELS = (
+    ("agreement", "judge agrees with the class"),
+    ("class_kernel_distance", "KID to real tiles of the class"),
+    ("recall", "recall (precision dashed)"),
+    ("diversity", "diversity within a class"),
+)
+
+
+def draw(rows: Sequence[Row], real_agreement: float) -> bytes:
+    """PNG of the scores over the guidance scale, a line per sampler, steps and interval."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12.0, 3.6), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(PANELS))
+    series = dict.fromkeys(row.series for row in rows)
+    scales = sorted({row.scale for row in rows})
+    least = min((scale for scale in scales if scale > 0), default=1.0)
+    for axes, (name, title) in zip(panels, PANELS, strict=True):
+        for i, label in enumerate(series):
+            line = sorted((r for r in rows if r.series == label), key=lambda row: row.scale)
+            x = [row.scale for row in line]
+            y = [getattr(row.scores, name) for row in line]
+            error = [getattr(row.scores, f"{name}_error", 0.0) for row in line]
+            axes.errorbar(x, y, error, color=f"C{i}", marker="o", ms=4, capsize=2, label=label)
+            if name == "recall":
+                dashes = [row.scores.precision for row in line]
+                axes.plot(x, dashes, color=f"C{i}", ls="--", marker="o", ms=3)
+        if name == "agreement":
+            axes.axhline(real_agreement, color="0.5", lw=1, ls=":")
+            axes.annotate("real tiles", (0.02, real_agreement), xycoords=("axes fraction", "data"),
+                          fontsize=8, color="0.4", va="bottom")  # fmt: skip
+        # Scales are tried in multiples, and 0, which is unguided, among them.
+        axes.set_xscale("symlog", linthresh=least)
+        axes.set_xticks(scales, [f"{scale:g}" for scale in scales])
+        axes.minorticks_off()
+        axes.set_xlabel("guidance scale")
+        axes.set_title(title, fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    if len(series) > 1:
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center",
+                      ncols=min(4, len(series)), frameon=False, fontsize=8)  # fmt: skip
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", metadata={"Software": None})
+    return stream.getvalue()
+
+
+def contact_sheet(
+    rows: Sequence[tuple[str, Sequence[np.ndarray]]], columns: Sequence[str]
+) -> bytes:
+    """PNG with a row of tiles per setting: the same noise down each column.
+
+    Args:
+        rows: Caption and uint8 tiles (H, W, 3) of each setting.
+        columns: Caption of each column.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(
+        figsize=(1.6 + 0.85 * len(columns), 0.4 + 0.85 * len(rows)), dpi=120, layout="constrained"
+    )
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(rows), len(columns), squeeze=False)
+    for i, (caption, tiles) in enumerate(rows):
+        for j, tile in enumerate(tiles):
+            axes = grid[i, j]
+            axes.imshow(tile)
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+            if i == 0:
+                axes.set_title(columns[j], fontsize=8)
+        grid[i, 0].set_ylabel(caption, fontsize=8, rotation=0, ha="right", va="center", labelpad=6)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", metadata={"Software": None})
+    return stream.getvalue()

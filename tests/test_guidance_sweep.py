@@ -1,0 +1,129 @@
+"""The guidance sweep: scores that fall where they should, and the command on tiny real models."""
+
+import csv
+import dataclasses
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ldm.errors import UserError
+from ldm.evaluation.sweep import (
+    JudgedTiles,
+    Row,
+    best,
+    draw,
+    pairwise_distance,
+    score,
+    to_csv,
+    to_markdown,
+)
+
+K, D, PER_CLASS = 3, 16, 40
+
+
+def judged(seed: int, spread: float = 0.3, per_class: int = PER_CLASS) -> JudgedTiles:
+    """Three clouds on the sphere; the judge gives each point its nearest cloud."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(K).repeat_interleave(per_class)
+    centres = torch.eye(D)[:K]
+    noise = spread * torch.randn(len(labels), D, generator=generator) / D**0.5 * 2
+    features = F.normalize(centres[labels] + noise, dim=1)
+    return JudgedTiles(features, (features @ centres.T).argmax(dim=1), labels)
+
+
+def shuffled(tiles: JudgedTiles) -> JudgedTiles:
+    order = torch.randperm(len(tiles.labels), generator=torch.Generator().manual_seed(0))
+    return dataclasses.replace(tiles, labels=tiles.labels[order])
+
+
+def collapsed(tiles: JudgedTiles) -> JudgedTiles:
+    """One tile of each class, again and again, almost."""
+    first = torch.arange(K).repeat_interleave(PER_CLASS) * PER_CLASS
+    features = F.normalize(tiles.features[first] + 1e-4 * tiles.features, dim=1)
+    return JudgedTiles(features, tiles.predicted[first], tiles.labels)
+
+
+def test_tiles_like_real_ones_score_well():
+    scores = score(judged(0), judged(1), K)
+    assert scores.images == K * PER_CLASS
+    assert scores.agreement > 0.95
+    assert abs(scores.class_kernel_distance) < 2 * scores.class_kernel_distance_error + 1e-3
+    assert scores.recall > 0.8 and scores.precision > 0.8
+    assert scores.diversity == pytest.approx(1, abs=0.1)
+
+
+def test_wrong_classes_show_in_agreement_and_class_distance_alone():
+    right, wrong = score(judged(0), judged(1), K), score(judged(0), shuffled(judged(1)), K)
+    assert wrong.agreement == pytest.approx(1 / K, abs=0.15)
+    assert wrong.class_kernel_distance > 10 * abs(right.class_kernel_distance)
+    # Without the labels it is the same set.
+    assert wrong.kernel_distance == pytest.approx(right.kernel_distance)
+    assert wrong.recall == right.recall
+
+
+def test_collapse_shows_in_recall_and_diversity():
+    scores = score(judged(0), collapsed(judged(1)), K)
+    assert scores.agreement == 1
+    assert scores.recall < 0.1
+    assert scores.diversity < 0.05
+    assert scores.class_kernel_distance > 5 * abs(score(judged(0), judged(1), K).kernel_distance)
+
+
+def test_agreement_is_a_mean_over_classes():
+    tiles = judged(1)
+    predicted = tiles.labels.clone()
+    predicted[:PER_CLASS] = 1  # the whole of class 0 is missed
+    uneven = JudgedTiles(tiles.features[20:], predicted[20:], tiles.labels[20:])
+    scores = score(judged(0), uneven, K)
+    assert scores.agreement == pytest.approx(2 / 3)  # not 80 / 100
+    assert scores.agreement_error == 0
+
+
+def test_pairwise_distance_by_brute_force():
+    features = judged(2).features[:7].double()
+    pairs = [1 - features[i] @ features[j] for i in range(7) for j in range(7) if i != j]
+    assert pairwise_distance(features) == pytest.approx(sum(pairs).item() / 42)
+
+
+def test_too_few_tiles():
+    with pytest.raises(UserError, match="a class has 7 synthetic tiles; each needs 8 or more"):
+        score(judged(0), judged(1, per_class=7), K)
+
+
+def row(scale: float, distance: float, error: float, agreement: float, **values) -> Row:
+    scores = dataclasses.replace(
+        score(judged(0), judged(1), K),
+        class_kernel_distance=distance,
+        class_kernel_distance_error=error,
+        agreement=agreement,
+    )
+    settings = {"guidance": "classifier", "interval": "all", "sampler": "ddim", "steps": 25}
+    facts = {"eta": 1.0, "probability": 0.5, "guidance_to_noise": 0.1, "images_per_s": 2.0}
+    return Row(scale=scale, scores=scores, folder="f", **{**settings, **facts, **values})
+
+
+def test_best_is_clearest_among_the_closest():
+    rows = [
+        row(0, 0.020, 0.002, 0.2),
+        row(5, 0.011, 0.002, 0.5),
+        row(10, 0.010, 0.002, 0.4),
+        row(30, 0.013, 0.002, 0.9),  # clearer, but further than the error allows
+    ]
+    assert best(rows).scale == 5
+
+
+def test_table_and_picture():
+    rows = [
+        row(0, 0.02, 0.002, 0.25, probability=None, guidance_to_noise=None),
+        row(10, 0.01, 0.002, 0.75),
+        row(10, 0.03, 0.002, 0.5, interval="200:800"),
+    ]
+    table = list(csv.DictReader(io.StringIO(to_csv(rows))))
+    assert [float(r["agreement"]) for r in table] == [0.25, 0.75, 0.5]
+    assert table[0]["probability"] == "" and table[2]["interval"] == "200:800"
+    lines = to_markdown(rows, real_agreement=0.9).splitlines()
+    assert len({line.count("|") for line in lines}) == 1, "every line has the same cells"
+    assert [line.startswith("| **") for line in lines[2:]] == [False, True, False, False]
+    assert draw(rows, 0.9) == draw(rows, 0.9) != draw(rows[:2], 0.9)
