@@ -1,16 +1,20 @@
 """Samplers: published trajectories, oracles and properties."""
 
 import json
+import math
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 from ldm.diffusion.guidance import classifier_guidance
-from ldm.diffusion.samplers import IndexedNoise, ddim, ddpm
+from ldm.diffusion.samplers import IndexedNoise, ddim, ddpm, dpm_solver_pp_2m
 from ldm.diffusion.schedule import NoiseSchedule, time_pairs
 from ldm.errors import UserError
+from ldm.modules.unet import UNetModel
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -121,10 +125,7 @@ def test_gaussian_data_keep_their_spread():
     schedule, s2 = NoiseSchedule(), 0.25
     one, zero = torch.ones(1, 1, 1, 1).double(), torch.zeros(1, 1, 1, 1).double()
 
-    def eps_fn(z_t, t):
-        alpha_bar_t = schedule.alpha_bar(t, z_t)
-        return (1 - alpha_bar_t).sqrt() / (alpha_bar_t * s2 + 1 - alpha_bar_t) * z_t
-
+    eps_fn = gaussian_eps(schedule, s2)
     errors = []
     for steps in (10, 50, 100, 1000):
         variance = 1.0
@@ -135,6 +136,165 @@ def test_gaussian_data_keep_their_spread():
         errors.append(abs(variance - s2) / s2)
     assert errors == sorted(errors, reverse=True)  # a coarse chain loses the posterior's own spread
     assert errors[-1] < 0.03
+
+
+# Against diffusers' schedulers, whose tables are float32 and ours float64: measured, they agree to
+# 1e-5 of latents of about 1.
+BETAS = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.0015,
+    "beta_end": 0.0155,
+}
+TOLERANCE = 2e-5
+
+
+@pytest.fixture(scope="module")
+def net():
+    """A tiny UNet as a noise predictor of about unit variance, in float64."""
+    net = UNetModel(**tiny.UNET)
+    tiny.randomise(net, 1)
+    net.double().eval().requires_grad_(False)
+    scale = 1 / net(start(), torch.tensor([500, 500])).std()
+    return lambda z_t, t: scale * net(z_t, t)
+
+
+def start(seed=0):
+    """Start (seed 0) and noise of step seed - 1, drawn as diffusers draws from a generator."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=generator)
+
+
+def run_diffusers(scheduler, net, z, **options):
+    """The scheduler's own loop over its own list of time steps."""
+    for j, t in enumerate(scheduler.timesteps.tolist()):
+        step_options = {key: value(j) for key, value in options.items()}
+        z = scheduler.step(net(z, torch.full((len(z),), t)), t, z, **step_options).prev_sample
+    return z
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("steps", [4, 7, 20])
+def test_ddim_is_diffusers_ddim(net, steps, eta):
+    """At 7 steps, which do not divide 1000, on diffusers' list: it spaces by 1000 // 7, we do not.
+
+    Its previous step is t - 1000 // S whatever its list says, so no other list can be walked.
+    """
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(
+        **BETAS,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="leading",
+    )
+    scheduler.set_timesteps(steps)
+    times = scheduler.timesteps.tolist()
+    pairs = list(zip(times, [*times[1:], 0], strict=True))
+    if 1000 % steps == 0:
+        assert pairs == time_pairs(1000, steps)
+    noise = [start(seed=j + 1) for j in range(steps)]
+    theirs = run_diffusers(
+        scheduler, net, start(), eta=lambda j: eta, variance_noise=lambda j: noise[j]
+    )
+    ours = ddim(net, NoiseSchedule(), start(), pairs, eta, lambda j: noise[j])
+    torch.testing.assert_close(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("steps", [4, 7, 20])
+def test_ddpm_is_diffusers_ddpm(net, steps):
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler(**BETAS, clip_sample=False, variance_type="fixed_small")
+    pairs = time_pairs(1000, steps, offset=0)  # diffusers' chain ends at alpha_bar = 1
+    scheduler.set_timesteps(timesteps=[t for t, _ in pairs])
+    # It draws its noise itself, from a generator: seeded for each step, as ours is.
+    theirs = run_diffusers(
+        scheduler, net, start(), generator=lambda j: torch.Generator().manual_seed(j + 1)
+    )
+    ours = ddpm(net, NoiseSchedule(), start(), lambda j: start(seed=j + 1), pairs)
+    torch.testing.assert_close(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("offset, final", [(1, "sigma_min"), (0, "zero")])
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 20])
+def test_dpm_solver_is_diffusers_dpm_solver(net, steps, offset, final):
+    from diffusers import DPMSolverMultistepScheduler
+
+    scheduler = DPMSolverMultistepScheduler(
+        **BETAS,
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        solver_type="midpoint",
+        euler_at_final=True,
+        final_sigmas_type=final,
+    )
+    pairs = time_pairs(1000, steps, offset)
+    scheduler.set_timesteps(timesteps=[t for t, _ in pairs])
+    theirs = run_diffusers(scheduler, net, start())
+    ours = dpm_solver_pp_2m(net, NoiseSchedule(), start(), pairs)
+    torch.testing.assert_close(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def gaussian_eps(schedule, variance):
+    """The best predictor for data N(0, variance)."""
+
+    def eps_fn(z_t, t):
+        alpha_bar_t = schedule.alpha_bar(t, z_t)
+        return (1 - alpha_bar_t).sqrt() / (alpha_bar_t * variance + 1 - alpha_bar_t) * z_t
+
+    return eps_fn
+
+
+def test_order_of_convergence():
+    """Gaussian data: along the probability flow z_t stays in proportion to its deviation.
+
+    Halving the steps halves the error of DDIM and quarters that of DPM-Solver++(2M).
+    """
+    schedule, variance = NoiseSchedule(), 0.25
+    first, last = 900, 100
+    alpha_bar = schedule.alphas_cumprod
+    deviation = (alpha_bar * variance + 1 - alpha_bar).sqrt()
+    exact = (deviation[last] / deviation[first]).item()
+    one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    orders = {}
+    for sampler in (ddim, dpm_solver_pp_2m):
+        errors = []
+        for stride in (40, 20, 10):
+            times = range(first, last - 1, -stride)
+            pairs = list(pairwise(times))
+            z = sampler(gaussian_eps(schedule, variance), schedule, one, pairs)
+            errors.append(abs(z.item() - exact))
+        orders[sampler] = [math.log2(a / b) for a, b in pairwise(errors)]
+    assert orders[ddim] == pytest.approx([1, 1], abs=0.1)
+    assert orders[dpm_solver_pp_2m] == pytest.approx([2, 2], abs=0.2)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_dpm_solver_of_first_order_is_ddim(steps):
+    """Neither the first nor the last step has a prediction to extrapolate from."""
+    pairs = time_pairs(1000, steps)
+    z_T = latents().double()
+    expected = ddim(toy_eps, NoiseSchedule(), z_T, pairs)
+    actual = dpm_solver_pp_2m(toy_eps, NoiseSchedule(), z_T, pairs)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 50, 1000])
+def test_dpm_solver_with_a_perfect_predictor(steps):
+    """It returns z_0, reports every step, and leaves type and start alone."""
+    schedule = NoiseSchedule()
+    z_0, z_T = latents(), latents(seed=1)
+    before, seen = z_T.clone(), []
+    pairs = time_pairs(1000, steps, offset=0)
+    z = dpm_solver_pp_2m(perfect_eps(schedule, z_0), schedule, z_T, pairs, seen.append)
+    # float32: eps of nearly pure noise is right to 1e-7 and divided by sqrt(alpha_bar) = 0.02.
+    torch.testing.assert_close(z, z_0, rtol=0, atol=1e-4)
+    assert [(s.j, s.t, s.t_prev) for s in seen] == [(j, *pair) for j, pair in enumerate(pairs)]
+    assert seen[-1].z is z and z.dtype == torch.float32
+    assert torch.equal(z_T, before)
 
 
 @pytest.mark.parametrize("eta", [-0.1, 1.1, float("nan")])

@@ -1,8 +1,12 @@
-"""Classifier guidance (Dhariwal & Nichol 2021, algorithm 2) as a wrapper around a noise predictor.
+"""Guidance: wrappers around a noise predictor that are noise predictors themselves.
 
-    eps_hat = eps(z_t, t) - sqrt(1 - alpha_bar_t) * scale * grad_z log p(y | z_t, t)
+Classifier guidance (Dhariwal & Nichol 2021, algorithm 2) adds a classifier's gradient,
 
-The wrapper is itself a noise predictor, so every sampler can be guided.
+    eps_hat = eps(z_t, t) - sqrt(1 - alpha_bar_t) * scale * grad_z log p(y | .)
+
+where the classifier looks at z_t, or at the clean latent predicted from it. Extrapolation goes
+from a weaker prediction through a stronger one: classifier-free guidance (Ho & Salimans 2022) and
+autoguidance (Karras et al. 2024). Every sampler can be guided, and wrappers can be nested.
 """
 
 from collections.abc import Callable
@@ -12,31 +16,74 @@ from torch import Tensor
 
 from ldm.diffusion.samplers import EpsFn
 from ldm.diffusion.schedule import NoiseSchedule
+from ldm.errors import UserError
 
 GradFn = Callable[[Tensor, Tensor], Tensor]
+ReportFn = Callable[[Tensor, Tensor], None]
 
 
 def classifier_log_prob_grad(
     net: Callable[[Tensor, Tensor], Tensor],
     y: Tensor,
-    on_log_prob: Callable[[Tensor, Tensor], None] | None = None,
+    temperature: float = 1.0,
+    on_log_prob: ReportFn | None = None,
 ) -> GradFn:
     """Gradient of log p(y | z_t, t) in z_t, for a network that gives logits.
 
     Args:
         net: (z_t (B, C, H, W), t (B,)) -> logits (B, K).
         y: Wanted classes, (B,) int64 in [0, K).
+        temperature: The logits are divided by it; above 1 for an overconfident classifier.
         on_log_prob: Called with t (B,) and log p(y | z_t, t) (B,) at each evaluation.
 
     Returns:
         (z_t, t) -> gradient shaped like z_t; each image's gradient is its own.
+
+    Raises:
+        UserError: The temperature is not above 0.
     """
+    return _log_prob_grad(net, y, temperature, on_log_prob)
+
+
+def z_0_log_prob_grad(
+    net: Callable[[Tensor, Tensor], Tensor],
+    eps_fn: EpsFn,
+    schedule: NoiseSchedule,
+    y: Tensor,
+    temperature: float = 1.0,
+    on_log_prob: ReportFn | None = None,
+) -> GradFn:
+    """Gradient in z_t of log p(y | z_0_pred(z_t), t = 0), for a classifier of clean latents.
+
+    Forward universal guidance (Bansal et al. 2023); the gradient runs through the noise predictor
+    (Chung et al. 2023), which costs another evaluation of it and its backward pass.
+
+    Args:
+        eps_fn: Noise predictor that gives z_0_pred; unguided, differentiable.
+        Others as `classifier_log_prob_grad`. `on_log_prob` is told the t of z_t.
+    """
+
+    def on_prediction(z_t: Tensor, t: Tensor) -> Tensor:
+        z_0_pred = schedule.predict_z_0(z_t, t, eps_fn(z_t, t))
+        return net(z_0_pred, torch.zeros_like(t))
+
+    return _log_prob_grad(on_prediction, y, temperature, on_log_prob)
+
+
+def _log_prob_grad(
+    logits_fn: Callable[[Tensor, Tensor], Tensor],
+    y: Tensor,
+    temperature: float,
+    on_log_prob: ReportFn | None,
+) -> GradFn:
+    if not temperature > 0:
+        raise UserError(f"temperature={temperature} of the classifier must be above 0")
 
     def grad(z_t: Tensor, t: Tensor) -> Tensor:
         with torch.enable_grad():
             z_t = z_t.detach().requires_grad_()
-            log_prob = net(z_t, t).float().log_softmax(dim=1)  # (B, K)
-            wanted = log_prob.gather(1, y.view(-1, 1).to(z_t.device))  # (B, 1)
+            logits = logits_fn(z_t, t).float() / temperature
+            wanted = logits.log_softmax(dim=1).gather(1, y.view(-1, 1).to(z_t.device))  # (B, 1)
             gradient = torch.autograd.grad(wanted.sum(), z_t)[0]
         if on_log_prob is not None:
             on_log_prob(t, wanted.detach()[:, 0])
@@ -51,31 +98,105 @@ def classifier_guidance(
     schedule: NoiseSchedule,
     scale: float,
     interval: tuple[int, int] | None = None,
-    on_ratio: Callable[[Tensor, Tensor], None] | None = None,
+    normalise: bool = False,
+    clip: float | None = None,
+    on_ratio: ReportFn | None = None,
 ) -> EpsFn:
     """The noise predictor guided towards what `log_prob_grad` ascends.
 
     Args:
         scale: Guidance scale, one multiplication; 0 returns `eps_fn` itself.
         interval: Guide only where lo <= t <= hi (Kynkaanniemi et al. 2024); everywhere by default.
+            The classifier is not evaluated where no image is guided.
+        normalise: Use the gradient's direction only: the guidance is `scale` times as long as eps,
+            image by image. A gradient of 0 has no direction and does not guide.
+        clip: The guidance is at most so many times as long as eps, image by image.
         on_ratio: Called with t (B,) and |guidance| / |eps| (B,) at each evaluation: whether
             guidance does nothing or drowns the noise predictor.
+
+    Raises:
+        UserError: `clip` is not above 0.
     """
+    if clip is not None and not clip > 0:
+        raise UserError(f"clip={clip} of the guidance must be above 0 (None for no limit)")
     if scale == 0:
         return eps_fn
+
+    def guidance(z_t: Tensor, t: Tensor, eps_pred: Tensor) -> Tensor:
+        gradient = log_prob_grad(z_t, t)
+        if normalise:
+            shift = scale * _norm(eps_pred) * _direction(gradient)  # (B, C, H, W)
+        else:
+            shift = schedule.noise(t, z_t) * scale * gradient
+        if clip is not None:
+            longest = clip * _norm(eps_pred)  # (B, 1, 1, 1)
+            shift = torch.where(_norm(shift) > longest, longest * _direction(shift), shift)
+        return -shift
+
+    return _guided(eps_fn, guidance, interval, on_ratio)
+
+
+def extrapolate(
+    weak_fn: EpsFn,
+    strong_fn: EpsFn,
+    scale: float,
+    interval: tuple[int, int] | None = None,
+    on_ratio: ReportFn | None = None,
+) -> EpsFn:
+    """weak + scale * (strong - weak), a prediction beyond the stronger of two.
+
+    Classifier-free guidance when `weak_fn` knows no label (Ho & Salimans 2022), autoguidance when
+    it is a worse version of the same model (Karras et al. 2024).
+
+    Args:
+        scale: 1 returns `strong_fn` itself, more extrapolates.
+        interval: Extrapolate only where lo <= t <= hi; elsewhere the prediction is the strong one,
+            and the weak network is not evaluated.
+        on_ratio: Called with t (B,) and |(scale - 1) (strong - weak)| / |strong| (B,).
+    """
+    if scale == 1:
+        return strong_fn
+
+    def guidance(z_t: Tensor, t: Tensor, eps_pred: Tensor) -> Tensor:
+        return (scale - 1) * (eps_pred - weak_fn(z_t, t))
+
+    return _guided(strong_fn, guidance, interval, on_ratio)
+
+
+def _guided(
+    eps_fn: EpsFn,
+    guidance: Callable[[Tensor, Tensor, Tensor], Tensor],
+    interval: tuple[int, int] | None,
+    on_ratio: ReportFn | None,
+) -> EpsFn:
+    """eps + guidance(z_t, t, eps) for the images within the interval."""
 
     def guided(z_t: Tensor, t: Tensor) -> Tensor:
         eps_pred = eps_fn(z_t, t)
         if interval is not None:
-            inside = (t >= interval[0]) & (t <= interval[1])  # (B,)
+            inside = ((t >= interval[0]) & (t <= interval[1])).view(-1, 1, 1, 1)
             if not inside.any():
                 return eps_pred
-        shift = schedule.noise(t, z_t) * scale * log_prob_grad(z_t, t)  # (B, C, H, W)
+        term = guidance(z_t, t, eps_pred)  # (B, C, H, W)
         if interval is not None:
-            shift = shift * inside.view(-1, 1, 1, 1)
+            term = torch.where(inside, term, 0)
         if on_ratio is not None:
-            ratio = shift.flatten(1).norm(dim=1) / eps_pred.flatten(1).norm(dim=1)  # (B,)
-            on_ratio(t, ratio)
-        return eps_pred - shift
+            on_ratio(t, (_norm(term) / _norm(eps_pred)).flatten())
+        return eps_pred + term
 
     return guided
+
+
+def _norm(x: Tensor) -> Tensor:
+    """Length of each image, (B, 1, 1, 1), at least in float32."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=dtype).view(-1, 1, 1, 1)
+
+
+def _direction(x: Tensor) -> Tensor:
+    """Each image divided by its length, however small or large; 0 stays 0."""
+    # Squares of a vanishing gradient underflow, so its largest value is brought to 1 first; the
+    # length is then at least 1, but for an image of zeros.
+    peak = x.abs().amax(dim=(1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
+    x = x / torch.where(peak > 0, peak, 1)
+    return x / _norm(x).clamp(min=1)

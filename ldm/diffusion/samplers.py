@@ -10,6 +10,7 @@ the caller (`noise_fn(j)` for step j = 0..S-1, noisiest first): a sampler draws 
 | `z_0_pred` | predicted x_0, eq. 9 |
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -155,6 +156,43 @@ def ddpm(
         variance = (1 - alpha) * (1 - alpha_bar_prev) / (1 - alpha_bar_t)
         if variance > 0:
             z = z + variance**0.5 * noise_fn(j)
+        if on_step is not None:
+            on_step(Step(j, t, t_prev, z, z_0_pred))
+    return z
+
+
+def dpm_solver_pp_2m(
+    eps_fn: EpsFn,
+    schedule: NoiseSchedule,
+    z_T: Tensor,
+    pairs: Sequence[tuple[int, int]],
+    on_step: Callable[[Step], None] | None = None,
+) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022, "DPM-Solver++", algorithm 2), deterministic.
+
+    Multistep of second order in lambda = log(alpha / sigma) on the predicted clean latent. The
+    first and the last step are of first order, which is DDIM's: before the one there is no
+    prediction to extrapolate from, and the other goes where lambda grows without bound.
+
+    Args: as `ddim`, without noise.
+    """
+    z, last = z_T, len(pairs) - 1
+    z_0_before, h_before = None, None
+    for j, (t, t_prev) in enumerate(pairs):
+        steps = torch.full((len(z),), t, dtype=torch.int64, device=z.device)  # (B,)
+        z_0_pred = schedule.predict_z_0(z, steps, eps_fn(z, steps))
+        alpha_bar_t, alpha_bar_prev = _alpha_bars(schedule, t, t_prev)
+        # exp(-lambda) at both ends; 0 at the clean one.
+        ratio_t = ((1 - alpha_bar_t) / alpha_bar_t) ** 0.5
+        ratio_prev = ((1 - alpha_bar_prev) / alpha_bar_prev) ** 0.5
+        data = z_0_pred
+        if j < last:
+            h = math.log(ratio_t / ratio_prev)  # step in lambda, above 0
+            if j > 0:
+                data = z_0_pred + h / (2 * h_before) * (z_0_pred - z_0_before)
+            z_0_before, h_before = z_0_pred, h
+        shrink = ((1 - alpha_bar_prev) / (1 - alpha_bar_t)) ** 0.5
+        z = shrink * z + alpha_bar_prev**0.5 * (1 - ratio_prev / ratio_t) * data
         if on_step is not None:
             on_step(Step(j, t, t_prev, z, z_0_pred))
     return z
