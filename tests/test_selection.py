@@ -23,7 +23,9 @@ from ldm.errors import UserError
 from ldm.evaluation.vit import TileClassifier
 from ldm.selection.centroids import Centroids, centroid_distances, class_centroids
 from ldm.selection.features import FeatureSet, cached_weights
-from ldm.selection.select import select_at_random, select_by_distance, wanted_per_class
+from ldm.selection.judge import Judged
+from ldm.selection.select import KINDS, Selection, select, wanted_per_class
+from ldm.selection.strategies import AtRandom, by_centroid
 from ldm.selection.training_folder import PREFIX
 from scripts import distance, vis
 
@@ -56,37 +58,53 @@ CLASSES = ["A", "B"]
 CENTROIDS = Centroids(torch.tensor([[0.0, 0.0], [4.0, 0.0]]), CLASSES, "net", "tiles")
 
 
-def synthetic(rows: list[tuple[str, float]], classes=CLASSES, extractor="net") -> FeatureSet:
+def on_a_line(rows: list[tuple[str, float]], classes=CLASSES, extractor="net", **more):
     """Images (class/name, x) on the line through the two centroids at 0 and 4."""
-    return FeatureSet(
+    features = FeatureSet(
         values=torch.tensor([[x, 0.0] for _, x in rows]),
         labels=torch.tensor([classes.index(file.split("/")[0]) for file, _ in rows]),
         files=[file for file, _ in rows],
         classes=list(classes),
         extractor=extractor,
-        tiles="",
+        tiles="tiles",
+        **more,
     )
+    return features.in_order()
 
 
 ROWS = [("A/far", 1.5), ("A/near", 0.5), ("A/wrong", 3.0), ("A/middle", 1.0), ("B/0", 4.5)]
 
 
+def chosen(rows, wanted, make=by_centroid, fill=False) -> Selection:
+    """Selection of images by `make(features, distances)`."""
+    features = on_a_line(rows) if isinstance(rows, list) else rows
+    distances = centroid_distances(features.values, CENTROIDS.values)
+    return select(make(features, distances), features, distances.numpy(), wanted, fill)
+
+
+def at_random(seed):
+    return lambda features, distances: AtRandom(features, seed)
+
+
 def decided(selection) -> dict[str, tuple]:
-    return {d.file: (d.decision, d.rank) for d in selection.decisions}
+    return dict(
+        zip(selection.files, zip(selection.decisions, selection.ranks, strict=True), strict=True)
+    )
 
 
 def test_selection_by_hand():
-    selection = select_by_distance(synthetic(ROWS), CENTROIDS, [2, 2])
+    selection = chosen(ROWS, [2, 2])
     assert decided(selection) == {
         "A/near": ("accepted", 1),
         "A/middle": ("accepted", 2),
         "A/far": ("surplus", 3),
-        "A/wrong": ("rejected", None),
+        "A/wrong": ("rejected", 0),
         "B/0": ("accepted", 1),
     }
-    wrong = next(d for d in selection.decisions if d.file == "A/wrong")
-    assert (wrong.nearest, wrong.reason) == ("B", "nearest centroid is B")
-    assert (wrong.own_distance, wrong.distances) == (4.5, (4.5, 0.5))  # 9 / 2 and 1 / 2
+    wrong = selection.files.index("A/wrong")
+    assert selection.reasons[wrong] == "nearest centroid is B"
+    assert selection.distances[wrong].tolist() == [4.5, 0.5]  # 9 / 2 and 1 / 2
+    assert selection.scores[wrong] == -4.5
     assert selection.counts()["B"] == {
         "generated": 1,
         "rejected": 0,
@@ -94,45 +112,61 @@ def test_selection_by_hand():
         "accepted": 1,
         "wanted": 2,
         "shortfall": 1,  # reported, and not filled with what was rejected
+        "filled": 0,
     }
+    row = list(csv.DictReader(selection.to_csv().splitlines()))[wrong]
+    assert row == {
+        "class": "A", "file": "A/wrong", "decision": "rejected", "rank": "", "score": "-4.5",
+        "nearest": "B", "own_distance": "4.5", "distance_A": "4.5", "distance_B": "0.5",
+        "reason": "nearest centroid is B",
+    }  # fmt: skip
+
+
+def test_a_shortfall_is_filled_with_the_best_of_the_rejected():
+    rows = [*ROWS, ("A/worse", 3.5), ("A/worst", 5.0)]
+    selection = chosen(rows, [5, 1], fill=True)
+    assert selection.used("A") == ["A/near", "A/middle", "A/far", "A/wrong", "A/worse"]
+    assert [selection.ranks[i] for i in selection.of_class("A", "filled")] == [4, 5]
+    filled = selection.reasons[selection.files.index("A/wrong")]
+    assert filled == "fills a shortfall, though nearest centroid is B"
+    assert decided(selection)["A/worst"] == ("rejected", 0)
+    counts = selection.counts()["A"]
+    assert (counts["accepted"], counts["shortfall"], counts["filled"]) == (3, 2, 2)
+    assert sum(counts[kind] for kind in KINDS) == counts["generated"]
+    # Only where candidates are too few.
+    assert chosen(rows, [3, 1], fill=True).to_csv() == chosen(rows, [3, 1]).to_csv()
 
 
 def test_order_of_images_does_not_matter():
-    forward = select_by_distance(synthetic(ROWS), CENTROIDS, [2, 2])
-    backward = select_by_distance(synthetic(ROWS[::-1]), CENTROIDS, [2, 2])
-    assert forward == backward
-    by_chance = select_at_random(synthetic(ROWS), CENTROIDS, [2, 1], seed=3)
-    assert by_chance == select_at_random(synthetic(ROWS[::-1]), CENTROIDS, [2, 1], seed=3)
+    assert chosen(ROWS, [2, 2]).to_csv() == chosen(ROWS[::-1], [2, 2]).to_csv()
+    by_chance = chosen(ROWS, [2, 1], at_random(3))
+    assert by_chance.to_csv() == chosen(ROWS[::-1], [2, 1], at_random(3)).to_csv()
 
 
 def test_equal_distances_rank_by_file_name():
     rows = [("A/2", 1.0), ("A/10", -1.0), ("A/1", 1.0)]
-    selection = select_by_distance(synthetic(rows + [("B/0", 4.0)]), CENTROIDS, [2, 1])
-    assert [d.file for d in selection.accepted("A")] == ["A/1", "A/10"]
+    selection = chosen(rows + [("B/0", 4.0)], [2, 1])
+    assert selection.used("A") == ["A/1", "A/10"]
 
 
 def test_image_between_two_centroids_is_rejected_for_either_class():
-    rows = [("A/0", 2.0), ("B/0", 2.0)]
-    selection = select_by_distance(synthetic(rows), CENTROIDS, [1, 1])
-    assert set(decided(selection).values()) == {("rejected", None)}
-    assert selection.decisions[0].reason == "another centroid is as near"
+    selection = chosen([("A/0", 2.0), ("B/0", 2.0)], [1, 1])
+    assert set(decided(selection).values()) == {("rejected", 0)}
+    assert selection.reasons == ["another centroid is as near"] * 2
 
 
 def test_random_arm():
     rows = [(f"{name}/{i}", float(i)) for name in CLASSES for i in range(40)]
-    features = synthetic(rows)
-
-    def files(selection, name="A"):
-        return [Path(d.file).name for d in selection.accepted(name)]
-
-    drawn = select_at_random(features, CENTROIDS, [20, 20], seed=0)
-    assert files(drawn) == files(select_at_random(features, CENTROIDS, [20, 20], seed=0))
-    assert set(files(drawn)) != set(files(select_at_random(features, CENTROIDS, [20, 20], seed=1)))
-    assert files(drawn) != files(drawn, "B")  # classes are drawn independently
-    assert files(drawn)[:5] == files(select_at_random(features, CENTROIDS, [5, 5], seed=0))
+    drawn = chosen(rows, [20, 20], at_random(0))
+    assert drawn.used("A") == chosen(rows, [20, 20], at_random(0)).used("A")
+    assert set(drawn.used("A")) != set(chosen(rows, [20, 20], at_random(1)).used("A"))
+    # Classes are drawn independently.
+    assert [f[2:] for f in drawn.used("A")] != [f[2:] for f in drawn.used("B")]
+    assert drawn.used("A")[:5] == chosen(rows, [5, 5], at_random(0)).used("A")
     # Images that are nearer to another centroid take part: that is the point of a control.
-    assert any(d.nearest == "B" for d in drawn.accepted("A"))
+    assert any(int(f[2:]) > 2 for f in drawn.used("A"))
     assert drawn.counts()["A"]["rejected"] == 0
+    assert all(row["score"] == "" for row in csv.DictReader(drawn.to_csv().splitlines()))
 
 
 def test_ratio_rounds_halves_up():
@@ -143,11 +177,15 @@ def test_ratio_rounds_halves_up():
         wanted_per_class([3, 4], 10)
 
 
-def test_other_classes_or_network_are_refused():
+def test_other_classes_networks_or_tiles_are_refused():
+    real = on_a_line(ROWS)
+    three = on_a_line(ROWS, ["A", "B", "C"])
     with pytest.raises(UserError, match=r"\['A', 'B', 'C'\].*\['A', 'B'\]"):
-        select_by_distance(synthetic(ROWS, ["A", "B", "C"]), CENTROIDS, [1, 1, 1])
+        Judged(real, three, CENTROIDS)
     with pytest.raises(UserError, match="different networks"):
-        select_by_distance(synthetic(ROWS, extractor="other"), CENTROIDS, [1, 1])
+        Judged(real, on_a_line(ROWS, extractor="other"), CENTROIDS)
+    with pytest.raises(UserError, match="not of the real tiles"):
+        Judged(dataclasses.replace(real, tiles="others"), real, CENTROIDS)
 
 
 # The commands
@@ -227,15 +265,14 @@ def test_vis_reuses_features_of_unchanged_images_only(folders, tmp_path, monkeyp
     changed = {**folders, "real": real, "fake": make_tiles(tmp_path / "fake", per_class=2, seed=5)}
     run_vis(changed, tmp_path / "out")
     calls = []
-    original = TileClassifier.forward_features
+    original = TileClassifier.features_and_logits
     monkeypatch.setattr(
         TileClassifier,
-        "forward_features",
+        "features_and_logits",
         lambda self, x: calls.append(len(x)) or original(self, x),
     )
     run_vis(changed, tmp_path / "out")
-    calls_of_loading = [n for n in calls if n == 1]  # building a network tries one black image
-    assert calls == calls_of_loading
+    assert calls == []
     tile = real / "ADI" / "0_0.png"
     tile.write_bytes((real / "ADI" / "0_1.png").read_bytes())
     run_vis(changed, tmp_path / "out")
@@ -265,7 +302,8 @@ def test_distance_rejects_the_misplaced_image(folders, tmp_path):
         assert copy.read_bytes() == (folders["fake"] / row["file"]).read_bytes()
     record = json.loads((out / "selection.json").read_text())
     assert record["counts"]["TUM"]["generated"] == 7
-    assert class_folders(tmp_path) == [out.name]  # nothing left over beside it
+    # Nothing is left over beside it.
+    assert class_folders(tmp_path) == [out.name, f"{out.name}.sheets"]
 
 
 def test_shortfall_is_reported_and_not_filled(folders, tmp_path, caplog):
@@ -291,7 +329,7 @@ def test_same_command_again_does_nothing_and_other_settings_are_refused(folders,
 
 
 def test_random_arm_of_the_command(folders, tmp_path):
-    chosen = []
+    arms = []
     for name, options in {
         "closest": [],
         "seed0": ["--random"],
@@ -300,11 +338,11 @@ def test_random_arm_of_the_command(folders, tmp_path):
     }.items():
         run_distance(folders, tmp_path / name, "--ratio", "50", *options)
         rows = rows_of(tmp_path / name / "selection.csv")
-        chosen.append({row["file"] for row in rows if row["decision"] == "accepted"})
-    assert all(len(files) == 6 for files in chosen)
-    assert chosen[1] == chosen[2]
-    assert chosen[1] != chosen[3]
-    assert chosen[0] != chosen[1]
+        arms.append({row["file"] for row in rows if row["decision"] == "accepted"})
+    assert all(len(files) == 6 for files in arms)
+    assert arms[1] == arms[2]
+    assert arms[1] != arms[3]
+    assert arms[0] != arms[1]
 
 
 @pytest.mark.parametrize("link", ["hard", "symbolic"])
@@ -327,7 +365,8 @@ def test_failure_leaves_nothing(folders, tmp_path, monkeypatch):
     monkeypatch.setattr("ldm.selection.training_folder.shutil.copyfile", fail)
     with pytest.raises(OSError, match="No space"):
         run_distance(folders, tmp_path / "out", "--ratio", "50")
-    assert list(tmp_path.iterdir()) == []
+    assert class_folders(tmp_path) == ["out.sheets"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.sheets"]
 
 
 def test_name_of_a_synthetic_image_among_the_real_ones(folders, tmp_path):
@@ -382,7 +421,7 @@ DISTANCE = ["distance", "--real", "{real}", "--synthetic", "{fake}", "--out", "{
             "not allowed with",
         ),
         ([*DISTANCE, "--features", "{vis}", "--ratio", "0"], "0 must be in [1"),
-        ([*DISTANCE, "--features", "{vis}", "--seed", "1"], "belongs to --random"),
+        ([*DISTANCE, "--features", "{vis}", "--seed", "1"], "belongs to --strategy random"),
         ([*DISTANCE, "--features", "{vis}", "--out", "{real}/new"], "lies in --real"),
         ([*DISTANCE, "--features", "{vis}", "--real", "{two}"], "differ"),
     ],

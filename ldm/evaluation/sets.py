@@ -181,6 +181,12 @@ def open_evaluation_sets(
     }
 
 
+def listing_sha256(digests: Sequence[str], names: Sequence[str]) -> str:
+    """SHA-256 that tells a set of files, from their own and their paths below the set's folder."""
+    lines = (f"{digest} {name}\n" for digest, name in zip(digests, names, strict=True))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def open_splits(
     data_path: Path, train_folder: str, settings: Settings, num_classes: int | None = None
 ) -> Splits:
@@ -229,15 +235,11 @@ def open_splits(
             )  # fmt: skip
     identity = {}
     for name, tiles in sets.items():
-        listing = "".join(
-            f"{digest} {path}\n"
-            for digest, path in zip(digests[name], tiles.relative_paths, strict=True)
-        )
         counts = np.bincount(tiles.labels).tolist()
         identity[name] = {
             "images": len(tiles),
             "per_class": dict(zip(tiles.classes, counts, strict=True)),
-            "sha256": hashlib.sha256(listing.encode()).hexdigest(),
+            "sha256": listing_sha256(digests[name], tiles.relative_paths),
         }
     if settings.finetune:
         identity["finetune"] = {"sha256": file_sha256(settings.finetune)}

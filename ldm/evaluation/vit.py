@@ -129,6 +129,11 @@ class TileClassifier(nn.Module):
         tokens = self.net.forward_features(self._normalised(images))
         return self.net.forward_head(tokens, pre_logits=True)  # (B, D)
 
+    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What `forward_features` and `forward` give, from one pass: (B, D) and (B, K)."""
+        tokens = self.net.forward_features(self._normalised(images))
+        return self.net.forward_head(tokens, pre_logits=True), self.net.forward_head(tokens)
+
     def forward(self, images: Tensor) -> Tensor:
         """Logits, (B, 3, S, S) -> (B, K)."""
         return self.net(self._normalised(images))

@@ -7,6 +7,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,7 +17,11 @@ from torch import Tensor
 from ldm.errors import UserError
 from ldm.run import write_bytes
 
+if TYPE_CHECKING:
+    from ldm.selection.features import FeatureSet
+
 FORMAT = "histodiffusion centroids 1"
+CHUNK = 2048  # images whose distances are computed together
 
 
 def class_centroids(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
@@ -52,9 +57,13 @@ def centroid_distances(features: Tensor, centroids: Tensor) -> Tensor:
         (N, K) float64. Each entry is computed from its own row alone, so it depends neither on the
         order of the images nor on how many there are.
     """
-    features, centroids = features.double(), centroids.double()
-    columns = [(features - centroid).square().mean(dim=1) for centroid in centroids]  # K of (N,)
-    return torch.stack(columns, dim=1)
+    centroids = centroids.double()
+    distances = torch.empty(len(features), len(centroids), dtype=torch.float64)
+    for start in range(0, len(features), CHUNK):
+        part = features[start : start + CHUNK].double()
+        for k, centroid in enumerate(centroids):
+            distances[start : start + CHUNK, k] = (part - centroid).square().mean(dim=1)
+    return distances
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,12 @@ class Centroids:
     classes: list[str]
     extractor: str
     tiles: str
+
+    @classmethod
+    def of(cls, real: "FeatureSet") -> "Centroids":
+        """Those of labelled tiles."""
+        values = class_centroids(real.values, real.labels, len(real.classes))
+        return cls(values, real.classes, real.extractor, real.tiles)
 
     def save(self, path: str | os.PathLike) -> None:
         metadata = {

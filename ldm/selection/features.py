@@ -8,7 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,8 @@ from tqdm import tqdm
 from ldm.checkpoint import file_sha256
 from ldm.data.tiles import TileFolder
 from ldm.errors import UserError
-from ldm.evaluation.sets import TransformedTiles
+from ldm.evaluation.runs import RESULT
+from ldm.evaluation.sets import TransformedTiles, listing_sha256
 from ldm.evaluation.training import Compute
 from ldm.evaluation.vit import (
     SHORT_NAMES,
@@ -35,6 +36,7 @@ from ldm.selection.centroids import read_safetensors
 log = logging.getLogger(__name__)
 
 FORMAT = "histodiffusion features 1"
+SUFFIX = ".safetensors"
 # What timm calls the file in the repositories that its pretrained configurations name.
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -47,25 +49,37 @@ class Extractor:
         net: In evaluation mode; `forward_features` takes uint8 (B, 3, S, S) and gives (B, D).
         name: For people.
         identity: SHA-256 of its weights, architecture and input size.
+        trained_on: Which labelled tiles it was trained on, as `training_tiles` has it; None where
+            that is not recorded.
     """
 
     net: TileClassifier
     name: str
     identity: str
+    trained_on: str | None = None
 
     @classmethod
-    def _of(cls, net: TileClassifier, name: str, weights: Path) -> "Extractor":
+    def _of(
+        cls, net: TileClassifier, name: str, weights: Path, trained_on: str | None = None
+    ) -> "Extractor":
         facts = {**net.params, "num_classes": None, "weights": file_sha256(weights)}
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-        return cls(net, name, digest)
+        return cls(net, name, digest, trained_on)
 
     @classmethod
-    def from_checkpoint(cls, path: str | os.PathLike, device: torch.device | str) -> "Extractor":
-        """The classifier of a checkpoint, or of a seed's folder, that eval.py wrote."""
-        net, record = load_vit(path, device)
+    def from_checkpoint(
+        cls, path: str | os.PathLike, device: torch.device | str, what: str = "--weights"
+    ) -> "Extractor":
+        """The classifier of a checkpoint, or of a seed's folder, that eval.py wrote.
+
+        Args:
+            what: How error messages call it.
+        """
+        net, record = load_vit(path, device, what)
         best = Path(path).expanduser() / "checkpoints" / "best.ckpt"
         weights = best if best.is_file() else Path(path).expanduser()
-        return cls._of(net, f"{record['model']['params']['arch']} of {path}", weights)
+        name = f"{record['model']['params']['arch']} of {path}"
+        return cls._of(net, name, weights, _recorded_training_tiles(weights))
 
     @classmethod
     def from_timm(
@@ -74,6 +88,7 @@ class Extractor:
         weights: str | os.PathLike | None,
         device: torch.device | str,
         input_size: int | None = None,
+        what: str = "--model",
     ) -> "Extractor":
         """A timm network with weights from a local file or from the caches of timm.
 
@@ -81,6 +96,7 @@ class Extractor:
             name: timm's name, with or without a tag such as `.augreg_in21k`.
             weights: Local file; None looks into the caches. Nothing is downloaded.
             input_size: S; None for the network's own.
+            what: How error messages call the network.
 
         Raises:
             UserError: An unknown network, or no weights.
@@ -96,18 +112,22 @@ class Extractor:
         try:
             net = TileClassifier(name, 0, input_size or 224, **settings)
         except UserError as error:  # it speaks of the options of eval.py
-            text = str(error).replace("--arch", "--model").replace("--input-size", "--input_size")
+            text = str(error).replace("--arch", what).replace("--input-size", "--input_size")
             raise UserError(text) from None
         path = Path(weights).expanduser() if weights else cached_weights(config)
         if path is None:
             raise UserError(
-                f"--model {name}: its weights are not on this machine and nothing is downloaded;"
+                f"{what} {name}: its weights are not on this machine and nothing is downloaded;"
                 " give --pretrained_weights FILE, or where there is internet run: python -c"
                 f" \"import timm; timm.create_model('{full_name}', pretrained=True)\""
             )
         load_pretrained(net, path, what="--pretrained_weights")
         net = net.to(device).eval().requires_grad_(False)
         return cls._of(net, f"{name} with {path.name}", path)
+
+    def classifies(self, classes: Sequence[str]) -> bool:
+        """Whether the network is a classifier of these very classes."""
+        return self.net.classes == list(classes)
 
     @torch.no_grad()
     def features(self, tiles: TransformedTiles, batch_size: int, num_workers: int) -> Tensor:
@@ -116,12 +136,25 @@ class Extractor:
         Raises:
             UserError: A feature is not finite or all are zero, which has no direction.
         """
+        return self.features_and_logits(tiles, batch_size, num_workers)[0]
+
+    @torch.no_grad()
+    def features_and_logits(
+        self, tiles: TransformedTiles, batch_size: int, num_workers: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same with the logits (N, K), None unless the network classifies these classes."""
         device = next(self.net.parameters()).device
         # Full precision: features are compared with those of other runs and machines.
         loader = Compute(device, "32", num_workers).loader(tiles, batch_size)
-        rows = []
+        rows, logits = [], []
         for images, _ in tqdm(loader, desc="features", unit="batch", dynamic_ncols=True):
-            rows.append(self.net.forward_features(images.to(device)).float().cpu())  # (B, D)
+            images = images.to(device)
+            if self.classifies(tiles.classes):
+                features, scores = self.net.features_and_logits(images)  # (B, D), (B, K)
+                logits.append(scores.float().cpu())
+            else:
+                features = self.net.forward_features(images)  # (B, D)
+            rows.append(features.float().cpu())
         features = torch.cat(rows)  # (N, D)
         norms = features.norm(dim=1)
         bad = (~(norms.isfinite() & (norms > 0))).nonzero().flatten().tolist()
@@ -130,7 +163,20 @@ class Extractor:
                 f"{len(bad)} images have features without a direction (zero or not finite), the"
                 f" first is {tiles.paths[bad[0]]}; use another --weights or --model"
             )
-        return F.normalize(features, dim=1)
+        return F.normalize(features, dim=1), torch.cat(logits) if logits else None
+
+
+def training_tiles(tiles: TileFolder) -> str:
+    """SHA-256 of labelled tiles as eval.py records it of its training set."""
+    return listing_sha256([file_sha256(path) for path in tiles.paths], tiles.relative_paths)
+
+
+def _recorded_training_tiles(checkpoint: Path) -> str | None:
+    """What eval.py wrote beside a checkpoint SEED/checkpoints/best.ckpt about its training set."""
+    try:
+        return json.loads((checkpoint.parents[1] / RESULT).read_text())["data"]["train"]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return None
 
 
 def cached_weights(config) -> Path | None:
@@ -177,6 +223,9 @@ class FeatureSet:
         classes: K names in label order.
         extractor: SHA-256 that names the network.
         tiles: SHA-256 over the images, see `tiles_digest`.
+        network: Its name, for people.
+        trained_on: Which tiles the network was trained on, see `Extractor`.
+        logits: (N, K) float32 of a network that classifies these classes; None of any other.
     """
 
     values: Tensor
@@ -185,6 +234,9 @@ class FeatureSet:
     classes: list[str]
     extractor: str
     tiles: str
+    network: str = ""
+    trained_on: str | None = None
+    logits: Tensor | None = None
 
     def save(self, path: str | os.PathLike) -> None:
         metadata = {
@@ -193,8 +245,12 @@ class FeatureSet:
             "classes": json.dumps(self.classes),
             "extractor": self.extractor,
             "tiles": self.tiles,
+            "network": self.network,
+            "trained_on": self.trained_on or "",
         }
         tensors = {"features": self.values.contiguous(), "labels": self.labels.contiguous()}
+        if self.logits is not None:
+            tensors["logits"] = self.logits.contiguous()
         write_bytes(Path(path), save(tensors, metadata))
 
     @classmethod
@@ -208,6 +264,23 @@ class FeatureSet:
             classes=json.loads(metadata["classes"]),
             extractor=metadata["extractor"],
             tiles=metadata["tiles"],
+            network=metadata.get("network", ""),
+            trained_on=metadata.get("trained_on") or None,
+            logits=tensors.get("logits"),
+        )
+
+    def in_order(self) -> "FeatureSet":
+        """The same sorted by class and file name, whatever order they came in."""
+        labels = self.labels.tolist()
+        order = sorted(range(len(labels)), key=lambda i: (labels[i], self.files[i]))
+        if order == list(range(len(labels))):
+            return self
+        return replace(
+            self,
+            values=self.values[order],
+            labels=self.labels[order],
+            files=[self.files[i] for i in order],
+            logits=None if self.logits is None else self.logits[order],
         )
 
 
@@ -223,7 +296,8 @@ def folder_features(
 
     Args:
         cache: Safetensors file; used when it is of the same images, classes and network, else
-            written.
+            written. A path that does not end so is a folder, which holds a file for each network
+            and set, named by the first 16 digits of their digests.
         classes: The classes there must be; None for those of the folder.
 
     Raises:
@@ -231,9 +305,12 @@ def folder_features(
     """
     index = TileFolder(root, extractor.net.input_size, labelled=True, classes=classes, check=False)
     digest = tiles_digest(index.paths, index.relative_paths)
+    if cache.suffix != SUFFIX:
+        cache = cache / f"{extractor.identity[:16]}-{digest[:16]}{SUFFIX}"
     if cache.is_file():
         known = FeatureSet.load(cache)
         same = known.extractor == extractor.identity and known.tiles == digest
+        same &= (known.logits is not None) == extractor.classifies(index.classes)
         if same and known.classes == index.classes:
             log.info("%s: %d images, features from %s", root, len(known.files), cache)
             return known
@@ -241,13 +318,17 @@ def folder_features(
     size = extractor.net.input_size
     tiles = TransformedTiles(root, size, eval_transform(size), random=False, classes=index.classes)
     tiles.load()
+    values, logits = extractor.features_and_logits(tiles, batch_size, num_workers)
     result = FeatureSet(
-        values=extractor.features(tiles, batch_size, num_workers),
+        values=values,
         labels=torch.tensor(tiles.labels, dtype=torch.int64),
         files=list(tiles.relative_paths),
         classes=list(tiles.classes),
         extractor=extractor.identity,
         tiles=digest,
+        network=extractor.name,
+        trained_on=extractor.trained_on,
+        logits=logits,
     )
     result.save(cache)
     log.info("%s: features of %d images with %s", root, len(result.files), extractor.name)

@@ -1,85 +1,86 @@
-"""Choice of synthetic images by distance to class centroids, and the random control arm.
+"""Which synthetic images are used, and a record of every decision.
 
-Letters: N images, K classes. A synthetic image of class k is a candidate for class k alone:
+Letters: N images, K classes. A synthetic image of class k is looked at for class k alone:
 
-    accepted   centroid k is the nearest of all, and it is among the wanted number of the closest
-    surplus    likewise, but enough others are closer
-    rejected   another centroid is at least as near
+    accepted   a candidate of the strategy, and among the wanted number of the best
+    surplus    a candidate, but enough others are better
+    filled     no candidate, but the best of those where candidates are too few and that was asked
+    rejected   no candidate
 
-In the control arm every image is a candidate; the wanted number is drawn at random.
+The images used for training are those accepted and filled: `is_used`.
 """
 
 import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 
 import numpy as np
-from torch import Tensor
 
 from ldm.errors import UserError
-from ldm.selection.centroids import Centroids, centroid_distances
 from ldm.selection.features import FeatureSet
+from ldm.selection.strategies import Strategy
 
-ACCEPTED, SURPLUS, REJECTED = "accepted", "surplus", "rejected"
+ACCEPTED, SURPLUS, FILLED, REJECTED = "accepted", "surplus", "filled", "rejected"
+KINDS = (ACCEPTED, SURPLUS, FILLED, REJECTED)
 
 
-@dataclass(frozen=True)
-class Decision:
-    """What became of one synthetic image.
-
-    Attributes:
-        name: Its class.
-        file: Path below the synthetic folder.
-        distances: Mean squared distance to each centroid, in class order.
-        nearest: Class of the nearest centroid.
-        rank: Place among the candidates of the class, from 1; None when rejected.
-        decision: accepted, surplus or rejected.
-        reason: In words.
-    """
-
-    name: str
-    file: str
-    distances: tuple[float, ...]
-    own_distance: float
-    nearest: str
-    rank: int | None
-    decision: str
-    reason: str
+def is_used(decision: str) -> bool:
+    """Whether an image of this decision is in the training folder."""
+    return decision in (ACCEPTED, FILLED)
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Decisions for all images, class by class.
+    """Decisions for all images, class by class: accepted, surplus, filled, rejected, best first.
 
     Attributes:
         classes: K names.
         wanted: Images wanted of each class.
-        decisions: Accepted and surplus images by rank, then rejected ones by distance.
+        labels: Class of each image, (N,).
+        files: Their paths below the synthetic folder.
+        decisions: One of KINDS each.
+        ranks: Place among those that may be used, from 1; 0 when rejected.
+        scores: Of the strategy, (N,), larger is better; not a number where there is none.
+        distances: Mean squared distance to each centroid, (N, K).
+        reasons: In words.
     """
 
     classes: list[str]
     wanted: list[int]
-    decisions: list[Decision]
+    labels: np.ndarray
+    files: list[str]
+    decisions: list[str]
+    ranks: list[int]
+    scores: np.ndarray
+    distances: np.ndarray
+    reasons: list[str]
 
-    def accepted(self, name: str) -> list[Decision]:
-        """Images of class `name` to be used, best first."""
-        return [d for d in self.decisions if d.name == name and d.decision == ACCEPTED]
+    def of_class(self, name: str, *decisions: str) -> list[int]:
+        """Rows of class `name` with one of these decisions, best first."""
+        rows = np.flatnonzero(self.labels == self.classes.index(name)).tolist()
+        return [i for i in rows if self.decisions[i] in decisions]
+
+    def used(self, name: str) -> list[str]:
+        """Files of class `name` for the training folder, best first."""
+        return [self.files[i] for i in self.of_class(name, ACCEPTED, FILLED)]
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """By class: generated, rejected, surplus, accepted, wanted and the shortfall."""
+        """By class: generated, rejected, surplus, accepted, wanted, shortfall and filled.
+
+        The shortfall is what was wanted and not accepted, whether it was filled up or not.
+        """
         result = {}
         for name, wanted in zip(self.classes, self.wanted, strict=True):
-            found = [d.decision for d in self.decisions if d.name == name]
-            accepted = found.count(ACCEPTED)
+            number = {decision: len(self.of_class(name, decision)) for decision in KINDS}
             result[name] = {
-                "generated": len(found),
-                "rejected": found.count(REJECTED),
-                "surplus": found.count(SURPLUS),
-                "accepted": accepted,
+                "generated": sum(number.values()),
+                "rejected": number[REJECTED],
+                "surplus": number[SURPLUS],
+                "accepted": number[ACCEPTED],
                 "wanted": wanted,
-                "shortfall": wanted - accepted,
+                "shortfall": wanted - number[ACCEPTED],
+                "filled": number[FILLED],
             }
         return result
 
@@ -88,13 +89,15 @@ class Selection:
         stream = io.StringIO()
         writer = csv.writer(stream, lineterminator="\n")
         distances = [f"distance_{name}" for name in self.classes]
-        writer.writerow(
-            ["class", "file", "decision", "rank", "nearest", "own_distance", *distances, "reason"]
-        )
-        for d in self.decisions:
-            rank = "" if d.rank is None else d.rank
-            values = [f"{value:.9g}" for value in (d.own_distance, *d.distances)]
-            writer.writerow([d.name, d.file, d.decision, rank, d.nearest, *values, d.reason])
+        head = ["class", "file", "decision", "rank", "score", "nearest", "own_distance"]
+        writer.writerow([*head, *distances, "reason"])
+        nearest = self.distances.argmin(axis=1)
+        for i, (file, label) in enumerate(zip(self.files, self.labels.tolist(), strict=True)):
+            row = self.distances[i].tolist()
+            score = "" if np.isnan(self.scores[i]) else f"{self.scores[i]:.9g}"
+            values = [f"{value:.9g}" for value in (row[label], *row)]
+            place = [self.decisions[i], self.ranks[i] or "", score, self.classes[nearest[i]]]
+            writer.writerow([self.classes[label], file, *place, *values, self.reasons[i]])
         return stream.getvalue()
 
 
@@ -112,105 +115,56 @@ def wanted_per_class(counts: Sequence[int], ratio: int) -> list[int]:
     return wanted
 
 
-def check_belongs(synthetic: FeatureSet, centroids: Centroids) -> None:
-    """UserError unless the features and the centroids have the same classes and network."""
-    if synthetic.classes != centroids.classes:
-        raise UserError(
-            f"the synthetic images have the classes {synthetic.classes}, the centroids"
-            f" {centroids.classes}; run scripts/vis.py on folders with the same classes"
-        )
-    if synthetic.extractor != centroids.extractor:
-        raise UserError(
-            "the synthetic features and the centroids come from different networks; run"
-            " scripts/vis.py again with one network for both"
-        )
-
-
-def select_by_distance(
-    synthetic: FeatureSet, centroids: Centroids, wanted: Sequence[int]
+def select(
+    strategy: Strategy,
+    synthetic: FeatureSet,
+    distances: np.ndarray,
+    wanted: Sequence[int],
+    fill: bool = False,
 ) -> Selection:
-    """Keep images whose nearest centroid is that of their class, the closest first.
-
-    An image as near to another centroid is rejected; equal distances rank by file name. So the
-    result does not depend on the order of the images.
+    """Decide on every image.
 
     Args:
-        wanted: Most images to accept, by class.
+        synthetic: In order, the one that `strategy` was made for.
+        distances: To every centroid, (N, K), for the record.
+        wanted: Most images to use, by class.
+        fill: Use the best of the rejected images where candidates are too few.
     """
-    check_belongs(synthetic, centroids)
-    distances = centroid_distances(synthetic.values, centroids.values)
-    decisions = []
+    labels = synthetic.labels.numpy()
+    rejected = np.array([reason is not None for reason in strategy.rejections], dtype=bool)
+    rows, decisions, ranks, scores, reasons = [], [], [], [], []
     for label, number in enumerate(wanted):
-        candidates, rejected = [], []
-        for i in _members(synthetic, label):
-            own = float(distances[i, label])
-            others = distances[i].tolist()
-            others.pop(label)
-            is_nearest = all(own < other for other in others)
-            (candidates if is_nearest else rejected).append((own, synthetic.files[i], i))
-        for rank, (_, _, i) in enumerate(sorted(candidates), 1):
-            if rank <= number:
-                decisions.append(
-                    _decide(synthetic, distances, i, rank, ACCEPTED, "own centroid is the nearest")
-                )
-            else:
-                reason = f"{number} others are closer"
-                decisions.append(_decide(synthetic, distances, i, rank, SURPLUS, reason))
-        for _, _, i in sorted(rejected):
-            decisions.append(_decide(synthetic, distances, i, None, REJECTED, None))
-    return Selection(list(synthetic.classes), list(wanted), decisions)
-
-
-def select_at_random(
-    synthetic: FeatureSet, centroids: Centroids, wanted: Sequence[int], seed: int
-) -> Selection:
-    """The control arm: draw from all images of a class, whatever their distances.
-
-    The order of a class is a function of (seed, class, file names), and the first ones are taken,
-    so a larger number contains a smaller one, as with the selection by distance.
-    """
-    check_belongs(synthetic, centroids)
-    distances = centroid_distances(synthetic.values, centroids.values)
-    decisions = []
-    for label, number in enumerate(wanted):
-        name = synthetic.classes[label]
-        members = sorted(_members(synthetic, label), key=lambda i: synthetic.files[i])
-        entropy = int.from_bytes(blake2b(f"{seed}:{name}".encode(), digest_size=16).digest(), "big")
-        order = np.random.default_rng(entropy).permutation(len(members))
-        for rank, position in enumerate(order, 1):
-            drawn = rank <= number
-            decisions.append(
-                _decide(
-                    synthetic,
-                    distances,
-                    members[position],
-                    rank,
-                    ACCEPTED if drawn else SURPLUS,
-                    "drawn at random" if drawn else "not drawn",
-                )
-            )
-    return Selection(list(synthetic.classes), list(wanted), decisions)
-
-
-def _members(synthetic: FeatureSet, label: int) -> list[int]:
-    return (synthetic.labels == label).nonzero().flatten().tolist()
-
-
-def _decide(
-    synthetic: FeatureSet,
-    distances: Tensor,
-    i: int,
-    rank: int | None,
-    decision: str,
-    reason: str | None,
-) -> Decision:
-    values = distances[i].tolist()
-    label = int(synthetic.labels[i])
-    name = synthetic.classes[label]
-    nearest = synthetic.classes[int(np.argmin(values))]
-    if reason is None:
-        tie = nearest == name
-        reason = "another centroid is as near" if tie else f"nearest centroid is {nearest}"
-    return Decision(
-        name, synthetic.files[i], tuple(values), values[label], nearest, rank, decision, reason
+        of_class = labels == label
+        candidates, order_scores = strategy.order(
+            np.flatnonzero(of_class & ~rejected), number, np.zeros(0, dtype=np.int64)
+        )
+        accepted = candidates[:number]
+        missing = number - len(accepted)
+        others, other_scores = strategy.order(
+            np.flatnonzero(of_class & rejected), missing if fill else 0, accepted
+        )
+        rows += [*candidates, *others]
+        scores += [*order_scores, *other_scores]
+        ranks += range(1, len(candidates) + 1)
+        decisions += [ACCEPTED] * len(accepted) + [SURPLUS] * (len(candidates) - len(accepted))
+        reasons += [strategy.accepted] * len(accepted)
+        reasons += [strategy.surplus.format(number)] * (len(candidates) - len(accepted))
+        filled = min(missing, len(others)) if fill else 0
+        ranks += range(len(candidates) + 1, len(candidates) + filled + 1)
+        ranks += [0] * (len(others) - filled)
+        decisions += [FILLED] * filled + [REJECTED] * (len(others) - filled)
+        for place, i in enumerate(others):
+            reason = strategy.rejections[i]
+            reasons.append(f"fills a shortfall, though {reason}" if place < filled else reason)
+    rows = np.array(rows, dtype=np.int64)
+    return Selection(
+        classes=list(synthetic.classes),
+        wanted=list(wanted),
+        labels=labels[rows],
+        files=[synthetic.files[i] for i in rows],
+        decisions=decisions,
+        ranks=ranks,
+        scores=np.array(scores),
+        distances=distances[rows],
+        reasons=reasons,
     )

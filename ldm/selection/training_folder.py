@@ -1,5 +1,6 @@
 """A training folder of labelled real tiles and chosen synthetic ones, for eval.py."""
 
+import csv
 import errno
 import json
 import os
@@ -12,7 +13,7 @@ from typing import Any
 from ldm.data.tiles import TileFolder
 from ldm.errors import UserError
 from ldm.run import write_json, write_text
-from ldm.selection.select import Selection
+from ldm.selection.select import KINDS, Selection
 
 PREFIX = "synthetic_"  # of file names; real tiles keep theirs
 LINKS = ("copy", "hard", "symbolic")
@@ -54,7 +55,7 @@ def build_training_folder(
     record: dict[str, Any],
     link: str = "copy",
 ) -> None:
-    """Make OUT/CLASS/: all real tiles, and the accepted images as `synthetic_NAME`.
+    """Make OUT/CLASS/: all real tiles, and the accepted (and filled) images as `synthetic_NAME`.
 
     It is built under a hidden name beside `out` and renamed, so `out` is whole or not there. Every
     decision is in OUT/selection.csv, `record` in OUT/selection.json.
@@ -70,15 +71,15 @@ def build_training_folder(
     put = {"copy": shutil.copyfile, "hard": _hard_link, "symbolic": _symbolic_link}[link]
     files: dict[str, Path] = dict(zip(real.relative_paths, real.paths, strict=True))
     for name in selection.classes:
-        for decision in selection.accepted(name):
-            parent, file = os.path.split(decision.file)
+        for path in selection.used(name):
+            parent, file = os.path.split(path)
             target = f"{parent}/{PREFIX}{file}"
             if target in files:
                 raise UserError(
                     f"--real has a file {target} already, the name of a synthetic image; give the"
                     " folder of real tiles alone"
                 )
-            files[target] = synthetic / decision.file
+            files[target] = synthetic / path
 
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -96,6 +97,33 @@ def build_training_folder(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def read_decisions(path: Path, what: str) -> dict[str, str]:
+    """Decision of each synthetic image, by its path below the synthetic folder.
+
+    Args:
+        path: A training folder or its selection.csv.
+        what: How error messages call it.
+
+    Raises:
+        UserError: No such file, or not one of ours.
+    """
+    file = path / DECISIONS if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(
+            f"{what}: no file {file}; give a training folder that scripts/distance.py made, or its"
+            f" {DECISIONS}"
+        )
+    with file.open(newline="", encoding="utf-8", errors="replace") as stream:
+        reader = csv.DictReader(stream)
+        if not {"file", "decision"} <= set(reader.fieldnames or ()):
+            raise UserError(f"{what}: {file} has no columns file and decision")
+        decisions = {row["file"]: row["decision"] for row in reader}
+    unknown = sorted(set(decisions.values()) - set(KINDS))
+    if unknown:
+        raise UserError(f"{what}: {file} has decisions {unknown}; known are {list(KINDS)}")
+    return decisions
 
 
 def _hard_link(source: Path, target: Path) -> None:

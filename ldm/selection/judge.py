@@ -1,0 +1,178 @@
+"""The judge of a selection: one network's features of the real and the synthetic tiles."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ldm.cli import resolve_device
+from ldm.data.tiles import TileFolder
+from ldm.errors import UserError
+from ldm.selection.centroids import Centroids
+from ldm.selection.features import (
+    Extractor,
+    FeatureSet,
+    folder_features,
+    tiles_digest,
+    training_tiles,
+)
+
+log = logging.getLogger(__name__)
+
+TIMM = "timm:"
+REAL_FILE, SYNTHETIC_FILE = "features_real.safetensors", "features_synthetic.safetensors"
+CENTROIDS_FILE = "centroids.safetensors"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Features and centroids that belong together; the synthetic ones are in order.
+
+    Raises:
+        UserError: They do not: other classes, another network or other real tiles.
+    """
+
+    real: FeatureSet
+    synthetic: FeatureSet
+    centroids: Centroids
+
+    def __post_init__(self):
+        for name, other in (("real tiles", self.real), ("centroids", self.centroids)):
+            if self.synthetic.classes != other.classes:
+                raise UserError(
+                    f"the synthetic images have the classes {self.synthetic.classes}, the {name}"
+                    f" {other.classes}; run scripts/vis.py on folders with the same classes"
+                )
+            if self.synthetic.extractor != other.extractor:
+                raise UserError(
+                    f"the features of the synthetic images and the {name} come from different"
+                    " networks; run scripts/vis.py again with one network for both"
+                )
+        if self.real.tiles != self.centroids.tiles:
+            raise UserError(
+                "the centroids are not of the real tiles whose features lie beside them; run"
+                " scripts/vis.py again"
+            )
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """How features are computed, see `ldm.selection.options.add_network_options`.
+
+    Attributes:
+        cache: Folder of computed features.
+    """
+
+    pretrained_weights: str | None = None
+    input_size: int | None = None
+    batch_size: int | None = None
+    num_workers: int | None = None
+    device: str | None = None
+    cache: str | None = None
+
+    @property
+    def given(self) -> list[str]:
+        return [f"--{name}" for name, value in vars(self).items() if value is not None]
+
+
+def is_vis_folder(source: str) -> bool:
+    """Whether `source` is a folder of scripts/vis.py (or at least no place of a checkpoint)."""
+    path = Path(source).expanduser()
+    return path.is_dir() and not (path / "checkpoints" / "best.ckpt").is_file()
+
+
+def read_judged(source: str, synthetic_root: Path) -> Judged:
+    """What scripts/vis.py wrote for the images that are in the folder `synthetic_root` now.
+
+    Raises:
+        UserError: Missing or foreign files, or features of other images.
+    """
+    folder = Path(source).expanduser()
+    judged = Judged(
+        FeatureSet.load(folder / REAL_FILE),
+        FeatureSet.load(folder / SYNTHETIC_FILE).in_order(),
+        Centroids.load(folder / CENTROIDS_FILE),
+    )
+    classes = judged.real.classes
+    made = TileFolder(synthetic_root, 1, labelled=True, classes=classes, check=False)
+    if tiles_digest(made.paths, made.relative_paths) != judged.synthetic.tiles:
+        raise UserError(
+            f"--synthetic {synthetic_root}: its images are not those of --features {source};"
+            " run scripts/vis.py again"
+        )
+    return judged
+
+
+def compute_judged(
+    source: str, real_root: Path, synthetic_root: Path, options: NetworkOptions
+) -> Judged:
+    """Features by a network, from the cache where it was asked for the same tiles before.
+
+    The cache (see `folder_features`) is beside the synthetic folder if no other is named:
+    SYNTHETIC.features.
+
+    Args:
+        source: `timm:NAME`, or a checkpoint or a seed's folder of eval.py.
+    """
+    device = resolve_device(options.device)
+    if source.startswith(TIMM):
+        name = source.removeprefix(TIMM)
+        extractor = Extractor.from_timm(
+            name, options.pretrained_weights, device, options.input_size, "--features timm"
+        )
+    else:
+        for option in ("pretrained_weights", "input_size"):
+            if getattr(options, option) is not None:
+                raise UserError(
+                    f"--{option}: belongs to --features timm:NAME; a checkpoint brings its own"
+                )
+        extractor = Extractor.from_checkpoint(source, device, "--features")
+    cache = Path(options.cache or synthetic_root.with_name(f"{synthetic_root.name}.features"))
+    # Both indexed before any features are computed: differing classes are known at once.
+    classes = TileFolder(real_root, 1, labelled=True, check=False).classes
+    TileFolder(synthetic_root, 1, labelled=True, classes=classes, check=False)
+    batch_size, workers = options.batch_size or 64, options.num_workers
+    real, synthetic = (
+        folder_features(
+            root, extractor, cache, classes, batch_size, 2 if workers is None else workers
+        )
+        for root in (real_root, synthetic_root)
+    )
+    return Judged(real, synthetic.in_order(), Centroids.of(real))
+
+
+def conflicts(
+    judged: Judged, real: TileFolder, downstream: Extractor | None
+) -> tuple[dict[str, Any], list[str]]:
+    """What judge and downstream model have in common: facts for the record, and warnings.
+
+    Args:
+        real: The labelled tiles of the training folder.
+        downstream: The model that the images are for, where it is known.
+    """
+    judge = judged.synthetic
+    name = judge.network or judge.extractor[:12]
+    trained_here = None if judge.trained_on is None else judge.trained_on == training_tiles(real)
+    facts: dict[str, Any] = {
+        "judge": {"network": name, "identity": judge.extractor, "trained_on_real": trained_here},
+        "downstream": None,
+    }
+    warnings = []
+    if downstream is not None:
+        same = downstream.identity == judge.extractor
+        facts["downstream"] = {
+            "network": downstream.name,
+            "identity": downstream.identity,
+            "is_the_judge": same,
+        }
+        if same:
+            warnings.append(
+                f"judge and downstream model are the same network ({name}): it is given what it"
+                " agrees with already; judge with another one, for example --features timm:NAME"
+            )
+    if trained_here:
+        warnings.append(
+            f"the judge ({name}) was trained on the very tiles of --real: they lie closer to their"
+            " class for it than new tiles do; a judge trained on others is a better witness"
+        )
+    return facts, warnings

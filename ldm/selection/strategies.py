@@ -1,0 +1,382 @@
+"""What makes a synthetic image good: five orders of the images of a class.
+
+Letters: N synthetic images, R real tiles of a class, D features, K classes. A strategy says which
+images are no candidates for their class, and why (`rejections`), and in which order the others are
+taken (`order`). Images are numbered as in a `FeatureSet` that is in order (by class and file name),
+so that nothing depends on the order of the folder, and ties go to the first file name.
+
+A larger number of wanted images always contains a smaller one.
+"""
+
+import csv
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.errors import UserError
+from ldm.selection.features import FeatureSet
+from ldm.selection.neighbours import (
+    in_chunks,
+    nearest,
+    neighbour_distances,
+    paired_distances,
+    squared_distances,
+)
+
+BANDWIDTH_NEIGHBOUR = 3  # of the kernel of `Coverage`
+MANIFEST = "manifest.csv"
+
+
+class Strategy(ABC):
+    """An order of the images of each class.
+
+    Attributes:
+        score: What the score is, in words; larger is better. None where there is none.
+        accepted: Why an image is accepted.
+        surplus: Why a candidate is not accepted; `{}` stands for the wanted number.
+        rejections: Why an image is no candidate, (N,); None for those that are.
+    """
+
+    score: str | None
+    accepted: str
+    surplus: str
+    rejections: Sequence[str | None]
+
+    @abstractmethod
+    def order(
+        self, members: np.ndarray, number: int, taken: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The images `members` of one class, best first, and their scores, (n,) each.
+
+        Args:
+            members: Numbers of images, ascending.
+            number: How many will be used: the order of the others may be rough.
+            taken: Images of the class that are in the selection already.
+        """
+
+
+class ByScore(Strategy):
+    """Highest score first."""
+
+    def __init__(
+        self,
+        scores: Tensor,
+        rejections: Sequence[str | None],
+        score: str,
+        accepted: str,
+        surplus: str,
+    ):
+        self.scores = scores.numpy()
+        self.rejections, self.score = rejections, score
+        self.accepted, self.surplus = accepted, surplus
+
+    def order(self, members, number, taken):
+        order = members[np.argsort(-self.scores[members], kind="stable")]
+        return order, self.scores[order]
+
+
+def centroid_rejections(synthetic: FeatureSet, distances: Tensor) -> list[str | None]:
+    """Why images are rejected: another centroid is at least as near. `distances` are (N, K)."""
+    own = distances.gather(1, synthetic.labels[:, None])  # (N, 1)
+    others = distances.scatter(1, synthetic.labels[:, None], torch.inf)
+    best, winner = others.min(dim=1)
+    reasons: list[str | None] = [None] * len(own)
+    for i in (best <= own[:, 0]).nonzero().flatten().tolist():
+        tie = best[i] == own[i, 0]
+        name = synthetic.classes[winner[i]]
+        reasons[i] = "another centroid is as near" if tie else f"nearest centroid is {name}"
+    return reasons
+
+
+def by_centroid(synthetic: FeatureSet, distances: Tensor) -> Strategy:
+    """The published selection: images whose nearest centroid is their class's, closest first.
+
+    Args:
+        distances: To every centroid, (N, K), see `centroid_distances`.
+    """
+    own = distances.gather(1, synthetic.labels[:, None])[:, 0]
+    return ByScore(
+        -own,
+        centroid_rejections(synthetic, distances),
+        score="minus the distance to the centroid",
+        accepted="own centroid is the nearest",
+        surplus="{} others are closer",
+    )
+
+
+def by_confidence(synthetic: FeatureSet) -> Strategy:
+    """Images that the judge gives to their class, the most probable (softmax) first.
+
+    Raises:
+        UserError: The network of the features is no classifier of these classes.
+    """
+    if synthetic.logits is None:
+        raise UserError(
+            "--strategy confidence: the network of --features"
+            f" ({synthetic.network or synthetic.extractor[:12]}) is no classifier of"
+            f" {', '.join(synthetic.classes)}; give a checkpoint of eval.py for these classes, run"
+            " scripts/vis.py again with one, or use --confidence manifest"
+        )
+    probabilities = synthetic.logits.double().softmax(dim=1)  # (N, K)
+    own = probabilities.gather(1, synthetic.labels[:, None])  # (N, 1)
+    others = probabilities.scatter(1, synthetic.labels[:, None], -1.0)
+    best, winner = others.max(dim=1)
+    reasons: list[str | None] = [None] * len(own)
+    for i in (best >= own[:, 0]).nonzero().flatten().tolist():
+        reasons[i] = f"judged {synthetic.classes[winner[i]]}, probability {best[i]:.3f}"
+    return ByScore(
+        own[:, 0],
+        reasons,
+        score="probability by the judge",
+        accepted="judged to be of its class",
+        surplus="{} others are more probable",
+    )
+
+
+def by_manifest(synthetic: FeatureSet, root: Path) -> Strategy:
+    """Images by the probability that the guiding classifier gave them, column `prob`.
+
+    The manifest has no probabilities of other classes, so an image is rejected unless its own
+    class has more than half: only then no other class can have more.
+
+    Raises:
+        UserError: No manifest, or one without a probability for each of the images.
+    """
+    known = _read_probabilities(root / MANIFEST)
+    missing = [file for file in synthetic.files if file not in known]
+    if missing:
+        raise UserError(
+            f"--confidence manifest: {root / MANIFEST} has no row for {len(missing)} images, the"
+            f" first is {missing[0]}; give the folder as sample_diffusion.py wrote it"
+        )
+    own = torch.tensor([known[file] for file in synthetic.files], dtype=torch.float64)
+    reasons = [None if p > 0.5 else f"probability {p:.3f} is not above 0.5" for p in own.tolist()]
+    return ByScore(
+        own,
+        reasons,
+        score="probability by the guiding classifier",
+        accepted="more than half of the probability",
+        surplus="{} others are more probable",
+    )
+
+
+def _read_probabilities(path: Path) -> dict[str, float]:
+    if not path.is_file():
+        raise UserError(
+            f"--confidence manifest: no file {path}; give a folder that sample_diffusion.py wrote"
+        )
+    result = {}
+    with path.open(newline="") as stream:
+        reader = csv.DictReader(stream)
+        absent = {"file", "prob"} - set(reader.fieldnames or ())
+        if absent:
+            raise UserError(f"--confidence manifest: {path} has no column {', '.join(absent)}")
+        for row in reader:
+            try:
+                result[row["file"]] = float(row["prob"])
+            except (ValueError, TypeError):
+                raise UserError(
+                    f"--confidence manifest: {path} has no probability for {row['file']}; the"
+                    " images were sampled without a classifier, use --confidence judge"
+                ) from None
+    return result
+
+
+def _real_of_class(real: FeatureSet, label: int, least: int, why: str) -> Tensor:
+    own = real.values[real.labels == label]
+    if len(own) < least:
+        raise UserError(
+            f"{why}: class {real.classes[label]} has {len(own)} real tiles and needs at least"
+            f" {least}; add labelled tiles or use --strategy centroid"
+        )
+    return own
+
+
+def by_realism(synthetic: FeatureSet, real: FeatureSet, k: int) -> Strategy:
+    """Realism by nearest neighbours (Kynkaanniemi et al. 2019, section 5), highest first.
+
+    Each real tile r of class y has a ball that reaches to its k-th nearest other tile of y. The
+    realism of an image x of y is the largest ratio radius(r) / |x - r| over these tiles: at least 1
+    inside a ball, infinite on a tile. (The paper leaves out the half of the balls with the largest
+    radii; labelled tiles are too few for that here.) Rejected are images outside all balls, and
+    those that have a real tile of another class as near as the nearest of their own.
+
+    Raises:
+        UserError: A class has no more than k real tiles.
+    """
+    realism = torch.empty(len(synthetic.labels), dtype=torch.float64)
+    reasons: list[str | None] = [None] * len(realism)
+    for label in range(len(synthetic.classes)):
+        members = (synthetic.labels == label).nonzero().flatten()
+        own = _real_of_class(real, label, k + 1, f"--neighbors {k}")
+        foreign = (real.labels != label).nonzero().flatten()
+        radii = neighbour_distances(own, k)  # (R,)
+        x = synthetic.values[members]
+        best = torch.empty(len(x), dtype=torch.int64)  # the tile whose ball counts
+        for place, part in in_chunks(x):
+            ratios = radii.square() / squared_distances(part, own)  # not a number where 0 / 0
+            best[place] = ratios.nan_to_num(nan=torch.inf).argmax(dim=1)
+        distance = paired_distances(x, own[best])
+        ratio = radii[best] / distance
+        realism[members] = torch.where(distance == 0, torch.inf, ratio)
+
+        near_own = nearest(x, own)[1]
+        for i in (realism[members] < 1).nonzero().flatten().tolist():
+            reasons[members[i]] = "outside the balls of its class"
+        if len(foreign):
+            other, near_other = nearest(x, real.values[foreign])
+            for i in (near_other <= near_own).nonzero().flatten().tolist():
+                name = real.classes[real.labels[foreign[other[i]]]]
+                reasons[members[i]] = f"nearest real tile is {name}"
+    return ByScore(
+        realism,
+        reasons,
+        score=f"realism, {k} neighbours",
+        accepted="inside a ball of its class",
+        surplus="{} others are more realistic",
+    )
+
+
+class Coverage(Strategy):
+    """Images that are spread as the real tiles of their class are.
+
+    Greedy minimisation of the squared maximum mean discrepancy (Gretton et al. 2012) between the
+    chosen images S and the real tiles of the class, with the kernel
+    k(x, y) = exp(-|x - y|^2 / (2 h^2)), where h is the median distance of a real tile to its third
+    nearest other one. Since k(x, x) = 1 for every x, the image that makes it smallest when added
+    to S is the one with the largest
+
+        score(x) = mean over real r of k(x, r) - sum over s in S of k(x, s) / (|S| + 1),
+
+    which is kernel herding (Chen et al. 2010). Candidates are images whose nearest centroid is
+    their own. The score of an image is its value when it was chosen; images that are not chosen
+    are ordered by their last one.
+
+    Raises:
+        UserError: A class has fewer than 2 real tiles.
+    """
+
+    score = "gain in coverage when chosen"
+    accepted = "adds most to the coverage of its class"
+    surplus = "{} others add more"
+
+    def __init__(self, synthetic: FeatureSet, real: FeatureSet, distances: Tensor):
+        self.synthetic = synthetic
+        self.rejections = centroid_rejections(synthetic, distances)
+        self.real = [
+            _real_of_class(real, label, 2, "--strategy coverage")
+            for label in range(len(real.classes))
+        ]
+
+    def order(self, members, number, taken):
+        if not len(members):
+            return members, np.zeros(0)
+        own = self.real[int(self.synthetic.labels[members[0]])]  # (R, D)
+        k = min(BANDWIDTH_NEIGHBOUR, len(own) - 1)
+        width = 2 * neighbour_distances(own, k).median().square().clamp(min=1e-12).item()
+        centre = own.mean(dim=0)  # close to all: smaller numbers, smaller rounding errors
+        x = self.synthetic.values[members] - centre  # (n, D)
+        squares = x.square().sum(dim=1)  # (n,)
+
+        def kernel(y: Tensor) -> Tensor:
+            """k of every candidate with one image, (D,) -> (n,)."""
+            squared = squares + y.square().sum() - 2 * (x @ y)
+            return squared.clamp_(min=0).div_(-width).exp_().double()
+
+        target = torch.empty(len(x), dtype=torch.float64)
+        for place, part in in_chunks(x):
+            squared = squared_distances(part, own - centre)
+            target[place] = squared.div_(-width).exp_().mean(dim=1)
+        total = torch.zeros(len(x), dtype=torch.float64)
+        for y in self.synthetic.values[taken] - centre:
+            total += kernel(y)
+
+        free = torch.zeros(len(x), dtype=torch.float64)  # minus infinity where chosen
+        chosen, scores = [], []
+        for count in range(len(taken), len(taken) + min(number, len(x))):
+            gain = target - total / (count + 1) + free
+            best = int(gain.argmax())
+            chosen.append(best)
+            scores.append(float(gain[best]))
+            total += kernel(x[best])
+            free[best] = -torch.inf
+        gain = target - total / (len(taken) + len(chosen) + 1)
+        others = np.setdiff1d(np.arange(len(x)), chosen)
+        others = others[np.argsort(-gain.numpy()[others], kind="stable")]
+        order = np.concatenate([np.array(chosen, dtype=np.int64), others])
+        return members[order], np.concatenate([scores, gain.numpy()[others]])
+
+
+class AtRandom(Strategy):
+    """The control arm: all images of a class are candidates, whatever they look like.
+
+    The order of a class is a function of (seed, class, file names).
+    """
+
+    score = None
+    accepted = "drawn at random"
+    surplus = "not drawn"
+
+    def __init__(self, synthetic: FeatureSet, seed: int):
+        self.rejections = [None] * len(synthetic.files)
+        self.synthetic, self.seed = synthetic, seed
+
+    def order(self, members, number, taken):
+        if not len(members):
+            return members, np.zeros(0)
+        name = self.synthetic.classes[int(self.synthetic.labels[members[0]])]
+        digest = blake2b(f"{self.seed}:{name}".encode(), digest_size=16).digest()
+        generator = np.random.default_rng(int.from_bytes(digest, "big"))
+        order = members[generator.permutation(len(members))]
+        return order, np.full(len(order), np.nan)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A strategy as a user names it, with its options.
+
+    Attributes:
+        name: One of `ldm.selection.options.STRATEGIES`.
+        neighbors: Of knn.
+        confidence: Of confidence, one of `ldm.selection.options.CONFIDENCES`.
+        seed: Of random.
+    """
+
+    name: str
+    neighbors: int
+    confidence: str
+    seed: int
+
+    def settings(self) -> dict[str, Any]:
+        """Name and the options that this strategy has, for the record."""
+        own = {"knn": "neighbors", "confidence": "confidence", "random": "seed"}.get(self.name)
+        return {"strategy": self.name, **({own: getattr(self, own)} if own else {})}
+
+    def make(
+        self, synthetic: FeatureSet, real: FeatureSet, distances: Tensor, synthetic_root: Path
+    ) -> Strategy:
+        """The strategy for these images.
+
+        Args:
+            synthetic: In order.
+            distances: Of the synthetic images to every centroid, (N, K).
+        """
+        if self.name == "centroid":
+            return by_centroid(synthetic, distances)
+        if self.name == "confidence" and self.confidence == "judge":
+            return by_confidence(synthetic)
+        if self.name == "confidence":
+            return by_manifest(synthetic, synthetic_root)
+        if self.name == "knn":
+            return by_realism(synthetic, real, self.neighbors)
+        if self.name == "coverage":
+            return Coverage(synthetic, real, distances)
+        assert self.name == "random", self.name
+        return AtRandom(synthetic, self.seed)
