@@ -362,7 +362,7 @@ def test_failure_leaves_nothing(folders, tmp_path, monkeypatch):
     def fail(source, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ldm.selection.training_folder.shutil.copyfile", fail)
+    monkeypatch.setattr("ldm.data.folders.shutil.copyfile", fail)
     with pytest.raises(OSError, match="No space"):
         run_distance(folders, tmp_path / "out", "--ratio", "50")
     assert class_folders(tmp_path) == ["out.sheets"]

@@ -1,22 +1,17 @@
 """A training folder of labelled real tiles and chosen synthetic ones, for eval.py."""
 
 import csv
-import errno
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ldm.data import folders
 from ldm.data.tiles import TileFolder
 from ldm.errors import UserError
-from ldm.run import write_json, write_text
 from ldm.selection.select import KINDS, Selection
 
 PREFIX = "synthetic_"  # of file names; real tiles keep theirs
-LINKS = ("copy", "hard", "symbolic")
 DECISIONS, RECORD = "selection.csv", "selection.json"
 
 
@@ -26,25 +21,7 @@ def same_folder_exists(out: Path, settings: dict[str, Any]) -> bool:
     Raises:
         UserError: There is something else at `out`.
     """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    try:
-        known = json.loads((out / RECORD).read_text())["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(
-            f"--out {out}: exists and was not made by this command; give a new folder"
-        ) from None
-    changed = [
-        f"{key} {known.get(key)} there, {settings.get(key)} now"
-        for key in sorted(known.keys() | settings.keys())
-        if known.get(key) != settings.get(key)
-    ]
-    if changed:
-        raise UserError(
-            f"--out {out}: was made with other settings ({'; '.join(changed)}); give another folder"
-            " or remove it"
-        )
-    return True
+    return folders.same_folder_exists(out, settings, RECORD)
 
 
 def build_training_folder(
@@ -57,8 +34,8 @@ def build_training_folder(
 ) -> None:
     """Make OUT/CLASS/: all real tiles, and the accepted (and filled) images as `synthetic_NAME`.
 
-    It is built under a hidden name beside `out` and renamed, so `out` is whole or not there. Every
-    decision is in OUT/selection.csv, `record` in OUT/selection.json.
+    `out` is whole or not there. Every decision is in OUT/selection.csv, `record` in
+    OUT/selection.json.
 
     Args:
         real: Labelled tiles.
@@ -68,7 +45,6 @@ def build_training_folder(
     Raises:
         UserError: Two files would have one name, or the file system has no such links.
     """
-    put = {"copy": shutil.copyfile, "hard": _hard_link, "symbolic": _symbolic_link}[link]
     files: dict[str, Path] = dict(zip(real.relative_paths, real.paths, strict=True))
     for name in selection.classes:
         for path in selection.used(name):
@@ -81,22 +57,8 @@ def build_training_folder(
                 )
             files[target] = synthetic / path
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        for target, source in files.items():
-            (partial / target).parent.mkdir(parents=True, exist_ok=True)
-            put(source, partial / target)
-        write_text(partial / DECISIONS, selection.to_csv())
-        write_json(partial / RECORD, record)
-        # mkdtemp makes folders private; a data set should get the permissions of any other.
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o777 & ~umask)
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    notes = {DECISIONS: selection.to_csv(), RECORD: json.dumps(record, indent=2) + "\n"}
+    folders.build_folder(out, files, notes, link)
 
 
 def read_decisions(path: Path, what: str) -> dict[str, str]:
@@ -124,23 +86,3 @@ def read_decisions(path: Path, what: str) -> dict[str, str]:
     if unknown:
         raise UserError(f"{what}: {file} has decisions {unknown}; known are {list(KINDS)}")
     return decisions
-
-
-def _hard_link(source: Path, target: Path) -> None:
-    _link(os.link, source, target, "hard")
-
-
-def _symbolic_link(source: Path, target: Path) -> None:
-    _link(os.symlink, source.absolute(), target, "symbolic")
-
-
-def _link(make: Callable[[Path, Path], None], source: Path, target: Path, kind: str) -> None:
-    try:
-        make(source, target)
-    except OSError as error:
-        if error.errno in (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP):
-            raise UserError(
-                f"--link {kind}: {source} cannot be linked from {target.parent} ({error.strerror});"
-                " use --link copy"
-            ) from None
-        raise
