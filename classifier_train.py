@@ -209,23 +209,31 @@ def describe(args: argparse.Namespace, model, data, devices, precision: str) -> 
 
 def write_result(trainer: "pl.Trainer", run) -> None:
     """result.json: the last validation and the best one."""
+    from ldm.checkpoint import load_model
     from ldm.run import write_json
 
     last = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
     if not last:
         return  # the run was complete already
     best = next(c for c in trainer.checkpoint_callbacks if c.monitor == "val/accuracy")
-    score = None if best.best_model_score is None else float(best.best_model_score)
     result = {
         "step": trainer.global_step,
         "last": last,
-        "best": {"val/accuracy": score, "checkpoint": "checkpoints/best.ckpt"},
+        "best": {
+            "val/accuracy": float(best.best_model_score),
+            "temperature": float(load_model(best.best_model_path, "classifier").temperature),
+            "checkpoint": "checkpoints/best.ckpt",
+        },
     }
     write_json(run.root / "result.json", result)
     accuracies = {k.removeprefix("val/"): v for k, v in last.items() if "accuracy" in k}
     log.info("validation: %s", ", ".join(f"{k} {v:.4f}" for k, v in accuracies.items()))
-    if score is not None:
-        log.info("best validation accuracy %.4f: %s", score, best.best_model_path)
+    log.info(
+        "best validation accuracy %.4f at temperature %.3f: %s",
+        result["best"]["val/accuracy"],
+        result["best"]["temperature"],
+        best.best_model_path,
+    )
 
 
 def train(args: argparse.Namespace) -> "tuple[pl.Trainer, pl.LightningModule] | None":

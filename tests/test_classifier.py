@@ -1,6 +1,7 @@
 """The noisy-latent classifier and classifier_train.py, on tiny real models."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -15,11 +16,14 @@ import torch.nn.functional as F
 
 import classifier_train
 from ldm.checkpoint import load_model, read_checkpoint
+from ldm.data.tiles import TileFolder
 from ldm.errors import UserError
 from ldm.models.classifier import (
+    TEMPERATURES,
     LatentSpace,
     attention_factors,
     default_channel_mult,
+    fit_temperature,
     network_config,
     sample_time_steps,
 )
@@ -231,8 +235,6 @@ def test_latent_space(data, tmp_path):
     assert space.scale_factor == pytest.approx(0.37) and space.schedule["timesteps"] == 100
     assert space.measured(None) is space
 
-    from ldm.data.tiles import TileFolder
-
     tiles = TileFolder(data / "train", tiny.PIXELS, labelled=True)
     space = LatentSpace.load(str(autoencoder))
     assert space.scale_factor is None and space.schedule["timesteps"] == 1000
@@ -244,6 +246,67 @@ def test_latent_space(data, tmp_path):
     # One draw of 18,432 values against the exact variance: 1% is far beyond its error.
     assert scale == pytest.approx(1 / spread.item(), rel=0.01)
     assert space.measured(tiles).scale_factor == scale
+
+
+def test_checkpoints_without_a_temperature_have_1(classifier, tmp_path):
+    """Those written before there was calibration; anything else must still be there."""
+    path = tiny.save(classifier, tmp_path / "classifier.ckpt")
+    payload = torch.load(path, weights_only=True)
+    payload["state_dict"].pop("temperature")
+    torch.save(payload, path)
+    assert load_model(path, "classifier").temperature == 1
+    payload["state_dict"].pop("scale_factor")
+    torch.save(payload, path)
+    with pytest.raises(UserError, match="do not fit the model.*scale_factor"):
+        load_model(path, "classifier")
+    classifier.temperature.fill_(2.5)
+    assert load_model(tiny.save(classifier, path), "classifier").temperature == 2.5
+
+
+# Calibration
+
+
+def drawn(spread=2.0, count=4000, classes=4, seed=0):
+    """Logits, and labels drawn from their softmax: calibrated as they are."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = spread * torch.randn(count, classes, generator=generator)
+    return logits, torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
+
+
+def test_temperature_of_calibrated_logits_is_1():
+    # 4,000 labels; the standard error of the slope in 1 / T is about 0.02.
+    assert fit_temperature(*drawn()) == pytest.approx(1, abs=0.08)
+
+
+@pytest.mark.parametrize("factor", [1 / 3, 3.0])
+def test_temperature_follows_the_scale_of_the_logits(factor):
+    """Overconfident logits get a temperature above 1, timid ones below."""
+    logits, y = drawn()
+    temperature = fit_temperature(logits, y)
+    assert fit_temperature(factor * logits, y) == pytest.approx(factor * temperature, rel=1e-6)
+
+
+@pytest.mark.parametrize("factor", [0.01, 0.2, 1, 7, 1000])
+def test_calibration_never_raises_the_loss(factor):
+    """It is the least over a fine grid between the bounds, 1 included."""
+    logits, y = drawn(count=50, seed=1)
+    logits = factor * logits.double()
+    least, most = TEMPERATURES
+    temperature = fit_temperature(logits, y)
+    assert least <= temperature <= most
+    loss = F.cross_entropy(logits / temperature, y)
+    grid = torch.logspace(math.log10(least), math.log10(most), 201)
+    losses = torch.stack([F.cross_entropy(logits / t, y) for t in [1.0, *grid.tolist()]])
+    assert loss <= losses.min() + 1e-9
+
+
+def test_temperature_of_the_extremes():
+    """Never wrong, always wrong, and no opinion."""
+    logits, _ = drawn(count=50)
+    least, most = TEMPERATURES
+    assert fit_temperature(logits, logits.argmax(1)) == pytest.approx(least)
+    assert fit_temperature(logits, logits.argmin(1)) == pytest.approx(most)
+    assert fit_temperature(torch.zeros(5, 3), torch.tensor([0, 1, 2, 0, 0])) == 1
 
 
 # The command
@@ -286,6 +349,47 @@ def test_run_folder(trained):
     assert (run / "configs" / "resolved.yaml").is_file()
     # Annealed to zero by the last step.
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0)
+
+
+def test_the_temperature_of_the_validation_set(trained, data):
+    """It calibrates the noisy logits of all quarters, and is in the checkpoints and the result."""
+    run, _, model = trained
+    best = load_model(run / "checkpoints" / "best.ckpt", "classifier")
+    object.__setattr__(best, "first_stage", model.first_stage)
+    tiles = TileFolder(data / "val", tiny.PIXELS, labelled=True)
+    z_0 = best.encode(torch.stack([tiles[i]["image"] for i in range(len(tiles))]), sample=False)
+    with torch.no_grad():
+        logits = [best.noisy_logits(z_0, tiles.relative_paths, q) for q in range(4)]
+    y = torch.tensor(tiles.labels).repeat(4)
+    expected = fit_temperature(torch.cat(logits), y)
+    assert best.temperature.item() == pytest.approx(expected, rel=1e-4)
+    result = json.loads((run / "result.json").read_text())
+    assert result["best"]["temperature"] == best.temperature.item()
+    last = load_model(run, "classifier").temperature.item()
+    assert result["last"]["val/temperature"] == pytest.approx(last)
+    assert last != 1 and result["last"]["val/loss_calibrated"] < result["last"]["val/loss"]
+
+
+@pytest.mark.slow
+def test_two_ranks_find_the_temperature_of_one(data, tmp_path):
+    """Each of two CPU ranks (gloo) validates half of the tiles; a rate of 0 keeps the weights."""
+    options = ["--iterations", 1, "--eval_interval", 1, "--lr", 0]
+    argv = arguments(data, tmp_path / "two", *options)
+    argv[argv.index("--devices") + 1] = "2"
+    command = [sys.executable, str(ROOT / "classifier_train.py"), *argv]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    train(data, tmp_path / "one", *options)
+    one, two = (load_model(tmp_path / name / "run", "classifier") for name in ("one", "two"))
+    assert one.temperature != 1
+    assert torch.equal(one.net.out[2].positional_embedding, two.net.out[2].positional_embedding)
+    # The same logits but for the rounding of batches of other sizes.
+    torch.testing.assert_close(one.temperature, two.temperature, rtol=1e-4, atol=0)
+    results = [
+        json.loads((tmp_path / n / "run" / "result.json").read_text()) for n in ("one", "two")
+    ]
+    losses = [result["last"]["val/loss_calibrated"] for result in results]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_the_first_stage_stays_frozen(trained, data):

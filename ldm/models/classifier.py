@@ -27,6 +27,7 @@ from ldm.modules.autoencoder import AutoencoderKL as AutoencoderNet
 from ldm.modules.lr_schedule import LinearAnneal
 
 QUARTERS = 4  # ranges of t whose validation accuracy is reported
+TEMPERATURES = (0.1, 10.0)  # least and largest that calibration gives
 T_SAMPLERS = ("uniform", "stratified")
 
 # Least pixels -> width multipliers by level. From 128 as guided diffusion's classifiers (512: their
@@ -54,6 +55,36 @@ def sample_time_steps(sampler: str, count: int, T: int, device: torch.device | s
     part = torch.randperm(count, device=device) + torch.rand(count, device=device)
     # Rounding may carry the last part onto T itself.
     return (part * (T / count)).long().clamp(max=T - 1)
+
+
+def fit_temperature(logits: Tensor, y: Tensor) -> float:
+    """The temperature that minimises the cross entropy of logits / temperature (Guo et al. 2017).
+
+    The cross entropy is convex in 1 / temperature, so its slope there changes sign once; that place
+    is found by bisection in log temperature, starting from 1, which is kept where the slope is 0.
+
+    Args:
+        logits: (N, K), finite.
+        y: Labels, (N,) int64.
+
+    Returns:
+        A number within `TEMPERATURES`; its cross entropy is at most that of 1.
+    """
+    logits, y = logits.cpu().double(), y.cpu()
+
+    def slope(log_temperature: float) -> float:
+        """Derivative of the cross entropy in 1 / temperature: mean score minus that of y."""
+        p = (logits / math.exp(log_temperature)).softmax(dim=1)  # (N, K)
+        return float(((p * logits).sum(dim=1) - logits.gather(1, y[:, None])[:, 0]).mean())
+
+    at_one = slope(0.0)
+    if at_one == 0:
+        return 1.0
+    low, high = (0.0, math.log(TEMPERATURES[1])) if at_one > 0 else (math.log(TEMPERATURES[0]), 0.0)
+    for _ in range(50):  # to the last digit of float64
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(middle) > 0 else (low, middle)
+    return math.exp((low + high) / 2)
 
 
 @dataclass(frozen=True)
@@ -189,6 +220,11 @@ class NoisyLatentClassifier(HistoModule):
         anneal_steps: The learning rate falls linearly to 0 over so many steps; None keeps it.
         first_stage: The frozen autoencoder, needed to train.
 
+    Attributes:
+        temperature: Scalar buffer; logits / temperature are calibrated. Fitted at each validation
+            to the logits that `val/accuracy` is made of, 1 before the first; a checkpoint holds
+            that of the last validation before it. It takes no part in training.
+
     Raises:
         UserError: Settings out of range, or an autoencoder that does not fit the network.
     """
@@ -230,6 +266,8 @@ class NoisyLatentClassifier(HistoModule):
         self.net: nn.Module = instantiate_from_config(net_config)
         self.latent_shape = (self.net.in_channels, self.net.image_size, self.net.image_size)
         self.register_buffer("scale_factor", torch.tensor(float(scale_factor)))
+        self.register_buffer("temperature", torch.ones(()))
+        self._validated: list[tuple[Tensor, Tensor]] = []  # logits (n, K) and labels (n,)
         if first_stage is not None:
             self._check_first_stage(first_stage)
         # Around nn.Module's bookkeeping: the frozen autoencoder stays out of the checkpoint.
@@ -260,6 +298,11 @@ class NoisyLatentClassifier(HistoModule):
             "noised": self.noised,
         }
         return {"target": "ldm.models.classifier.NoisyLatentClassifier", "params": params}
+
+    def load_state_dict(self, state_dict: dict[str, Tensor], *args, **kwargs):
+        """As for any module; checkpoints from before calibration have temperature 1."""
+        state_dict = {"temperature": torch.ones(()), **state_dict}
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
@@ -293,7 +336,9 @@ class NoisyLatentClassifier(HistoModule):
         return [f"val/accuracy_t{low}-{high - 1}" for low, high in self.quarters]
 
     def metrics(self) -> set[str]:
-        return {"val/accuracy", "val/loss", "val/accuracy_clean", *self.quarter_metrics}
+        calibration = {"val/temperature", "val/loss_calibrated"}
+        accuracies = {"val/accuracy", "val/accuracy_clean", *self.quarter_metrics}
+        return {"val/loss", *accuracies, *calibration}
 
     def forward(self, z_t: Tensor, t: Tensor) -> Tensor:
         """Logits (B, K) of noisy latents (B, C, H, W) at time steps (B,)."""
@@ -364,15 +409,21 @@ class NoisyLatentClassifier(HistoModule):
 
     # Validation
 
+    def on_validation_epoch_start(self) -> None:
+        self._validated.clear()
+
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         y = batch["label"]
         z_0 = self.encode(batch["image"], sample=False)
         names = ["/".join(PurePath(path).parts[-2:]) for path in batch["path"]]  # CLASS/file
-        logits = self.net(z_0, torch.zeros_like(y)).float()  # (B, K)
-        clean = _scores(logits, y)
-        quarters = [_scores(self.noisy_logits(z_0, names, q), y) for q in range(QUARTERS)]
-        # What training sees decides which checkpoint is best.
+        clean_logits = self.net(z_0, torch.zeros_like(y)).float()  # (B, K)
+        noisy_logits = [self.noisy_logits(z_0, names, q) for q in range(QUARTERS)]
+        clean = _scores(clean_logits, y)
+        quarters = [_scores(logits, y) for logits in noisy_logits]
+        # What training sees decides which checkpoint is best, and is calibrated.
         seen = quarters if self.noised else [clean]
+        seen_logits = noisy_logits if self.noised else [clean_logits]
+        self._validated += [(logits, y) for logits in seen_logits]
         values = {
             "val/loss": sum(loss for loss, _ in seen) / len(seen),
             "val/accuracy": sum(accuracy for _, accuracy in seen) / len(seen),
@@ -384,6 +435,19 @@ class NoisyLatentClassifier(HistoModule):
         }
         ranges["val/accuracy_clean"] = clean[1]
         self.log_dict(ranges, batch_size=len(y), sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        if self.trainer.sanity_checking:
+            return  # a few tiles, before anything is learnt
+        logits, y = (torch.cat(parts) for parts in zip(*self._validated, strict=True))
+        # (ranks, N, K) from several ranks; every one then finds the same temperature.
+        logits, y = self.all_gather(logits).flatten(0, -2), self.all_gather(y).flatten()
+        self.temperature.fill_(fit_temperature(logits, y))
+        values = {
+            "val/temperature": self.temperature,
+            "val/loss_calibrated": F.cross_entropy(logits / self.temperature, y),
+        }
+        self.log_dict(values, sync_dist=True)
 
     def noisy_logits(self, z_0: Tensor, names: Sequence[str], quarter: int) -> Tensor:
         """Logits (B, K) at one t per image within a quarter of the schedule.
