@@ -3,11 +3,16 @@
 import csv
 import dataclasses
 import io
+import json
+from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
+from ldm.checkpoint import KEY, write_checkpoint
 from ldm.errors import UserError
 from ldm.evaluation.sweep import (
     JudgedTiles,
@@ -19,6 +24,8 @@ from ldm.evaluation.sweep import (
     to_csv,
     to_markdown,
 )
+from ldm.evaluation.vit import TileClassifier
+from scripts import guidance_sweep
 
 K, D, PER_CLASS = 3, 16, 40
 
@@ -88,7 +95,9 @@ def test_pairwise_distance_by_brute_force():
 
 
 def test_too_few_tiles():
-    with pytest.raises(UserError, match="a class has 7 synthetic tiles; each needs 8 or more"):
+    with pytest.raises(
+        UserError, match="the synthetic tiles: a class has 7 tiles, each needs 8 or more"
+    ):
         score(judged(0), judged(1, per_class=7), K)
 
 
@@ -127,3 +136,93 @@ def test_table_and_picture():
     assert len({line.count("|") for line in lines}) == 1, "every line has the same cells"
     assert [line.startswith("| **") for line in lines[2:]] == [False, True, False, False]
     assert draw(rows, 0.9) == draw(rows, 0.9) != draw(rows[:2], 0.9)
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Models that belong together, a judge and held-out tiles."""
+    folder = tmp_path_factory.mktemp("sweep")
+    autoencoder = tiny.save(tiny.autoencoder(), folder / "autoencoder.ckpt")
+    diffusion = tiny.diffusion(autoencoder)
+    tiny.save(diffusion, folder / "diffusion.ckpt")
+    tiny.save(tiny.classifier(diffusion), folder / "classifier.ckpt")
+    for name, classes in (("judge", tiny.CLASSES), ("stranger", ["A", "B", "C"])):
+        torch.manual_seed(0)
+        net = TileClassifier("test_vit", 3, 32, patch_size=8)
+        net.classes = classes
+        payload = {"state_dict": net.state_dict(), KEY: net.record(0)}
+        write_checkpoint(folder / f"{name}.ckpt", payload)
+    tiny.tiles(folder / "real", per_class=8)
+    tiny.tiles(folder / "few", per_class=7)
+    return folder
+
+
+def sweep(folder: Path, out: Path, *options: str, judge: str = "judge", real: str = "real") -> None:
+    guidance_sweep.main(
+        ["-r", str(folder / "diffusion.ckpt"), "--judge", str(folder / f"{judge}.ckpt")]
+        + ["--real", str(folder / real), "--out", str(out), "-n", "8", "--device", "cpu", *options]
+    )
+
+
+def test_command(folder, tmp_path, capsys):
+    guide = ("--classifier", str(folder / "classifier.ckpt"))
+    grid = ("--scales", "0,5", "--steps", "2", "--intervals", "all,0:600", *guide)
+    sweep(folder, tmp_path / "out", *grid)
+    out = capsys.readouterr().out
+    assert "[3/3]" in out and "best: --classifier_scale" in out  # unguided once, not per interval
+    with (tmp_path / "out" / "sweep.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [(float(r["scale"]), r["interval"]) for r in rows] == [
+        (0, "all"),
+        (5, "all"),
+        (5, "0:600"),
+    ]
+    assert all(int(r["images"]) == 24 and float(r["images_per_s"]) > 0 for r in rows)
+    ratios = [r["guidance_to_noise"] for r in rows]
+    assert ratios[0] == "" and float(ratios[1]) >= float(ratios[2]) > 0
+    record = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert record["best"]["scale"] in (0, 5) and record["real"]["tiles"] == 24
+    for name in ("sweep.png", "tiles.png"):
+        assert min(Image.open(tmp_path / "out" / name).size) > 100
+    # The same command again samples nothing, and a further scale only what it needs.
+    images = {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "tiles").rglob("*.png")}
+    sweep(folder, tmp_path / "out", *grid[:1], "0,5,9", *grid[2:])
+    assert {p: p.stat().st_mtime_ns for p in images} == images
+    assert "[5/5]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "takes no labels, so there is nothing to sweep over; give --classifier"),
+        ({"judge": "stranger"}, r"knows the classes \['A', 'B', 'C'\], the models"),
+        ({"real": "few"}, "a class has 7 tiles, each needs 8 or more"),
+        ({"real": "nowhere"}, "--real: .*nowhere does not exist"),
+    ],
+)
+def test_bad_input(folder, tmp_path, options, message):
+    guide = ("--classifier", str(folder / "classifier.ckpt")) if options else ()
+    with pytest.raises(UserError, match=message):
+        sweep(folder, tmp_path / "out", *guide, **options)
+    assert not (tmp_path / "out" / "tiles").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--scales", "1,x"), "'x' is not a number"),
+        (("--intervals", "9:1"), "'9:1' is neither all nor LOW:HIGH"),
+        (("--guidance_norm",), "--guidance_norm: needs --classifier"),
+        (("-n", "4"), "4 must be in"),
+        (("--samplers", "euler"), "euler"),
+    ],
+)
+def test_bad_options(folder, tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit) as stop:
+        sweep(folder, tmp_path / "out", *options)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

@@ -9,6 +9,7 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,21 @@ from torch import Tensor
 
 from ldm.errors import UserError
 from ldm.evaluation.fidelity import FEWEST_TILES, fidelity
+from ldm.evaluation.sets import TransformedTiles
+from ldm.evaluation.training import Compute, predict
+from ldm.evaluation.vit import eval_transform
+from ldm.selection.features import Extractor, folder_features
+from ldm.synthesis import (
+    Models,
+    SampleFolder,
+    Sampling,
+    Speed,
+    Synthesiser,
+    make_settings,
+    synthesise,
+)
+
+BATCH = 64  # tiles per pass of the judge
 
 
 @dataclass(frozen=True)
@@ -36,6 +52,31 @@ class JudgedTiles:
     def of_class(self, k: int) -> Tensor:
         """Features of class k."""
         return self.features[self.labels == k]
+
+    def count(self, k: int) -> int:
+        """Tiles of class k."""
+        return int((self.labels == k).sum())
+
+    def agreement(self, num_classes: int) -> Tensor:
+        """Share of the tiles of each class that the judge gives that class, (K,)."""
+        hits = (self.predicted == self.labels).double()
+        return torch.stack([hits[self.labels == k].mean() for k in range(num_classes)])
+
+
+def judge(root: Path, extractor: Extractor, cache: Path, classes: Sequence[str]) -> JudgedTiles:
+    """Features (kept in `cache`) and predicted classes of the tiles below root/CLASS/.
+
+    Raises:
+        UserError: Other class folders, or unreadable tiles.
+    """
+    found = folder_features(root, extractor, cache, classes)
+    size, device = extractor.net.input_size, next(extractor.net.parameters()).device
+    tiles = TransformedTiles(root, size, eval_transform(size), random=False, classes=classes)
+    tiles.load()
+    compute = Compute(device, "32", num_workers=0)
+    logits, labels = predict(extractor.net, compute.loader(tiles, BATCH), compute)
+    assert torch.equal(labels, found.labels)
+    return JudgedTiles(found.values, logits.argmax(dim=1), labels)
 
 
 @dataclass(frozen=True)
@@ -78,14 +119,9 @@ def score(real: JudgedTiles, synthetic: JudgedTiles, num_classes: int, seed: int
         UserError: A class has too few tiles.
     """
     classes = range(num_classes)
-    for name, tiles in (("real", real), ("synthetic", synthetic)):
-        fewest = torch.bincount(tiles.labels, minlength=num_classes).min().item()
-        if fewest < FEWEST_TILES:
-            raise UserError(
-                f"a class has {fewest} {name} tiles; each needs {FEWEST_TILES} or more to compare"
-            )
-    hits = (synthetic.predicted == synthetic.labels).double()
-    shares = torch.stack([hits[synthetic.labels == k].mean() for k in classes])  # (K,)
+    check_counts(real, "the real tiles", num_classes)
+    check_counts(synthetic, "the synthetic tiles", num_classes)
+    shares = synthetic.agreement(num_classes)  # (K,)
     counts = torch.bincount(synthetic.labels, minlength=num_classes)  # (K,)
     overall = fidelity(_scaled(real.features), _scaled(synthetic.features), seed)
     own = [
@@ -106,6 +142,15 @@ def score(real: JudgedTiles, synthetic: JudgedTiles, num_classes: int, seed: int
         recall=overall["recall"],
         diversity=spreads[0] / spreads[1],
     )
+
+
+def check_counts(tiles: JudgedTiles, what: str, num_classes: int) -> None:
+    """UserError unless there are enough tiles of each class to compare distributions."""
+    fewest = min(tiles.count(k) for k in range(num_classes))
+    if fewest < FEWEST_TILES:
+        raise UserError(
+            f"{what}: a class has {fewest} tiles, each needs {FEWEST_TILES} or more; add some"
+        )
 
 
 def _scaled(features: Tensor) -> Tensor:
@@ -156,6 +201,53 @@ class Row:
         row = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "scores"}
         folder = row.pop("folder")
         return {**row, **asdict(self.scores), "folder": folder}
+
+
+def measure(
+    sampling: Sampling,
+    models: Models,
+    speed: Speed,
+    judge_net: Extractor,
+    real: JudgedTiles,
+    out: Path,
+    per_class: int,
+    batch_size: int,
+) -> tuple[Row, dict[tuple[str, int], Path]]:
+    """Sample with one setting into OUT/tiles/SETTING, what is not there yet, and score it.
+
+    Args:
+        per_class: Images of each class.
+        batch_size: Images sampled together.
+
+    Returns:
+        The scores, and the files by (class, index).
+    """
+    by_classifier, classes = models.classifier is not None, models.classes
+    root = out / "tiles" / sampling.label
+    folder = SampleFolder(root, make_settings(sampling, models, speed), models.facts)
+    counts = dict.fromkeys(classes, per_class)
+    synthesise(Synthesiser(models, sampling, speed), folder, counts, batch_size)
+    cache = out / "features" / f"{sampling.label}.safetensors"
+    synthetic = judge(root, judge_net, cache, classes)
+    rows = folder.rows.values()
+    seconds = sum(row["seconds"] for row in rows)
+    probabilities = [row["prob"] for row in rows if row["prob"] is not None]
+    quantity = "guidance_to_noise" if by_classifier else "extrapolation_to_noise"
+    ratios = [getattr(means, quantity) for means in folder.guidance_log]
+    row = Row(
+        guidance="classifier" if by_classifier else "cfg",
+        scale=sampling.scale if by_classifier else sampling.cfg_scale,
+        interval="all" if sampling.interval is None else "{}:{}".format(*sampling.interval),
+        sampler=sampling.sampler,
+        steps=sampling.steps,
+        eta=sampling.eta,
+        scores=score(real, synthetic, len(classes), sampling.seed),
+        probability=sum(probabilities) / len(probabilities) if probabilities else None,
+        guidance_to_noise=max((ratio for ratio in ratios if ratio is not None), default=None),
+        images_per_s=len(rows) / seconds,
+        folder=root.relative_to(out).as_posix(),
+    )
+    return row, {key: root / cells["file"] for key, cells in folder.rows.items()}
 
 
 def best(rows: Sequence[Row]) -> Row:
