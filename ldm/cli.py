@@ -11,9 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from ldm.errors import UserError
+from ldm.errors import Stopped, UserError
 
 TRACEBACK_VARIABLE = "HISTO_TRACEBACK"
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -132,6 +133,9 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        status = STOPPED
     except (UserError, OSError) as error:
         if os.environ.get(TRACEBACK_VARIABLE) == "1":
             raise

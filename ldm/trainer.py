@@ -150,7 +150,7 @@ def _better(monitor: str) -> str:
 def checkpoint_callbacks(
     run: "RunFolder", model: "HistoModule", has_validation: bool, node: dict[str, Any] | None = None
 ) -> list["pl.Callback"]:
-    """`last.ckpt` every so many steps, and `best.ckpt` by the model's monitored metric.
+    """`last.ckpt` every so many steps and on a signal to stop, `best.ckpt` by the monitored metric.
 
     Args:
         node: `lightning.modelcheckpoint` of the configuration: `every_n_train_steps`, `monitor`
@@ -162,7 +162,7 @@ def checkpoint_callbacks(
     """
     from pytorch_lightning.callbacks import ModelCheckpoint
 
-    from ldm.models.callbacks import LastCheckpoint
+    from ldm.models.callbacks import LastCheckpoint, StopOnSignal
 
     target = "pytorch_lightning.callbacks.ModelCheckpoint"
     if node and node.get("target", target) != target:
@@ -180,7 +180,7 @@ def checkpoint_callbacks(
         "enable_version_counter": False,
         "auto_insert_metric_name": False,
     }
-    callbacks: list[pl.Callback] = [LastCheckpoint(every, **common)]
+    callbacks: list[pl.Callback] = [LastCheckpoint(every, **common), StopOnSignal(run.last)]
     if settings:
         # What the configuration adds (save_top_k, filename, train_time_interval ...) is a
         # checkpoint of its own.
@@ -302,6 +302,7 @@ def fit(
 
     Raises:
         KeyboardInterrupt: Training was interrupted; the checkpoints written until then are whole.
+        Stopped: A signal asked the run to stop; `last.ckpt` is of its last step.
     """
     import torch
 

@@ -1,5 +1,7 @@
 """main.py end to end on tiny real models: training, resuming, errors."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,8 @@ import yaml
 
 import main as main_py
 from ldm.checkpoint import load_model, read_checkpoint
-from ldm.errors import UserError
+from ldm.errors import Stopped, UserError
+from ldm.models.diffusion import LatentDiffusion
 from ldm.modules.autoencoder import DiagonalGaussian
 from ldm.run import RunFolder
 
@@ -150,6 +153,35 @@ def test_resumed_equals_uninterrupted(kind, data, autoencoder_ckpt, tmp_path):
     assert whole.keys() == halves.keys()
     assert all(torch.equal(whole[k], halves[k]) for k in whole)
     assert any(not torch.equal(half[k], halves[k]) for k in half)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=lambda s: s.name)
+def test_a_signal_stops_between_steps(number, data, autoencoder_ckpt, tmp_path, monkeypatch):
+    """A signal in the first of the two batches of step 3: the step is finished and saved, and the
+    same command goes on to what an uninterrupted run has (an epoch has 3 batches, so 2 steps)."""
+    accumulate = {"accumulate_grad_batches": 2}
+    config = write_config(
+        tmp_path / "c.yaml", data, diffusion_model(autoencoder_ckpt), **accumulate
+    )
+    run(config, tmp_path, "whole", 4)
+    batches, train_batch = [], LatentDiffusion.training_step
+
+    def interrupted(self, batch, batch_idx):
+        batches.append(batch_idx)
+        if len(batches) == 4:
+            os.kill(os.getpid(), number)
+        return train_batch(self, batch, batch_idx)
+
+    monkeypatch.setattr(LatentDiffusion, "training_step", interrupted)
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped, match=f"stopped by {number.name} after step 3: .*last.ckpt"):
+        run(config, tmp_path, "stopped", 4)
+    assert len(batches) == 5 and signal.getsignal(number) == before
+    assert read_checkpoint(tmp_path / "stopped")["global_step"] == 3
+    trainer, _ = run(config, tmp_path, "stopped", 4)
+    assert trainer.global_step == 4 and len(batches) == 6
+    whole, stopped = weights(tmp_path, "whole"), weights(tmp_path, "stopped")
+    assert all(torch.equal(whole[k], stopped[k]) for k in whole)
 
 
 def test_autoencoder_trains_both_networks_and_counts_generator_steps(data, tmp_path):

@@ -1,5 +1,7 @@
-"""Lightning callbacks: image grids and throughput."""
+"""Lightning callbacks: image grids, throughput, checkpoints, stopping on a signal."""
 
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from ldm.data.tiles import to_uint8, write_png
+from ldm.errors import Stopped
 
 
 def image_grid(images: Tensor, columns: int = 4):
@@ -100,6 +103,67 @@ class LastCheckpoint(ModelCheckpoint):
 
     def __init__(self, every_n_train_steps: int, **kwargs: Any):
         super().__init__(filename="last", every_n_train_steps=every_n_train_steps, **kwargs)
+
+
+class StopOnSignal(pl.Callback):
+    """Ends a run between two steps, with its last checkpoint written, when a signal asks for it.
+
+    Schedulers send one ahead of a time limit or a preemption. The handler only sets a flag: a
+    checkpoint that is written inside a handler may catch the model in the middle of a step.
+
+    Args:
+        path: Of the checkpoint.
+        every: Batches between two looks at the flag where there are several ranks, which have to
+            agree on the step they stop at.
+
+    Raises:
+        Stopped: Out of `trainer.fit`, after the checkpoint was written.
+    """
+
+    SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+
+    def __init__(self, path: Path, every: int = 10):
+        self.path = path
+        self.every = every
+        self.received: signal.Signals | None = None
+        self._batches = 0
+        self._step = 0
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.received = signal.Signals(number)
+
+    def on_train_start(self, *_: Any) -> None:
+        # After Lightning has installed its own handlers. Other threads cannot install any.
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {s: signal.signal(s, self._note) for s in self.SIGNALS}
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._batches += 1
+        if trainer.world_size == 1:
+            wanted = self.received is not None
+        elif self._batches % self.every == 0:
+            decide = trainer.strategy.reduce_boolean_decision
+            wanted = decide(self.received is not None, all=False)
+        else:
+            wanted = False
+        # Within a step that accumulates several batches, gradients would be lost.
+        if not wanted or trainer.global_step == self._step:
+            return
+        trainer.save_checkpoint(self.path)
+        name = "a signal on another rank" if self.received is None else self.received.name
+        raise Stopped(
+            f"stopped by {name} after step {trainer.global_step}: {self.path} is written, the same "
+            "command goes on from there"
+        )
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
 
 
 class Throughput(pl.Callback):
