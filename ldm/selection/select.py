@@ -22,6 +22,7 @@ from ldm.selection.features import FeatureSet
 from ldm.selection.strategies import Strategy
 
 ACCEPTED, SURPLUS, FILLED, REJECTED = "accepted", "surplus", "filled", "rejected"
+FILL_REASON = "fills a shortfall, though "
 KINDS = (ACCEPTED, SURPLUS, FILLED, REJECTED)
 
 
@@ -155,7 +156,7 @@ def select(
         decisions += [FILLED] * filled + [REJECTED] * (len(others) - filled)
         for place, i in enumerate(others):
             reason = strategy.rejections[i]
-            reasons.append(f"fills a shortfall, though {reason}" if place < filled else reason)
+            reasons.append(f"{FILL_REASON}{reason}" if place < filled else reason)
     rows = np.array(rows, dtype=np.int64)
     return Selection(
         classes=list(synthetic.classes),

@@ -15,15 +15,15 @@ from ldm.data.tiles import read_tile
 from ldm.run import write_bytes
 from ldm.selection.features import FeatureSet
 from ldm.selection.neighbours import nearest
-from ldm.selection.select import ACCEPTED, FILLED, REJECTED, SURPLUS, Selection
+from ldm.selection.select import ACCEPTED, FILL_REASON, FILLED, REJECTED, SURPLUS, Selection
 
 COLUMNS = 8
 TILE = 112  # pixels
 GAP = 14
 MARGIN = 24
 LINE = 15  # pixels of a line of text
-CAPTION_LINES = 3
 CAPTION_WIDTH = 19  # characters below a tile
+CAPTION_LINES = 4  # at most
 WIDTH = 2 * MARGIN + COLUMNS * TILE + (COLUMNS - 1) * GAP
 TEXT, SOFT = (29, 34, 41), (92, 102, 114)
 # Told apart by people with any colour vision (Okabe and Ito).
@@ -78,8 +78,8 @@ class Sheets:
         """What is shown of a class; no image is shown twice."""
         of_class = self.selection.of_class
         used = of_class(name, ACCEPTED, FILLED)
-        missed = of_class(name, SURPLUS) or of_class(name, REJECTED)
         rejected = of_class(name, REJECTED)
+        missed = [*of_class(name, SURPLUS), *rejected]
         best = used[:COLUMNS]
         last = used[COLUMNS:][-COLUMNS // 2 :]
         border = [*last, *missed[: COLUMNS - len(last)]]
@@ -93,21 +93,22 @@ class Sheets:
 
     def draw(self, name: str) -> bytes:
         """The sheet of a class, as PNG."""
-        counts = self.selection.counts()[name]
-        numbers = ", ".join(f"{value} {key}" for key, value in counts.items())
         sections = self.sections(name)
-        strip = TILE + (1 + CAPTION_LINES) * LINE  # a tile with the text below it
-        height = 2 * MARGIN + 4 * LINE + len(sections) * (3 * LINE + 2 * strip)
-        sheet = Image.new("RGB", (WIDTH, height), "white")
+        words = [[self._words(i) for i in section.rows] for section in sections]
+        # Heights of a synthetic tile with its text; one of a real tile has three lines.
+        strips = [TILE + (max(map(len, texts)) + 0.8) * LINE for texts in words]
+        real_strip = TILE + 4.5 * LINE
+        height = sum(strips) + len(sections) * (real_strip + 1.6 * LINE) + 4 * LINE + 2 * MARGIN
+        sheet = Image.new("RGB", (WIDTH, int(height)), "white")
         draw = ImageDraw.Draw(sheet)
-        draw.text((MARGIN, MARGIN), f"{name}: {numbers}", TEXT, self._bold)
+        draw.text((MARGIN, MARGIN), self._title(name), TEXT, self._bold)
         legend = f"score: {self.score}; " if self.score else ""
         legend += "below each image: the nearest real tile of any class, with the distance"
         judge = self.synthetic.network or self.synthetic.extractor[:12]
         draw.text((MARGIN, MARGIN + 1.4 * LINE), legend, SOFT, self._font)
         draw.text((MARGIN, MARGIN + 2.4 * LINE), f"features: {judge}", SOFT, self._font)
         top = MARGIN + 4 * LINE
-        for section in sections:
+        for section, texts, strip in zip(sections, words, strips, strict=True):
             draw.text((MARGIN, top), section.heading, TEXT, self._bold)
             top += 1.6 * LINE
             index, distance = self._neighbours(section.rows)
@@ -117,25 +118,35 @@ class Sheets:
                 decision = self.selection.decisions[i]
                 box = (left - 3, top - 3, left + TILE + 2, top + TILE + 2)
                 draw.rectangle(box, outline=COLOURS[decision], width=3)
-                self._caption(draw, left, top + TILE + 4, self._words(i), COLOURS[decision])
+                self._caption(draw, left, top + TILE + 4, texts[column], COLOURS[decision])
                 below = top + strip
                 self._tile(sheet, left, below, self.real_root / self.real.files[j])
                 real = f"real {self.real.classes[self.real.labels[j]]}"
-                self._caption(draw, left, below + TILE + 4, [real, f"at {d:.3f}"], SOFT)
-            top += 2 * strip + 1.4 * LINE
+                text = [real, f"at {d:.3f}", _short(self.real.files[j])]
+                self._caption(draw, left, below + TILE + 4, text, SOFT)
+            top += strip + real_strip
         stream = io.BytesIO()
         sheet.save(stream, format="PNG", optimize=True)
         return stream.getvalue()
 
+    def _title(self, name: str) -> str:
+        counts = self.selection.counts()[name]
+        others = [key for key in (FILLED, SURPLUS, REJECTED) if counts[key]]
+        return (
+            f"{name}: {counts['accepted']} accepted of {counts['wanted']} wanted, of"
+            f" {counts['generated']} generated"
+            + "".join(f", {counts[key]} {key}" for key in others)
+        )
+
     def _words(self, i: int) -> list[str]:
-        """Decision and score of an image, and why it is not used."""
+        """Decision and score of an image, its file, and why it is not used."""
         decision, score = self.selection.decisions[i], self.selection.scores[i]
         first = decision if np.isnan(score) else f"{decision} {score:.3g}"
-        if decision not in (REJECTED, FILLED):
-            return [first]
-        reason = self.selection.reasons[i].removeprefix("fills a shortfall, though ")
-        lines = textwrap.wrap(reason, CAPTION_WIDTH)
-        return [first, *lines]
+        lines = [first, _short(self.selection.files[i])]
+        if decision in (REJECTED, FILLED):
+            reason = self.selection.reasons[i].removeprefix(FILL_REASON)
+            lines += textwrap.wrap(reason, CAPTION_WIDTH)
+        return lines[:CAPTION_LINES]
 
     @cached_property
     def _index(self) -> dict[str, int]:
@@ -152,8 +163,14 @@ class Sheets:
         sheet.paste(pixels.resize((TILE, TILE), Image.Resampling.BICUBIC), (left, int(top)))
 
     def _caption(self, draw, left: int, top: float, lines: Sequence[str], colour) -> None:
-        for k, line in enumerate(lines[:CAPTION_LINES]):
+        for k, line in enumerate(lines):
             draw.text((left, top + k * LINE), line, colour if k == 0 else SOFT, self._font)
+
+
+def _short(file: str) -> str:
+    """The end of a file's name, as far as it fits below a tile."""
+    stem = Path(file).stem
+    return stem if len(stem) <= CAPTION_WIDTH - 2 else f"…{stem[3 - CAPTION_WIDTH :]}"
 
 
 def sheet_path(folder: Path, name: str) -> Path:
