@@ -153,7 +153,8 @@ def load_model(
     """Rebuild a model from its checkpoint alone, in evaluation mode, without gradients.
 
     Returns:
-        The LightningModule of the recorded class, weights loaded strictly.
+        The LightningModule of the recorded class, weights loaded strictly; its `record` is the
+        checkpoint's.
     """
     from ldm.config import instantiate_from_config, require_own_targets
 
@@ -167,6 +168,7 @@ def load_model(
     state = {k: v for k, v in payload["state_dict"].items() if not k.startswith(training_only)}
     load_strictly(model, state, f"{what}: {path}")
     model.classes = record["classes"]
+    model.record = record
     return model.to(device).eval().requires_grad_(False)
 
 

@@ -18,7 +18,9 @@ from ldm.checkpoint import load_model
 from ldm.diffusion.samplers import IndexedNoise, ddim
 from ldm.diffusion.schedule import time_pairs
 from ldm.errors import UserError
-from ldm.synthesis import UNCONDITIONAL, Sampling, Synthesiser, fixed_batches, load_models
+from ldm.synthesis import UNCONDITIONAL, Sampling, Synthesiser, load_models
+from ldm.synthesis.models import Models
+from ldm.synthesis.synthesiser import fixed_batches
 
 ROOT = Path(sample_diffusion.__file__).parent
 
@@ -44,16 +46,31 @@ def sample(models, outdir, *options, classifier="classifier.ckpt", n=2, steps=4)
 
 
 def files(outdir):
+    """Contents by name, without the journal."""
     return {
         path.relative_to(outdir).as_posix(): path.read_bytes()
         for path in sorted(outdir.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.parent.name != ".parts"
     }
 
 
 def manifest(outdir):
     with (outdir / "manifest.csv").open(newline="") as stream:
         return list(csv.DictReader(stream))
+
+
+def assert_same(found, expected):
+    """Two folders hold the same images, and say the same of them but when they were made."""
+    ours, theirs = files(found), files(expected)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        if name.endswith(".png") or name == "settings.json":
+            assert ours[name] == theirs[name], name
+    for one, other in zip(manifest(found), manifest(expected), strict=True):
+        assert one.keys() == other.keys()
+        assert {k: v for k, v in one.items() if k not in ("made", "seconds")} == {
+            k: v for k, v in other.items() if k not in ("made", "seconds")
+        }
 
 
 def test_images_do_not_depend_on_the_batch_size(models, tmp_path):
@@ -63,13 +80,11 @@ def test_images_do_not_depend_on_the_batch_size(models, tmp_path):
         sample(
             models, folders[-1], "--classifier_scale", 20, "--batch_size", batch_size, n=3, steps=2
         )
-    first, *others = [files(folder) for folder in folders]
+    for other in folders[1:]:
+        assert_same(other, folders[0])
+    first = files(folders[0])
     images = [name for name in first if name.endswith(".png")]
     assert len(images) == 9 + 1  # and the grid
-    for other in others:
-        assert other.keys() == first.keys()
-        for name in [*images, "manifest.csv"]:
-            assert other[name] == first[name], name
     # The images are not all alike, or this would prove nothing.
     assert len({first[name] for name in images}) == len(images)
 
@@ -101,8 +116,8 @@ def test_outputs(models, tmp_path):
     assert [(row["class"], int(row["index"])) for row in rows] == [
         (name, i) for name in tiny.CLASSES for i in range(2)
     ]
-    model, classifier, _ = load_models(models / "diffusion.ckpt", models / "classifier.ckpt")
-    synthesiser = Synthesiser(model, classifier, Sampling("ddim", 4, 0.5, 2.0, 7))
+    loaded = load_models(models / "diffusion.ckpt", models / "classifier.ckpt")
+    synthesiser = Synthesiser(loaded, Sampling("ddim", 4, 0.5, 2.0, 7))
     for row in rows:
         assert row["file"] == f"{row['class']}/{int(row['index']):06d}.png"
         settings = {k: row[k] for k in ("seed", "sampler", "steps", "eta", "scale")}
@@ -113,8 +128,10 @@ def test_outputs(models, tmp_path):
         z_0 = synthesiser.latents([label], [int(row["index"])])
         image = np.asarray(Image.open(out / row["file"]))
         assert np.array_equal(image, synthesiser.images(z_0)[0])
-        logits = classifier.net(z_0, torch.zeros(1, dtype=torch.int64))
-        assert float(row["prob"]) == pytest.approx(logits.softmax(1)[0, label].item(), abs=2e-6)
+        logits = loaded.classifier.net(z_0, torch.zeros(1, dtype=torch.int64))
+        p = logits.softmax(1)[0]
+        assert float(row["prob"]) == pytest.approx(p[label].item(), abs=2e-6)
+        assert float(row["entropy"]) == pytest.approx(-(p * p.log()).sum().item(), abs=2e-6)
     grid = np.asarray(Image.open(out / "grid.png"))
     assert grid.shape == (3 * 34 - 2, 2 * 34 - 2, 3)
     lym = np.asarray(Image.open(out / "LYM/000001.png"))
@@ -140,7 +157,7 @@ def test_unconditional(models, tmp_path):
     model = load_model(models / "diffusion.ckpt", "diffusion")
     noise = IndexedNoise(0, -1, [10], tiny.LATENT)
     z_0 = ddim(model.ema.net, model.schedule, noise.initial(), time_pairs(1000, 4))
-    expected = Synthesiser(model, None, Sampling("ddim", 4, 0.0, 0.0, 0)).images(z_0)[0]
+    expected = Synthesiser(Models(model), Sampling("ddim", 4, 0.0, 0.0, 0)).images(z_0)[0]
     assert np.array_equal(np.asarray(Image.open(out / rows[10]["file"])), expected)
 
 
@@ -148,8 +165,7 @@ def test_scale_0_is_unguided(models, tmp_path):
     """Scale 0 gives the images of the diffusion model alone, from the noise of that class."""
     sample(models, tmp_path / "zero", "--classifier_scale", 0, "--classes", "TUM")
     sample(models, tmp_path / "guided", "--classifier_scale", 50, "--classes", "TUM")
-    model, _, _ = load_models(models / "diffusion.ckpt")
-    unguided = Synthesiser(model, None, Sampling("ddim", 4, 1.0, 0.0, 0))
+    unguided = Synthesiser(load_models(models / "diffusion.ckpt"), Sampling("ddim", 4, 1.0, 0.0, 0))
     images = unguided.images(unguided.latents([2, 2], [0, 1]))
     for i in range(2):
         zero = np.asarray(Image.open(tmp_path / "zero" / "TUM" / f"{i:06d}.png"))
@@ -199,10 +215,7 @@ def test_classes_and_growing_n(models, tmp_path):
     assert [row["file"] for row in manifest(parts)] == ["TUM/000000.png"]
     sample(models, parts, "--classes", "TUM,ADI", n=2)
     sample(models, parts, n=3)
-    expected, found = files(whole), files(parts)
-    assert found.keys() == expected.keys()
-    for name in expected.keys() - {"settings.json", "guidance.csv"}:
-        assert found[name] == expected[name], name
+    assert_same(parts, whole)
 
 
 def test_an_interrupted_run_goes_on(models, tmp_path, monkeypatch):
@@ -228,9 +241,7 @@ def test_an_interrupted_run_goes_on(models, tmp_path, monkeypatch):
     (out / "LYM" / "000001.png").unlink()
     calls[:] = [0] * 10
     sample(models, out, "--batch_size", 2)
-    expected, found = files(whole), files(out)
-    for name in expected.keys() - {"settings.json", "guidance.csv"}:
-        assert found[name] == expected[name], name
+    assert_same(out, whole)
     kept = before.keys() - {"LYM/000001.png"}
     assert len(kept) == 3
     assert all((out / name).stat().st_mtime_ns == before[name] for name in kept)
@@ -325,7 +336,7 @@ def test_latent_shape_must_fit(models, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--classes", "TUM,XXX"), "unknown XXX; the classifier knows ADI, LYM, TUM"),
+        (("--classes", "TUM,XXX"), "unknown class 'XXX'; the model knows 0=ADI, 1=LYM, 2=TUM"),
         (("--classes", ","), "empty list"),
         (("-c", 1001), r"--custom_steps 1001 must be in \[1, 1000\]"),
         (("-v", "-e", 0.5), "--eta 0.5 belongs to DDIM"),
@@ -380,8 +391,8 @@ def test_folders_that_are_not_ours(models, tmp_path):
 
 
 def test_latents_that_are_not_finite(models):
-    model, classifier, _ = load_models(models / "diffusion.ckpt", models / "classifier.ckpt")
-    synthesiser = Synthesiser(model, classifier, Sampling("ddim", 4, 1.0, float("inf"), 0))
+    loaded = load_models(models / "diffusion.ckpt", models / "classifier.ckpt")
+    synthesiser = Synthesiser(loaded, Sampling("ddim", 4, 1.0, float("inf"), 0))
     with pytest.raises(UserError, match="not finite.*lower --classifier_scale"):
         synthesiser.latents([0], [0])
 

@@ -162,6 +162,11 @@ def _resize(size: int) -> A.SmallestMaxSize:
     )
 
 
+def resize_tile(image: np.ndarray, size: int) -> np.ndarray:
+    """The tile, uint8 (H, W, 3), with its shorter side `size`, as a `TileFolder` resizes it."""
+    return _resize(size)(image=image)["image"]
+
+
 class StainJitter(A.ImageOnlyTransform):
     """More or less haematoxylin and eosin, as other laboratories and other days would have it.
 

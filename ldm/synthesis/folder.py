@@ -1,0 +1,305 @@
+"""A folder of sampled images: class folders, manifest, and a journal from which it is made.
+
+    OUT/CLASS/000000.png      images
+    OUT/settings.json         what decides them; another run must agree with it
+    OUT/manifest.csv          one row per image; manifest.parquet is the same with types
+    OUT/guidance.csv          what guidance did, by time step
+    OUT/grid.png, README.md   the first images of each class; the data set's card
+    OUT/.parts/               the journal: a file per start and process, a line per finished batch
+
+Every file appears whole or not at all, and an image before the line that lists it. So whatever
+moment a run is killed at, the next one finds what is finished and makes the rest. Journals are
+never rewritten: everything but the images can be made from them at any time.
+"""
+
+import csv
+import io
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ldm.data.tiles import read_tile, resize_tile, write_png
+from ldm.errors import UserError
+from ldm.run import write_bytes, write_json, write_text
+from ldm.synthesis.card import make_card
+from ldm.synthesis.guidance_log import GuidanceLog
+
+GRID_COLUMNS = 8
+GRID_ROWS = 8  # of a grid without classes
+JOURNAL = ".parts"
+PARTIAL = (".*.part", "*/.*.part", ".manifest.*", ".guidance.csv.*", ".grid.png.*", ".README.md.*")
+
+# Manifest columns and their Arrow types. What stands in a row of the journal, then what is the
+# same for all images of a folder, from its settings.
+OF_IMAGE = {
+    "class": "string",
+    "index": "int32",
+    "file": "string",
+    "prob": "float64",
+    "entropy": "float64",
+    "made": "timestamp",
+    "seconds": "float64",
+}
+OF_FOLDER = {
+    "seed": "int64",
+    "sampler": "string",
+    "steps": "int32",
+    "eta": "float64",
+    "scale": "float64",
+    "interval_low": "int32",
+    "interval_high": "int32",
+    "guidance_on": "string",
+    "normalise": "bool",
+    "clip": "float64",
+    "temperature": "float64",
+    "cfg_scale": "float64",
+    "autoguidance_scale": "float64",
+    "diffusion_sha256": "string",
+    "classifier_sha256": "string",
+    "autoguidance_sha256": "string",
+    "first_stage_sha256": "string",
+}
+COLUMNS = ("class", "index", "file", *OF_FOLDER, "prob", "entropy", "made", "seconds")
+DECIMALS = {"prob": 6, "entropy": 6, "seconds": 3}
+
+Row = dict[str, Any]
+
+
+class SampleFolder:
+    """OUT, as described in this module.
+
+    Args:
+        root: OUT.
+        settings: What decides the images, see `ldm.synthesis.settings.make_settings`; compared with
+            those in an existing OUT.
+        facts: What is known of each model, by role, for the card.
+
+    Attributes:
+        rows: The finished images by (class, index).
+
+    Raises:
+        UserError: OUT holds images made with other settings, or files that are not ours.
+    """
+
+    def __init__(self, root: Path, settings: dict[str, Any], facts: dict[str, Any] | None = None):
+        self.root = root
+        self.settings = json.loads(json.dumps(settings))  # as it will be read back
+        self.facts = facts or {}
+        self.rows: dict[tuple[str, int], Row] = {}
+        self.runs: list[dict[str, Any]] = []
+        self.guidance_log = GuidanceLog()
+        if (root / "settings.json").exists():
+            self._check_settings()
+            self.read()
+        elif root.is_dir() and any(root.iterdir()):
+            raise UserError(
+                f"--outdir {root}: not empty and without settings.json; give a new folder"
+            )
+        elif root.exists() and not root.is_dir():
+            raise UserError(f"--outdir {root} is a file; give a folder")
+
+    def _check_settings(self) -> None:
+        path = self.root / "settings.json"
+        try:
+            known = json.loads(path.read_text())["images"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}: unreadable; give another --outdir") from None
+        keys = sorted(known.keys() | self.settings.keys())
+        changed = [
+            f"{key} {known.get(key)} there, {self.settings.get(key)} now"
+            for key in keys
+            if known.get(key) != self.settings.get(key)
+        ]
+        if changed:
+            raise UserError(
+                f"--outdir {self.root}: its images were made with other settings "
+                f"({'; '.join(changed)}); give another folder"
+            )
+
+    # What is there
+
+    def read(self) -> None:
+        """Take in the manifest and all journals; a row counts if its image is there."""
+        self.rows, self.runs, self.guidance_log = {}, [], GuidanceLog()
+        self._read_manifest()
+        for path in sorted((self.root / JOURNAL).glob("*.jsonl")):
+            self._read_journal(path)
+
+    def _read_manifest(self) -> None:
+        path = self.root / "manifest.csv"
+        if not path.exists():
+            return
+        with path.open(newline="") as stream:
+            reader = csv.DictReader(stream)
+            if tuple(reader.fieldnames or ()) != COLUMNS:
+                raise UserError(f"{path}: columns {reader.fieldnames} are not {list(COLUMNS)}")
+            for cells in reader:
+                row: Row = {key: cells[key] or None for key in OF_IMAGE}
+                row["index"] = int(row["index"])
+                for key in DECIMALS:
+                    row[key] = None if row[key] is None else float(row[key])
+                self._take(row)
+
+    def _read_journal(self, path: Path) -> None:
+        # A run that was killed while it wrote leaves a last line without its end.
+        for line in path.read_text().splitlines(keepends=True):
+            if not line.endswith("\n"):
+                break
+            entry = json.loads(line)
+            if "run" in entry:
+                self.runs.append(entry["run"])
+                continue
+            for row in entry["rows"]:
+                self._take(row)
+            self.guidance_log.merge(entry["guidance"])
+
+    def _take(self, row: Row) -> None:
+        if (self.root / row["file"]).is_file():
+            self.rows[row["class"], row["index"]] = row
+
+    def missing(self, counts: Mapping[str, int]) -> list[tuple[str, int]]:
+        """The images (class, index) that are still to be made, of the first so many per class."""
+        wanted = [(name, index) for name, count in counts.items() for index in range(count)]
+        return [job for job in wanted if job not in self.rows]
+
+    # Writing
+
+    def start(self) -> None:
+        """Write settings.json, before the first image, and remove what a killed run left."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        if not (self.root / "settings.json").exists():
+            content = {"images": self.settings, "models": self.facts}
+            write_json(self.root / "settings.json", content)
+        for pattern in PARTIAL:
+            for path in self.root.glob(pattern):
+                path.unlink(missing_ok=True)
+
+    def journal(self, stamp: str, rank: int, run: dict[str, Any] | None) -> "Journal":
+        """A new journal of this start and process; `run` describes the start, once for all."""
+        return Journal(self.root / JOURNAL / f"{stamp}-{rank:04d}.jsonl", run)
+
+    def write_image(self, name: str, index: int, image: np.ndarray) -> str:
+        """Write one image, uint8 (H, W, 3), at the size of the settings; returns its file."""
+        file = f"{name}/{index:06d}.png"
+        (self.root / name).mkdir(exist_ok=True)
+        size = self.settings.get("out_size")
+        write_png(self.root / file, image if size is None else resize_tile(image, size))
+        return file
+
+    def write_manifest(self) -> None:
+        """manifest.csv and manifest.parquet, from `rows`."""
+        constant = self._of_folder()
+        rows = [constant | self.rows[key] for key in sorted(self.rows)]
+        stream = io.StringIO()
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows([_cell(key, row[key]) for key in COLUMNS] for row in rows)
+        write_if_changed(self.root / "manifest.csv", stream.getvalue().encode())
+        write_if_changed(self.root / "manifest.parquet", _parquet(rows))
+
+    def _of_folder(self) -> Row:
+        low, high = self.settings.get("interval") or (None, None)
+        known = self.settings | {"interval_low": low, "interval_high": high}
+        return {key: known.get(key) for key in OF_FOLDER}
+
+    def finish(self) -> None:
+        """Write all that is made from the journals; a file that would not change is left alone."""
+        self.write_manifest()
+        if self.guidance_log.sums:
+            write_if_changed(self.root / "guidance.csv", self.guidance_log.table().encode())
+        write_if_changed(self.root / "grid.png", self._grid())
+        card = make_card(self.settings, self.facts, self.runs, list(self.rows.values()))
+        write_if_changed(self.root / "README.md", card.encode())
+
+    def _grid(self) -> bytes:
+        """The first images, a row per class; one class alone fills several rows."""
+        files: dict[str, list[Path]] = {}
+        for name, index in sorted(self.rows, key=self._order):
+            files.setdefault(name, []).append(self.root / self.rows[name, index]["file"])
+        rows = [paths[:GRID_COLUMNS] for paths in files.values()]
+        if len(files) == 1:
+            (paths,) = files.values()
+            starts = range(0, min(len(paths), GRID_ROWS * GRID_COLUMNS), GRID_COLUMNS)
+            rows = [paths[start : start + GRID_COLUMNS] for start in starts]
+        columns = max(len(paths) for paths in rows)
+        height, width, _ = read_tile(rows[0][0]).shape
+        gap = 2  # white pixels between tiles
+        shape = (len(rows) * (height + gap) - gap, columns * (width + gap) - gap, 3)
+        grid = np.full(shape, 255, dtype=np.uint8)
+        for i, paths in enumerate(rows):
+            for j, path in enumerate(paths):
+                top, left = i * (height + gap), j * (width + gap)
+                grid[top : top + height, left : left + width] = read_tile(path)
+        stream = io.BytesIO()
+        Image.fromarray(grid).save(stream, "PNG")
+        return stream.getvalue()
+
+    def _order(self, key: tuple[str, int]) -> tuple[int, int]:
+        """Classes in label order."""
+        name, index = key
+        return (self.settings.get("classes") or [name]).index(name), index
+
+
+class Journal:
+    """One process's list of finished images, appended to batch by batch.
+
+    Args:
+        path: New file.
+        run: What is known of this start; None in all processes but the first.
+    """
+
+    def __init__(self, path: Path, run: dict[str, Any] | None):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        write_text(path, "" if run is None else json.dumps({"run": run}) + "\n")
+
+    def add(self, rows: Sequence[Row], guidance: GuidanceLog) -> None:
+        """Add a batch whose images are written, as one line in one write."""
+        line = json.dumps({"rows": list(rows), "guidance": guidance.record()}) + "\n"
+        with self._path.open("ab", buffering=0) as stream:
+            stream.write(line.encode())
+
+
+def image_row(
+    name: str, index: int, file: str, prob: float | None, entropy: float | None, seconds: float
+) -> Row:
+    """A row of the journal for an image that was just written."""
+    row = {"class": name, "index": index, "file": file, "prob": prob, "entropy": entropy}
+    row |= {"made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "seconds": seconds}
+    # As the manifest will say it, so that both ways to read a row give the same.
+    digits = {key: row[key] for key in DECIMALS if row[key] is not None}
+    return row | {key: round(value, DECIMALS[key]) for key, value in digits.items()}
+
+
+def write_if_changed(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, unless it holds this already."""
+    if not path.is_file() or path.read_bytes() != content:
+        write_bytes(path, content)
+
+
+def _cell(key: str, value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.{DECIMALS[key]}f}" if key in DECIMALS else str(value)
+
+
+def _parquet(rows: Sequence[Row]) -> bytes:
+    import datetime
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kinds = OF_IMAGE | OF_FOLDER
+    types = {key: pa.type_for_alias(kind) for key, kind in kinds.items() if kind != "timestamp"}
+    types["made"] = pa.timestamp("s", tz="UTC")
+    made = [datetime.datetime.fromisoformat(row["made"].replace("Z", "+00:00")) for row in rows]
+    columns = {key: [row[key] for row in rows] for key in COLUMNS} | {"made": made}
+    schema = pa.schema([(key, types[key]) for key in COLUMNS])
+    stream = io.BytesIO()
+    pq.write_table(pa.table(columns, schema=schema), stream)
+    return stream.getvalue()

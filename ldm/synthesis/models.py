@@ -1,0 +1,169 @@
+"""Models that belong together, from their checkpoints."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm.checkpoint import KEY, checkpoint_path, file_sha256, load_model, read_checkpoint
+from ldm.errors import UserError
+from ldm.models.classifier import NoisyLatentClassifier
+from ldm.models.diffusion import LatentDiffusion
+from ldm.synthesis.settings import UNCONDITIONAL
+
+SCALE_TOLERANCE = 0.05  # relative difference of latent scales that models bear
+
+
+@dataclass(frozen=True)
+class Models:
+    """What a synthesiser needs, in evaluation mode.
+
+    Attributes:
+        diffusion: The noise predictor, and the decoder.
+        classifier: Guides, and gives the probability of the wanted class.
+        weak: An earlier or smaller noise predictor, for autoguidance.
+        files: SHA-256 of each checkpoint, by role.
+        facts: What each checkpoint says of itself, by role.
+    """
+
+    diffusion: LatentDiffusion
+    classifier: NoisyLatentClassifier | None = None
+    weak: LatentDiffusion | None = None
+    files: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Class names in label order; None when nothing here knows classes."""
+        if self.classifier is not None:
+            return self.classifier.classes
+        return self.diffusion.classes if self.diffusion.conditional else None
+
+    @property
+    def names(self) -> list[str]:
+        """The class folders that can be filled."""
+        return self.classes or [UNCONDITIONAL]
+
+    def label(self, name: str) -> int:
+        """Label of a class; -1 without classes."""
+        return -1 if self.classes is None else self.classes.index(name)
+
+    def to(self, device: torch.device) -> "Models":
+        for model in (self.diffusion, self.classifier, self.weak):
+            if model is not None:
+                model.to(device)
+        return self
+
+
+def load_models(
+    diffusion_path: str | Path,
+    classifier_path: str | Path | None = None,
+    first_stage_path: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    autoguidance_path: str | Path | None = None,
+) -> Models:
+    """Load models that belong together.
+
+    Args:
+        diffusion_path: Checkpoint of kind diffusion; brings its own autoencoder, and classes if it
+            was tuned to take labels.
+        classifier_path: Checkpoint of kind classifier.
+        first_stage_path: Checkpoint of kind autoencoder whose decoder was tuned on labels; replaces
+            the autoencoder of the diffusion model.
+        autoguidance_path: Checkpoint of kind diffusion, worse than the first.
+
+    Raises:
+        UserError: A wrong kind, or models that were not made for one another: another latent space,
+            latent scale, noise schedule or class list.
+    """
+    diffusion = load_model(diffusion_path, "diffusion", device, what="--resume")
+    files = {"diffusion": file_sha256(checkpoint_path(diffusion_path))}
+    facts = {"diffusion": _facts(diffusion.record)}
+    classifier = weak = None
+    if classifier_path is not None:
+        classifier = load_model(classifier_path, "classifier", device, what="--classifier")
+        files["classifier"] = file_sha256(checkpoint_path(classifier_path))
+        facts["classifier"] = _facts(classifier.record)
+        where = f"--classifier {classifier_path}"
+        remedy = f"train it with --first_stage {diffusion_path}"
+        _check_latents(diffusion, diffusion_path, classifier, where, remedy)
+        if diffusion.conditional:
+            _check_classes(diffusion, diffusion_path, classifier, where)
+    if autoguidance_path is not None:
+        weak = load_model(autoguidance_path, "diffusion", device, what="--autoguidance")
+        files["autoguidance"] = file_sha256(checkpoint_path(autoguidance_path))
+        facts["autoguidance"] = _facts(weak.record)
+        where = f"--autoguidance {autoguidance_path}"
+        if files["autoguidance"] == files["diffusion"]:
+            raise UserError(
+                f"{where} is the same checkpoint as {diffusion_path}; give an earlier one"
+            )
+        remedy = "give an earlier checkpoint of the same run"
+        _check_latents(diffusion, diffusion_path, weak, where, remedy)
+        if diffusion.conditional and weak.conditional:
+            _check_classes(diffusion, diffusion_path, weak, where)
+    if first_stage_path is not None:
+        diffusion.replace_first_stage(str(first_stage_path))
+        files["first_stage"] = file_sha256(checkpoint_path(first_stage_path))
+        record = read_checkpoint(first_stage_path)[KEY]
+        facts["first_stage"] = _facts(record)
+        tuned_on = record["classes"]
+        if classifier is not None and tuned_on and tuned_on != classifier.classes:
+            raise UserError(
+                f"--first_stage {first_stage_path} was tuned on classes {tuned_on}, the classifier "
+                f"on {classifier.classes}; use models of the same labelled set"
+            )
+    return Models(diffusion, classifier, weak, files, facts)
+
+
+def _check_latents(
+    diffusion: LatentDiffusion,
+    path: str | Path,
+    other: NoisyLatentClassifier | LatentDiffusion,
+    where: str,
+    remedy: str,
+) -> None:
+    """UserError unless `other` works on the latents that the diffusion model makes."""
+    if other.autoencoder_fingerprint != diffusion.autoencoder_fingerprint:
+        raise UserError(
+            f"{where} was trained on latents of another autoencoder than {path}; {remedy}"
+        )
+    ours, theirs = tuple(diffusion.latent_shape), tuple(other.latent_shape)
+    if theirs != ours:
+        raise UserError(f"{where} takes latents {theirs}, {path} makes {ours}; {remedy}")
+    scale, other_scale = float(diffusion.scale_factor), float(other.scale_factor)
+    if abs(other_scale / scale - 1) > SCALE_TOLERANCE:
+        raise UserError(
+            f"{where} has latent scale {other_scale:.4f}, {path} has {scale:.4f} (allowed: "
+            f"{SCALE_TOLERANCE:.0%} apart); {remedy}"
+        )
+    if other.schedule != diffusion.schedule:
+        raise UserError(
+            f"{where} was trained for {other.schedule}, {path} for {diffusion.schedule}; {remedy}"
+        )
+
+
+def _check_classes(
+    diffusion: LatentDiffusion,
+    path: str | Path,
+    other: NoisyLatentClassifier | LatentDiffusion,
+    where: str,
+) -> None:
+    ours: Sequence[str] | None = diffusion.classes
+    if other.classes != ours:
+        raise UserError(
+            f"{where} knows the classes {other.classes}, {path} {ours}; use models of the same "
+            "labelled set"
+        )
+
+
+def _facts(record: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's record says that a reader of a data set may want to know."""
+    return {
+        "model": record["model"]["target"].rsplit(".", 1)[-1],
+        "classes": record["classes"],
+        "seed": record["seed"],
+        "revision": record["revision"],
+    }

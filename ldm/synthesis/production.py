@@ -1,0 +1,211 @@
+"""Making the images that a folder lacks: batches, ranks, and writing beside sampling."""
+
+import logging
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm import __version__
+from ldm.diffusion.samplers import Step
+from ldm.run import git_revision, versions
+from ldm.synthesis.folder import Journal, SampleFolder, image_row
+from ldm.synthesis.guidance_log import GuidanceLog
+from ldm.synthesis.ranks import Ranks
+from ldm.synthesis.synthesiser import Confidence, Synthesiser
+
+log = logging.getLogger(__name__)
+
+QUEUE = 2  # sampled batches that may wait to be written: latents are small, but not free
+
+
+@dataclass(frozen=True)
+class SampleReport:
+    """What a call of `synthesise` did.
+
+    Attributes:
+        made: Images made, by all processes together.
+        present: Images that were wanted and there already.
+        seconds: Wall-clock time of making them, without loading models.
+    """
+
+    made: int
+    present: int
+    seconds: float
+
+    @property
+    def images_per_s(self) -> float:
+        return self.made / self.seconds if self.made else 0.0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A sampled batch, to be decoded and written.
+
+    Attributes:
+        jobs: (class, index) of each image.
+        z_0: Latents, (B, C, H, W).
+        seconds: Time it took so far.
+    """
+
+    jobs: list[tuple[str, int]]
+    z_0: Tensor
+    confidences: list[Confidence | None]
+    guidance: GuidanceLog
+    seconds: float
+
+
+class Writer:
+    """Decodes and writes batches in a thread of its own, beside the sampling of the next one.
+
+    One thread, so that batches are written in order; a GPU does both in streams of their own. What
+    goes wrong in it is raised by the next `put`, or at the end.
+    """
+
+    def __init__(self, synthesiser: Synthesiser, folder: SampleFolder, journal: Journal):
+        self._synthesiser = synthesiser
+        self._folder = folder
+        self._journal = journal
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._waiting: deque[Future] = deque()
+        self._stream = None
+        if synthesiser.device.type == "cuda":
+            self._stream = torch.cuda.Stream(synthesiser.device)
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        try:
+            while self._waiting and kind is None:
+                self._waiting.popleft().result()
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+
+    def put(self, batch: Batch) -> None:
+        """Hand a batch over; waits while `QUEUE` others are waiting."""
+        while self._waiting and (len(self._waiting) >= QUEUE or self._waiting[0].done()):
+            self._waiting.popleft().result()
+        self._waiting.append(self._pool.submit(self._write, batch))
+
+    def _write(self, batch: Batch) -> None:
+        start = time.perf_counter()
+        # The latents are complete: `latents` has looked at them.
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            images = self._synthesiser.images(batch.z_0)
+        files = [
+            self._folder.write_image(*job, image)
+            for job, image in zip(batch.jobs, images, strict=True)
+        ]
+        seconds = (batch.seconds + time.perf_counter() - start) / len(files)
+        rows = [
+            image_row(*job, file, *(confidence or (None, None)), seconds)
+            for job, file, confidence in zip(batch.jobs, files, batch.confidences, strict=True)
+        ]
+        self._journal.add(rows, batch.guidance)
+
+
+def synthesise(
+    synthesiser: Synthesiser,
+    folder: SampleFolder,
+    counts: Mapping[str, int],
+    batch_size: int,
+    ranks: Ranks | None = None,
+) -> SampleReport:
+    """Make the images 0..count-1 of each class that `folder` does not hold yet.
+
+    Args:
+        counts: Images per class, of `synthesiser.models.names`.
+        batch_size: Images sampled together, of several classes where one does not fill the batch.
+        ranks: Processes that share the work; this one alone by default.
+
+    Raises:
+        UserError: Sampling went wrong; what was finished before is in the folder.
+    """
+    ranks = ranks or Ranks()
+    total = sum(counts.values())
+    stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S.%fZ")
+    # One list for all: each would find what the others have made already.
+    jobs, stamp = ranks.broadcast((folder.missing(counts), stamp))
+    present = total - len(jobs)
+    if not jobs:
+        if ranks.is_first:
+            folder.finish()
+        return SampleReport(0, present, 0.0)
+    if present:
+        log.info("%d of %d images are there already", present, total)
+    if ranks.is_first:
+        folder.start()
+    ranks.barrier()
+    start = time.perf_counter()
+    journal = folder.journal(stamp, ranks.rank, _start(synthesiser, ranks))
+    try:
+        mine = jobs[ranks.rank :: ranks.size]
+        _sample(synthesiser, folder, journal, mine, batch_size, quiet=not ranks.is_first)
+        ranks.barrier()
+    except BaseException:
+        if ranks.is_first:
+            folder.read()
+            folder.write_manifest()
+        raise
+    seconds = time.perf_counter() - start
+    if ranks.is_first:
+        folder.read()
+        folder.finish()
+    return SampleReport(len(jobs), present, seconds)
+
+
+def _start(synthesiser: Synthesiser, ranks: Ranks) -> dict[str, Any] | None:
+    """What is known of this start, for the card; None in all processes but the first."""
+    if not ranks.is_first:
+        return None
+    device = synthesiser.device
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": sys.argv,
+        "processes": ranks.size,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "revision": git_revision(),
+        "versions": {"histodiffusion": __version__, **versions()},
+    }
+
+
+def _sample(
+    synthesiser: Synthesiser,
+    folder: SampleFolder,
+    journal: Journal,
+    jobs: list[tuple[str, int]],
+    batch_size: int,
+    quiet: bool,
+) -> None:
+    """This process's share, batch by batch."""
+    steps = synthesiser.sampling.steps
+    # A terminal shows every sampler step; a log file gets a line now and then.
+    live = sys.stderr.isatty()
+    options = {"unit": "img", "dynamic_ncols": True, "mininterval": 0.1 if live else 10.0}
+    options["disable"] = quiet
+    with Writer(synthesiser, folder, journal) as writer, tqdm(total=len(jobs), **options) as bar:
+
+        def show(step: Step) -> None:
+            bar.set_postfix_str(f"step {step.j + 1}/{steps}", refresh=live)
+
+        for first in range(0, len(jobs), batch_size):
+            batch = jobs[first : first + batch_size]
+            bar.set_description(batch[0][0], refresh=live)
+            start = time.perf_counter()
+            labels = [synthesiser.models.label(name) for name, _ in batch]
+            synthesiser.guidance_log = GuidanceLog()
+            z_0 = synthesiser.latents(labels, [index for _, index in batch], show)
+            confidences = synthesiser.confidences(z_0, labels)
+            seconds = time.perf_counter() - start
+            writer.put(Batch(batch, z_0, confidences, synthesiser.guidance_log, seconds))
+            bar.update(len(batch))

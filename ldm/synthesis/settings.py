@@ -1,0 +1,130 @@
+"""What decides the images of a sample folder: sampling, models, and how the networks are run."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from ldm.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ldm.synthesis.models import Models
+
+UNCONDITIONAL = "unconditional"  # folder of images that were made without a class
+SAMPLERS = ("ddim", "ddpm", "dpm++2m")
+GUIDED_ON = ("z_t", "z_0")
+PRECISIONS = ("auto", "32", "bf16")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What decides an image, beside the models.
+
+    Attributes:
+        sampler: One of `SAMPLERS`.
+        steps: Sampler steps, in [1, T].
+        eta: DDIM noise, in [0, 1]; DDPM has the noise of eta 1, DPM-Solver++ none.
+        scale: Scale of classifier guidance; 0 without a classifier.
+        seed: Run seed of the noise.
+        interval: Training time steps (lowest, highest) that are guided in any way; None for all.
+        ema: Averaged weights of the noise predictors.
+        guidance_on: Whether the classifier looks at z_t or at the z_0 predicted from it.
+        normalise: Guidance is `scale` times as long as the predicted noise.
+        clip: Guidance is at most so many times as long as the predicted noise; None for no limit.
+        temperature: The classifier's logits are divided by it.
+        cfg_scale: Of classifier-free guidance, for a model that takes labels; 1 is the labelled
+            prediction itself.
+        autoguidance_scale: Of the extrapolation from a weaker model; 1 is none.
+    """
+
+    sampler: str
+    steps: int
+    eta: float
+    scale: float
+    seed: int
+    interval: tuple[int, int] | None = None
+    ema: bool = True
+    guidance_on: str = "z_t"
+    normalise: bool = False
+    clip: float | None = None
+    temperature: float = 1.0
+    cfg_scale: float = 1.0
+    autoguidance_scale: float = 1.0
+
+    def __post_init__(self):
+        if self.sampler not in SAMPLERS:
+            raise UserError(f"sampler={self.sampler!r} must be one of {', '.join(SAMPLERS)}")
+        if self.guidance_on not in GUIDED_ON:
+            raise UserError(f"guidance_on={self.guidance_on!r} must be one of z_t, z_0")
+        if self.cfg_scale != 1 and self.autoguidance_scale != 1:
+            raise UserError(
+                f"cfg_scale={self.cfg_scale:g} and autoguidance_scale={self.autoguidance_scale:g}: "
+                "both extrapolate the same prediction; set one of them to 1"
+            )
+
+    @property
+    def label(self) -> str:
+        """A folder name for images made this way."""
+        parts = [f"{self.sampler}{self.steps}"]
+        if self.sampler == "ddim":
+            parts.append(f"eta{self.eta:g}")
+        parts.append(f"scale{self.scale:g}")
+        if self.guidance_on != "z_t":
+            parts.append(f"on-{self.guidance_on}")
+        if self.normalise:
+            parts.append("norm")
+        if self.clip is not None:
+            parts.append(f"clip{self.clip:g}")
+        for name in ("temperature", "cfg_scale", "autoguidance_scale"):
+            if getattr(self, name) != 1:
+                parts.append(f"{name.removesuffix('_scale')}{getattr(self, name):g}")
+        parts.append(f"seed{self.seed}")
+        if self.interval is not None:
+            parts.append(f"t{self.interval[0]}-{self.interval[1]}")
+        return "-".join(parts if self.ema else [*parts, "noema"])
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How the networks are run. Each of these changes an image by rounding.
+
+    Attributes:
+        precision: "32", or "bf16" for autocast.
+        channels_last: Memory layout of convolutions.
+        compile: torch.compile of the noise predictors and the classifier.
+    """
+
+    precision: str = "32"
+    channels_last: bool = False
+    compile: bool = False
+
+
+def choose_precision(name: str, device: "torch.device") -> str:
+    """The precision that `name`, one of `PRECISIONS`, means on a device."""
+    import torch
+
+    if name != "auto":
+        return name
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "32"
+
+
+def make_settings(
+    sampling: Sampling,
+    models: "Models",
+    speed: Speed | None = None,
+    out_size: int | None = None,
+) -> dict[str, Any]:
+    """What decides the images of a folder, as `SampleFolder` compares it.
+
+    Args:
+        out_size: Pixels that the images are resized to; None keeps the model's size.
+    """
+    classes: Sequence[str] | None = models.classes
+    return {
+        **asdict(sampling),
+        **{f"{role}_sha256": digest for role, digest in models.files.items()},
+        "classes": classes,
+        **asdict(speed or Speed()),
+        "out_size": out_size,
+    }

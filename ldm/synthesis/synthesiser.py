@@ -1,0 +1,245 @@
+"""Sampling of images by (class, index).
+
+Letters: B batch, C channels, H W latent size, K classes, S sampler steps. An image depends on its
+class, its index within the class, the models and the settings, and on nothing else: not on the
+batch it was made in, nor on how many processes shared the work. On a CPU that is exact (see
+`fixed_batches`); on a GPU, up to the rounding of kernels chosen by batch size.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.data.tiles import to_uint8
+from ldm.diffusion.guidance import (
+    classifier_guidance,
+    classifier_log_prob_grad,
+    extrapolate,
+    z_0_log_prob_grad,
+)
+from ldm.diffusion.samplers import EpsFn, IndexedNoise, Step, ddim, ddpm, dpm_solver_pp_2m
+from ldm.diffusion.schedule import time_pairs
+from ldm.errors import UserError
+from ldm.models.diffusion import LatentDiffusion
+from ldm.synthesis.guidance_log import GuidanceLog
+from ldm.synthesis.models import Models
+from ldm.synthesis.settings import Sampling, Speed
+
+CPU_BATCH = 8  # images per forward pass on a CPU, see `fixed_batches`
+
+
+def fixed_batches(fn: Callable, size: int = CPU_BATCH) -> Callable:
+    """`fn` evaluated on parts of exactly `size` images, the last one padded with its first image.
+
+    CPU kernels round differently for different batch sizes (convolutions of one image, matrix
+    products), which shows as single grey levels here and there. With one batch size they see the
+    same shapes always, and an image has the same bytes in any batch. Gradients pass through.
+
+    Args:
+        fn: Of tensors (B, ...), returning one such tensor or a tuple of them.
+    """
+
+    def evaluate(*batch: Tensor) -> Tensor | tuple[Tensor, ...]:
+        results = []
+        for start in range(0, len(batch[0]), size):
+            part = [x[start : start + size] for x in batch]
+            count = len(part[0])
+            if count < size:
+                part = [torch.cat([x, x[:1].expand(size - count, *x.shape[1:])]) for x in part]
+            result = fn(*part)
+            alone = isinstance(result, Tensor)
+            results.append([x[:count] for x in ((result,) if alone else result)])
+        columns = tuple(torch.cat(column) for column in zip(*results, strict=True))
+        return columns[0] if alone else columns
+
+    return evaluate
+
+
+class Confidence(NamedTuple):
+    """The classifier's opinion of a finished latent, at t = 0.
+
+    Attributes:
+        prob: p(y | z_0) of the wanted class.
+        entropy: Of p(. | z_0), nats: 0 for a certain classifier, log K for one that guesses.
+    """
+
+    prob: float
+    entropy: float
+
+
+class Synthesiser:
+    """Samples images by (class, index).
+
+    Args:
+        models: On the device to use.
+        sampling: What decides the images.
+        speed: How the networks are run.
+
+    Attributes:
+        guidance_log: What guidance did at each time step, over all images so far.
+    """
+
+    def __init__(self, models: Models, sampling: Sampling, speed: Speed | None = None):
+        self.models = models
+        self.sampling = sampling
+        self.speed = speed or Speed()
+        self.pairs = time_pairs(models.diffusion.schedule.T, sampling.steps)
+        self.device = models.diffusion.scale_factor.device
+        self.guidance_log = GuidanceLog()
+        in_parts = fixed_batches if self.device.type == "cpu" else lambda fn: fn
+        if self.speed.channels_last:
+            for model in (models.diffusion, models.classifier, models.weak):
+                if model is not None:
+                    model.to(memory_format=torch.channels_last)
+        self._eps = self._noise_predictor(models.diffusion)
+        self._weak_eps = None if models.weak is None else self._noise_predictor(models.weak)
+        self._classify = None
+        if models.classifier is not None:
+            self._classify = self._run(models.classifier.net, self.speed.compile)
+        self._predict = in_parts(self._guided)
+        self._judge = in_parts(self._distribution)
+        self._decode = in_parts(self._run(models.diffusion.decode_first_stage))
+
+    def _run(self, fn: Callable[..., Tensor], compiled: bool = False) -> Callable[..., Tensor]:
+        """`fn` of latents and more, as `speed` says; gives float32."""
+        call = torch.compile(fn) if compiled else fn
+        layout = torch.channels_last if self.speed.channels_last else torch.preserve_format
+        bf16 = self.speed.precision == "bf16"
+
+        def evaluate(z: Tensor, *others: Tensor) -> Tensor:
+            if self.speed.channels_last:
+                z = z.contiguous(memory_format=layout)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+                return call(z, *others).float()
+
+        return evaluate
+
+    def _noise_predictor(
+        self, model: LatentDiffusion
+    ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """eps(z_t, t, y); a model without labels does not look at y."""
+        ema = self.sampling.ema
+        if model.conditional:
+            return self._run(model.conditional_eps(use_ema=ema), self.speed.compile)
+        eps = self._run(model.eps_model(use_ema=ema), self.speed.compile)
+        return lambda z_t, t, y: eps(z_t, t)
+
+    def _guided(self, z_t: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Guided noise prediction, and what guidance did: (B, 3), NaN where it did not act.
+
+        The three are |classifier guidance| / |eps|, p(y | .) and |extrapolation| / |eps|.
+        """
+        sampling, schedule = self.sampling, self.models.diffusion.schedule
+        seen = torch.full((len(y), 3), float("nan"), device=z_t.device)
+
+        def note(column: int) -> Callable[[Tensor, Tensor], None]:
+            return lambda t, values: seen[:, column].copy_(values)
+
+        def own(z_t: Tensor, t: Tensor) -> Tensor:
+            return self._eps(z_t, t, y)
+
+        eps_fn: EpsFn = own
+        if sampling.cfg_scale != 1:
+            nothing = torch.full_like(y, -1)
+            eps_fn = extrapolate(
+                lambda z_t, t: self._eps(z_t, t, nothing),
+                eps_fn,
+                sampling.cfg_scale,
+                sampling.interval,
+                note(2),
+            )
+        if self._weak_eps is not None:
+            eps_fn = extrapolate(
+                lambda z_t, t: self._weak_eps(z_t, t, y),
+                eps_fn,
+                sampling.autoguidance_scale,
+                sampling.interval,
+                note(2),
+            )
+        if self._classify is not None and sampling.scale != 0:
+
+            def on_log_prob(t: Tensor, log_prob: Tensor) -> None:
+                note(1)(t, log_prob.exp())
+
+            temperature = sampling.temperature
+            if sampling.guidance_on == "z_0":
+                # Through the model's own prediction: extrapolating it would double the cost.
+                gradient = z_0_log_prob_grad(
+                    self._classify, own, schedule, y, temperature, on_log_prob
+                )
+            else:
+                gradient = classifier_log_prob_grad(self._classify, y, temperature, on_log_prob)
+            eps_fn = classifier_guidance(
+                eps_fn,
+                gradient,
+                schedule,
+                sampling.scale,
+                sampling.interval,
+                sampling.normalise,
+                sampling.clip,
+                note(0),
+            )
+        return eps_fn(z_t, t), seen
+
+    def _distribution(self, z_0: Tensor) -> Tensor:
+        """p(. | z_0) of the classifier at t = 0, (B, K)."""
+        t = torch.zeros(len(z_0), dtype=torch.int64, device=z_0.device)
+        return (self._classify(z_0, t) / self.sampling.temperature).softmax(dim=1)
+
+    @torch.no_grad()
+    def latents(
+        self,
+        labels: Sequence[int],
+        indices: Sequence[int],
+        on_step: Callable[[Step], None] | None = None,
+    ) -> Tensor:
+        """Clean scaled latents (B, C, H, W) of images `indices` of classes `labels` (-1: no class).
+
+        Raises:
+            UserError: The latents are not finite.
+        """
+        sampling, schedule = self.sampling, self.models.diffusion.schedule
+        shape = self.models.diffusion.latent_shape
+        noise = IndexedNoise(sampling.seed, labels, indices, shape, self.device)
+        y = torch.tensor(labels, dtype=torch.int64, device=self.device)  # (B,)
+        seen = []  # per step, (B, 3)
+
+        def eps_fn(z_t: Tensor, t: Tensor) -> Tensor:
+            eps_pred, done = self._predict(z_t, t, y)
+            seen.append(done)
+            return eps_pred
+
+        z_T = noise.initial()
+        if sampling.sampler == "ddim":
+            z_0 = ddim(eps_fn, schedule, z_T, self.pairs, sampling.eta, noise, on_step)
+        elif sampling.sampler == "ddpm":
+            z_0 = ddpm(eps_fn, schedule, z_T, noise, self.pairs, on_step)
+        else:
+            z_0 = dpm_solver_pp_2m(eps_fn, schedule, z_T, self.pairs, on_step)
+        if not z_0.isfinite().all():
+            raise UserError(
+                f"sampling gave latents that are not finite (scale={sampling.scale:g}, "
+                f"steps={sampling.steps}); lower --classifier_scale or raise --custom_steps"
+            )
+        # One transfer for all steps: asking at each would make a GPU wait.
+        sums = torch.stack(seen).double().sum(dim=1).tolist()  # (S, 3)
+        self.guidance_log.add([t for t, _ in self.pairs], sums, len(labels))
+        return z_0
+
+    @torch.no_grad()
+    def images(self, z_0: Tensor) -> np.ndarray:
+        """Decoded tiles, uint8 (B, H, W, 3)."""
+        return to_uint8(self._decode(z_0))
+
+    @torch.no_grad()
+    def confidences(self, z_0: Tensor, labels: Sequence[int]) -> list[Confidence | None]:
+        """The classifier's opinion of each latent; None without a classifier."""
+        if self._classify is None:
+            return [None] * len(labels)
+        p = self._judge(z_0)  # (B, K)
+        wanted = p.gather(1, torch.tensor(labels, device=p.device)[:, None])[:, 0].tolist()
+        entropies = torch.special.entr(p).sum(dim=1).tolist()
+        return [Confidence(*pair) for pair in zip(wanted, entropies, strict=True)]
