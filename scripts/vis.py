@@ -4,8 +4,9 @@
 
 DIR/CLASS/images on both sides, with the same classes. Writes VIS/features_real.safetensors,
 VIS/features_synthetic.safetensors, VIS/centroids.safetensors (scripts/distance.py reads these),
-VIS/umap.png, VIS/umap.csv and VIS/fidelity.json (distances of the two sets). Features of images
-that have not changed are taken from VIS.
+VIS/umap.png, VIS/umap.html (point at a dot to see its tile), VIS/umap.csv and VIS/fidelity.json
+(distances of the two sets). With --selection, what scripts/distance.py decided is in the pictures.
+Features of images that have not changed are taken from VIS.
 """
 
 import argparse
@@ -16,6 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.cli import ArgumentParser, existing_path, number, resolve_device, run_command
 from ldm.errors import UserError
+from ldm.selection.options import add_network_options
+
+TITLE = "UMAP of features"
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -29,19 +33,20 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--weights", metavar="CKPT", help="checkpoint (or seed folder) that eval.py wrote"
     )
     network.add_argument("--model", metavar="NAME", help="a timm network instead")
+    add_network_options(parser, "--model")
     add(
-        "--pretrained_weights",
-        metavar="FILE",
-        help="local weights of --model; without it, those in the cache of timm (no downloads)",
+        "--selection",
+        metavar="SELECTION",
+        help="training folder of scripts/distance.py, or its selection.csv: accepted and rejected"
+        " images apart",
     )
     add(
-        "--input_size",
-        type=number(int, 8),
-        help="pixels that --model sees; its own when not given",
+        "--thumbnails",
+        type=number(int, 0),
+        default=2000,
+        metavar="N",
+        help="most tiles that umap.html holds (about 2 kB each), evenly by kind and class",
     )
-    add("--batch_size", type=number(int, 1), default=64, help="images per pass")
-    add("--num_workers", type=number(int, 0), default=2, help="loader processes for large sets")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:INDEX or mps")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the UMAP picture")
     add("--umap_neighbors", type=number(int, 2), default=15, help="neighbourhood of UMAP")
     add("--umap_min_dist", type=number(float, 0, 1), default=0.1, help="how closely UMAP packs")
@@ -69,10 +74,26 @@ def main(argv: list[str] | None = None) -> None:
     from ldm.data.tiles import TileFolder
     from ldm.evaluation.fidelity import FEWEST_TILES, fidelity
     from ldm.run import write_bytes, write_json, write_text
-    from ldm.selection.centroids import Centroids, class_centroids
+    from ldm.selection.centroids import Centroids
     from ldm.selection.features import Extractor, folder_features
-    from ldm.selection.projection import Points, draw, project, to_csv
+    from ldm.selection.judge import CENTROIDS_FILE, REAL_FILE, SYNTHETIC_FILE, NetworkOptions
+    from ldm.selection.projection import (
+        CENTROID,
+        REAL,
+        SYNTHETIC,
+        Points,
+        by_decision,
+        draw,
+        project,
+        to_csv,
+    )
+    from ldm.selection.training_folder import read_decisions
+    from ldm.selection.umap_page import render
 
+    decisions = None
+    if args.selection:
+        selection = existing_path(args.selection, "--selection")
+        decisions = read_decisions(selection, "--selection")
     device = resolve_device(args.device)
     if args.weights:
         extractor = Extractor.from_checkpoint(args.weights, device)
@@ -82,33 +103,40 @@ def main(argv: list[str] | None = None) -> None:
         )
     # Both indexed before any features are computed: differing classes are known at once.
     classes = TileFolder(real_root, 1, labelled=True, check=False).classes
-    TileFolder(synthetic_root, 1, labelled=True, classes=classes, check=False)
+    made = TileFolder(synthetic_root, 1, labelled=True, classes=classes, check=False)
+    if decisions is not None and decisions.keys() != set(made.relative_paths):
+        raise UserError(
+            f"--selection {args.selection}: is not of the images in --synthetic {synthetic_root};"
+            " give the selection that was made from them"
+        )
+    options = NetworkOptions(batch_size=args.batch_size, num_workers=args.num_workers)
 
-    def features(root: Path, name: str):
-        cache = out / f"features_{name}.safetensors"
-        return folder_features(root, extractor, cache, classes, args.batch_size, args.num_workers)
+    def features(root: Path, file: str):
+        return folder_features(root, extractor, out / file, classes, **options.loading)
 
-    real, synthetic = features(real_root, "real"), features(synthetic_root, "synthetic")
-    centroids = Centroids(
-        class_centroids(real.values, real.labels, len(classes)),
-        classes,
-        extractor.identity,
-        real.tiles,
-    )
-    centroids.save(out / "centroids.safetensors")
+    real, synthetic = features(real_root, REAL_FILE), features(synthetic_root, SYNTHETIC_FILE)
+    centroids = Centroids.of(real)
+    centroids.save(out / CENTROIDS_FILE)
 
     stacked = torch.cat([real.values, synthetic.values, centroids.values])
     plane = project(stacked.numpy(), args.umap_neighbors, args.umap_min_dist, args.seed)
     n_real, n_both = len(real.files), len(real.files) + len(synthetic.files)
+    labels, places = synthetic.labels.tolist(), plane[n_real:n_both]
+    if decisions is None:
+        made_groups = [Points(SYNTHETIC, labels, synthetic.files, places)]
+    else:
+        made_groups = by_decision(labels, synthetic.files, places, decisions)
     groups = [
-        Points("real", real.labels.tolist(), real.files, plane[:n_real]),
-        Points("synthetic", synthetic.labels.tolist(), synthetic.files, plane[n_real:n_both]),
-        Points("centroid", range(len(classes)), (), plane[n_both:]),
+        Points(REAL, real.labels.tolist(), real.files, plane[:n_real]),
+        *made_groups,
+        Points(CENTROID, range(len(classes)), (), plane[n_both:]),
     ]
+    roots = {REAL: real_root, **{group.kind: synthetic_root for group in made_groups}}
     write_text(out / "umap.csv", to_csv(groups, classes))
-    write_bytes(out / "umap.png", draw(groups, classes, "UMAP of features"))
+    write_bytes(out / "umap.png", draw(groups, classes, TITLE))
+    write_text(out / "umap.html", render(groups, classes, roots, args.thumbnails, TITLE))
     counts = {"real": n_real, "synthetic": len(synthetic.files)}
-    print(f"{n_real} real and {len(synthetic.files)} synthetic tiles: {out}/umap.png")
+    print(f"{n_real} real and {len(synthetic.files)} synthetic tiles: {out}/umap.png and umap.html")
     if min(counts.values()) < FEWEST_TILES:
         print(f"fewer than {FEWEST_TILES} tiles on a side: no {out}/fidelity.json")
         return

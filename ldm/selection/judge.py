@@ -57,7 +57,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class NetworkOptions:
-    """How features are computed, see `ldm.selection.options.add_network_options`.
+    """How features are computed, as `ldm.selection.options.add_network_options` takes it.
 
     Attributes:
         cache: Folder of computed features.
@@ -69,6 +69,12 @@ class NetworkOptions:
     num_workers: int | None = None
     device: str | None = None
     cache: str | None = None
+
+    @property
+    def loading(self) -> dict[str, int]:
+        """Arguments of `folder_features`, those that were given."""
+        both = {"batch_size": self.batch_size, "num_workers": self.num_workers}
+        return {name: value for name, value in both.items() if value is not None}
 
     @property
     def given(self) -> list[str]:
@@ -131,11 +137,8 @@ def compute_judged(
     # Both indexed before any features are computed: differing classes are known at once.
     classes = TileFolder(real_root, 1, labelled=True, check=False).classes
     TileFolder(synthetic_root, 1, labelled=True, classes=classes, check=False)
-    batch_size, workers = options.batch_size or 64, options.num_workers
     real, synthetic = (
-        folder_features(
-            root, extractor, cache, classes, batch_size, 2 if workers is None else workers
-        )
+        folder_features(root, extractor, cache, classes, **options.loading)
         for root in (real_root, synthetic_root)
     )
     return Judged(real, synthetic.in_order(), Centroids.of(real))

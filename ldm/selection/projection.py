@@ -6,13 +6,15 @@ Letters: N points, D features, K classes.
 import csv
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from ldm.errors import UserError
+from ldm.selection.select import KINDS
 
+REAL, SYNTHETIC, CENTROID = "real", "synthetic", "centroid"
 SPECTRAL_LEAST = 16  # points; with fewer, UMAP's spectral start has too few eigenvectors
 
 
@@ -20,7 +22,7 @@ class Points(NamedTuple):
     """Points of one kind on the plane.
 
     Attributes:
-        kind: real, synthetic or centroid.
+        kind: real, centroid, synthetic, or what was decided on synthetic images.
         labels: n classes, in [0, K).
         files: n names; empty for centroids.
         xy: (n, 2).
@@ -61,40 +63,66 @@ def project(features: np.ndarray, neighbors: int, min_dist: float, seed: int) ->
 
 
 def to_csv(groups: Sequence[Points], classes: Sequence[str]) -> str:
-    """A row per point: set, class, file, x, y."""
+    """A row per point: set (real, synthetic or centroid), class, file, x, y, decision."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["set", "class", "file", "x", "y"])
+    writer.writerow(["set", "class", "file", "x", "y", "decision"])
     for group in groups:
+        plain = group.kind in (REAL, SYNTHETIC, CENTROID)
+        kind, decision = (group.kind, "") if plain else (SYNTHETIC, group.kind)
         files = group.files or [""] * len(group.labels)
         for label, file, (x, y) in zip(group.labels, files, group.xy, strict=True):
-            writer.writerow([group.kind, classes[label], file, f"{x:.5f}", f"{y:.5f}"])
+            place = [f"{x:.5f}", f"{y:.5f}"]
+            writer.writerow([kind, classes[label], file, *place, decision])
     return stream.getvalue()
 
 
-def draw(groups: Sequence[Points], classes: Sequence[str], title: str) -> bytes:
-    """PNG of two panels with the same axes: real tiles, synthetic tiles; centroids in both."""
+def by_decision(
+    labels: Sequence[int], files: Sequence[str], xy: np.ndarray, decisions: Mapping[str, str]
+) -> list[Points]:
+    """Synthetic points apart by what was decided on their files, in the order of KINDS."""
+    groups = []
+    for kind in KINDS:
+        rows = [i for i, file in enumerate(files) if decisions[file] == kind]
+        if rows:
+            names = [files[i] for i in rows]
+            groups.append(Points(kind, [labels[i] for i in rows], names, xy[rows]))
+    return groups
+
+
+def class_colours(K: int) -> list[tuple[float, float, float]]:
+    """A colour per class, (red, green, blue) in [0, 1]."""
     from matplotlib import colormaps
+
+    palette = colormaps["tab10" if K <= 10 else "tab20"].colors
+    return [palette[k] if len(palette) >= K else colormaps["hsv"](k / K)[:3] for k in range(K)]
+
+
+def draw(groups: Sequence[Points], classes: Sequence[str], title: str) -> bytes:
+    """PNG with a panel per kind, all with the same axes, and the centroids in each."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    by_kind = {group.kind: group for group in groups}
-    K = len(classes)
-    palette = colormaps["tab10" if K <= 10 else "tab20"].colors
-    colors = [palette[k] if len(palette) >= K else colormaps["hsv"](k / K) for k in range(K)]
+    kinds = [group for group in groups if group.kind != CENTROID]
+    (centroids,) = (group for group in groups if group.kind == CENTROID)
+    colors = class_colours(len(classes))
     everything = np.concatenate([group.xy for group in groups])
     low, high = everything.min(axis=0), everything.max(axis=0)
     margin = 0.05 * (high - low) + 1e-3
 
-    figure = Figure(figsize=(11.0, 5.4), dpi=120, layout="constrained")
+    columns = 2 if len(kinds) in (2, 4) else 3
+    rows = -(-len(kinds) // columns)
+    size_in = (1.4 + 4.8 * columns, 0.6 + 4.8 * rows)  # inches
+    figure = Figure(figsize=size_in, dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2, sharex=True, sharey=True)
-    for axes, kind in zip(panels, ("real", "synthetic"), strict=True):
-        other = by_kind["synthetic" if kind == "real" else "real"].xy
-        shown = by_kind[kind]
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for axes in panels[len(kinds) :]:
+        axes.remove()
+    for axes, shown in zip(panels, kinds, strict=False):
+        others = np.concatenate([group.xy for group in kinds if group is not shown])
         size = float(np.clip(6000 / max(1, len(shown.labels)), 5, 30))
-        axes.scatter(*other.T, s=size / 2, color="0.88", linewidths=0, rasterized=True)
+        axes.scatter(*others.T, s=size / 2, color="0.88", linewidths=0, rasterized=True)
         axes.scatter(
             *shown.xy.T,
             s=size,
@@ -102,7 +130,6 @@ def draw(groups: Sequence[Points], classes: Sequence[str], title: str) -> bytes:
             linewidths=0,
             alpha=0.85,
         )
-        centroids = by_kind["centroid"]
         axes.scatter(
             *centroids.xy.T,
             s=130,
@@ -114,7 +141,7 @@ def draw(groups: Sequence[Points], classes: Sequence[str], title: str) -> bytes:
         )
         axes.set(xlim=(low[0] - margin[0], high[0] + margin[0]), xticks=[], yticks=[])
         axes.set(ylim=(low[1] - margin[1], high[1] + margin[1]))
-        axes.set_title(f"{kind} ({len(shown.labels)} tiles)", fontsize=11)
+        axes.set_title(f"{shown.kind} ({len(shown.labels)} tiles)", fontsize=11)
         for spine in axes.spines.values():
             spine.set_color("0.75")
     handles = [
