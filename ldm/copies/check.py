@@ -1,0 +1,342 @@
+"""The copy check: nearest training tiles of synthetic tiles, judged by those of held-out tiles.
+
+Letters: M synthetic tiles, N training tiles, H held-out tiles, all with structure (see
+`pixels.LEAST_CONTRAST`): tiles without are background, alike everywhere, and are only counted.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.copies import pixels
+from ldm.copies.search import Neighbours, nearest
+from ldm.copies.statistics import (
+    CopyingTest,
+    alarm_threshold,
+    authenticity,
+    copying_test,
+    fewest_held_out,
+    training_cells,
+)
+from ldm.copies.vectors import Tiles, network_vectors, pixel_vectors
+from ldm.errors import UserError
+from ldm.selection.features import Extractor
+
+SCALE_NEIGHBOUR = 10  # whose distance is the unit of relative distances
+FEWEST_TRAIN = 20  # tiles with structure
+
+
+def groups_of(names: Sequence[str], pattern: str) -> list[str]:
+    """The patient, slide or region in each name: the first group of a regular expression.
+
+    Raises:
+        UserError: No expression, one without a group, or a name that it does not match.
+    """
+    try:
+        regex = re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"--group_regex {pattern!r} is no regular expression: {error}") from None
+    if regex.groups < 1:
+        raise UserError(
+            f"--group_regex {pattern!r} needs parentheses around the patient, slide or region"
+        )
+    matches = [regex.search(name) for name in names]
+    for name, match in zip(names, matches, strict=True):
+        if match is None or match.group(1) is None:
+            raise UserError(f"--group_regex {pattern!r} does not match {name}; correct it")
+    return [match.group(1) for match in matches]
+
+
+def check_apart(train: Tiles, held_out: Tiles) -> None:
+    """UserError where held-out tiles are among the training tiles, byte for byte."""
+    names = dict(zip(train.digests, train.names, strict=True))
+    shared = [
+        f"{name} = {names[digest]}"
+        for name, digest in zip(held_out.names, held_out.digests, strict=True)
+        if digest in names
+    ]
+    if shared:
+        more = f" and {len(shared) - 3} more" if len(shared) > 3 else ""
+        raise UserError(
+            f"--holdout {held_out.root}: {len(shared)} of {len(held_out)} tiles are in --train"
+            f" {train.root} too ({', '.join(shared[:3])}{more}); give tiles that the generator"
+            " never saw"
+        )
+
+
+def check_groups_apart(train: Tiles, held_out: Tiles, pattern: str) -> None:
+    """UserError where a patient, slide or region has tiles in both sets."""
+    ours, theirs = (set(groups_of(tiles.names, pattern)) for tiles in (train, held_out))
+    shared = sorted(ours & theirs)
+    if shared:
+        raise UserError(
+            f"--holdout {held_out.root}: {len(shared)} of its {len(theirs)} groups are in --train"
+            f" {train.root} too ({', '.join(shared[:3])}); give tiles of others"
+        )
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One set of tiles against the training set, in one space.
+
+    Attributes:
+        neighbours: Their nearest training tiles.
+        own: Distance of each of these to its nearest other training tile, (M,).
+        cells: Cell of each, (M,).
+    """
+
+    neighbours: Neighbours
+    own: np.ndarray
+    cells: np.ndarray
+
+    @property
+    def distance(self) -> np.ndarray:
+        return self.neighbours.distance.numpy()
+
+    @property
+    def relative(self) -> np.ndarray:
+        return self.neighbours.relative.numpy()
+
+    def authenticity(self, members: np.ndarray | slice = slice(None)) -> float:
+        return authenticity(self.distance[members], self.own[members])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Synthetic and held-out tiles against the training set, in one space.
+
+    Attributes:
+        name: "pixels" or "features".
+        threshold: Relative distances below it are flagged.
+    """
+
+    name: str
+    synthetic: Compared
+    held_out: Compared
+    threshold: float
+
+    @property
+    def suspicion(self) -> np.ndarray:
+        """Relative distances of synthetic tiles over the threshold, (M,): flagged below 1."""
+        return self.synthetic.relative / self.threshold
+
+    def copying(self, members: np.ndarray | slice = slice(None)) -> CopyingTest:
+        """C_T of some synthetic tiles against all held-out ones."""
+        synthetic, held_out = self.synthetic, self.held_out
+        return copying_test(
+            synthetic.distance[members],
+            synthetic.cells[members],
+            held_out.distance,
+            held_out.cells,
+        )
+
+
+@dataclass(frozen=True)
+class Space:
+    """How tiles are compared: vectors of length 1 in one representation.
+
+    Attributes:
+        name: "pixels" or "features".
+        train: (N, D).
+        synthetic, held_out: M and H rows of what `orient` takes.
+        train_again: Training tiles at some indices, as `orient` takes them.
+        orient: From B rows to all their orientations, (B, 8, D).
+        cells: Cell of each training tile, (N,).
+    """
+
+    name: str
+    train: Tensor
+    synthetic: Tensor
+    held_out: Tensor
+    train_again: Callable[[Tensor], Tensor]
+    orient: Callable[[Tensor], Tensor]
+    cells: np.ndarray
+
+
+def pixel_space(synthetic: Tensor, held_out: Tensor, train: Tensor) -> Space:
+    """The space of small pictures, see `ldm.copies.pixels`."""
+    # Averages over orientations, so that the cells do not depend on how a tile is turned.
+    parts = [pixels.oriented_vectors(part.float()).mean(dim=1) for part in train.split(4096)]
+    return Space(
+        "pixels",
+        train,
+        synthetic,
+        held_out,
+        lambda index: train[index],
+        pixels.oriented_vectors,
+        training_cells(torch.cat(parts).numpy(), min(len(synthetic), len(held_out))),
+    )
+
+
+def feature_space(
+    synthetic: Tiles,
+    held_out: Tiles,
+    train: Tiles,
+    extractor: Extractor,
+    batch_size: int,
+    cache: Path,
+) -> Space:
+    """The space of a network's features; orientations are those of the image it sees."""
+
+    def features(tiles: Tiles, name: str, turned: bool) -> Tensor:
+        file = cache / f"{name}_features.safetensors"
+        return network_vectors(tiles, extractor, turned, batch_size, file)
+
+    vectors = features(train, "train", False)
+    return Space(
+        "features",
+        vectors,
+        features(synthetic, "synthetic", True),
+        features(held_out, "held_out", True),
+        lambda index: features(train.subset(index.tolist()), "neighbours", True),
+        lambda rows: rows,
+        training_cells(vectors.numpy(), min(len(synthetic), len(held_out))),
+    )
+
+
+def compare(
+    space: Space, groups: Tensor, level: float, device: torch.device | str = "cpu"
+) -> Comparison:
+    """Nearest training tiles of both sets, and the nearest others of these training tiles.
+
+    Args:
+        groups: Group of each training tile, (N,) int64; tiles of one group are not each other's
+            neighbours.
+        level: Rate of false alarms.
+    """
+    found = [
+        nearest(queries, space.train, SCALE_NEIGHBOUR, space.orient, device=device, what=what)
+        for queries, what in ((space.synthetic, "synthetic"), (space.held_out, "held out"))
+    ]
+    chosen = torch.cat([part.index for part in found]).unique()
+    near = nearest(
+        space.train_again(chosen), space.train, 1, space.orient, groups, groups[chosen], device,
+        "their neighbours",
+    )  # fmt: skip
+    own = torch.empty(len(space.train), dtype=torch.float64)
+    own[chosen] = near.distance
+    sides = [
+        Compared(part, own[part.index].numpy(), space.cells[part.index.numpy()]) for part in found
+    ]
+    return Comparison(space.name, *sides, alarm_threshold(sides[1].relative, level))
+
+
+@dataclass(frozen=True)
+class CopyCheck:
+    """What is known of every tile.
+
+    Attributes:
+        synthetic, held_out, train: Tiles with structure, in the order of the comparisons.
+        without_structure: Tiles without, by set.
+        comparisons: In one or two spaces.
+        quantile: Rate of false alarms over all spaces.
+    """
+
+    synthetic: Tiles
+    held_out: Tiles
+    train: Tiles
+    without_structure: dict[str, Tiles]
+    comparisons: list[Comparison]
+    quantile: float
+
+    @property
+    def suspicion(self) -> np.ndarray:
+        """The least of the spaces, (M,): flagged below 1."""
+        return np.min([c.suspicion for c in self.comparisons], axis=0)
+
+    @property
+    def flagged(self) -> np.ndarray:
+        """(M,) bool."""
+        return self.suspicion < 1
+
+    def closest(self, i: int) -> Comparison:
+        """The space in which synthetic tile i is the most suspicious."""
+        return min(self.comparisons, key=lambda c: c.suspicion[i])
+
+    def reason(self, i: int) -> str:
+        """Why synthetic tile i is flagged; empty where it is not."""
+        return "; ".join(
+            f"{c.name}: relative distance {c.synthetic.relative[i]:.3f} < {c.threshold:.3f}"
+            for c in self.comparisons
+            if c.suspicion[i] < 1
+        )
+
+    def reasons(self) -> dict[str, str]:
+        """Why, by name, of the flagged tiles."""
+        return {self.synthetic.names[i]: self.reason(i) for i in np.flatnonzero(self.flagged)}
+
+
+def check_copies(
+    synthetic: Tiles,
+    held_out: Tiles,
+    train: Tiles,
+    cache: Path,
+    extractor: Extractor | None = None,
+    quantile: float = 0.01,
+    group_regex: str | None = None,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+) -> CopyCheck:
+    """Compare in pixels and, given a network, in features.
+
+    Args:
+        cache: Folder for vectors, which a second call with the same files reads.
+        quantile: Share of new tiles that may be flagged by mistake; the spaces share it.
+        group_regex: Its first group is the patient or slide in a tile's path. No group may be in
+            both `held_out` and `train`, and training tiles of one group are not compared with one
+            another.
+        batch_size: Images per pass of the network.
+
+    Raises:
+        UserError: Held-out tiles or groups among the training tiles, too few tiles, bad images.
+    """
+    check_apart(train, held_out)
+    if group_regex:
+        check_groups_apart(train, held_out, group_regex)
+    kept, vectors, without = {}, {}, {}
+    sets = {"synthetic": synthetic, "held_out": held_out, "train": train.distinct()}
+    for name, tiles in sets.items():
+        rows, contrasts = pixel_vectors(tiles, cache / f"{name}_pixels.safetensors")
+        structured = contrasts >= pixels.LEAST_CONTRAST
+        index = structured.nonzero().flatten()
+        kept[name], vectors[name] = tiles.subset(index.tolist()), rows[index]
+        without[name] = tiles.subset((~structured).nonzero().flatten().tolist())
+    names = kept["train"].names
+    _, groups = np.unique(
+        groups_of(names, group_regex) if group_regex else names, return_inverse=True
+    )
+    level = quantile if extractor is None else quantile / 2
+    check_counts(kept, len(set(groups)), level)
+
+    groups = torch.from_numpy(groups)
+    comparisons = [compare(pixel_space(**vectors), groups, level, device)]
+    if extractor is not None:
+        space = feature_space(**kept, extractor=extractor, batch_size=batch_size, cache=cache)
+        comparisons.append(compare(space, groups, level, device))
+    return CopyCheck(**kept, without_structure=without, comparisons=comparisons, quantile=quantile)
+
+
+def check_counts(kept: dict[str, Tiles], groups: int, level: float) -> None:
+    """UserError where tiles with structure are too few to say anything."""
+    if len(kept["train"]) < FEWEST_TRAIN or groups < 2:
+        raise UserError(
+            f"--train {kept['train'].root}: {len(kept['train'])} tiles with structure in {groups}"
+            f" groups; at least {FEWEST_TRAIN} in 2 are needed"
+        )
+    if not len(kept["synthetic"]):
+        raise UserError(
+            f"--synthetic {kept['synthetic'].root}: no tile has any structure (densities deviate"
+            f" by less than {pixels.LEAST_CONTRAST}); look at the images"
+        )
+    needed = fewest_held_out(level)
+    if len(kept["held_out"]) < needed:
+        raise UserError(
+            f"--holdout {kept['held_out'].root}: {len(kept['held_out'])} tiles with structure,"
+            f" {needed} are needed for so low a rate of false alarms; give more tiles or raise"
+            " --quantile"
+        )

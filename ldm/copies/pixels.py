@@ -1,0 +1,83 @@
+"""Small stain-robust pictures of tiles, for comparison pixel by pixel.
+
+Letters: H W pixels of a file, S side of the small picture, D = 3 S S.
+
+A tile's centre square is turned into optical density, reduced to S x S by area averages, and each
+channel is centred, divided by its own deviation and the whole scaled to length 1, so the inner
+product of two tiles is a correlation in [-1, 1]. What that compares does not change with a factor
+or an offset of a channel's density (amount of stain, brightness and tint of the lamp), hardly with
+other stain ratios, and little with JPEG compression, noise or blur of the size of a pixel. It is
+not blind to shifts, zooms and turns by other than quarter turns.
+"""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.data.stain import optical_density
+from ldm.data.tiles import read_tile
+
+SIDE = 16
+# A channel's deviation is not divided by less than this (natural-log optical density): compression
+# and noise of an empty channel would be blown up to a picture otherwise.
+FLOOR = 0.02
+# Tiles whose densities deviate by less are background: they all look alike, and are no one's copy.
+LEAST_CONTRAST = 0.03
+
+ORIENTATIONS = ("0", "90", "180", "270", "0 flipped", "90 flipped", "180 flipped", "270 flipped")
+
+
+def centre_square(image: np.ndarray) -> np.ndarray:
+    """The largest centred square of (H, W, 3)."""
+    height, width = image.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return image[top : top + side, left : left + side]
+
+
+def small_density(image: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3) -> optical density of its centre square, float32 (3, S, S)."""
+    density = optical_density(centre_square(image))
+    if density.shape[0] != SIDE:
+        shrinks = density.shape[0] > SIDE
+        kind = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+        density = cv2.resize(density, (SIDE, SIDE), interpolation=kind)
+    return density.transpose(2, 0, 1)
+
+
+def pixel_vector(path: Path) -> tuple[np.ndarray, float]:
+    """The small picture of a file, float16 (D,) of length 1, and its contrast.
+
+    The contrast is the deviation of its densities within channels, in natural-log units.
+    """
+    density = small_density(read_tile(path)).astype(np.float64)
+    density -= density.mean(axis=(1, 2), keepdims=True)
+    deviation = np.sqrt(np.square(density).mean(axis=(1, 2), keepdims=True))  # (3, 1, 1)
+    vector = (density / np.maximum(deviation, FLOOR)).ravel()
+    length = np.linalg.norm(vector)
+    contrast = float(np.sqrt(np.square(deviation).mean()))
+    return (vector / max(length, 1e-6)).astype(np.float16), contrast
+
+
+def oriented(images: Tensor) -> Tensor:
+    """The 8 flips and quarter turns of square images, (B, C, H, H) -> (B, 8, C, H, H).
+
+    In the order of `ORIENTATIONS`: turned counter-clockwise by so many degrees, and then flipped
+    left to right.
+    """
+    turned = [torch.rot90(images, k, (-2, -1)) for k in range(4)]
+    return torch.stack(turned + [image.flip(-1) for image in turned], dim=1)
+
+
+def turned_back(image: np.ndarray, orientation: int) -> np.ndarray:
+    """The square whose orientation of this number is `image`: undoes one of `oriented`."""
+    turns, flipped = orientation % 4, orientation >= 4
+    return np.rot90(image[:, ::-1] if flipped else image, -turns)
+
+
+def oriented_vectors(vectors: Tensor) -> Tensor:
+    """All orientations of small pictures, (B, D) -> (B, 8, D)."""
+    return oriented(vectors.view(-1, 3, SIDE, SIDE)).flatten(2)

@@ -1,0 +1,144 @@
+"""A training folder without the synthetic tiles that a copy check flagged."""
+
+import csv
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ldm.checkpoint import file_sha256
+from ldm.errors import UserError
+from ldm.run import write_json, write_text
+from ldm.selection.training_folder import DECISIONS, PREFIX, RECORD, same_folder_exists
+
+REMOVED = "removed"  # the decision of such a tile
+
+
+@dataclass(frozen=True)
+class TrainingFolder:
+    """A folder that scripts/distance.py made.
+
+    Attributes:
+        root: It.
+        columns: Of its table of decisions.
+        rows: These decisions, by column.
+        record: Its settings and counts.
+    """
+
+    root: Path
+    columns: list[str]
+    rows: list[dict[str, str]]
+    record: dict[str, Any]
+
+    @classmethod
+    def read(cls, root: Path) -> "TrainingFolder":
+        """Read a folder; UserError where it is not one."""
+        try:
+            record = json.loads((root / RECORD).read_text())
+            with (root / DECISIONS).open(newline="") as stream:
+                reader = csv.DictReader(stream)
+                rows, columns = list(reader), list(reader.fieldnames or ())
+        except (OSError, ValueError, csv.Error):
+            record, rows, columns = {}, [], []
+        right = {"class", "file", "decision", "reason"} <= set(columns)
+        if not right or not isinstance(record, dict) or not {"settings", "counts"} <= set(record):
+            raise UserError(
+                f"--remove {root}: no training folder of scripts/distance.py ({DECISIONS} and"
+                f" {RECORD} with settings and counts are missing or damaged)"
+            )
+        return cls(root, columns, rows, record)
+
+    def used(self) -> dict[str, Path]:
+        """The synthetic tiles in the folder: name below the synthetic folder to file here."""
+        files = {row["file"]: self.root / placed(row["file"]) for row in self.rows}
+        return {name: path for name, path in files.items() if path.is_file()}
+
+    def check_same(self, digests: dict[str, str]) -> None:
+        """UserError unless its synthetic tiles are those of the checked folder.
+
+        Args:
+            digests: SHA-256 of each synthetic tile that was checked, by name.
+        """
+        for name, path in self.used().items():
+            if digests.get(name) != file_sha256(path):
+                raise UserError(
+                    f"--remove {self.root}: its tile {placed(name)} is not {name} of --synthetic;"
+                    " check the synthetic folder that it was chosen from"
+                )
+
+
+def placed(name: str) -> str:
+    """Where a synthetic tile CLASS/NAME is in a training folder."""
+    parent, file = os.path.split(name)
+    return f"{parent}/{PREFIX}{file}"
+
+
+def _checked(folder: TrainingFolder, settings: dict[str, Any]) -> dict[str, Any]:
+    return {**folder.record["settings"], "copy_check": settings}
+
+
+def is_made(folder: TrainingFolder, out: Path, settings: dict[str, Any]) -> bool:
+    """Whether `remove_flagged` has made `out` already; UserError where something else is there."""
+    try:
+        return same_folder_exists(out, _checked(folder, settings))
+    except UserError as error:
+        raise UserError(str(error).replace("--out", "--removed_to", 1)) from None
+
+
+def remove_flagged(
+    folder: TrainingFolder, out: Path, reasons: dict[str, str], settings: dict[str, Any]
+) -> int:
+    """Make `out`: a copy of the folder without the flagged tiles.
+
+    Their decision becomes `removed`, and the counts follow. `out` is built under a hidden name and
+    renamed, so it is whole or not there; symbolic links stay links.
+
+    Args:
+        reasons: Why, by name, of the flagged tiles.
+        settings: What was checked and how; they are added to those of the folder.
+
+    Returns:
+        How many tiles of the folder are not in `out`.
+    """
+    removed = {name: path for name, path in folder.used().items() if name in reasons}
+    rows, counts = [], {name: dict(row) for name, row in folder.record["counts"].items()}
+    change: Counter[tuple[str, str]] = Counter()
+    for row in folder.rows:
+        if row["file"] in removed:
+            change[row["class"], row["decision"]] += 1
+            row = {**row, "decision": REMOVED, "reason": f"copy check: {reasons[row['file']]}"}
+        rows.append(row)
+    for (name, decision), number in change.items():
+        counts[name][decision] -= number
+        counts[name][REMOVED] = counts[name].get(REMOVED, 0) + number
+        if decision == "accepted":
+            counts[name]["shortfall"] += number
+    record = {**folder.record, "settings": _checked(folder, settings), "counts": counts}
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, folder.columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+
+    gone = {path.resolve() for path in removed.values()}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+
+    def without(parent: str, names: list[str]) -> list[str]:
+        inside = Path(parent).resolve()
+        return [name for name in names if inside / name in gone]
+
+    try:
+        shutil.copytree(folder.root, partial, symlinks=True, ignore=without, dirs_exist_ok=True)
+        write_text(partial / DECISIONS, stream.getvalue())
+        write_json(partial / RECORD, record)
+        shutil.copymode(folder.root, partial)  # mkdtemp makes folders private
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return len(removed)

@@ -1,0 +1,237 @@
+"""What a copy check found, as a table, as numbers and in words."""
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldm.copies import pixels
+from ldm.copies.check import SCALE_NEIGHBOUR, Comparison, CopyCheck
+from ldm.copies.pictures import histogram, sheet
+from ldm.copies.statistics import FEWEST_IN_CELL
+from ldm.run import write_bytes, write_json, write_text
+
+QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75)
+ALL = "all"  # name of the row over all classes
+
+
+def write_report(check: CopyCheck, out: Path, facts: dict[str, Any], pairs: int) -> None:
+    """Write copies.csv, report.json, report.md, suspicious.png and histogram.png.
+
+    Args:
+        facts: For report.json: the settings of the command, its versions.
+        pairs: In suspicious.png.
+    """
+    numbers = summary(check)
+    write_text(out / "copies.csv", to_csv(check))
+    write_bytes(out / "suspicious.png", sheet(check, suspicious_first(check)[:pairs]))
+    write_bytes(out / "histogram.png", histogram(check))
+    write_json(out / "report.json", {**numbers, **facts})
+    write_text(out / "report.md", to_markdown(check, numbers, facts["settings"]))
+
+
+def suspicious_first(check: CopyCheck) -> np.ndarray:
+    """Indices of the synthetic tiles, the most suspicious first; ties by name."""
+    return np.lexsort((np.array(check.synthetic.names), check.suspicion))
+
+
+def to_csv(check: CopyCheck) -> str:
+    """A row per synthetic tile, the most suspicious first, those without structure last."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    columns = ("train", "orientation", "distance", "relative", "percentile")
+    spaces = [f"{c.name}_{column}" for c in check.comparisons for column in columns]
+    writer.writerow(["class", "file", "structure", "flagged", "reason", "suspicion", *spaces])
+    percentiles = [percentile(c) for c in check.comparisons]
+    flagged, suspicion = check.flagged, check.suspicion
+    for i in suspicious_first(check):
+        row = [check.synthetic.labels[i], check.synthetic.names[i], "yes"]
+        row += ["yes" if flagged[i] else "no", check.reason(i), f"{suspicion[i]:.4f}"]
+        for comparison, share in zip(check.comparisons, percentiles, strict=True):
+            side = comparison.synthetic
+            row += [
+                check.train.names[side.neighbours.index[i]],
+                pixels.ORIENTATIONS[side.neighbours.orientation[i]],
+                f"{side.distance[i]:.5f}",
+                f"{side.relative[i]:.5f}",
+                f"{share[i]:.2f}",
+            ]
+        writer.writerow(row)
+    background = check.without_structure["synthetic"]
+    for label, name in zip(background.labels, background.names, strict=True):
+        row = [label, name, "no", "no", "background: not compared"]
+        writer.writerow(row + [""] * (1 + len(spaces)))
+    return stream.getvalue()
+
+
+def percentile(comparison: Comparison) -> np.ndarray:
+    """Percentage of held-out tiles whose relative distance is at most a synthetic tile's, (M,)."""
+    reference = np.sort(comparison.held_out.relative)
+    at_most = np.searchsorted(reference, comparison.synthetic.relative, side="right")
+    return 100 * at_most / len(reference)
+
+
+def summary(check: CopyCheck) -> dict[str, Any]:
+    """All numbers, as they go into report.json."""
+    labels = np.array(check.synthetic.labels)
+    classes = [name for name in np.unique(labels).tolist() if name]
+    members = {ALL: np.ones(len(labels), bool)} | {name: labels == name for name in classes}
+    flagged = check.flagged
+    return {
+        "tiles": {
+            name: {
+                "folder": str(tiles.root),
+                "compared": len(tiles),
+                "without_structure": len(check.without_structure[name]),
+            }
+            for name, tiles in (
+                ("synthetic", check.synthetic),
+                ("held_out", check.held_out),
+                ("train", check.train),
+            )
+        },
+        "method": {
+            "pixels": f"optical density, {pixels.SIDE} px, channels standardised",
+            "least_contrast": pixels.LEAST_CONTRAST,
+            "orientations": len(pixels.ORIENTATIONS),
+            "scale_neighbour": SCALE_NEIGHBOUR,
+            "rate_of_false_alarms": check.quantile,
+            "fewest_tiles_in_a_cell": FEWEST_IN_CELL,
+        },
+        "flagged": {
+            name: {
+                "tiles": int(rows.sum()),
+                "flagged": int(flagged[rows].sum()),
+                "expected_by_chance": check.quantile * int(rows.sum()),
+            }
+            for name, rows in members.items()
+        },
+        "spaces": {c.name: _numbers(c, members) for c in check.comparisons},
+    }
+
+
+def _numbers(comparison: Comparison, members: dict[str, np.ndarray]) -> dict[str, Any]:
+    synthetic, held_out = comparison.synthetic, comparison.held_out
+    closer = synthetic.relative < held_out.relative.min()
+    result: dict[str, Any] = {
+        "threshold": comparison.threshold,
+        "held_out": {
+            "authenticity": held_out.authenticity(),
+            "distance": _quantiles(held_out.distance),
+            "relative": _quantiles(held_out.relative),
+        },
+        "synthetic": {},
+    }
+    for name, rows in members.items():
+        test = comparison.copying(rows)
+        result["synthetic"][name] = {
+            "tiles": int(rows.sum()),
+            "flagged": int((comparison.suspicion[rows] < 1).sum()),
+            "closer_than_any_held_out": int(closer[rows].sum()),
+            "authenticity": synthetic.authenticity(rows),
+            "c_t": test.c_t,
+            "c_t_cells": test.cells,
+            "c_t_cells_left_out": test.left_out,
+            "c_t_share_of_held_out": test.weight,
+            "distance": _quantiles(synthetic.distance[rows]),
+            "relative": _quantiles(synthetic.relative[rows]),
+        }
+    return result
+
+
+def _quantiles(values: np.ndarray) -> dict[str, float]:
+    return {
+        "least": float(values.min()),
+        **{f"{q:g}": float(np.quantile(values, q)) for q in QUANTILES},
+    }
+
+
+def to_markdown(check: CopyCheck, numbers: dict[str, Any], settings: dict[str, Any]) -> str:
+    """The report in words and tables, for a supplement.
+
+    Args:
+        numbers: What `summary` gives.
+        settings: Of the command.
+    """
+    flagged = numbers["flagged"][ALL]
+    lines = [
+        "# Copy check",
+        "",
+        f"{flagged['flagged']} of {flagged['tiles']} synthetic tiles are flagged as possible copies"
+        f" of training tiles; about {flagged['expected_by_chance']:.1f} are expected by chance"
+        f" among new tiles (a share of {check.quantile:g}, estimated on {len(check.held_out)}"
+        " held-out tiles). Look at `suspicious.png` before a tile is called a copy.",
+        "",
+    ]
+    if len(check.comparisons) == 1:
+        lines += ["No network was given: tiles are compared in pixels only.", ""]
+    rows = [
+        [name.replace("_", "-"), str(row["compared"]), str(row["without_structure"])]
+        for name, row in numbers["tiles"].items()
+    ]
+    lines += _table(["set", "tiles compared", "without structure (left out)"], rows)
+    settings = {**numbers["method"], **settings}
+    rows = [[name.replace("_", " "), str(value)] for name, value in settings.items()]
+    lines += _table(["setting", "value"], [row for row in rows if row[1] != "None"])
+    for name, space in numbers["spaces"].items():
+        lines += _space_section(name, space)
+    return "\n".join(lines + NOTES)
+
+
+def _space_section(name: str, space: dict[str, Any]) -> list[str]:
+    held_out = space["held_out"]
+    lines = [f"## In {name}", ""]
+    rows = [
+        [
+            row_name,
+            str(row["tiles"]),
+            str(row["flagged"]),
+            str(row["closer_than_any_held_out"]),
+            f"{row['authenticity']:.1%}",
+            "too few tiles" if row["c_t"] is None else f"{row['c_t']:.2f}",
+            f"{row['c_t_cells']} ({row['c_t_cells_left_out']} left out)",
+        ]
+        for row_name, row in space["synthetic"].items()
+    ]
+    rows.append(["held-out tiles", "", "", "", f"{held_out['authenticity']:.1%}", "", ""])
+    head = ["synthetic", "tiles", "flagged", "closer than any held-out", "authenticity", "C_T"]
+    lines += _table([*head, "cells"], rows)
+    lines += [f"Flagged below a relative distance of {space['threshold']:.3f}. Quantiles:", ""]
+    synthetic = space["synthetic"][ALL]
+    rows = [
+        [f"{label}, {kind}", *(f"{value:.3f}" for value in side[kind].values())]
+        for kind in ("distance", "relative")
+        for label, side in (("synthetic", synthetic), ("held-out", held_out))
+    ]
+    return lines + _table(["to the training set", *held_out["distance"]], rows)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines] + [""]
+
+
+NOTES = [
+    "## How to read this",
+    "",
+    "- A distance is that of a synthetic (or held-out) tile, in the best of its 8 orientations, to"
+    " its nearest training tile: sqrt(2 - 2 r) for a correlation r, so 0 is a copy and 1.41 is"
+    " unrelated.",
+    f"- The relative distance is divided by the distance to the {SCALE_NEIGHBOUR}th nearest"
+    " training tile. A tile is flagged where it is smaller than that of (almost) all held-out"
+    " tiles; the rate of false alarms is shared by the spaces.",
+    "- Authenticity (Alaa et al. 2022): share of tiles that are farther from their nearest"
+    " training tile than that one is from its nearest other. Compare with the held-out tiles'"
+    " value.",
+    "- C_T (Meehan et al. 2020): Mann-Whitney z of the distances, averaged over k-means cells of"
+    " the training set. Far below 0: nearer to the training set than new real tiles are, copying;"
+    " near 0: as new; far above 0: unlike the training set. Blurred tiles are nearer in pixels"
+    " than sharp ones without being copies.",
+    "- Pixels show copies under flips, quarter turns, compression, slight blur and other stain."
+    " Copies that are shifted, zoomed or in part are seen in features at best. A copy of a tile"
+    f" of which the training set holds {SCALE_NEIGHBOUR} slightly differing versions is not seen.",
+    "- Tiles without structure (background) look alike everywhere and are left out.",
+    "",
+]

@@ -1,0 +1,183 @@
+"""Did the generator copy training tiles? Compare synthetic tiles with its training set.
+
+    python scripts/copy_check.py --synthetic OUT --train D/train --holdout D/val --out REPORT \\
+        --weights logs/eval/train5/seed0
+
+--train is what the generator saw, --holdout real tiles that it never saw, of other patients; both
+may lie in folders of any depth. For each synthetic tile, the nearest training tile is searched in
+pixels and, given a network, in its features, over the 8 flips and quarter turns, and compared with
+the same distances of the held-out tiles. Writes REPORT/report.md, report.json, copies.csv (a row
+per synthetic tile), suspicious.png and histogram.png; REPORT/cache makes a second run quick.
+
+`--remove FOLDER --removed_to NEW` makes NEW, the training folder FOLDER of scripts/distance.py
+without the flagged tiles.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ldm.cli import ArgumentParser, existing_path, number, resolve_device, run_command
+from ldm.errors import UserError
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = ArgumentParser(prog="copy_check.py", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--synthetic", required=True, metavar="DIR", help="what sample_diffusion.py wrote")
+    add("--train", required=True, metavar="DIR", help="real tiles that the generator saw")
+    add("--holdout", required=True, metavar="DIR", help="real tiles that it never saw")
+    add("--out", required=True, metavar="REPORT", help="folder of the report")
+    network = parser.add_mutually_exclusive_group()
+    network.add_argument(
+        "--weights",
+        metavar="CKPT",
+        help="compare in features of this checkpoint (or seed folder) of eval.py, too",
+    )
+    network.add_argument("--model", metavar="NAME", help="a timm network instead")
+    add(
+        "--pretrained_weights",
+        metavar="FILE",
+        help="local weights of --model; without it, those in the cache of timm (no downloads)",
+    )
+    add(
+        "--input_size",
+        type=number(int, 8),
+        help="pixels that --model sees; its own when not given",
+    )
+    add(
+        "--quantile",
+        type=number(float, 1e-5, 0.5),
+        default=0.01,
+        help="share of new tiles that may be flagged by mistake",
+    )
+    add(
+        "--group_regex",
+        metavar="REGEX",
+        help="its first group is the patient or slide in a real tile's path: none may be in both"
+        " --train and --holdout, and tiles of one group are not compared with one another",
+    )
+    add("--sheet", type=number(int, 1, 300), default=24, help="pairs in suspicious.png")
+    add("--remove", metavar="FOLDER", help="training folder that holds some of the tiles")
+    add("--removed_to", metavar="NEW", help="where it goes without the flagged ones")
+    add("--batch_size", type=number(int, 1), default=64, help="images per pass of the network")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:INDEX or mps")
+    args = parser.parse_args(argv)
+    for name in ("pretrained_weights", "input_size"):
+        if getattr(args, name) is not None and args.model is None:
+            parser.error(f"argument --{name}: belongs to --model")
+    if (args.remove is None) != (args.removed_to is None):
+        parser.error("arguments --remove and --removed_to belong together")
+    return args
+
+
+def check_places(
+    sets: dict[str, Path], targets: dict[str, Path], more_sources: dict[str, Path]
+) -> None:
+    """UserError where one set lies in another, or a target in a source; by option."""
+
+    def inside(path: Path, folder: Path) -> bool:
+        return folder.resolve() in (path.resolve(), *path.resolve().parents)
+
+    for name, path in sets.items():
+        for other, folder in sets.items():
+            if name != other and inside(path, folder):
+                where = "is" if path.resolve() == folder.resolve() else "lies in"
+                raise UserError(
+                    f"{name} {path}: {where} {other} {folder}; give folders apart from one another"
+                )
+    for name, path in {**sets, **more_sources}.items():
+        for target, folder in targets.items():
+            if inside(folder, path):
+                raise UserError(f"{target} {folder}: lies in {name} {path}; give a folder outside")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    sets = {
+        f"--{name}": existing_path(getattr(args, name), f"--{name}", "dir")
+        for name in ("synthetic", "train", "holdout")
+    }
+    out = Path(args.out).expanduser()
+    targets, more_sources = {"--out": out}, {}
+    if args.remove:
+        targets["--removed_to"] = Path(args.removed_to).expanduser()
+        more_sources["--remove"] = existing_path(args.remove, "--remove", "dir")
+    check_places(sets, targets, more_sources)
+    for name, folder in targets.items():
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{name} {folder} is a file; give a folder")
+    if args.weights:
+        existing_path(args.weights, "--weights")
+    if args.pretrained_weights:
+        existing_path(args.pretrained_weights, "--pretrained_weights", "file")
+
+    from ldm.copies.check import check_copies
+    from ldm.copies.removal import TrainingFolder, is_made, remove_flagged
+    from ldm.copies.report import write_report
+    from ldm.copies.vectors import Tiles
+    from ldm.data.tiles import class_folders
+    from ldm.run import git_revision, versions
+    from ldm.selection.features import Extractor
+
+    device = resolve_device(args.device)
+    extractor = None
+    if args.weights:
+        extractor = Extractor.from_checkpoint(args.weights, device)
+    elif args.model:
+        extractor = Extractor.from_timm(
+            args.model, args.pretrained_weights, device, args.input_size
+        )
+    synthetic, train, held_out = (
+        Tiles.below(sets[name], labelled)
+        for name, labelled in (
+            ("--synthetic", bool(class_folders(sets["--synthetic"]))),
+            ("--train", False),
+            ("--holdout", False),
+        )
+    )
+    settings = {
+        "quantile": args.quantile,
+        "network": extractor and extractor.identity,
+        "group_regex": args.group_regex,
+        "synthetic_tiles": synthetic.digest(),
+        "train_tiles": train.digest(),
+        "holdout_tiles": held_out.digest(),
+    }
+    if args.remove:
+        folder = TrainingFolder.read(more_sources["--remove"])
+        folder.check_same(dict(zip(synthetic.names, synthetic.digests, strict=True)))
+        made = is_made(folder, targets["--removed_to"], settings)
+
+    check = check_copies(
+        synthetic,
+        held_out,
+        train,
+        out / "cache",
+        extractor,
+        args.quantile,
+        args.group_regex,
+        args.batch_size,
+        device,
+    )
+    facts = {
+        "settings": {"network_name": extractor and extractor.name, **settings},
+        "command": sys.argv,
+        "versions": versions(),
+        "revision": git_revision(),
+    }
+    write_report(check, out, facts, args.sheet)
+    count = int(check.flagged.sum())
+    print(f"{count} of {len(check.synthetic)} synthetic tiles are flagged: {out}/report.md")
+    if args.remove:
+        new = targets["--removed_to"]
+        if made:
+            print(f"{new} is there already, made with the same settings")
+        else:
+            print(f"{new}: {remove_flagged(folder, new, check.reasons(), settings)} tiles removed")
+
+
+if __name__ == "__main__":
+    run_command(main)
