@@ -1,4 +1,4 @@
-"""Tiles: find, check, decode, augment, write.
+"""Tiles as training sets: preprocess, crop, augment, cache; and tiles as tensors and PNG files.
 
 Letters: B batch, H W pixels of a file, S side of a tile in pixels.
 
@@ -10,10 +10,8 @@ import copy
 import logging
 import os
 import random
-import struct
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,105 +19,34 @@ import albumentations as A
 import cv2
 import numpy as np
 import torch
+from albumentations.augmentations.crops.transforms import CropSizeError
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ldm.config import instantiate_from_config
+from ldm.data.images import (
+    EXTENSIONS,
+    check_tiles,
+    class_folders,
+    decode_tiles,
+    is_image,
+    list_images,
+    read_tile,
+)
+from ldm.data.index import CorpusIndex
 from ldm.data.stain import jitter_stains
+from ldm.data.storage import top_folder
 from ldm.errors import UserError
 
 log = logging.getLogger(__name__)
 
-EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp"})
 AUGMENTATIONS = ("d4", "stain")
 CROPS = ("center", "random")
+# Transforms of albumentations that may come before the crop: those that draw no random numbers.
+PREPROCESSING = ("CenterCrop", "LongestMaxSize", "PadIfNeeded", "Resize", "SmallestMaxSize")
 CHECK_LIMIT = 20_000  # `check="auto"` decodes sets up to this size (about 0.3 ms per 64 px tile)
-CACHE_LIMIT = 4 * 2**30  # bytes of decoded tiles that one TileFolder may hold
-
-# What Pillow raises for files that are cut short, mislabelled or hostile.
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error)
-
-
-def list_images(root: str | os.PathLike) -> list[Path]:
-    """Every image file below `root`, sorted by path; hidden files and folders are skipped."""
-    found = []
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        found += [
-            Path(folder, name)
-            for name in files
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
-        ]
-    return sorted(found)
-
-
-def class_folders(root: str | os.PathLike) -> list[str]:
-    """Names of the class folders directly below `root`, sorted; hidden ones are skipped."""
-    with os.scandir(root) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
-
-
-def read_tile(path: str | os.PathLike) -> np.ndarray:
-    """Decode one image to uint8 RGB, (H, W, 3); transparency is laid on white, like a slide.
-
-    Raises:
-        UserError: The file is missing, no image, cut short, or has more than 8 bits per channel.
-    """
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
-                raise UserError(
-                    f"{path}: more than 8 bits per pixel (mode {image.mode}); convert to 8-bit RGB"
-                )
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image)
-            return np.array(image.convert("RGB"))
-    except UserError:
-        raise
-    except (*_DECODE_ERRORS, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or "unreadable or truncated image"
-        raise UserError(f"{path}: {reason}; replace or remove the file") from error
-
-
-def decode_tiles(
-    paths: Sequence[Path], decode: Callable[[Path], Any], workers: int | None = None
-) -> list:
-    """`decode(path)` of every path in threads (Pillow decodes outside the interpreter's lock).
-
-    Raises:
-        UserError: Some files are bad: how many, and the first few by name.
-    """
-
-    def attempt(path: Path):
-        try:
-            return decode(path), None
-        except UserError as error:
-            return None, str(error)
-
-    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
-        outcomes = list(pool.map(attempt, paths))
-    bad = [message for _, message in outcomes if message is not None]
-    if len(bad) == 1:
-        raise UserError(bad[0])
-    if bad:
-        more = f" | and {len(bad) - 3} more" if len(bad) > 3 else ""
-        raise UserError(f"{len(bad)} of {len(paths)} images are bad: {' | '.join(bad[:3])}{more}")
-    return [value for value, _ in outcomes]
-
-
-def check_tiles(paths: Sequence[str | os.PathLike], workers: int | None = None) -> None:
-    """Decode every file once, so that a bad one is known now and not after hours of training.
-
-    Raises:
-        UserError: How many files are bad, with the first few by name.
-    """
-
-    def decode(path: Path) -> None:
-        read_tile(path)  # the pixels are dropped at once: the set need not fit into memory
-
-    decode_tiles(paths, decode, workers)
+CACHE_LIMIT = 4 * 2**30  # bytes of decoded tiles that one set may hold
 
 
 def to_tensor(image: np.ndarray) -> Tensor:
@@ -171,10 +98,21 @@ class StainJitter(A.ImageOnlyTransform):
     """More or less haematoxylin and eosin, as other laboratories and other days would have it.
 
     albumentations' own HEStain drops what the two stains do not explain, which turns tissue blue.
+
+    Args:
+        strength: Stains are multiplied by numbers in [1 - strength, 1 + strength].
+        p: Probability.
     """
 
+    def __init__(self, strength: float = 0.25, p: float = 1.0):
+        if not 0 < strength < 1:
+            raise UserError(f"strength={strength} of StainJitter must be between 0 and 1")
+        super().__init__(p=p)
+        self.strength = strength
+
     def get_params(self) -> dict:
-        return {"scale": self.random_generator.uniform(0.75, 1.25, 3)}
+        low, high = 1 - self.strength, 1 + self.strength
+        return {"scale": self.random_generator.uniform(low, high, 3)}
 
     def apply(self, img: np.ndarray, scale: np.ndarray, **params) -> np.ndarray:
         return jitter_stains(img, scale)
@@ -182,41 +120,272 @@ class StainJitter(A.ImageOnlyTransform):
 
 def _stain() -> list[A.BasicTransform]:
     return [
-        StainJitter(p=1.0),
+        StainJitter(),
         A.ColorJitter(
             brightness=(0.9, 1.1), contrast=(0.9, 1.1), saturation=(0.9, 1.1), hue=(-0.02, 0.02)
         ),
     ]
 
 
-class TileFolder(Dataset):
-    """Tiles below one or more folders.
+def _build_transform(node: Mapping[str, Any], where: str) -> A.BasicTransform:
+    """The transform of a `{target, params}` node.
+
+    Raises:
+        UserError: Not a transform of albumentations or `StainJitter`, or values it does not take.
+    """
+    target = node.get("target") if isinstance(node, Mapping) else None
+    own = f"{__name__}.StainJitter"
+    if not isinstance(target, str) or not (target == own or target.startswith("albumentations.")):
+        raise UserError(
+            f"{where}={node!r}: give a mapping with target: albumentations.NAME (or {own}) and"
+            " params:"
+        )
+    try:
+        transform = instantiate_from_config(node)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    except (ValueError, TypeError) as error:
+        # albumentations checks values with pydantic, whose text has many lines, some of them links.
+        lines = [line.strip() for line in str(error).splitlines()]
+        reason = " ".join(line for line in lines if not line.startswith("For further information"))
+        raise UserError(f"{where}: {target}: {reason}") from None
+    if not isinstance(transform, A.BasicTransform):
+        raise UserError(f"{where}: {target} is no single transform of images")
+    return transform
+
+
+def _preprocessing(nodes: Sequence[Mapping[str, Any]]) -> list[A.BasicTransform]:
+    transforms = []
+    for i, node in enumerate(nodes):
+        where = f"preprocess[{i}]"
+        transform = _build_transform(node, where)
+        name = type(transform).__name__
+        if name not in PREPROCESSING:
+            raise UserError(
+                f"{where}: {name} may not come before the crop, only {', '.join(PREPROCESSING)};"
+                " put it into augment"
+            )
+        drawn = isinstance(getattr(transform, "max_size", None), list | tuple)
+        if transform.p != 1 or drawn or getattr(transform, "position", "") == "random":
+            raise UserError(f"{where}: {name} must not be random here; put it into augment")
+        transforms.append(transform)
+    return transforms
+
+
+class Tiles(Dataset):
+    """What every set of tiles has in common, wherever its pixels are stored.
 
     An item is `dict(image=(3, S, S) float32 in [-1, 1], label=int, path=str)`; the label is -1 when
-    the set is unlabelled. The shorter side is resized to `size`, then a square is cropped.
+    the set is unlabelled. A tile goes through `preprocess`, has its shorter side resized to `size`,
+    is cropped to a square and augmented.
 
     Random crops and augmentation are a function of one integer per item: `tiles[index, seed]` uses
     the given one (see `ldm.data.datamodule.ResumableSampler`), `tiles[index]` draws it from torch,
     whose seed a DataLoader sets in each worker.
 
+    A subclass fills in the attributes, says what a tile's pixels and name are (`read`, `path`), and
+    calls `_finish`.
+
     Attributes:
         classes: Class names in label order; empty when unlabelled.
+        relative_paths: Names of the tiles below their root, with `/`.
+        labels: One int per tile.
+        groups: Patient, slide or region of each tile (its own name where unknown), from an index;
+            None without one.
+
+    Args:
+        size: S, pixels.
+        augment: Names among "d4" (the 8 symmetries of the square) and "stain", or nodes
+            `{target: albumentations.NAME, params: {...}}`, applied in order to the cropped tile.
+        crop: "center" or "random".
+        preprocess: Nodes of `PREPROCESSING`, applied in order to the whole tile.
+        resize: Whether the shorter side becomes `size`. False crops at the tile's own resolution.
+
+    Raises:
+        UserError: A bad value.
+    """
+
+    _PER_TILE = ("relative_paths", "labels", "groups")  # what `subset` takes a part of
+
+    def __init__(
+        self,
+        size: int,
+        augment: Sequence[str | Mapping] | None = None,
+        crop: str = "center",
+        preprocess: Sequence[Mapping] | None = None,
+        resize: bool = True,
+    ):
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise UserError(f"size={size!r} must be a whole number of pixels, at least 1")
+        augment = [augment] if isinstance(augment, str | Mapping) else list(augment or [])
+        unknown = sorted({name for name in augment if isinstance(name, str)} - set(AUGMENTATIONS))
+        if unknown:
+            raise UserError(
+                f"augment={unknown}: choose among {list(AUGMENTATIONS)}, or give target: and"
+                " params: of an albumentations transform"
+            )
+        if crop not in CROPS:
+            raise UserError(f"crop={crop!r}: choose among {list(CROPS)}")
+        self.size = size
+        self.augment = augment
+        self.crop = crop
+        self.resize = resize
+        self.classes: list[str] = []
+        self.relative_paths: list[str] = []
+        self.labels: list[int] = []
+        self.groups: list[str] | None = None
+        self._cached: list[np.ndarray] | None = None
+        steps = _preprocessing(preprocess or [])
+        self._prepare_image = A.Compose([*steps, *([_resize(size)] if resize else [])])
+        self._build_transform()
+
+    def _build_transform(self) -> None:
+        crop = A.CenterCrop if self.crop == "center" else A.RandomCrop
+        steps: list[A.BasicTransform] = [crop(self.size, self.size)]
+        for i, item in enumerate(self.augment):
+            if item == "d4":
+                steps.append(A.D4())
+            elif item == "stain":
+                steps += _stain()
+            else:
+                steps.append(self._augmentation(item, f"augment[{i}]"))
+        self._transform = A.Compose(steps)
+
+    def _augmentation(self, node: Mapping[str, Any], where: str) -> A.BasicTransform:
+        """A transform that turns a tile of S x S into another one, tried once on a grey tile."""
+        transform = _build_transform(node, where)
+        grey = np.full((self.size, self.size, 3), 128, np.uint8)
+        try:
+            tried = A.Compose([copy.deepcopy(transform)], seed=0)(image=grey)["image"]
+        except (ValueError, TypeError, RuntimeError, CropSizeError, cv2.error) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"{where}: {node['target']} fails on a tile of {self.size} px: {reason}"
+            ) from None
+        if getattr(tried, "shape", None) != grey.shape or tried.dtype != np.uint8:
+            raise UserError(
+                f"{where}: {node['target']} must leave a tile of {self.size} x {self.size} pixels"
+                " in 8 bits as large and deep as it is; correct its params or leave it out"
+            )
+        return transform
+
+    def read(self, index: int) -> np.ndarray:
+        """The stored pixels of a tile, uint8 (H, W, 3)."""
+        raise NotImplementedError
+
+    def path(self, index: int) -> str:
+        """Where a tile is stored, for messages and records."""
+        raise NotImplementedError
+
+    def _finish(self, check: bool | str, cache: bool) -> None:
+        """Fill the cache or check the files, as `check` and `cache` of a subclass say."""
+        if check not in (True, False, "auto"):
+            raise UserError(f"check={check!r}: choose among true, false and auto")
+        if cache:
+            self._fill_cache()
+        elif check is True or (check == "auto" and len(self) <= CHECK_LIMIT):
+            check_tiles(range(len(self)), read=self.read)
+
+    def _prepare(self, index: int) -> np.ndarray:
+        """The tile as uint8, resized: its shorter side is S, or at least S without `resize`."""
+        try:
+            image = self._prepare_image(image=self.read(index))["image"]
+        except CropSizeError as error:
+            raise UserError(f"{self.path(index)}: preprocess: {error}") from None
+        if min(image.shape[:2]) < self.size:
+            height, width = image.shape[:2]
+            raise UserError(
+                f"{self.path(index)}: {width} x {height} pixels are fewer than size={self.size};"
+                " set resize=true or a smaller size"
+            )
+        return image
+
+    def _fill_cache(self) -> None:
+        least = len(self) * self.size * self.size * 3
+        if least > CACHE_LIMIT:
+            raise UserError(
+                f"cache=true: {len(self)} tiles of {self.size} px need {least / 2**30:.1f} GiB or"
+                f" more, the limit is {CACHE_LIMIT / 2**30:.0f} GiB; use cache=false"
+            )
+
+        def decode(index: int) -> np.ndarray:
+            image = self._prepare(index)
+            # Only the centre of an elongated tile is ever seen with crop="center".
+            return self._transform(image=image)["image"] if not self.is_random else image
+
+        self._cached = decode_tiles(range(len(self)), decode)
+
+    @property
+    def is_random(self) -> bool:
+        """Whether an item depends on a seed."""
+        return bool(self.augment) or self.crop == "random"
+
+    def pass_length(self) -> int:
+        """How many tiles a pass draws."""
+        return len(self)
+
+    def drawn(self, seed: int, epoch: int) -> np.ndarray:
+        """Indices of the tiles that a pass draws, (pass_length,) int64, to be shuffled."""
+        return np.arange(len(self))
+
+    def subset(self, indices: Sequence[int], random: bool = True) -> "Tiles":
+        """The tiles at `indices`; `random=False` also drops augmentation and crops the centre."""
+        part = copy.copy(self)
+        for name in self._PER_TILE:
+            values = getattr(self, name)
+            if isinstance(values, np.ndarray):
+                setattr(part, name, values[np.asarray(indices, dtype=np.int64)])
+            elif values is not None:
+                setattr(part, name, [values[i] for i in indices])
+        if self._cached is not None:
+            part._cached = [self._cached[i] for i in indices]
+        if not random:
+            part.augment, part.crop = [], "center"
+            part._build_transform()
+        return part
+
+    def __len__(self) -> int:
+        return len(self.relative_paths)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict:
+        index, seed = key if isinstance(key, tuple) else (key, None)
+        image = self._cached[index] if self._cached is not None else self._prepare(index)
+        if self.is_random:
+            if seed is None:
+                seed = int(torch.randint(2**62, ()))
+            # One pair of generators for all steps: seeding each step alike would correlate them.
+            self._transform.set_random_state(np.random.default_rng(seed), random.Random(seed))
+        image = self._transform(image=image)["image"]
+        return {"image": to_tensor(image), "label": self.labels[index], "path": self.path(index)}
+
+
+def _report_loose(root: Path, count: int) -> None:
+    if count:
+        log.warning("%s: %d images beside the class folders are not used", root, count)
+
+
+class TileFolder(Tiles):
+    """Tiles below one or more folders, a file each.
+
+    Attributes:
         paths: Files, sorted within each class (labelled) or root (unlabelled).
-        relative_paths: The same below their root, with `/`; patient or slide names are found here.
-        labels: One int per path.
 
     Args:
         root: A folder or several. With `labelled`, each is `root/CLASS/**`.
-        size: S, pixels.
+        size, augment, crop, preprocess, resize: See `Tiles`.
         classes: The classes there must be, in label order. Default: the folders' names, sorted.
-        augment: Names among "d4" (the 8 symmetries of the square) and "stain".
-        crop: "center" or "random".
-        check: "auto" decodes every file at construction in sets of at most 20,000; True or False.
+        check: "auto" decodes every file at construction in sets of at most 20,000 without an
+            index; True or False.
         cache: Keep decoded tiles in memory, as uint8 after resizing (at most 4 GiB).
+        index: What scripts/index_corpus.py wrote for the same root or roots. The folders are then
+            not walked, and tiles with problems are left out.
 
     Raises:
-        UserError: A missing or empty folder, classes that differ, an unreadable image, a bad value.
+        UserError: A missing or empty folder, classes that differ, an unreadable image, a stale
+            index, a bad value.
     """
+
+    _PER_TILE = (*Tiles._PER_TILE, "paths")
 
     def __init__(
         self,
@@ -224,53 +393,69 @@ class TileFolder(Dataset):
         size: int,
         labelled: bool = False,
         classes: Sequence[str] | None = None,
-        augment: Sequence[str] | None = None,
+        augment: Sequence[str | Mapping] | None = None,
         crop: str = "center",
         check: bool | str = "auto",
         cache: bool = False,
+        preprocess: Sequence[Mapping] | None = None,
+        resize: bool = True,
+        index: str | os.PathLike | None = None,
     ):
         roots = [root] if isinstance(root, str | os.PathLike | None) else list(root)
         if not roots or any(r is None or not str(r) for r in roots):
             raise UserError(f"root={root!r}: give the folder of the tiles, or a list of folders")
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise UserError(f"size={size!r} must be a whole number of pixels, at least 1")
-        augment = [augment] if isinstance(augment, str) else list(augment or [])
-        unknown = sorted(set(augment) - set(AUGMENTATIONS))
-        if unknown:
-            raise UserError(f"augment={unknown}: choose among {list(AUGMENTATIONS)}")
-        if crop not in CROPS:
-            raise UserError(f"crop={crop!r}: choose among {list(CROPS)}")
-        if check not in (True, False, "auto"):
-            raise UserError(f"check={check!r}: choose among true, false and auto")
         if classes is not None and not labelled:
             raise UserError(f"classes={list(classes)}: classes need labelled=true")
-
-        self.size = size
-        self.augment = augment
-        self.crop = crop
-        self.classes: list[str] = list(classes or [])
+        super().__init__(size, augment, crop, preprocess, resize)
+        self.classes = list(classes or [])
         self.paths: list[Path] = []
-        self.relative_paths: list[str] = []
-        self.labels: list[int] = []
-        for folder in roots:
-            self._index(Path(folder).expanduser(), labelled)
-        self._build_transforms()
+        folders = [Path(folder).expanduser() for folder in roots]
+        for folder in folders:
+            if not folder.is_dir():
+                reason = "is not a folder" if folder.exists() else "does not exist"
+                raise UserError(f"tile folder {folder} {reason}; check the path")
+        if index is None:
+            for folder in folders:
+                self._add_root(folder, labelled)
+        else:
+            self._add_index(CorpusIndex.read(index), folders, labelled)
+            check = False if check == "auto" else check  # the scan has decoded every tile
+        self._finish(check, cache)
 
-        self._cached: list[np.ndarray] | None = None
-        if cache:
-            self._fill_cache()
-        elif check is True or (check == "auto" and len(self) <= CHECK_LIMIT):
-            check_tiles(self.paths)
+    def _add_root(self, root: Path, labelled: bool) -> None:
+        def below(folder: Path) -> list[str]:
+            return [path.relative_to(root).as_posix() for path in list_images(folder)]
 
-    def _index(self, root: Path, labelled: bool) -> None:
-        if not root.is_dir():
-            reason = "is not a folder" if root.exists() else "does not exist"
-            raise UserError(f"tile folder {root} {reason}; check the path")
         if not labelled:
-            self._add(root, root, label=-1)
+            self._add(root, root, below(root), label=-1)
             return
+        self._take_classes(root, class_folders(root))
+        _report_loose(root, sum(1 for p in root.iterdir() if is_image(p.name) and p.is_file()))
+        for label, name in enumerate(self.classes):
+            self._add(root, root / name, below(root / name), label)
 
-        found = class_folders(root)
+    def _add_index(self, index: CorpusIndex, roots: list[Path], labelled: bool) -> None:
+        index.require_layout("folder")
+        index.check(roots)
+        self.groups = []
+        for number, root in enumerate(roots):
+            table = index.tiles(number)
+            group_of = dict(zip(table["path"], table["group"], strict=True))
+            if labelled:
+                members: dict[str, list[str]] = {}
+                for name in table["path"]:
+                    members.setdefault(top_folder(name) or "", []).append(name)
+                _report_loose(root, len(members.pop("", [])))
+                self._take_classes(root, sorted(members))
+                for label, name in enumerate(self.classes):
+                    self._add(root, root / name, members[name], label)
+            else:
+                self._add(root, root, table["path"], label=-1)
+            first = len(self.groups)
+            self.groups += [group_of[name] or name for name in self.relative_paths[first:]]
+
+    def _take_classes(self, root: Path, found: list[str]) -> None:
+        """Make these the classes, or see that they are the ones there must be."""
         if not found:
             raise UserError(f"{root}: no class folders; a labelled set is {root}/CLASS/image files")
         if not self.classes:
@@ -282,81 +467,19 @@ class TileFolder(Dataset):
                 f"{root}: class folders {found} differ from the classes {self.classes}"
                 f" (missing {missing}, extra {extra}); rename, add or remove folders"
             )
-        loose = sum(1 for p in root.iterdir() if p.suffix.lower() in EXTENSIONS and p.is_file())
-        if loose:
-            log.warning("%s: %d images beside the class folders are not used", root, loose)
-        for label, name in enumerate(self.classes):
-            self._add(root, root / name, label)
 
-    def _add(self, root: Path, folder: Path, label: int) -> None:
-        paths = list_images(folder)
-        if not paths:
+    def _add(self, root: Path, folder: Path, names: list[str], label: int) -> None:
+        if not names:
             what = "tile folder" if label < 0 else "class folder"
             raise UserError(
                 f"{what} {folder} has no images ({' '.join(sorted(EXTENSIONS))}); add some"
             )
-        self.paths += paths
-        self.relative_paths += [path.relative_to(root).as_posix() for path in paths]
-        self.labels += [label] * len(paths)
+        self.paths += [root / name for name in names]
+        self.relative_paths += names
+        self.labels += [label] * len(names)
 
-    def _build_transforms(self) -> None:
-        self._resize = A.Compose([_resize(self.size)])
-        crop = A.CenterCrop if self.crop == "center" else A.RandomCrop
-        steps: list[A.BasicTransform] = [crop(self.size, self.size)]
-        if "d4" in self.augment:
-            steps.append(A.D4())
-        if "stain" in self.augment:
-            steps += _stain()
-        self._transform = A.Compose(steps)
+    def read(self, index: int) -> np.ndarray:
+        return read_tile(self.paths[index])
 
-    def _decode(self, path: Path) -> np.ndarray:
-        """The tile as uint8 with its shorter side S."""
-        return self._resize(image=read_tile(path))["image"]
-
-    def _fill_cache(self) -> None:
-        least = len(self) * self.size * self.size * 3
-        if least > CACHE_LIMIT:
-            raise UserError(
-                f"cache=true: {len(self)} tiles of {self.size} px need {least / 2**30:.1f} GiB or"
-                f" more, the limit is {CACHE_LIMIT / 2**30:.0f} GiB; use cache=false"
-            )
-
-        def decode(path: Path) -> np.ndarray:
-            image = self._decode(path)
-            # Only the centre of an elongated tile is ever seen with crop="center".
-            return self._transform(image=image)["image"] if not self.is_random else image
-
-        self._cached = decode_tiles(self.paths, decode)
-
-    @property
-    def is_random(self) -> bool:
-        """Whether an item depends on a seed."""
-        return bool(self.augment) or self.crop == "random"
-
-    def subset(self, indices: Sequence[int], random: bool = True) -> "TileFolder":
-        """The tiles at `indices`; `random=False` also drops augmentation and crops the centre."""
-        part = copy.copy(self)
-        for name in ("paths", "relative_paths", "labels"):
-            values = getattr(self, name)
-            setattr(part, name, [values[i] for i in indices])
-        if self._cached is not None:
-            part._cached = [self._cached[i] for i in indices]
-        if not random:
-            part.augment, part.crop = [], "center"
-            part._build_transforms()
-        return part
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, key: int | tuple[int, int]) -> dict:
-        index, seed = key if isinstance(key, tuple) else (key, None)
-        path = self.paths[index]
-        image = self._cached[index] if self._cached is not None else self._decode(path)
-        if self.is_random:
-            if seed is None:
-                seed = int(torch.randint(2**62, ()))
-            # One pair of generators for all steps: seeding each step alike would correlate them.
-            self._transform.set_random_state(np.random.default_rng(seed), random.Random(seed))
-        image = self._transform(image=image)["image"]
-        return {"image": to_tensor(image), "label": self.labels[index], "path": str(path)}
+    def path(self, index: int) -> str:
+        return str(self.paths[index])

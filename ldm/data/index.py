@@ -1,0 +1,223 @@
+"""The index of a corpus: what one scan found, so that training neither walks nor checks the tree.
+
+A Parquet file with a row per tile. Columns: `root` (number of the root folder), `path` (name below
+it), `file`, `offset`, `size` (where it is stored: see `ldm.data.storage.Place`; bytes), `file_size`
+and `modified` (of the file, bytes and nanoseconds), `width` and `height` (pixels), `hash` (SHA-256
+of the stored bytes), `group` (patient, slide or region), `label` (class name), `problem` and
+`reason`. Rows with a problem are kept, so that the index knows every file, but are no tiles. Roots
+are not recorded: they are given anew, so a corpus may be moved or mounted elsewhere.
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.data.images import read_folder, walk
+from ldm.data.storage import Layout, Place, layout_of
+from ldm.errors import UserError
+from ldm.run import write_bytes
+
+if TYPE_CHECKING:
+    import pyarrow
+
+COMMAND = "scripts/index_corpus.py"
+VERSION = 1
+METADATA = b"corpus_index"
+SAMPLED = 64  # tiles per root whose file is looked at before training
+PLACE = ("path", "file", "offset", "size", "label")
+COLUMNS = ("root", *PLACE, "file_size", "modified", "width", "height", "hash", "group")
+COLUMNS += ("problem", "reason")
+
+
+def content_hash(content: Any) -> str:
+    """SHA-256 of a tile's stored bytes, or of an array's."""
+    return hashlib.sha256(content).hexdigest()
+
+
+@dataclass(frozen=True)
+class CorpusIndex:
+    """What a scan found.
+
+    Attributes:
+        path: Of the Parquet file.
+        layout: Name of the layout of all roots.
+        min_size: Pixels; tiles with a shorter side are not among `tiles`.
+        folders: For each root, the folders below it with their times of change (nanoseconds).
+        table: A row per tile, sorted by root and path.
+    """
+
+    path: Path
+    layout: str
+    min_size: int
+    folders: Sequence[dict[str, int]]
+    table: "pyarrow.Table"
+
+    @classmethod
+    def read(cls, path: str | os.PathLike) -> "CorpusIndex":
+        """Read an index.
+
+        Raises:
+            UserError: Missing, or no index of this version.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path = Path(path).expanduser()
+        if not path.is_file():
+            raise UserError(f"index {path} does not exist; make it with {COMMAND}")
+        try:
+            table = pq.read_table(path)
+            record = json.loads((table.schema.metadata or {})[METADATA])
+        except (pa.ArrowException, OSError, KeyError, ValueError):
+            raise UserError(f"index {path} was not written by {COMMAND}; make it again") from None
+        if record.get("version") != VERSION or not set(COLUMNS) <= set(table.column_names):
+            raise UserError(f"index {path} is of another version; make it again with {COMMAND}")
+        return cls(path, record["layout"], record["min_size"], record["folders"], table)
+
+    def write(self) -> None:
+        """Write the file whole or not at all."""
+        import pyarrow.parquet as pq
+
+        record = {
+            "version": VERSION,
+            "layout": self.layout,
+            "min_size": self.min_size,
+            "folders": list(self.folders),
+        }
+        stream = io.BytesIO()
+        table = self.table.replace_schema_metadata({METADATA: json.dumps(record)})
+        pq.write_table(table, stream, compression="zstd")
+        write_bytes(self.path, stream.getvalue())
+
+    def rows(self, root: int) -> "pyarrow.Table":
+        """Every row of one root, also those with a problem."""
+        import pyarrow.compute as pc
+
+        return self.table.filter(pc.equal(self.table["root"], root))
+
+    def tiles(self, root: int) -> dict[str, list]:
+        """The tiles of one root without a problem, a list per column, sorted by path."""
+        import pyarrow.compute as pc
+
+        rows = self.rows(root)
+        columns = [*PLACE, "group"]
+        found = rows.filter(pc.is_null(rows["problem"])).select(columns)
+        return {name: found[name].to_pylist() for name in columns}
+
+    def require_layout(self, layout: str) -> None:
+        """UserError when the index is of another layout."""
+        if self.layout != layout:
+            raise UserError(
+                f"index {self.path} is of layout {self.layout}, not {layout}; correct the layout or"
+                " give another index"
+            )
+
+    def check(self, roots: Sequence[Path]) -> None:
+        """See that the index still tells the truth about these folders.
+
+        Every folder's time of change is compared, and where it differs, its listing; so files that
+        were added, removed or renamed are noticed. Of some tiles, spread evenly, the file's size is
+        compared and, where its time differs, the stored bytes. A corpus may thus be copied
+        elsewhere.
+
+        Raises:
+            UserError: What differs.
+        """
+        if len(roots) != len(self.folders):
+            raise UserError(
+                f"index {self.path} is of {len(self.folders)} roots, not {len(roots)}; give the"
+                f" same roots as to {COMMAND}, in the same order"
+            )
+        layout = layout_of(self.layout, f"layout of index {self.path}")
+        for number, root in enumerate(roots):
+            rows = self.rows(number)
+            reason = self._changed_folders(root, self.folders[number], rows, layout)
+            reason = reason or _changed_tiles(root, rows, layout)
+            if reason:
+                raise UserError(
+                    f"index {self.path} does not fit {root}: {reason}; run {COMMAND} again, or"
+                    " correct the root"
+                )
+
+    def _changed_folders(
+        self, root: Path, known: dict[str, int], rows: "pyarrow.Table", layout: Layout
+    ) -> str | None:
+        """What was added to or removed from the folders; None when nothing was."""
+        touched = []
+        for name, modified in known.items():
+            try:
+                if os.stat(root / name).st_mtime_ns != modified:
+                    touched.append((name, read_folder(root / name, layout.holds_tiles)))
+            except (FileNotFoundError, NotADirectoryError):
+                return f"the folder {root / name} is gone"
+        if not touched:
+            return None
+        files: dict[str, set[str]] = defaultdict(set)
+        for file in set(rows["file"].to_pylist()):
+            parent, _, name = file.rpartition("/")
+            files[parent or "."].add(name)
+        for name, folder in touched:
+            gone = sorted(files[name] - set(folder.files))
+            added = sorted(set(folder.files) - files[name])
+            if gone:
+                return f"{len(gone)} files of {root / name} are gone, such as {gone[0]}"
+            if added:
+                return f"{len(added)} files were added to {root / name}, such as {added[0]}"
+            for subfolder in folder.subfolders:
+                below = subfolder if name == "." else f"{name}/{subfolder}"
+                if below not in known and any(
+                    new.files for new in walk(root / below, layout.holds_tiles)
+                ):
+                    return f"the folder {root / below} was added"
+        return None
+
+
+def _changed_tiles(root: Path, rows: "pyarrow.Table", layout: Layout) -> str | None:
+    """Which of some tiles is not what it was; None when all are."""
+    import pyarrow.compute as pc
+
+    rows = rows.filter(pc.is_null(rows["problem"]))
+    if not len(rows):
+        return None
+    count = min(SAMPLED, len(rows))
+    sample = sorted({i * (len(rows) - 1) // max(count - 1, 1) for i in range(count)})
+    for row in rows.take(sample).to_pylist():
+        file = root / row["file"]
+        try:
+            found = os.stat(file)
+        except (FileNotFoundError, NotADirectoryError):
+            return f"{file} is gone"
+        if found.st_size != row["file_size"]:
+            return f"{file} has {found.st_size} bytes instead of {row['file_size']}"
+        if found.st_mtime_ns != row["modified"]:
+            place = place_of(row)
+            if content_hash(layout.content(root, place)) != row["hash"]:
+                return f"{root / place.path} has another content"
+    return None
+
+
+def place_of(row: dict[str, Any]) -> Place:
+    """Where the tile of a row is stored."""
+    return Place(*(row[name] for name in PLACE))
+
+
+def make_table(rows: Sequence[dict[str, Any]]) -> "pyarrow.Table":
+    """The table of rows with all `COLUMNS`; they must be sorted by root and path."""
+    import pyarrow as pa
+
+    numbers = {"root": pa.int16(), "width": pa.int32(), "height": pa.int32()}
+    numbers |= dict.fromkeys(("offset", "size", "file_size", "modified"), pa.int64())
+    columns = [[row[name] for row in rows] for name in COLUMNS]
+    return pa.table(
+        [
+            pa.array(values, numbers.get(name, pa.string()))
+            for name, values in zip(COLUMNS, columns, strict=True)
+        ],
+        names=list(COLUMNS),
+    )
