@@ -38,7 +38,8 @@ def models(tmp_path_factory):
 
 def sample(models, outdir, *options, classifier="classifier.ckpt", n=2, steps=4):
     """Run the command in this process; without `classifier`, unconditionally."""
-    argv = ["-r", str(models / "diffusion.ckpt"), "-n", str(n), "-c", str(steps)]
+    argv = ["-r", str(models / "diffusion.ckpt"), "-c", str(steps)]
+    argv += [] if n is None else ["-n", str(n)]
     argv += ["--outdir", str(outdir), "--device", "cpu"]
     if classifier:
         argv += ["--classifier", str(models / classifier)]

@@ -296,7 +296,7 @@ def _parquet(rows: Sequence[Row]) -> bytes:
 
     kinds = OF_IMAGE | OF_FOLDER
     types = {key: pa.type_for_alias(kind) for key, kind in kinds.items() if kind != "timestamp"}
-    types["made"] = pa.timestamp("s", tz="UTC")
+    types["made"] = pa.timestamp("ms", tz="UTC")  # Parquet has no seconds
     made = [datetime.datetime.fromisoformat(row["made"].replace("Z", "+00:00")) for row in rows]
     columns = {key: [row[key] for row in rows] for key in COLUMNS} | {"made": made}
     schema = pa.schema([(key, types[key]) for key in COLUMNS])

@@ -109,11 +109,11 @@ def load_models(
         files["first_stage"] = file_sha256(checkpoint_path(first_stage_path))
         record = read_checkpoint(first_stage_path)[KEY]
         facts["first_stage"] = _facts(record)
-        tuned_on = record["classes"]
-        if classifier is not None and tuned_on and tuned_on != classifier.classes:
+        classes = Models(diffusion, classifier).classes
+        if classes and record["classes"] and record["classes"] != classes:
             raise UserError(
-                f"--first_stage {first_stage_path} was tuned on classes {tuned_on}, the classifier "
-                f"on {classifier.classes}; use models of the same labelled set"
+                f"--first_stage {first_stage_path} was tuned on classes {record['classes']}, the "
+                f"classifier on {classes}; use models of the same labelled set"
             )
     return Models(diffusion, classifier, weak, files, facts)
 
