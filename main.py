@@ -140,6 +140,7 @@ def train(args: argparse.Namespace) -> "tuple[pl.Trainer, pl.LightningModule] | 
     data.setup()
     model = instantiate_from_config(config["model"])
     model.seed = args.seed
+    model.use_classes(data.classes)
     batch = effective_batch(config, devices.count * args.num_nodes)
     model.learning_rate = config["model"]["base_learning_rate"] * (batch if args.scale_lr else 1)
     text = describe(config, model, data, batch, model.learning_rate, args.scale_lr)

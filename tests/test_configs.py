@@ -19,13 +19,14 @@ PAPER_SIZED = ("configs/autoencoder/", "configs/latent-diffusion/")
 
 
 def test_there_are_as_many_as_expected():
-    assert len(TRAINING) == 9
+    assert len(TRAINING) == 11
 
 
 @pytest.fixture
 def environment(monkeypatch, tmp_path):
     monkeypatch.setenv("HISTO_DATA", str(tmp_path))
-    monkeypatch.setenv("HISTO_AUTOENCODER", str(tmp_path / "none.ckpt"))
+    for name in ("HISTO_AUTOENCODER", "HISTO_DIFFUSION"):
+        monkeypatch.setenv(name, str(tmp_path / "none.ckpt"))
     for split in ("train", "train5", "val"):
         tiny.tiles(tmp_path / split, per_class=2)
     return tmp_path
@@ -49,6 +50,9 @@ def test_trains_one_step(path, environment, monkeypatch):
     if not path.endswith("autoencoder.yaml"):
         train(f"{folder}/autoencoder.yaml", "autoencoder")
         monkeypatch.setenv("HISTO_AUTOENCODER", str(environment / "logs" / "autoencoder"))
+    if path.endswith("label_adapter.yaml"):
+        train(f"{folder}/diffusion.yaml", "diffusion")
+        monkeypatch.setenv("HISTO_DIFFUSION", str(environment / "logs" / "diffusion"))
     train(path, "run")
     assert RunFolder(environment / "logs" / "run").last.is_file()
 
@@ -74,4 +78,6 @@ def test_paper_sized_configs_train_one_step(environment, monkeypatch):
     train("autoencoder/autoencoder_histo_kl_64x64x3.yaml", "autoencoder", *off)
     monkeypatch.setenv("HISTO_AUTOENCODER", str(environment / "logs" / "autoencoder"))
     train("latent-diffusion/histo-ldm-kl-8.yaml", "diffusion", "model.params.scale_images=2")
+    monkeypatch.setenv("HISTO_DIFFUSION", str(environment / "logs" / "diffusion"))
+    train("latent-diffusion/histo-ldm-kl-8-label-adapter.yaml", "adapter")
     train("autoencoder/decoder_finetune.yaml", "decoder", "model.params.perceptual_weight=0")

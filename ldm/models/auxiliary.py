@@ -78,8 +78,8 @@ class DecoderFinetune(HistoModule):
     def metrics(self) -> set[str]:
         return {"val/aux_loss", "val/aux_accuracy", "val/rec_loss", "val/total_loss"}
 
-    def setup(self, stage: str) -> None:
-        self.build_aux_classifier(self.trainer.datamodule.classes)
+    def use_classes(self, classes: list[str]) -> None:
+        self.build_aux_classifier(classes)
 
     def build_aux_classifier(self, classes: list[str] | None) -> None:
         """Make the auxiliary classifier for these classes."""

@@ -33,6 +33,9 @@ class HistoModule(pl.LightningModule):
         self.classes: list[str] | None = None
         self.seed: int | None = None
 
+    def use_classes(self, classes: list[str]) -> None:
+        """Called before training with the data's class names, none where it is unlabelled."""
+
     def rebuild_config(self) -> dict[str, Any]:
         """Target and params (plain containers, no paths) that rebuild this model for inference."""
         raise TypeError(f"{type(self).__name__} does not say how to rebuild itself")

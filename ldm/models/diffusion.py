@@ -1,15 +1,15 @@
 """Training of the latent diffusion model (stage 1 of the method)."""
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.config import instantiate_from_config
 from ldm.data.tiles import TileFolder
-from ldm.diffusion.schedule import NoiseSchedule
+from ldm.diffusion.samplers import EpsFn, IndexedNoise, ddim
+from ldm.diffusion.schedule import NoiseSchedule, time_pairs
 from ldm.errors import UserError
 from ldm.models.base import HistoModule
 from ldm.modules.autoencoder import AutoencoderKL as AutoencoderNet
@@ -49,6 +49,7 @@ class LatentDiffusion(HistoModule):
     """
 
     kind = "diffusion"
+    conditional = False  # whether the noise predictor knows labels
 
     def __init__(
         self,
@@ -93,10 +94,11 @@ class LatentDiffusion(HistoModule):
             first_stage_ckpt, first_stage_config
         )
         self.unet = instantiate_from_config(unet_config)
-        if self.unet.num_classes is not None:
+        if self.unet.num_classes is not None and not self.conditional:
             raise UserError(
                 f"model.params.unet_config.params.num_classes={self.unet.num_classes}: "
-                "pre-training is unconditional; remove it, classes come in through the classifier"
+                "pre-training is unconditional; remove it, classes come in through the classifier "
+                "or ldm.models.label_adapter.LabelAdapter"
             )
         self._check_sizes()
         self.ema = EMA(self.unet, ema_decay) if use_ema else None
@@ -249,8 +251,9 @@ class LatentDiffusion(HistoModule):
     # Training
 
     def configure_optimizers(self) -> dict[str, Any]:
+        trained = [p for p in self.unet.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            self.unet.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay
+            trained, lr=self.learning_rate, weight_decay=self.weight_decay
         )
         if self.scheduler_config is None:
             return {"optimizer": optimizer}
@@ -270,18 +273,24 @@ class LatentDiffusion(HistoModule):
         )
         self.log("train/grad_norm", norm)
 
-    def eps_loss(self, eps_fn: Callable, z_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    def eps_loss(
+        self, net: nn.Module, z_0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None = None
+    ) -> Tensor:
         """Mean error of the predicted noise per image, (B,) (Ho et al. 2020, eq. 14)."""
-        error = eps_fn(self.schedule.q_sample(z_0, t, eps), t) - eps
+        error = net(self.schedule.q_sample(z_0, t, eps), t, y) - eps
         return LOSSES[self.loss_type](error.float()).mean(dim=(1, 2, 3))
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         z_0 = self.encode_first_stage(batch["image"])
         t = torch.randint(self.schedule.T, (len(z_0),), device=z_0.device)
-        loss = self.eps_loss(self.unet, z_0, t, torch.randn_like(z_0)).mean()
+        loss = self.eps_loss(self.unet, z_0, t, torch.randn_like(z_0), self.labels(batch)).mean()
         self.check_finite(loss, batch, batch_idx)
         self.log("train/loss_simple", loss.detach(), prog_bar=True, batch_size=len(z_0))
         return loss
+
+    def labels(self, batch: dict[str, Any]) -> Tensor | None:
+        """What the noise predictor is told of this batch, (B,) int64; None: it knows no labels."""
+        return None
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         # The same time steps and noise at every validation, so that the numbers compare.
@@ -291,28 +300,37 @@ class LatentDiffusion(HistoModule):
         z_0 = self.encode_first_stage(batch["image"], generator)
         t = torch.randint(self.schedule.T, (len(z_0),), generator=generator).to(z_0.device)
         eps = torch.randn(z_0.shape, generator=generator).to(z_0.device)
-        values = {"val/loss_simple": self.eps_loss(self.unet, z_0, t, eps).mean()}
-        if self.ema is not None:
-            values["val/loss_simple_ema"] = self.eps_loss(self.ema, z_0, t, eps).mean()
+        values = self.validation_losses(z_0, t, eps, self.labels(batch))
         self.log_dict(values, prog_bar=True, batch_size=len(z_0), sync_dist=True)
+
+    def validation_losses(
+        self, z_0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None
+    ) -> dict[str, Tensor]:
+        """What a validation logs of one batch."""
+        values = {"val/loss_simple": self.eps_loss(self.unet, z_0, t, eps, y).mean()}
+        if self.ema is not None:
+            values["val/loss_simple_ema"] = self.eps_loss(self.ema, z_0, t, eps, y).mean()
+        return values
 
     # Sampling
 
-    def eps_model(self, use_ema: bool = True) -> Callable[[Tensor, Tensor], Tensor]:
+    def eps_model(self, use_ema: bool = True) -> nn.Module:
         """The noise predictor eps(z_t, t), with averaged weights where there are any."""
         return self.ema.net if use_ema and self.ema is not None else self.unet
+
+    def preview_eps(self, count: int) -> EpsFn:
+        """The noise predictor of the `count` samples that `log_images` shows."""
+        return self.eps_model()
 
     @torch.no_grad()
     def log_images(self, batch: dict[str, Any], count: int) -> dict[str, Tensor]:
         """Inputs, reconstructions and samples of 50 DDIM steps, (count, 3, H, W) each."""
-        from ldm.diffusion.samplers import IndexedNoise, ddim
-        from ldm.diffusion.schedule import time_pairs
-
         x = batch["image"][:count]
         pairs = time_pairs(self.schedule.T, min(50, self.schedule.T))
         # The same noise every time, so that successive grids show the same images getting better.
         noise = IndexedNoise(0, -1, range(len(x)), self.latent_shape, self.device)
-        z_0 = ddim(self.eps_model(), self.schedule, noise.initial(), pairs, eta=1.0, noise_fn=noise)
+        eps_fn = self.preview_eps(len(x))
+        z_0 = ddim(eps_fn, self.schedule, noise.initial(), pairs, eta=1.0, noise_fn=noise)
         reconstructions = self.decode_first_stage(self.encode_first_stage(x, sample=False))
         return {
             "inputs": x,

@@ -129,7 +129,7 @@ class UNetModel(_Encoder):
         num_heads, num_head_channels: Heads by number, or by width when `num_head_channels` is not
             -1.
         num_heads_upsample: Number of heads on the up-sampling path; -1 for `num_heads`.
-        num_classes: When set, labels y (B,) are embedded and added to the time embedding.
+        num_classes: Labels are embedded and added to the time embedding, see `add_labels`.
         use_checkpoint: Recompute activations in the backward pass: less memory, the same gradients.
 
     Raises:
@@ -173,9 +173,9 @@ class UNetModel(_Encoder):
             use_new_attention_order,
         )
         self.out_channels = out_channels
-        self.num_classes = num_classes
+        self.num_classes = None
         if num_classes is not None:
-            self.label_emb = nn.Embedding(num_classes, 4 * model_channels)
+            self.add_labels(num_classes)
         heads = num_heads if num_heads_upsample == -1 else num_heads_upsample
         channels, factor, widths = self._channels, self._factor, list(self._widths)
         self.output_blocks = nn.ModuleList()
@@ -203,20 +203,24 @@ class UNetModel(_Encoder):
         )
         self._finish_build()
 
+    def add_labels(self, num_classes: int) -> None:
+        """Embed labels from now on; the embedding is 0, so the predictions stay as they are."""
+        self.num_classes = num_classes
+        self.label_emb = zero_init(nn.Embedding(num_classes, 4 * self.model_channels))
+
     def forward(self, z_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Predict the noise in `z_t`.
 
         Args:
             z_t: Noisy latents, (B, C, H, W).
             t: Time steps, (B,) int64 in [0, T).
-            y: Labels, (B,), for a network with `num_classes`.
+            y: Labels, (B,) int64, for a network with `num_classes`; -1 (or None for all) is no
+                label, to which no embedding is added.
         """
-        assert (y is not None) == (self.num_classes is not None), (
-            "y goes with num_classes, and only with it"
-        )
         emb = self._embed(t, z_t.dtype)
         if y is not None:
-            emb = emb + self.label_emb(y)
+            assert self.num_classes is not None, "labels need num_classes"
+            emb = emb + torch.where((y >= 0)[:, None], self.label_emb(y.clamp(min=0)), 0)
         h, skips = z_t, []
         for block in self.input_blocks:
             h = block(h, emb)

@@ -1,0 +1,156 @@
+"""Labels for a pre-trained diffusion model: the way to classifier-free guidance."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.diffusion.samplers import EpsFn
+from ldm.errors import UserError
+from ldm.models.diffusion import LatentDiffusion
+from ldm.modules.ema import EMA
+
+TUNES = ("embedding", "all")
+
+
+class LabelAdapter(LatentDiffusion):
+    """A pre-trained diffusion model that learns labels from few labelled tiles.
+
+    An embedding of the label is added to that of the time step. It starts at 0, where every
+    prediction is the pre-trained one, and is trained with label dropout: a share of the images
+    comes without label (-1), for which nothing is added. So one network predicts with and without
+    a label, which is what classifier-free guidance needs (Ho & Salimans 2022).
+
+    UNet, autoencoder, latent scale and noise schedule are the pre-trained model's.
+
+    Args:
+        pretrained: Diffusion checkpoint to start from.
+        pretrained_ema: Start from its averaged weights.
+        label_dropout: Share of the training images without label, in [0, 1).
+        tune: "embedding" trains the label embedding alone, "all" the UNet with it.
+        loss_type: As for `LatentDiffusion`; None for the pre-trained model's.
+        scheduler_config, use_ema, ema_decay, weight_decay, monitor: As for `LatentDiffusion`.
+        diffusion: Parameters of `LatentDiffusion` that rebuild the model without `pretrained`, from
+            its own checkpoint.
+
+    Raises:
+        UserError: A missing or wrong checkpoint, settings out of range, or data without labels.
+    """
+
+    conditional = True
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        pretrained_ema: bool = True,
+        label_dropout: float = 0.1,
+        tune: str = "embedding",
+        loss_type: str | None = None,
+        scheduler_config: dict | None = None,
+        use_ema: bool = True,
+        ema_decay: float = 0.999,
+        weight_decay: float = 0.01,
+        monitor: str | None = None,
+        diffusion: dict | None = None,
+    ):
+        if not 0 <= label_dropout < 1:
+            raise UserError(
+                f"model.params.label_dropout={label_dropout} must be in [0, 1): it is the share of "
+                "images that are trained without label"
+            )
+        if tune not in TUNES:
+            raise UserError(f"model.params.tune={tune!r} must be one of {', '.join(TUNES)}")
+        source = _pretrained(pretrained) if diffusion is None else None
+        params = dict(diffusion or source.rebuild_config()["params"])
+        if loss_type is not None:
+            params["loss_type"] = loss_type
+        # A model that is to be trained gets its average with its labels, in `use_classes`.
+        params |= {"use_ema": use_ema and source is None, "ema_decay": ema_decay}
+        super().__init__(
+            **params,
+            scheduler_config=scheduler_config,
+            weight_decay=weight_decay,
+            monitor=monitor,
+        )
+        self.label_dropout, self.tune, self.use_ema = label_dropout, tune, use_ema
+        if source is not None:
+            self.unet.load_state_dict(source.eps_model(pretrained_ema).state_dict())
+            self.first_stage_model.load_state_dict(source.first_stage_model.state_dict())
+            self.scale_factor.copy_(source.scale_factor)
+
+    def use_classes(self, classes: list[str]) -> None:
+        """Make the label embedding for these classes, and the average of the weights."""
+        if not classes:
+            raise UserError(
+                "a label adapter needs labelled tiles: set data.params.train.params.labelled=true "
+                "and give a folder with one folder per class"
+            )
+        self.classes = list(classes)
+        self.unet.add_labels(len(classes))
+        settings = {**self.unet_config["params"], "num_classes": len(classes)}
+        self.unet_config = {**self.unet_config, "params": settings}
+        if self.use_ema:
+            self.ema = EMA(self.unet, self.ema_decay)
+        self.unet.requires_grad_(self.tune == "all").label_emb.requires_grad_(True)
+
+    def rebuild_config(self) -> dict[str, Any]:
+        params = super().rebuild_config()["params"]
+        average = {name: params.pop(name) for name in ("use_ema", "ema_decay")}
+        return {
+            "target": "ldm.models.label_adapter.LabelAdapter",
+            "params": {"diffusion": params, **average},
+        }
+
+    def metrics(self) -> set[str]:
+        return super().metrics() | {"val/label_gain"}
+
+    def labels(self, batch: dict[str, Any]) -> Tensor:
+        """The labels; in training -1 for the images whose label is dropped."""
+        y = batch["label"]
+        if not self.training:
+            return y
+        dropped = torch.rand(len(y), device=y.device) < self.label_dropout
+        return torch.where(dropped, -1, y)
+
+    def validation_losses(
+        self, z_0: Tensor, t: Tensor, eps: Tensor, y: Tensor
+    ) -> dict[str, Tensor]:
+        """Losses with the right label, and `val/label_gain`: by how much it lowers the loss.
+
+        Of the averaged weights where there are any, at the same time steps and noise.
+        """
+        values = super().validation_losses(z_0, t, eps, y)
+        with_label = values["val/loss_simple" if self.ema is None else "val/loss_simple_ema"]
+        without_label = self.eps_loss(self.eps_model(), z_0, t, eps).mean()
+        return {**values, "val/label_gain": without_label - with_label}
+
+    def conditional_eps(self, use_ema: bool = True) -> nn.Module:
+        """The noise predictor eps(z_t, t, y), y (B,) int64 in [-1, K) where -1 is no label.
+
+        With averaged weights where there are any. `eps_model` is the same network without y, the
+        prediction without label.
+        """
+        return self.eps_model(use_ema)
+
+    def preview_eps(self, count: int) -> EpsFn:
+        """The classes in turn."""
+        net, y = self.conditional_eps(), torch.arange(count, device=self.device) % len(self.classes)
+        return lambda z_t, t: net(z_t, t, y)
+
+
+def _pretrained(path: str | None) -> LatentDiffusion:
+    """The unconditional model to start from."""
+    from ldm.checkpoint import load_model
+
+    if not path:
+        raise UserError(
+            "model.params.pretrained is not set: export HISTO_DIFFUSION=CKPT or give "
+            "model.params.pretrained=CKPT"
+        )
+    source = load_model(path, "diffusion", what="model.params.pretrained")
+    if source.conditional:
+        raise UserError(
+            f"model.params.pretrained: {path} is a label adapter already; give the diffusion model "
+            "that it started from, or go on with --resume"
+        )
+    return source
