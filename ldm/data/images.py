@@ -79,18 +79,24 @@ def class_folders(root: str | os.PathLike) -> list[str]:
         return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 
 
-def float_to_uint8(values: np.ndarray, most: float, name: str) -> np.ndarray:
-    """Levels of a float image in [0, most], rounded to 0 .. 255.
+def white_of(high: float) -> float:
+    """The value of white, 1 or 255, in floats whose largest value is `high`."""
+    return 1.0 if high <= 1.001 else 255.0  # 1 with the rounding errors of a colour transform
+
+
+def float_to_uint8(values: np.ndarray, white: float, name: str) -> np.ndarray:
+    """Levels of a float image in [0, white], rounded to 0 .. 255.
 
     Raises:
         UnsupportedImage: Values outside, or not finite.
     """
-    low, high = values.min(), values.max()
-    if not (low >= 0 and high <= most):  # also false for nan
+    levels = np.rint(values * (255 / white))
+    if not (levels.min() >= 0 and levels.max() <= 255):  # also false for nan
         raise UnsupportedImage(
-            f"{name}: values from {low:g} to {high:g} must be within [0, {most:g}]; rescale them"
+            f"{name}: values from {values.min():g} to {values.max():g} must be within"
+            f" [0, {white:g}]; rescale them"
         )
-    return np.rint(values * (255 / most)).astype(np.uint8)
+    return levels.astype(np.uint8)
 
 
 def _array_tile(array: Any, name: str) -> np.ndarray:
@@ -105,7 +111,7 @@ def _array_tile(array: Any, name: str) -> np.ndarray:
         return array
     if array.dtype.kind != "f":
         raise UnsupportedImage(f"{name}: {array.dtype} values must be uint8 or float; convert them")
-    return float_to_uint8(array, 1.0 if array.max() <= 1 else 255.0, name)
+    return float_to_uint8(array, white_of(array.max()), name)
 
 
 def decode_tile(source: str | os.PathLike | IO[bytes], name: str) -> np.ndarray:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ldm.data.images import decode_tile, float_to_uint8, is_image, walk
+from ldm.data.images import decode_tile, float_to_uint8, is_image, walk, white_of
 from ldm.errors import UserError
 
 OPEN_FILES = 64  # shards or arrays that a process keeps open
@@ -30,7 +30,7 @@ class Place(NamedTuple):
     path: str  # the tile's name below the root of its corpus, with `/`
     file: str  # the file below the root that holds it
     offset: int  # bytes into a shard, row of an array, 0 in a file of its own
-    length: int  # bytes
+    length: int  # bytes; 0 in a file of its own, which is read whole
     label: str | None  # class name, where the corpus tells
 
 
@@ -48,7 +48,7 @@ class FolderLayout:
         return is_image(name)
 
     def places(self, root: Path, file: str) -> list[Place]:
-        return [Place(file, file, 0, os.stat(root / file).st_size, top_folder(file))]
+        return [Place(file, file, 0, 0, top_folder(file))]
 
     def content(self, root: Path, place: Place) -> bytes:
         """The stored bytes of a tile."""
@@ -102,8 +102,8 @@ class ArrayLayout:
     def decode(self, root: Path, place: Place, content: Any) -> np.ndarray:
         if content.dtype == np.uint8:
             return content
-        most = _open_array(str(root / place.file)).most
-        return float_to_uint8(content, most, str(root / place.path))
+        white = _open_array(str(root / place.file)).white
+        return float_to_uint8(content, white, str(root / place.path))
 
 
 class ShardLayout:
@@ -237,10 +237,10 @@ class _Array:
             raise UserError(f"{path}: shape {shape} must be (tiles, height, width, 3)")
         if kind != np.uint8 and kind.kind != "f":
             raise UserError(f"{path}: {kind} values must be uint8 or float; convert them")
-        self.most = 255.0
         if kind.kind == "f":
             some = np.linspace(0, len(self.rows) - 1, 16).astype(int)
-            self.most = 1.0 if max(self.rows[i].max() for i in some) <= 1 else 255.0
+            # fmax looks past rows that are not finite; those are reported when they are read.
+            self.white = white_of(np.fmax.reduce([self.rows[i].max() for i in some]))
 
 
 class _Shard:

@@ -1,0 +1,113 @@
+"""Patients, slides and regions: which group a tile belongs to, told by its path or by a table."""
+
+import argparse
+import csv
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from ldm.cli import ArgumentParser, existing_path, number
+from ldm.errors import UserError
+
+Grouping = Callable[[str], str]  # from a tile's path below its root to the name of its group
+
+
+def by_regex(pattern: str) -> Grouping:
+    """The first parenthesis of a regular expression that is searched in the path.
+
+    Raises:
+        UserError: No such expression; or, later, a path that it does not match.
+    """
+    try:
+        regex = re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"group_regex={pattern!r} is no regular expression: {error}") from None
+    if regex.groups < 1:
+        raise UserError(
+            f"group_regex={pattern!r} needs parentheses around the patient, slide or region"
+        )
+
+    def group(path: str) -> str:
+        match = regex.search(path)
+        if match is None or match.group(1) is None:
+            raise UserError(f"group_regex={pattern!r} does not match {path}; correct it")
+        return match.group(1)
+
+    return group
+
+
+def by_level(level: int) -> Grouping:
+    """The folder `level` levels below the root, 1 for the first."""
+
+    def group(path: str) -> str:
+        folders = path.split("/")[:-1]
+        if len(folders) < level:
+            raise UserError(f"group_level={level}: {path} lies only {len(folders)} folders deep")
+        return folders[level - 1]
+
+    return group
+
+
+def by_csv(table: Path, column: str) -> Grouping:
+    """A CSV with a column `path` or `file` (below the root, with `/`) and one of groups.
+
+    Raises:
+        UserError: A column is missing; or, later, a tile.
+    """
+    with table.open(newline="", encoding="utf-8-sig", errors="replace") as stream:
+        reader = csv.DictReader(stream)
+        found = list(reader.fieldnames or ())
+        name = next((name for name in ("path", "file") if name in found), None)
+        if name is None or column not in found:
+            raise UserError(
+                f"group_csv={table}: columns {found} must have path (or file) and {column};"
+                " name another with --group_column"
+            )
+        group_of = {row[name]: (row[column] or "").strip() for row in reader if row[name]}
+
+    def group(path: str) -> str:
+        if not group_of.get(path):
+            raise UserError(f"group_csv={table} has no {column} for {path}; add it")
+        return group_of[path]
+
+    return group
+
+
+def add_group_arguments(parser: ArgumentParser) -> None:
+    """The arguments that `grouping_of` reads."""
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument(
+        "--group_level",
+        type=number(int, 1),
+        metavar="N",
+        help="the group (patient, slide, region) is the folder N levels below the root",
+    )
+    choice.add_argument(
+        "--group_regex",
+        metavar="REGEX",
+        help="the group is the first parenthesis of this, searched in the path below the root",
+    )
+    choice.add_argument(
+        "--group_csv",
+        metavar="FILE",
+        help="the groups are in a CSV with a column path (or file), below the root",
+    )
+    parser.add_argument(
+        "--group_column", metavar="NAME", help="column of --group_csv (group when not given)"
+    )
+
+
+def grouping_of(args: argparse.Namespace) -> Grouping | None:
+    """The grouping that the arguments ask for; None without one.
+
+    Raises:
+        UserError: It cannot be.
+    """
+    if args.group_column is not None and args.group_csv is None:
+        raise UserError("--group_column: belongs to --group_csv; give that or leave it out")
+    if args.group_csv is not None:
+        table = existing_path(args.group_csv, "--group_csv", "file")
+        return by_csv(table, args.group_column or "group")
+    if args.group_regex is not None:
+        return by_regex(args.group_regex)
+    return None if args.group_level is None else by_level(args.group_level)

@@ -1,0 +1,279 @@
+"""Scan a corpus once: decode and hash every tile, and find the bad ones.
+
+Files are scanned in threads (decoding and hashing release the interpreter's lock). What is known of
+a finished file goes to a journal beside the index at once, so an interrupted scan goes on where it
+stopped; an earlier index serves the same way, so only new and changed files are looked at again.
+"""
+
+import csv
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from ldm.data.groups import Grouping
+from ldm.data.images import UnsupportedImage
+from ldm.data.index import VERSION, CorpusIndex, content_hash, make_table
+from ldm.data.storage import Layout, Place, find_files, layout_of, path_order
+from ldm.errors import UserError
+from ldm.run import write_text
+
+UNREADABLE, TRUNCATED, UNSUPPORTED = "unreadable", "truncated", "unsupported"
+TOO_SMALL, DUPLICATE = "too small", "duplicate"
+PROBLEMS = (UNREADABLE, TRUNCATED, UNSUPPORTED, TOO_SMALL, DUPLICATE)
+PROBLEM_COLUMNS = ("root", "path", "problem", "reason", "width", "height", "size")
+AHEAD = 16  # files per thread that wait, so that a scan of millions holds no million of results
+
+Row = dict[str, Any]  # of the index, by column
+Stamp = tuple[int, str, int, int]  # root number, file, its bytes, its time of change
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A finished scan.
+
+    Attributes:
+        rows: Every tile found, of all roots.
+        folders: For each root, its folders and their times of change.
+        known: How many files did not have to be read again.
+        files: How many files there are.
+    """
+
+    rows: list[Row]
+    folders: list[dict[str, int]]
+    known: int
+    files: int
+
+
+def journal_of(out: Path) -> Path:
+    """Where an unfinished scan keeps what it knows."""
+    return out.with_name(f".{out.name}.scan")
+
+
+def problems_of(out: Path) -> Path:
+    """The table of problems that belongs to an index."""
+    return out.with_name(f"{out.stem}.problems.csv")
+
+
+def scan_corpora(roots: Sequence[Path], layout_name: str, out: Path, workers: int) -> Scan:
+    """Look at every tile of the roots; only what has changed since an earlier scan is read.
+
+    Args:
+        out: Path of the index: an earlier one there, and the journal beside it, are made use of.
+        workers: Threads.
+
+    Raises:
+        UserError: A root that is missing or empty.
+    """
+    layout = layout_of(layout_name, "--layout")
+    found = [find_files(root, layout) for root in roots]
+    stamps: list[Stamp] = []
+    for number, (root, (files, _)) in enumerate(zip(roots, found, strict=True)):
+        for file in files:
+            try:
+                state = os.stat(root / file)
+            except FileNotFoundError:
+                raise UserError(f"{root / file} is a broken link; remove it") from None
+            stamps.append((number, file, state.st_size, state.st_mtime_ns))
+
+    earlier = _earlier_rows(layout_name, out)
+    rows = [row for stamp in stamps for row in earlier.get(stamp, ())]
+    todo = [stamp for stamp in stamps if stamp not in earlier]
+    journal = journal_of(out)
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    # Line by line, so that a scan that is killed loses the file it was at and no more.
+    with journal.open("a", encoding="utf-8", buffering=1) as stream:
+        stream.write("\n" + json.dumps({"version": VERSION, "layout": layout_name}) + "\n")
+        with tqdm(total=len(stamps), initial=len(stamps) - len(todo), unit="file") as bar:
+            for stamp, scanned in _scan_files(roots, layout, todo, workers):
+                stream.write(json.dumps([*stamp, scanned]) + "\n")
+                rows += scanned
+                bar.update()
+    folders = [folders for _, folders in found]
+    return Scan(rows, folders, len(stamps) - len(todo), len(stamps))
+
+
+def _scan_files(
+    roots: Sequence[Path], layout: Layout, stamps: Sequence[Stamp], workers: int
+) -> Iterator[tuple[Stamp, list[Row]]]:
+    waiting = iter(stamps)
+    with ThreadPoolExecutor(workers) as pool:
+
+        def submit(count: int) -> list:
+            return [
+                (stamp, pool.submit(scan_file, roots[stamp[0]], layout, stamp))
+                for stamp in islice(waiting, count)
+            ]
+
+        queue = submit(AHEAD * workers)
+        try:
+            while queue:
+                stamp, future = queue.pop(0)
+                yield stamp, future.result()
+                queue += submit(1)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def scan_file(root: Path, layout: Layout, stamp: Stamp) -> list[Row]:
+    """The rows of the tiles in one file, without what depends on other files or on options."""
+    number, file, file_size, modified = stamp
+    common = {"root": number, "file_size": file_size, "modified": modified, "group": None}
+    try:
+        places = layout.places(root, file)
+    except UserError as error:
+        place = Place(file, file, 0, file_size, None)
+        return [common | _row(place, problem=UNREADABLE, reason=str(error))]
+    rows = [common | _scan_tile(root, layout, place) for place in places]
+    for row in rows:
+        row["size"] = row["size"] or file_size
+    return rows
+
+
+def _scan_tile(root: Path, layout: Layout, place: Place) -> Row:
+    content, digest = None, None
+    try:
+        content = layout.content(root, place)
+        digest = content_hash(content)
+        height, width, _ = layout.decode(root, place, content).shape
+    except UnsupportedImage as error:
+        return _row(place, digest, problem=UNSUPPORTED, reason=str(error))
+    except UserError as error:
+        problem = TRUNCATED if _starts_as_image(content) else UNREADABLE
+        return _row(place, digest, problem=problem, reason=str(error))
+    except OSError as error:
+        return _row(place, problem=UNREADABLE, reason=error.strerror or str(error))
+    return _row(place, digest, width=width, height=height)
+
+
+def _row(place: Place, digest: str | None = None, **values: Any) -> Row:
+    place_values = place._asdict()
+    place_values["size"] = place_values.pop("length")
+    empty = dict.fromkeys(("width", "height", "problem", "reason"))
+    return {**place_values, "hash": digest, **empty, **values}
+
+
+def _starts_as_image(content: Any) -> bool:
+    """Whether the header can be read, of a tile whose pixels cannot."""
+    if not isinstance(content, bytes):
+        return False
+    try:
+        with Image.open(io.BytesIO(content)):
+            return True
+    except (OSError, SyntaxError, ValueError):
+        return content.startswith(np.lib.format.MAGIC_PREFIX)
+
+
+def _earlier_rows(layout: str, out: Path) -> dict[Stamp, list[Row]]:
+    """What an earlier index and an unfinished scan know, by file.
+
+    What was found by comparing tiles with each other or with an option is taken out again.
+    """
+    earlier: dict[Stamp, list[Row]] = {}
+    try:
+        index = CorpusIndex.read(out)
+        if index.layout == layout:
+            for row in index.table.to_pylist():
+                if row["problem"] in (TOO_SMALL, DUPLICATE):
+                    row["problem"] = row["reason"] = None
+                row["group"] = None
+                stamp = (row["root"], row["file"], row["file_size"], row["modified"])
+                earlier.setdefault(stamp, []).append(row)
+    except UserError:
+        pass  # there is none yet, or none of use; it will be written
+    journal = journal_of(out)
+    if journal.is_file():
+        usable = False
+        with journal.open(encoding="utf-8", errors="replace") as stream:
+            for line in stream:
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    continue  # cut off when the scan was
+                if isinstance(entry, dict):
+                    usable = entry == {"version": VERSION, "layout": layout}
+                elif usable:
+                    earlier[tuple(entry[:4])] = entry[4]
+    return earlier
+
+
+def find_problems(rows: Sequence[Row], min_size: int, keep_duplicates: bool) -> Counter:
+    """Fill in the problems that show only beside other tiles or options.
+
+    Rows must be in the order of the index. Of tiles with the same bytes the first is kept.
+
+    Args:
+        min_size: Pixels; the least shorter side.
+        keep_duplicates: Report them in `reason` only.
+
+    Returns:
+        How many tiles have each problem; kept duplicates count too.
+    """
+    counts: Counter = Counter()
+    first: dict[str, Row] = {}
+    for row in rows:
+        if row["problem"] is None and min(row["width"], row["height"]) < min_size:
+            row["problem"] = TOO_SMALL
+            row["reason"] = f"{row['width']} x {row['height']} pixels, --min_size is {min_size}"
+        if row["problem"] is None:
+            original = first.setdefault(row["hash"], row)
+            if original is not row:
+                row["reason"] = f"same bytes as {original['path']} of root {original['root']}"
+                row["problem"] = None if keep_duplicates else DUPLICATE
+                counts[DUPLICATE] += keep_duplicates
+        if row["problem"] is not None:
+            counts[row["problem"]] += 1
+    return counts
+
+
+def write_problems(path: Path, rows: Sequence[Row], roots: Sequence[Path]) -> None:
+    """The table of every tile with a problem, kept duplicates included."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(PROBLEM_COLUMNS)
+    for row in rows:
+        if row["reason"] is not None:
+            shown = row | {"root": roots[row["root"]], "problem": row["problem"] or DUPLICATE}
+            writer.writerow([shown[name] for name in PROBLEM_COLUMNS])
+    write_text(path, stream.getvalue())
+
+
+def index_corpora(
+    roots: Sequence[Path],
+    out: Path,
+    layout: str = "folder",
+    min_size: int = 1,
+    grouping: Grouping | None = None,
+    keep_duplicates: bool = False,
+    workers: int = 1,
+) -> tuple[CorpusIndex, Scan, Counter]:
+    """Scan the roots and write the index and its table of problems.
+
+    Raises:
+        UserError: A root is missing or empty, a group cannot be told, or no tile is good.
+    """
+    scan = scan_corpora(roots, layout, out, workers)
+    rows = sorted(scan.rows, key=lambda row: (row["root"], path_order(row["path"])))
+    counts = find_problems(rows, min_size, keep_duplicates)
+    write_problems(problems_of(out), rows, roots)
+    for number, root in enumerate(roots):
+        if all(row["problem"] for row in rows if row["root"] == number):
+            raise UserError(f"{root}: no tile is good; {problems_of(out)} says why")
+    if grouping is not None:
+        for row in rows:
+            if row["problem"] is None:
+                row["group"] = grouping(row["path"])
+    index = CorpusIndex(out, layout, min_size, scan.folders, make_table(rows))
+    index.write()
+    journal_of(out).unlink()
+    return index, scan, counts

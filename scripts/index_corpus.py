@@ -1,0 +1,80 @@
+"""Scan a corpus of tiles once and write an index that training reads instead of walking the tree.
+
+    python scripts/index_corpus.py ROOT --out corpus.parquet --min_size 224 --group_level 1
+
+Every tile is decoded and hashed. Unreadable, truncated and too small ones and copies of another are
+listed in corpus.problems.csv and left out. Run again after an interruption to go on, and after
+files were added or changed: only those are read.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ldm.cli import ArgumentParser, existing_path, number, run_command
+from ldm.data.groups import add_group_arguments, grouping_of
+from ldm.errors import UserError
+
+LAYOUTS = ("folder", "array", "shards")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = ArgumentParser(prog="index_corpus.py", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("roots", nargs="+", metavar="ROOT", help="folder of a corpus; several share one index")
+    add("--out", required=True, metavar="INDEX", help="Parquet file to write")
+    add(
+        "--layout",
+        choices=LAYOUTS,
+        default="folder",
+        help="image files in folders of any depth, PanNuke's images.npy arrays, or tar shards",
+    )
+    add(
+        "--min_size",
+        type=number(int, 1),
+        default=1,
+        metavar="PIXELS",
+        help="tiles with a shorter side are left out",
+    )
+    add(
+        "--keep_duplicates",
+        action="store_true",
+        help="list tiles with the same bytes as another, but do not leave them out",
+    )
+    add("--workers", type=number(int, 1), default=os.cpu_count() or 1, help="threads")
+    add_group_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    roots = [existing_path(root, "ROOT", "dir") for root in args.roots]
+    if len({root.resolve() for root in roots}) < len(roots):
+        raise UserError(f"ROOT {' '.join(args.roots)}: the same folder twice; give it once")
+    out = Path(args.out).expanduser()
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder; give the name of a file, such as index.parquet")
+    grouping = grouping_of(args)
+
+    from ldm.data.scan import PROBLEMS, index_corpora, problems_of
+
+    index, scan, counts = index_corpora(
+        roots, out, args.layout, args.min_size, grouping, args.keep_duplicates, args.workers
+    )
+    for i, root in enumerate(roots):
+        tiles = index.tiles(i)
+        labels, groups = (len(set(tiles[name]) - {None}) for name in ("label", "group"))
+        print(f"{root}: {len(tiles['path']):,} tiles, {labels:,} labels, {groups:,} groups")
+    print(f"{scan.files:,} files, {scan.known:,} of them known from an earlier scan")
+    if counts:
+        found = ", ".join(f"{counts[name]:,} {name}" for name in PROBLEMS if counts[name])
+        kept = "; duplicates are kept" if args.keep_duplicates else ""
+        print(f"problems: {found}{kept} ({problems_of(out)})")
+    print(f"index in {out}")
+
+
+if __name__ == "__main__":
+    run_command(main)
