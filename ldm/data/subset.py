@@ -1,0 +1,108 @@
+"""Draw a few labelled tiles from many: evenly per class, spread over the groups, by seed."""
+
+import csv
+import io
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from ldm.data.storage import top_folder
+
+LIST, RECORD = "subset.csv", "subset.json"
+SUBSET, REST, UNUSED = "subset", "rest", "unused"
+DECISIONS = (SUBSET, REST, UNUSED)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A tile of a labelled folder."""
+
+    file: str  # below the folder, with `/`; the class is the first part
+    group: str
+
+    @property
+    def label(self) -> str:
+        name = top_folder(self.file)
+        assert name is not None
+        return name
+
+
+def _order(seed: int, name: str) -> bytes:
+    """A place in a random order that does not change when others join."""
+    return blake2b(f"{seed}:{name}".encode(), digest_size=16).digest()
+
+
+def wanted_per_class(tiles: Sequence[Labelled], fraction: float) -> int:
+    """How many tiles of every class make `fraction` of all tiles, at least 1."""
+    classes = {tile.label for tile in tiles}
+    return max(1, round(fraction * len(tiles) / len(classes)))
+
+
+def draw(tiles: Sequence[Labelled], wanted: int, seed: int, by_group: bool) -> list[str]:
+    """What becomes of each tile: `SUBSET`, `REST` or `UNUSED`.
+
+    Within a class, tiles are taken from its groups in turn, so that the subset shows as many
+    patients, slides or regions as it can. With `by_group`, groups are first divided: they are taken
+    in a random order until every class has enough tiles in them; only tiles of those are drawn, and
+    what is left of them is unused. So no group is in the subset and in the rest.
+
+    Args:
+        tiles: All tiles.
+        wanted: Tiles per class; a class that has fewer (in the divided groups) gives what it has.
+        seed: Another seed, other tiles. The same tiles for the same seed, in any order of `tiles`.
+
+    Returns:
+        A decision per tile.
+    """
+    chosen_groups = _divide(tiles, wanted, seed) if by_group else {tile.group for tile in tiles}
+    queues: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for i in sorted(range(len(tiles)), key=lambda i: _order(seed, tiles[i].file)):
+        if tiles[i].group in chosen_groups:
+            queues[tiles[i].label][tiles[i].group].append(i)
+    taken: set[int] = set()
+    for name, groups in queues.items():
+        turn = sorted(groups, key=lambda group: _order(seed, f"{name}:{group}"))
+        rounds = max(map(len, groups.values()))
+        spread = [groups[g][r] for r in range(rounds) for g in turn if r < len(groups[g])]
+        taken.update(spread[:wanted])
+    left = UNUSED if by_group else REST
+    return [
+        SUBSET if i in taken else left if tile.group in chosen_groups else REST
+        for i, tile in enumerate(tiles)
+    ]
+
+
+def _divide(tiles: Sequence[Labelled], wanted: int, seed: int) -> set[str]:
+    """Groups, in a random order, until they hold `wanted` tiles of every class."""
+    members: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for tile in tiles:
+        members[tile.group][tile.label] += 1
+    have: dict[str, int] = defaultdict(int)
+    chosen = set()
+    for group in sorted(members, key=lambda group: _order(seed, group)):
+        if any(have[name] < wanted for name in members[group]):
+            chosen.add(group)
+            for name, count in members[group].items():
+                have[name] += count
+    return chosen
+
+
+def count(tiles: Sequence[Labelled], decisions: Sequence[str]) -> dict[str, dict[str, int]]:
+    """For each class, its tiles by decision and its groups in the subset."""
+    rows: dict[str, dict[str, int]] = {}
+    for name in sorted({tile.label for tile in tiles}):
+        mine = [(t, d) for t, d in zip(tiles, decisions, strict=True) if t.label == name]
+        rows[name] = {kind: sum(d == kind for _, d in mine) for kind in DECISIONS}
+        rows[name]["groups"] = len({t.group for t, d in mine if d == SUBSET})
+    return rows
+
+
+def to_csv(tiles: Sequence[Labelled], decisions: Sequence[str]) -> str:
+    """A row per tile: class, file, group, decision."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(("class", "file", "group", "decision"))
+    for tile, decision in zip(tiles, decisions, strict=True):
+        writer.writerow((tile.label, tile.file, tile.group, decision))
+    return stream.getvalue()
