@@ -58,6 +58,25 @@ def fixed_batches(fn: Callable, size: int = CPU_BATCH) -> Callable:
     return evaluate
 
 
+def accelerated(
+    fn: Callable[..., Tensor], speed: Speed, device: torch.device, network: bool = True
+) -> Callable[..., Tensor]:
+    """`fn` of latents and more, run as `speed` says; gives float32.
+
+    Args:
+        network: Whether it is one of the networks that are compiled, if any are.
+    """
+    call = torch.compile(fn) if speed.compile and network else fn
+
+    def evaluate(z: Tensor, *others: Tensor) -> Tensor:
+        if speed.channels_last:
+            z = z.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16, enabled=speed.precision == "bf16"):
+            return call(z, *others).float()
+
+    return evaluate
+
+
 class Confidence(NamedTuple):
     """The classifier's opinion of a finished latent, at t = 0.
 
@@ -98,34 +117,19 @@ class Synthesiser:
         self._weak_eps = None if models.weak is None else self._noise_predictor(models.weak)
         self._classify = None
         if models.classifier is not None:
-            self._classify = self._run(models.classifier.net, self.speed.compile)
+            self._classify = accelerated(models.classifier.net, self.speed, self.device)
         self._predict = in_parts(self._guided)
         self._judge = in_parts(self._distribution)
-        self._decode = in_parts(self._run(models.diffusion.decode_first_stage))
-
-    def _run(self, fn: Callable[..., Tensor], compiled: bool = False) -> Callable[..., Tensor]:
-        """`fn` of latents and more, as `speed` says; gives float32."""
-        call = torch.compile(fn) if compiled else fn
-        layout = torch.channels_last if self.speed.channels_last else torch.preserve_format
-        bf16 = self.speed.precision == "bf16"
-
-        def evaluate(z: Tensor, *others: Tensor) -> Tensor:
-            if self.speed.channels_last:
-                z = z.contiguous(memory_format=layout)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-                return call(z, *others).float()
-
-        return evaluate
+        decode = models.diffusion.decode_first_stage
+        self._decode = in_parts(accelerated(decode, self.speed, self.device, network=False))
 
     def _noise_predictor(
         self, model: LatentDiffusion
     ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """eps(z_t, t, y); a model without labels does not look at y."""
-        ema = self.sampling.ema
-        if model.conditional:
-            return self._run(model.conditional_eps(use_ema=ema), self.speed.compile)
-        eps = self._run(model.eps_model(use_ema=ema), self.speed.compile)
-        return lambda z_t, t, y: eps(z_t, t)
+        net = model.conditional_eps if model.conditional else model.eps_model
+        eps = accelerated(net(use_ema=self.sampling.ema), self.speed, self.device)
+        return eps if model.conditional else lambda z_t, t, y: eps(z_t, t)
 
     def _guided(self, z_t: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Guided noise prediction, and what guidance did: (B, 3), NaN where it did not act.
