@@ -233,7 +233,9 @@ _DDCONFIG = {
 def load_configs(paths: Iterable[str | os.PathLike], overrides: Iterable[str] = ()) -> DictConfig:
     """Merge YAML files left to right, then dot-list overrides; resolved, and in native names.
 
-    A section or callback that is null (`lightning.callbacks.image_logger=null`) is left out.
+    A section or callback that is null (`lightning.callbacks.image_logger=null`) is left out. Where
+    a later file names another `target`, the `params` of the earlier one are left out: another class
+    has its own.
 
     Args:
         overrides: Such as `model.params.embed_dim=4` or `lightning.trainer.devices=[0,1]`; what
@@ -249,8 +251,10 @@ def load_configs(paths: Iterable[str | os.PathLike], overrides: Iterable[str] = 
         raise UserError("no configuration: give at least one YAML file with --base")
     config = OmegaConf.create({})
     for path in paths:
+        later = _read_yaml(path)
+        kept = _without_replaced(OmegaConf.to_container(config), OmegaConf.to_container(later))
         try:
-            config = OmegaConf.merge(config, _read_yaml(path))
+            config = OmegaConf.merge(OmegaConf.create(kept), later)
         except (OmegaConfBaseException, TypeError) as error:
             raise UserError(
                 f"{path} cannot be merged with the files before it: {_first_line(error)}; "
@@ -263,6 +267,18 @@ def load_configs(paths: Iterable[str | os.PathLike], overrides: Iterable[str] = 
     if upgrade.problems:
         raise _error({**_problems(tree), **upgrade.problems})
     return OmegaConf.create(tree)
+
+
+def _without_replaced(earlier: Any, later: Any) -> Any:
+    """`earlier` without the parameters of nodes whose class `later` replaces."""
+    if not (isinstance(earlier, dict) and isinstance(later, dict)):
+        return earlier
+    old, new = (
+        LEGACY_TARGETS.get(str(name), name) for name in (earlier.get("target"), later.get("target"))
+    )
+    if old is not None and new is not None and old != new:
+        earlier = {key: value for key, value in earlier.items() if key != "params"}
+    return {key: _without_replaced(value, later.get(key)) for key, value in earlier.items()}
 
 
 def resolve(config: DictConfig | Mapping) -> dict:

@@ -13,7 +13,7 @@ ROOT = Path(main_py.__file__).parent
 TRAINING = sorted(
     p.relative_to(ROOT).as_posix()
     for p in (ROOT / "configs").rglob("*.yaml")
-    if "target" in (p.read_text())
+    if "\nmodel:" in p.read_text()
 )
 PAPER_SIZED = ("configs/autoencoder/", "configs/latent-diffusion/")
 

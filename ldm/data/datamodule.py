@@ -1,7 +1,6 @@
 """The LightningDataModule that a configuration's `data:` node describes."""
 
 import logging
-import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +14,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from ldm.config import instantiate_from_config
-from ldm.data.tiles import TileFolder
+from ldm.data.groups import by_regex
+from ldm.data.tiles import Tiles
 from ldm.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -24,16 +24,17 @@ log = logging.getLogger(__name__)
 class ResumableSampler(DistributedSampler):
     """One endless order of shuffled tiles, a function of the seed; each pass is a window onto it.
 
-    In each pass every tile comes once (but for a remainder smaller than a batch). A pass starts at
-    batch `position()`, so a resumed run goes on with the batch that the uninterrupted one would
-    have had, wherever it stopped. A TileFolder gets (index, seed) pairs: the augmentation of a tile
-    then depends neither on the number of workers and ranks nor on any other use of random numbers.
+    In each pass every tile comes once, or as often as the weight of its corpus says (but for a
+    remainder smaller than a batch). A pass starts at batch `position()`, so a resumed run goes on
+    with the batch that the uninterrupted one would have had, wherever it stopped. `Tiles` get
+    (index, seed) pairs: the augmentation of a tile then depends neither on the number of workers
+    and ranks nor on any other use of random numbers.
 
     A DistributedSampler, since Lightning leaves those as they are.
 
     Args:
         batch_size: Per rank.
-        num_replicas: Ranks. They see disjoint tiles.
+        num_replicas: Ranks. They see disjoint shares of the pass.
         position: Batches (per rank) drawn so far. Default: whole passes, counted by `set_epoch`.
 
     Raises:
@@ -50,10 +51,11 @@ class ResumableSampler(DistributedSampler):
         position: Callable[[], int] | None = None,
     ):
         super().__init__(dataset, num_replicas, rank, shuffle=True, seed=seed)
-        share = len(dataset) // num_replicas
+        length = dataset.pass_length() if isinstance(dataset, Tiles) else len(dataset)
+        share = length // num_replicas
         if share == 0:
             raise UserError(
-                f"{len(dataset)} training tiles are too few for {num_replicas} devices; use fewer"
+                f"{length} training tiles are too few for {num_replicas} devices; use fewer"
             )
         self.batch_size = min(batch_size, share)
         self.num_samples = share - share % self.batch_size
@@ -69,11 +71,13 @@ class ResumableSampler(DistributedSampler):
     def _order(self, epoch: int) -> list[int] | list[tuple[int, int]]:
         """This rank's tiles in one pass."""
         generator = np.random.default_rng((self.seed, epoch))
-        order = generator.permutation(len(self.dataset))
-        seeds = generator.integers(2**62, size=len(self.dataset))  # of the tiles, in index order
+        is_tiles = isinstance(self.dataset, Tiles)
+        drawn = self.dataset.drawn(self.seed, epoch) if is_tiles else np.arange(len(self.dataset))
+        order = generator.permutation(len(drawn))
+        seeds = generator.integers(2**62, size=len(drawn))  # of the draws, in index order
         order = order[self.rank :: self.num_replicas][: self.num_samples]
-        if isinstance(self.dataset, TileFolder):
-            return list(zip(order.tolist(), seeds[order].tolist(), strict=True))
+        if is_tiles:
+            return list(zip(drawn[order].tolist(), seeds[order].tolist(), strict=True))
         return order.tolist()
 
 
@@ -90,33 +94,19 @@ def split_by_group(
     are added, until each class has its share held out. At least half of each class stays in train.
 
     Args:
-        names: Relative paths.
+        names: Relative paths, or the groups themselves.
         labels: Classes of the tiles; the same number everywhere when there are none.
         fraction: Share to hold out, in (0, 1).
         pattern: Regular expression searched in the name; its group 1 is the patient, slide or
-            region. None makes each tile its own group.
+            region. None makes each name a group.
 
     Raises:
         UserError: The pattern is bad or does not match, or there are too few groups.
     """
     members: dict[str, list[int]] = defaultdict(list)
-    if pattern is None:
-        for i, name in enumerate(names):
-            members[name].append(i)
-    else:
-        try:
-            regex = re.compile(pattern)
-        except re.error as error:
-            raise UserError(f"group_regex={pattern!r} is no regular expression: {error}") from None
-        if regex.groups < 1:
-            raise UserError(
-                f"group_regex={pattern!r} needs parentheses around the patient, slide or region"
-            )
-        for i, name in enumerate(names):
-            match = regex.search(name)
-            if match is None or match.group(1) is None:
-                raise UserError(f"group_regex={pattern!r} does not match {name}; correct it")
-            members[match.group(1)].append(i)
+    grouping = None if pattern is None else by_regex(pattern)
+    for i, name in enumerate(names):
+        members[name if grouping is None else grouping(name)].append(i)
 
     label_of = np.asarray(labels) - np.min(labels)  # unlabelled tiles, all -1, become one class
     total = np.bincount(label_of)
@@ -159,6 +149,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         num_workers: Loader processes.
         val_fraction: Share held out, in [0, 0.5]; 0 for none. Not used with `validation`.
         group_regex: See `split_by_group`: tiles of one patient, slide or region stay together.
+            Without it, those of one group of a corpus index do.
         seed: Of the hold-out, the order and the augmentation.
 
     Raises:
@@ -208,13 +199,16 @@ class DataModuleFromConfig(pl.LightningDataModule):
                     " make the class folders alike"
                 )
         elif self.val_fraction > 0:
-            if not isinstance(train, TileFolder):
+            if not isinstance(train, Tiles):
                 raise UserError(
-                    f"val_fraction={self.val_fraction} needs a TileFolder to hold tiles out of, not"
+                    f"val_fraction={self.val_fraction} needs tiles to hold some out of, not"
                     f" {type(train).__name__}; give `validation` or set val_fraction=0"
                 )
+            names = train.relative_paths
+            if train.groups is not None and self.group_regex is None:
+                names = train.groups
             kept, held = split_by_group(
-                train.relative_paths, train.labels, self.val_fraction, self.group_regex, self.seed
+                names, train.labels, self.val_fraction, self.group_regex, self.seed
             )
             train, validation = train.subset(kept), train.subset(held, random=False)
         self._train, self._validation = train, validation

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config import instantiate_from_config
-from ldm.data.tiles import TileFolder
+from ldm.data.tiles import Tiles
 from ldm.diffusion.samplers import EpsFn, IndexedNoise, ddim
 from ldm.diffusion.schedule import NoiseSchedule, time_pairs
 from ldm.errors import UserError
@@ -236,7 +236,7 @@ class LatentDiffusion(HistoModule):
         device = self.trainer.strategy.root_device
         self.first_stage_model.to(device)
         dataset = self.trainer.datamodule.train_dataset
-        if isinstance(dataset, TileFolder):
+        if isinstance(dataset, Tiles):
             dataset = dataset.subset(range(len(dataset)), random=False)  # without augmentation
         # The same tiles whatever the number of ranks: every rank takes its share of them.
         count = min(self.scale_images, len(dataset))

@@ -1,0 +1,256 @@
+"""Several corpora as one training set, each with its own storage and weight."""
+
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+
+from ldm.data.index import CorpusIndex
+from ldm.data.storage import Layout, Place, find_files, layout_of, read_place
+from ldm.data.tiles import Tiles
+from ldm.errors import UserError
+
+log = logging.getLogger(__name__)
+
+SETTINGS = ("root", "layout", "weight", "index")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What a configuration says of one corpus."""
+
+    name: str
+    roots: list[Path]
+    layout: str
+    weight: float
+    index: Path | None
+
+    @classmethod
+    def from_settings(cls, name: str, settings: Any) -> "Corpus":
+        """Check what stands under `corpora.NAME`.
+
+        Raises:
+            UserError: An unknown name, or a value that is not allowed.
+        """
+        where = f"corpora.{name}"
+        if not name or "/" in name:
+            raise UserError(f"{where}: a corpus needs a name without slashes")
+        if not isinstance(settings, Mapping):
+            raise UserError(f"{where}={settings!r} must be a mapping of {', '.join(SETTINGS)}")
+        unknown = sorted(set(settings) - set(SETTINGS))
+        if unknown:
+            raise UserError(f"{where}.{unknown[0]}: unknown name (allowed: {', '.join(SETTINGS)})")
+        root, index = settings.get("root"), settings.get("index")
+        roots = [root] if isinstance(root, str | os.PathLike | None) else root
+        if not isinstance(roots, Sequence) or not roots or not all(roots):
+            raise UserError(f"{where}.root={root!r}: give the corpus's folder, or a list of them")
+        weight = settings.get("weight", 1.0)
+        usable = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not usable or not 0 < weight < math.inf:
+            raise UserError(
+                f"{where}.weight={weight!r} must be a number above 0; remove a corpus with"
+                f" corpora.{name}=null"
+            )
+        layout = settings.get("layout", "folder")
+        layout_of(layout, f"{where}.layout")
+        roots = [Path(root).expanduser() for root in roots]
+        return cls(name, roots, layout, float(weight), Path(index) if index else None)
+
+    def drawn(self, count: int, seed: int, epoch: int) -> np.ndarray:
+        """Which of its `count` tiles a pass draws, sorted; see `Corpora`."""
+        number = self.pass_length(count)
+        start = epoch * number
+        parts = []
+        while number:
+            turn, first = divmod(start, count)
+            generator = np.random.default_rng((seed, crc32(self.name.encode()), turn))
+            parts.append(generator.permutation(count)[first : first + number])
+            start, number = start + len(parts[-1]), number - len(parts[-1])
+        return np.sort(np.concatenate(parts))
+
+    def pass_length(self, count: int) -> int:
+        """How many draws a pass has of `count` tiles."""
+        return max(1, round(self.weight * count)) if count else 0
+
+
+class Corpora(Tiles):
+    """Tiles of several corpora: folders, arrays and tar shards (see `ldm.data.storage`).
+
+    A corpus of n tiles and weight w is drawn round(w n) times in a pass. Pass e takes the draws
+    e round(w n) ... (e + 1) round(w n) - 1 of an endless sequence of permutations of its tiles, a
+    function of the seed and the corpus's name. So with weight 1 every tile comes exactly once per
+    pass; with weight 2 twice, augmented differently; with weight 0.5 every tile comes once in two
+    passes. The draws of all corpora are shuffled together by the sampler. Hold-out (before
+    weighting) and validation see every tile once.
+
+    Tiles are named CORPUS/path, so a `group_regex` can tell corpora apart. Without a `group_regex`
+    tiles of one group of an index are held out together.
+
+    Args:
+        corpora: By name, a mapping of `root` (a folder or several), `layout` ("folder", "array" or
+            "shards"), `weight` (1), and `index` (what scripts/index_corpus.py wrote for the same
+            roots; None walks the folders and reads the headers of shards at every start). A corpus
+            that is null is left out.
+        size, augment, crop, preprocess, resize: See `Tiles`.
+        labelled: Whether tiles have a class: their first folder, the `.cls` member of a shard or
+            the types.npy of an array.
+        classes: The classes there must be, in label order. Default: those found, sorted.
+        check: "auto" decodes every tile at construction when there are at most 20,000, unless all
+            corpora have an index; True or False.
+        cache: Keep decoded tiles in memory, as uint8 after resizing (at most 4 GiB).
+
+    Raises:
+        UserError: A bad value, a missing or empty corpus, a stale index, a damaged file.
+    """
+
+    _PER_TILE = (*Tiles._PER_TILE, "_root", "_file", "_offset", "_length")
+
+    def __init__(
+        self,
+        corpora: Mapping[str, Mapping[str, Any] | None],
+        size: int,
+        labelled: bool = False,
+        classes: Sequence[str] | None = None,
+        augment: Sequence[str | Mapping] | None = None,
+        crop: str = "center",
+        check: bool | str = "auto",
+        cache: bool = False,
+        preprocess: Sequence[Mapping] | None = None,
+        resize: bool = True,
+    ):
+        super().__init__(size, augment, crop, preprocess, resize)
+        if classes is not None and not labelled:
+            raise UserError(f"classes={list(classes)}: classes need labelled=true")
+        self._corpora = [
+            Corpus.from_settings(name, settings)
+            for name, settings in corpora.items()
+            if settings is not None
+        ]
+        if not self._corpora:
+            raise UserError("corpora: there is none; give at least one, NAME: {root: DIR}")
+        # Arrays, not objects: there may be millions of tiles.
+        self._roots: list[tuple[Path, Layout]] = []
+        self._corpus_of_root: list[int] = []
+        self._files: list[str] = []  # that hold several tiles; -1 in `_file` is the tile's own path
+        self.groups = []
+        names: list[str | None] = []
+        columns: dict[str, list[np.ndarray]] = {n: [] for n in self._PER_TILE if n[0] == "_"}
+        for number, corpus in enumerate(self._corpora):
+            self._add_corpus(number, corpus, names, columns)
+        for name, parts in columns.items():
+            setattr(self, name, np.concatenate(parts))
+        self._take_labels(names if labelled else None, classes)
+        for corpus, count in zip(self._corpora, self._counts(), strict=True):
+            log.info(
+                "corpus %s: %s tiles x weight %g = %s per pass",
+                corpus.name,
+                f"{count:,}",
+                corpus.weight,
+                f"{corpus.pass_length(count):,}",
+            )
+        if check == "auto" and all(corpus.index for corpus in self._corpora):
+            check = False  # the scan has decoded every tile
+        self._finish(check, cache)
+
+    def _add_corpus(
+        self,
+        number: int,
+        corpus: Corpus,
+        names: list[str | None],
+        columns: dict[str, list[np.ndarray]],
+    ) -> None:
+        layout = layout_of(corpus.layout, "layout")
+        index = None
+        if corpus.index is not None:
+            index = CorpusIndex.read(corpus.index)
+            index.require_layout(corpus.layout)
+            for root in corpus.roots:
+                if not root.is_dir():
+                    raise UserError(f"corpora.{corpus.name}.root: {root} is no folder; correct it")
+            index.check(corpus.roots)
+        for i, root in enumerate(corpus.roots):
+            if index is not None:
+                table = index.tiles(i)
+                known = zip(table["group"], table["path"], strict=True)
+                groups = [group or path for group, path in known]
+            else:
+                places = [p for f in find_files(root, layout)[0] for p in layout.places(root, f)]
+                table = dict(zip(Place._fields, map(list, zip(*places, strict=True)), strict=True))
+                table["size"] = table.pop("length")
+                groups = table["path"]
+            holders = sorted(set(table["file"]) - set(table["path"]))  # files of several tiles
+            number_of = {file: len(self._files) + n for n, file in enumerate(holders)}
+            self._files += holders
+            self.relative_paths += [f"{corpus.name}/{path}" for path in table["path"]]
+            self.groups += [f"{corpus.name}/{group}" for group in groups]
+            names += table["label"]
+            columns["_root"].append(np.full(len(groups), len(self._roots), np.int16))
+            columns["_file"].append(np.array([number_of.get(file, -1) for file in table["file"]]))
+            columns["_offset"].append(np.array(table["offset"], np.int64))
+            columns["_length"].append(np.array(table["size"], np.int64))
+            self._roots.append((root, layout))
+            self._corpus_of_root.append(number)
+
+    def _take_labels(
+        self, names: Sequence[str | None] | None, classes: Sequence[str] | None
+    ) -> None:
+        if names is None:
+            self.labels = [-1] * len(self)
+            return
+        if None in names:
+            raise UserError(
+                f"labelled=true: no class is known of {self.relative_paths[names.index(None)]};"
+                " put tiles into class folders"
+            )
+        found = sorted(set(names))
+        self.classes = list(classes or found)
+        missing = sorted(set(self.classes) - set(found))
+        extra = sorted(set(found) - set(self.classes))
+        if missing or extra:
+            raise UserError(
+                f"corpora: classes {found} differ from the classes {self.classes} (missing"
+                f" {missing}, extra {extra}); make them alike"
+            )
+        label_of = {name: label for label, name in enumerate(self.classes)}
+        self.labels = [label_of[name] for name in names]
+
+    def _numbers(self) -> np.ndarray:
+        """The number of each tile's corpus, (tiles,)."""
+        return np.array(self._corpus_of_root)[self._root]
+
+    def _counts(self) -> list[int]:
+        return np.bincount(self._numbers(), minlength=len(self._corpora)).tolist()
+
+    def pass_length(self) -> int:
+        counts = self._counts()
+        return sum(c.pass_length(n) for c, n in zip(self._corpora, counts, strict=True))
+
+    def drawn(self, seed: int, epoch: int) -> np.ndarray:
+        numbers = self._numbers()
+        parts = []
+        for number, corpus in enumerate(self._corpora):
+            members = np.flatnonzero(numbers == number)
+            if len(members):
+                parts.append(members[corpus.drawn(len(members), seed, epoch)])
+        return np.concatenate(parts)
+
+    def _place(self, index: int) -> tuple[Path, Layout, Place]:
+        root, layout = self._roots[self._root[index]]
+        path = self.relative_paths[index].split("/", 1)[1]
+        file = path if self._file[index] < 0 else self._files[self._file[index]]
+        offset, length = int(self._offset[index]), int(self._length[index])
+        return root, layout, Place(path, file, offset, length, None)
+
+    def read(self, index: int) -> np.ndarray:
+        root, layout, place = self._place(index)
+        return read_place(root, layout, place)
+
+    def path(self, index: int) -> str:
+        root, _, place = self._place(index)
+        return str(root / place.path)
