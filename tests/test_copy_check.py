@@ -6,6 +6,8 @@ Tiles are procedural; slides differ between training, held-out and new tiles.
 import csv
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,7 @@ from ldm.errors import UserError
 from ldm.evaluation.vit import TileClassifier
 from scripts import copy_check
 
+ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ("LYM", "STR", "TUM")
 SIZE = 48
 
@@ -155,6 +158,26 @@ def test_search_leaves_out_the_own_group_and_finds_copies_at_zero():
     # As many equal training tiles as make the scale: no division by zero, and still a copy.
     crowd = train[:1].expand(10, -1)
     assert nearest(train[:1], crowd, 10, lambda rows: rows[:, None]).relative.tolist() == [0]
+
+
+def test_search_without_orientations_misses_a_turned_copy():
+    """What the eight orientations are for."""
+    train = unit((40, 3 * pixels.SIDE**2), 0)
+    turned = pixels.oriented_vectors(train[5:6])[:, 6]  # half a turn and a flip
+    assert nearest(turned, train, 2, lambda rows: rows[:, None]).distance > 1
+    found = nearest(turned, train, 2, pixels.oriented_vectors)
+    assert (found.index.item(), found.distance.item(), found.orientation.item()) == (5, 0, 6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_search_on_a_gpu_agrees_with_the_cpu():
+    queries, train = unit((70, 8, 48), 0), unit((9000, 48), 1)
+    here, there = (
+        nearest(queries, train, 10, lambda rows: rows, device=device) for device in ("cpu", "cuda")
+    )
+    assert torch.equal(here.index, there.index)
+    assert torch.allclose(here.distance, there.distance, atol=1e-5)
+    assert torch.allclose(here.scale, there.scale, atol=1e-4)
 
 
 # The command
@@ -531,6 +554,16 @@ def test_unreadable_images_and_empty_pictures(sets, tmp_path):
     few = write_tiles(tmp_path / "few", 9000, 5)
     with pytest.raises(UserError, match="--train .*15 tiles with structure in 15 groups"):
         run(sets, train=few, report=tmp_path / "report")
+
+
+def test_a_mistake_is_one_line_and_exit_status_2(sets):
+    command = [sys.executable, ROOT / "scripts" / "copy_check.py", "--synthetic", "nowhere"]
+    command += ["--train", sets["train"], "--holdout", sets["holdout"], "--out", "report"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "copy_check.py: error: --synthetic: nowhere does not exist; check the path\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,6 @@ def summary(check: CopyCheck) -> dict[str, Any]:
             "least_contrast": pixels.LEAST_CONTRAST,
             "orientations": len(pixels.ORIENTATIONS),
             "scale_neighbour": SCALE_NEIGHBOUR,
-            "rate_of_false_alarms": check.quantile,
             "fewest_tiles_in_a_cell": FEWEST_IN_CELL,
         },
         "flagged": {
@@ -173,8 +172,9 @@ def to_markdown(check: CopyCheck, numbers: dict[str, Any], settings: dict[str, A
     ]
     lines += _table(["set", "tiles compared", "without structure (left out)"], rows)
     settings = {**numbers["method"], **settings}
-    rows = [[name.replace("_", " "), str(value)] for name, value in settings.items()]
-    lines += _table(["setting", "value"], [row for row in rows if row[1] != "None"])
+    given = {name: value for name, value in settings.items() if value is not None}
+    rows = [[name.replace("_", " "), str(value)] for name, value in given.items()]
+    lines += _table(["setting", "value"], rows)
     for name, space in numbers["spaces"].items():
         lines += _space_section(name, space)
     return "\n".join(lines + NOTES)

@@ -132,29 +132,30 @@ def network_vectors(
     transform = eval_transform(size)
     device = next(extractor.net.parameters()).device
 
+    views = len(pixels.ORIENTATIONS) if turned else 1
+
     def prepare(path: Path) -> Tensor:
         return transform(Image.fromarray(read_tile(path)))  # uint8 (3, S, S)
 
     def compute() -> dict[str, Tensor]:
         rows = []
-        step = max(1, batch_size // 8) if turned else batch_size
+        step = max(1, batch_size // views)
         for start in tqdm(range(0, len(tiles), step), desc=f"features of {tiles.root.name}"):
             images = torch.stack(decode_tiles(tiles.paths[start : start + step], prepare))
             images = images.to(device)
             if turned:
                 images = pixels.oriented(images).flatten(0, 1)  # (8 B, 3, S, S)
-            rows.append(extractor.net.forward_features(images).float().cpu())
+            features = extractor.net.forward_features(images).float()
+            norms = features.norm(dim=1, keepdim=True)
+            bad = (~(norms.isfinite() & (norms > 0))).flatten().nonzero().flatten().tolist()
+            if bad:
+                raise UserError(
+                    f"{tiles.paths[start + bad[0] // views]}: its features have no direction (zero"
+                    " or not finite); use another --weights or --model"
+                )
+            rows.append((features / norms).cpu())
         vectors = torch.cat(rows)
-        norms = vectors.norm(dim=1, keepdim=True)
-        bad = (~(norms.isfinite() & (norms > 0))).flatten().nonzero().flatten().tolist()
-        if bad:
-            name = tiles.paths[bad[0] // (8 if turned else 1)]
-            raise UserError(
-                f"{name}: its features have no direction (zero or not finite); use another"
-                " --weights or --model"
-            )
-        vectors = vectors / norms
-        return {"vectors": vectors.view(len(tiles), 8, -1) if turned else vectors}
+        return {"vectors": vectors.view(len(tiles), views, -1) if turned else vectors}
 
     method = {"extractor": extractor.identity, "turned": turned}
     return cached(cache, tiles, method, compute)["vectors"]
