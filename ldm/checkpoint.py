@@ -14,6 +14,7 @@ rebuilds the model without any other file:
 import hashlib
 import os
 import pickle
+import struct
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,7 +102,8 @@ def load_tensors(path: Path, what: str) -> Any:
             f"{what}: {path} cannot be read: it is no checkpoint, or holds more than tensors and "
             "plain data; give another file"
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    # Text is a pickle too, of nonsense: instructions on an empty stack, numbers cut short.
+    except (RuntimeError, EOFError, ValueError, LookupError, struct.error) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{what}: {path} cannot be read as a checkpoint ({reason[:120]})") from None
 
