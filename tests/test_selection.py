@@ -7,6 +7,8 @@ import csv
 import dataclasses
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,17 +16,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import tiles as make_tiles
 
 from ldm.checkpoint import write_checkpoint
 from ldm.cli import run_command
 from ldm.data.tiles import TileFolder, class_folders, list_images
 from ldm.errors import UserError
+from ldm.evaluation.sets import open_splits
+from ldm.evaluation.settings import Settings
 from ldm.evaluation.vit import TileClassifier
 from ldm.selection.centroids import Centroids, centroid_distances, class_centroids
 from ldm.selection.features import FeatureSet, cached_weights
-from ldm.selection.judge import Judged
-from ldm.selection.select import KINDS, Selection, select, wanted_per_class
+from ldm.selection.judge import Judged, read_judged
+from ldm.selection.select import KINDS, Selection, is_used, select, wanted_per_class
+from ldm.selection.sheets import COLOURS, Sheets
 from ldm.selection.strategies import AtRandom, by_centroid
 from ldm.selection.training_folder import PREFIX
 from scripts import distance, vis
@@ -241,6 +247,19 @@ def test_vis_writes_unit_features_centroids_and_picture(folders):
     rows = rows_of(out / "umap.csv")
     assert [row["set"] for row in rows] == ["real"] * 12 + ["synthetic"] * 18 + ["centroid"] * 3
     assert (out / "umap.png").read_bytes().startswith(b"\x89PNG")
+    data = page_of(out / "umap.html")
+    assert data["kinds"] == ["real", "synthetic", "centroid"]
+    assert data["kind"] == [0] * 12 + [1] * 18 + [2] * 3
+    assert [data["classes"][k] for k in data["label"]] == [row["class"] for row in rows]
+    assert len(data["thumbnails"]) == 30  # all of them: centroids have no tile
+
+
+def page_of(path: Path) -> dict:
+    """The data of an umap.html, which loads nothing from elsewhere."""
+    text = path.read_text()
+    assert not re.search(r"(src|href)\s*=|https?:|@import|url\(", text.split("<script>")[0])
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
+    return json.loads(found.group(1))
 
 
 def test_vis_gives_the_same_picture_for_any_batch_size(folders, tmp_path):
@@ -256,7 +275,7 @@ def test_vis_gives_the_same_picture_for_any_batch_size(folders, tmp_path):
         file = f"features_{name}.safetensors"
         (tmp_path / "again" / file).write_bytes((folders["vis"] / file).read_bytes())
     run_vis(folders, tmp_path / "again")
-    for name in ("umap.csv", "umap.png"):
+    for name in ("umap.csv", "umap.png", "umap.html"):
         assert (folders["vis"] / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
@@ -326,6 +345,170 @@ def test_same_command_again_does_nothing_and_other_settings_are_refused(folders,
         run_distance(folders, out, "--ratio", "100")
     with pytest.raises(UserError, match="not made by this command"):
         run_distance(folders, folders["root"] / "D", "--ratio", "100")
+
+
+def test_every_strategy_and_network_of_the_command(folders, tmp_path, monkeypatch):
+    """All from a checkpoint, whose features are computed once; the same as from vis.py's folder."""
+    judge = ["--features", str(folders["weights"]), "--device", "cpu", "--num_workers", "0"]
+    judge += ["--cache", str(tmp_path / "cache"), "--no-sheets", "--ratio", "50"]
+    common = ["--real", str(folders["real"]), "--synthetic", str(folders["fake"])]
+    make_manifest(folders["fake"])
+    calls = []
+    original = TileClassifier.features_and_logits
+    monkeypatch.setattr(
+        TileClassifier,
+        "features_and_logits",
+        lambda self, x: calls.append(len(x)) or original(self, x),
+    )
+    for strategy, options in {
+        "centroid": [],
+        "confidence": ["--fill"],
+        "manifest": ["--confidence", "manifest"],
+        "knn": ["--neighbors", "2"],
+        "coverage": [],
+        "random": ["--seed", "1"],
+    }.items():
+        name = "confidence" if strategy == "manifest" else strategy
+        out = tmp_path / strategy
+        distance.main([*common, *judge, "--out", str(out), "--strategy", name, *options])
+        record = json.loads((out / "selection.json").read_text())
+        assert record["settings"]["strategy"] == name
+        assert record["judge"]["trained_on_real"] is None  # nothing says what it was trained on
+        used = [row for row in rows_of(out / "selection.csv") if is_used(row["decision"])]
+        images = [path for path in list_images(out) if path.name.startswith(PREFIX)]
+        assert len(used) == len(images) > 0
+        if strategy == "confidence":  # an untrained judge needs its shortfalls filled
+            assert {row["decision"] for row in used} >= {"filled"}
+            assert len(used) == 6
+    assert calls == [12, 18]  # computed once
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    run_distance(folders, tmp_path / "vis", "--ratio", "50", "--no-sheets")
+    both = [(tmp_path / name / "selection.csv").read_text() for name in ("vis", "centroid")]
+    assert both[0] == both[1]
+
+
+def make_manifest(fake: Path) -> None:
+    lines = ["class,file,prob"]
+    lines += [f"{p.parent.name},{p.parent.name}/{p.name},0.9" for p in list_images(fake)]
+    (fake / "manifest.csv").write_text("\n".join(lines) + "\n")
+
+
+def test_features_of_a_timm_network(folders, tmp_path):
+    import timm
+
+    torch.manual_seed(1)
+    torch.save(timm.create_model("resnet18", num_classes=7).state_dict(), tmp_path / "resnet18.pth")
+    fake = tmp_path / "fake"
+    shutil.copytree(folders["fake"], fake)
+    distance.main(
+        ["--real", str(folders["real"]), "--synthetic", str(fake), "--out", str(tmp_path / "out")]
+        + ["--features", "timm:resnet18", "--pretrained_weights", str(tmp_path / "resnet18.pth")]
+        + ["--input_size", "32", "--device", "cpu", "--ratio", "50", "--no-sheets"]
+    )
+    assert len(list((tmp_path / "fake.features").iterdir())) == 2  # where it is if none is named
+    record = json.loads((tmp_path / "out" / "selection.json").read_text())
+    assert record["judge"]["network"] == "resnet18 with resnet18.pth"
+
+
+def test_warns_when_the_judge_is_no_independent_witness(folders, tmp_path, caplog):
+    seed = tmp_path / "seed0"
+    (seed / "checkpoints").mkdir(parents=True)
+    shutil.copyfile(folders["weights"], seed / "checkpoints" / "best.ckpt")
+    # What eval.py records of its training set, from its own function.
+    make_tiles(folders["root"] / "D" / "val", per_class=1, seed=7)
+    splits = open_splits(folders["root"] / "D", "train5", Settings(input_size=32))
+    (seed / "result.json").write_text(json.dumps({"data": splits.identity}))
+    options = ["--features", str(seed), "--ratio", "50", "--no-sheets", "--device", "cpu"]
+    options += ["--cache", str(tmp_path / "cache"), "--downstream", str(folders["weights"])]
+    real, fake = str(folders["real"]), str(folders["fake"])
+    common = ["--real", real, "--synthetic", fake]
+    distance.main([*common, *options, "--out", str(tmp_path / "out")])
+    record = json.loads((tmp_path / "out" / "selection.json").read_text())
+    assert record["downstream"]["is_the_judge"] and record["judge"]["trained_on_real"]
+    assert "are the same network" in record["warnings"][0]
+    assert "trained on the very tiles of --real" in record["warnings"][1]
+    assert all(warning in caplog.text for warning in record["warnings"])
+    # Another network, trained on other tiles: no warning.
+    torch.manual_seed(5)
+    net = TileClassifier("vit_tiny", 3, input_size=32, patch_size=8)
+    net.classes = ["ADI", "LYM", "TUM"]
+    payload = {"state_dict": net.state_dict(), "histodiffusion": net.record(0)}
+    write_checkpoint(seed / "checkpoints" / "best.ckpt", payload)
+    splits.identity["train"]["sha256"] = "0" * 64
+    (seed / "result.json").write_text(json.dumps({"data": splits.identity}))
+    distance.main([*common, *options, "--out", str(tmp_path / "out2")])
+    record = json.loads((tmp_path / "out2" / "selection.json").read_text())
+    assert record["judge"]["trained_on_real"] is False
+    assert record["warnings"] == []
+
+
+def test_contact_sheets(folders, tmp_path, capsys):
+    out = tmp_path / "out"
+    run_distance(folders, out, "--ratio", "50")
+    sheets = tmp_path / "out.sheets"
+    assert sorted(path.name for path in sheets.iterdir()) == ["ADI.png", "LYM.png", "TUM.png"]
+    assert class_folders(out) == ["ADI", "LYM", "TUM"]
+    with Image.open(sheets / "TUM.png") as image:
+        colours = {colour for _, colour in image.getcolors(2**24)}
+    for decision in ("accepted", "surplus", "rejected"):  # TUM has some of each
+        assert COLOURS[decision] in colours
+    assert COLOURS["filled"] not in colours
+    before = (sheets / "LYM.png").read_bytes()
+    (sheets / "LYM.png").unlink()
+    csv_before = (out / "selection.csv").stat().st_mtime_ns
+    run_distance(folders, out, "--ratio", "50")  # draws what is missing, makes nothing else anew
+    assert (sheets / "LYM.png").read_bytes() == before
+    assert (out / "selection.csv").stat().st_mtime_ns == csv_before
+    assert "there already" in capsys.readouterr().out
+    run_distance(folders, tmp_path / "none", "--ratio", "50", "--no-sheets")
+    assert not (tmp_path / "none.sheets").exists()
+
+
+def test_sheet_shows_the_right_images(folders, tmp_path):
+    judged = read_judged(str(folders["vis"]), folders["fake"])
+    distances = centroid_distances(judged.synthetic.values, judged.centroids.values)
+    strategy = by_centroid(judged.synthetic, distances)
+    selection = select(strategy, judged.synthetic, distances.numpy(), [2, 9, 2])
+    sheets = Sheets(
+        selection, judged.synthetic, judged.real, folders["fake"], folders["real"], strategy.score
+    )
+    best, border = (
+        [selection.files[i] for i in section.rows] for section in sheets.sections("TUM")
+    )
+    assert best == selection.used("TUM")
+    assert border[-1] == "TUM/1_wrong.png"  # the only one that is rejected, so it is not far off
+    assert len({*best, *border}) == len(best) + len(border) == 7
+    index, distance = sheets._neighbours([selection.files.index("TUM/1_wrong.png")])
+    assert judged.real.files[index[0]].startswith("LYM/")  # where it belongs
+    own = judged.synthetic.values[judged.synthetic.files.index("TUM/1_wrong.png")]
+    assert distance[0] == pytest.approx((own - judged.real.values).norm(dim=1).min().item(), 1e-5)
+
+
+def test_pictures_with_a_selection(folders, tmp_path):
+    run_distance(folders, tmp_path / "made", "--ratio", "50")
+    rows = rows_of(tmp_path / "made" / "selection.csv")
+    out = tmp_path / "vis"
+    shutil.copytree(folders["vis"], out)  # with its features
+    run_vis(folders, out, "--selection", str(tmp_path / "made"), "--thumbnails", "10")
+    points = rows_of(out / "umap.csv")
+    assert {p["file"]: p["decision"] for p in points if p["set"] == "synthetic"} == {
+        row["file"]: row["decision"] for row in rows
+    }
+    assert {p["decision"] for p in points if p["set"] != "synthetic"} == {""}
+    before = {row["file"]: (row["x"], row["y"]) for row in rows_of(folders["vis"] / "umap.csv")}
+    assert {p["file"]: (p["x"], p["y"]) for p in points} == before  # the plane is the same
+    data = page_of(out / "umap.html")
+    kinds = [data["kinds"][k] for k in data["kind"]]
+    assert kinds == [p["decision"] or p["set"] for p in points]
+    assert data["file"] == [p["file"] for p in points]
+    assert len(data["thumbnails"]) == 10
+    again = out / "umap.html"
+    before = again.read_bytes()
+    run_vis(
+        folders, out, "--thumbnails", "10",
+        "--selection", str(tmp_path / "made" / "selection.csv"),
+    )  # fmt: skip
+    assert again.read_bytes() == before
 
 
 def test_random_arm_of_the_command(folders, tmp_path):
@@ -422,7 +605,57 @@ DISTANCE = ["distance", "--real", "{real}", "--synthetic", "{fake}", "--out", "{
         ),
         ([*DISTANCE, "--features", "{vis}", "--ratio", "0"], "0 must be in [1"),
         ([*DISTANCE, "--features", "{vis}", "--seed", "1"], "belongs to --strategy random"),
+        ([*DISTANCE, "--features", "{vis}", "--random", "--strategy", "knn"], "--random: not"),
+        ([*DISTANCE, "--features", "{vis}", "--strategy", "best"], "invalid choice: 'best'"),
+        ([*DISTANCE, "--features", "{vis}", "--neighbors", "2"], "belongs to --strategy knn"),
+        (
+            [*DISTANCE, "--features", "{vis}", "--confidence", "judge"],
+            "belongs to --strategy confidence",
+        ),
+        ([*DISTANCE, "--features", "{vis}", "--random", "--fill"], "rejects nothing"),
+        (
+            [*DISTANCE, "--features", "{vis}", "--strategy", "knn", "--neighbors", "4"],
+            "class ADI has 4 real tiles and needs at least 5",
+        ),
+        (
+            [*DISTANCE, "--features", "{vis}", "--synthetic", "{bare}", "--strategy", "confidence"]
+            + ["--confidence", "manifest"],
+            "manifest.csv",
+        ),
+        ([*DISTANCE, "--features", "{vis}", "--ratio", "5"], "less than one image of the 4"),
+        ([*DISTANCE, "--features", "{vis}", "--device", "cpu"], "--device: the features of"),
+        (
+            [*DISTANCE, "--features", "{weights}", "--pretrained_weights", "{weights}"],
+            "belongs to --features timm:NAME",
+        ),
+        ([*DISTANCE, "--features", "timm:resnet18"], "--features timm resnet18: its weights are"),
+        ([*DISTANCE, "--features", "timm:resnet19x"], "--features timm resnet19x"),
+        ([*DISTANCE, "--features", "{vis}/none"], "none does not exist"),
+        ([*DISTANCE, "--features", "{real}/ADI/0_0.png"], "--features"),
+        ([*DISTANCE, "--features", "{vis}", "--downstream", "{vis}/none"], "none does not exist"),
+        (
+            [*DISTANCE, "--features", "{vis}", "--downstream", "{vis}/umap.csv"],
+            "--downstream: {vis}/umap.csv cannot be read",
+        ),
         ([*DISTANCE, "--features", "{vis}", "--out", "{real}/new"], "lies in --real"),
+        ([*DISTANCE, "--features", "{vis}", "--sheets", "{new}/sheets"], "lies in --out"),
+        (
+            [*DISTANCE, "--features", "{weights}", "--cache", "{fake}/cache"],
+            "--cache {fake}/cache: lies in --synthetic",
+        ),
+        ([*VIS, "--weights", "{weights}", "--selection", "{vis}"], "no file {vis}/selection.csv"),
+        (
+            [*VIS, "--weights", "{weights}", "--selection", "{two}/foreign.csv"],
+            "is not of the images in --synthetic",
+        ),
+        (
+            [*VIS, "--weights", "{weights}", "--selection", "{vis}/umap.csv"],
+            "has decisions ['']; known are ['accepted',",
+        ),
+        (
+            [*VIS, "--weights", "{weights}", "--selection", "{real}/ADI/0_0.png"],
+            "has no columns file and decision",
+        ),
         ([*DISTANCE, "--features", "{vis}", "--real", "{two}"], "differ"),
     ],
 )
@@ -431,15 +664,19 @@ def test_bad_input_is_one_line(folders, tmp_path, monkeypatch, capfd, words, exp
     for name in ("ADI", "TUM"):
         (two / name).mkdir(parents=True)
         (two / name / "0.png").write_bytes((folders["real"] / name / "0_0.png").read_bytes())
+    (two / "foreign.csv").write_text("file,decision\nADI/none.png,accepted\n")
+    bare = tmp_path / "bare"  # the very images, without a manifest
+    shutil.copytree(folders["fake"], bare, ignore=shutil.ignore_patterns("manifest.csv"))
     monkeypatch.setattr("ldm.selection.features.cached_weights", lambda config: None)
-    places = {**{k: str(v) for k, v in folders.items()}, "new": str(tmp_path / "new"), "two": two}
+    places = {**{k: str(v) for k, v in folders.items()}, "new": str(tmp_path / "new")}
+    places |= {"two": two, "bare": bare}
     script, *options = [word.format(**places) for word in words]
     with pytest.raises(SystemExit) as stop:
         run_command(lambda: {"vis": vis, "distance": distance}[script].main(options))
     error = capfd.readouterr().err
     assert stop.value.code == 2
     assert len(error.splitlines()) == 1
-    assert expected in error
+    assert expected.format(**places) in error
     assert not (tmp_path / "new").exists()
 
 

@@ -156,7 +156,9 @@ def by_manifest(synthetic: FeatureSet, root: Path) -> Strategy:
             f"--confidence manifest: {root / MANIFEST} has no row for {len(missing)} images, the"
             f" first is {missing[0]}; give the folder as sample_diffusion.py wrote it"
         )
-    own = torch.tensor([known[file] for file in synthetic.files], dtype=torch.float64)
+    own = torch.tensor(
+        [_probability(known[file], file) for file in synthetic.files], dtype=torch.float64
+    )
     reasons = [None if p > 0.5 else f"probability {p:.3f} is not above 0.5" for p in own.tolist()]
     return ByScore(
         own,
@@ -167,26 +169,34 @@ def by_manifest(synthetic: FeatureSet, root: Path) -> Strategy:
     )
 
 
-def _read_probabilities(path: Path) -> dict[str, float]:
+def _read_probabilities(path: Path) -> dict[str, str]:
+    """Column `prob` by file."""
     if not path.is_file():
         raise UserError(
             f"--confidence manifest: no file {path}; give a folder that sample_diffusion.py wrote"
         )
-    result = {}
     with path.open(newline="") as stream:
         reader = csv.DictReader(stream)
         absent = {"file", "prob"} - set(reader.fieldnames or ())
         if absent:
-            raise UserError(f"--confidence manifest: {path} has no column {', '.join(absent)}")
-        for row in reader:
-            try:
-                result[row["file"]] = float(row["prob"])
-            except (ValueError, TypeError):
-                raise UserError(
-                    f"--confidence manifest: {path} has no probability for {row['file']}; the"
-                    " images were sampled without a classifier, use --confidence judge"
-                ) from None
-    return result
+            raise UserError(
+                f"--confidence manifest: {path} has no column {', '.join(sorted(absent))}; give a"
+                " folder that sample_diffusion.py wrote"
+            )
+        return {row["file"]: row["prob"] for row in reader}
+
+
+def _probability(text: str, file: str) -> float:
+    try:
+        value = float(text)
+    except (TypeError, ValueError):  # a short row, or an empty cell
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise UserError(
+            f"--confidence manifest: {file} has no probability (prob {text!r}); images sampled"
+            " without a classifier have none, use --confidence judge"
+        )
+    return value
 
 
 def _real_of_class(real: FeatureSet, label: int, least: int, why: str) -> Tensor:

@@ -242,8 +242,8 @@ def render(
     data = page_data(groups, classes) | {
         "thumbnails": dict(zip(map(str, chosen), pictures, strict=True))
     }
-    # "</script>" in a name would end the element that holds it.
-    text = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
+    # "</script>" or "<!--" in a name would change what the element that holds it is.
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     return PAGE.format(title=escape(title), note=escape(note), data=text)
 
 
