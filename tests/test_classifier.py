@@ -377,7 +377,7 @@ def test_two_ranks_find_the_temperature_of_one(data, tmp_path):
     argv = arguments(data, tmp_path / "two", *options)
     argv[argv.index("--devices") + 1] = "2"
     command = [sys.executable, str(ROOT / "classifier_train.py"), *argv]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
     train(data, tmp_path / "one", *options)
     one, two = (load_model(tmp_path / name / "run", "classifier") for name in ("one", "two"))
