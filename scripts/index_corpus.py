@@ -16,9 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.cli import ArgumentParser, existing_path, number, run_command
 from ldm.data.groups import add_group_arguments, grouping_of
+from ldm.data.storage import LAYOUTS
 from ldm.errors import UserError
-
-LAYOUTS = ("folder", "array", "shards")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -28,7 +27,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", required=True, metavar="INDEX", help="Parquet file to write")
     add(
         "--layout",
-        choices=LAYOUTS,
+        choices=tuple(LAYOUTS),
         default="folder",
         help="image files in folders of any depth, PanNuke's images.npy arrays, or tar shards",
     )

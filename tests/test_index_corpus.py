@@ -37,7 +37,7 @@ def save(path: Path, image: np.ndarray) -> None:
 
 @pytest.fixture
 def corpus(tmp_path):
-    """Patients of two classes: eight good tiles in five formats, and five with a problem."""
+    """Patients of two classes: eight good tiles in five formats, and six with a problem."""
     root = tmp_path / "corpus"
     extensions = ("png", "jpg", "tif", "webp", "png", "png", "png")
     for i, extension in enumerate(extensions):
@@ -50,6 +50,7 @@ def corpus(tmp_path):
     save(root / "B" / "small.png", picture(30, 8))
     Image.fromarray(np.full((16, 16), 4000, np.uint16)).save(root / "B" / "deep.tif")
     (root / "B" / ".hidden.png").write_text("not looked at")
+    (root / "B" / "gone.png").symlink_to(root / "nowhere.png")
     return root
 
 
@@ -76,6 +77,7 @@ def test_good_tiles_are_indexed_and_bad_ones_listed(corpus, capsys):
     assert problems(index) == {
         "B/cut.png": "truncated",
         "B/deep.tif": "unsupported",
+        "B/gone.png": "unreadable",
         "B/p1/copy.png": "duplicate",
         "B/small.png": "too small",
         "B/text.png": "unreadable",
@@ -84,7 +86,7 @@ def test_good_tiles_are_indexed_and_bad_ones_listed(corpus, capsys):
     assert rows["B/p1/copy.png"]["reason"] == "same bytes as A/p0/0.png of root 0"
     assert rows["B/p1/copy.png"]["hash"] == rows["A/p0/0.png"]["hash"]
     assert (rows["B/small.png"]["width"], rows["A/p0/array.npy"]["height"]) == (8, 16)
-    assert "1 unreadable, 1 truncated, 1 unsupported, 1 too small, 1 duplicate" in (
+    assert "2 unreadable, 1 truncated, 1 unsupported, 1 too small, 1 duplicate" in (
         capsys.readouterr().out
     )
     index.check([corpus])
@@ -94,6 +96,8 @@ def test_duplicates_may_be_kept(corpus):
     index = run(corpus, "--keep_duplicates")
     assert "B/p1/copy.png" in index.tiles(0)["path"] and "B/small.png" in index.tiles(0)["path"]
     assert problems(index)["B/p1/copy.png"] == "duplicate"
+    (corpus / "A" / "p0" / "0.png").unlink()
+    assert "B/p1/copy.png" not in problems(run(corpus))
 
 
 def test_duplicates_across_roots_are_found(corpus, tmp_path):
@@ -122,7 +126,7 @@ def reads(monkeypatch) -> list[str]:
 
 def test_a_second_scan_reads_only_what_changed(corpus, reads):
     first = run(corpus, "--min_size", 9)
-    assert len(reads) == 13
+    assert len(reads) == 14
     reads.clear()
     second = run(corpus, "--group_regex", r"^(\w)/")
     assert reads == []
@@ -161,14 +165,14 @@ def test_an_interrupted_scan_goes_on(corpus, tmp_path, reads, monkeypatch):
         stream.write(lines[-1][:20])
     reads.clear()
     assert run(corpus, "--min_size", 9).table.equals(whole)
-    assert len(reads) == 13 - done and not journal_of(out).exists()
+    assert len(reads) == 14 - done and not journal_of(out).exists()
 
 
 def test_a_journal_of_another_layout_is_not_used(corpus, tmp_path, reads):
     journal = journal_of(tmp_path / "index.parquet")
     journal.write_text(json.dumps({"version": 1, "layout": "shards"}) + '\n[0, "x", 1, 1, []]\n')
     run(corpus)
-    assert len(reads) == 13
+    assert len(reads) == 14
 
 
 def stale(index: CorpusIndex, root: Path) -> str:
@@ -204,7 +208,7 @@ def test_a_stale_index_is_noticed(corpus):
 
 def test_a_corpus_may_move_but_not_be_another(corpus, tmp_path):
     index = run(corpus, "--min_size", 9)
-    shutil.copytree(corpus, tmp_path / "moved", copy_function=shutil.copyfile)
+    shutil.copytree(corpus, tmp_path / "moved", symlinks=True, copy_function=shutil.copyfile)
     index.check([tmp_path / "moved"])
     other = tmp_path / "other"
     save(other / "A" / "0.png", picture(60))
@@ -354,4 +358,4 @@ def test_a_mistake_is_one_line_and_status_2(corpus, tmp_path):
     good = subprocess.run(
         [*script, str(corpus), "--out", str(tmp_path / "x.parquet")], capture_output=True, text=True
     )
-    assert good.returncode == 0 and "13/13" in good.stderr, good.stderr
+    assert good.returncode == 0 and "14/14" in good.stderr, good.stderr

@@ -80,7 +80,8 @@ def add_group_arguments(parser: ArgumentParser) -> None:
         "--group_level",
         type=number(int, 1),
         metavar="N",
-        help="the group (patient, slide, region) is the folder N levels below the root",
+        help="the group (patient, slide, region) is the folder N levels below the root; an array or"
+        " a shard counts as a folder",
     )
     choice.add_argument(
         "--group_regex",

@@ -47,14 +47,12 @@ class CorpusIndex:
     Attributes:
         path: Of the Parquet file.
         layout: Name of the layout of all roots.
-        min_size: Pixels; tiles with a shorter side are not among `tiles`.
         folders: For each root, the folders below it with their times of change (nanoseconds).
         table: A row per tile, sorted by root and path.
     """
 
     path: Path
     layout: str
-    min_size: int
     folders: Sequence[dict[str, int]]
     table: "pyarrow.Table"
 
@@ -78,7 +76,7 @@ class CorpusIndex:
             raise UserError(f"index {path} was not written by {COMMAND}; make it again") from None
         if record.get("version") != VERSION or not set(COLUMNS) <= set(table.column_names):
             raise UserError(f"index {path} is of another version; make it again with {COMMAND}")
-        return cls(path, record["layout"], record["min_size"], record["folders"], table)
+        return cls(path, record["layout"], record["folders"], table)
 
     def write(self) -> None:
         """Write the file whole or not at all."""
@@ -87,7 +85,6 @@ class CorpusIndex:
         record = {
             "version": VERSION,
             "layout": self.layout,
-            "min_size": self.min_size,
             "folders": list(self.folders),
         }
         stream = io.BytesIO()

@@ -82,9 +82,9 @@ def scan_corpora(roots: Sequence[Path], layout_name: str, out: Path, workers: in
         for file in files:
             try:
                 state = os.stat(root / file)
-            except FileNotFoundError:
-                raise UserError(f"{root / file} is a broken link; remove it") from None
-            stamps.append((number, file, state.st_size, state.st_mtime_ns))
+                stamps.append((number, file, state.st_size, state.st_mtime_ns))
+            except FileNotFoundError:  # a broken link; it cannot be read either
+                stamps.append((number, file, 0, 0))
 
     earlier = _earlier_rows(layout_name, out)
     rows = [row for stamp in stamps for row in earlier.get(stamp, ())]
@@ -131,9 +131,9 @@ def scan_file(root: Path, layout: Layout, stamp: Stamp) -> list[Row]:
     common = {"root": number, "file_size": file_size, "modified": modified, "group": None}
     try:
         places = layout.places(root, file)
-    except UserError as error:
+    except (UserError, OSError) as error:
         place = Place(file, file, 0, file_size, None)
-        return [common | _row(place, problem=UNREADABLE, reason=str(error))]
+        return [common | _row(place, problem=UNREADABLE, reason=_reason(error))]
     rows = [common | _scan_tile(root, layout, place) for place in places]
     for row in rows:
         row["size"] = row["size"] or file_size
@@ -152,8 +152,12 @@ def _scan_tile(root: Path, layout: Layout, place: Place) -> Row:
         problem = TRUNCATED if _starts_as_image(content) else UNREADABLE
         return _row(place, digest, problem=problem, reason=str(error))
     except OSError as error:
-        return _row(place, problem=UNREADABLE, reason=error.strerror or str(error))
+        return _row(place, problem=UNREADABLE, reason=_reason(error))
     return _row(place, digest, width=width, height=height)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _row(place: Place, digest: str | None = None, **values: Any) -> Row:
@@ -184,7 +188,7 @@ def _earlier_rows(layout: str, out: Path) -> dict[Stamp, list[Row]]:
         index = CorpusIndex.read(out)
         if index.layout == layout:
             for row in index.table.to_pylist():
-                if row["problem"] in (TOO_SMALL, DUPLICATE):
+                if row["problem"] in (None, TOO_SMALL, DUPLICATE):
                     row["problem"] = row["reason"] = None
                 row["group"] = None
                 stamp = (row["root"], row["file"], row["file_size"], row["modified"])
@@ -273,7 +277,7 @@ def index_corpora(
         for row in rows:
             if row["problem"] is None:
                 row["group"] = grouping(row["path"])
-    index = CorpusIndex(out, layout, min_size, scan.folders, make_table(rows))
+    index = CorpusIndex(out, layout, scan.folders, make_table(rows))
     index.write()
     journal_of(out).unlink()
     return index, scan, counts
