@@ -278,8 +278,11 @@ def test_all_planted_copies_are_found_and_hardly_anything_else(sets):
         assert original.as_posix() in tiles
         assert original.parent.name == row["class"]
         assert float(row["pixels_percentile"]) < 1
+        if name.split("_")[1] in ("exact", "flipped", "turned"):
+            assert float(row["pixels_distance"]) < 1e-3  # averages round with the orientation
+            assert float(row["features_distance"]) < 1e-3  # so do batches of other sizes
+            assert row["features_train"] == row["pixels_train"]
         if "_exact" in name:
-            assert float(row["pixels_distance"]) == float(row["features_distance"]) == 0
             same = (sets["train"] / original).read_bytes()
             assert (sets["synthetic"] / name).read_bytes() == same
     assert {row["pixels_orientation"] for name, row in rows.items() if "_turned" in name} == {"270"}

@@ -135,17 +135,19 @@ def network_vectors(
     views = len(pixels.ORIENTATIONS) if turned else 1
 
     def prepare(path: Path) -> Tensor:
-        return transform(Image.fromarray(read_tile(path)))  # uint8 (3, S, S)
+        # Turned before it is resized and cropped: an odd margin would shift the crop of a turned
+        # tile by a pixel, which networks notice.
+        image = torch.from_numpy(pixels.centre_square(read_tile(path))).movedim(-1, 0)
+        images = pixels.oriented(image[None])[0] if turned else image[None]  # (8 or 1, 3, H, H)
+        pictures = (Image.fromarray(view.movedim(0, -1).numpy()) for view in images)
+        return torch.stack([transform(picture) for picture in pictures])  # uint8 (..., 3, S, S)
 
     def compute() -> dict[str, Tensor]:
         rows = []
         step = max(1, batch_size // views)
         for start in tqdm(range(0, len(tiles), step), desc=f"features of {tiles.root.name}"):
-            images = torch.stack(decode_tiles(tiles.paths[start : start + step], prepare))
-            images = images.to(device)
-            if turned:
-                images = pixels.oriented(images).flatten(0, 1)  # (8 B, 3, S, S)
-            features = extractor.net.forward_features(images).float()
+            images = torch.cat(decode_tiles(tiles.paths[start : start + step], prepare))
+            features = extractor.net.forward_features(images.to(device)).float()
             norms = features.norm(dim=1, keepdim=True)
             bad = (~(norms.isfinite() & (norms > 0))).flatten().nonzero().flatten().tolist()
             if bad:
