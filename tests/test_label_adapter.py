@@ -127,13 +127,21 @@ def test_labels_are_dropped_in_training_only(folder):
     assert torch.equal(build(folder, label_dropout=0).train().labels({"label": y}), y)
 
 
-def test_what_is_tuned(folder):
-    model = build(folder, tune="embedding")
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert trained == ["unet.label_emb.weight"]
-    model = build(folder, tune="all")
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == {f"unet.{name}" for name, _ in model.unet.named_parameters()}
+@pytest.mark.parametrize("tune", ["embedding", "all"])
+def test_what_is_tuned_at_which_rate(folder, tune):
+    model = build(folder, tune=tune, embedding_rate=5.0)
+    model.learning_rate = 1e-3
+    rates = {}
+    for group in model.configure_optimizers()["optimizer"].param_groups:
+        rates |= {id(p): group["lr"] for p in group["params"]}
+    assert rates.pop(id(model.unet.label_emb.weight)) == 5e-3
+    names = {name for name, p in model.named_parameters() if id(p) in rates}
+    expected = {f"unet.{name}" for name, _ in model.unet.named_parameters()}
+    expected.remove("unet.label_emb.weight")
+    assert names == (expected if tune == "all" else set())
+    assert set(rates.values()) == ({1e-3} if tune == "all" else set())
+    frozen = {name for name, p in model.unet.named_parameters() if not p.requires_grad}
+    assert frozen == (set() if tune == "all" else {name[5:] for name in expected})
 
 
 def test_label_gain_is_the_loss_that_the_label_saves(folder):
@@ -158,7 +166,7 @@ def test_training_the_embedding_makes_the_label_matter(folder):
     model = build(folder, tune="embedding", use_ema=False, label_dropout=0)
     z_0, t = inputs()
     eps, y = torch.randn(z_0.shape, generator=torch.Generator().manual_seed(1)), torch.arange(4) % 3
-    model.learning_rate = 0.03
+    model.learning_rate = 0.003
     optimizer = model.configure_optimizers()["optimizer"]
     before = model.validation_losses(z_0, t, eps, y)
     assert before["val/label_gain"] == 0
@@ -285,6 +293,7 @@ def bad(folder, tmp_path, words, *more, **params):
     [
         ({"label_dropout": 1.0}, r"label_dropout=1.0 must be in \[0, 1\)"),
         ({"label_dropout": -0.1}, r"label_dropout=-0.1 must be in \[0, 1\)"),
+        ({"embedding_rate": 0}, "embedding_rate=0 must be above 0"),
         ({"tune": "head"}, "tune='head' must be one of embedding, all"),
         ({"pretrained": None}, "pretrained is not set: export HISTO_DIFFUSION"),
         ({"pretrained": "nowhere.ckpt"}, "model.params.pretrained: no file nowhere.ckpt"),

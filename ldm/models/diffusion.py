@@ -251,15 +251,18 @@ class LatentDiffusion(HistoModule):
     # Training
 
     def configure_optimizers(self) -> dict[str, Any]:
-        trained = [p for p in self.unet.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            trained, lr=self.learning_rate, weight_decay=self.weight_decay
+            self.parameter_groups(), lr=self.learning_rate, weight_decay=self.weight_decay
         )
         if self.scheduler_config is None:
             return {"optimizer": optimizer}
         factor = instantiate_from_config(self.scheduler_config)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What is trained, with learning rates other than `learning_rate`."""
+        return [{"params": list(self.unet.parameters())}]
 
     def optimizer_step(self, *args, **kwargs) -> None:
         super().optimizer_step(*args, **kwargs)

@@ -28,6 +28,8 @@ class LabelAdapter(LatentDiffusion):
         pretrained_ema: Start from its averaged weights.
         label_dropout: Share of the training images without label, in [0, 1).
         tune: "embedding" trains the label embedding alone, "all" the UNet with it.
+        embedding_rate: Learning rate of the embedding, in multiples of the UNet's: it starts at 0
+            beside weights that are nearly where they should be.
         loss_type: As for `LatentDiffusion`; None for the pre-trained model's.
         scheduler_config, use_ema, ema_decay, weight_decay, monitor: As for `LatentDiffusion`.
         diffusion: Parameters of `LatentDiffusion` that rebuild the model without `pretrained`, from
@@ -45,6 +47,7 @@ class LabelAdapter(LatentDiffusion):
         pretrained_ema: bool = True,
         label_dropout: float = 0.1,
         tune: str = "embedding",
+        embedding_rate: float = 10.0,
         loss_type: str | None = None,
         scheduler_config: dict | None = None,
         use_ema: bool = True,
@@ -60,6 +63,8 @@ class LabelAdapter(LatentDiffusion):
             )
         if tune not in TUNES:
             raise UserError(f"model.params.tune={tune!r} must be one of {', '.join(TUNES)}")
+        if not embedding_rate > 0:
+            raise UserError(f"model.params.embedding_rate={embedding_rate} must be above 0")
         source = _pretrained(pretrained) if diffusion is None else None
         params = dict(diffusion or source.rebuild_config()["params"])
         if loss_type is not None:
@@ -72,7 +77,8 @@ class LabelAdapter(LatentDiffusion):
             weight_decay=weight_decay,
             monitor=monitor,
         )
-        self.label_dropout, self.tune, self.use_ema = label_dropout, tune, use_ema
+        self.label_dropout, self.tune = label_dropout, tune
+        self.embedding_rate, self.use_ema = embedding_rate, use_ema
         if source is not None:
             self.unet.load_state_dict(source.eps_model(pretrained_ema).state_dict())
             self.first_stage_model.load_state_dict(source.first_stage_model.state_dict())
@@ -103,6 +109,12 @@ class LabelAdapter(LatentDiffusion):
 
     def metrics(self) -> set[str]:
         return super().metrics() | {"val/label_gain"}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        embedding = self.unet.label_emb.weight
+        others = [p for p in self.unet.parameters() if p is not embedding and p.requires_grad]
+        groups = [{"params": [embedding], "lr": self.embedding_rate * self.learning_rate}]
+        return [*groups, {"params": others}] if others else groups
 
     def labels(self, batch: dict[str, Any]) -> Tensor:
         """The labels; in training -1 for the images whose label is dropped."""
