@@ -29,7 +29,7 @@ from ldm.evaluation.vit import TileClassifier
 from ldm.selection.centroids import Centroids, centroid_distances, class_centroids
 from ldm.selection.features import FeatureSet, cached_weights
 from ldm.selection.judge import Judged, read_judged
-from ldm.selection.select import KINDS, Selection, is_used, select, wanted_per_class
+from ldm.selection.select import KINDS, USED, Selection, select, wanted_per_class
 from ldm.selection.sheets import COLOURS, Sheets
 from ldm.selection.strategies import AtRandom, by_centroid
 from ldm.selection.training_folder import PREFIX
@@ -374,7 +374,7 @@ def test_every_strategy_and_network_of_the_command(folders, tmp_path, monkeypatc
         record = json.loads((out / "selection.json").read_text())
         assert record["settings"]["strategy"] == name
         assert record["judge"]["trained_on_real"] is None  # nothing says what it was trained on
-        used = [row for row in rows_of(out / "selection.csv") if is_used(row["decision"])]
+        used = [row for row in rows_of(out / "selection.csv") if row["decision"] in USED]
         images = [path for path in list_images(out) if path.name.startswith(PREFIX)]
         assert len(used) == len(images) > 0
         if strategy == "confidence":  # an untrained judge needs its shortfalls filled

@@ -96,13 +96,14 @@ def test_names_cannot_end_the_script(tmp_path):
 
 
 def test_synthetic_points_by_decision():
-    decisions = {"a": "rejected", "b": "accepted", "c": "rejected", "d": "surplus"}
-    xy = np.arange(8.0).reshape(4, 2)
-    groups = by_decision([0, 1, 2, 0], ["a", "b", "c", "d"], xy, decisions)
+    decisions = {"a": "rejected", "b": "accepted", "c": "rejected", "d": "surplus", "e": "removed"}
+    xy = np.arange(10.0).reshape(5, 2)
+    groups = by_decision([0, 1, 2, 0, 1], ["a", "b", "c", "d", "e"], xy, decisions)
     assert [(g.kind, g.files) for g in groups] == [
         ("accepted", ["b"]),
         ("surplus", ["d"]),
         ("rejected", ["a", "c"]),
+        ("removed", ["e"]),
     ]
     assert groups[2].xy.tolist() == [[0, 1], [4, 5]]
     assert groups[2].labels == [0, 2]

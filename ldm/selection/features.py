@@ -130,19 +130,17 @@ class Extractor:
         return self.net.classes == list(classes)
 
     @torch.no_grad()
-    def features(self, tiles: TransformedTiles, batch_size: int, num_workers: int) -> Tensor:
-        """L2-normalised features of all tiles in their order, (N, D) float32 on the CPU.
+    def features(
+        self, tiles: TransformedTiles, batch_size: int, num_workers: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """L2-normalised features and logits of all tiles in their order, float32 on the CPU.
+
+        Returns:
+            (N, D), and (N, K) or None: only a network that classifies these classes has logits.
 
         Raises:
             UserError: A feature is not finite or all are zero, which has no direction.
         """
-        return self.features_and_logits(tiles, batch_size, num_workers)[0]
-
-    @torch.no_grad()
-    def features_and_logits(
-        self, tiles: TransformedTiles, batch_size: int, num_workers: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """The same with the logits (N, K), None unless the network classifies these classes."""
         device = next(self.net.parameters()).device
         # Full precision: features are compared with those of other runs and machines.
         loader = Compute(device, "32", num_workers).loader(tiles, batch_size)
@@ -318,7 +316,7 @@ def folder_features(
     size = extractor.net.input_size
     tiles = TransformedTiles(root, size, eval_transform(size), random=False, classes=index.classes)
     tiles.load()
-    values, logits = extractor.features_and_logits(tiles, batch_size, num_workers)
+    values, logits = extractor.features(tiles, batch_size, num_workers)
     result = FeatureSet(
         values=values,
         labels=torch.tensor(tiles.labels, dtype=torch.int64),

@@ -133,7 +133,8 @@ def compute_judged(
                     f"--{option}: belongs to --features timm:NAME; a checkpoint brings its own"
                 )
         extractor = Extractor.from_checkpoint(source, device, "--features")
-    cache = Path(options.cache or synthetic_root.with_name(f"{synthetic_root.name}.features"))
+    beside = synthetic_root.resolve()  # which has a name, other than "."
+    cache = Path(options.cache or beside.with_name(f"{beside.name}.features"))
     # Both indexed before any features are computed: differing classes are known at once.
     classes = TileFolder(real_root, 1, labelled=True, check=False).classes
     TileFolder(synthetic_root, 1, labelled=True, classes=classes, check=False)

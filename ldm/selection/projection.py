@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ldm.errors import UserError
-from ldm.selection.select import KINDS
+from ldm.selection.select import KINDS, REMOVED
 
 REAL, SYNTHETIC, CENTROID = "real", "synthetic", "centroid"
 SPECTRAL_LEAST = 16  # points; with fewer, UMAP's spectral start has too few eigenvectors
@@ -80,9 +80,9 @@ def to_csv(groups: Sequence[Points], classes: Sequence[str]) -> str:
 def by_decision(
     labels: Sequence[int], files: Sequence[str], xy: np.ndarray, decisions: Mapping[str, str]
 ) -> list[Points]:
-    """Synthetic points apart by what was decided on their files, in the order of KINDS."""
+    """Synthetic points apart by what was decided on their files, in the order of their kinds."""
     groups = []
-    for kind in KINDS:
+    for kind in (*KINDS, REMOVED):
         rows = [i for i, file in enumerate(files) if decisions[file] == kind]
         if rows:
             names = [files[i] for i in rows]

@@ -7,7 +7,8 @@ Letters: N images, K classes. A synthetic image of class k is looked at for clas
     filled     no candidate, but the best of those where candidates are too few and that was asked
     rejected   no candidate
 
-The images used for training are those accepted and filled: `is_used`.
+A check of the training folder (scripts/copy_check.py) may take further ones out: `removed`.
+The images in the training folder are those of the decisions in USED.
 """
 
 import csv
@@ -22,13 +23,10 @@ from ldm.selection.features import FeatureSet
 from ldm.selection.strategies import Strategy
 
 ACCEPTED, SURPLUS, FILLED, REJECTED = "accepted", "surplus", "filled", "rejected"
+REMOVED = "removed"
 FILL_REASON = "fills a shortfall, though "
-KINDS = (ACCEPTED, SURPLUS, FILLED, REJECTED)
-
-
-def is_used(decision: str) -> bool:
-    """Whether an image of this decision is in the training folder."""
-    return decision in (ACCEPTED, FILLED)
+USED = (ACCEPTED, FILLED)  # for training
+KINDS = (ACCEPTED, SURPLUS, FILLED, REJECTED)  # of a selection; a record may also have REMOVED
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class Selection:
 
     def used(self, name: str) -> list[str]:
         """Files of class `name` for the training folder, best first."""
-        return [self.files[i] for i in self.of_class(name, ACCEPTED, FILLED)]
+        return [self.files[i] for i in self.of_class(name, *USED)]
 
     def counts(self) -> dict[str, dict[str, int]]:
         """By class: generated, rejected, surplus, accepted, wanted, shortfall and filled.

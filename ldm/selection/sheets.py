@@ -15,7 +15,7 @@ from ldm.data.tiles import read_tile
 from ldm.run import write_bytes
 from ldm.selection.features import FeatureSet
 from ldm.selection.neighbours import nearest
-from ldm.selection.select import ACCEPTED, FILL_REASON, FILLED, REJECTED, SURPLUS, Selection
+from ldm.selection.select import ACCEPTED, FILL_REASON, FILLED, REJECTED, SURPLUS, USED, Selection
 
 COLUMNS = 8
 TILE = 112  # pixels
@@ -77,7 +77,7 @@ class Sheets:
     def sections(self, name: str) -> list[Section]:
         """What is shown of a class; no image is shown twice."""
         of_class = self.selection.of_class
-        used = of_class(name, ACCEPTED, FILLED)
+        used = of_class(name, *USED)
         rejected = of_class(name, REJECTED)
         missed = [*of_class(name, SURPLUS), *rejected]
         best = used[:COLUMNS]

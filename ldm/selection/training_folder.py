@@ -9,7 +9,7 @@ from typing import Any
 from ldm.data import folders
 from ldm.data.tiles import TileFolder
 from ldm.errors import UserError
-from ldm.selection.select import KINDS, Selection
+from ldm.selection.select import KINDS, REMOVED, Selection
 
 PREFIX = "synthetic_"  # of file names; real tiles keep theirs
 DECISIONS, RECORD = "selection.csv", "selection.json"
@@ -82,7 +82,8 @@ def read_decisions(path: Path, what: str) -> dict[str, str]:
         if not {"file", "decision"} <= set(reader.fieldnames or ()):
             raise UserError(f"{what}: {file} has no columns file and decision")
         decisions = {row["file"]: row["decision"] for row in reader}
-    unknown = sorted(set(decisions.values()) - set(KINDS))
+    known = [*KINDS, REMOVED]
+    unknown = sorted(set(decisions.values()) - set(known))
     if unknown:
-        raise UserError(f"{what}: {file} has decisions {unknown}; known are {list(KINDS)}")
+        raise UserError(f"{what}: {file} has decisions {unknown}; known are {known}")
     return decisions

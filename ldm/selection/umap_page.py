@@ -66,7 +66,7 @@ function mark(pen, kind, colour, x, y, size) {{
   pen.fillStyle = pen.strokeStyle = colour;
   pen.lineWidth = Math.max(1, size / 3);
   pen.beginPath();
-  if (kind === "rejected") {{
+  if (kind === "rejected" || kind === "removed") {{
     pen.moveTo(x - size, y - size); pen.lineTo(x + size, y + size);
     pen.moveTo(x - size, y + size); pen.lineTo(x + size, y - size); pen.stroke();
   }} else if (kind === "surplus") {{
