@@ -1,4 +1,4 @@
-"""Draw a few-label subset of a labelled folder, evenly per class and spread over the groups.
+"""Draw a few-label subset of a labelled folder, class by class and spread over the groups.
 
     python scripts/make_subset.py --data D/train --fraction 0.05 --group_csv slides.csv \\
         --out D/train5
@@ -35,9 +35,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--fraction",
         type=number(float, 0, 1),
         metavar="SHARE",
-        help="of all tiles, divided evenly among the classes (published: 0.05)",
+        help="of the tiles of each class (published: 0.05)",
     )
-    amount.add_argument("--per_class", type=number(int, 1), metavar="N", help="tiles of each class")
+    amount.add_argument(
+        "--per_class",
+        type=number(int, 1),
+        metavar="N",
+        help="tiles of each class, the same number for all",
+    )
     add_group_arguments(parser)
     add(
         "--by_group",
@@ -96,11 +101,14 @@ def main(argv: list[str] | None = None) -> None:
         tiles += [Labelled(file, file if grouping is None else grouping(file)) for file in files]
     if not tiles:
         raise UserError(f"--data {data}: no class folders; a labelled set is DIR/CLASS/image files")
-    wanted = args.per_class or wanted_per_class(tiles, args.fraction)
+    if args.per_class is None:
+        wanted = wanted_per_class(tiles, args.fraction)
+    else:
+        wanted = {tile.label: args.per_class for tile in tiles}
     decisions = draw(tiles, wanted, args.seed, args.by_group)
     table = to_csv(tiles, decisions)
     settings = {
-        "wanted_per_class": wanted,
+        "wanted": wanted,
         "by_group": args.by_group,
         "seed": args.seed,
         "link": args.link,
@@ -124,9 +132,13 @@ def main(argv: list[str] | None = None) -> None:
     notes = {LIST: table, RECORD: json.dumps(record, indent=2) + "\n"}
     build_folder(out, chosen, notes, args.link)
     print(describe(counts))
-    short = [f"{name} {row[SUBSET]}" for name, row in counts.items() if row[SUBSET] < wanted]
+    short = [
+        f"{name} {row[SUBSET]} of {wanted[name]}"
+        for name, row in counts.items()
+        if row[SUBSET] < wanted[name]
+    ]
     if short:
-        log.warning("fewer than the %d tiles wanted: %s", wanted, ", ".join(short))
+        log.warning("fewer tiles than wanted: %s", ", ".join(short))
     if not any(row[REST] for row in counts.values()):
         log.warning("no tile is left for the rest; ask for fewer tiles to have one")
     print(f"{len(chosen)} of {len(tiles)} tiles in {out}")

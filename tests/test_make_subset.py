@@ -1,4 +1,4 @@
-"""Few-label subsets: even, spread over groups, by seed, and no group on two sides."""
+"""Few-label subsets: by class, spread over groups, by seed, and no group on two sides."""
 
 import csv
 import json
@@ -30,6 +30,10 @@ def labelled(sizes: dict[str, dict[str, int]]) -> list[Labelled]:
     ]
 
 
+def both(number: int) -> dict[str, int]:
+    return {"A": number, "B": number}
+
+
 def chosen(tiles: list[Labelled], decisions: list[str], kind: str = SUBSET) -> list[Labelled]:
     return [tile for tile, decision in zip(tiles, decisions, strict=True) if decision == kind]
 
@@ -43,7 +47,7 @@ TILES = labelled(
 
 
 def test_the_wanted_number_comes_of_every_class_and_of_many_groups():
-    decisions = draw(TILES, 8, seed=0, by_group=False)
+    decisions = draw(TILES, both(8), seed=0, by_group=False)
     assert set(decisions) == {SUBSET, REST}
     taken = chosen(TILES, decisions)
     assert Counter(tile.label for tile in taken) == {"A": 8, "B": 8}
@@ -53,7 +57,7 @@ def test_the_wanted_number_comes_of_every_class_and_of_many_groups():
 
 
 def test_a_small_group_gives_what_it_has():
-    taken = chosen(TILES, draw(TILES, 12, seed=1, by_group=False))
+    taken = chosen(TILES, draw(TILES, both(12), seed=1, by_group=False))
     of_group = Counter(tile.group for tile in taken if tile.label == "B")
     assert of_group["p1"] == 2 and sum(of_group.values()) == 12
     assert max(of_group.values()) - min(n for g, n in of_group.items() if g != "p1") <= 1
@@ -61,7 +65,7 @@ def test_a_small_group_gives_what_it_has():
 
 def test_the_seed_decides_and_the_order_of_tiles_does_not():
     def files(tiles: list[Labelled], seed: int) -> set[str]:
-        return {tile.file for tile in chosen(tiles, draw(tiles, 5, seed, by_group=False))}
+        return {tile.file for tile in chosen(tiles, draw(tiles, both(5), seed, by_group=False))}
 
     assert files(TILES, 0) == files(TILES[::-1], 0)
     assert len({frozenset(files(TILES, seed)) for seed in range(4)}) == 4
@@ -69,7 +73,7 @@ def test_the_seed_decides_and_the_order_of_tiles_does_not():
 
 @pytest.mark.parametrize("seed", range(6))
 def test_by_group_no_group_is_on_both_sides(seed):
-    decisions = draw(TILES, 3, seed, by_group=True)
+    decisions = draw(TILES, both(3), seed, by_group=True)
     groups = {
         kind: {tile.group for tile in chosen(TILES, decisions, kind)}
         for kind in (SUBSET, REST, UNUSED)
@@ -77,14 +81,15 @@ def test_by_group_no_group_is_on_both_sides(seed):
     assert not groups[SUBSET] & groups[REST] and not groups[UNUSED] & groups[REST]
     assert Counter(tile.label for tile in chosen(TILES, decisions)) == {"A": 3, "B": 3}
     # The plain draw of the same size does split groups, or this test could not fail.
-    plain = draw(TILES, 3, seed, by_group=False)
+    plain = draw(TILES, both(3), seed, by_group=False)
     assert {t.group for t in chosen(TILES, plain)} & {t.group for t in chosen(TILES, plain, REST)}
 
 
-def test_a_fraction_is_of_all_tiles_in_equal_parts():
+def test_a_fraction_is_of_each_class():
     tiles = labelled({"A": {"p1": 150}, "B": {"p1": 50}})
-    assert wanted_per_class(tiles, 0.1) == 10 and wanted_per_class(tiles, 0.0001) == 1
-    taken = chosen(tiles, draw(tiles, wanted_per_class(tiles, 0.6), 0, False))
+    assert wanted_per_class(tiles, 0.1) == {"A": 15, "B": 5}
+    assert wanted_per_class(tiles, 0.0001) == {"A": 1, "B": 1}
+    taken = chosen(tiles, draw(tiles, {"A": 60, "B": 60}, 0, False))
     assert Counter(tile.label for tile in taken) == {"A": 60, "B": 50}  # B has no more
 
 
@@ -141,10 +146,11 @@ def test_command(data, tmp_path, link, capsys):
 def test_groups_come_from_a_table_or_a_pattern(data, tmp_path):
     table = tmp_path / "groups.csv"
     files = [path.relative_to(data).as_posix() for path in list_images(data)]
-    table.write_text("file,slide\n" + "".join(f"{f},S{f.split('/')[1][-1]}\n" for f in files))
+    lines = [f"train,{file},S{file.split('/')[1][-1]}\n" for file in files]
+    table.write_text("".join(["split,file,slide\n", *lines, f"val,{files[0]},another\n"]))
     run(
         data, tmp_path / "a", "--fraction", "0.34", "--group_csv", str(table),
-        "--group_column", "slide",
+        "--group_column", "slide", "--group_rows", "split=train",
     )  # fmt: skip
     run(data, tmp_path / "b", "--fraction", "0.34", "--group_regex", r"patient(\d)")
     assert {row["group"] for row in rows(tmp_path / "a")} == {"S0", "S1", "S2"}
@@ -154,7 +160,7 @@ def test_groups_come_from_a_table_or_a_pattern(data, tmp_path):
 
 def test_what_is_missing_is_reported(data, tmp_path, caplog):
     run(data, tmp_path / "all", "--per_class", "7")
-    assert "fewer than the 7 tiles wanted: ADI 6, TUM 6" in caplog.text
+    assert "fewer tiles than wanted: ADI 6 of 7, TUM 6 of 7" in caplog.text
     assert "no tile is left" in caplog.text
 
 
@@ -168,6 +174,9 @@ def test_what_is_missing_is_reported(data, tmp_path, caplog):
         (["--group_csv", "none.csv"], "none.csv does not exist"),
         (["--group_csv", "empty.csv"], "must have path (or file) and group"),
         (["--group_csv", "short.csv"], "has no group for ADI/patient0/1.png"),
+        (["--group_csv", "twice.csv"], "a.png is in group x and in y"),
+        (["--group_csv", "twice.csv", "--group_rows", "split=1"], "group_rows='split=1': write"),
+        (["--group_csv", "twice.csv", "--group_rows", "path"], "group_rows='path': write"),
         (["--group_column", "slide"], "belongs to --group_csv"),
         (["--out", "train/sub"], "lies in --data"),
         (["--out", "other"], "was not made by this command"),
@@ -182,6 +191,7 @@ def test_mistakes(data, tmp_path, monkeypatch, more, text):
     Path("other/file").touch()
     Path("empty.csv").touch()
     Path("short.csv").write_text("path,group\nADI/patient0/0.png,x\n")
+    Path("twice.csv").write_text("path,group\na.png,x\na.png,y\n")
     with pytest.raises(UserError) as error:
         run(data, tmp_path / "out", "--per_class", "2", *more)
     assert text in str(error.value) and "\n" not in str(error.value)

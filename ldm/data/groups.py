@@ -48,11 +48,14 @@ def by_level(level: int) -> Grouping:
     return group
 
 
-def by_csv(table: Path, column: str) -> Grouping:
+def by_csv(table: Path, column: str, rows: str | None = None) -> Grouping:
     """A CSV with a column `path` or `file` (below the root, with `/`) and one of groups.
 
+    Args:
+        rows: `COLUMN=VALUE`: only these, of a table of several splits. None for all.
+
     Raises:
-        UserError: A column is missing; or, later, a tile.
+        UserError: A column is missing, or a tile has two groups; or, later, none.
     """
     with table.open(newline="", encoding="utf-8-sig", errors="replace") as stream:
         reader = csv.DictReader(stream)
@@ -63,7 +66,19 @@ def by_csv(table: Path, column: str) -> Grouping:
                 f"group_csv={table}: columns {found} must have path (or file) and {column};"
                 " name another with --group_column"
             )
-        group_of = {row[name]: (row[column] or "").strip() for row in reader if row[name]}
+        only, equals, only_value = (rows or "").partition("=")
+        if rows is not None and (not equals or only not in found):
+            raise UserError(f"group_rows={rows!r}: write COLUMN=VALUE, COLUMN among {found}")
+        group_of: dict[str, str] = {}
+        for row in reader:
+            if rows is not None and row[only] != only_value:
+                continue
+            value = (row[column] or "").strip()
+            if group_of.setdefault(row[name], value) != value:
+                raise UserError(
+                    f"group_csv={table}: {row[name]} is in {column} {group_of[row[name]]} and in"
+                    f" {value}; correct it, or choose rows with --group_rows"
+                )
 
     def group(path: str) -> str:
         if not group_of.get(path):
@@ -96,6 +111,11 @@ def add_group_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--group_column", metavar="NAME", help="column of --group_csv (group when not given)"
     )
+    parser.add_argument(
+        "--group_rows",
+        metavar="COLUMN=VALUE",
+        help="read only these rows of --group_csv, such as split=train",
+    )
 
 
 def grouping_of(args: argparse.Namespace) -> Grouping | None:
@@ -104,11 +124,12 @@ def grouping_of(args: argparse.Namespace) -> Grouping | None:
     Raises:
         UserError: It cannot be.
     """
-    if args.group_column is not None and args.group_csv is None:
-        raise UserError("--group_column: belongs to --group_csv; give that or leave it out")
+    for name in ("group_column", "group_rows"):
+        if getattr(args, name) is not None and args.group_csv is None:
+            raise UserError(f"--{name}: belongs to --group_csv; give that or leave it out")
     if args.group_csv is not None:
         table = existing_path(args.group_csv, "--group_csv", "file")
-        return by_csv(table, args.group_column or "group")
+        return by_csv(table, args.group_column or "group", args.group_rows)
     if args.group_regex is not None:
         return by_regex(args.group_regex)
     return None if args.group_level is None else by_level(args.group_level)

@@ -1,9 +1,9 @@
-"""Draw a few labelled tiles from many: evenly per class, spread over the groups, by seed."""
+"""Draw a few labelled tiles from many: by class, spread over the groups, by seed."""
 
 import csv
 import io
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -33,23 +33,27 @@ def _order(seed: int, name: str) -> bytes:
     return blake2b(f"{seed}:{name}".encode(), digest_size=16).digest()
 
 
-def wanted_per_class(tiles: Sequence[Labelled], fraction: float) -> int:
-    """How many tiles of every class make `fraction` of all tiles, at least 1."""
-    classes = {tile.label for tile in tiles}
-    return max(1, round(fraction * len(tiles) / len(classes)))
+def wanted_per_class(tiles: Sequence[Labelled], fraction: float) -> dict[str, int]:
+    """How many tiles are `fraction` of each class, at least 1."""
+    return {
+        name: max(1, round(fraction * number))
+        for name, number in sorted(Counter(tile.label for tile in tiles).items())
+    }
 
 
-def draw(tiles: Sequence[Labelled], wanted: int, seed: int, by_group: bool) -> list[str]:
+def draw(
+    tiles: Sequence[Labelled], wanted: Mapping[str, int], seed: int, by_group: bool
+) -> list[str]:
     """What becomes of each tile: `SUBSET`, `REST` or `UNUSED`.
 
     Within a class, tiles are taken from its groups in turn, so that the subset shows as many
-    patients, slides or regions as it can. With `by_group`, groups are first divided: they are taken
-    in a random order until every class has enough tiles in them; only tiles of those are drawn, and
-    what is left of them is unused. So no group is in the subset and in the rest.
+    patients, slides or regions as it can. With `by_group`, groups are first divided: as many as are
+    needed for the wanted tiles are set apart, only tiles of those are drawn, and what is left of
+    them is unused. So no group is in the subset and in the rest.
 
     Args:
         tiles: All tiles.
-        wanted: Tiles per class; a class that has fewer (in the divided groups) gives what it has.
+        wanted: Tiles of each class; one that has fewer gives what it has.
         seed: Another seed, other tiles. The same tiles for the same seed, in any order of `tiles`.
 
     Returns:
@@ -65,7 +69,7 @@ def draw(tiles: Sequence[Labelled], wanted: int, seed: int, by_group: bool) -> l
         turn = sorted(groups, key=lambda group: _order(seed, f"{name}:{group}"))
         rounds = max(map(len, groups.values()))
         spread = [groups[g][r] for r in range(rounds) for g in turn if r < len(groups[g])]
-        taken.update(spread[:wanted])
+        taken.update(spread[: wanted[name]])
     left = UNUSED if by_group else REST
     return [
         SUBSET if i in taken else left if tile.group in chosen_groups else REST
@@ -73,18 +77,26 @@ def draw(tiles: Sequence[Labelled], wanted: int, seed: int, by_group: bool) -> l
     ]
 
 
-def _divide(tiles: Sequence[Labelled], wanted: int, seed: int) -> set[str]:
-    """Groups, in a random order, until they hold `wanted` tiles of every class."""
-    members: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+def _divide(tiles: Sequence[Labelled], wanted: Mapping[str, int], seed: int) -> set[str]:
+    """Groups that hold the `wanted` tiles of every class, and few more.
+
+    First, in a random order, those that no class has too many tiles of; then the smallest of those
+    that a class still needs.
+    """
+    members: dict[str, Counter] = defaultdict(Counter)
     for tile in tiles:
         members[tile.group][tile.label] += 1
-    have: dict[str, int] = defaultdict(int)
-    chosen = set()
-    for group in sorted(members, key=lambda group: _order(seed, group)):
-        if any(have[name] < wanted for name in members[group]):
+    have: Counter = Counter()
+    chosen: set[str] = set()
+    groups = sorted(members, key=lambda group: _order(seed, group))
+    for group in groups:
+        if all(have[name] + number <= wanted[name] for name, number in members[group].items()):
             chosen.add(group)
-            for name, count in members[group].items():
-                have[name] += count
+            have += members[group]
+    for group in sorted(set(groups) - chosen, key=lambda g: (members[g].total(), _order(seed, g))):
+        if any(have[name] < wanted[name] for name in members[group]):
+            chosen.add(group)
+            have += members[group]
     return chosen
 
 
