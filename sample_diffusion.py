@@ -202,17 +202,13 @@ def check_models(args, models) -> None:
             f"--cfg_scale needs a model that takes labels; {args.resume} is unconditional: give a "
             "label adapter as -r, or guide with --classifier"
         )
-    guided = args.cfg_scale not in (None, 1) or args.autoguidance_scale is not None
-    if args.guidance_interval and not guided and (models.classifier is None or not guides(args)):
+    guided = models.classifier is not None and args.classifier_scale != 0
+    guided |= args.cfg_scale not in (None, 1) or args.autoguidance_scale is not None
+    if args.guidance_interval and not guided:
         raise UserError(
             "--guidance_interval needs --classifier with a scale above 0, --cfg_scale or "
             "--autoguidance; give one or leave it out"
         )
-
-
-def guides(args) -> bool:
-    """Whether a classifier, where there is one, guides."""
-    return args.classifier_scale != 0
 
 
 def choose_counts(args, models) -> dict[str, int]:
@@ -223,7 +219,7 @@ def choose_counts(args, models) -> dict[str, int]:
         return parse_counts(args.counts, models.names)
     names = models.names if args.classes is None else choose_classes(args.classes, models.names)
     if args.balance is not None:
-        return balance(args.balance, names, args.n_samples or 0)
+        return balance(args.balance, names, models.names, args.n_samples or 0)
     return dict.fromkeys(names, args.n_samples or DEFAULT_COUNT)
 
 

@@ -263,15 +263,16 @@ def test_balance(tmp_path):
         (tmp_path / name).mkdir()
         for i in range(count):
             Image.new("RGB", (4, 4)).save(tmp_path / name / f"{i}.png")
-    assert balance(tmp_path, tiny.CLASSES) == {"ADI": 3, "TUM": 1}
-    assert balance(tmp_path, tiny.CLASSES, 2) == {"ADI": 5, "LYM": 2, "TUM": 3}
-    assert balance(tmp_path, ["TUM"]) == {"TUM": 1}  # LYM is the largest all the same
-    with pytest.raises(UserError, match="no folder of class XXX .found: ADI, LYM, TUM"):
-        balance(tmp_path, ["ADI", "XXX"])
-    with pytest.raises(UserError, match="are balanced, with 4 images each|4 images each"):
-        balance(tmp_path, ["LYM"])
+    known = tiny.CLASSES
+    assert balance(tmp_path, known, known) == {"ADI": 3, "TUM": 1}
+    assert balance(tmp_path, known, known, 2) == {"ADI": 5, "LYM": 2, "TUM": 3}
+    assert balance(tmp_path, ["TUM"], known) == {"TUM": 1}  # LYM is the largest all the same
+    with pytest.raises(UserError, match="ADI, LYM, TUM, the model's ADI, XXX .different: LYM, T"):
+        balance(tmp_path, ["ADI"], ["ADI", "XXX"])
+    with pytest.raises(UserError, match="are balanced, with 4 images each"):
+        balance(tmp_path, ["LYM"], known)
     with pytest.raises(UserError, match="does not exist"):
-        balance(tmp_path / "missing", ["LYM"])
+        balance(tmp_path / "missing", ["LYM"], known)
 
 
 def test_balance_and_counts_sample_so_many(models, tmp_path):

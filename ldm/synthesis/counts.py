@@ -58,27 +58,31 @@ def parse_counts(text: str, known: Sequence[str]) -> dict[str, int]:
     return {name: counts[name] for name in known if name in counts}
 
 
-def balance(folder: str | Path, names: Sequence[str], extra: int = 0) -> dict[str, int]:
+def balance(
+    folder: str | Path, names: Sequence[str], known: Sequence[str], extra: int = 0
+) -> dict[str, int]:
     """Images per class that bring each to the size of the largest class of a training folder.
 
     Args:
         folder: Labelled training set, FOLDER/CLASS/images.
         names: Classes to fill up.
+        known: All classes of the model.
         extra: Images on top of that, for every class.
 
     Raises:
-        UserError: `folder` is no such set, lacks one of the classes, or needs no images.
+        UserError: `folder` is no such set, has other classes, or needs no images.
     """
     from ldm.cli import existing_path
     from ldm.data.tiles import class_folders, list_images
 
     root = existing_path(folder, "--balance", "dir")
     found = {name: len(list_images(root / name)) for name in class_folders(root)}
-    missing = [name for name in names if name not in found]
-    if missing:
+    different = sorted(found.keys() ^ set(known))
+    if different:
         raise UserError(
-            f"--balance {folder}: no folder of class {', '.join(missing)} (found: "
-            f"{', '.join(found) or 'none'}); give a training set with the model's classes"
+            f"--balance {folder}: its classes are {', '.join(found) or 'none'}, the model's "
+            f"{', '.join(known)} (different: {', '.join(different)}); give a training set with the "
+            "model's classes"
         )
     largest = max(found.values())
     counts = {name: largest - found[name] + extra for name in names}

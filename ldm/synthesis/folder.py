@@ -32,7 +32,10 @@ from ldm.synthesis.guidance_log import GuidanceLog
 GRID_COLUMNS = 8
 GRID_ROWS = 8  # of a grid without classes
 JOURNAL = ".parts"
-PARTIAL = (".*.part", "*/.*.part", ".manifest.*", ".guidance.csv.*", ".grid.png.*", ".README.md.*")
+# What a killed run may leave of files that it was writing: images, then those beside the classes.
+PARTIAL = ("*/.*.png.part", *(f".{name}.*" for name in ("settings.json", "manifest.csv")))
+PARTIAL += tuple(f".{name}.*" for name in ("manifest.parquet", "guidance.csv", "grid.png"))
+PARTIAL += (".README.md.*", ".shard-*.tar.*")
 
 # Manifest columns and their Arrow types. What stands in a row of the journal, then what is the
 # same for all images of a folder, from its settings.
@@ -175,6 +178,9 @@ class SampleFolder:
         if not (self.root / "settings.json").exists():
             content = {"images": self.settings, "models": self.facts}
             write_json(self.root / "settings.json", content)
+        self._remove_partial()
+
+    def _remove_partial(self) -> None:
         for pattern in PARTIAL:
             for path in self.root.glob(pattern):
                 path.unlink(missing_ok=True)
@@ -209,6 +215,7 @@ class SampleFolder:
 
     def finish(self) -> None:
         """Write all that is made from the journals; a file that would not change is left alone."""
+        self._remove_partial()
         self.write_manifest()
         if self.guidance_log.sums:
             write_if_changed(self.root / "guidance.csv", self.guidance_log.table().encode())

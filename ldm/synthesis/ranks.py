@@ -18,6 +18,8 @@ from ldm.trainer import Devices, choose_devices
 if TYPE_CHECKING:
     import torch
 
+log = logging.getLogger(__name__)
+
 # Ranks have equal shares, but one may wait for the others on a slower machine.
 TIMEOUT = timedelta(days=1)
 
@@ -44,9 +46,21 @@ class Ranks:
         return value if self.fabric is None else self.fabric.broadcast(value)
 
     def barrier(self) -> None:
-        """Wait until all processes are here."""
-        if self.fabric is not None:
+        """Wait until all processes are here.
+
+        Raises:
+            UserError: One of them has stopped.
+        """
+        if self.fabric is None:
+            return
+        try:
             self.fabric.barrier()
+        except RuntimeError as error:
+            log.debug("barrier: %s", error)
+            raise UserError(
+                "another process of this run has stopped, see its message; the same command goes "
+                "on with what is missing"
+            ) from None
 
     def close(self) -> None:
         """Leave the group; the processes that this one started end with it, whatever they do."""
