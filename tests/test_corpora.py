@@ -342,6 +342,7 @@ def test_bad_transforms(stored, options, text):
         ({"index": "shards.parquet"}, "is of layout shards, not folder"),
         ({"root": "arrays", "index": "files.parquet"}, "does not fit arrays"),
         ({"root": ["files", "files"], "index": "files.parquet"}, "is of 1 roots, not 2"),
+        ({"root": "hollow", "layout": "shards"}, "corpus hollow: its tar shards hold no tiles"),
         ({"root": "corrupt", "layout": "shards"}, "cut.tar: no whole tar file"),
         ({"root": "bad"}, "bad.png: unreadable or truncated image"),
     ],
@@ -353,6 +354,8 @@ def test_bad_corpora(stored, tmp_path, monkeypatch, settings, text):
     Path("empty").mkdir()
     Path("corrupt").mkdir()
     Path("corrupt/cut.tar").write_bytes((stored / "shards" / "0.tar").read_bytes()[:3000])
+    Path("hollow").mkdir()
+    tarfile.open("hollow/x.tar", "w").close()
     Path("bad").mkdir()
     Path("bad/bad.png").write_text("hello")
     with pytest.raises(UserError) as error:

@@ -132,6 +132,7 @@ def test_given_validation_must_have_the_same_classes(root, tmp_path_factory):
         ({"batch_size": 0}, "batch_size=0"),
         ({"batch_size": 2.5}, "batch_size=2.5"),
         ({"num_workers": -1}, "num_workers=-1"),
+        ({"prefetch": 0}, "prefetch=0"),
         ({"val_fraction": 0.6}, "val_fraction=0.6"),
         ({"val_fraction": float("nan")}, "val_fraction=nan"),
         ({"seed": -1}, "seed=-1"),
@@ -180,6 +181,11 @@ def test_loading_leaves_the_global_random_numbers_alone(root):
 def test_workers_persist(root):
     assert module(root, num_workers=1).train_dataloader().persistent_workers
     assert not module(root, num_workers=0).train_dataloader().persistent_workers
+
+
+def test_prefetching(root):
+    assert module(root, num_workers=1, prefetch=5).train_dataloader().prefetch_factor == 5
+    assert module(root, num_workers=0, prefetch=5).train_dataloader().prefetch_factor is None
 
 
 def test_ranks_share_a_pass(root):

@@ -100,11 +100,15 @@ def test_duplicates_may_be_kept(corpus):
     assert "B/p1/copy.png" not in problems(run(corpus))
 
 
-def test_duplicates_across_roots_are_found(corpus, tmp_path):
+def test_duplicates_across_roots_are_found(corpus, tmp_path, reads):
     save(tmp_path / "test" / "A" / "again.png", picture(0))
     save(tmp_path / "test" / "A" / "other.png", picture(99))
+    run(corpus, "--min_size", 9)
+    reads.clear()
     index = run(corpus, tmp_path / "test", "--min_size", 9)
-    assert index.tiles(1)["path"] == ["A/other.png"]
+    assert index.tiles(1)["path"] == ["A/other.png"] and len(reads) == 2
+    swapped = run(tmp_path / "test", corpus, "--min_size", 9)
+    assert len(reads) == 2 and swapped.tiles(0)["path"] == ["A/again.png", "A/other.png"]
     index.check([corpus, tmp_path / "test"])
     with pytest.raises(UserError, match="is of 2 roots, not 1"):
         index.check([corpus])
@@ -168,11 +172,18 @@ def test_an_interrupted_scan_goes_on(corpus, tmp_path, reads, monkeypatch):
     assert len(reads) == 14 - done and not journal_of(out).exists()
 
 
-def test_a_journal_of_another_layout_is_not_used(corpus, tmp_path, reads):
+def test_a_journal_of_another_layout_or_root_is_not_used(corpus, tmp_path, reads):
     journal = journal_of(tmp_path / "index.parquet")
-    journal.write_text(json.dumps({"version": 1, "layout": "shards"}) + '\n[0, "x", 1, 1, []]\n')
     run(corpus)
-    assert len(reads) == 14
+    header = {"version": 1, "layout": "folder", "scanned": [str(corpus)]}
+    rows = CorpusIndex.read(tmp_path / "index.parquet").table.to_pylist()
+    entries = [[0, r["file"], r["file_size"], r["modified"], [r]] for r in rows]
+    for other in ({"layout": "shards"}, {"scanned": ["elsewhere"]}, {}):
+        (tmp_path / "index.parquet").unlink()
+        journal.write_text("\n".join(map(json.dumps, [header | other, *entries])) + "\n")
+        reads.clear()
+        run(corpus)
+        assert len(reads) == (14 if other else 0)
 
 
 def stale(index: CorpusIndex, root: Path) -> str:
@@ -289,6 +300,7 @@ def test_shards(tmp_path):
     }
     write_shard(root / "x" / "000.tar", members)
     write_shard(root / "x" / "001.tar", {"4.png": encoded(picture(4))})
+    write_shard(root / "none.tar", {"5.txt": b"no tile"})
     whole = (root / "x" / "001.tar").read_bytes()
     for name, kept in (("cut", 700), ("end", 1024 + 512), ("empty", 0)):
         (root / f"{name}.tar").write_bytes(whole[:kept])
@@ -297,7 +309,7 @@ def test_shards(tmp_path):
     assert tiles["path"] == ["x/000.tar/TUM/0.png", "x/000.tar/TUM/1.jpg", "x/001.tar/4.png"]
     assert tiles["label"] == ["tumour", "TUM", None]
     assert tiles["size"][0] == len(members["TUM/0.png"])
-    expected = {"cut.tar", "empty.tar", "end.tar", "x/000.tar/2.png"}
+    expected = {"cut.tar", "empty.tar", "end.tar", "none.tar", "x/000.tar/2.png"}
     assert set(problems(index)) == expected and set(problems(index).values()) == {"unreadable"}
     index.check([root])
     write_shard(root / "x" / "001.tar", {"4.png": encoded(picture(5))})

@@ -181,6 +181,8 @@ class Corpora(Tiles):
                 groups = [group or path for group, path in known]
             else:
                 places = [p for f in find_files(root, layout)[0] for p in layout.places(root, f)]
+                if not places:
+                    raise UserError(f"corpus {root}: its {layout.kind} hold no tiles")
                 table = dict(zip(Place._fields, map(list, zip(*places, strict=True)), strict=True))
                 table["size"] = table.pop("length")
                 groups = table["path"]

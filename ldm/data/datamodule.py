@@ -147,6 +147,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         train: Node of the training set.
         validation: Node of the validation set, or None.
         num_workers: Loader processes.
+        prefetch: Batches that each of them prepares ahead.
         val_fraction: Share held out, in [0, 0.5]; 0 for none. Not used with `validation`.
         group_regex: See `split_by_group`: tiles of one patient, slide or region stay together.
             Without it, those of one group of a corpus index do.
@@ -162,6 +163,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         train: Mapping[str, Any],
         validation: Mapping[str, Any] | None = None,
         num_workers: int = 2,
+        prefetch: int = 2,
         val_fraction: float = 0.05,
         group_regex: str | None = None,
         seed: int = 0,
@@ -171,12 +173,15 @@ class DataModuleFromConfig(pl.LightningDataModule):
             raise UserError(f"batch_size={batch_size!r} must be a whole number, at least 1")
         if not isinstance(num_workers, int) or num_workers < 0:
             raise UserError(f"num_workers={num_workers!r} must be a whole number, at least 0")
+        if not isinstance(prefetch, int) or prefetch < 1:
+            raise UserError(f"prefetch={prefetch!r} must be a whole number, at least 1")
         if not 0 <= val_fraction <= 0.5:
             raise UserError(f"val_fraction={val_fraction} must be in [0, 0.5]")
         if not isinstance(seed, int) or seed < 0:
             raise UserError(f"seed={seed!r} must be a whole number, at least 0")
         self.batch_size = batch_size
         self.num_workers = num_workers
+        self.prefetch = prefetch
         self.val_fraction = val_fraction
         self.group_regex = group_regex
         self.seed = seed
@@ -255,6 +260,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            prefetch_factor=self.prefetch if self.num_workers > 0 else None,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_start_worker,
             # Its own generator: an iterator draws one number for its workers, which would

@@ -4,8 +4,7 @@ A Parquet file with a row per tile. Columns: `root` (number of the root folder),
 it), `file`, `offset`, `size` (where it is stored: see `ldm.data.storage.Place`; bytes), `file_size`
 and `modified` (of the file, bytes and nanoseconds), `width` and `height` (pixels), `hash` (SHA-256
 of the stored bytes), `group` (patient, slide or region), `label` (class name), `problem` and
-`reason`. Rows with a problem are kept, so that the index knows every file, but are no tiles. Roots
-are not recorded: they are given anew, so a corpus may be moved or mounted elsewhere.
+`reason`. Rows with a problem are kept, so that the index knows every file, but are no tiles.
 """
 
 import hashlib
@@ -47,12 +46,15 @@ class CorpusIndex:
     Attributes:
         path: Of the Parquet file.
         layout: Name of the layout of all roots.
+        scanned: Where the roots were when they were scanned, for a later scan only: whoever reads
+            the index gives the roots, since a corpus may be moved or mounted elsewhere.
         folders: For each root, the folders below it with their times of change (nanoseconds).
         table: A row per tile, sorted by root and path.
     """
 
     path: Path
     layout: str
+    scanned: Sequence[str]
     folders: Sequence[dict[str, int]]
     table: "pyarrow.Table"
 
@@ -76,7 +78,7 @@ class CorpusIndex:
             raise UserError(f"index {path} was not written by {COMMAND}; make it again") from None
         if record.get("version") != VERSION or not set(COLUMNS) <= set(table.column_names):
             raise UserError(f"index {path} is of another version; make it again with {COMMAND}")
-        return cls(path, record["layout"], record["folders"], table)
+        return cls(path, record["layout"], record["scanned"], record["folders"], table)
 
     def write(self) -> None:
         """Write the file whole or not at all."""
@@ -85,6 +87,7 @@ class CorpusIndex:
         record = {
             "version": VERSION,
             "layout": self.layout,
+            "scanned": list(self.scanned),
             "folders": list(self.folders),
         }
         stream = io.BytesIO()

@@ -86,14 +86,15 @@ def scan_corpora(roots: Sequence[Path], layout_name: str, out: Path, workers: in
             except FileNotFoundError:  # a broken link; it cannot be read either
                 stamps.append((number, file, 0, 0))
 
-    earlier = _earlier_rows(layout_name, out)
+    scanned = where(roots)
+    earlier = _earlier_rows(layout_name, scanned, out)
     rows = [row for stamp in stamps for row in earlier.get(stamp, ())]
     todo = [stamp for stamp in stamps if stamp not in earlier]
     journal = journal_of(out)
     journal.parent.mkdir(parents=True, exist_ok=True)
     # Line by line, so that a scan that is killed loses the file it was at and no more.
     with journal.open("a", encoding="utf-8", buffering=1) as stream:
-        stream.write("\n" + json.dumps({"version": VERSION, "layout": layout_name}) + "\n")
+        stream.write("\n" + json.dumps(_header(layout_name, scanned)) + "\n")
         with tqdm(total=len(stamps), initial=len(stamps) - len(todo), unit="file") as bar:
             for stamp, scanned in _scan_files(roots, layout, todo, workers):
                 stream.write(json.dumps([*stamp, scanned]) + "\n")
@@ -132,8 +133,12 @@ def scan_file(root: Path, layout: Layout, stamp: Stamp) -> list[Row]:
     try:
         places = layout.places(root, file)
     except (UserError, OSError) as error:
+        places, reason = [], _reason(error)
+    else:
+        reason = "no tile in it"
+    if not places:
         place = Place(file, file, 0, file_size, None)
-        return [common | _row(place, problem=UNREADABLE, reason=_reason(error))]
+        return [common | _row(place, problem=UNREADABLE, reason=reason)]
     rows = [common | _scan_tile(root, layout, place) for place in places]
     for row in rows:
         row["size"] = row["size"] or file_size
@@ -178,8 +183,18 @@ def _starts_as_image(content: Any) -> bool:
         return content.startswith(np.lib.format.MAGIC_PREFIX)
 
 
-def _earlier_rows(layout: str, out: Path) -> dict[Stamp, list[Row]]:
-    """What an earlier index and an unfinished scan know, by file.
+def where(roots: Sequence[Path]) -> list[str]:
+    """What tells a scan that it looks at the same folders as an earlier one."""
+    return [str(root.resolve()) for root in roots]
+
+
+def _header(layout: str, scanned: list[str]) -> dict[str, Any]:
+    """What stands in the journal before what a scan has found."""
+    return {"version": VERSION, "layout": layout, "scanned": scanned}
+
+
+def _earlier_rows(layout: str, scanned: list[str], out: Path) -> dict[Stamp, list[Row]]:
+    """What an earlier index and an unfinished scan know of these folders, by file.
 
     What was found by comparing tiles with each other or with an option is taken out again.
     """
@@ -188,6 +203,10 @@ def _earlier_rows(layout: str, out: Path) -> dict[Stamp, list[Row]]:
         index = CorpusIndex.read(out)
         if index.layout == layout:
             for row in index.table.to_pylist():
+                folder = index.scanned[row["root"]]
+                if folder not in scanned:
+                    continue
+                row["root"] = scanned.index(folder)
                 if row["problem"] in (None, TOO_SMALL, DUPLICATE):
                     row["problem"] = row["reason"] = None
                 row["group"] = None
@@ -205,7 +224,7 @@ def _earlier_rows(layout: str, out: Path) -> dict[Stamp, list[Row]]:
                 except ValueError:
                     continue  # cut off when the scan was
                 if isinstance(entry, dict):
-                    usable = entry == {"version": VERSION, "layout": layout}
+                    usable = entry == _header(layout, scanned)
                 elif usable:
                     earlier[tuple(entry[:4])] = entry[4]
     return earlier
@@ -277,7 +296,7 @@ def index_corpora(
         for row in rows:
             if row["problem"] is None:
                 row["group"] = grouping(row["path"])
-    index = CorpusIndex(out, layout, scan.folders, make_table(rows))
+    index = CorpusIndex(out, layout, where(roots), scan.folders, make_table(rows))
     index.write()
     journal_of(out).unlink()
     return index, scan, counts
