@@ -144,7 +144,7 @@ def choose_precision(name: str, devices: Devices) -> str:
 
 def _better(monitor: str) -> str:
     """Whether more or less of a metric is better, by its name."""
-    return "max" if any(word in monitor for word in ("accuracy", "psnr")) else "min"
+    return "max" if any(word in monitor for word in ("accuracy", "psnr", "gain")) else "min"
 
 
 def checkpoint_callbacks(

@@ -18,9 +18,6 @@ from torch import Tensor
 
 from ldm.errors import UserError
 from ldm.evaluation.fidelity import FEWEST_TILES, fidelity
-from ldm.evaluation.sets import TransformedTiles
-from ldm.evaluation.training import Compute, predict
-from ldm.evaluation.vit import eval_transform
 from ldm.selection.features import Extractor, folder_features
 from ldm.synthesis import (
     Models,
@@ -31,8 +28,6 @@ from ldm.synthesis import (
     make_settings,
     synthesise,
 )
-
-BATCH = 64  # tiles per pass of the judge
 
 
 @dataclass(frozen=True)
@@ -70,13 +65,8 @@ def judge(root: Path, extractor: Extractor, cache: Path, classes: Sequence[str])
         UserError: Other class folders, or unreadable tiles.
     """
     found = folder_features(root, extractor, cache, classes)
-    size, device = extractor.net.input_size, next(extractor.net.parameters()).device
-    tiles = TransformedTiles(root, size, eval_transform(size), random=False, classes=classes)
-    tiles.load()
-    compute = Compute(device, "32", num_workers=0)
-    logits, labels = predict(extractor.net, compute.loader(tiles, BATCH), compute)
-    assert torch.equal(labels, found.labels)
-    return JudgedTiles(found.values, logits.argmax(dim=1), labels)
+    assert found.logits is not None, "the judge classifies these classes"
+    return JudgedTiles(found.values, found.logits.argmax(dim=1), found.labels)
 
 
 @dataclass(frozen=True)
