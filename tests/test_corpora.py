@@ -312,6 +312,14 @@ def a(target: str, **params) -> dict:
             {"preprocess": [a("albumentations.CenterCrop", height=8, width=8, p=0.5)]},
             "must not be random here",
         ),
+        (
+            {"preprocess": [a("albumentations.PadIfNeeded", min_height=20, position="random")]},
+            "must not be random here",
+        ),
+        (
+            {"preprocess": [a("albumentations.SmallestMaxSize", max_size=[20, 30])]},
+            "must not be random here",
+        ),
         ({"preprocess": [a("albumentations.CenterCrop", height=99, width=9)]}, "preprocess: Crop"),
     ],
 )

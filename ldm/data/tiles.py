@@ -165,8 +165,9 @@ def _preprocessing(nodes: Sequence[Mapping[str, Any]]) -> list[A.BasicTransform]
                 f"{where}: {name} may not come before the crop, only {', '.join(PREPROCESSING)};"
                 " put it into augment"
             )
-        drawn = isinstance(getattr(transform, "max_size", None), list | tuple)
-        if transform.p != 1 or drawn or getattr(transform, "position", "") == "random":
+        sizes = isinstance(getattr(transform, "max_size", None), list | tuple)
+        places = {getattr(transform, key, None) for key in ("position", "pad_position")}
+        if transform.p != 1 or sizes or "random" in places:
             raise UserError(f"{where}: {name} must not be random here; put it into augment")
         transforms.append(transform)
     return transforms
