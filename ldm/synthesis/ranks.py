@@ -102,7 +102,7 @@ class Layout:
         from lightning_fabric import Fabric
         from lightning_fabric.strategies import DDPStrategy
 
-        for name in ("lightning_fabric", "lightning_utilities.core.rank_zero"):
+        for name in ("lightning_fabric", "pytorch_lightning"):
             logging.getLogger(name).setLevel(logging.WARNING)
         warnings.filterwarnings("ignore", "The `srun` command is available")
         try:
