@@ -17,7 +17,6 @@ from PIL import Image
 
 from ldm.checkpoint import write_checkpoint
 from ldm.copies import pixels, search
-from ldm.copies.check import groups_of
 from ldm.copies.search import nearest
 from ldm.copies.statistics import (
     alarm_threshold,
@@ -382,16 +381,6 @@ def test_unlabelled_folder_has_no_classes(sets, tmp_path):
     report = run(sets, synthetic=flat, report=tmp_path / "report")
     assert list(report_of(report)["flagged"]) == ["all"]
     assert {row["class"] for row in rows_of(report).values()} == {""}
-
-
-def test_groups():
-    assert groups_of(["a/p1_0.png", "b/p2_1.png"], r"p(\d+)_") == ["1", "2"]
-    with pytest.raises(UserError, match="no regular expression"):
-        groups_of(["a"], "(")
-    with pytest.raises(UserError, match="needs parentheses"):
-        groups_of(["a"], "a")
-    with pytest.raises(UserError, match="does not match b"):
-        groups_of(["a", "b"], "(a)")
 
 
 def test_tiles_of_one_group_are_not_each_others_neighbours(sets, tmp_path):

@@ -309,6 +309,9 @@ def test_bad_settings(labelled, monkeypatch, options, text):
 
 
 def test_loose_images_are_reported(labelled, caplog):
+    write_png(labelled / "grid.png", picture(0))  # of sampled images
+    assert len(TileFolder(labelled, 8, labelled=True)) == 5
+    assert not caplog.text
     write_png(labelled / "loose.png", picture(0))
     assert len(TileFolder(labelled, 8, labelled=True)) == 5
     assert "1 images beside the class folders" in caplog.text

@@ -4,8 +4,7 @@ Letters: M synthetic tiles, N training tiles, H held-out tiles, all with structu
 `pixels.LEAST_CONTRAST`): tiles without are background, alike everywhere, and are only counted.
 """
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,32 +23,12 @@ from ldm.copies.statistics import (
     training_cells,
 )
 from ldm.copies.vectors import Tiles, network_vectors, pixel_vectors
+from ldm.data.groups import by_regex
 from ldm.errors import UserError
 from ldm.selection.features import Extractor
 
 SCALE_NEIGHBOUR = 10  # whose distance is the unit of relative distances
 FEWEST_TRAIN = 20  # tiles with structure
-
-
-def groups_of(names: Sequence[str], pattern: str) -> list[str]:
-    """The patient, slide or region in each name: the first group of a regular expression.
-
-    Raises:
-        UserError: No expression, one without a group, or a name that it does not match.
-    """
-    try:
-        regex = re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"--group_regex {pattern!r} is no regular expression: {error}") from None
-    if regex.groups < 1:
-        raise UserError(
-            f"--group_regex {pattern!r} needs parentheses around the patient, slide or region"
-        )
-    matches = [regex.search(name) for name in names]
-    for name, match in zip(names, matches, strict=True):
-        if match is None or match.group(1) is None:
-            raise UserError(f"--group_regex {pattern!r} does not match {name}; correct it")
-    return [match.group(1) for match in matches]
 
 
 def check_apart(train: Tiles, held_out: Tiles) -> None:
@@ -71,7 +50,8 @@ def check_apart(train: Tiles, held_out: Tiles) -> None:
 
 def check_groups_apart(train: Tiles, held_out: Tiles, pattern: str) -> None:
     """UserError where a patient, slide or region has tiles in both sets."""
-    ours, theirs = (set(groups_of(tiles.names, pattern)) for tiles in (train, held_out))
+    group = by_regex(pattern)
+    ours, theirs = ({group(name) for name in tiles.names} for tiles in (train, held_out))
     shared = sorted(ours & theirs)
     if shared:
         raise UserError(
@@ -307,9 +287,9 @@ def check_copies(
         kept[name], vectors[name] = tiles.subset(index.tolist()), rows[index]
         without[name] = tiles.subset((~structured).nonzero().flatten().tolist())
     names = kept["train"].names
-    _, groups = np.unique(
-        groups_of(names, group_regex) if group_regex else names, return_inverse=True
-    )
+    if group_regex:
+        names = list(map(by_regex(group_regex), names))
+    _, groups = np.unique(names, return_inverse=True)
     level = quantile if extractor is None else quantile / 2
     check_counts(kept, len(set(groups)), level)
 

@@ -14,9 +14,8 @@ from typing import Any
 from ldm.checkpoint import file_sha256
 from ldm.errors import UserError
 from ldm.run import write_json, write_text
+from ldm.selection.select import REMOVED
 from ldm.selection.training_folder import DECISIONS, PREFIX, RECORD, same_folder_exists
-
-REMOVED = "removed"  # the decision of such a tile
 
 
 @dataclass(frozen=True)

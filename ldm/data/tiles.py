@@ -42,6 +42,7 @@ from ldm.errors import UserError
 log = logging.getLogger(__name__)
 
 AUGMENTATIONS = ("d4", "stain")
+OVERVIEW = "grid.png"  # what sample_diffusion.py draws beside its class folders
 CROPS = ("center", "random")
 # Transforms of albumentations that may come before the crop: those that draw no random numbers.
 PREPROCESSING = ("CenterCrop", "LongestMaxSize", "PadIfNeeded", "Resize", "SmallestMaxSize")
@@ -431,7 +432,8 @@ class TileFolder(Tiles):
             self._add(root, root, below(root), label=-1)
             return
         self._take_classes(root, class_folders(root))
-        _report_loose(root, sum(1 for p in root.iterdir() if is_image(p.name) and p.is_file()))
+        loose = [p for p in root.iterdir() if is_image(p.name) and p.is_file()]
+        _report_loose(root, sum(1 for p in loose if p.name != OVERVIEW))
         for label, name in enumerate(self.classes):
             self._add(root, root / name, below(root / name), label)
 
