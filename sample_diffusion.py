@@ -132,8 +132,8 @@ def make_parser() -> ArgumentParser:
     add(
         "--devices",
         type=number(int, 1),
-        help="processes on this machine, one per GPU (or on CPU cores); 1 when not given, or what "
-        "torchrun or srun started",
+        help="processes on this machine, one per GPU, or per CPU core (each computes with one "
+        "thread there); 1 when not given, or what torchrun or srun started",
     )
     add("--num_nodes", type=number(int, 1), help="machines, with torchrun or srun on each")
     add(

@@ -119,6 +119,27 @@ def read_csv(path):
         return list(csv.DictReader(stream))
 
 
+def test_threads_do_not_change_images(models, tmp_path, monkeypatch):
+    """Sums that are divided among threads round differently, so there is one, for writing too."""
+    seen = {}
+    for name in ("latents", "images"):
+        method = getattr(Synthesiser, name)
+
+        def spy(self, *args, name=name, method=method):
+            seen[name] = torch.get_num_threads()
+            return method(self, *args)
+
+        monkeypatch.setattr(Synthesiser, name, spy)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        sample(models, tmp_path / "out", n=1, steps=1)
+        assert torch.get_num_threads() == 3  # training in the same process keeps its own
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {"latents": 1, "images": 1}
+
+
 def test_a_finished_run_does_nothing(models, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     sample(models, out, "--tar", 4, n=1, steps=1)

@@ -4,9 +4,9 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
@@ -150,7 +150,8 @@ def synthesise(
     journal = folder.journal(stamp, ranks.rank, _start(synthesiser, ranks))
     try:
         mine = jobs[ranks.rank :: ranks.size]
-        _sample(synthesiser, folder, journal, mine, batch_size, quiet=not ranks.is_first)
+        with one_thread(synthesiser.device):
+            _sample(synthesiser, folder, journal, mine, batch_size, quiet=not ranks.is_first)
         ranks.barrier()
     except BaseException:
         if ranks.is_first:
@@ -162,6 +163,22 @@ def synthesise(
         folder.read()
         folder.finish()
     return SampleReport(len(jobs), present, seconds)
+
+
+@contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """Compute with one thread on a CPU, also in threads started meanwhile.
+
+    How a kernel divides its sums among threads decides their rounding, so an image would depend on
+    the machine's cores and on how many processes share them. More cores are used by more processes.
+    """
+    before = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _start(synthesiser: Synthesiser, ranks: Ranks) -> dict[str, Any] | None:

@@ -3,7 +3,8 @@
 Letters: B batch, C channels, H W latent size, K classes, S sampler steps. An image depends on its
 class, its index within the class, the models and the settings, and on nothing else: not on the
 batch it was made in, nor on how many processes shared the work. On a CPU that is exact (see
-`fixed_batches`); on a GPU, up to the rounding of kernels chosen by batch size.
+`fixed_batches` and `ldm.synthesis.production.one_thread`); on a GPU, up to the rounding of kernels
+chosen by batch size.
 """
 
 from collections.abc import Callable, Sequence
