@@ -191,7 +191,10 @@ def main(argv: list[str] | None = None) -> None:
     write_json(out / "sweep.json", record)
     print(sweep.to_markdown(rows, agreement), end="")
     option = "--classifier_scale" if by_classifier else "--cfg_scale"
-    print(f"best: {option} {chosen.scale:g} ({chosen.series}); see {out}/sweep.png and tiles.png")
+    print(
+        f"best by these numbers: {option} {chosen.scale:g} ({chosen.series}); a judge overlooks "
+        f"what an eye sees, so look at {out}/tiles.png before you use it"
+    )
 
 
 if __name__ == "__main__":

@@ -172,7 +172,8 @@ def test_command(folder, tmp_path, capsys):
     grid = ("--scales", "0,5", "--steps", "2", "--intervals", "all,0:600", *guide)
     sweep(folder, tmp_path / "out", *grid)
     out = capsys.readouterr().out
-    assert "[3/3]" in out and "best: --classifier_scale" in out  # unguided once, not per interval
+    assert "[3/3]" in out  # unguided once, not per interval
+    assert "best by these numbers: --classifier_scale" in out
     with (tmp_path / "out" / "sweep.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert [(float(r["scale"]), r["interval"]) for r in rows] == [

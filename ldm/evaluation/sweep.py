@@ -324,6 +324,7 @@ def draw(rows: Sequence[Row], real_agreement: float) -> bytes:
                           fontsize=8, color="0.4", va="bottom")  # fmt: skip
         # Scales are tried in multiples, and 0, which is unguided, among them.
         axes.set_xscale("symlog", linthresh=least)
+        axes.set_xlim(-0.5 * least, 1.5 * max(scales[-1], least))
         axes.set_xticks(scales, [f"{scale:g}" for scale in scales])
         axes.minorticks_off()
         axes.set_xlabel("guidance scale")
