@@ -367,7 +367,10 @@ class Plan:
             "ratio": self.ratio,
             "out": show_path(out),
         }
-        words = [*arguments(options), *(["--random"] if kind == RANDOM else [])]
+        if kind == RANDOM:
+            words = [*arguments(options), "--random", "--no-sheets"]
+        else:
+            words = arguments({**options, "sheets": show_path(self.out / "sheets")})
 
         def number() -> str:
             counts = self.selection(kind)["counts"].values()
