@@ -19,12 +19,7 @@ from scripts import bench
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    autoencoder = tiny.save(tiny.autoencoder(), folder / "autoencoder.ckpt")
-    diffusion = tiny.diffusion(autoencoder)
-    tiny.save(diffusion, folder / "diffusion.ckpt")
-    tiny.save(tiny.classifier(diffusion), folder / "classifier.ckpt")
-    return folder
+    return tiny.models(tmp_path_factory.mktemp("models"))
 
 
 def test_both_sides_make_the_same_images(checkpoints):

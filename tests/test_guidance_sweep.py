@@ -144,11 +144,7 @@ def test_table_and_picture():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Models that belong together, a judge and held-out tiles."""
-    folder = tmp_path_factory.mktemp("sweep")
-    autoencoder = tiny.save(tiny.autoencoder(), folder / "autoencoder.ckpt")
-    diffusion = tiny.diffusion(autoencoder)
-    tiny.save(diffusion, folder / "diffusion.ckpt")
-    tiny.save(tiny.classifier(diffusion), folder / "classifier.ckpt")
+    folder = tiny.models(tmp_path_factory.mktemp("sweep"))
     for name, classes in (("judge", tiny.CLASSES), ("stranger", ["A", "B", "C"])):
         torch.manual_seed(0)
         net = TileClassifier("test_vit", 3, 32, patch_size=8)

@@ -316,7 +316,7 @@ def main_py_module(ckpt: Path, aux_start: int):
 
     torch.manual_seed(0)
     module = DecoderFinetune(str(ckpt), aux_arch="resnet10t", aux_start=aux_start, rec_weight=0.0)
-    module.build_aux_classifier(tiny.CLASSES)
+    module.use_classes(tiny.CLASSES)
     return module
 
 

@@ -28,12 +28,7 @@ ROOT = Path(sample_diffusion.__file__).parent
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Checkpoints of an autoencoder, a diffusion model on it, and a classifier for both."""
-    folder = tmp_path_factory.mktemp("models")
-    autoencoder = tiny.save(tiny.autoencoder(), folder / "autoencoder.ckpt")
-    diffusion = tiny.diffusion(autoencoder)
-    tiny.save(diffusion, folder / "diffusion.ckpt")
-    tiny.save(tiny.classifier(diffusion), folder / "classifier.ckpt")
-    return folder
+    return tiny.models(tmp_path_factory.mktemp("models"))
 
 
 def sample(models, outdir, *options, classifier="classifier.ckpt", n=2, steps=4):

@@ -97,6 +97,14 @@ def classifier(
     return module
 
 
+def models(folder: Path) -> Path:
+    """autoencoder.ckpt, diffusion.ckpt and classifier.ckpt, which belong together, in `folder`."""
+    model = diffusion(save(autoencoder(), folder / "autoencoder.ckpt"))
+    save(model, folder / "diffusion.ckpt")
+    save(classifier(model), folder / "classifier.ckpt")
+    return folder
+
+
 def tiles(root: Path, per_class: int, seed: int = 0, pixels: int = PIXELS) -> Path:
     """Class folders of noisy tiles, one colour and one size of check per class.
 

@@ -79,9 +79,6 @@ class DecoderFinetune(HistoModule):
         return {"val/aux_loss", "val/aux_accuracy", "val/rec_loss", "val/total_loss"}
 
     def use_classes(self, classes: list[str]) -> None:
-        self.build_aux_classifier(classes)
-
-    def build_aux_classifier(self, classes: list[str] | None) -> None:
         """Make the auxiliary classifier for these classes."""
         import timm
 
@@ -91,8 +88,6 @@ class DecoderFinetune(HistoModule):
                 "data.params.train.params.labelled=true and give a "
                 "folder with one folder per class"
             )
-        if self.aux_classifier is not None:
-            return
         self.classes = list(classes)
         try:
             self.aux_classifier = timm.create_model(

@@ -119,7 +119,7 @@ def draw(groups: Sequence[Points], classes: Sequence[str], title: str) -> bytes:
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for axes in panels[len(kinds) :]:
         axes.remove()
-    for axes, shown in zip(panels, kinds, strict=False):
+    for axes, shown in zip(panels[: len(kinds)], kinds, strict=True):
         others = np.concatenate([group.xy for group in kinds if group is not shown])
         size = float(np.clip(6000 / max(1, len(shown.labels)), 5, 30))
         axes.scatter(*others.T, s=size / 2, color="0.88", linewidths=0, rasterized=True)
