@@ -20,9 +20,10 @@ help:
 demo: $(STAMP)
 	@$(RUN) scripts/demo.py $${DATA:+--data "$$DATA"}
 
-# Networks this small are faster in one thread than shared among several.
+# Networks this small are faster in one thread than shared among several; files of tests side by side. A process
+# takes up to 2 GB, so no more than four of them.
 test: lint
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n logical --maxprocesses 4 --dist loadfile
 
 test-slow: $(STAMP)
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m slow

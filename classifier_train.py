@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.cli import ArgumentParser, boolean, existing_path, number, run_command
 from ldm.errors import UserError
-from ldm.trainer import add_run_arguments
+from ldm.speed import Speed
+from ldm.trainer import LOGGERS, add_run_arguments
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -27,6 +28,9 @@ log = logging.getLogger("classifier_train")
 
 FIRST_STAGE_VARIABLE = "HISTO_FIRST_STAGE"
 AUGMENTATIONS = ("none", "d4", "stain", "d4,stain")
+AUGMENT = "d4"
+VAL_FRACTION = 0.1
+OF_TILES = ("data_dir", "val_data_dir", "val_fraction", "augment")  # a cache has its own
 
 
 def whole_numbers(text: str) -> list[int]:
@@ -44,9 +48,19 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(prog="classifier_train.py", description=__doc__.splitlines()[0])
     data = parser.add_argument_group("data")
     add = data.add_argument
-    add("--data_dir", required=True, help="labelled tiles, DIR/CLASS/images")
+    add("--data_dir", help="labelled tiles, DIR/CLASS/images")
     add("--val_data_dir", help="labelled tiles to validate on; without it a share is held out")
-    add("--val_fraction", type=number(float, 0.01, 0.5), default=0.1, help="share held out")
+    add(
+        "--val_fraction",
+        type=number(float, 0.01, 0.5),
+        help=f"share held out ({VAL_FRACTION} when not given)",
+    )
+    add(
+        "--latents",
+        metavar="DIR",
+        help="cache of scripts/cache_latents.py with labels and validation tiles, in place of "
+        "--data_dir; augmented as its views are",
+    )
     add(
         "--first_stage",
         metavar="CKPT",
@@ -54,7 +68,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="diffusion (best) or autoencoder checkpoint that gives the latents",
     )
     add("--image_size", type=number(int, 8), help="pixels of a tile; as the autoencoder's")
-    add("--augment", choices=AUGMENTATIONS, default="d4", help="d4: the 8 symmetries of the square")
+    add(
+        "--augment",
+        choices=AUGMENTATIONS,
+        help=f"d4: the 8 symmetries of the square ({AUGMENT} when not given)",
+    )
     add("--num_workers", type=number(int, 0), default=2, help="loader processes")
 
     train = parser.add_argument_group("training")
@@ -82,6 +100,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         type=number(int, 1),
         help="stop after so many validations without a better one",
     )
+    add(
+        "--logger",
+        nargs="*",
+        choices=LOGGERS,
+        default=["tensorboard"],
+        help="beside the CSV files; without names none",
+    )
     add("--resume_checkpoint", metavar="CKPT", dest="resume", help="the same as --resume")
 
     net = parser.add_argument_group("network")
@@ -105,34 +130,55 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--classifier_use_scale_shift_norm", type=boolean, default=True, help="t by scale and shift"
     )
+    add(
+        "--classifier_use_checkpoint",
+        type=boolean,
+        default=False,
+        help="recompute features in the backward pass: less memory, the same gradients",
+    )
     add("--classifier_dropout", type=number(float, 0, 0.9), default=0.0, help="in every block")
 
     add_run_arguments(parser)
     args = parser.parse_args(argv)
     if args.microbatch == 0:
         parser.error("argument --microbatch: 0 must be -1 (all at once) or above 0")
+    if args.latents is None:
+        if args.data_dir is None:
+            parser.error("argument --data_dir: give the folder of the labelled tiles, or --latents")
+        args.augment = args.augment or AUGMENT
+        args.val_fraction = args.val_fraction or VAL_FRACTION
+    else:
+        given = [name for name in OF_TILES if getattr(args, name) is not None]
+        if given:
+            parser.error(
+                f"argument --{given[0]}: the tiles, hold-out and augmentation of --latents are "
+                "those it was made with; leave it out"
+            )
     return args
 
 
 def data_config(args: argparse.Namespace, size: int) -> dict[str, Any]:
-    """The data node: labelled tiles, augmented in training only."""
+    """The data node: labelled tiles, augmented in training only, or a cache of latents."""
+    params: dict[str, Any] = {
+        "batch_size": args.batch_size,
+        "num_workers": args.num_workers,
+        "seed": args.seed,
+    }
+    target = "ldm.data.datamodule.DataModuleFromConfig"
+    if args.latents:
+        return {"target": target, "params": {**params, "latents": args.latents}}
     augment = [] if args.augment == "none" else args.augment.split(",")
 
     def tiles(root: str, **params: Any) -> dict[str, Any]:
         params = {"root": root, "size": size, "labelled": True, **params}
         return {"target": "ldm.data.tiles.TileFolder", "params": params}
 
-    params = {
-        "batch_size": args.batch_size,
-        "num_workers": args.num_workers,
-        "seed": args.seed,
-        "train": tiles(args.data_dir, augment=augment),
-    }
+    params["train"] = tiles(args.data_dir, augment=augment)
     if args.val_data_dir:
         params["validation"] = tiles(args.val_data_dir)
     else:
         params["val_fraction"] = args.val_fraction
-    return {"target": "ldm.data.datamodule.DataModuleFromConfig", "params": params}
+    return {"target": target, "params": params}
 
 
 def check_paths(args: argparse.Namespace) -> None:
@@ -143,9 +189,26 @@ def check_paths(args: argparse.Namespace) -> None:
             f"{FIRST_STAGE_VARIABLE}=CKPT"
         )
     existing_path(args.first_stage, "--first_stage")
-    existing_path(args.data_dir, "--data_dir", "dir")
+    if args.latents:
+        existing_path(args.latents, "--latents", "dir")
+    else:
+        existing_path(args.data_dir, "--data_dir", "dir")
     if args.val_data_dir:
         existing_path(args.val_data_dir, "--val_data_dir", "dir")
+
+
+def check_cache(cache, space) -> None:
+    """UserError unless the cache has what a classifier on this `LatentSpace` needs."""
+    cache.require(space.first_stage.fingerprint(), "--latents")
+    if not cache.train.classes:
+        raise UserError(
+            f"--latents {cache.root}: its tiles have no labels; make it with labelled tiles"
+        )
+    if cache.validation is None:
+        raise UserError(
+            f"--latents {cache.root}: it holds no validation tiles; make it with --val_data, or "
+            "hold some out"
+        )
 
 
 def build_model(args: argparse.Namespace, space, classes: list[str]):
@@ -165,6 +228,7 @@ def build_model(args: argparse.Namespace, space, classes: list[str]):
             resblock_updown=args.classifier_resblock_updown,
             use_scale_shift_norm=args.classifier_use_scale_shift_norm,
             dropout=args.classifier_dropout,
+            use_checkpoint=args.classifier_use_checkpoint,
         ),
         autoencoder_fingerprint=space.first_stage.fingerprint(),
         scale_factor=space.scale_factor,
@@ -269,7 +333,11 @@ def train(args: argparse.Namespace) -> "tuple[pl.Trainer, pl.LightningModule] | 
     data = instantiate_from_config(data_config(args, pixels))
     data.setup()
     tiles = data.train_dataset
-    space = space.measured(tiles.subset(range(len(tiles)), random=False))
+    if data.cache is None:
+        tiles = tiles.subset(range(len(tiles)), random=False)
+    else:
+        check_cache(data.cache, space)
+    space = space.measured(tiles)
     model = build_model(args, space, data.classes)
     config = {
         "model": {**model.rebuild_config(), "base_learning_rate": args.lr},
@@ -297,7 +365,17 @@ def train(args: argparse.Namespace) -> "tuple[pl.Trainer, pl.LightningModule] | 
         "val_check_interval": min(args.eval_interval, args.iterations),
         "check_val_every_n_epoch": None,
     }
-    trainer = build_trainer(run, model, devices, args.num_nodes, precision, callbacks, settings)
+    trainer = build_trainer(
+        run,
+        model,
+        devices,
+        args.num_nodes,
+        precision,
+        callbacks,
+        settings,
+        args.logger,
+        speed=Speed.of(args),
+    )
     fit(trainer, model, data, run, checkpoint, config, text)
     if trainer.is_global_zero:
         write_result(trainer, run)

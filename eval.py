@@ -72,7 +72,23 @@ def make_parser() -> ArgumentParser:
         action="store_true",
         help="replace results that are of other settings or files",
     )
+    run.add_argument(
+        "--groups",
+        metavar="CSV",
+        help="patient, slide or region of each tile of val and test, for intervals over these:"
+        " columns path (or file, below the set's folder) and group, and split where paths repeat",
+    )
+    run.add_argument(
+        "--group_column", metavar="NAME", help="column of --groups (group when not given)"
+    )
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:INDEX or mps")
+    run.add_argument(
+        "--devices",
+        type=number(int, 1),
+        metavar="N",
+        help="devices of this machine that share each batch (1, or what torchrun or srun started)",
+    )
+    run.add_argument("--num_nodes", type=number(int, 1), help="machines (1, or what they started)")
     run.add_argument(
         "--num_workers",
         type=number(int, 0),
@@ -124,10 +140,32 @@ def make_parser() -> ArgumentParser:
     setting(optim, "epochs", type=number(int, 1), help="passes over the training set")
     setting(
         optim,
+        "match_steps",
+        type=number(int, 1),
+        metavar="N",
+        help="exactly N updates instead of --epochs, whatever the set's size, so that training sets"
+        " of different sizes compare",
+    )
+    setting(
+        optim,
+        "validations",
+        type=number(int, 1),
+        metavar="V",
+        help="with --match_steps: validate V times at equal distances (40)",
+    )
+    setting(
+        optim,
+        "warmup_updates",
+        type=number(int, 0),
+        metavar="W",
+        help="with --match_steps: updates of warm-up (a tenth)",
+    )
+    setting(
+        optim,
         "batch_size",
         "--batch-size",
         type=number(int, 1),
-        help="images per step; a smaller set makes one smaller batch",
+        help="images per step, of all devices together; a smaller set makes one smaller batch",
     )
     setting(optim, "opt", help="any timm optimizer")
     setting(optim, "lr", type=positive, help="learning rate at a batch of 512, scaled to the batch")
@@ -174,6 +212,18 @@ def make_parser() -> ArgumentParser:
     )
 
     augment = parser.add_argument_group("augmentation")
+    augment.add_argument(
+        "--no_crop_flip",
+        dest="crop_flip",
+        action="store_false",
+        help="no random resized crop and no mirroring: the centre, as in the evaluation",
+    )
+    setting(
+        augment,
+        "d4",
+        action="store_true",
+        help="turn by quarters and mirror both ways, as suits tissue",
+    )
     setting(augment, "aa", metavar="POLICY", help="timm augmentation policy, or none")
     setting(
         augment,
@@ -227,25 +277,43 @@ def main(argv: list[str] | None = None) -> int:
     if settings.finetune:
         existing_path(settings.finetune, "--finetune", "file")
 
-    device = resolve_device(args.device)
-    from ldm.evaluation.metrics import HEADLINE, format_per_class, format_summary
-    from ldm.evaluation.runs import evaluate_checkpoint, train_and_report
-    from ldm.evaluation.training import Compute
-    from ldm.run import write_json
+    from ldm.synthesis.ranks import Layout, choose_layout
 
-    compute = Compute(device, settings.precision, args.num_workers)
+    if args.eval and args.devices not in (None, 1):
+        raise UserError(f"--devices {args.devices} is for training; leave it out with --eval")
+    if args.eval:
+        layout = Layout(resolve_device(args.device))
+    else:
+        layout = choose_layout(args.device, args.devices, args.num_nodes)
+    from ldm.evaluation.metrics import (
+        HEADLINE,
+        format_intervals,
+        format_per_class,
+        format_summary,
+    )
+    from ldm.evaluation.runs import evaluate_checkpoint, train_and_report
+    from ldm.evaluation.sets import GroupTable
+    from ldm.evaluation.training import Compute
+
+    groups = None
+    if args.groups is not None:
+        table = existing_path(args.groups, "--groups", "file")
+        groups = GroupTable(table, args.group_column or "group")
+    elif args.group_column is not None:
+        raise UserError("--group_column: belongs to --groups; give that or leave it out")
+    compute = Compute(layout.device, settings.precision, args.num_workers)
     folder = Path(args.logdir) / args.output_dir
     if args.eval:
         checkpoint = existing_path(
             resume or folder / f"seed{seeds[0]}",
             "--resume" if resume else "--eval (of a trained network; or give --resume CKPT)",
         )
-        report = evaluate_checkpoint(checkpoint, data_path, compute)
-        write_json(folder / "evaluation.json", report)
+        report = evaluate_checkpoint(checkpoint, data_path, compute, folder, groups)
         for name in ("val", "test"):
             if name in report:
                 headline = ", ".join(f"{k} {report[name][k]:.4f}" for k in HEADLINE)
-                print(f"{name}: {headline}\n{format_per_class([report[name]])}\n")
+                print(f"{name}: {headline}\n{format_intervals(report['bootstrap'][name])}")
+                print(f"{format_per_class([report[name]])}\n")
         print(f"{folder / 'evaluation.json'}")
         return 0
 
@@ -259,7 +327,11 @@ def main(argv: list[str] | None = None) -> int:
         num_classes=given.get("num_classes"),
         resume=resume,
         overwrite=args.overwrite,
+        groups=groups,
+        layout=layout,
     )
+    if "notes" not in summary:
+        return 0  # another process than the first, which reports
     print(format_summary(summary))
     print(f"\n{folder / 'summary.json'}")
     return 0

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.cli import ArgumentParser, boolean, number, run_command
 from ldm.errors import UserError
+from ldm.speed import Speed
 from ldm.trainer import add_run_arguments
 
 if TYPE_CHECKING:
@@ -86,6 +87,22 @@ def load_configuration(args: argparse.Namespace) -> dict[str, Any]:
     return config
 
 
+def take_devices(args: argparse.Namespace, settings: dict[str, Any]) -> None:
+    """`lightning.trainer.devices` and `.num_nodes` stand for the arguments where those are not
+    given."""
+    wanted = settings.pop("devices", None)
+    if args.gpus is None and args.devices is None and wanted not in (None, "auto"):
+        if isinstance(wanted, list):
+            args.gpus = ",".join(map(str, wanted)) + ","  # numbers, also of a single one
+        elif isinstance(wanted, int) and wanted > 0:
+            args.devices = wanted
+        else:
+            args.gpus = str(wanted)
+    nodes = settings.pop("num_nodes", 1)
+    if args.num_nodes == 1:
+        args.num_nodes = nodes
+
+
 def effective_batch(config: dict[str, Any], ranks: int) -> int:
     accumulated = config["lightning"]["trainer"].get("accumulate_grad_batches", 1)
     return ranks * config["data"]["params"]["batch_size"] * accumulated
@@ -132,6 +149,7 @@ def train(args: argparse.Namespace) -> "tuple[pl.Trainer, pl.LightningModule] | 
             "nothing to do: give -t to train, or --dry-run to see what would be trained"
         )
     config = load_configuration(args)
+    take_devices(args, config["lightning"]["trainer"])
     devices = choose_devices(args.gpus, args.devices, args.dry_run)
     precision = choose_precision(args.precision, devices)
     pl.seed_everything(args.seed, workers=True, verbose=False)
@@ -141,6 +159,7 @@ def train(args: argparse.Namespace) -> "tuple[pl.Trainer, pl.LightningModule] | 
     model = instantiate_from_config(config["model"])
     model.seed = args.seed
     model.use_classes(data.classes)
+    model.check_data(data)
     batch = effective_batch(config, devices.count * args.num_nodes)
     model.learning_rate = config["model"]["base_learning_rate"] * (batch if args.scale_lr else 1)
     text = describe(config, model, data, batch, model.learning_rate, args.scale_lr)
@@ -159,12 +178,19 @@ def train(args: argparse.Namespace) -> "tuple[pl.Trainer, pl.LightningModule] | 
     callbacks += [
         instantiate_from_config(node) for node in (lightning.get("callbacks") or {}).values()
     ]
-    loggers = [instantiate_from_config(lightning["logger"])] if lightning.get("logger") else []
     settings = dict(lightning["trainer"])
     if lightning.get("strategy"):
         settings["strategy"] = instantiate_from_config(lightning["strategy"])
     trainer = build_trainer(
-        run, model, devices, args.num_nodes, precision, callbacks, settings, loggers
+        run,
+        model,
+        devices,
+        args.num_nodes,
+        precision,
+        callbacks,
+        settings,
+        lightning.get("logger"),
+        Speed.of(args),
     )
     fit(trainer, model, data, run, checkpoint, config, text)
     return trainer, model

@@ -1,5 +1,6 @@
 """Sample tiles from a latent diffusion model: unconditionally, or guided to classes."""
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -137,6 +138,13 @@ def make_parser() -> ArgumentParser:
     )
     add("--num_nodes", type=number(int, 1), help="machines, with torchrun or srun on each")
     add(
+        "--part",
+        type=part_of,
+        metavar="I/N",
+        help="make only the I-th of N shares, 0/N to N-1/N, beside runs that make the others (job "
+        "array); the command without it then writes the manifest",
+    )
+    add(
         "--precision",
         choices=("auto", "32", "bf16"),
         default="auto",
@@ -152,10 +160,23 @@ def temperature(text: str) -> float | None:
     return None if text == "auto" else number(float, 1e-3, 1e3)(text)
 
 
+def part_of(text: str) -> tuple[int, int]:
+    """An argparse type: `3/16` as (3, 16)."""
+    words = text.split("/")
+    if len(words) != 2 or not all(word.isdecimal() for word in words):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form I/N, such as 0/16")
+    part, count = map(int, words)
+    if part >= count:
+        raise argparse.ArgumentTypeError(f"{text}: parts go from 0/{count} to {count - 1}/{count}")
+    return part, count
+
+
 def check_options(args) -> None:
     """Options that exclude one another, before anything is loaded."""
     if args.vanilla_sample and args.sampler not in (None, "ddpm"):
         raise UserError(f"--sampler {args.sampler}: --vanilla_sample means ddpm; leave one out")
+    if args.part is not None and args.tar is not None:
+        raise UserError("--tar packs all images; leave it out with --part, and give it without")
     args.sampler = "ddpm" if args.vanilla_sample else args.sampler or "ddim"
     if args.sampler != "ddim" and args.eta is not None:
         raise UserError(f"--eta {args.eta:g} belongs to DDIM; leave it out with {args.sampler}")
@@ -275,6 +296,7 @@ def main(argv: list[str] | None = None) -> int:
         make_settings,
         synthesise,
     )
+    from ldm.synthesis.production import Part
     from ldm.synthesis.ranks import choose_layout
     from ldm.synthesis.shards import write_shards
 
@@ -290,12 +312,13 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint = checkpoint_path(args.resume, "--resume")
     outdir = Path(args.outdir) if args.outdir else default_outdir(checkpoint, sampling.label)
     settings = make_settings(sampling, models, speed, args.out_size)
+    part = Part(*(args.part or (0, 1)))
     folder = SampleFolder(outdir, settings, models.facts)
 
     ranks, device = layout.launch()
     try:
         synthesiser = Synthesiser(models.to(device), sampling, speed)
-        report = synthesise(synthesiser, folder, counts, args.batch_size, ranks)
+        report = synthesise(synthesiser, folder, counts, args.batch_size, ranks, part)
     except BaseException:
         ranks.stop_others()
         raise
@@ -306,7 +329,12 @@ def main(argv: list[str] | None = None) -> int:
     for warning in folder.guidance_log.warnings(sampling):
         print(f"warning: {warning}", file=sys.stderr)
     shards = write_shards(folder, args.tar) if args.tar else []
-    if report.made:
+    if not part.is_whole:
+        print(
+            f"part {part.number} of {part.count}: {report.made} images made, {report.present} were "
+            f"there, in {outdir}; once all parts are made, the same command without --part"
+        )
+    elif report.made:
         print(
             f"{report.made} images of {len(counts)} classes in {outdir}, {report.seconds:.1f} s, "
             f"{report.images_per_s:.2f} images/s"

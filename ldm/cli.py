@@ -84,6 +84,13 @@ def existing_path(text: str | os.PathLike, what: str, kind: str = "any") -> Path
     return path
 
 
+def usable_cores() -> int:
+    """CPU cores that this process may use: a job's share of a machine, where it is given one."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def resolve_device(name: str | None):
     """The torch device for `auto`, `cpu`, `cuda`, `cuda:1` or `mps`; UserError without one."""
     import torch

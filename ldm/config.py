@@ -29,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldm.cli import existing_path
 from ldm.errors import UserError
+from ldm.trainer import LOGGERS
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +177,6 @@ INERT = {
         "original_elbo_weight": _Inert((0,), "set it to 0"),
         "v_posterior": _Inert((0,), "set it to 0"),
         "l_simple_weight": _Inert((1,), "set it to 1 and scale the learning rate"),
-        "parameterization": _Inert(("eps",), "set it to eps"),
         "use_positional_encodings": _Inert((False,), "set it to False"),
         "learn_logvar": _Inert((False,), "set it to False"),
         "logvar_init": _Inert((0,), "set it to 0"),
@@ -531,9 +531,22 @@ def _check_lightning(section: Any, problems: Problems) -> None:
         problems["lightning.trainer"] = "must be a mapping of Trainer settings"
 
     callbacks = section.get("callbacks") or {}
-    nodes = {
-        f"lightning.{name}": section.get(name) for name in ("logger", "modelcheckpoint", "strategy")
-    }
+    nodes = {f"lightning.{name}": section.get(name) for name in ("modelcheckpoint", "strategy")}
+    loggers = section.get("logger")
+    for i, node in enumerate(loggers if isinstance(loggers, list) else [loggers]):
+        path = f"lightning.logger[{i}]" if isinstance(loggers, list) else "lightning.logger"
+        if _is_node(node):
+            _check_node(node, path, problems)
+        elif not (node in LOGGERS or (node is None and loggers is None)):
+            problems[path] = (
+                f"{_shown(node)} must be {' or '.join(LOGGERS)}, a mapping with target: and "
+                "params:, or a list of such; the CSV files are always written"
+            )
+    keep = _pop_keep_last(nodes)
+    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
+        problems["lightning.modelcheckpoint.params.keep_last"] = (
+            f"{_shown(keep)} must be a whole number above 0"
+        )
     if isinstance(callbacks, dict):
         nodes |= {f"lightning.callbacks.{name}": node for name, node in callbacks.items()}
     else:
@@ -543,6 +556,17 @@ def _check_lightning(section: Any, problems: Problems) -> None:
             _check_node(node, path, problems)
         elif node is not None:
             problems[path] = "must be null or a mapping with target: and params:"
+
+
+def _pop_keep_last(nodes: dict[str, Any]) -> Any:
+    """Take `keep_last` out of the node of checkpoints: ours, no parameter of Lightning's class."""
+    node = nodes["lightning.modelcheckpoint"]
+    params = node.get("params") if isinstance(node, dict) else None
+    if not isinstance(params, dict) or "keep_last" not in params:
+        return None
+    rest = {name: value for name, value in params.items() if name != "keep_last"}
+    nodes["lightning.modelcheckpoint"] = {**node, "params": rest}
+    return params["keep_last"]
 
 
 def _check_node(

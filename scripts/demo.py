@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     data = existing_path(args.data, "--data", "dir") if args.data else None
 
     from ldm.demo.plan import Plan, read_settings
-    from ldm.demo.stages import Line, Runner, StageFailed, show_path
+    from ldm.stages import Line, Runner, StageFailed, show_path
 
     # As an exception, so that the stage that runs is ended too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

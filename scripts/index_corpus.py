@@ -8,13 +8,12 @@ files were added or changed: only those are read.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.cli import ArgumentParser, existing_path, number, run_command
+from ldm.cli import ArgumentParser, existing_path, number, run_command, usable_cores
 from ldm.data.groups import add_group_arguments, grouping_of
 from ldm.data.storage import LAYOUTS
 from ldm.errors import UserError
@@ -43,7 +42,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="list tiles with the same bytes as another, but do not leave them out",
     )
-    add("--workers", type=number(int, 1), default=os.cpu_count() or 1, help="threads")
+    add("--workers", type=number(int, 1), default=usable_cores(), help="threads")
     add_group_arguments(parser)
     return parser.parse_args(argv)
 

@@ -203,10 +203,9 @@ def test_validation_noise_follows_the_name(classifier):
         assert t[[5, 2]].tolist() == [t_5.item(), t_2.item()]
 
 
-def test_non_finite_loss_stops(classifier, monkeypatch):
+def test_non_finite_loss_stops(classifier):
     z_t, t, y = batch_of(classifier)
-    monkeypatch.setattr(type(classifier), "global_step", 12)
-    with pytest.raises(UserError, match="nan at step 12, batch 3 .*files: a.png"):
+    with pytest.raises(UserError, match="nan at step 0, batch 3 .*files: a.png"):
         classifier.accumulate(z_t * float("nan"), t, y, {"path": ["a.png"] * 8}, 3)
 
 

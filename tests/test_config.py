@@ -381,7 +381,15 @@ def test_values_of_the_wrong_type_are_reported(name, value, wanted):
             whole(lightning={"callbacks": {"x": {"params": {}}}}),
             "lightning.callbacks.x: must be null or",
         ),
-        (whole(lightning={"logger": "csv"}), "lightning.logger: must be null or"),
+        (
+            whole(lightning={"logger": "csv"}),
+            "lightning.logger: 'csv' must be tensorboard or wandb",
+        ),
+        (whole(lightning={"logger": ["wandb", 1]}), "lightning.logger[1]: 1 must be"),
+        (
+            whole(lightning={"modelcheckpoint": {"params": {"keep_last": 0}}}),
+            "params.keep_last: 0 must be a whole number above 0",
+        ),
     ],
 )
 def test_structure_is_checked(config, part):
@@ -618,7 +626,7 @@ def test_unsupported_targets_say_what_to_do(target):
         ("ldm.modules.losses.contperceptual.LPIPSWithDiscriminator", "use_actnorm", True),
         ("ldm.modules.diffusionmodules.openaimodel.EncoderUNetModel", "dims", 3),
         ("ldm.models.diffusion.ddpm.LatentDiffusion", "num_timesteps_cond", True),
-        ("ldm.models.diffusion.ddpm.LatentDiffusion", "parameterization", "x0"),
+        ("ldm.models.diffusion.ddpm.LatentDiffusion", "learn_logvar", True),
     ],
 )
 def test_published_values_that_would_mean_something_are_refused(target, name, value):

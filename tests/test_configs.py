@@ -27,8 +27,9 @@ def environment(monkeypatch, tmp_path):
     monkeypatch.setenv("HISTO_DATA", str(tmp_path))
     for name in ("HISTO_AUTOENCODER", "HISTO_DIFFUSION"):
         monkeypatch.setenv(name, str(tmp_path / "none.ckpt"))
-    for split in ("train", "train5", "val"):
-        tiny.tiles(tmp_path / split, per_class=2)
+    monkeypatch.setenv("HISTO_LC25000", str(tmp_path / "lc25000"))
+    for folder in ("train", "train5", "val", "lc25000"):
+        tiny.tiles(tmp_path / folder, per_class=2, pixels=64)
     return tmp_path
 
 

@@ -17,9 +17,9 @@ import tiny
 
 from ldm.cli import run_command
 from ldm.demo.plan import RANDOM, REAL, SELECTED, Plan, read_settings
-from ldm.demo.stages import ROOT, Runner, Stage, StageFailed
 from ldm.errors import UserError
 from ldm.evaluation.report import Page, Series, Tile, bar_chart, line_chart, nice_ticks
+from ldm.stages import ROOT, Runner, Stage, StageFailed
 from scripts import demo
 
 # Stages
@@ -119,7 +119,7 @@ def test_an_interrupted_stage_goes_on(tmp_path):
 
 
 def test_a_stopped_demo_stops_its_stage(tmp_path):
-    def stop(command, log_path, environment, tick):
+    def stop(command, log_path, environment, tick, lock):
         raise KeyboardInterrupt
 
     runner = Runner(tmp_path, 1, stream=io.StringIO(), launch=stop)
@@ -131,7 +131,7 @@ def test_a_stopped_demo_stops_its_stage(tmp_path):
     code = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     driver = (
         "import signal, sys, io, pathlib; sys.path.insert(0, sys.argv[1])\n"
-        "from ldm.demo.stages import Runner, Stage\n"
+        "from ldm.stages import Runner, Stage\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
         "Runner(pathlib.Path(sys.argv[2]), 1).run(Stage('b', 'sleeps', ('-c', sys.argv[3])))"
     )
@@ -286,7 +286,7 @@ class Here:
     def __init__(self):
         self.ran: list[str] = []
 
-    def __call__(self, command, log_path, environment, tick) -> int:
+    def __call__(self, command, log_path, environment, tick, lock) -> int:
         script, *argv = command
         self.ran.append(script)
         module = importlib.import_module(script.removesuffix(".py").replace("/", "."))

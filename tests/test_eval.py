@@ -1,6 +1,7 @@
 """eval.py and the classifier behind it, on tiny real networks and coloured tiles."""
 
 import argparse
+import csv
 import json
 import logging
 import math
@@ -14,6 +15,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from ranks import in_ranks
 from safetensors.torch import save_file
 from timm.data import create_transform
 from timm.data.auto_augment import AugmentOp
@@ -25,10 +27,12 @@ from ldm.errors import UserError
 from ldm.evaluation import runs, training
 from ldm.evaluation.baselines import colour_histogram, colour_histogram_baseline
 from ldm.evaluation.metrics import confusion_matrix, scores
+from ldm.evaluation.predictions import Predictions
 from ldm.evaluation.sets import TransformedTiles, open_splits, seed_generators, train_transform
 from ldm.evaluation.settings import Settings
-from ldm.evaluation.training import Compute, Trainer, build_network
+from ldm.evaluation.training import Compute, SharedBatches, Trainer, build_network
 from ldm.evaluation.vit import TileClassifier, eval_transform, load_pretrained, load_vit
+from ldm.synthesis.ranks import Ranks
 
 ROOT = Path(command.__file__).parent
 NETWORK = dict(arch="test_vit", patch_size=16, input_size=tiny.PIXELS)
@@ -99,8 +103,10 @@ def test_trains_selects_on_val_and_reports_test(data, capsys):
         model, record = load_vit(seed_folder)
         assert record["classes"] == model.classes == sorted(tiny.CLASSES)
         # The stored network is the one whose numbers are reported.
-        assert predictions(model, data / "test") == result["test"]
-        assert predictions(model, data / "val") == result["val"]
+        for split in ("test", "val"):
+            shown = {**result[split]}
+            assert 0 <= shown.pop("calibration_error") <= 1
+            assert predictions(model, data / split) == shown
         rows = (seed_folder / "metrics.csv").read_text().splitlines()
         assert len(rows) == 1 + 8
         best = max(range(8), key=lambda e: float(rows[1 + e].split(",")[4]))
@@ -174,6 +180,13 @@ def test_eval_only(data, capsys):
     command.main(argv(data, "--eval"))
     report = json.loads((data / "logs/train5+fake50%/evaluation.json").read_text())
     assert report["test"] == trained["test"] and report["val"] == trained["val"]
+    for split in ("val", "test"):
+        again, first = (
+            (data / "logs/train5+fake50%" / name).read_text()
+            for name in (f"evaluation_{split}.csv", f"seed0/predictions_{split}.csv")
+        )
+        assert again == first
+        assert report["bootstrap"][split]["groups"] is None
 
     # A checkpoint by name, other sets, and no training folder.
     other = data / "other"
@@ -203,17 +216,17 @@ def test_a_warning_when_an_evaluated_image_was_trained_on(data, caplog):
 # --- Resume and randomness -----------------------------------------------------------------------
 
 
-def interrupt_after(monkeypatch, epochs):
-    """Save after every epoch and stop like Ctrl-C before epoch number `epochs`."""
-    original = Trainer.run_epoch
+def interrupt_after(monkeypatch, rounds):
+    """Save after every validation and stop like Ctrl-C after `rounds` of them."""
+    original = Trainer.run_round
 
-    def run_epoch(self):
-        if self.epoch == epochs:
+    def run_round(self):
+        if len(self.history) == rounds:
             raise KeyboardInterrupt
         return original(self)
 
     monkeypatch.setattr(training, "SAVE_SECONDS", -1)
-    monkeypatch.setattr(Trainer, "run_epoch", run_epoch)
+    monkeypatch.setattr(Trainer, "run_round", run_round)
 
 
 TIMES = ("seconds", "images_per_second")
@@ -234,7 +247,7 @@ def test_resumed_equals_uninterrupted(data, tmp_path, options):
         with pytest.raises(KeyboardInterrupt):
             command.main(argv(data, *options, "--logdir", stopped, epochs=4))
     run_folder = stopped / "train5+fake50%" / "seed0"
-    assert read_checkpoint(run_folder)["training"]["epoch"] == 2
+    assert read_checkpoint(run_folder)["training"]["updates"] == 2
     assert not (run_folder / "result.json").exists()
     torch.manual_seed(123)  # what other code does with random numbers must not matter
     command.main(argv(data, *options, "--logdir", stopped, epochs=4))
@@ -244,6 +257,123 @@ def test_resumed_equals_uninterrupted(data, tmp_path, options):
     assert same(a["state_dict"], b["state_dict"])
     assert rows_without_times(reference) == rows_without_times(run_folder)
     assert len(rows_without_times(reference)) == 4
+
+
+MATCHED = ("--epochs", 300, "--match_steps", 11, "--validations", 4, "--batch-size", 8)
+
+
+@pytest.mark.parametrize("stop", [1, 3])
+def test_resumed_in_the_middle_of_a_pass_equals_uninterrupted(data, tmp_path, stop):
+    """Two batches of 8 are a pass of 21 images; validations come after 3, 6, 9 and 11 updates."""
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    command.main(argv(data, *MATCHED, "--logdir", straight))
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(patch, stop)
+        with pytest.raises(KeyboardInterrupt):
+            command.main(argv(data, *MATCHED, "--logdir", stopped))
+    run_folder = stopped / "train5+fake50%" / "seed0"
+    assert read_checkpoint(run_folder)["training"]["updates"] == 3 * stop
+    torch.manual_seed(123)
+    command.main(argv(data, *MATCHED, "--logdir", stopped))
+
+    reference = straight / "train5+fake50%" / "seed0"
+    a, b = (read_checkpoint(f / "checkpoints/best.ckpt") for f in (reference, run_folder))
+    assert same(a["state_dict"], b["state_dict"])
+    assert rows_without_times(reference) == rows_without_times(run_folder)
+    for name in ("predictions_val.csv", "predictions_test.csv"):
+        assert (reference / name).read_text() == (run_folder / name).read_text()
+
+
+def test_an_interrupted_run_of_an_earlier_version_is_refused(data):
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            command.main(argv(data))
+    last = data / "logs/train5+fake50%/seed0/checkpoints/last.ckpt"
+    payload = read_checkpoint(last)
+    payload["training"]["epoch"] = payload["training"].pop("updates")
+    write_checkpoint(last, payload)
+    with pytest.raises(UserError, match="earlier version.*remove it to start again"):
+        command.main(argv(data))
+
+
+def test_results_without_the_later_options_still_count(data, monkeypatch):
+    """A finished run that knows nothing of an option was made with what is its default."""
+    first = run(data)
+    path = data / "logs/train5+fake50%/seed0/result.json"
+    earlier = json.loads(path.read_text())
+    for name in ("match_steps", "crop_flip", "d4"):
+        del earlier["settings"][name]
+    path.write_text(json.dumps(earlier))
+    monkeypatch.setattr(runs, "Trainer", None)
+    assert run(data)["mean"] == first["mean"]
+    with pytest.raises(UserError, match=r"d4 was False, is True"):
+        run(data, "--d4")
+
+
+def test_two_processes_make_the_network_of_one(data, tmp_path):
+    """Mixup, cutmix and averaging included; only sums are in another order."""
+    options = ("--batch-size", 16, "--drop-path", 0, "--lr", 0.01, "--epochs", 4)
+    options = (*options, "--logdir", tmp_path / "logs")
+    assert in_ranks(2, command.main, argv(data, *options, "--devices", 2)) == [0, 0]
+    two = tmp_path / "logs" / "train5+fake50%"
+    command.main(argv(data, *options[:-1], tmp_path / "one"))
+    one = tmp_path / "one" / "train5+fake50%"
+    a, b = (read_checkpoint(f / "seed0/checkpoints/best.ckpt")["state_dict"] for f in (one, two))
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert torch.allclose(value, b[name], atol=1e-4), name
+    summaries = [json.loads((f / "summary.json").read_text()) for f in (one, two)]
+    results = [summary["per_seed"][0] for summary in summaries]
+    assert [result["devices"] for result in results] == [1, 2]
+    for name in ("updates", "best_update", "batch_size"):
+        assert results[0][name] == results[1][name]
+    for split in ("val", "test"):
+        p, q = (Predictions.read(f / f"seed0/predictions_{split}.csv") for f in (one, two))
+        assert p.paths == q.paths and abs(p.probabilities - q.probabilities).max() < 1e-3
+    losses = [
+        [float(row.split(",")[2]) for row in (f / "seed0/metrics.csv").read_text().split()[1:]]
+        for f in (one, two)
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3) and len(losses[0]) == 4
+
+
+def test_shares_of_a_batch_keep_the_pairs_that_mixup_makes():
+    """Three processes, batches of 12: opposite images of a share are opposite in the batch."""
+    items = list(range(100, 130))
+    shares = [SharedBatches(items[:24], 12, Ranks(rank, 3)) for rank in range(3)]
+    for batch in range(2):
+        parts = [list(share)[batch] for share in shares]
+        whole = items[12 * batch : 12 * batch + 12]
+        assert sorted(sum(parts, [])) == whole and {len(part) for part in parts} == {4}
+        for part in parts:
+            for mine, other in zip(part, part[::-1], strict=True):
+                assert whole.index(mine) + whole.index(other) == 11
+    assert len(shares[0]) == 2
+    # The bad version, every third image: its opposites are others.
+    strided = whole[::3]
+    assert whole.index(strided[0]) + whole.index(strided[-1]) != 11
+
+
+def test_too_few_images_for_the_devices(data):
+    settings = Settings(**NETWORK)
+    compute = Compute(torch.device("cpu"), "32", 0, Ranks(0, 11))
+    with pytest.raises(UserError, match="21 training images.* too few for 11 devices"):
+        Trainer(settings, 0, loaded_splits(data, settings), compute)
+
+
+def test_predictions_do_not_depend_on_the_batch(data):
+    settings = Settings(**NETWORK)
+    splits = loaded_splits(data, settings)
+    torch.manual_seed(0)
+    model = build_network(settings, splits.classes)
+    found = [
+        training.predict(model, CPU.evaluation_loader(splits.test, size), CPU)
+        for size in (1, 4, 18, 100)
+    ]
+    for logits, labels in found:
+        assert torch.allclose(logits, found[0][0], atol=1e-5)
+        assert labels.tolist() == splits.test.labels
 
 
 def test_resume_by_name_and_its_refusals(data, tmp_path, monkeypatch):
@@ -279,7 +409,7 @@ def test_batches_do_not_depend_on_loader_processes(data):
 
 
 def batches(trainer, epoch):
-    trainer.sampler.set_epoch(epoch)
+    trainer.updates = epoch * trainer.steps
     return list(trainer.loader)
 
 
@@ -289,7 +419,7 @@ def test_seeds_differ_and_repeat(data):
     states = []
     for seed in (0, 0, 1):
         trainer = Trainer(settings, seed, splits, CPU)
-        trainer.run_epoch()
+        trainer.run_round()
         states.append(trainer.best_state)
     assert same(states[0], states[1]) and not same(states[0], states[2])
 
@@ -307,7 +437,168 @@ def test_no_epoch_is_empty_and_mixed_batches_are_even(data, batch_size, mixup, b
     assert (trainer.batch_size, trainer.steps) == (batch, steps)
     assert [len(y) for _, y in batches(trainer, 0)] == [batch] * steps
     assert trainer.lr == pytest.approx(5e-4 * batch / 512)
-    trainer.run_epoch()
+    trainer.run_round()
+
+
+def test_matched_arms_get_the_same_updates_schedule_and_validations(data):
+    """Whatever the size of the set: 21 images and 9, in batches of 8."""
+    small = data / "small"
+    tiny.tiles(small, 3, seed=7)
+    found = {}
+    for subset in ("train5+fake50%", "small"):
+        settings = Settings(**NETWORK, batch_size=8, match_steps=21, validations=4, lr=0.05)
+        settings.check()
+        splits = open_splits(data, subset, settings)
+        splits.load()
+        trainer = Trainer(settings, 0, splits, CPU)
+        rows = [trainer.run_round() for _ in trainer.marks]
+        count = trainer.optimizer.state[trainer.model.net.head.bias]["step"].item()
+        found[subset] = ([row["updates"] for row in rows], [row["lr"] for row in rows], count)
+        assert rows[-1]["epoch"] == round(21 / (len(splits.train) // 8), 2)
+    assert found["small"] == found["train5+fake50%"]
+    updates, rates, count = found["small"]
+    assert updates == [6, 11, 16, 21] and count == 21
+    floor, top = 1e-5, 8 / 512 * 0.05
+    assert rates == pytest.approx(
+        [floor + (top - floor) * (1 + math.cos(math.pi * (u - 1) / 21)) / 2 for u in updates]
+    )
+    # The bad version: equal epochs, and the larger set gets twice the updates.
+    settings = Settings(**NETWORK, batch_size=8, epochs=4)
+    lengths = [
+        Trainer(settings, 0, open_splits(data, subset, settings), CPU).marks[-1]
+        for subset in ("train5+fake50%", "small")
+    ]
+    assert lengths == [8, 4]
+
+
+def test_match_steps_from_the_command(data):
+    summary = run(data, *MATCHED)
+    assert (summary["updates"], summary["epochs"], summary["validations"]) == (11, 5.5, 4)
+    result = summary["per_seed"][0]
+    assert result["best_update"] in (3, 6, 9, 11)
+    assert result["best_epoch"] == result["best_update"] / 2
+    # More validations than updates are wanted by default: one after each.
+    summary = run(data, "--epochs", 300, "--match_steps", 3, "--overwrite")
+    assert summary["validations"] == 3
+
+
+def test_predictions_of_every_image(data):
+    summary = run(data)
+    folder = data / "logs/train5+fake50%/seed0"
+    for split in ("val", "test"):
+        with (folder / f"predictions_{split}.csv").open(newline="") as stream:
+            rows = list(csv.DictReader(stream))
+        names = sorted(tiny.CLASSES)
+        assert list(rows[0]) == ["path", "group", "label", "predicted", *(f"p_{n}" for n in names)]
+        files = [p.relative_to(data / split).as_posix() for p in (data / split).rglob("*.png")]
+        assert [row["path"] for row in rows] == sorted(files)
+        for row in rows:
+            p = [float(row[f"p_{name}"]) for name in names]
+            assert sum(p) == pytest.approx(1) and row["path"].startswith(row["label"] + "/")
+            assert row["predicted"] == names[p.index(max(p))] and row["group"] == ""
+        right = sum(row["label"] == row["predicted"] for row in rows)
+        assert right / len(rows) == summary["per_seed"][0][split]["accuracy"]
+        # What is read back gives the same numbers.
+        read = Predictions.read(folder / f"predictions_{split}.csv").scores()
+        expected = summary["per_seed"][0][split]
+        assert read.pop("calibration_error") == pytest.approx(expected["calibration_error"])
+        assert read == {key: expected[key] for key in read}
+
+
+def write_groups(data, split=True, per_group=3):
+    """A table of regions, `per_group` tiles each, for val and test."""
+    path = data / "groups.csv"
+    with path.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["split", "file", "region"] if split else ["file", "region"])
+        for name in ("val", "test"):
+            for number, file in enumerate(sorted((data / name).rglob("*.png"))):
+                below = file.relative_to(data / name).as_posix()
+                row = [below, f"{name}{number // per_group}"]
+                writer.writerow([name, *row] if split else row)
+    return path
+
+
+def test_intervals_over_groups(data, capsys):
+    table = write_groups(data)
+    summary = run(data)
+    over_images = summary["bootstrap"]["test"]
+    assert over_images["groups"] is None
+    assert sum("over images, as no groups were given" in note for note in summary["notes"]) == 1
+    # Groups given later are written into the predictions that are there; nothing is trained.
+    files = [data / f"logs/train5+fake50%/seed0/predictions_{s}.csv" for s in ("val", "test")]
+    before = [Predictions.read(file) for file in files]
+    with_groups = run(data, "--groups", table, "--group_column", "region")
+    assert with_groups["per_seed"] == summary["per_seed"]
+    assert [with_groups["bootstrap"][s]["groups"] for s in ("val", "test")] == [5, 6]
+    assert any("test has 6 groups" in note for note in with_groups["notes"])
+    assert not any("over images" in note for note in with_groups["notes"])
+    for old, file, split in zip(before, files, ("val", "test"), strict=True):
+        new = Predictions.read(file)
+        assert new.groups == [f"{split}{i // 3}" for i in range(len(new.paths))]
+        assert new.scores() == old.scores() and old.groups is None
+    # They are remembered, so that the same command without the table says the same.
+    assert run(data)["bootstrap"] == with_groups["bootstrap"]
+    assert "95% over 6 groups: accuracy" in capsys.readouterr().out
+    names = {path.name for path in (data / "logs/train5+fake50%").iterdir()}
+    assert names == {"confusion.csv", "confusion.png", "per_class.csv", "seed0", "summary.json"}
+
+
+@pytest.mark.parametrize(
+    "spoil, options, message",
+    [
+        (dict(split=False), "", "val set: .* is in region .*add a column split"),
+        ({}, "--group_column slide", r"must have path \(or file\) and slide"),
+        (None, "", r"val set: .* has no region for ADI/1_0\.png; add it"),
+    ],
+)
+def test_a_table_of_groups_that_does_not_fit(data, spoil, options, message):
+    table = write_groups(data, **(spoil or {}))
+    if spoil is None:
+        table.write_text("file,region\n")
+    else:  # the same names in val and test, in other regions
+        for path in (data / "test").rglob("2_*.png"):
+            path.rename(path.with_name(path.name.replace("2_", "1_", 1)))
+        table = write_groups(data, **spoil)
+    words = ["--groups", table, "--group_column", "region", *options.split()]
+    with pytest.raises(UserError, match=message) as caught:
+        command.main(argv(data, *words))
+    assert "\n" not in str(caught.value) and "--group_rows" not in str(caught.value)
+    assert not (data / "logs").exists()
+
+
+def test_notes_about_sets_that_mislead(data):
+    for i in range(5):
+        (data / f"train5+fake50%/ADI/0_{i}.png").unlink()
+    shutil.copy(data / "test/LYM/2_0.png", data / "train5+fake50%/LYM/copy.png")
+    notes = run(data)["notes"]
+    assert any("8 training images of LYM, 2 of ADI" in note for note in notes)
+    assert any("1 images of test are in the training set" in note for note in notes)
+    assert any("batches of 16 instead of 256" in note for note in notes)
+    assert any("--match_steps gives all the same" in note for note in notes)
+    matched = run(data, "--epochs", 300, "--match_steps", 3, "--overwrite")["notes"]
+    assert any("3 updates (3 passes) and 3 validations, by --match_steps" in n for n in matched)
+    assert not any("gives all the same" in note for note in matched)
+
+
+def test_balanced_sets_have_no_note_of_it(data):
+    assert not any("not balanced" in note for note in run(data)["notes"])
+
+
+def test_predictions_that_are_missing_leave_out_the_interval_and_say_so(data):
+    run(data)
+    (data / "logs/train5+fake50%/seed0/predictions_val.csv").unlink()
+    summary = run(data)
+    assert list(summary["bootstrap"]) == ["test"]
+    assert any(note.startswith("no interval for val") for note in summary["notes"])
+
+
+def test_a_broken_table_of_predictions_is_one_line(tmp_path):
+    path = tmp_path / "predictions_val.csv"
+    for text in ("", "path,label\n", "path,group,label,predicted,p_A\na.png,,B,A,1\n"):
+        path.write_text(text)
+        with pytest.raises(UserError, match="not a table of predictions"):
+            Predictions.read(path)
 
 
 def test_defaults_are_the_published_settings():
@@ -329,9 +620,9 @@ def test_learning_rate_warms_up_and_falls_to_its_floor(data):
         **NETWORK, epochs=10, batch_size=10, warmup_epochs=2, cooldown_epochs=2, lr=0.05
     )
     trainer = Trainer(settings, 0, loaded_splits(data, settings), CPU)
-    assert trainer.epochs == 12 and trainer.steps == 2
+    assert trainer.marks == list(range(2, 25, 2)) and trainer.steps == 2
     rates = []
-    for update in range(trainer.epochs * trainer.steps):
+    for update in range(trainer.marks[-1]):
         trainer.schedule.step_update(update)
         rates.append(trainer.optimizer.param_groups[0]["lr"])
     top = 0.05 * 10 / 512
@@ -348,7 +639,7 @@ def test_a_floor_above_the_rate_of_a_tiny_batch_is_lowered(data):
     settings = Settings(**NETWORK, epochs=10, batch_size=2)
     trainer = Trainer(settings, 0, loaded_splits(data, settings), CPU)
     rates = []
-    for update in range(trainer.epochs * trainer.steps):
+    for update in range(trainer.marks[-1]):
         trainer.schedule.step_update(update)
         rates.append(trainer.optimizer.param_groups[0]["lr"])
     assert max(rates) <= trainer.lr * (1 + 1e-9) < 1e-5
@@ -361,7 +652,7 @@ def test_the_average_is_what_counts_and_does_not_stay_at_its_start(data):
     published = start.clone()  # the published script's average: a fixed decay from the start on
     moved = []
     for _ in range(8):
-        trainer.run_epoch()
+        trainer.run_round()
         now = trainer.model.net.blocks[0].mlp.fc1.weight.detach()
         published.lerp_(now, 1 - 0.99996**trainer.steps)
         moved.append((now - start).norm())
@@ -375,17 +666,18 @@ def test_the_average_is_what_counts_and_does_not_stay_at_its_start(data):
 def test_ties_on_val_go_to_the_lower_loss(data, monkeypatch):
     settings = Settings(**NETWORK, epochs=4)
     trainer = Trainer(settings, 0, loaded_splits(data, settings), CPU)
-    offered = iter([(0.5, 1.0), (0.5, 0.8), (0.5, 0.9), (0.4, 0.1)])
-    values = scores(confusion_matrix([0], [0], 3), sorted(tiny.CLASSES))
+    offered = iter([(5, 1.0), (5, 0.8), (5, 0.9), (4, 0.1)])
 
     def fake(*_):
-        accuracy, loss = next(offered)
-        return {**values, "accuracy": accuracy}, loss
+        right, loss = next(offered)
+        wanted = torch.tensor([y if i < right else (y + 1) % 3 for i, y in enumerate(labels)])
+        return torch.nn.functional.one_hot(wanted, 3).float(), loss
 
+    labels = trainer.splits.val.labels
     monkeypatch.setattr(training, "evaluate", fake)
     for _ in range(4):
-        trainer.run_epoch()
-    assert trainer.best["epoch"] == 2
+        trainer.run_round()
+    assert trainer.best["updates"] == 2
 
 
 def test_a_loss_that_is_no_number_stops_the_run(data):
@@ -394,7 +686,7 @@ def test_a_loss_that_is_no_number_stops_the_run(data):
     with torch.no_grad():
         trainer.model.net.head.bias.fill_(math.nan)
     with pytest.raises(UserError, match="loss is nan at epoch 1, step 1"):
-        trainer.run_epoch()
+        trainer.run_round()
 
 
 def test_posterize_keeps_a_bit():
@@ -410,6 +702,39 @@ def test_posterize_keeps_a_bit():
     for seed in range(50):
         seed_generators(seed)
         assert strongest(Image.new("RGB", (40, 40), "pink")).shape == (3, 32, 32)
+
+
+NOTHING = dict(aa="none", color_jitter=0.0, reprob=0.0, mixup=0.0, cutmix=0.0)
+
+
+def test_no_augmentation_at_all_is_the_view_of_the_evaluation(source):
+    image = Image.fromarray(read_tile(next((source / "test/TUM").iterdir()))).resize((50, 40))
+    plain = train_transform(Settings(**NETWORK, **NOTHING, crop_flip=False))
+    model = TileClassifier(**NETWORK, num_classes=3)
+    assert torch.allclose(plain(image), model._normalised(eval_transform(32)(image)[None])[0])
+    assert torch.equal(plain(image), plain(image))
+    cropped = train_transform(Settings(**NETWORK, **NOTHING))
+    assert not torch.equal(cropped(image), cropped(image)), "published: crops and mirrors"
+    # Erasing and policies stay when only the crop is switched off.
+    erased = train_transform(Settings(**NETWORK, crop_flip=False, reprob=1.0))
+    assert not torch.equal(erased(image), erased(image))
+
+
+def test_d4_draws_all_eight_symmetries_alike(source):
+    image = Image.fromarray(read_tile(next((source / "test/TUM").iterdir())))
+    turned = train_transform(Settings(**NETWORK, **NOTHING, crop_flip=False, d4=True))
+    x = train_transform(Settings(**NETWORK, **NOTHING, crop_flip=False))(image)
+    eight = [torch.rot90(y, k, (1, 2)) for y in (x, x.flip(2)) for k in range(4)]
+    seen = []
+    for seed in range(400):
+        seed_generators(seed)
+        found = turned(image)
+        seen.append(next(k for k, y in enumerate(eight) if torch.equal(y, found)))
+    counts = [seen.count(k) for k in range(8)]
+    assert min(counts) > 25 and sum(counts) == 400, "50 of each are expected"
+    # timm's own mirroring would only double what is there already.
+    names = [type(step).__name__ for step in train_transform(Settings(d4=True)).transforms]
+    assert "RandomHorizontalFlip" not in names and names[1] == "RandomD4"
 
 
 # --- Network and weights -------------------------------------------------------------------------
@@ -571,6 +896,15 @@ def spoil_train(data):
     shutil.rmtree(data / "train5+fake50%/LYM")
 
 
+def spoil_one_train_class(data):
+    shutil.rmtree(data / "train5+fake50%/LYM")
+
+
+def spoil_train_class_folder(data):
+    for path in (data / "train5+fake50%/LYM").iterdir():
+        path.unlink()
+
+
 def spoil_val(data):
     shutil.rmtree(data / "val")
 
@@ -582,6 +916,10 @@ def spoil_val(data):
         (spoil_class_folder, "", "test/LYM has no images"),
         (spoil_image, "", r"test/LYM/2_3\.png: .*unreadable or truncated"),
         (spoil_train, "", "one class folder"),
+        (spoil_one_train_class, "", "has no class folder LYM, which .*val has: .* add images of"),
+        (spoil_train_class_folder, "", "train5.*LYM has no images"),
+        (None, "--group_column region", "belongs to --groups"),
+        (None, "--groups nothing.csv", "nothing.csv does not exist"),
         (spoil_val, "", "val does not exist"),
         (None, "--output_dir nowhere", "nowhere does not exist"),
         (None, "--output_dir .", "must name a folder below --data_path"),
@@ -594,6 +932,12 @@ def spoil_val(data):
         (None, "--batch-size 15", "must be even"),
         (None, "--epochs 5 --warmup-epochs 5", "must be less than --epochs"),
         (None, "--cooldown-epochs 2 --sched constant", "needs a --sched that decays"),
+        (None, "--match_steps 9", "--epochs 2: --match_steps 9 counts updates; leave one"),
+        (None, "--match_steps 9 --epochs 300 --warmup-epochs 1", "and --warmup_updates; leave"),
+        (None, "--match_steps 9 --epochs 300 --validations 10", "at most --match_steps 9; lower"),
+        (None, "--match_steps 9 --epochs 300 --warmup_updates 9", "must be less than --match_st"),
+        (None, "--validations 10", "--validations 10 belongs to --match_steps"),
+        (None, "--warmup_updates 1", "--warmup_updates 1 belongs to --match_steps"),
         (None, "--color-jitter 0.1", "no effect under --aa"),
         (None, "--aa strong", "no policy that timm knows"),
         (None, "--opt adamww", "use .*adamw"),
@@ -601,6 +945,8 @@ def spoil_val(data):
         (None, "--checkpoint_key teacher", "--finetune"),
         (None, "--precision 16-mixed", "needs a CUDA device"),
         (None, "--device cuda:77", "cuda:77"),
+        (None, "--device cpu --devices 4096", "4096: there is no GPU to use here"),
+        (None, "--eval --devices 2", "is for training"),
         (None, "--seed 1 --seeds 1 2", "exclude each other"),
         (None, "--resume x --seeds 1 2", "one network"),
         (None, "--resume x", "no file x"),

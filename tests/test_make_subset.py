@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -158,6 +159,79 @@ def test_groups_come_from_a_table_or_a_pattern(data, tmp_path):
     assert len(list_images(tmp_path / "a")) == len(list_images(tmp_path / "b")) == 4
 
 
+def included(tmp_path, data, files):
+    """A folder of some tiles of `data`, under other names."""
+    for file in files:
+        target = tmp_path / "labelled" / file.split("/")[0] / f"mine_{Path(file).name}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(data / file, target)
+    return tmp_path / "labelled"
+
+
+FEW = ["ADI/patient0/0.png", "ADI/patient0/1.png", "TUM/patient1/2.png", "TUM/patient1/3.png"]
+
+
+@pytest.mark.parametrize(
+    "amount", [("--ratio", "100"), ("--per_class", "4"), ("--fraction", "0.6")]
+)
+def test_a_ceiling_has_the_labelled_tiles_and_as_many_others(data, tmp_path, amount, capsys):
+    few, out = included(tmp_path, data, FEW), tmp_path / "ceiling"
+    run(data, out, *amount, "--include", str(few), "--group_level", "2")
+    assert "4 tiles of" in capsys.readouterr().out
+    contents = [path.read_bytes() for path in list_images(out)]
+    assert len(contents) == 8 == len(set(contents)), "twice as many, and none of them twice"
+    assert {path.read_bytes() for path in list_images(few)} <= set(contents)
+    record = json.loads((out / "subset.json").read_text())
+    assert record["included"] == record["drawn"] == {"ADI": 2, "TUM": 2}
+    # Patients that gave nothing yet come first.
+    drawn = [r["file"] for r in rows(out) if r["decision"] == SUBSET and r["file"] not in FEW]
+    assert Counter(file.rsplit("/", 1)[0] for file in drawn) == {
+        "ADI/patient1": 1, "ADI/patient2": 1, "TUM/patient0": 1, "TUM/patient2": 1
+    }  # fmt: skip
+    # The bad version, without --include: some of its tiles are those that are there already.
+    run(data, tmp_path / "bad", "--per_class", "4", "--group_level", "2")
+    bad = {path.read_bytes() for path in list_images(tmp_path / "bad")}
+    assert len(bad - {path.read_bytes() for path in list_images(few)}) < 8
+    shutil.copy(data / "ADI/patient2/5.png", few / "ADI/mine_0.png")
+    with pytest.raises(UserError, match="other settings"):
+        run(data, out, *amount, "--include", str(few), "--group_level", "2")
+
+
+def test_a_ceiling_by_group_keeps_groups_on_one_side(data, tmp_path):
+    few, out = included(tmp_path, data, FEW[:1] + FEW[2:3]), tmp_path / "ceiling"
+    more = ("--ratio", "100", "--group_level", "2", "--by_group")
+    run(data, out, *more, "--include", str(few))
+    sides = defaultdict(set)
+    for row in rows(out):
+        sides[row["group"]].add(row["decision"])
+    assert all(len(kinds & {SUBSET, REST}) == 1 for kinds in sides.values())
+    # Tiles of the patients that are in the subset anyway, so one patient is left for the rest.
+    assert sides["patient2"] == {REST} and len(list_images(out)) == 4
+
+
+def test_files_of_one_name_and_other_contents_are_both_kept(data, tmp_path):
+    few, out = tmp_path / "labelled", tmp_path / "ceiling"
+    for name in ("ADI", "TUM"):
+        for i in range(6):
+            path = few / name / f"patient{i // 2}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((8, 8, 3), 200 + i, np.uint8)).save(path)
+    run(data, out, "--ratio", "100", "--include", str(few))
+    names = [path.name for path in list_images(out)]
+    assert len(names) == 24 and sum(name.startswith("more_") for name in names) == 12
+
+
+def test_what_is_missing_of_a_ceiling_is_reported(data, tmp_path, caplog):
+    few = included(tmp_path, data, FEW)
+    run(data, tmp_path / "out", "--ratio", "300", "--include", str(few))
+    assert "fewer tiles than wanted: ADI 4 of 6, TUM 4 of 6" in caplog.text
+    with pytest.raises(UserError, match="lies in --include"):
+        run(data, few / "more", "--ratio", "100", "--include", str(few))
+    with pytest.raises(UserError, match="both must have the same classes"):
+        shutil.rmtree(few / "TUM")
+        run(data, tmp_path / "other", "--ratio", "100", "--include", str(few))
+
+
 def test_what_is_missing_is_reported(data, tmp_path, caplog):
     run(data, tmp_path / "all", "--per_class", "7")
     assert "fewer tiles than wanted: ADI 6 of 7, TUM 6 of 7" in caplog.text
@@ -208,6 +282,7 @@ def test_a_mistake_is_one_line_and_status_2(data, tmp_path):
     for more in (
         ["--fraction", "0"],
         ["--fraction", "1.5"],
+        ["--ratio", "100"],
         [],
         ["--per_class", "1", "--by_group"],
     ):

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import (
     accuracy_score,
     f1_score,
@@ -11,8 +12,15 @@ from sklearn.metrics import (
     recall_score,
 )
 from sklearn.metrics import confusion_matrix as sklearn_confusion_matrix
+from torchmetrics.functional.classification import multiclass_calibration_error
 
-from ldm.evaluation.metrics import confusion_matrix, format_summary, mean_and_std, scores
+from ldm.evaluation.metrics import (
+    calibration_error,
+    confusion_matrix,
+    format_summary,
+    mean_and_std,
+    scores,
+)
 
 NAMES = [f"class{k}" for k in range(9)]
 
@@ -109,6 +117,54 @@ def test_the_published_mean_over_batches_is_wrong():
     assert np.mean(per_batch) < 0.25
     ours = scores(confusion_matrix(labels, predictions, 9), NAMES)
     assert ours["macro_f1"] == pytest.approx(true_value)
+
+
+def draw_probabilities(images, classes, sharpness, seed=0):
+    """Probabilities and labels that were drawn from them: perfectly calibrated."""
+    generator = np.random.default_rng(seed)
+    logits = generator.normal(0, sharpness, (images, classes))
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    return p, (p.cumsum(axis=1) > generator.random((images, 1))).argmax(axis=1)
+
+
+@pytest.mark.parametrize("bins", [1, 15, 40])
+@pytest.mark.parametrize("sharpness", [0.3, 3.0])
+def test_calibration_error_equals_torchmetrics(bins, sharpness):
+    p, labels = draw_probabilities(500, 5, sharpness)
+    theirs = multiclass_calibration_error(
+        torch.tensor(p), torch.tensor(labels), num_classes=5, n_bins=bins, norm="l1"
+    )
+    assert calibration_error(p, labels, bins) == pytest.approx(theirs.item(), abs=1e-6)
+
+
+def test_calibration_error_by_hand():
+    p = [[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.45, 0.55]]
+    # Ranges of a half: (0.5, 1] has all four; three right, mean confidence 0.7375.
+    assert calibration_error(p, [0, 1, 1, 1], bins=2) == pytest.approx(0.75 - 0.7375)
+    # Ranges of a tenth hold one image each: gaps 0.1, 0.8, 0.3 and 0.45.
+    assert calibration_error(p, [0, 1, 1, 1], bins=10) == pytest.approx(
+        (0.1 + 0.8 + 0.3 + 0.45) / 4
+    )
+    assert calibration_error([[1.0, 0.0]], [0]) == 0.0 and calibration_error([[1.0, 0.0]], [1]) == 1
+
+
+def test_calibration_error_grows_with_overconfidence_and_not_with_order():
+    p, labels = draw_probabilities(4000, 5, 1.5)
+    sharp = p**4 / (p**4).sum(axis=1, keepdims=True)
+    assert calibration_error(p, labels) < 0.03 < 0.2 < calibration_error(sharp, labels)
+    order = np.random.default_rng(1).permutation(4000)
+    assert calibration_error(p[order], labels[order]) == pytest.approx(calibration_error(p, labels))
+    # The bad version: a mean over batches is larger, since small batches are never calibrated.
+    batches = [calibration_error(p[i : i + 32], labels[i : i + 32]) for i in range(0, 4000, 32)]
+    assert np.mean(batches) > 4 * calibration_error(p, labels)
+
+
+@pytest.mark.parametrize(
+    "p, labels", [([[0.5, 0.5]], [0, 1]), (np.zeros((0, 2)), []), ([[2.0, 3.0]], [0]), ([0.5], [0])]
+)
+def test_calibration_error_refuses_what_are_no_probabilities(p, labels):
+    with pytest.raises(ValueError, match="probabilities"):
+        calibration_error(p, labels)
 
 
 def test_better_predictions_have_better_numbers():

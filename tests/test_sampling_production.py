@@ -219,6 +219,31 @@ def test_card(models, tmp_path):
     assert seed in text
 
 
+def test_parts_make_all_images_between_them(models, tmp_path, capsys):
+    """Each part makes its own images only, and touches nothing that another may be writing."""
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    sample(models, whole, "--classifier_scale", 20, n=3, steps=2)
+    assert sample(models, out, "--classifier_scale", 20, "--part", "1/2", n=3, steps=2) == 0
+    made = sorted(path.relative_to(out).as_posix() for path in out.rglob("*.png"))
+    wanted = [f"{name}/{index:06d}.png" for name in tiny.CLASSES for index in range(3)]
+    assert made == wanted[1::2] and not (out / "manifest.csv").exists()
+    (out / "ADI" / ".000001.png.part").write_bytes(b"of the other part")
+    sample(models, out, "--classifier_scale", 20, "--part", "0/2", n=3, steps=2)
+    assert (out / "ADI" / ".000001.png.part").exists()
+    assert len(list(out.glob("*/0*.png"))) == 9 and not (out / "manifest.csv").exists()
+    assert "5 images made, 0 were there" in capsys.readouterr().out
+    sample(models, out, "--classifier_scale", 20, n=3, steps=2)
+    assert "all 9 images" in capsys.readouterr().out
+    assert_same(out, whole)
+
+
+@pytest.mark.parametrize("part", ["2/2", "1", "a/b", "0/0", "-1/2"])
+def test_parts_that_there_are_not(models, tmp_path, part, capsys):
+    with pytest.raises(SystemExit) as stop:
+        sample(models, tmp_path / "out", f"--part={part}")
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
 def test_shards(models, tmp_path):
     """webdataset reads them back; the same images give the same bytes; the size may change."""
     one, other = tmp_path / "one", tmp_path / "other"

@@ -92,6 +92,9 @@ class Corpora(Tiles):
     Tiles are named CORPUS/path, so a `group_regex` can tell corpora apart. Without a `group_regex`
     tiles of one group of an index are held out together.
 
+    Attributes:
+        corpora: Their settings, in the order of the configuration.
+
     Args:
         corpora: By name, a mapping of `root` (a folder or several), `layout` ("folder", "array" or
             "shards"), `weight` (1), and `index` (what scripts/index_corpus.py wrote for the same
@@ -127,12 +130,12 @@ class Corpora(Tiles):
         super().__init__(size, augment, crop, preprocess, resize)
         if classes is not None and not labelled:
             raise UserError(f"classes={list(classes)}: classes need labelled=true")
-        self._corpora = [
+        self.corpora = [
             Corpus.from_settings(name, settings)
             for name, settings in corpora.items()
             if settings is not None
         ]
-        if not self._corpora:
+        if not self.corpora:
             raise UserError("corpora: there is none; give at least one, NAME: {root: DIR}")
         # Arrays, not objects: there may be millions of tiles.
         self._roots: list[tuple[Path, Layout]] = []
@@ -141,12 +144,12 @@ class Corpora(Tiles):
         self.groups = []
         names: list[str | None] = []
         columns: dict[str, list[np.ndarray]] = {n: [] for n in self._PER_TILE if n[0] == "_"}
-        for number, corpus in enumerate(self._corpora):
+        for number, corpus in enumerate(self.corpora):
             self._add_corpus(number, corpus, names, columns)
         for name, parts in columns.items():
             setattr(self, name, np.concatenate(parts))
         self._take_labels(names if labelled else None, classes)
-        for corpus, count in zip(self._corpora, self._counts(), strict=True):
+        for corpus, count in zip(self.corpora, self._counts(), strict=True):
             log.info(
                 "corpus %s: %s tiles x weight %g = %s per pass",
                 corpus.name,
@@ -154,7 +157,7 @@ class Corpora(Tiles):
                 corpus.weight,
                 f"{corpus.pass_length(count):,}",
             )
-        if check == "auto" and all(corpus.index for corpus in self._corpora):
+        if check == "auto" and all(corpus.index for corpus in self.corpora):
             check = False  # the scan has decoded every tile
         self._finish(check, cache)
 
@@ -222,21 +225,21 @@ class Corpora(Tiles):
         label_of = {name: label for label, name in enumerate(self.classes)}
         self.labels = [label_of[name] for name in names]
 
-    def _numbers(self) -> np.ndarray:
+    def corpus_numbers(self) -> np.ndarray:
         """The number of each tile's corpus, (tiles,)."""
         return np.array(self._corpus_of_root)[self._root]
 
     def _counts(self) -> list[int]:
-        return np.bincount(self._numbers(), minlength=len(self._corpora)).tolist()
+        return np.bincount(self.corpus_numbers(), minlength=len(self.corpora)).tolist()
 
     def pass_length(self) -> int:
         counts = self._counts()
-        return sum(c.pass_length(n) for c, n in zip(self._corpora, counts, strict=True))
+        return sum(c.pass_length(n) for c, n in zip(self.corpora, counts, strict=True))
 
     def drawn(self, seed: int, epoch: int) -> np.ndarray:
-        numbers = self._numbers()
+        numbers = self.corpus_numbers()
         parts = []
-        for number, corpus in enumerate(self._corpora):
+        for number, corpus in enumerate(self.corpora):
             members = np.flatnonzero(numbers == number)
             if len(members):
                 parts.append(members[corpus.drawn(len(members), seed, epoch)])

@@ -15,10 +15,13 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from ldm.config import instantiate_from_config
 from ldm.data.groups import by_regex
+from ldm.data.latents import LatentCache, LatentTiles
 from ldm.data.tiles import Tiles
 from ldm.errors import UserError
 
 log = logging.getLogger(__name__)
+
+SEEDED = (Tiles, LatentTiles)  # sets whose items and passes are functions of a seed
 
 
 class ResumableSampler(DistributedSampler):
@@ -26,9 +29,9 @@ class ResumableSampler(DistributedSampler):
 
     In each pass every tile comes once, or as often as the weight of its corpus says (but for a
     remainder smaller than a batch). A pass starts at batch `position()`, so a resumed run goes on
-    with the batch that the uninterrupted one would have had, wherever it stopped. `Tiles` get
-    (index, seed) pairs: the augmentation of a tile then depends neither on the number of workers
-    and ranks nor on any other use of random numbers.
+    with the batch that the uninterrupted one would have had, wherever it stopped. `Tiles` and
+    `LatentTiles` get (index, seed) pairs: the augmentation (or the cached view) of a tile then
+    depends neither on the number of workers and ranks nor on any other use of random numbers.
 
     A DistributedSampler, since Lightning leaves those as they are.
 
@@ -51,7 +54,7 @@ class ResumableSampler(DistributedSampler):
         position: Callable[[], int] | None = None,
     ):
         super().__init__(dataset, num_replicas, rank, shuffle=True, seed=seed)
-        length = dataset.pass_length() if isinstance(dataset, Tiles) else len(dataset)
+        length = dataset.pass_length() if isinstance(dataset, SEEDED) else len(dataset)
         share = length // num_replicas
         if share == 0:
             raise UserError(
@@ -71,17 +74,17 @@ class ResumableSampler(DistributedSampler):
     def _order(self, epoch: int) -> list[int] | list[tuple[int, int]]:
         """This rank's tiles in one pass."""
         generator = np.random.default_rng((self.seed, epoch))
-        is_tiles = isinstance(self.dataset, Tiles)
-        drawn = self.dataset.drawn(self.seed, epoch) if is_tiles else np.arange(len(self.dataset))
+        is_seeded = isinstance(self.dataset, SEEDED)
+        drawn = self.dataset.drawn(self.seed, epoch) if is_seeded else np.arange(len(self.dataset))
         order = generator.permutation(len(drawn))
         seeds = generator.integers(2**62, size=len(drawn))  # of the draws, in index order
         order = order[self.rank :: self.num_replicas][: self.num_samples]
-        if is_tiles:
+        if is_seeded:
             return list(zip(drawn[order].tolist(), seeds[order].tolist(), strict=True))
         return order.tolist()
 
 
-def _start_worker(worker_id: int) -> None:
+def start_worker(worker_id: int) -> None:
     cv2.setNumThreads(0)  # a pool of threads per worker only fights over the cores
 
 
@@ -141,10 +144,13 @@ class DataModuleFromConfig(pl.LightningDataModule):
     Without `validation`, a share of the training tiles is held out, unaugmented: the same tiles for
     the same seed. Data sets are built on first use of `train_dataset` or `val_dataset`.
 
+    With `latents`, the tiles of a cache take the place of both, in the same order: neither `train`
+    nor `validation` is then built, and hold-out and augmentation are those of the cache.
+
     Args:
         batch_size: Tiles per step and rank. A training set smaller than it makes one smaller batch;
             otherwise an incomplete last batch is dropped.
-        train: Node of the training set.
+        train: Node of the training set. Needed unless there are `latents`.
         validation: Node of the validation set, or None.
         num_workers: Loader processes.
         prefetch: Batches that each of them prepares ahead.
@@ -152,21 +158,27 @@ class DataModuleFromConfig(pl.LightningDataModule):
         group_regex: See `split_by_group`: tiles of one patient, slide or region stay together.
             Without it, those of one group of a corpus index do.
         seed: Of the hold-out, the order and the augmentation.
+        latents: Folder of a cache that scripts/cache_latents.py made.
+
+    Attributes:
+        cache: The open cache, once the data sets are built; None without `latents`.
 
     Raises:
-        UserError: A value out of range, classes of the two sets that differ, or bad tiles.
+        UserError: A value out of range, classes of the two sets that differ, bad tiles, or a
+            damaged cache.
     """
 
     def __init__(
         self,
         batch_size: int,
-        train: Mapping[str, Any],
+        train: Mapping[str, Any] | None = None,
         validation: Mapping[str, Any] | None = None,
         num_workers: int = 2,
         prefetch: int = 2,
         val_fraction: float = 0.05,
         group_regex: str | None = None,
         seed: int = 0,
+        latents: str | None = None,
     ):
         super().__init__()
         if not isinstance(batch_size, int) or batch_size < 1:
@@ -179,24 +191,37 @@ class DataModuleFromConfig(pl.LightningDataModule):
             raise UserError(f"val_fraction={val_fraction} must be in [0, 0.5]")
         if not isinstance(seed, int) or seed < 0:
             raise UserError(f"seed={seed!r} must be a whole number, at least 0")
+        if train is None and latents is None:
+            raise UserError("train: give the node of the training tiles, or latents=DIR of a cache")
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.prefetch = prefetch
         self.val_fraction = val_fraction
         self.group_regex = group_regex
         self.seed = seed
-        self._train_node = train
-        self._validation_node = validation
+        self.latents = latents
+        self.cache: LatentCache | None = None
+        self.train_node = train
+        self.validation_node = validation
         self._train: Dataset | None = None
         self._validation: Dataset | None = None
 
     def setup(self, stage: str | None = None) -> None:
         if self._train is not None:
             return
-        train = instantiate_from_config(self._train_node)
+        if self.latents is not None:
+            self.cache = LatentCache.read(self.latents, "data.params.latents")
+            self._train, self._validation = self.cache.train, self.cache.validation
+            log.info(
+                "cached latents: %s, %d views of each training tile",
+                self.cache.root,
+                self.cache.train.shards.views,
+            )
+            return
+        train = instantiate_from_config(self.train_node)
         validation = None
-        if self._validation_node is not None:
-            validation = instantiate_from_config(self._validation_node)
+        if self.validation_node is not None:
+            validation = instantiate_from_config(self.validation_node)
             ours, theirs = getattr(train, "classes", []), getattr(validation, "classes", [])
             if ours and theirs and list(ours) != list(theirs):
                 raise UserError(
@@ -262,7 +287,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
             persistent_workers=self.num_workers > 0,
             prefetch_factor=self.prefetch if self.num_workers > 0 else None,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
             # Its own generator: an iterator draws one number for its workers, which would
             # otherwise shift the sequence that the model's noise comes from.
             generator=torch.Generator().manual_seed(self.seed),

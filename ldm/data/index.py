@@ -140,8 +140,11 @@ class CorpusIndex:
             reason = self._changed_folders(root, self.folders[number], rows, layout)
             reason = reason or _changed_tiles(root, rows, layout)
             if reason:
+                # Shards do not change by themselves: one that did is damaged.
+                mend = "write the shard again (scripts/write_shards.py), run"
+                mend = mend if self.layout == "shards" else "run"
                 raise UserError(
-                    f"index {self.path} does not fit {root}: {reason}; run {COMMAND} again, or"
+                    f"index {self.path} does not fit {root}: {reason}; {mend} {COMMAND} again, or"
                     " correct the root"
                 )
 

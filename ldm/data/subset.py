@@ -3,7 +3,7 @@
 import csv
 import io
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -41,8 +41,17 @@ def wanted_per_class(tiles: Sequence[Labelled], fraction: float) -> dict[str, in
     }
 
 
+def percent_of(counts: Mapping[str, int], ratio: int) -> dict[str, int]:
+    """`ratio` percent of each class, rounded as scripts/distance.py rounds synthetic tiles."""
+    return {name: (number * ratio + 50) // 100 for name, number in counts.items()}
+
+
 def draw(
-    tiles: Sequence[Labelled], wanted: Mapping[str, int], seed: int, by_group: bool
+    tiles: Sequence[Labelled],
+    wanted: Mapping[str, int],
+    seed: int,
+    by_group: bool,
+    held: Collection[str] = (),
 ) -> list[str]:
     """What becomes of each tile: `SUBSET`, `REST` or `UNUSED`.
 
@@ -53,23 +62,36 @@ def draw(
 
     Args:
         tiles: All tiles.
-        wanted: Tiles of each class; one that has fewer gives what it has.
+        wanted: Tiles of each class, beside those that are held; a class that has fewer gives what
+            it has.
         seed: Another seed, other tiles. The same tiles for the same seed, in any order of `tiles`.
+        held: Files that are in the subset already. Groups take their turns as if these had been
+            drawn first.
 
     Returns:
         A decision per tile.
     """
-    chosen_groups = _divide(tiles, wanted, seed) if by_group else {tile.group for tile in tiles}
+    held = set(held)
+    already = Counter((tile.label, tile.group) for tile in tiles if tile.file in held)
+    free = [tile for tile in tiles if tile.file not in held]
+    if by_group:
+        chosen_groups = _divide(free, wanted, seed, {group for _, group in already})
+    else:
+        chosen_groups = {tile.group for tile in tiles}
     queues: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for i in sorted(range(len(tiles)), key=lambda i: _order(seed, tiles[i].file)):
-        if tiles[i].group in chosen_groups:
+        if tiles[i].group in chosen_groups and tiles[i].file not in held:
             queues[tiles[i].label][tiles[i].group].append(i)
-    taken: set[int] = set()
+    taken = {i for i, tile in enumerate(tiles) if tile.file in held}
     for name, groups in queues.items():
         turn = sorted(groups, key=lambda group: _order(seed, f"{name}:{group}"))
-        rounds = max(map(len, groups.values()))
-        spread = [groups[g][r] for r in range(rounds) for g in turn if r < len(groups[g])]
-        taken.update(spread[: wanted[name]])
+        # (round, turn, tile): a group that has given tiles already waits for the others.
+        spread = sorted(
+            (already[name, group] + r, place, i)
+            for place, group in enumerate(turn)
+            for r, i in enumerate(groups[group])
+        )
+        taken.update(i for _, _, i in spread[: wanted[name]])
     left = UNUSED if by_group else REST
     return [
         SUBSET if i in taken else left if tile.group in chosen_groups else REST
@@ -77,8 +99,10 @@ def draw(
     ]
 
 
-def _divide(tiles: Sequence[Labelled], wanted: Mapping[str, int], seed: int) -> set[str]:
-    """Groups that hold the `wanted` tiles of every class, and few more.
+def _divide(
+    tiles: Sequence[Labelled], wanted: Mapping[str, int], seed: int, begun: Collection[str]
+) -> set[str]:
+    """Groups that hold the `wanted` tiles of every class, and few more; `begun` are among them.
 
     First, in a random order, those that no class has too many tiles of; then the smallest of those
     that a class still needs.
@@ -87,8 +111,10 @@ def _divide(tiles: Sequence[Labelled], wanted: Mapping[str, int], seed: int) -> 
     for tile in tiles:
         members[tile.group][tile.label] += 1
     have: Counter = Counter()
-    chosen: set[str] = set()
-    groups = sorted(members, key=lambda group: _order(seed, group))
+    chosen = set(begun)
+    for group in chosen & members.keys():
+        have += members[group]
+    groups = sorted(members.keys() - chosen, key=lambda group: _order(seed, group))
     for group in groups:
         if all(have[name] + number <= wanted[name] for name, number in members[group].items()):
             chosen.add(group)

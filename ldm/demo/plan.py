@@ -4,7 +4,7 @@ import csv
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -14,9 +14,9 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.demo.stages import ROOT, Runner, Stage, show_path
 from ldm.errors import UserError
 from ldm.run import RunFolder
+from ldm.stages import ROOT, Runner, Stage, arguments, show_path
 
 CONFIGS = ROOT / "configs" / "demo"
 SETTINGS = "configs/demo/demo.yaml"
@@ -412,11 +412,6 @@ def examine(source: Path) -> tuple[int, str]:
             digest.update(f"{split}/{name} {status.st_size} {status.st_mtime_ns}\n".encode())
     counts = [labelled.labels.count(label) for label in range(len(labelled.classes))]
     return max(counts), digest.hexdigest()
-
-
-def arguments(options: Mapping[str, Any]) -> list[str]:
-    """`{"n": 3}` as `["--n", "3"]`."""
-    return [word for key, value in options.items() for word in (f"--{key}", str(value))]
 
 
 def count_images(folder: Path) -> int:

@@ -12,11 +12,11 @@ from ldm import __version__
 from ldm.checkpoint import load_model
 from ldm.data.tiles import TileFolder, list_images, read_tile, to_uint8
 from ldm.demo.plan import RANDOM, REAL, SELECTED, Plan, mean_probability, read_csv, read_json
-from ldm.demo.stages import Finished
 from ldm.evaluation.baselines import colour_histogram_baseline
 from ldm.evaluation.metrics import HEADLINE
 from ldm.evaluation.report import Page, Series, Tile, bar_chart, line_chart
 from ldm.run import git_revision, hardware, versions, write_text
+from ldm.stages import Finished
 
 SIDE = 64  # pixels of a tile on the screen
 DEVIATIONS = tuple(f"{name}_std" for name in HEADLINE)

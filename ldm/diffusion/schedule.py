@@ -134,6 +134,32 @@ class NoiseSchedule:
         """The noise that z_t and its clean latent imply (inverse of `q_sample` in eps), t >= 0."""
         return (z_t - self.signal(t, z_t) * z_0) / self.noise(t, z_t)
 
+    def v(self, z_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) z_0 (Salimans & Ho 2022, appendix D).
+
+        Args: as `q_sample`.
+        """
+        return self.signal(t, z_0) * eps - self.noise(t, z_0) * z_0
+
+    def eps_of_v(self, z_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
+        """The noise that z_t and its v imply: sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) z_t."""
+        return self.signal(t, z_t) * v + self.noise(t, z_t) * z_t
+
+    def min_snr_weight(self, t: Tensor, like: Tensor, gamma: float, predicted: str) -> Tensor:
+        """Min-SNR-gamma weights of a squared error (Hang et al. 2023, section 3.4).
+
+        With SNR = alpha_bar_t / (1 - alpha_bar_t), an error of z_0 weighs min(SNR, gamma). One of
+        eps is larger by SNR, one of v by SNR + 1, hence min(SNR, gamma) / SNR and / (SNR + 1).
+
+        Args:
+            t: Time steps, (B,) int64 in [0, T).
+            like: What the weights are to multiply.
+            gamma: Above 0.
+            predicted: "eps" or "v".
+        """
+        snr = (self.signal(t, like) / self.noise(t, like)).square()  # shaped as `alpha_bar`
+        return snr.clamp(max=gamma) / (snr + 1 if predicted == "v" else snr)
+
 
 def time_pairs(T: int, steps: int, offset: int = 1) -> list[tuple[int, int]]:
     """The (t, t_prev) pairs that a sampler visits, noisiest first.

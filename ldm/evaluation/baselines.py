@@ -1,18 +1,51 @@
-"""What colour alone is worth: the row that keeps the other rows of a table honest.
+"""What is reached without training a network: the rows that keep the other rows of a table honest.
 
-On NCT-CRC a colour histogram classifies about 82% of the tiles, so a network that does no better
-has learned stains and not tissue.
+On NCT-CRC the mean colour classifies more than half of the tiles and a colour histogram about 82%,
+so a network that does no better has learned stains and not tissue. A linear probe tells what a
+pre-trained backbone knows already.
+
+Letters: N images, D features, H W pixels, K classes.
 """
 
+import json
+import logging
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ldm.data.tiles import TileFolder, decode_tiles, read_tile
+from ldm.errors import UserError
+from ldm.evaluation.confusion import write_confusion
 from ldm.evaluation.metrics import confusion_matrix, scores
+from ldm.evaluation.predictions import Predictions, predictions_name
+from ldm.evaluation.sets import GroupTable, Splits, TransformedTiles, open_splits
+from ldm.evaluation.settings import Settings
+from ldm.evaluation.summary import write_summary
+from ldm.evaluation.vit import eval_transform
+from ldm.run import git_revision, hardware, versions, write_json
+
+if TYPE_CHECKING:
+    from ldm.selection.features import Extractor
+
+log = logging.getLogger(__name__)
 
 BINS = 16
+COLOUR_MEAN, COLOUR_HISTOGRAM, LINEAR_PROBE = "colour_mean", "colour_histogram", "linear_probe"
+KINDS = (COLOUR_MEAN, COLOUR_HISTOGRAM, LINEAR_PROBE)
+# Inverse strengths of the L2 penalty that val chooses among.
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3)
+MAX_ITERATIONS = 5000
+BATCH_SIZE = 64  # of the network of a linear probe
+
+
+def colour_mean(image: np.ndarray) -> np.ndarray:
+    """Mean of R, G and B in [0, 1]; uint8 (H, W, 3) -> (3,) float64."""
+    return image.reshape(-1, 3).mean(axis=0) / 255
 
 
 def colour_histogram(image: np.ndarray) -> np.ndarray:
@@ -20,6 +53,39 @@ def colour_histogram(image: np.ndarray) -> np.ndarray:
     bins = image.reshape(-1, 3) // (256 // BINS)  # (H W, 3)
     counts = [np.bincount(bins[:, channel], minlength=BINS) for channel in range(3)]
     return np.concatenate(counts) / len(bins)
+
+
+COLOURS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    COLOUR_MEAN: colour_mean,
+    COLOUR_HISTOGRAM: colour_histogram,
+}
+
+
+def colour_features(paths: Sequence[Path], kind: str) -> np.ndarray:
+    """Features of tiles by colour alone, (N, D) float64."""
+    return np.stack(decode_tiles(paths, lambda path: COLOURS[kind](read_tile(path))))
+
+
+def logistic_regression(features: np.ndarray, labels: np.ndarray, strength: float):
+    """A fitted multinomial logistic regression on standardised features.
+
+    Args:
+        features: (N, D).
+        labels: (N,).
+        strength: Inverse of the L2 penalty.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=MAX_ITERATIONS))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConvergenceWarning)
+        model.fit(features, labels)
+    if any(issubclass(warning.category, ConvergenceWarning) for warning in caught):
+        log.warning("logistic regression of strength %g: not at its optimum yet", strength)
+    return model
 
 
 def colour_histogram_baseline(train_dir: Path, test_dir: Path) -> dict[str, Any]:
@@ -35,17 +101,207 @@ def colour_histogram_baseline(train_dir: Path, test_dir: Path) -> dict[str, Any]
     Raises:
         UserError: Classes differ, a folder is missing or empty, or an image is unreadable.
     """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
     train = TileFolder(train_dir, size=1, labelled=True, check=False)
     test = TileFolder(test_dir, size=1, labelled=True, classes=train.classes, check=False)
-    features, reported = (
-        np.stack(decode_tiles(tiles.paths, lambda path: colour_histogram(read_tile(path))))
-        for tiles in (train, test)
-    )
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-    model.fit(features, train.labels)
+    features, reported = (colour_features(t.paths, COLOUR_HISTOGRAM) for t in (train, test))
+    model = logistic_regression(features, np.array(train.labels), strength=1.0)
     matrix = confusion_matrix(test.labels, model.predict(reported), len(train.classes))
     return scores(matrix, train.classes)
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """Where the features of a linear probe come from.
+
+    Attributes:
+        weights: A local file, or a run or checkpoint of eval.py.
+        arch: timm's name of the network whose weights these are; None for a run of eval.py.
+        input_size: Pixels; None for the network's own.
+    """
+
+    weights: str | None = None
+    arch: str | None = None
+    input_size: int | None = None
+
+    def check(self) -> None:
+        """UserError where it does not say which network."""
+        if self.weights is None and self.arch is None:
+            raise UserError(
+                "linear_probe needs a network: --weights RUN (of eval.py), or --arch NAME --weights"
+                " FILE (of timm)"
+            )
+        if self.arch is None and self.input_size is not None:
+            raise UserError(
+                "--input_size belongs to --arch; a run of eval.py knows its own, leave it out"
+            )
+
+    def open(self, device: Any) -> "Extractor":
+        from ldm.selection.features import Extractor
+
+        try:
+            if self.arch is None:
+                assert self.weights is not None
+                return Extractor.from_checkpoint(self.weights, device)
+            return Extractor.from_timm(self.arch, self.weights, device, self.input_size, "--arch")
+        except UserError as error:
+            # As the options of this command are called.
+            raise UserError(str(error).replace("--pretrained_weights", "--weights")) from None
+
+
+def run_baseline(
+    kind: str,
+    data_path: Path,
+    train_folder: str,
+    logdir: Path,
+    groups: GroupTable | None = None,
+    backbone: Backbone | None = None,
+    device: str = "auto",
+    num_workers: int = 0,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Fit one baseline on `train_folder`, choose its penalty on val, report test once.
+
+    Leaves `logdir`/`kind`/`train_folder` as eval.py leaves `logdir`/`train_folder`, with the single
+    seed 0, since nothing in it is random. What is there already with the same settings and files
+    is not computed again.
+
+    Args:
+        kind: One of `KINDS`.
+        backbone: Of linear_probe.
+        device: Of its network.
+
+    Returns:
+        The content of summary.json.
+
+    Raises:
+        UserError: Anything wrong with folders, images or weights, or results of other settings.
+    """
+    from ldm.evaluation.runs import RESULT, differences
+
+    splits = open_splits(data_path, train_folder, Settings(input_size=1), None, groups)
+    settings: dict[str, Any] = {"baseline": kind, "strengths": list(STRENGTHS)}
+    arch, extractor = f"logistic regression on {kind.replace('_', ' ')}", None
+    if kind == LINEAR_PROBE:
+        from ldm.cli import resolve_device
+
+        backbone = backbone or Backbone()
+        backbone.check()
+        extractor = backbone.open(resolve_device(device))
+        settings |= {"network": extractor.name, "extractor": extractor.identity}
+        arch = f"linear probe of {extractor.name}"
+    current = {"settings": settings, "data": splits.identity}
+    folder = logdir / kind / train_folder
+    run = folder / "seed0"
+    if (run / RESULT).is_file():
+        result = json.loads((run / RESULT).read_text())
+        changed = differences(result, current)
+        if changed and not overwrite:
+            raise UserError(
+                f"{run} holds a baseline with other settings: {'; '.join(changed)}; add --overwrite"
+                " to replace it, or choose another --logdir"
+            )
+        if not changed:
+            log.info("%s is finished: not computed again", run)
+            return _report(folder, train_folder, result, splits)
+
+    start = time.monotonic()
+    sets = {"train": splits.train, "val": splits.val, "test": splits.test}
+    features = {}
+    for name, tiles in sets.items():
+        if tiles is None:
+            continue
+        if extractor is None:
+            features[name] = colour_features(tiles.paths, kind)
+        else:
+            root = data_path / (train_folder if name == "train" else name)
+            features[name] = probe_features(extractor, root, splits.classes, num_workers)
+    chosen = _choose(features["train"], np.array(splits.train.labels), features["val"], splits.val)
+    val = _predict(chosen.model, features["val"], splits.val)
+    val.write(run / predictions_name("val"))
+    result = {
+        "train_folder": train_folder,
+        "arch": arch,
+        "seed": 0,
+        "split": splits.reported,
+        "best_epoch": None,
+        "updates": None,
+        "epochs": None,
+        "validations": len(STRENGTHS),
+        "strength": chosen.strength,
+        "features": features["train"].shape[1],
+        "val": val.scores(),
+    }
+    if splits.test is not None:
+        test = _predict(chosen.model, features["test"], splits.test)
+        test.write(run / predictions_name("test"))
+        result["test"] = test.scores()
+    result |= {
+        "seconds": round(time.monotonic() - start, 3),
+        **current,
+        "notes": [_how(chosen.strength, features["train"].shape[1])],
+        "versions": versions(),
+        "revision": git_revision(),
+        "hardware": hardware(),
+    }
+    write_json(run / RESULT, result)
+    return _report(folder, train_folder, result, splits)
+
+
+def _how(strength: float, width: int) -> str:
+    return (
+        f"logistic regression on {width} standardised features, C = {strength:g} chosen on val"
+        f" among {len(STRENGTHS)}; deterministic, so one seed"
+    )
+
+
+def _report(
+    folder: Path, train_folder: str, result: dict[str, Any], splits: Splits
+) -> dict[str, Any]:
+    summary = write_summary(
+        folder, train_folder, [result], [folder / "seed0"], splits.groups, splits.notes
+    )
+    write_confusion(folder, summary)
+    return summary
+
+
+def probe_features(
+    extractor: "Extractor", root: Path, classes: Sequence[str], num_workers: int
+) -> np.ndarray:
+    """Features of a labelled folder by a network, as the evaluation shows it tiles; (N, D)."""
+    size = extractor.net.input_size
+    tiles = TransformedTiles(root, size, eval_transform(size), False, classes)
+    tiles.load()
+    return extractor.features(tiles, BATCH_SIZE, num_workers)[0].double().numpy()
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    strength: float
+    model: Any
+
+
+def _choose(
+    features: np.ndarray, labels: np.ndarray, val_features: np.ndarray, val: TransformedTiles
+) -> _Chosen:
+    """The model whose penalty is best on val: by accuracy, then by cross-entropy."""
+    ranked = []
+    for strength in STRENGTHS:
+        model = logistic_regression(features, labels, strength)
+        p = model.predict_proba(val_features)  # (N, K)
+        own = p[np.arange(len(p)), val.labels]
+        loss = -np.log(np.maximum(own, np.finfo(float).tiny)).mean()
+        accuracy = (p.argmax(axis=1) == val.labels).mean()
+        ranked.append((accuracy, -loss, _Chosen(strength, model)))
+    return max(ranked, key=lambda one: one[:2])[2]
+
+
+def _predict(model: Any, features: np.ndarray, tiles: TransformedTiles) -> Predictions:
+    p = model.predict_proba(features)
+    return Predictions(
+        tiles.classes,
+        tiles.relative_paths,
+        np.array(tiles.labels),
+        p.argmax(axis=1),
+        p,
+        tiles.groups,
+    )

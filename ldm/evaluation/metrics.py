@@ -1,4 +1,4 @@
-"""Classification metrics of a whole set, all from one confusion matrix.
+"""Classification metrics of a whole set, from one confusion matrix or from all probabilities.
 
 Letters: N images, K classes. Macro metrics are not means over batches: a loader sorted by class
 gives batches of one class, and the mean of their macro F1 has little to do with that of the set.
@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 HEADLINE = ("accuracy", "macro_f1", "sensitivity", "specificity")
+CALIBRATION_BINS = 15
 
 
 def confusion_matrix(labels: ArrayLike, predictions: ArrayLike, num_classes: int) -> np.ndarray:
@@ -94,13 +95,43 @@ def scores(confusion: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def calibration_error(
+    probabilities: ArrayLike, labels: ArrayLike, bins: int = CALIBRATION_BINS
+) -> float:
+    """Expected calibration error in [0, 1] (Guo et al. 2017, eq. 5), of the predicted class.
+
+    Images are sorted into `bins` equal ranges of their highest probability; the error is the mean
+    over the images of |accuracy - mean confidence| of their range.
+
+    Args:
+        probabilities: (N, K), rows sum to 1.
+        labels: True classes, (N,).
+
+    Raises:
+        ValueError: Shapes that do not go together, no images, or rows that are no probabilities.
+    """
+    p, true = np.asarray(probabilities, dtype=np.float64), np.asarray(labels)
+    if p.ndim != 2 or true.shape != p.shape[:1] or not len(p):
+        raise ValueError(f"probabilities {p.shape} and labels {true.shape} must be (N, K) and (N,)")
+    if not np.allclose(p.sum(axis=1), 1, atol=1e-4):
+        raise ValueError("the probabilities of an image must sum to 1")
+    confidence = p.max(axis=1)  # (N,)
+    correct = p.argmax(axis=1) == true
+    where = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)  # ranges (low, high]
+    # |sum correct - sum confidence| of a range is its size times its gap.
+    gaps = np.bincount(where, correct - confidence, minlength=bins)
+    return float(np.abs(gaps).sum() / len(p))
+
+
 def mean_and_std(runs: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Mean and sample standard deviation (n - 1) of the headline metrics over repeated runs.
 
-    The deviation of a single run is None: it is unknown, not zero.
+    The deviation of a single run is None: it is unknown, not zero. `calibration_error` is there
+    where all runs have it.
     """
     mean, std = {}, {}
-    for name in HEADLINE:
+    extra = ["calibration_error"] if all("calibration_error" in run for run in runs) else []
+    for name in [*HEADLINE, *extra]:
         values = [run[name] for run in runs]
         defined = None not in values
         mean[name] = float(np.mean(values)) if defined else None
@@ -127,14 +158,30 @@ def format_summary(summary: dict[str, Any]) -> str:
         return f"{name!s:>10}  {epoch!s:>5}  {_shown(selected) if selected else '':>7} | {shown}"
 
     for run in runs:
-        lines.append(row(run["seed"], run["best_epoch"], run["val"]["accuracy"], run[split]))
+        epoch = "-" if run["best_epoch"] is None else run["best_epoch"]
+        lines.append(row(run["seed"], epoch, run["val"]["accuracy"], run[split]))
     if len(runs) > 1:
         lines.append(row("mean", "", None, summary["mean"]))
         lines.append(row("deviation", "", None, summary["std"]))
+    interval = summary.get("bootstrap", {}).get(split)
+    if interval:
+        lines.append(f"{'':>10}  {'':>5}  {'':>7} | {format_intervals(interval)}")
     lines += ["", format_per_class([run[split] for run in runs])]
-    if split == "val":
-        lines += ["", VAL_WARNING]
+    notes = summary.get("notes", [])
+    if split == "val" and VAL_WARNING not in notes:
+        notes = [*notes, VAL_WARNING]
+    lines += ["", *(f"- {note}" for note in notes)] if notes else []
     return "\n".join(lines)
+
+
+def format_intervals(interval: dict[str, Any]) -> str:
+    """What `ldm.evaluation.bootstrap.intervals` gives, on a line."""
+    of = "images" if interval["groups"] is None else f"{interval['groups']} groups"
+    ranges = ", ".join(
+        f"{name} {interval[name][0]:.4f} to {interval[name][1]:.4f}"
+        for name in ("accuracy", "macro_f1")
+    )
+    return f"{interval['level']:.0%} over {of}: {ranges}"
 
 
 VAL_WARNING = (

@@ -10,6 +10,7 @@ import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +34,7 @@ p { margin: 8px 0; max-width: 76ch; }
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 12px;
   margin: 18px 0; }
 .fact { background: var(--card); border-radius: 8px; padding: 12px 14px; }
-.fact b { display: block; font-size: 19px; line-height: 1.25; }
+.fact b { display: block; font-size: 19px; line-height: 1.25; overflow-wrap: anywhere; }
 .warning { background: var(--warn); border: 1px solid var(--warn-line); border-radius: 8px;
   padding: 10px 14px; margin: 16px 0; }
 .warning p { max-width: none; margin: 0; }
@@ -43,9 +44,18 @@ th, td { text-align: left; padding: 5px 14px 5px 0; border-bottom: 1px solid var
   vertical-align: top; }
 th { color: var(--soft); font-weight: 600; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-tr.best td { font-weight: 650; }
+tr.best td { font-weight: 650; } tr.failed td { color: var(--second); }
+tr.part td { border-top: 2px solid var(--line); }
+table.wide { font-size: 13px; } table.wide td, table.wide th { padding-right: 12px; }
+table.wide td:not(.n) { min-width: 8em; } table.wide td:first-child { min-width: 13em; }
+table.wide th { vertical-align: bottom; }
+main.wide { max-width: 1280px; }
+ul { margin: 8px 0; padding-left: 20px; max-width: 90ch; } li { margin: 3px 0; }
+ul.soft { padding-left: 18px; }
 code { font: 12px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
   overflow-wrap: anywhere; }
+pre { font: 12px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; margin: 8px 0;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
 details { margin: 10px 0; } summary { cursor: pointer; color: var(--soft); }
 figure { margin: 14px 0; } figcaption { margin-top: 6px; max-width: 90ch; }
 figure > img { max-width: 100%; border-radius: 6px; background: #fff; }
@@ -58,6 +68,7 @@ figure > img { max-width: 100%; border-radius: 6px; background: #fff; }
 .cell.good img { outline: 2px solid var(--third); outline-offset: -2px; }
 .cell.bad img { outline: 2px solid var(--second); outline-offset: -2px; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(280px, 1fr)); gap: 24px; }
+.charts > svg { max-width: 470px; }
 svg { width: 100%; height: auto; font: 11px system-ui, sans-serif; }
 svg text { fill: var(--soft); } svg .axis { stroke: var(--line); }
 svg .s0 { stroke: var(--mark); } svg .f0 { fill: var(--mark); }
@@ -67,6 +78,18 @@ svg .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
 svg .level { stroke: var(--soft); stroke-dasharray: 4 4; }
 svg .title { font-size: 13px; font-weight: 600; fill: var(--text); }
 svg .value { fill: var(--text); }
+svg .band { fill: var(--soft); opacity: .16; } svg .reference { stroke: var(--soft); }
+svg .bar { stroke-width: 1.5; fill: none; }
+svg .share { fill: var(--mark); } svg .strong { fill: var(--page); }
+svg .name { fill: var(--text); }
+@media print { :root { color-scheme: light; --page: #ffffff; --card: #f5f6f8; --line: #dfe3e8;
+  --text: #1d2229; --soft: #5c6672; --mark: #7b3fa0; --second: #c2571a; --third: #1b7f79;
+  --warn: #fdf3e1; --warn-line: #e2b766; }
+  body { font-size: 11px; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  main { max-width: none; padding: 0; } h2, h3 { break-after: avoid; }
+  .scroll { overflow: visible; } table { font-size: 9px !important; }
+  td.n, th.n { white-space: normal; } th, td { padding-right: 6px !important; }
+  figure, .fact, .charts > svg, tr { break-inside: avoid; } }
 """.strip()
 
 COLOURS = 3  # series that a chart can tell apart
@@ -94,13 +117,56 @@ class Series(NamedTuple):
     y: Sequence[float]
 
 
+class Span(NamedTuple):
+    """A cell of a table over several columns."""
+
+    text: str
+    columns: int
+
+
+class Measured(NamedTuple):
+    """Points with deviations: one series of an `error_chart`.
+
+    Attributes:
+        deviation: Of each point, None where unknown.
+    """
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    deviation: Sequence[float | None]
+
+
 def escape(text: object) -> str:
     return html.escape(str(text), quote=True)
 
 
 def png_address(data: bytes) -> str:
-    """A PNG file as an address that an <img> takes."""
-    return "data:image/png;base64," + base64.b64encode(data).decode()
+    """A PNG (or JPEG) file as an address that an <img> takes."""
+    kind = "jpeg" if data.startswith(b"\xff\xd8") else "png"
+    return f"data:image/{kind};base64," + base64.b64encode(data).decode()
+
+
+def embeddable(path: Path, width: int = 1600, largest: int = 400_000) -> bytes:
+    """A picture file for a page: as it is where it is small, else narrower and as JPEG.
+
+    Args:
+        width: In pixels, at most.
+        largest: Bytes up to which a file is taken as it is.
+    """
+    from PIL import Image
+
+    data = path.read_bytes()
+    if len(data) <= largest:
+        return data
+    with Image.open(io.BytesIO(data)) as image:
+        picture = image.convert("RGB")
+    if picture.width > width:
+        height = max(1, round(picture.height * width / picture.width))
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    stream = io.BytesIO()
+    picture.save(stream, format="JPEG", quality=88)
+    return stream.getvalue()
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
@@ -118,6 +184,7 @@ class Page:
 
     title: str
     parts: list[str] = field(default_factory=list)
+    wide: bool = False  # for tables with many columns
 
     def heading(self, text: str) -> None:
         self.parts.append(f"<h2>{escape(text)}</h2>")
@@ -127,6 +194,10 @@ class Page:
 
     def text(self, text: str, soft: bool = False) -> None:
         self.parts.append(f"<p{' class=soft' if soft else ''}>{escape(text)}</p>")
+
+    def bullets(self, lines: Iterable[str], soft: bool = False) -> None:
+        items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+        self.parts.append(f"<ul{' class=soft' if soft else ''}>{items}</ul>")
 
     def warning(self, text: str) -> None:
         self.parts.append(f'<div class="warning"><p>{escape(text)}</p></div>')
@@ -146,28 +217,39 @@ class Page:
         rows: Sequence[Sequence[object]],
         numbers: Iterable[int] = (),
         best: int | None = None,
+        kinds: Sequence[str] = (),
+        wide: bool = False,
     ) -> None:
         """A table.
 
         Args:
             numbers: Columns that are aligned to the right.
             best: Row to stress.
+            kinds: Instead, of each row: words of "best" (stressed), "failed" (in another colour)
+                and "part" (a line before it).
+            wide: Many columns: smaller.
         """
         right = set(numbers)
+        kinds = kinds or ["best" if i == best else "" for i in range(len(rows))]
 
         def cells(tag: str, values: Sequence[object]) -> str:
-            words = []
-            for i, value in enumerate(values):
+            words, i = [], 0
+            for value in values:
+                if isinstance(value, Span):
+                    words.append(f"<{tag} colspan={value.columns}>{escape(value.text)}</{tag}>")
+                    i += value.columns
+                    continue
                 words.append(f"<{tag}{' class=n' if i in right else ''}>{escape(value)}</{tag}>")
+                i += 1
             return "".join(words)
 
         body = "".join(
-            f"<tr{' class=best' if i == best else ''}>{cells('td', row)}</tr>"
-            for i, row in enumerate(rows)
+            f'<tr class="{kind}">{cells("td", row)}</tr>'
+            for kind, row in zip(kinds, rows, strict=True)
         )
         self.parts.append(
-            f'<div class="scroll"><table><thead><tr>{cells("th", columns)}</tr></thead>'
-            f"<tbody>{body}</tbody></table></div>"
+            f'<div class="scroll"><table{" class=wide" if wide else ""}><thead><tr>'
+            f"{cells('th', columns)}</tr></thead><tbody>{body}</tbody></table></div>"
         )
 
     def commands(self, summary: str, lines: Iterable[str]) -> None:
@@ -175,10 +257,20 @@ class Page:
         body = "".join(f"<p><code>{escape(line)}</code></p>" for line in lines)
         self.parts.append(f"<details><summary>{escape(summary)}</summary>{body}</details>")
 
+    def folded(self, summary: str, text: str) -> None:
+        """Text as it is, such as a YAML file, that can be unfolded."""
+        self.parts.append(
+            f"<details><summary>{escape(summary)}</summary><pre>{escape(text)}</pre></details>"
+        )
+
     def picture(self, png: bytes, caption: str) -> None:
-        """A PNG file in full width."""
-        image = f'<img src="{png_address(png)}" alt="{escape(caption)}">'
-        self.parts.append(f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>")
+        """A PNG or JPEG file in full width."""
+        self.parts.append(_figure(png, caption))
+
+    def pictures(self, summary: str, pictures: Iterable[tuple[bytes, str]]) -> None:
+        """Picture files with captions that can be unfolded."""
+        body = "".join(_figure(data, caption) for data, caption in pictures)
+        self.parts.append(f"<details><summary>{escape(summary)}</summary>{body}</details>")
 
     def grid(
         self,
@@ -196,7 +288,7 @@ class Page:
             side: Pixels of a tile on the screen.
             gap: Pixels between groups.
         """
-        widths = [max(1, *(len(groups[g]) for _, groups in rows)) for g in range(len(heads))]
+        widths = [max([1, *(len(groups[g]) for _, groups in rows)]) for g in range(len(heads))]
         template = f" {gap}px ".join(f"repeat({width}, {side}px)" for width in widths)
         cells = ["<span></span>"]
         for g, head in enumerate(heads):
@@ -225,9 +317,16 @@ class Page:
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>{escape(self.title)}</title><style>{STYLE}</style></head>\n"
-            f"<body><main><h1>{escape(self.title)}</h1>\n" + "\n".join(self.parts) + "\n"
+            f"<body><main{' class=wide' if self.wide else ''}><h1>{escape(self.title)}</h1>\n"
+            + "\n".join(self.parts)
+            + "\n"
             "</main></body></html>\n"
         )
+
+
+def _figure(data: bytes, caption: str) -> str:
+    image = f'<img src="{png_address(data)}" alt="{escape(caption)}">'
+    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def _cell(tile: Tile, name: str, head: str, side: int) -> str:
@@ -243,6 +342,7 @@ def _cell(tile: Tile, name: str, head: str, side: int) -> str:
 
 WIDTH, HEIGHT = 360, 220
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 30, 34
+MATRIX_LEFT = 72  # of class names beside a confusion matrix
 
 
 def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
@@ -340,6 +440,127 @@ def bar_chart(
     return _svg(body, title)
 
 
+def error_chart(
+    title: str,
+    series: Sequence[Measured],
+    x_label: str,
+    level: tuple[str, float, float | None] | None = None,
+    y_bounds: tuple[float, float] | None = None,
+    x_ticks: Sequence[float] | None = None,
+) -> str:
+    """Points joined by lines, with bars of their deviations, as SVG. The y axis need not hold 0.
+
+    Args:
+        level: Name, value and deviation of a constant to compare with, drawn as a line in a band.
+        y_bounds: Least range of y, so that several charts have one; see `error_bounds`.
+        x_ticks: Values on the x axis, likewise; those of the points when not given.
+    """
+    assert 1 <= len(series) <= COLOURS, len(series)
+    y_ticks = nice_ticks(*(y_bounds or error_bounds(series, level)))
+    positions = sorted({x for one in series for x in one.x} | set(x_ticks or ()))
+    low, high = positions[0], positions[-1]
+    margin = 0.08 * (high - low) or 1.0
+
+    def place(x: float) -> float:
+        share = (x - low + margin) / (high - low + 2 * margin)
+        return LEFT + share * (WIDTH - LEFT - RIGHT)
+
+    body = [_frame(title, y_ticks)]
+    at = float(LEFT)
+    if level is not None:
+        name, value, deviation = level
+        if deviation:
+            top, bottom = (_height(value + s * deviation, y_ticks) for s in (1, -1))
+            body.append(f'<rect class="band" x="{LEFT}" width="{WIDTH - LEFT - RIGHT}"'
+                        f' y="{top:.1f}" height="{bottom - top:.1f}"/>')  # fmt: skip
+        y = _height(value, y_ticks)
+        body.append(f'<line class="reference" x1="{LEFT}" x2="{WIDTH - RIGHT}"'
+                    f' y1="{y:.1f}" y2="{y:.1f}"/>')  # fmt: skip
+    for x in positions:
+        body.append(f'<text x="{place(x):.1f}" y="{HEIGHT - 19}" text-anchor="middle">{x:.4g}'
+                    "</text>")  # fmt: skip
+    body.append(f'<text x="{(WIDTH + LEFT) / 2}" y="{HEIGHT - 5}" text-anchor="middle">'
+                f"{escape(x_label)}</text>")  # fmt: skip
+    for i, one in enumerate(series):
+        shift = 5 * (i - (len(series) - 1) / 2)  # bars of two series would lie on one another
+        points = [
+            (place(x) + shift, y, s or 0.0)
+            for x, y, s in zip(one.x, one.y, one.deviation, strict=True)
+        ]
+        path = " ".join(f"{x:.1f},{_height(y, y_ticks):.1f}" for x, y, _ in points)
+        body.append(f'<polyline class="line s{i}" points="{path}"/>')
+        for x, y, deviation in points:
+            top, bottom = (_height(y + s * deviation, y_ticks) for s in (1, -1))
+            bar = f"M{x:.1f} {top:.1f}V{bottom:.1f}"
+            if deviation:
+                bar += f"M{x - 3:.1f} {top:.1f}h6M{x - 3:.1f} {bottom:.1f}h6"
+            body.append(f'<path class="bar s{i}" d="{bar}"/><circle class="f{i}" cx="{x:.1f}"'
+                        f' cy="{_height(y, y_ticks):.1f}" r="3"/>')  # fmt: skip
+        body.append(f'<text class="f{i}" x="{at:.1f}" y="{TOP - 4}">● {escape(one.name)}</text>')
+        at += 6.2 * len(one.name) + 26
+    if level is not None:
+        body.append(f'<text x="{at:.1f}" y="{TOP - 4}">— {escape(level[0])}</text>')
+    return _svg(body, title)
+
+
+def error_bounds(
+    series: Sequence[Measured], level: tuple[str, float, float | None] | None = None
+) -> tuple[float, float]:
+    """Least and greatest value of a chart with its bars."""
+    values = [
+        y + sign * (s or 0.0)
+        for one in series
+        for y, s in zip(one.y, one.deviation, strict=True)
+        for sign in (-1, 1)
+    ]
+    if level is not None:
+        values += [level[1] + sign * (level[2] or 0.0) for sign in (-1, 1)]
+    return min(values), max(values)
+
+
+def matrix_chart(title: str, classes: Sequence[str], counts: Sequence[Sequence[float]]) -> str:
+    """A confusion matrix, rows (true classes) in percent, as SVG.
+
+    Args:
+        counts: (K, K), true class by row.
+    """
+    side = (WIDTH - MATRIX_LEFT - 2) / len(classes)
+    top = TOP + 22
+    body = [f'<text class="title" x="0" y="13">{escape(title)}</text>']
+    body.append(f'<text x="{(MATRIX_LEFT + WIDTH) / 2}" y="{TOP}" text-anchor="middle">predicted'
+                "</text>")  # fmt: skip
+    for k, name in enumerate(classes):
+        middle = (k + 0.5) * side
+        fits = int(side / 6.2)
+        body.append(
+            f'<text class="name" x="{MATRIX_LEFT + middle:.1f}" y="{top - 6}" text-anchor="middle">'
+            f"{_cut(name, fits)}</text>"
+            f'<text class="name" x="{MATRIX_LEFT - 6}" y="{top + middle + 4:.1f}"'
+            f' text-anchor="end">{_cut(name, MATRIX_LEFT // 7)}</text>'
+        )
+        images = sum(counts[k])
+        for j, count in enumerate(counts[k]):
+            share = count / images if images else 0.0
+            x, y = MATRIX_LEFT + j * side, top + k * side
+            words = f"{name} predicted as {classes[j]}: {count:g} of {images:g}"
+            shown = f"{100 * share:.0f}" if share >= 0.005 else ""
+            body.append(
+                f'<g><title>{escape(words)}</title><rect class="share" x="{x:.1f}" y="{y:.1f}"'
+                f' width="{side - 1:.1f}" height="{side - 1:.1f}"'
+                f' fill-opacity="{0.05 + 0.95 * share:.2f}"/>'
+                f'<text class="{"strong" if share > 0.5 else "value"}" x="{x + side / 2:.1f}"'
+                f' y="{y + side / 2 + 4:.1f}" text-anchor="middle">{shown}</text></g>'
+            )
+    return _svg(body, title, height=int(top + side * len(classes) + 4))
+
+
+def _cut(name: str, letters: int) -> str:
+    """As much of a name as fits, the whole of it when pointed at."""
+    if len(name) <= max(letters, 3):
+        return escape(name)
+    return f"{escape(name[: max(letters, 3) - 1])}…<title>{escape(name)}</title>"
+
+
 def _height(y: float, ticks: Sequence[float]) -> float:
     share = (y - ticks[0]) / (ticks[-1] - ticks[0])
     return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
@@ -357,8 +578,8 @@ def _frame(title: str, ticks: Sequence[float]) -> str:
     return "".join(words)
 
 
-def _svg(body: Iterable[str], title: str) -> str:
+def _svg(body: Iterable[str], title: str, height: int = HEIGHT) -> str:
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">'
         f"{''.join(body)}</svg>"
     )

@@ -3,10 +3,11 @@
 Letters: S side in pixels.
 """
 
+import csv
 import hashlib
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -18,9 +19,12 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
+from torchvision.transforms import Compose
 
 from ldm.checkpoint import file_sha256
 from ldm.cli import existing_path
+from ldm.data.groups import by_csv
+from ldm.data.images import class_folders
 from ldm.data.tiles import TileFolder, check_tiles, decode_tiles, read_tile
 from ldm.errors import UserError
 from ldm.evaluation.settings import NO_AUGMENT, Settings
@@ -28,6 +32,8 @@ from ldm.evaluation.vit import eval_transform
 
 log = logging.getLogger(__name__)
 
+EVALUATED = ("val", "test")
+IMBALANCE = 3  # times the smallest class that the largest may be without a note
 CACHE_LIMIT = 2 * 2**30  # bytes of decoded tiles that one set may hold in memory
 
 
@@ -111,10 +117,39 @@ class TransformedTiles(TileFolder):
         return [file_sha256(path) for path in self.paths]
 
 
+class RandomD4:
+    """One of the 8 symmetries of the square, drawn with Python's generator: tissue has no up."""
+
+    TURNS = (None, *Image.Transpose)
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        turn = random.choice(self.TURNS)
+        return image if turn is None else image.transpose(turn)
+
+
 def train_transform(settings: Settings):
-    """timm's training augmentation: PIL image -> normalised float32 (3, S, S)."""
+    """timm's training augmentation: PIL image -> normalised float32 (3, S, S).
+
+    Without `crop_flip` the image is resized and its centre cropped as for an evaluation.
+    """
+    geometry, colour, final = _timm_steps(settings)
+    if not settings.crop_flip:
+        # The last step makes a tensor.
+        geometry = eval_transform(settings.input_size).transforms[:-1]
+    if settings.d4:
+        geometry = [*geometry, RandomD4()]
+    for step in colour:
+        operations = [*getattr(step, "ops", []), *chain(*getattr(step, "policy", []))]
+        for operation in operations:
+            if operation.name.startswith("Posterize"):
+                operation.level_fn = partial(_at_least_one_bit, operation.level_fn)
+    return Compose([*geometry, *colour, *final])
+
+
+def _timm_steps(settings: Settings) -> list[list[Callable]]:
+    """timm's steps of geometry, of colour, and those to a tensor with an erased area."""
     try:
-        transform = create_transform(
+        parts = create_transform(
             settings.input_size,
             is_training=True,
             color_jitter=settings.color_jitter,
@@ -123,18 +158,15 @@ def train_transform(settings: Settings):
             re_prob=settings.reprob,
             re_mode=settings.remode,
             re_count=settings.recount,
+            hflip=0.0 if settings.d4 else 0.5,
+            separate=True,
         )
     except (AssertionError, ValueError, KeyError):
         raise UserError(
             f"--aa {settings.aa} is no policy that timm knows; use for example"
             " rand-m9-mstd0.5-inc1, augmix-m5-w4-d2, original, v0 or none"
         ) from None
-    for step in transform.transforms:
-        operations = [*getattr(step, "ops", []), *chain(*getattr(step, "policy", []))]
-        for operation in operations:
-            if operation.name.startswith("Posterize"):
-                operation.level_fn = partial(_at_least_one_bit, operation.level_fn)
-    return transform
+    return [part.transforms for part in parts]
 
 
 def _at_least_one_bit(level_fn: Callable, level: float, hparams: dict) -> tuple[int]:
@@ -145,14 +177,56 @@ def _at_least_one_bit(level_fn: Callable, level: float, hparams: dict) -> tuple[
     return (max(1, level_fn(level, hparams)[0]),)
 
 
+@dataclass(frozen=True)
+class GroupTable:
+    """Where the patient, slide or region of a tile is written.
+
+    Attributes:
+        path: A CSV as `ldm.data.groups.by_csv` reads it, of paths below the folder of a set. Where
+            it has a column `split`, a set takes the rows of its own name.
+        column: Of the groups.
+    """
+
+    path: Path
+    column: str = "group"
+
+    def groups(self, split: str, names: Sequence[str]) -> list[str]:
+        """The group of each tile of a set.
+
+        Raises:
+            UserError: A column is missing, or a tile has no group or two.
+        """
+        with self.path.open(newline="", encoding="utf-8-sig", errors="replace") as stream:
+            by_split = "split" in next(csv.reader(stream), [])
+        try:
+            grouping = by_csv(self.path, self.column, f"split={split}" if by_split else None)
+            return [grouping(name) for name in names]
+        except UserError as error:
+            # Rows are chosen by the column `split` here, not by an option.
+            message = str(error).replace("choose rows with --group_rows", "add a column split")
+            raise UserError(f"--groups, {split} set: {message}") from None
+
+
 @dataclass
 class Splits:
-    """The three sets of an evaluation, indexed; `identity` tells whether their files changed."""
+    """The three sets of an evaluation, indexed.
+
+    Attributes:
+        identity: Tells whether the files of a set changed.
+        notes: What a reader of the results should know about the sets.
+    """
 
     train: TransformedTiles
     val: TransformedTiles
     test: TransformedTiles | None
     identity: dict[str, dict[str, Any]]
+    notes: list[str]
+
+    @property
+    def groups(self) -> dict[str, list[str] | None]:
+        """Groups of the tiles that are evaluated on, by set."""
+        sets = {"val": self.val, "test": self.test}
+        return {name: tiles.groups for name, tiles in sets.items() if tiles is not None}
 
     @property
     def classes(self) -> list[str]:
@@ -170,15 +244,22 @@ class Splits:
 
 
 def open_evaluation_sets(
-    data_path: Path, classes: Sequence[str], input_size: int
+    data_path: Path,
+    classes: Sequence[str],
+    input_size: int,
+    groups: GroupTable | None = None,
 ) -> dict[str, TransformedTiles]:
-    """Those of `val` and `test` that are below `data_path`."""
+    """Those of `val` and `test` that are below `data_path`, with their groups."""
     transform = eval_transform(input_size)
-    found = [name for name in ("val", "test") if (data_path / name).exists()]
-    return {
+    found = {
         name: TransformedTiles(data_path / name, input_size, transform, False, classes)
-        for name in found
+        for name in EVALUATED
+        if (data_path / name).exists()
     }
+    if groups is not None:
+        for name, tiles in found.items():
+            tiles.groups = groups.groups(name, tiles.relative_paths)
+    return found
 
 
 def listing_sha256(digests: Sequence[str], names: Sequence[str]) -> str:
@@ -188,16 +269,22 @@ def listing_sha256(digests: Sequence[str], names: Sequence[str]) -> str:
 
 
 def open_splits(
-    data_path: Path, train_folder: str, settings: Settings, num_classes: int | None = None
+    data_path: Path,
+    train_folder: str,
+    settings: Settings,
+    num_classes: int | None = None,
+    groups: GroupTable | None = None,
 ) -> Splits:
     """Index `data_path`/{train_folder, val, test} and compare their classes.
 
     Args:
         train_folder: Name of the training folder, which also names the results.
         num_classes: What the user believes; checked, never used instead of the folders.
+        groups: Of val and test.
 
     Raises:
-        UserError: A folder is missing or empty, classes differ or the name leaves `data_path`.
+        UserError: A folder is missing or empty, classes differ, the name leaves `data_path` or a
+            tile has no group.
     """
     # By name, not resolved: a training folder may well be a link to another disk.
     relative = Path(train_folder)
@@ -206,7 +293,7 @@ def open_splits(
             f"--output_dir {train_folder}: must name a folder below --data_path {data_path}; it is"
             " the training subset, and its results go to LOGDIR under the same name"
         )
-    if relative.parts[0] in ("val", "test"):
+    if relative.parts[0] in EVALUATED:
         raise UserError(
             f"--output_dir {train_folder} is what the network is evaluated on; name the folder"
             " of the training images"
@@ -221,7 +308,9 @@ def open_splits(
     if len(train.classes) < 2:
         raise UserError(f"{root} has one class folder, {train.classes[0]}; two or more are needed")
     existing_path(data_path / "val", "--data_path (val, which chooses the epoch)", "dir")
-    evaluation = open_evaluation_sets(data_path, train.classes, settings.input_size)
+    _refuse_untrained_classes(root, data_path, train.classes)
+    evaluation = open_evaluation_sets(data_path, train.classes, settings.input_size, groups)
+    notes = [*_imbalance(train)]
     sets = {"train": train, **evaluation}
 
     digests = {name: tiles.digests() for name, tiles in sets.items()}
@@ -229,10 +318,13 @@ def open_splits(
         shared = set(digests["train"]) & set(digests[name])
         if shared:
             example = train.relative_paths[digests["train"].index(min(shared))]
-            log.warning(
-                "%d images of %s are in the training set too (%s): results are too good to be true",
-                sum(digest in shared for digest in digests[name]), name, example
-            )  # fmt: skip
+            number = sum(digest in shared for digest in digests[name])
+            notes.append(
+                f"{number} images of {name} are in the training set too ({example}): results are"
+                " too good to be true"
+            )
+    for note in notes:
+        log.warning("%s: %s", train_folder, note)
     identity = {}
     for name, tiles in sets.items():
         counts = np.bincount(tiles.labels).tolist()
@@ -243,4 +335,31 @@ def open_splits(
         }
     if settings.finetune:
         identity["finetune"] = {"sha256": file_sha256(settings.finetune)}
-    return Splits(train, evaluation["val"], evaluation.get("test"), identity)
+    return Splits(train, evaluation["val"], evaluation.get("test"), identity, notes)
+
+
+def _refuse_untrained_classes(root: Path, data_path: Path, classes: Sequence[str]) -> None:
+    """UserError for classes that are evaluated and have no training folder."""
+    for name in EVALUATED:
+        folder = data_path / name
+        there = class_folders(folder) if folder.is_dir() else []
+        missing = [label for label in there if label not in classes]
+        # Where the names merely differ, what opens the set says so.
+        if missing and set(classes) <= set(there):
+            raise UserError(
+                f"{root} has no class folder {', '.join(missing)}, which {folder} has: a class"
+                " without training images is never predicted; add images of it, or take its folder"
+                f" out of {' and '.join(EVALUATED)}"
+            )
+
+
+def _imbalance(train: TransformedTiles) -> Iterator[str]:
+    """A note where the classes of the training set differ much in size."""
+    counts = np.bincount(train.labels)
+    largest, smallest = int(counts.argmax()), int(counts.argmin())
+    if counts[largest] > IMBALANCE * counts[smallest]:
+        yield (
+            f"the classes are not balanced: {counts[largest]} training images of"
+            f" {train.classes[largest]}, {counts[smallest]} of {train.classes[smallest]}; look at"
+            " macro F1 and the rows per class, accuracy follows the large ones"
+        )

@@ -11,6 +11,7 @@ from ldm.errors import UserError
 PRECISIONS = ("auto", "32", "bf16-mixed", "16-mixed")
 SCHEDULES = ("cosine", "tanh", "constant")
 NO_AUGMENT = "none"
+MATCHED_VALIDATIONS = 40  # of a run whose length is given in updates
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,10 @@ class Settings:
     Defaults are those of the published script, with two differences in what they do:
     - `cooldown_epochs` is 0: the published 10 never ran, because its loop ended at `epochs`.
     - `warmup_epochs` None means 5, or a tenth of `epochs` where that is less.
+
+    With `match_steps` a run is that many optimiser updates instead of `epochs`, and is validated
+    `validations` times at equal distances: training sets of different sizes then get the same
+    updates, the same schedule and equally many chances to be selected.
     """
 
     # Network
@@ -42,6 +47,9 @@ class Settings:
     warmup_lr: float = 1e-6
     warmup_epochs: int | None = None
     cooldown_epochs: int = 0
+    match_steps: int | None = None
+    validations: int | None = None  # None: 40, or as many as there are updates
+    warmup_updates: int | None = None  # None: a tenth of match_steps
     sched: str = "cosine"
     weight_decay: float = 0.05
     momentum: float = 0.9
@@ -51,6 +59,8 @@ class Settings:
     precision: str = "auto"
 
     # Augmentation
+    crop_flip: bool = True
+    d4: bool = False
     smoothing: float = 0.1
     aa: str = "rand-m9-mstd0.5-inc1"
     color_jitter: float = 0.4
@@ -71,19 +81,17 @@ class Settings:
 
     @property
     def warmup(self) -> int:
-        """Warm-up epochs, resolved."""
+        """Warm-up in epochs, or in updates with `match_steps`; resolved."""
+        if self.match_steps is not None:
+            tenth = self.match_steps // 10
+            return tenth if self.warmup_updates is None else self.warmup_updates
         if self.warmup_epochs is None:
             return min(5, self.epochs // 10)
         return self.warmup_epochs
 
     def check(self) -> None:
         """UserError for values that contradict each other or would have no effect."""
-        if self.warmup >= self.epochs:
-            raise UserError(
-                f"--warmup-epochs {self.warmup} must be less than --epochs {self.epochs}; lower it"
-            )
-        if self.cooldown_epochs and self.sched == "constant":
-            raise UserError("--cooldown-epochs needs a --sched that decays: cosine or tanh")
+        self._check_length()
         if self.mixes and self.batch_size % 2:
             raise UserError(
                 f"--batch-size {self.batch_size} must be even, as mixup and cutmix pair images;"
@@ -96,6 +104,39 @@ class Settings:
             )
         if self.checkpoint_key and not self.finetune:
             raise UserError("--checkpoint_key names an entry of the file that --finetune gives")
+
+    def _check_length(self) -> None:
+        if self.match_steps is not None:
+            for name in ("epochs", "warmup_epochs", "cooldown_epochs"):
+                if getattr(self, name) != getattr(Settings, name):
+                    instead = " and --warmup_updates" if name == "warmup_epochs" else ""
+                    raise UserError(
+                        f"--{name.replace('_', '-')} {getattr(self, name)}: --match_steps"
+                        f" {self.match_steps} counts updates{instead}; leave one of them out"
+                    )
+            if (self.validations or 0) > self.match_steps:
+                raise UserError(
+                    f"--validations {self.validations} must be at most --match_steps"
+                    f" {self.match_steps}; lower it"
+                )
+            if self.warmup >= self.match_steps:
+                raise UserError(
+                    f"--warmup_updates {self.warmup} must be less than --match_steps"
+                    f" {self.match_steps}; lower it"
+                )
+            return
+        for name in ("validations", "warmup_updates"):
+            if getattr(self, name) is not None:
+                raise UserError(
+                    f"--{name} {getattr(self, name)} belongs to --match_steps; give that, or leave"
+                    " it out"
+                )
+        if self.warmup >= self.epochs:
+            raise UserError(
+                f"--warmup-epochs {self.warmup} must be less than --epochs {self.epochs}; lower it"
+            )
+        if self.cooldown_epochs and self.sched == "constant":
+            raise UserError("--cooldown-epochs needs a --sched that decays: cosine or tanh")
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

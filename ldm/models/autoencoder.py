@@ -1,10 +1,9 @@
 """Training of the KL autoencoder (stage 1 of the method)."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.config import instantiate_from_config
 from ldm.errors import UserError
@@ -26,10 +25,16 @@ class AutoencoderKL(HistoModule):
         monitor: Validation metric that chooses the best checkpoint.
         betas: Adam's, of both optimisers.
         accumulate_grad_batches: Batches per optimiser step.
+
+    Attributes:
+        gradient_clip_val, gradient_clip_algorithm: As for a Lightning trainer, of each optimiser's
+            own gradient; set by the command.
     """
 
     kind = "autoencoder"
     training_only = ("loss.",)
+    gradient_clip_val: float | None = None
+    gradient_clip_algorithm: str | None = None
 
     def __init__(
         self,
@@ -60,19 +65,25 @@ class AutoencoderKL(HistoModule):
         names = {"val/rec_loss", "val/nll_loss", "val/kl_loss", "val/total_loss", "val/psnr"}
         return names | ({"val/p_loss"} if getattr(self.loss, "perceptual", None) else set())
 
+    def networks(self) -> list[torch.nn.Module]:
+        return [self.net.encoder, self.net.decoder]
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        super().on_before_optimizer_step(optimizer)
+        # Here gradients are unscaled; Lightning clips for automatic optimisation only.
+        if self.gradient_clip_val:
+            self.clip_gradients(optimizer, self.gradient_clip_val, self.gradient_clip_algorithm)
+
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         if self.loss is None:
             raise UserError(
                 "model.params.lossconfig is missing: an autoencoder cannot train without a loss"
             )
-        optimizers = [
-            torch.optim.Adam(self.net.parameters(), lr=self.learning_rate, betas=self.betas)
-        ]
+        options = {"lr": self.learning_rate, "betas": self.betas, "fused": self.fused or None}
+        optimizers = [torch.optim.Adam(self.net.parameters(), **options)]
         if self.loss.discriminator is not None:
             discriminator = self.loss.discriminator.parameters()
-            optimizers.append(
-                torch.optim.Adam(discriminator, lr=self.learning_rate, betas=self.betas)
-            )
+            optimizers.append(torch.optim.Adam(discriminator, **options))
         return optimizers
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -92,7 +103,8 @@ class AutoencoderKL(HistoModule):
         self.check_finite(loss, batch, batch_idx)
         self.manual_backward(loss / self.accumulate_grad_batches)
         if full:
-            log["grad_norm"] = self._step(optimizers[0], self.net.parameters())
+            self._step(optimizers[0])
+            log["grad_norm"] = self.gradient_norm
         if adversarial:
             self.loss.discriminator.requires_grad_(True)
             d_loss, d_log = self.loss.discriminator_loss(x, x_rec, step)
@@ -101,7 +113,7 @@ class AutoencoderKL(HistoModule):
             log |= d_log
             if full:
                 self._uncounted(optimizers[1])
-                self._step(optimizers[1], self.loss.discriminator.parameters())
+                self._step(optimizers[1])
         bar = {"train/rec_loss": log.pop("rec_loss")}
         self.log_dict(bar, prog_bar=True, batch_size=len(x))
         self.log_dict({f"train/{k}": v for k, v in log.items()}, batch_size=len(x))
@@ -112,11 +124,9 @@ class AutoencoderKL(HistoModule):
         optimizer._on_before_step = optimizer._on_after_step = lambda: None
 
     @staticmethod
-    def _step(optimizer, parameters: Iterable[nn.Parameter]) -> Tensor:
-        norm = nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
+    def _step(optimizer) -> None:
         optimizer.step()
         optimizer.zero_grad()
-        return norm
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         x = batch["image"]

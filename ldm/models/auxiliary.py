@@ -98,13 +98,16 @@ class DecoderFinetune(HistoModule):
                 f"model.params.aux_arch={self.aux_arch!r} is not a timm architecture ({error})"
             ) from None
 
+    def networks(self) -> list[torch.nn.Module]:
+        return [self.net.encoder, self.net.decoder, self.aux_classifier]
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         decoder = [*self.net.decoder.parameters(), *self.net.post_quant_conv.parameters()]
         groups = [
             {"params": decoder, "weight_decay": 0.0},
             {"params": list(self.aux_classifier.parameters()), "weight_decay": self.weight_decay},
         ]
-        return torch.optim.AdamW(groups, lr=self.learning_rate)
+        return torch.optim.AdamW(groups, lr=self.learning_rate, fused=self.fused or None)
 
     def train(self, mode: bool = True) -> "DecoderFinetune":
         super().train(mode)

@@ -1,5 +1,8 @@
-"""What the LightningModules have in common: checkpoint records, seeds, finite losses."""
+"""What the LightningModules have in common: checkpoint records, seeds, finite numbers."""
 
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,8 +10,15 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from ldm.checkpoint import KEY, load_strictly, make_record, read_checkpoint
+from ldm.checkpoint import KEY, load_strictly, make_record, read_checkpoint, training_step_of
 from ldm.errors import UserError
+from ldm.models.sharding import whole
+
+# Optimiser steps in a row that float16's loss scaling may skip for gradients that are not finite.
+# It halves its scale at each, so that the first one of 65,536 is below 1 by then: smaller cannot
+# help, the gradient itself is not finite.
+SKIPPED_STEPS = 24
+REMEDY = "lower the learning rate, or use --precision bf16-mixed or 32 instead of 16-mixed"
 
 
 class HistoModule(pl.LightningModule):
@@ -22,19 +32,49 @@ class HistoModule(pl.LightningModule):
         learning_rate: Set by the command, from the configuration's `base_learning_rate`.
         classes: Class names in label order, or None for a model without labels.
         seed: Set by the command, for the record.
+        autoencoder_fingerprint: Names the latent space of a model that trains on latents; None for
+            one that needs images.
+        fused: Set by the command: whether optimisers take a step in one kernel.
     """
 
     kind: str
     training_only: tuple[str, ...] = ()
+    autoencoder_fingerprint: str | None = None
+    fused = False
 
     def __init__(self):
         super().__init__()
         self.learning_rate: float | None = None
         self.classes: list[str] | None = None
         self.seed: int | None = None
+        self.gradient_norm: Tensor | None = None
+        self._shared: torch.Generator | None = None  # of all ranks, see `draw`
+        self._files: list[str] = []  # of the batches of the current optimiser step
+        self._stepped = True
+        self._skipped: Counter[int] = Counter()  # by optimiser: steps in a row, see SKIPPED_STEPS
+
+    def networks(self) -> list[torch.nn.Module]:
+        """The networks that training calls: what is worth compiling."""
+        return []
 
     def use_classes(self, classes: list[str]) -> None:
         """Called before training with the data's class names, none where it is unlabelled."""
+
+    def check_data(self, data: pl.LightningDataModule) -> None:
+        """Called before training: see that the model can be trained on what `data` gives.
+
+        Raises:
+            UserError: Cached latents, and the model needs images or has another latent space.
+        """
+        cache = getattr(data, "cache", None)
+        if cache is None:
+            return
+        if self.autoencoder_fingerprint is None:
+            raise UserError(
+                f"latents: {cache.root} holds no images, and {type(self).__name__} trains on "
+                "images; set data.params.latents=null and give data.params.train"
+            )
+        cache.require(self.autoencoder_fingerprint)
 
     def rebuild_config(self) -> dict[str, Any]:
         """Target and params (plain containers, no paths) that rebuild this model for inference."""
@@ -48,12 +88,54 @@ class HistoModule(pl.LightningModule):
         """Seed the noise of each batch by (seed, batch number, rank).
 
         So a resumed run draws what the uninterrupted one would have drawn, without a random state
-        in the checkpoint, and no two ranks draw the same.
+        in the checkpoint, and no two ranks draw the same. What is drawn with `draw` depends on the
+        seed and the batch number alone.
         """
-        key = (self.seed or 0, self.trainer.fit_loop.total_batch_idx, self.global_rank)
-        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+        if self._stepped:
+            self._files, self._stepped = [], False
+        self._files += map(str, batch.get("path", ()))
+        batches = self.trainer.fit_loop.total_batch_idx
+        if self.trainer.world_size == 1:
+            torch.manual_seed(self._batch_seed(batches, 0))
+        else:
+            self._shared = torch.Generator(self.device).manual_seed(self._batch_seed(batches, 0))
+            torch.manual_seed(self._batch_seed(batches, 1 + self.global_rank))
+
+    def _batch_seed(self, batches: int, stream: int) -> int:
+        key = (self.seed or 0, batches, stream)
+        return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
+    def draw(self, fn: Callable[..., Tensor], size: Sequence[int], **options: Any) -> Tensor:
+        """Random numbers for the images of a training batch, on the model's device.
+
+        Several ranks draw those of their batches together, and each takes its own, as the tiles are
+        dealt (`ldm.data.datamodule.ResumableSampler`): R ranks with batches of B images see what
+        one with a batch of R B images does.
+
+        Args:
+            fn: torch.randn, or another that takes a size, a generator and a device.
+            size: The first is the number of images on this rank.
+            options: Such as dtype.
+        """
+        ranks = 1 if self._trainer is None else self.trainer.world_size
+        if ranks == 1:
+            return fn(size, device=self.device, **options)
+        size = (ranks * size[0], *size[1:])
+        drawn = fn(size, generator=self._shared, device=self.device, **options)
+        return drawn[self.trainer.global_rank :: ranks]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the record.
+
+        Raises:
+            UserError: A weight is not finite. So a checkpoint that exists is a good one.
+        """
+        for name, value in checkpoint["state_dict"].items():
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise UserError(
+                    f"{name} is not finite after step {self._steps_done()}, so no checkpoint is "
+                    f"written; {self._last_checkpoint()}: {REMEDY}, and resume"
+                )
         checkpoint[KEY] = make_record(
             self.kind, self.rebuild_config(), self.classes, self.seed, self.training_only
         )
@@ -67,13 +149,17 @@ class HistoModule(pl.LightningModule):
                 f"the checkpoint was trained on the classes {stored}, the data has {self.classes}"
             )
 
+    def check_start(self, params: dict[str, Any], where: str) -> None:
+        """UserError where weights of a model of these parameters mean something else here."""
+
     def start_from(self, path: str, what: str = "ckpt_path") -> None:
         """Load the weights of a checkpoint of the same kind as a starting point for training.
 
         Weights that only training needs (a discriminator, say) may be absent on either side.
         """
-        stored = read_checkpoint(path, (self.kind,), what)["state_dict"]
-        own = self.state_dict()
+        payload = read_checkpoint(path, (self.kind,), what)
+        self.check_start(payload[KEY]["model"]["params"], f"{what}: {path}")
+        stored, own = payload["state_dict"], self.state_dict()
         extra = {k for k in own.keys() ^ stored.keys() if k.startswith(self.training_only)}
         state = {k: v for k, v in stored.items() if k not in extra} | {
             k: own[k] for k in extra & own.keys()
@@ -84,13 +170,59 @@ class HistoModule(pl.LightningModule):
         """Stop at a loss that is not finite, before it reaches the weights.
 
         Raises:
-            UserError: Names the step, the first files of the batch and the remedy.
+            UserError: Names the step, the files of the batch, the last checkpoint and the remedy.
         """
         if torch.isfinite(loss).all():
             return
-        files = ", ".join(map(str, batch["path"][:3]))
         raise UserError(
-            f"the loss is {float(loss.detach().mean())} at step {self.global_step}, batch "
-            f"{batch_idx} (files: {files}, ...); the last checkpoint is intact: lower the learning "
-            "rate, or use --precision bf16-mixed or 32 instead of 16-mixed, and resume"
+            f"the loss is {float(loss.detach().mean())} at step {self._steps_done()}, batch "
+            f"{batch_idx} (files: {_listed(batch.get('path', ()))}); {self._last_checkpoint()}: "
+            f"{REMEDY}, and resume"
         )
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take the norm of the gradient, and stop where it is not finite, before it is used.
+
+        Lightning calls this once per step of each optimiser, also under manual optimisation, when
+        the gradients of all accumulated batches and ranks are together.
+
+        Raises:
+            UserError: Names the step, the files of its batches, the last checkpoint and the remedy.
+                With float16 an infinite gradient is normal, the loss scaler skips that step; there
+                it is an error after `SKIPPED_STEPS` in a row.
+        """
+        self._stepped = True
+        weights = (p for group in optimizer.param_groups for p in group["params"])
+        gradients = [p.grad for p in weights if p.grad is not None]
+        self.gradient_norm = whole(torch.nn.utils.get_total_norm(gradients))
+        if torch.isfinite(self.gradient_norm):
+            self._skipped[id(optimizer)] = 0
+            return
+        self._skipped[id(optimizer)] += 1
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scaled = scaler is not None and scaler.is_enabled()
+        if scaled and self._skipped[id(optimizer)] < SKIPPED_STEPS:
+            return
+        often = f" {SKIPPED_STEPS} times in a row" if scaled else ""
+        raise UserError(
+            f"the gradient is {float(self.gradient_norm)}{often} at step {self._steps_done()} "
+            f"(files: {_listed(self._files)}); {self._last_checkpoint()}: {REMEDY}, and resume"
+        )
+
+    def _steps_done(self) -> int:
+        return 0 if self._trainer is None else self.global_step
+
+    def _last_checkpoint(self) -> str:
+        """Where to go on after an error. What exists is good: see `on_save_checkpoint`."""
+        root = None if self._trainer is None else Path(self.trainer.default_root_dir)
+        found = [] if root is None else list((root / "checkpoints").glob("*.ckpt"))
+        if not found:
+            return "there is no checkpoint yet"
+        steps = {path: training_step_of(path) or 0 for path in found}
+        newest = max(found, key=lambda path: (steps[path], path.name == "last.ckpt"))
+        return f"the last good checkpoint is {newest}, of step {steps[newest]}"
+
+
+def _listed(files: Sequence[str], most: int = 8) -> str:
+    more = f" and {len(files) - most} more" if len(files) > most else ""
+    return ", ".join(map(str, files[:most])) + more

@@ -4,16 +4,17 @@ import signal
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
-from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from ldm.data.tiles import to_uint8, write_png
 from ldm.errors import Stopped
+from ldm.models.sharding import is_sharded
+from ldm.speed import follow_layout
 
 
 def image_grid(images: Tensor, columns: int = 4):
@@ -26,7 +27,7 @@ def image_grid(images: Tensor, columns: int = 4):
 
 
 class ImageLogger(pl.Callback):
-    """Writes what a model's `log_images` shows as PNG grids into RUN/images, and to TensorBoard.
+    """Writes what a model's `log_images` shows as PNG grids into RUN/images, TensorBoard and W&B.
 
     Grids come from the first validation batch (the first training batch where nothing is held
     out), so that successive grids show the same tiles.
@@ -48,9 +49,11 @@ class ImageLogger(pl.Callback):
     def _fixed_batch(self, trainer: pl.Trainer) -> dict[str, Any]:
         if self._batch is None:
             data = trainer.datamodule.val_dataset or trainer.datamodule.train_dataset
-            items = [data[i]["image"] for i in range(min(self.max_images, len(data)))]
-            self._batch = {"image": torch.stack(items)}
-        return {"image": self._batch["image"].to(trainer.strategy.root_device)}
+            items = [data[i] for i in range(min(self.max_images, len(data)))]
+            name = "moments" if "moments" in items[0] else "image"  # of cached latents
+            self._batch = {name: torch.stack([item[name] for item in items])}
+        device = trainer.strategy.root_device
+        return {name: tensor.to(device) for name, tensor in self._batch.items()}
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
@@ -66,8 +69,10 @@ class ImageLogger(pl.Callback):
         if trainer.global_step != self._last_step:
             self._write(trainer, pl_module)
 
-    @rank_zero_only
     def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # A network in shards computes on all ranks or on none.
+        if not (trainer.is_global_zero or is_sharded(pl_module)):
+            return
         folder = Path(trainer.default_root_dir) / "images"
         folder.mkdir(parents=True, exist_ok=True)
         was_training = pl_module.training
@@ -77,12 +82,24 @@ class ImageLogger(pl.Callback):
             pl_module.eval()
             grids = pl_module.log_images(self._fixed_batch(trainer), self.max_images)
             pl_module.train(was_training)
+        if not trainer.is_global_zero:
+            return
         for name, images in grids.items():
             grid = image_grid(images)
             write_png(folder / f"{name}_{trainer.global_step:08d}.png", grid)
             for logger in trainer.loggers:
                 if isinstance(logger, pl.loggers.TensorBoardLogger):
                     logger.experiment.add_image(name, grid, trainer.global_step, dataformats="HWC")
+                elif isinstance(logger, pl.loggers.WandbLogger):
+                    logger.log_image(name, [grid], trainer.global_step)
+
+
+class FollowLayout(pl.Callback):
+    """Optimiser states of a run that began in another memory layout follow their weights."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for optimizer in trainer.optimizers:
+            follow_layout(optimizer)
 
 
 class ProgressBar(TQDMProgressBar):
@@ -94,7 +111,40 @@ class ProgressBar(TQDMProgressBar):
         return metrics
 
 
-class LastCheckpoint(ModelCheckpoint):
+def validation_is_due(trainer: pl.Trainer) -> bool:
+    """Whether a validation follows the batch that has just been trained on."""
+    loop = trainer.fit_loop
+    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+
+
+class RegularCheckpoint(ModelCheckpoint):
+    """Checkpoints by the number of steps (or the time), each after the validation of its step.
+
+    Lightning's comes before the validation, and resuming from it leaves that validation out: what
+    a validation finds (the classifier's temperature) would be that of an earlier step until the
+    next one.
+    """
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        self._waiting = batch_idx if validation_is_due(trainer) else None
+        if self._waiting is None:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        batch_idx, self._waiting = getattr(self, "_waiting", None), None
+        if batch_idx is not None and not trainer.sanity_checking:
+            super().on_train_batch_end(trainer, pl_module, None, None, batch_idx)
+        super().on_validation_end(trainer, pl_module)
+
+
+class LastCheckpoint(RegularCheckpoint):
     """`last.ckpt`, overwritten every so many steps.
 
     A class of its own, since Lightning tells checkpoint callbacks apart by class and settings, and
@@ -103,6 +153,17 @@ class LastCheckpoint(ModelCheckpoint):
 
     def __init__(self, every_n_train_steps: int, **kwargs: Any):
         super().__init__(filename="last", every_n_train_steps=every_n_train_steps, **kwargs)
+
+
+class RecentCheckpoints(RegularCheckpoint):
+    """The last `keep` of the checkpoints that are written every so many steps."""
+
+    def __init__(self, keep: int, **kwargs: Any):
+        super().__init__(monitor="step", mode="max", save_top_k=keep, **kwargs)
+
+
+class BestCheckpoints(ModelCheckpoint):
+    """The best `save_top_k` by a metric, beside the one that `best.ckpt` is."""
 
 
 class StopOnSignal(pl.Callback):
@@ -126,6 +187,7 @@ class StopOnSignal(pl.Callback):
         self.path = path
         self.every = every
         self.received: signal.Signals | None = None
+        self._stopping = False
         self._batches = 0
         self._step = 0
         self._previous: dict[signal.Signals, Any] = {}
@@ -133,9 +195,16 @@ class StopOnSignal(pl.Callback):
     def _note(self, number: int, frame: Any) -> None:
         self.received = signal.Signals(number)
 
+    def on_sanity_check_start(self, *_: Any) -> None:
+        self._listen()
+
     def on_train_start(self, *_: Any) -> None:
-        # After Lightning has installed its own handlers. Other threads cannot install any.
-        if threading.current_thread() is threading.main_thread():
+        self._listen()
+
+    def _listen(self) -> None:
+        # After Lightning has installed its own handlers, and before the first validation: a SIGTERM
+        # that Lightning takes ends the run with status 0. Other threads cannot install any.
+        if not self._previous and threading.current_thread() is threading.main_thread():
             self._previous = {s: signal.signal(s, self._note) for s in self.SIGNALS}
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
@@ -154,6 +223,18 @@ class StopOnSignal(pl.Callback):
         if not wanted or trainer.global_step == self._step:
             return
         trainer.save_checkpoint(self.path)
+        # A run that goes on from here would leave this step's validation out. What is written now
+        # counts if there is no time left for it.
+        self._stopping = validation_is_due(trainer)
+        if not self._stopping:
+            self._stop(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if self._stopping:
+            trainer.save_checkpoint(self.path)
+            self._stop(trainer)
+
+    def _stop(self, trainer: pl.Trainer) -> NoReturn:
         name = "a signal on another rank" if self.received is None else self.received.name
         raise Stopped(
             f"stopped by {name} after step {trainer.global_step}: {self.path} is written, the same "
@@ -189,7 +270,7 @@ class Throughput(pl.Callback):
         batch: dict,
         batch_idx: int,
     ) -> None:
-        self._images += len(batch["image"]) * trainer.world_size
+        self._images += len(batch["label"]) * trainer.world_size
         # An epoch of a small labelled set may have fewer batches than that.
         if (batch_idx + 1) % self.every == 0 or trainer.is_last_batch:
             seconds = time.perf_counter() - self._since

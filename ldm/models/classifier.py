@@ -22,7 +22,7 @@ from ldm.diffusion.samplers import IndexedNoise
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 from ldm.models.base import HistoModule
-from ldm.models.diffusion import latent_sums, scale_from_sums
+from ldm.models.diffusion import latent_sums, posterior_of, scale_from_sums
 from ldm.modules.autoencoder import AutoencoderKL as AutoencoderNet
 from ldm.modules.lr_schedule import LinearAnneal
 
@@ -168,6 +168,7 @@ def network_config(
     resblock_updown: bool = True,
     use_scale_shift_norm: bool = True,
     dropout: float = 0.0,
+    use_checkpoint: bool = False,
 ) -> dict[str, Any]:
     """target/params of the half UNet for latents of `first_stage`; defaults are the paper's.
 
@@ -176,7 +177,7 @@ def network_config(
         depth: Residual blocks per level.
         channel_mult: Width of each level in multiples of `width`; None for `default_channel_mult`.
         attention_resolutions: See `attention_factors`.
-        pool: See `ldm.modules.unet.EncoderUNetModel`.
+        pool, use_checkpoint: See `ldm.modules.unet.EncoderUNetModel`.
     """
     pixels, size = first_stage.resolution, first_stage.latent_size
     channel_mult = list(channel_mult or default_channel_mult(pixels, size))
@@ -197,6 +198,8 @@ def network_config(
         "resblock_updown": resblock_updown,
         "pool": pool,
     }
+    if use_checkpoint:
+        params["use_checkpoint"] = True
     return {"target": "ldm.modules.unet.EncoderUNetModel", "params": params}
 
 
@@ -316,7 +319,7 @@ class NoisyLatentClassifier(HistoModule):
         different = [
             f"{k} {theirs.get(k)} there, {ours.get(k)} here"
             for k in ours
-            if theirs.get(k) != ours[k]
+            if theirs.get(k) != ours[k] and k != "use_checkpoint"  # the same network either way
         ]
         if different:
             raise UserError(
@@ -347,7 +350,12 @@ class NoisyLatentClassifier(HistoModule):
     @torch.no_grad()
     def encode(self, x: Tensor, sample: bool = True) -> Tensor:
         """Scaled latents z_0 (B, C, H, W) of images in [-1, 1]: a draw, or the mean."""
-        posterior = self.first_stage.encode(x)
+        return self.latents({"image": x}, sample)
+
+    @torch.no_grad()
+    def latents(self, batch: dict[str, Any], sample: bool = True) -> Tensor:
+        """Scaled latents z_0 (B, C, H, W) of a batch, see `posterior_of`: a draw, or the mean."""
+        posterior = posterior_of(batch, self.first_stage)
         return self.scale_factor * (posterior.sample() if sample else posterior.mode())
 
     # Training
@@ -356,9 +364,16 @@ class NoisyLatentClassifier(HistoModule):
         assert self.first_stage is not None, "training needs first_stage"
         self.first_stage.to(self.trainer.strategy.root_device).eval().requires_grad_(False)
 
+    def networks(self) -> list[nn.Module]:
+        first_stage = [] if self.first_stage is None else [self.first_stage.encoder]
+        return [self.net, *first_stage]
+
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = torch.optim.AdamW(
-            self.net.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay
+            self.net.parameters(),
+            lr=self.learning_rate,
+            weight_decay=self.weight_decay,
+            fused=self.fused or None,
         )
         if self.anneal_steps is None:
             return {"optimizer": optimizer}
@@ -370,21 +385,22 @@ class NoisyLatentClassifier(HistoModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         optimizer, y = self.optimizers(), batch["label"]
-        z_0 = self.encode(batch["image"])  # (B, C, H, W)
+        z_0 = self.latents(batch)  # (B, C, H, W)
         if self.noised:
             t = sample_time_steps(self.t_sampler, len(y), self.schedule.T, z_0.device)  # (B,)
-            z_t = self.schedule.q_sample(z_0, t, torch.randn_like(z_0))
+            # Not like z_0, whose memory layout would decide which value gets which number.
+            eps = self.draw(torch.randn, z_0.shape, dtype=z_0.dtype)
+            z_t = self.schedule.q_sample(z_0, t, eps)
         else:
             t, z_t = torch.zeros_like(y), z_0
         loss, accuracy = self.accumulate(z_t, t, y, batch, batch_idx)
-        norm = nn.utils.get_total_norm(p.grad for p in self.net.parameters() if p.grad is not None)
         optimizer.step()
         optimizer.zero_grad()
         if self.anneal_steps is not None:
             self.lr_schedulers().step()
         bar = {"train/loss": loss, "train/accuracy": accuracy}
         self.log_dict(bar, prog_bar=True, batch_size=len(y))
-        self.log("train/grad_norm", norm, batch_size=len(y))
+        self.log("train/grad_norm", self.gradient_norm, batch_size=len(y))
 
     def accumulate(
         self, z_t: Tensor, t: Tensor, y: Tensor, batch: dict[str, Any], batch_idx: int
@@ -414,7 +430,7 @@ class NoisyLatentClassifier(HistoModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         y = batch["label"]
-        z_0 = self.encode(batch["image"], sample=False)
+        z_0 = self.latents(batch, sample=False)
         names = ["/".join(PurePath(path).parts[-2:]) for path in batch["path"]]  # CLASS/file
         clean_logits = self.net(z_0, torch.zeros_like(y)).float()  # (B, K)
         noisy_logits = [self.noisy_logits(z_0, names, q) for q in range(QUARTERS)]

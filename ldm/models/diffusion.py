@@ -1,23 +1,47 @@
 """Training of the latent diffusion model (stage 1 of the method)."""
 
 import logging
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ldm.checkpoint import KEY
 from ldm.config import instantiate_from_config
+from ldm.data.latents import LatentTiles
 from ldm.data.tiles import Tiles
 from ldm.diffusion.samplers import EpsFn, IndexedNoise, ddim
 from ldm.diffusion.schedule import NoiseSchedule, time_pairs
 from ldm.errors import UserError
 from ldm.models.base import HistoModule
+from ldm.models.sharding import is_sharded, shard
 from ldm.modules.autoencoder import AutoencoderKL as AutoencoderNet
+from ldm.modules.autoencoder import DiagonalGaussian
 from ldm.modules.ema import EMA
 
 log = logging.getLogger(__name__)
 
 LOSSES = {"l1": lambda error: error.abs(), "l2": lambda error: error.square()}
+PARAMETERIZATIONS = ("eps", "v")
+WEIGHTINGS = ("none", "min_snr")
+
+
+class EpsFromV(nn.Module):
+    """The noise predictor that a network of v is (Salimans & Ho 2022, appendix D).
+
+    Args:
+        net: (z_t (B, C, H, W), t (B,), y (B,) or None) -> v, (B, C, H, W).
+        schedule: The one that `net` was trained with.
+    """
+
+    def __init__(self, net: nn.Module, schedule: NoiseSchedule):
+        super().__init__()
+        self.net = net
+        self.schedule = schedule
+
+    def forward(self, z_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        return self.schedule.eps_of_v(z_t, t, self.net(z_t, t, y))
 
 
 class LatentDiffusion(HistoModule):
@@ -33,7 +57,14 @@ class LatentDiffusion(HistoModule):
             in published configurations. Not needed beside `first_stage_ckpt`.
         timesteps, beta_schedule, linear_start, linear_end: See
             `ldm.diffusion.schedule.NoiseSchedule`.
-        loss_type: "l1" (the paper's) or "l2", on the predicted noise.
+        loss_type: "l1" (the paper's) or "l2", on what the network predicts.
+        parameterization: What the network predicts: "eps", the noise, or "v" (Salimans & Ho 2022),
+            see `ldm.diffusion.schedule.NoiseSchedule.v`. `eps_model` gives the noise either way.
+        loss_weighting: "none", or "min_snr" (Hang et al. 2023), which multiplies the mean error of
+            each image by `ldm.diffusion.schedule.NoiseSchedule.min_snr_weight` of its time step.
+            The weights are those of the squared error, "l1" is multiplied by the same. Only what
+            is minimised is weighted: what is logged as `loss_simple` is not.
+        min_snr_gamma: Largest signal-to-noise ratio that counts, above 0.
         image_size: Height and width of the latent.
         channels: Channels of the latent.
         scheduler_config: target/params of the learning-rate factor by step.
@@ -61,6 +92,9 @@ class LatentDiffusion(HistoModule):
         linear_start: float = 0.0015,
         linear_end: float = 0.0155,
         loss_type: str = "l1",
+        parameterization: str = "eps",
+        loss_weighting: str = "none",
+        min_snr_gamma: float = 5.0,
         image_size: int = 64,
         channels: int = 3,
         scheduler_config: dict | None = None,
@@ -77,12 +111,26 @@ class LatentDiffusion(HistoModule):
             raise UserError(
                 f"model.params.loss_type={loss_type!r} must be one of {', '.join(LOSSES)}"
             )
+        if parameterization not in PARAMETERIZATIONS:
+            raise UserError(
+                f"model.params.parameterization={parameterization!r} must be one of "
+                f"{', '.join(PARAMETERIZATIONS)}"
+            )
+        if loss_weighting not in WEIGHTINGS:
+            raise UserError(
+                f"model.params.loss_weighting={loss_weighting!r} must be one of "
+                f"{', '.join(WEIGHTINGS)}"
+            )
+        if not min_snr_gamma > 0:
+            raise UserError(f"model.params.min_snr_gamma={min_snr_gamma} must be above 0")
         if scale_factor is not None and not scale_factor > 0:
             raise UserError(
                 f"model.params.scale_factor={scale_factor} must be above 0 (or null to measure it)"
             )
         self.schedule = NoiseSchedule(beta_schedule, timesteps, linear_start, linear_end)
         self.loss_type = loss_type
+        self.parameterization = parameterization
+        self.loss_weighting, self.min_snr_gamma = loss_weighting, min_snr_gamma
         self.latent_shape = (channels, image_size, image_size)
         self.unet_config = unet_config
         self.scheduler_config = scheduler_config
@@ -90,6 +138,7 @@ class LatentDiffusion(HistoModule):
         self.ema_decay = ema_decay
         self.weight_decay = weight_decay
         self.monitor = monitor
+        self._sharded = False
         self.first_stage_model, self.first_stage_config = self._first_stage(
             first_stage_ckpt, first_stage_config
         )
@@ -121,7 +170,7 @@ class LatentDiffusion(HistoModule):
             module = load_model(ckpt, "autoencoder", what="model.params.first_stage_ckpt")
             stated = {k: params[k] for k in ("ddconfig", "embed_dim") if k in params}
             own = module.rebuild_config()["params"]
-            different = [k for k in stated if stated[k] != own[k]]
+            different = [k for k in stated if _lasting(stated[k]) != _lasting(own[k])]
             if different:
                 raise UserError(
                     f"model.params.first_stage_config.params: {', '.join(different)} differs from "
@@ -171,6 +220,9 @@ class LatentDiffusion(HistoModule):
             "linear_start": schedule["linear_start"],
             "linear_end": schedule["linear_end"],
             "loss_type": self.loss_type,
+            "parameterization": self.parameterization,
+            "loss_weighting": self.loss_weighting,
+            "min_snr_gamma": self.min_snr_gamma,
             "image_size": size,
             "channels": channels,
             "use_ema": self.ema is not None,
@@ -191,6 +243,20 @@ class LatentDiffusion(HistoModule):
         self.first_stage_model.eval()
         return self
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.check_start(checkpoint[KEY]["model"]["params"], "the checkpoint to resume")
+
+    def check_start(self, params: dict[str, Any], where: str) -> None:
+        """UserError unless a network of these parameters predicts what this one does."""
+        params = params.get("diffusion", params)  # a label adapter's are one level down
+        theirs = params.get("parameterization", "eps")  # of checkpoints from before there was v
+        if theirs != self.parameterization:
+            raise UserError(
+                f"{where} holds a network that predicts {theirs}, not {self.parameterization}; set "
+                f"model.params.parameterization={theirs}"
+            )
+
     # The latent space
 
     @torch.no_grad()
@@ -198,7 +264,17 @@ class LatentDiffusion(HistoModule):
         self, x: Tensor, generator: torch.Generator | None = None, sample: bool = True
     ) -> Tensor:
         """Scaled latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1]: a draw, or the mean."""
-        posterior = self.first_stage_model.encode(x)
+        return self.latents({"image": x}, generator, sample)
+
+    @torch.no_grad()
+    def latents(
+        self,
+        batch: dict[str, Any],
+        generator: torch.Generator | None = None,
+        sample: bool = True,
+    ) -> Tensor:
+        """Scaled latents z_0 (B, C, h, w) of a batch, see `posterior_of`: a draw, or the mean."""
+        posterior = posterior_of(batch, self.first_stage_model)
         return self.scale_factor * (posterior.sample(generator) if sample else posterior.mode())
 
     @torch.no_grad()
@@ -250,9 +326,26 @@ class LatentDiffusion(HistoModule):
 
     # Training
 
+    def networks(self) -> list[nn.Module]:
+        return [self.unet, self.first_stage_model.encoder]
+
+    def configure_model(self) -> None:
+        """Shard the UNet and its average where the strategy is `ldm.models.sharding`'s."""
+        if not is_sharded(self) or self._sharded:
+            return
+        # Of two dimensions, `shard` would keep a whole network along the first.
+        mesh = self.device_mesh["data_parallel"]
+        shard(self.unet, mesh)
+        if self.ema is not None:
+            shard(self.ema.net, mesh)
+        self._sharded = True
+
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = torch.optim.AdamW(
-            self.parameter_groups(), lr=self.learning_rate, weight_decay=self.weight_decay
+            self.parameter_groups(),
+            lr=self.learning_rate,
+            weight_decay=self.weight_decay,
+            fused=self.fused or None,
         )
         if self.scheduler_config is None:
             return {"optimizer": optimizer}
@@ -271,24 +364,54 @@ class LatentDiffusion(HistoModule):
             self.ema.update(self.unet)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        norm = torch.nn.utils.get_total_norm(
-            p.grad for p in self.unet.parameters() if p.grad is not None
-        )
-        self.log("train/grad_norm", norm)
+        super().on_before_optimizer_step(optimizer)
+        self.log("train/grad_norm", self.gradient_norm)
 
     def eps_loss(
-        self, net: nn.Module, z_0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None = None
+        self, eps_fn: nn.Module, z_0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None = None
     ) -> Tensor:
-        """Mean error of the predicted noise per image, (B,) (Ho et al. 2020, eq. 14)."""
-        error = net(self.schedule.q_sample(z_0, t, eps), t, y) - eps
+        """Mean error of the noise that `eps_fn` predicts, per image, (B,) (Ho et al. 2020, eq. 14).
+
+        Args:
+            eps_fn: See `eps_model`; whatever the network predicts, these losses compare.
+        """
+        error = eps_fn(self.schedule.q_sample(z_0, t, eps), t, y) - eps
         return LOSSES[self.loss_type](error.float()).mean(dim=(1, 2, 3))
 
+    def training_losses(
+        self, z_0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Per image, (B,) each: the loss to minimise, and `eps_loss` without gradient.
+
+        The first is the weighted error of what the network predicts, see `loss_weighting`.
+        """
+        z_t = self.schedule.q_sample(z_0, t, eps)
+        is_v = self.parameterization == "v"
+        error = (self.unet(z_t, t, y) - (self.schedule.v(z_0, t, eps) if is_v else eps)).float()
+        loss = LOSSES[self.loss_type](error).mean(dim=(1, 2, 3))
+        # An error of v is one of eps times sqrt(alpha_bar_t), see `NoiseSchedule.eps_of_v`.
+        eps_error = (self.schedule.signal(t, error) * error if is_v else error).detach()
+        if self.loss_weighting == "min_snr":
+            gamma = self.min_snr_gamma
+            loss = self.schedule.min_snr_weight(t, loss, gamma, self.parameterization) * loss
+        return loss, LOSSES[self.loss_type](eps_error).mean(dim=(1, 2, 3))
+
+    @torch.no_grad()
+    def draw_training(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """z_0 (B, C, h, w) of a batch, its time steps t (B,) and noise eps, drawn by `draw`."""
+        posterior = posterior_of(batch, self.first_stage_model)
+        z_0 = self.scale_factor * posterior.sample(draw=partial(self.draw, torch.randn))
+        t = self.draw(partial(torch.randint, self.schedule.T), (len(z_0),))
+        return z_0, t, self.draw(torch.randn, z_0.shape, dtype=z_0.dtype)
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        z_0 = self.encode_first_stage(batch["image"])
-        t = torch.randint(self.schedule.T, (len(z_0),), device=z_0.device)
-        loss = self.eps_loss(self.unet, z_0, t, torch.randn_like(z_0), self.labels(batch)).mean()
+        z_0, t, eps = self.draw_training(batch)
+        losses, simple = self.training_losses(z_0, t, eps, self.labels(batch))
+        loss = losses.mean()
         self.check_finite(loss, batch, batch_idx)
-        self.log("train/loss_simple", loss.detach(), prog_bar=True, batch_size=len(z_0))
+        self.log("train/loss_simple", simple.mean(), prog_bar=True, batch_size=len(z_0))
+        if self.parameterization != "eps" or self.loss_weighting != "none":
+            self.log("train/loss", loss.detach(), batch_size=len(z_0))  # what is minimised
         return loss
 
     def labels(self, batch: dict[str, Any]) -> Tensor | None:
@@ -300,7 +423,7 @@ class LatentDiffusion(HistoModule):
         generator = torch.Generator().manual_seed(
             batch_idx * self.trainer.world_size + self.global_rank
         )
-        z_0 = self.encode_first_stage(batch["image"], generator)
+        z_0 = self.latents(batch, generator)
         t = torch.randint(self.schedule.T, (len(z_0),), generator=generator).to(z_0.device)
         eps = torch.randn(z_0.shape, generator=generator).to(z_0.device)
         values = self.validation_losses(z_0, t, eps, self.labels(batch))
@@ -310,16 +433,28 @@ class LatentDiffusion(HistoModule):
         self, z_0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None
     ) -> dict[str, Tensor]:
         """What a validation logs of one batch."""
-        values = {"val/loss_simple": self.eps_loss(self.unet, z_0, t, eps, y).mean()}
+        eps_fn = self.eps_model(use_ema=False)
+        values = {"val/loss_simple": self.eps_loss(eps_fn, z_0, t, eps, y).mean()}
         if self.ema is not None:
-            values["val/loss_simple_ema"] = self.eps_loss(self.ema, z_0, t, eps, y).mean()
+            values["val/loss_simple_ema"] = self.eps_loss(self.eps_model(), z_0, t, eps, y).mean()
         return values
 
     # Sampling
 
-    def eps_model(self, use_ema: bool = True) -> nn.Module:
-        """The noise predictor eps(z_t, t), with averaged weights where there are any."""
+    def network(self, use_ema: bool = True) -> nn.Module:
+        """The network, with averaged weights where there are any.
+
+        What it predicts is up to `parameterization`; `eps_model` is what to sample with.
+        """
         return self.ema.net if use_ema and self.ema is not None else self.unet
+
+    def eps_model(self, use_ema: bool = True) -> nn.Module:
+        """The noise predictor eps(z_t, t), with averaged weights where there are any.
+
+        The network itself, or an adapter around one that predicts v.
+        """
+        net = self.network(use_ema)
+        return EpsFromV(net, self.schedule) if self.parameterization == "v" else net
 
     def preview_eps(self, count: int) -> EpsFn:
         """The noise predictor of the `count` samples that `log_images` shows."""
@@ -327,19 +462,41 @@ class LatentDiffusion(HistoModule):
 
     @torch.no_grad()
     def log_images(self, batch: dict[str, Any], count: int) -> dict[str, Tensor]:
-        """Inputs, reconstructions and samples of 50 DDIM steps, (count, 3, H, W) each."""
-        x = batch["image"][:count]
+        """Inputs, reconstructions and samples of 50 DDIM steps, (count, 3, H, W) each.
+
+        Cached latents have no inputs to show.
+        """
+        shown = {name: batch[name][:count] for name in ("image", "moments") if name in batch}
+        z_0_real = self.latents(shown, sample=False)
         pairs = time_pairs(self.schedule.T, min(50, self.schedule.T))
         # The same noise every time, so that successive grids show the same images getting better.
-        noise = IndexedNoise(0, -1, range(len(x)), self.latent_shape, self.device)
-        eps_fn = self.preview_eps(len(x))
+        noise = IndexedNoise(0, -1, range(len(z_0_real)), self.latent_shape, self.device)
+        eps_fn = self.preview_eps(len(z_0_real))
         z_0 = ddim(eps_fn, self.schedule, noise.initial(), pairs, eta=1.0, noise_fn=noise)
-        reconstructions = self.decode_first_stage(self.encode_first_stage(x, sample=False))
+        inputs = {"inputs": shown["image"]} if "image" in shown else {}
         return {
-            "inputs": x,
-            "reconstructions": reconstructions,
+            **inputs,
+            "reconstructions": self.decode_first_stage(z_0_real),
             "samples": self.decode_first_stage(z_0),
         }
+
+
+def _lasting(settings: Any) -> Any:
+    """Settings of an architecture, without what concerns its training only."""
+    if not isinstance(settings, dict):
+        return settings
+    return {key: value for key, value in settings.items() if key != "use_checkpoint"}
+
+
+def posterior_of(batch: dict[str, Any], first_stage: AutoencoderNet) -> DiagonalGaussian:
+    """Posterior over the latents of a batch, not yet scaled.
+
+    The one place that tells images, `image` (B, 3, H, W) in [-1, 1], which are encoded, from cached
+    latents, `moments` (B, 2C, h, w) (see `ldm.data.latents`), which were.
+    """
+    if "moments" in batch:
+        return DiagonalGaussian(batch["moments"])
+    return first_stage.encode(batch["image"])
 
 
 @torch.no_grad()
@@ -349,8 +506,10 @@ def latent_sums(
     """Count, sum and sum of squares of the latents of these tiles, (3,) float64 on `device`.
 
     Taken in expectation over the posterior, E[z^2] = mean^2 + var, so nothing is drawn and the sums
-    do not depend on how the tiles are divided.
+    do not depend on how the tiles are divided. A cache of latents knows its own.
     """
+    if isinstance(dataset, LatentTiles):
+        return dataset.latent_sums(indices).to(device)
     sums = torch.zeros(3, dtype=torch.float64)
     for start in range(0, len(indices), batch_size):
         batch = indices[start : start + batch_size]

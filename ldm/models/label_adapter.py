@@ -30,7 +30,8 @@ class LabelAdapter(LatentDiffusion):
         tune: "embedding" trains the label embedding alone, "all" the UNet with it.
         embedding_rate: Learning rate of the embedding, in multiples of the UNet's: it starts at 0
             beside weights that are nearly where they should be.
-        loss_type: As for `LatentDiffusion`; None for the pre-trained model's.
+        loss_type: As for `LatentDiffusion`; None for the pre-trained model's. What the network
+            predicts, and how losses are weighted, are the pre-trained model's.
         scheduler_config, use_ema, ema_decay, weight_decay, monitor: As for `LatentDiffusion`.
         diffusion: Parameters of `LatentDiffusion` that rebuild the model without `pretrained`, from
             its own checkpoint.
@@ -80,7 +81,7 @@ class LabelAdapter(LatentDiffusion):
         self.label_dropout, self.tune = label_dropout, tune
         self.embedding_rate, self.use_ema = embedding_rate, use_ema
         if source is not None:
-            self.unet.load_state_dict(source.eps_model(pretrained_ema).state_dict())
+            self.unet.load_state_dict(source.network(pretrained_ema).state_dict())
             self.first_stage_model.load_state_dict(source.first_stage_model.state_dict())
             self.scale_factor.copy_(source.scale_factor)
 
@@ -121,7 +122,7 @@ class LabelAdapter(LatentDiffusion):
         y = batch["label"]
         if not self.training:
             return y
-        dropped = torch.rand(len(y), device=y.device) < self.label_dropout
+        dropped = self.draw(torch.rand, (len(y),)) < self.label_dropout
         return torch.where(dropped, -1, y)
 
     def validation_losses(

@@ -5,12 +5,13 @@ Attributes that hold weights keep the names of published checkpoints.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import UserError
 from ldm.modules.blocks import attend, group_norm
@@ -34,8 +35,18 @@ class DiagonalGaussian:
     def std(self) -> Tensor:
         return (0.5 * self.logvar).exp()
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """Draw z; a CPU generator gives the same draw on every device."""
+    def sample(
+        self,
+        generator: torch.Generator | None = None,
+        draw: Callable[..., Tensor] | None = None,
+    ) -> Tensor:
+        """Draw z; a CPU generator gives the same draw on every device.
+
+        Args:
+            draw: Gives the standard normal noise, (size, dtype=...) -> Tensor, instead.
+        """
+        if draw is not None:
+            return self.mean + self.std * draw(self.mean.shape, dtype=self.mean.dtype)
         device = self.mean.device if generator is None else generator.device
         noise = torch.randn(
             self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype
@@ -51,7 +62,18 @@ class DiagonalGaussian:
         return 0.5 * terms.sum(dim=(1, 2, 3))
 
 
-class ResnetBlock(nn.Module):
+class _Block(nn.Module):
+    """A block whose features are kept for the backward pass, or recomputed in it."""
+
+    use_checkpoint = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.use_checkpoint and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, use_reentrant=False)
+        return self._forward(x)
+
+
+class ResnetBlock(_Block):
     """Pre-activation residual block without time embedding."""
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float):
@@ -66,13 +88,13 @@ class ResnetBlock(nn.Module):
         else:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         return self.nin_shortcut(x) + h
 
 
-class AttnBlock(nn.Module):
+class AttnBlock(_Block):
     """Single-head self-attention over all positions."""
 
     def __init__(self, channels: int):
@@ -83,7 +105,7 @@ class AttnBlock(nn.Module):
         self.v = nn.Conv2d(channels, channels, 1)
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         q, k, v = (
             rearrange(layer(h), "b c h w -> b 1 (h w) c") for layer in (self.q, self.k, self.v)
@@ -233,6 +255,7 @@ DDCONFIG_KEYS = {
     "attn_resolutions": (),
     "dropout": 0.0,
     "double_z": True,
+    "use_checkpoint": False,
 }
 """Keys of `ddconfig` and their defaults; None marks a required one."""
 
@@ -243,7 +266,8 @@ class AutoencoderKL(nn.Module):
     Args:
         ddconfig: Architecture: `ch`, `ch_mult`, `num_res_blocks`, `z_channels`, `resolution` (of
             the image, pixels), and optionally `in_channels`, `out_ch`, `attn_resolutions`,
-            `dropout`, `double_z` (True).
+            `dropout`, `double_z` (True), `use_checkpoint` (recompute features in the backward pass:
+            less memory, the same gradients).
         embed_dim: Channels of the latent.
 
     Raises:
@@ -257,10 +281,14 @@ class AutoencoderKL(nn.Module):
         self.downsampling = 2 ** (len(config["ch_mult"]) - 1)
         self.embed_dim = embed_dim
         out_ch, in_channels = config.pop("out_ch"), config.pop("in_channels")
+        use_checkpoint = config.pop("use_checkpoint")
         self.encoder = Encoder(in_channels=in_channels, **config)
         self.decoder = Decoder(out_ch=out_ch, **config)
         self.quant_conv = nn.Conv2d(2 * config["z_channels"], 2 * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, config["z_channels"], 1)
+        for module in self.modules():
+            if isinstance(module, _Block):
+                module.use_checkpoint = use_checkpoint
 
     @staticmethod
     def _checked(ddconfig: dict) -> dict:

@@ -51,12 +51,14 @@ class Extractor:
         identity: SHA-256 of its weights, architecture and input size.
         trained_on: Which labelled tiles it was trained on, as `training_tiles` has it; None where
             that is not recorded.
+        weights: File that they were read from.
     """
 
     net: TileClassifier
     name: str
     identity: str
     trained_on: str | None = None
+    weights: Path | None = None
 
     @classmethod
     def _of(
@@ -64,7 +66,7 @@ class Extractor:
     ) -> "Extractor":
         facts = {**net.params, "num_classes": None, "weights": file_sha256(weights)}
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-        return cls(net, name, digest, trained_on)
+        return cls(net, name, digest, trained_on, weights)
 
     @classmethod
     def from_checkpoint(

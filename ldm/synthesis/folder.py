@@ -16,7 +16,7 @@ import csv
 import io
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,9 @@ class SampleFolder:
         if (root / "settings.json").exists():
             self._check_settings()
             self.read()
-        elif root.is_dir() and any(root.iterdir()):
+        elif root.is_dir() and not all(
+            p.name.startswith(".settings.json.") for p in root.iterdir()
+        ):
             raise UserError(
                 f"--outdir {root}: not empty and without settings.json; give a new folder"
             )
@@ -165,20 +167,24 @@ class SampleFolder:
         if (self.root / row["file"]).is_file():
             self.rows[row["class"], row["index"]] = row
 
-    def missing(self, counts: Mapping[str, int]) -> list[tuple[str, int]]:
-        """The images (class, index) that are still to be made, of the first so many per class."""
-        wanted = [(name, index) for name, count in counts.items() for index in range(count)]
+    def missing(self, wanted: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
+        """Which of these images (class, index) are still to be made."""
         return [job for job in wanted if job not in self.rows]
 
     # Writing
 
-    def start(self) -> None:
-        """Write settings.json, before the first image, and remove what a killed run left."""
+    def start(self, alone: bool = True) -> None:
+        """Write settings.json, before the first image, and remove what a killed run left.
+
+        Args:
+            alone: False leaves unfinished files there: other runs may be writing them.
+        """
         self.root.mkdir(parents=True, exist_ok=True)
         if not (self.root / "settings.json").exists():
             content = {"images": self.settings, "models": self.facts}
             write_json(self.root / "settings.json", content)
-        self._remove_partial()
+        if alone:
+            self._remove_partial()
 
     def _remove_partial(self) -> None:
         for pattern in PARTIAL:
@@ -287,6 +293,11 @@ def write_if_changed(path: Path, content: bytes) -> None:
     """Write a file whole or not at all, unless it holds this already."""
     if not path.is_file() or path.read_bytes() != content:
         write_bytes(path, content)
+
+
+def _being_set(path: Path) -> bool:
+    """Whether it is settings.json while another run of the same images writes it."""
+    return path.name.startswith(".settings.json.") or path.name == "settings.json"
 
 
 def _cell(key: str, value: Any) -> str:

@@ -29,6 +29,29 @@ QUEUE = 2  # sampled batches that may wait to be written: latents are small, but
 
 
 @dataclass(frozen=True)
+class Part:
+    """A share of the images: every `count`-th from the `number`-th on."""
+
+    number: int = 0
+    count: int = 1
+
+    @property
+    def is_whole(self) -> bool:
+        return self.count == 1
+
+    @property
+    def suffix(self) -> str:
+        """Of the journals, so that parts that start together do not share one."""
+        return "" if self.is_whole else f"-{self.number:04d}"
+
+    def of(self, jobs: list[tuple[str, int]]) -> list[tuple[str, int]]:
+        return jobs[self.number :: self.count]
+
+
+WHOLE = Part()
+
+
+@dataclass(frozen=True)
 class SampleReport:
     """What a call of `synthesise` did.
 
@@ -120,6 +143,7 @@ def synthesise(
     counts: Mapping[str, int],
     batch_size: int,
     ranks: Ranks | None = None,
+    part: Part = WHOLE,
 ) -> SampleReport:
     """Make the images 0..count-1 of each class that `folder` does not hold yet.
 
@@ -127,24 +151,26 @@ def synthesise(
         counts: Images per class, of `synthesiser.models.names`.
         batch_size: Images sampled together, of several classes where one does not fill the batch.
         ranks: Processes that share the work; this one alone by default.
+        part: Of the images, to make no others. Other runs may be making theirs in the same folder,
+            so what is made of all of them (manifest, card) is left to a run for the whole.
 
     Raises:
         UserError: Sampling went wrong; what was finished before is in the folder.
     """
     ranks = ranks or Ranks()
-    total = sum(counts.values())
+    wanted = part.of([(name, index) for name, count in counts.items() for index in range(count)])
     stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S.%fZ")
     # One list for all: each would find what the others have made already.
-    jobs, stamp = ranks.broadcast((folder.missing(counts), stamp))
-    present = total - len(jobs)
+    jobs, stamp = ranks.broadcast((folder.missing(wanted), f"{stamp}{part.suffix}"))
+    present = len(wanted) - len(jobs)
     if not jobs:
-        if ranks.is_first:
+        if ranks.is_first and part.is_whole:
             folder.finish()
         return SampleReport(0, present, 0.0)
     if present:
-        log.info("%d of %d images are there already", present, total)
+        log.info("%d of %d images are there already", present, len(wanted))
     if ranks.is_first:
-        folder.start()
+        folder.start(alone=part.is_whole)
     ranks.barrier()
     start = time.perf_counter()
     journal = folder.journal(stamp, ranks.rank, _start(synthesiser, ranks))
@@ -154,12 +180,12 @@ def synthesise(
             _sample(synthesiser, folder, journal, mine, batch_size, quiet=not ranks.is_first)
         ranks.barrier()
     except BaseException:
-        if ranks.is_first:
+        if ranks.is_first and part.is_whole:
             folder.read()
             folder.write_manifest()
         raise
     seconds = time.perf_counter() - start
-    if ranks.is_first:
+    if ranks.is_first and part.is_whole:
         folder.read()
         folder.finish()
     return SampleReport(len(jobs), present, seconds)

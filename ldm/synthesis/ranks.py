@@ -1,7 +1,8 @@
 """The processes that share a run, one per device, through Lightning Fabric.
 
-Fabric starts them on one machine, or joins those that torchrun or srun started. They share no
-tensors: one list goes out at the start, and they wait for one another at the end.
+Fabric starts them on one machine, or joins those that torchrun or srun started. Those that sample
+share no tensors: one list goes out at the start, and they wait for one another at the end. Those
+that train (eval.py) share gradients and predictions.
 """
 
 import logging
@@ -44,6 +45,26 @@ class Ranks:
     def broadcast(self, value: Any) -> Any:
         """The first process's value."""
         return value if self.fabric is None else self.fabric.broadcast(value)
+
+    def mean(self, value: "torch.Tensor") -> "torch.Tensor":
+        """The mean of a tensor over all processes, in each of them."""
+        if self.size == 1:
+            return value
+        from torch import distributed
+
+        total = value.detach().clone()
+        distributed.all_reduce(total)
+        return total / self.size
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each process has, in the order of the ranks; anything that can be pickled."""
+        if self.size == 1:
+            return [value]
+        from torch import distributed
+
+        found: list[Any] = [None] * self.size
+        distributed.all_gather_object(found, value)
+        return found
 
     def barrier(self) -> None:
         """Wait until all processes are here.
@@ -91,8 +112,12 @@ class Layout:
     devices: Devices | None = None
     num_nodes: int = 1
 
-    def launch(self) -> tuple[Ranks, "torch.device"]:
+    def launch(self, backend: str | None = "gloo") -> tuple[Ranks, "torch.device"]:
         """Start the other processes, or join them; returns this one's place and device.
+
+        Args:
+            backend: How tensors travel: gloo where nothing goes between GPUs, which spares NCCL and
+                its timeouts; None for what suits the devices.
 
         Raises:
             UserError: The cluster's environment does not fit.
@@ -110,8 +135,7 @@ class Layout:
                 accelerator=self.devices.accelerator,
                 devices=self.devices.devices,
                 num_nodes=self.num_nodes,
-                # Nothing goes between GPUs, so there is no need for NCCL and its timeouts.
-                strategy=DDPStrategy(process_group_backend="gloo", timeout=TIMEOUT),
+                strategy=DDPStrategy(process_group_backend=backend, timeout=TIMEOUT),
             )
             fabric.launch()
         except (ValueError, RuntimeError) as error:

@@ -2,18 +2,19 @@
 
 import io
 import json
-import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
+from ldm.data.shards import NAME, write_tar
 from ldm.synthesis.folder import OF_IMAGE, SampleFolder, write_if_changed
 
-NAME = "shard-{:06d}.tar"  # a file beside the class folders: a folder would count as a class
 VOLATILE = ("made", "seconds")  # what two runs of the same command differ in
 
 
 def write_shards(folder: SampleFolder, size: int) -> list[Path]:
     """Pack the images into OUT/shard-000000.tar, ...; the same images give the same bytes.
+
+    They lie beside the class folders: a folder of them would count as a class.
 
     The classes alternate, so each shard holds all of them as evenly as the counts allow.
 
@@ -36,22 +37,16 @@ def write_shards(folder: SampleFolder, size: int) -> list[Path]:
 
 
 def _pack(folder: SampleFolder, keys: list[tuple[str, int]]) -> bytes:
-    classes = folder.settings["classes"]
     stream = io.BytesIO()
-    # USTAR has no extended headers, in which a writer may put times.
-    with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for key in keys:
-            row = folder.rows[key]
-            stem = row["file"].removesuffix(".png")
-            label = -1 if classes is None else classes.index(row["class"])
-            about = {name: row[name] for name in OF_IMAGE if name not in VOLATILE}
-            parts: Mapping[str, bytes] = {
-                "png": (folder.root / row["file"]).read_bytes(),
-                "cls": str(label).encode(),
-                "json": json.dumps(about).encode(),
-            }
-            for kind, content in parts.items():
-                entry = tarfile.TarInfo(f"{stem}.{kind}")  # time 0, owner 0, mode 644
-                entry.size = len(content)
-                tar.addfile(entry, io.BytesIO(content))
+    write_tar(stream, (member for key in keys for member in _members(folder, key)))
     return stream.getvalue()
+
+
+def _members(folder: SampleFolder, key: tuple[str, int]) -> Iterator[tuple[str, bytes]]:
+    classes, row = folder.settings["classes"], folder.rows[key]
+    stem = row["file"].removesuffix(".png")
+    label = -1 if classes is None else classes.index(row["class"])
+    about = {name: row[name] for name in OF_IMAGE if name not in VOLATILE}
+    yield f"{stem}.png", (folder.root / row["file"]).read_bytes()
+    yield f"{stem}.cls", str(label).encode()
+    yield f"{stem}.json", json.dumps(about).encode()

@@ -1,0 +1,514 @@
+"""Making a cache of latents: every tile of a data module encoded once (see `ldm.data.latents`)."""
+
+import hashlib
+import io
+import logging
+import math
+import shutil
+import sys
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import save
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from ldm import __version__
+from ldm.data.corpora import Corpora
+from ldm.data.datamodule import DataModuleFromConfig, start_worker
+from ldm.data.latents import (
+    DTYPES,
+    MANIFEST,
+    VERSION,
+    LatentTiles,
+    Shards,
+    read_manifest,
+    shards_of,
+)
+from ldm.data.tiles import Tiles
+from ldm.errors import UserError
+from ldm.models.diffusion import scale_from_sums
+from ldm.modules.autoencoder import AutoencoderKL as AutoencoderNet
+from ldm.run import git_revision, hardware, versions, write_bytes, write_json
+from ldm.synthesis.production import one_thread
+from ldm.synthesis.ranks import Ranks
+
+log = logging.getLogger(__name__)
+
+SHARD_BYTES = 64 * 2**20  # a shard is held in memory until it is written
+SCALE_TILES = 2048  # as `ldm.models.diffusion.LatentDiffusion` measures its scale
+SYMMETRIES = 8
+
+
+def symmetry(x: Tensor, number: int) -> Tensor:
+    """One of the 8 symmetries of the square (..., S, S), 0 the identity."""
+    turned = torch.rot90(x, number % 4, (-2, -1))
+    return turned.flip(-1) if number >= 4 else turned
+
+
+class Views(Dataset):
+    """Images of tiles by (index, view): 0 without augmentation, others as the set augments.
+
+    A view is a function of the seed, the tile's name and its number. Where augmentation is the 8
+    symmetries of the square alone, the views of a tile are distinct ones, all 8 for 8 views.
+    """
+
+    def __init__(self, tiles: Tiles, seed: int):
+        self.tiles = tiles
+        self.plain = tiles.subset(range(len(tiles)), random=False)
+        self.seed = seed
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether there are the 8 symmetries and no other views."""
+        return self.tiles.augment == ["d4"] and self.tiles.crop == "center"
+
+    def __getitem__(self, key: tuple[int, int]) -> Tensor:
+        index, view = key
+        if view == 0:
+            return self.plain[index]["image"]
+        name = self.tiles.relative_paths[index]
+        if self.is_symmetric:
+            order = np.random.default_rng(_number(self.seed, name)).permutation(SYMMETRIES - 1) + 1
+            return symmetry(self.plain[index]["image"], int(order[view - 1])).contiguous()
+        return self.tiles[index, _number(self.seed, name, view)]["image"]
+
+    def __len__(self) -> int:
+        return len(self.tiles)
+
+
+def _number(*facts: object) -> int:
+    """A number in [0, 2^62), a function of the facts."""
+    digest = blake2b("/".join(map(str, facts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 2
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How the autoencoder is run.
+
+    Attributes:
+        precision: "32", or "bf16" for autocast.
+        channels_last: Memory layout of convolutions.
+        batch_size: Images encoded together.
+        workers: Loader processes.
+    """
+
+    precision: str = "32"
+    channels_last: bool = False
+    batch_size: int = 32
+    workers: int = 2
+
+
+class CachePlan:
+    """What a cache will hold, and how far it is made.
+
+    Args:
+        root: Its folder.
+        net: The autoencoder.
+        data: The tiles; its `validation`, or what it holds out, is cached too.
+        views: Of the training tiles; validation tiles have one.
+        dtype: "float16" or "float32".
+        seed: Of the views.
+        encoding: How the autoencoder is run.
+        shard_tiles: Tiles per shard; None for about 64 MiB.
+
+    Raises:
+        UserError: Tiles that cannot be cached, or a folder that holds something else.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        net: AutoencoderNet,
+        data: DataModuleFromConfig,
+        views: int = 1,
+        dtype: str = "float16",
+        seed: int = 0,
+        encoding: Encoding | None = None,
+        shard_tiles: int | None = None,
+    ):
+        self.root, self.net, self.seed = root, net, seed
+        self.encoding = encoding or Encoding()
+        if data.latents is not None:
+            raise UserError(f"--data: its tiles are a cache already (latents={data.latents})")
+        self.sets = {"train": data.train_dataset}
+        if data.val_dataset is not None:
+            self.sets["validation"] = data.val_dataset
+        size = net.latent_size
+        self.moments = (2 * net.embed_dim, size, size)
+        for split, tiles in self.sets.items():
+            self._check(split, tiles)
+        train = Views(self.sets["train"], seed)
+        if views > 1 and not train.tiles.is_random:
+            raise UserError(
+                f"--views {views}: the training tiles have no augmentation, so all views are alike;"
+                " give one (--augment d4, or data.params.train.params.augment) or --views 1"
+            )
+        if views > SYMMETRIES and train.is_symmetric:
+            raise UserError(f"--views {views}: augment=[d4] has {SYMMETRIES} views; give fewer")
+        corpora = None
+        if isinstance(train.tiles, Corpora):
+            corpora = [[corpus.name, corpus.weight] for corpus in train.tiles.corpora]
+        self.settings: dict[str, Any] = {
+            "autoencoder": net.fingerprint(),
+            "latent": [net.embed_dim, size, size],
+            "dtype": dtype,
+            "precision": self.encoding.precision,
+            "channels_last": self.encoding.channels_last,
+            "seed": seed,
+            "classes": data.classes,
+            "corpora": corpora,
+            "splits": {
+                split: self._describe(
+                    tiles,
+                    (split == "validation" and data.validation_node) or data.train_node,
+                    views if split == "train" else 1,
+                    dtype,
+                    shard_tiles,
+                )
+                for split, tiles in self.sets.items()
+            },
+        }
+        self.shards = {split: shards_of(root, self.settings, split) for split in self.sets}
+        self._check_folder()
+
+    def _check(self, split: str, tiles: Dataset) -> None:
+        if not isinstance(tiles, Tiles):
+            raise UserError(
+                f"--data: {split} is a {type(tiles).__name__}; only ldm.data.tiles.TileFolder and "
+                "ldm.data.corpora.Corpora can be cached"
+            )
+        if tiles.size != self.net.resolution:
+            raise UserError(
+                f"--data: {split} has tiles of size={tiles.size}, the autoencoder works on "
+                f"{self.net.resolution} pixels; set it to that"
+            )
+
+    def _describe(
+        self,
+        tiles: Tiles,
+        node: Mapping[str, Any],
+        views: int,
+        dtype: str,
+        shard_tiles: int | None,
+    ) -> dict[str, Any]:
+        tile_bytes = views * math.prod(self.moments) * DTYPES[dtype].itemsize
+        rows = zip(*self.table(tiles).values(), strict=True)
+        digest = hashlib.sha256()
+        for name, _, label, group, corpus in rows:
+            digest.update(f"{name}\0{label}\0{group}\0{corpus}\n".encode())
+        return {
+            "tiles": len(tiles),
+            "views": views,
+            "shard_tiles": shard_tiles or max(1, SHARD_BYTES // tile_bytes),
+            "sha256": digest.hexdigest(),
+            "augment": [] if views == 1 else tiles.augment,
+            "crop": "center" if views == 1 else tiles.crop,
+            "resize": tiles.resize,
+            "preprocess": list(node["params"].get("preprocess") or []),
+        }
+
+    @staticmethod
+    def table(tiles: Tiles) -> dict[str, Sequence]:
+        """The columns of a split's Parquet file."""
+        count = len(tiles)
+        numbers = tiles.corpus_numbers().tolist() if isinstance(tiles, Corpora) else [0] * count
+        return {
+            "name": tiles.relative_paths,
+            "path": [tiles.path(i) for i in range(count)],
+            "label": tiles.labels,
+            "group": [None] * count if tiles.groups is None else tiles.groups,
+            "corpus": numbers,
+        }
+
+    def _check_folder(self) -> None:
+        """See that the folder is free, or holds what this plan makes."""
+        manifest = read_manifest(self.root, "--out")
+        if manifest is None:
+            if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
+                raise UserError(
+                    f"--out {self.root} exists and was not made by this command; give another"
+                )
+            return
+        there, here = _flat(manifest["settings"]), _flat(self.settings)
+        different = [key for key in here | there if there.get(key) != here.get(key)]
+        if different:
+            key = different[0]
+            raise UserError(
+                f"--out {self.root} holds a cache with other settings ({key} was "
+                f"{_short(there.get(key))}, is {_short(here.get(key))}); give another --out"
+            )
+
+    def missing(self) -> list[tuple[str, int]]:
+        """Shards (split, number) that are not there; damaged ones are named, not counted.
+
+        Raises:
+            UserError: A shard is damaged.
+        """
+        jobs = []
+        for split, shards in self.shards.items():
+            for number in range(len(shards)):
+                if shards.path(number).exists():
+                    shards.open(number)
+                else:
+                    jobs.append((split, number))
+        return jobs
+
+    def images(self, jobs: Sequence[tuple[str, int]]) -> int:
+        """How many images these shards take."""
+        return sum(len(self.shards[s].range(n)) * self.shards[s].views for s, n in jobs)
+
+    def bytes_of(self, jobs: Sequence[tuple[str, int]]) -> int:
+        """Disk use of these shards."""
+        return sum(self.shards[s].bytes_of(len(self.shards[s].range(n))) for s, n in jobs)
+
+    def free(self) -> int:
+        """Free bytes where the cache is to be."""
+        folder = self.root.absolute()
+        while not folder.exists():
+            folder = folder.parent
+        return shutil.disk_usage(folder).free
+
+    def require_space(self, jobs: Sequence[tuple[str, int]]) -> None:
+        """UserError where these shards do not fit on the disk."""
+        needed, free = self.bytes_of(jobs), self.free()
+        if needed > free:
+            raise UserError(
+                f"--out {self.root}: the cache needs {gibibytes(needed)} more and {gibibytes(free)}"
+                " are free; free some, give another --out, --dtype float16 or fewer --views"
+            )
+
+    def describe(self, jobs: Sequence[tuple[str, int]]) -> str:
+        """Tiles, views, sizes and disk use, one per line."""
+        lines = []
+        for split, shards in self.shards.items():
+            facts = self.settings["splits"][split]
+            names = [a if isinstance(a, str) else str(a.get("target")) for a in facts["augment"]]
+            augment = f" (augmented: {', '.join(names) or facts['crop'] + ' crops'})"
+            lines.append(
+                f"{split:<12} {shards.tiles:,} tiles x {shards.views} views"
+                f"{augment if shards.views > 1 else ''} in {len(shards):,} files"
+            )
+        channels, height, width = self.settings["latent"]
+        everything = [(s, n) for s, shards in self.shards.items() for n in range(len(shards))]
+        classes = self.settings["classes"]
+        return "\n".join(
+            [
+                *lines,
+                f"classes      {', '.join(classes) if classes else 'none (unlabelled)'}",
+                f"latents      mean and log-variance, {channels}x{height}x{width} each, "
+                f"{self.settings['dtype']}, encoded in {self.settings['precision']}",
+                f"autoencoder  {self.settings['autoencoder'][:12]}",
+                f"disk         {gibibytes(self.bytes_of(everything))}, of which "
+                f"{gibibytes(self.bytes_of(jobs))} are to be made; {gibibytes(self.free())} free",
+            ]
+        )
+
+    def start(self) -> None:
+        """Claim the folder: write the manifest and the tables of the tiles."""
+        for split, tiles in self.sets.items():
+            write_bytes(self.root / f"{split}.parquet", _parquet(self.table(tiles)))
+        self._write_manifest(complete=False)
+
+    def finish(self, seconds: float, made: int) -> dict[str, Any]:
+        """Look at all shards, compute the statistics, complete the manifest; returns it."""
+        tiles = LatentTiles(self.shards["train"], self.table(self.sets["train"]))
+        count = min(SCALE_TILES, len(tiles))
+        chosen = torch.linspace(0, len(tiles) - 1, count).long().unique().tolist()
+        sums = tiles.latent_sums(chosen)
+        number, total, squares = sums.tolist()
+        statistics = {
+            "scale_factor": scale_from_sums(sums),
+            "tiles": len(chosen),
+            "mean": total / number,
+            "std": (squares / number - (total / number) ** 2) ** 0.5,
+        }
+        return self._write_manifest(
+            complete=True,
+            statistics=statistics,
+            last_start={
+                "command": sys.argv,
+                "images": made,
+                "seconds": round(seconds, 3),
+                "batch_size": self.encoding.batch_size,
+                "revision": git_revision(),
+                "versions": {"histodiffusion": __version__, **versions()},
+                "hardware": hardware(),
+            },
+        )
+
+    def _write_manifest(self, **facts: Any) -> dict[str, Any]:
+        manifest = {"version": VERSION, "settings": self.settings, **facts}
+        write_json(self.root / MANIFEST, manifest)
+        return manifest
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """What a call of `make_cache` did.
+
+    Attributes:
+        made: Images encoded, by all processes together.
+        seconds: Wall-clock time of it.
+        statistics: Of the cache, in the first process.
+    """
+
+    made: int
+    seconds: float
+    statistics: dict[str, Any]
+
+
+def make_cache(plan: CachePlan, device: torch.device, ranks: Ranks | None = None) -> CacheReport:
+    """Make the shards that are missing.
+
+    Args:
+        ranks: Processes that share the work; this one alone by default.
+
+    Raises:
+        UserError: A tile cannot be read or encoded; finished shards stay.
+    """
+    ranks = ranks or Ranks()
+    # One list for all: each would find what the others have made already.
+    jobs = ranks.broadcast(plan.missing())
+    if ranks.is_first:
+        plan.require_space(jobs)
+        if jobs:
+            plan.start()
+    ranks.barrier()
+    start = time.perf_counter()
+    mine = jobs[ranks.rank :: ranks.size]
+    if mine:
+        with one_thread(device):
+            _encode(plan, device, mine, quiet=not ranks.is_first)
+    ranks.barrier()
+    seconds = time.perf_counter() - start
+    if not ranks.is_first:
+        return CacheReport(plan.images(jobs), seconds, {})
+    manifest = read_manifest(plan.root, "--out")
+    if jobs or not manifest["complete"]:
+        manifest = plan.finish(seconds, plan.images(jobs))
+    return CacheReport(plan.images(jobs), seconds, manifest["statistics"])
+
+
+class _Batches:
+    """Keys (index, view) of one shard after the other, a list per batch; no batch spans two."""
+
+    def __init__(self, shards: Shards, numbers: Sequence[int], batch_size: int):
+        self.shards, self.numbers, self.batch_size = shards, numbers, batch_size
+
+    def of_shard(self, number: int) -> list[list[tuple[int, int]]]:
+        keys = [(i, v) for i in self.shards.range(number) for v in range(self.shards.views)]
+        return [keys[k : k + self.batch_size] for k in range(0, len(keys), self.batch_size)]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for number in self.numbers:
+            yield from self.of_shard(number)
+
+    def __len__(self) -> int:
+        return sum(len(self.of_shard(number)) for number in self.numbers)
+
+
+def _encode(
+    plan: CachePlan, device: torch.device, jobs: Sequence[tuple[str, int]], quiet: bool
+) -> None:
+    """Encode and write these shards."""
+    encoding = plan.encoding
+    layout = torch.channels_last if encoding.channels_last else torch.contiguous_format
+    net = plan.net.to(device, memory_format=layout).eval()
+    live = sys.stderr.isatty()
+    options = {"unit": "img", "dynamic_ncols": True, "mininterval": 0.1 if live else 10.0}
+    with tqdm(total=plan.images(jobs), disable=quiet, **options) as bar:
+        for split, shards in plan.shards.items():
+            numbers = [number for name, number in jobs if name == split]
+            if not numbers:
+                continue
+            batches = _Batches(shards, numbers, encoding.batch_size)
+            loader = DataLoader(
+                Views(plan.sets[split], plan.seed),
+                batch_sampler=batches,
+                num_workers=encoding.workers,
+                pin_memory=device.type == "cuda",
+                worker_init_fn=start_worker,
+            )
+            stream = iter(loader)
+            for number in numbers:
+                moments, sums = [], []
+                for _ in batches.of_shard(number):
+                    x = next(stream).to(device, memory_format=layout, non_blocking=True)
+                    posterior = _posterior(net, x, encoding.precision)  # (b, 2C, h, w) float32
+                    moments.append(posterior.cpu())
+                    sums.append(latent_sums_of(posterior))
+                    bar.update(len(x))
+                _write_shard(shards, number, torch.cat(moments), torch.cat(sums))
+
+
+@torch.inference_mode()
+def _posterior(net: AutoencoderNet, x: Tensor, precision: str) -> Tensor:
+    """Mean and log-variance of images, stacked, (B, 2C, h, w) float32."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        posterior = net.encode(x)
+    return torch.cat([posterior.mean, posterior.logvar], dim=1).float()
+
+
+def latent_sums_of(moments: Tensor) -> Tensor:
+    """Sum of the mean and of mean^2 + variance of each image, (B, 2) float64."""
+    mean, logvar = moments.cpu().double().chunk(2, dim=1)
+    return torch.stack([mean.sum((1, 2, 3)), (mean.square() + logvar.exp()).sum((1, 2, 3))], dim=1)
+
+
+def _write_shard(shards: Shards, number: int, moments: Tensor, sums: Tensor) -> None:
+    shape = (len(shards.range(number)), shards.views)
+    with np.errstate(over="ignore"):
+        stored = moments.numpy().astype(DTYPES[shards.dtype]).reshape(*shape, *shards.moments)
+    if not np.isfinite(stored).all():
+        largest = float(moments.abs().max())
+        raise UserError(
+            f"the autoencoder's latents reach {largest:.3g}, which {shards.dtype} cannot hold; use "
+            "--dtype float32, and check that the autoencoder is a trained one"
+        )
+    crc = [zlib.crc32(view) for view in stored.reshape(-1, *shards.moments)]
+    arrays = {
+        "moments": stored,
+        "sums": sums.numpy().reshape(*shape, 2),
+        "crc": np.array(crc, np.uint32).reshape(shape),
+    }
+    write_bytes(shards.path(number), save(arrays, {"format": f"histodiffusion latents {VERSION}"}))
+
+
+def _parquet(table: Mapping[str, Sequence]) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kinds = {"label": pa.int32(), "corpus": pa.int16()}
+    columns = [pa.array(values, kinds.get(name, pa.string())) for name, values in table.items()]
+    stream = io.BytesIO()
+    pq.write_table(pa.table(columns, names=list(table)), stream, compression="zstd")
+    return stream.getvalue()
+
+
+def _flat(settings: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Settings by dotted name."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        below = isinstance(value, Mapping) and value
+        flat |= _flat(value, f"{path}{name}.") if below else {f"{path}{name}": value}
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 20 else f"{text[:12]}..."
+
+
+def gibibytes(count: int) -> str:
+    """A number of bytes for people."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.2f} MiB"

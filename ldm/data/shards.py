@@ -1,0 +1,398 @@
+"""Tar shards of tiles in the layout of WebDataset (key.png, key.cls), from an indexed corpus.
+
+Millions of small files wear out a cluster's file system; a few thousand tar files do not, and
+`ldm.data.storage.ShardLayout` reads any tile in them directly. Which tile goes into which shard
+follows from the index and the size alone, and a shard appears whole or not at all: an interrupted
+run goes on with the shards that are missing.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import os
+import tarfile
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from ldm.checkpoint import free_space
+from ldm.data.index import COLUMNS, COMMAND, CorpusIndex, content_hash, make_table, place_of
+from ldm.data.storage import BLOCK, LAYOUTS, Layout, Place, path_order, top_folder
+from ldm.errors import UserError
+from ldm.run import write_json
+
+if TYPE_CHECKING:
+    import pyarrow
+
+log = logging.getLogger(__name__)
+
+NAME = "shard-{:06d}.tar"
+RECORD = "shards.json"
+VERSION = 1
+AHEAD = 8  # tiles per thread that may wait to be written
+
+Row = dict[str, Any]  # of an index, by column
+
+
+def write_tar(stream: IO[bytes], members: Iterable[tuple[str, bytes]]) -> list[tuple[int, int]]:
+    """Write members, name and content, as a tar file; the same members give the same bytes.
+
+    Returns:
+        Offset and length of each content.
+    """
+    places = []
+    # GNU's format: names of any length, and no extended header in which a writer may put times.
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as archive:
+        for name, content in members:
+            entry = tarfile.TarInfo(name)  # time 0, owner 0, mode 644
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+            end = archive.offset
+            places.append((end - -(-len(content) // BLOCK) * BLOCK, len(content)))
+    return places
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a call of `CorpusShards.write` did.
+
+    Attributes:
+        written: Shards made now.
+        present: Shards that were there.
+        tiles: In all shards.
+        bytes: Of all shards.
+    """
+
+    written: int
+    present: int
+    tiles: int
+    bytes: int
+
+
+class CorpusShards:
+    """The tar shards that an index's tiles make; tiles with a problem are left out.
+
+    Bytes are stored as they are; a row of an array becomes a PNG of the pixels that training would
+    see. Labels are stored in KEY.cls, groups in the index of the shards.
+
+    Args:
+        index: Of the corpus.
+        roots: Where it is, in the order of the index.
+        out: Folder of the shards; their index is written beside it, as OUT.parquet.
+        size: Bytes of a shard, at most, unless a single tile is larger.
+
+    Raises:
+        UserError: The index is stale, or `out` holds other shards or other files.
+    """
+
+    def __init__(self, index: CorpusIndex, roots: Sequence[Path], out: Path, size: int):
+        index.check(roots)
+        if index.path.resolve() == out.with_name(f"{out.name}.parquet").resolve():
+            raise UserError(
+                f"--out {out}: the index of the shards would replace {index.path}; give another"
+            )
+        self.roots = list(roots)
+        self.out = out
+        self.layout: Layout = LAYOUTS[index.layout]
+        self._re_encodes = index.layout == "array"
+        self._tiles = _good_tiles(index)
+        self._names = self._member_names()
+        self.starts = self._divide(size)  # of each shard, in tiles, and the end
+        self._record = {"version": VERSION, "size": size, "tiles": len(self._tiles)}
+        self._record |= {"shards": len(self), "corpus": self._identity(index)}
+        self._check_out()
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def index_path(self) -> Path:
+        return self.out.with_name(f"{self.out.name}.parquet")
+
+    def path(self, number: int) -> Path:
+        return self.out / NAME.format(number)
+
+    def _identity(self, index: CorpusIndex) -> str:
+        """Which tiles there are, with which labels; not where they are."""
+        digest = hashlib.sha256(index.layout.encode())
+        for name in ("root", "path", "label", "group", "hash"):
+            for part in self._tiles[name].to_pylist():
+                digest.update(f"{part}\0".encode())
+        return digest.hexdigest()
+
+    def _check_out(self) -> None:
+        if self.out.exists() and not self.out.is_dir():
+            raise UserError(f"--out {self.out} is a file; give a folder")
+        path = self.out / RECORD
+        if not path.is_file():
+            if self.out.is_dir() and any(self.out.iterdir()):
+                raise UserError(f"--out {self.out}: not empty and without {RECORD}; give another")
+            return
+        try:
+            known = json.loads(path.read_text())
+        except ValueError:
+            raise UserError(f"{path}: unreadable; give another --out") from None
+        differ = [name for name, value in self._record.items() if known.get(name) != value]
+        if differ:
+            said = ", ".join(f"{n} {known.get(n)} there, {self._record[n]} now" for n in differ)
+            raise UserError(
+                f"--out {self.out}: its shards are of another index or size ({said}); give another "
+                "folder, or the same index and --size"
+            )
+
+    def _member_names(self) -> list[str]:
+        """Names in the shards: those below the roots, with one dot, since the first ends the key
+        in WebDataset's eyes."""
+        several, taken, names = len(self.roots) > 1, set(), []
+        columns = (self._tiles[name].to_pylist() for name in ("root", "path"))
+        for root, path in zip(*columns, strict=True):
+            folder, _, base = path.rpartition("/")
+            stem, extension = (base, ".png") if self._re_encodes else os.path.splitext(base)
+            parts = [str(root)] if several else []
+            parts += [folder] if folder else []
+            key = plain = "/".join([*parts, stem.replace(".", "_")])
+            number = 1
+            while key in taken:  # a.b.png beside a_b.png, or a.png beside a.jpg
+                number += 1
+                key = f"{plain}_{number}"
+            taken.add(key)
+            names.append(f"{key}{extension.lower()}")
+        return names
+
+    @cached_property
+    def _sizes(self) -> np.ndarray:
+        """Bytes that each tile takes in a shard, at most, int64."""
+        sizes = np.array(self._tiles["size"].to_pylist(), np.int64)
+        if self._re_encodes:  # as PNG; hardly more than the pixels
+            shape = (self._tiles[name].to_pylist() for name in ("width", "height"))
+            width, height = (np.array(pixels, np.int64) for pixels in shape)
+            sizes = 3 * width * height + height + 1024
+        headers = np.array([_headers(name) for name in self._names], np.int64)
+        labelled = np.array([label is not None for label in self._tiles["label"].to_pylist()])
+        return headers + -(-sizes // BLOCK) * BLOCK + labelled * (headers + BLOCK)
+
+    def _divide(self, size: int) -> list[int]:
+        starts, used = [0], 0
+        for i, needed in enumerate(self._sizes.tolist()):
+            if used and _whole(used + needed) > size:
+                starts.append(i)
+                used = 0
+            used += needed
+        return [*starts, len(self._sizes)]
+
+    def bytes_of(self, numbers: Iterable[int]) -> int:
+        """What these shards take on the disk, at most."""
+        sums = np.concatenate([[0], np.cumsum(self._sizes)])
+        return sum(_whole(int(sums[self.starts[n + 1]] - sums[self.starts[n]])) for n in numbers)
+
+    def require_space(self, numbers: Iterable[int]) -> None:
+        """UserError where these shards do not fit on the disk."""
+        needed, free = self.bytes_of(numbers), free_space(self.out)
+        if needed > free:
+            raise UserError(
+                f"--out {self.out}: the shards need {needed / 2**30:.2f} GiB more and "
+                f"{free / 2**30:.2f} GiB are free; free some or give another --out"
+            )
+
+    def write(self, workers: int, verify: bool = False) -> Report:
+        """Write the shards that are missing or damaged, then their index.
+
+        Args:
+            workers: Threads that read.
+            verify: Read what is there already whole, not only its list of members.
+
+        Raises:
+            UserError: A tile that is not what was indexed, or a full disk.
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
+        for path in self.out.glob(".*.part"):
+            path.unlink()
+        present = {}
+        for number in range(len(self)):
+            if self.path(number).exists():
+                rows = self._rows_of(number, verify)
+                if rows is None:
+                    log.warning("%s is damaged; it is written again", self.path(number))
+                else:
+                    present[number] = rows
+        todo = [number for number in range(len(self)) if number not in present]
+        self.require_space(todo)
+        write_json(self.out / RECORD, self._record)
+        made = {}
+        total = self.starts[-1]
+        done = sum(len(rows) for rows in present.values())
+        with (
+            ThreadPoolExecutor(workers) as pool,
+            tqdm(total=total, initial=done, unit="tile") as bar,
+        ):
+            for number in todo:
+                made[number] = self._write_shard(number, pool, workers, bar)
+        self._write_index({**present, **made})
+        size = sum(self.path(number).stat().st_size for number in range(len(self)))
+        return Report(len(made), len(present), total, size)
+
+    def _source(self, number: int) -> list[Row]:
+        """The rows, of the corpus's index, of the tiles that a shard holds."""
+        first, end = self.starts[number : number + 2]
+        return self._tiles.slice(first, end - first).to_pylist()
+
+    def _read(self, row: Row) -> bytes:
+        """The bytes to store of a tile."""
+        root, place = self.roots[row["root"]], place_of(row)
+        try:
+            content = self.layout.content(root, place)
+        except OSError as error:
+            raise UserError(f"{root / place.file}: {error.strerror}; restore the file") from error
+        if content_hash(content) != row["hash"]:
+            raise UserError(
+                f"{root / place.path} is not what was indexed; run {COMMAND} again, then this "
+                "command with another --out"
+            )
+        if not self._re_encodes:
+            return content
+        stream = io.BytesIO()
+        Image.fromarray(self.layout.decode(root, place, content)).save(stream, "PNG")
+        return stream.getvalue()
+
+    def _write_shard(
+        self, number: int, pool: ThreadPoolExecutor, workers: int, bar: tqdm
+    ) -> "pyarrow.Table":
+        source = self._source(number)
+        hashes: list[str] = []
+
+        def members() -> Iterator[tuple[str, bytes]]:
+            contents = _in_order(pool, self._read, source, AHEAD * workers)
+            names = self._names[self.starts[number] :]
+            for row, name, content in zip(source, names, contents, strict=False):
+                hashes.append(content_hash(content) if self._re_encodes else row["hash"])
+                yield name, content
+                if row["label"] is not None:
+                    yield f"{os.path.splitext(name)[0]}.cls", row["label"].encode()
+                bar.update()
+
+        path = self.path(number)
+        temporary = path.with_name(f".{path.name}.part")
+        try:
+            with temporary.open("wb") as stream:
+                places = iter(write_tar(stream, members()))
+            found = []
+            for row in source:
+                found.append(next(places))
+                if row["label"] is not None:
+                    next(places)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        return self._rows(number, source, found, hashes)
+
+    def _rows_of(self, number: int, verify: bool) -> "pyarrow.Table | None":
+        """The index's rows of a shard that is there; None when it is not what it should be."""
+        name, source = NAME.format(number), self._source(number)
+        try:
+            places = LAYOUTS["shards"].places(self.out, name)
+        except UserError:
+            return None
+        members = self._names[self.starts[number] : self.starts[number + 1]]
+        wanted = [
+            (f"{name}/{member}", top_folder(member) if row["label"] is None else row["label"])
+            for member, row in zip(members, source, strict=True)
+        ]
+        if [(place.path, place.label) for place in places] != wanted:
+            return None
+        hashes = []
+        for place, row in zip(places, source, strict=True):
+            if not self._re_encodes and place.length != row["size"]:
+                return None
+            if self._re_encodes or verify:
+                content = LAYOUTS["shards"].content(self.out, place)
+                hashes.append(content_hash(content))
+                if verify and not self._agrees(place, content, row):
+                    return None
+            else:
+                hashes.append(row["hash"])
+        found = [(place.offset, place.length) for place in places]
+        return self._rows(number, source, found, hashes)
+
+    def _agrees(self, place: Place, content: bytes, row: Row) -> bool:
+        """Whether the bytes in a shard are those of the tile."""
+        if not self._re_encodes:
+            return content_hash(content) == row["hash"]
+        try:
+            pixels = LAYOUTS["shards"].decode(self.out, place, content)
+        except UserError:
+            return False
+        root, origin = self.roots[row["root"]], place_of(row)
+        wanted = self.layout.decode(root, origin, self.layout.content(root, origin))
+        return np.array_equal(pixels, wanted)
+
+    def _rows(
+        self,
+        number: int,
+        source: Sequence[Row],
+        places: Sequence[tuple[int, int]],
+        hashes: Sequence[str],
+    ) -> "pyarrow.Table":
+        """The rows of a shard in the index of the shards; a table, since there may be millions."""
+        name = NAME.format(number)
+        state = os.stat(self.out / name)
+        members = self._names[self.starts[number] : self.starts[number + 1]]
+        rows = []
+        for row, member, (offset, size), digest in zip(
+            source, members, places, hashes, strict=True
+        ):
+            new = {"root": 0, "path": f"{name}/{member}", "file": name, "offset": offset}
+            new |= {"size": size, "hash": digest, "file_size": state.st_size}
+            rows.append({**row, **new, "modified": state.st_mtime_ns, "reason": None})
+        rows.sort(key=lambda row: path_order(row["path"]))
+        return make_table(rows)
+
+    def _write_index(self, parts: "dict[int, pyarrow.Table]") -> None:
+        import pyarrow as pa
+
+        # Shards are numbered in the order of their names, so the whole is sorted by path, too.
+        table = pa.concat_tables([parts[number] for number in range(len(self))])
+        folders = [{".": os.stat(self.out).st_mtime_ns}]
+        scanned = [str(self.out.resolve())]
+        CorpusIndex(self.index_path, "shards", scanned, folders, table).write()
+
+
+def _good_tiles(index: CorpusIndex) -> "pyarrow.Table":
+    import pyarrow.compute as pc
+
+    return index.table.filter(pc.is_null(index.table["problem"])).select(list(COLUMNS))
+
+
+def _whole(size: int) -> int:
+    """Bytes of a tar file whose members take so many: two empty blocks, then up to a record."""
+    return -(-(size + 2 * BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
+
+
+def _headers(name: str) -> int:
+    """Bytes of a member's headers; GNU's format puts a long name into blocks of its own."""
+    length = len(name.encode())
+    return BLOCK if length <= 100 else 2 * BLOCK + -(-(length + 1) // BLOCK) * BLOCK
+
+
+def _in_order(pool: ThreadPoolExecutor, read, items: Iterable[Row], ahead: int) -> Iterator[bytes]:
+    """`read(item)` of each, in order, at most `ahead` of them read before they are needed."""
+    waiting = iter(items)
+    queue = deque(pool.submit(read, item) for item in islice(waiting, ahead))
+    try:
+        while queue:
+            content = queue.popleft().result()
+            queue.extend(pool.submit(read, item) for item in islice(waiting, 1))
+            yield content
+    finally:
+        for future in queue:
+            future.cancel()

@@ -1,0 +1,108 @@
+"""What a classifier said about each image of a set: its metrics, and a CSV to compare arms with.
+
+Letters: N images, K classes.
+"""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldm.errors import UserError
+from ldm.evaluation.metrics import calibration_error, confusion_matrix, scores
+from ldm.run import write_text
+
+COLUMNS = ("path", "group", "label", "predicted")
+PROBABILITY = "p_"
+
+
+def predictions_name(split: str) -> str:
+    return f"predictions_{split}.csv"
+
+
+@dataclass
+class Predictions:
+    """Predictions for the images of a set, in the order of the set.
+
+    Attributes:
+        classes: K names in label order.
+        paths: Below the folder of the set, with `/`.
+        labels: True classes, (N,) int64.
+        predicted: Likewise, of the classifier.
+        probabilities: (N, K), rows sum to 1.
+        groups: Patient, slide or region of each image; None where unknown.
+    """
+
+    classes: list[str]
+    paths: list[str]
+    labels: np.ndarray
+    predicted: np.ndarray
+    probabilities: np.ndarray
+    groups: list[str] | None = None
+
+    def scores(self) -> dict[str, Any]:
+        """`ldm.evaluation.metrics.scores` of the set, and its `calibration_error`."""
+        matrix = confusion_matrix(self.labels, self.predicted, len(self.classes))
+        return {
+            **scores(matrix, self.classes),
+            "calibration_error": calibration_error(self.probabilities, self.labels),
+        }
+
+    def write(self, path: Path) -> None:
+        """Columns path, group, label, predicted and p_CLASS for each class."""
+        stream = io.StringIO()
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow([*COLUMNS, *(PROBABILITY + name for name in self.classes)])
+        groups = self.groups or [""] * len(self.paths)
+        rows = zip(self.paths, groups, self.labels, self.predicted, self.probabilities, strict=True)
+        for name, group, label, predicted, p in rows:
+            # Nine digits give float32 back exactly.
+            shares = (f"{value:.9g}" for value in p)
+            writer.writerow([name, group, self.classes[label], self.classes[predicted], *shares])
+        write_text(path, stream.getvalue())
+
+    @classmethod
+    def read(cls, path: Path) -> "Predictions":
+        """What `write` wrote.
+
+        Raises:
+            UserError: It is no such table.
+        """
+        with path.open(newline="", encoding="utf-8") as stream:
+            header, *rows = list(csv.reader(stream)) or [[]]
+        names = [name.removeprefix(PROBABILITY) for name in header[len(COLUMNS) :]]
+        number = {name: k for k, name in enumerate(names)}
+        try:
+            if tuple(header[: len(COLUMNS)]) != COLUMNS or not rows:
+                raise ValueError("no such columns, or no rows")
+            columns = list(zip(*rows, strict=True))
+            paths, groups, labels, predicted = columns[: len(COLUMNS)]
+            probabilities = np.array(columns[len(COLUMNS) :], dtype=np.float64).T
+            return cls(
+                names,
+                list(paths),
+                np.array([number[name] for name in labels]),
+                np.array([number[name] for name in predicted]),
+                probabilities,
+                list(groups) if all(groups) else None,
+            )
+        except (ValueError, KeyError) as error:
+            raise UserError(
+                f"{path}: not a table of predictions ({error}); remove it, or the folder of its"
+                " run, and run again"
+            ) from None
+
+
+def same_images(runs: Sequence[Predictions]) -> bool:
+    """Whether all are of the same images in the same order, so that they can be compared."""
+    first = runs[0]
+    return all(
+        run.classes == first.classes
+        and run.paths == first.paths
+        and np.array_equal(run.labels, first.labels)
+        for run in runs[1:]
+    )

@@ -1,0 +1,126 @@
+"""What is written about all networks of one training set: summary.json."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ldm.evaluation.bootstrap import FEW_GROUPS, intervals
+from ldm.evaluation.metrics import VAL_WARNING, mean_and_std
+from ldm.evaluation.predictions import Predictions, predictions_name
+from ldm.run import write_json
+
+SUMMARY = "summary.json"
+SPLITS = ("val", "test")
+OVER_IMAGES = (
+    "the intervals are over images, as no groups were given (--groups): tiles of one slide or"
+    " region are alike, so they are too narrow"
+)
+
+
+def write_summary(
+    folder: Path,
+    train_folder: str,
+    results: Sequence[dict[str, Any]],
+    seed_folders: Sequence[Path],
+    groups: Mapping[str, list[str] | None] | None = None,
+    notes: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Write summary.json.
+
+    Args:
+        folder: Where it is written.
+        train_folder: What the summary calls the training set.
+        results: Content of the result.json of each seed.
+        seed_folders: Where each of these lies, beside its predictions_SPLIT.csv.
+        groups: Of the images of each set; without, those that the predictions have.
+        notes: About the sets.
+
+    Returns:
+        The content of summary.json.
+    """
+    summary = summarise(train_folder, results)
+    said = [*notes, *(note for result in results for note in result.get("notes", []))]
+    if results[0].get("updates") is not None:
+        said.append(_length(results[0]))
+    summary["bootstrap"] = {}
+    for split in SPLITS:
+        if split not in results[0]:
+            continue
+        paths = [place / predictions_name(split) for place in seed_folders]
+        runs = read_predictions(paths, (groups or {}).get(split))
+        if runs is None:
+            said.append(
+                f"no interval for {split}: an earlier version kept no predictions of some seed;"
+                " --overwrite with a changed setting, or another --logdir, trains it again"
+            )
+            continue
+        found = intervals(runs)
+        summary["bootstrap"][split] = found
+        if found["groups"] is None:
+            said.append(OVER_IMAGES)
+        elif found["groups"] < FEW_GROUPS:
+            said.append(
+                f"{split} has {found['groups']} groups: intervals of fewer than {FEW_GROUPS} are"
+                " too narrow"
+            )
+    if summary["split"] == "val":
+        said.append(VAL_WARNING)
+    summary["notes"] = list(dict.fromkeys(said))
+    write_json(folder / SUMMARY, summary)
+    return summary
+
+
+def _length(result: Mapping[str, Any]) -> str:
+    """How the length of a run was given, which decides whether arms compare."""
+    if result["settings"].get("match_steps") is not None:
+        return (
+            f"{result['updates']} updates ({result['epochs']} passes) and {result['validations']}"
+            " validations, by --match_steps: the same for training sets of any size"
+        )
+    return (
+        f"{result['epochs']} passes ({result['updates']} updates): larger training sets get more"
+        " updates; --match_steps gives all the same"
+    )
+
+
+def read_predictions(paths: Sequence[Path], groups: list[str] | None) -> list[Predictions] | None:
+    """The predictions of all seeds, with the groups written into those that have others.
+
+    Returns:
+        None where a seed has none.
+    """
+    if not all(path.is_file() for path in paths):
+        return None
+    runs = [Predictions.read(path) for path in paths]
+    if groups is None:
+        groups = next((run.groups for run in runs if run.groups is not None), None)
+    for path, run in zip(paths, runs, strict=True):
+        if run.groups != groups:
+            run.groups = groups
+            run.write(path)
+    return runs
+
+
+def summarise(train_folder: str, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The numbers of summary.json from the results of the seeds."""
+    first = results[0]
+    split = first["split"]
+    mean, std = mean_and_std([result[split] for result in results])
+    shared = ("train_folder", "arch", "settings", "data", "notes")
+    return {
+        "train_folder": train_folder,
+        "arch": first["arch"],
+        "seeds": [result["seed"] for result in results],
+        "split": split,
+        "selected_on": "val",
+        **{name: first.get(name) for name in ("updates", "epochs", "validations")},
+        "mean": mean,
+        "std": std,
+        **{f"n_{name}": first["data"][name]["images"] for name in ("train", "val", split)},
+        "per_seed": [
+            {key: value for key, value in result.items() if key not in shared} for result in results
+        ],
+        "settings": first["settings"],
+        "data": first["data"],
+        "versions": first["versions"],
+    }

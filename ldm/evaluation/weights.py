@@ -1,0 +1,163 @@
+"""Published weights that the toolkit can use: where they lie on this machine and come from.
+
+Nothing here downloads but `fetch`, which only scripts/fetch_weights.py calls.
+"""
+
+import contextlib
+import os
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+from ldm.errors import UserError
+
+DINOV2 = {
+    "dinov2": "vit_small_patch14_dinov2.lvd142m",
+    "dinov2_base": "vit_base_patch14_dinov2.lvd142m",
+    "dinov2_large": "vit_large_patch14_dinov2.lvd142m",
+    "dinov2_giant": "vit_giant_patch14_dinov2.lvd142m",
+}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A file of published weights.
+
+    Attributes:
+        name: Short name, as commands take it.
+        purpose: What it is for.
+        url: Where it comes from.
+        timm_name: timm's name, of those that lie in the cache of Hugging Face; None of files in
+            the cache of torch.
+        hash_prefix: First digits of the SHA-256, which the file's name carries; None if unknown.
+    """
+
+    name: str
+    purpose: str
+    url: str
+    timm_name: str | None = None
+    hash_prefix: str | None = None
+
+    @property
+    def place(self) -> Path:
+        """Where the file is looked for, and where `fetch` puts it (torch's cache)."""
+        import torch
+
+        return Path(torch.hub.get_dir(), "checkpoints", os.path.basename(self.url))
+
+    def find(self) -> Path | None:
+        """The file in a cache of this machine, or None."""
+        if self.timm_name is not None:
+            from timm import get_pretrained_cfg
+
+            from ldm.selection.features import cached_weights
+
+            return cached_weights(get_pretrained_cfg(self.timm_name))
+        return self.place if self.place.is_file() else None
+
+    def require(self, option: str) -> Path:
+        """The file in a cache of this machine.
+
+        Args:
+            option: The option that names another file.
+
+        Raises:
+            UserError: It is not here. The message says how to get it.
+        """
+        found = self.find()
+        if found is None:
+            # timm's repositories have a directory layout of their own, so only a file of torch's
+            # cache can be put into place by hand.
+            by_hand = "" if self.timm_name else f" or download {self.url} to {self.place}"
+            raise UserError(
+                f"the weights of {self.name} are not on this machine and nothing is downloaded"
+                f" here; where there is internet run: python scripts/fetch_weights.py {self.name}"
+                f"{by_hand}; then copy the file and give it with {option} FILE"
+            )
+        return found
+
+    def fetch(self) -> Path:
+        """Download the file into its cache; it appears whole, of the right hash, or not at all.
+
+        Raises:
+            UserError: No connection, or a file that is not the published one.
+        """
+        try:
+            if self.timm_name is not None:
+                return _fetch_timm(self.timm_name)
+            from torch.hub import download_url_to_file
+
+            self.place.parent.mkdir(parents=True, exist_ok=True)
+            download_url_to_file(self.url, str(self.place), self.hash_prefix, progress=True)
+            return self.place
+        except RuntimeError as error:  # what torch says of a wrong hash
+            raise UserError(f"{self.name}: {self.url}: {_short(error)}; try again later") from None
+        except OSError as error:  # of urllib and huggingface_hub alike
+            target = "give its path" if self.timm_name else f"put it at {self.place}"
+            raise UserError(
+                f"{self.name}: {self.url} cannot be fetched ({_short(error)}); run this where"
+                f" there is internet, copy the file here and {target}"
+            ) from None
+
+
+def _short(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__
+
+
+def _reach(url: str) -> None:
+    """OSError unless a server answers for `url`, whatever it answers."""
+    with contextlib.suppress(urllib.error.HTTPError):
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=20).close()
+
+
+def _fetch_timm(timm_name: str) -> Path:
+    import timm
+    from huggingface_hub import constants, hf_hub_download, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    from ldm.selection.features import HUB_FILES
+
+    config = timm.get_pretrained_cfg(timm_name)
+    repository, _, revision = config.hf_hub_id.partition("@")
+    files = (config.hf_hub_filename,) if config.hf_hub_filename else HUB_FILES
+    if not constants.HF_HUB_OFFLINE:
+        # huggingface_hub retries for half a minute, with a line each, before it gives up.
+        _reach(hf_hub_url(repository, files[0], revision=revision or None))
+    for file in files:
+        try:
+            return Path(hf_hub_download(repository, file, revision=revision or None))
+        except LocalEntryNotFoundError:  # no connection; an EntryNotFoundError too
+            raise
+        except EntryNotFoundError:
+            continue
+    raise UserError(f"{timm_name}: {config.hf_hub_id} has none of {', '.join(files)}")
+
+
+def _known() -> dict[str, Weights]:
+    inception = Weights(
+        "inception",
+        "FID and KID as published (scripts/fidelity.py --extractor inception)",
+        "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+        "weights-inception-2015-12-05-6726825d.pth",
+        hash_prefix="6726825d",
+    )
+    lpips = Weights(
+        "lpips",
+        "backbone of LPIPS, torchvision's VGG-16 (autoencoder training)",
+        "https://download.pytorch.org/models/vgg16-397923af.pth",
+        hash_prefix="397923af",
+    )
+    found = {weights.name: weights for weights in (inception, lpips)}
+    for name, timm_name in DINOV2.items():
+        found[name] = Weights(
+            name,
+            f"{timm_name} (scripts/fidelity.py --extractor {name}, --model and --features timm:)",
+            f"https://huggingface.co/timm/{timm_name}",
+            timm_name=timm_name,
+        )
+    return found
+
+
+WEIGHTS = _known()

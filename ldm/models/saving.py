@@ -1,0 +1,43 @@
+"""How Lightning's checkpoints reach the disk."""
+
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from torch import nn
+
+from ldm.checkpoint import require_space, write_checkpoint
+
+MARGIN = 1.1  # room asked for, in sizes of the last checkpoint
+MOMENTS = 2  # numbers that Adam keeps of each trained weight
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Writes checkpoints whole or not at all, after a look at the free space.
+
+    Lightning's own way writes to the system's temporary folder and moves the file. From another
+    file system that is a copy, and a run that is killed meanwhile leaves half a checkpoint.
+
+    Raises:
+        UserError: From a save, where the disk is full; the checkpoint before it stays.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._size: int | None = None  # of the last one written, bytes
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        path = Path(path)
+        size = path.stat().st_size if self._size is None and path.is_file() else self._size
+        if size is not None:
+            require_space(path, int(MARGIN * size))
+        write_checkpoint(path, checkpoint)
+        self._size = path.stat().st_size
+
+
+def expected_size(model: nn.Module) -> int:
+    """Bytes of a training checkpoint of `model`: its weights, and what Adam keeps of each."""
+    weights = sum(value.nbytes for value in model.state_dict().values())
+    return weights + MOMENTS * sum(p.nbytes for p in model.parameters() if p.requires_grad)

@@ -1,0 +1,45 @@
+"""Every command of a plan, checked by its own parser before the first one runs."""
+
+import contextlib
+import importlib
+import io
+from collections.abc import Sequence
+
+from ldm.errors import UserError
+from ldm.stages import Stage
+
+
+def check_commands(stages: Sequence[Stage]) -> None:
+    """Parse all command lines, as the commands will.
+
+    Raises:
+        UserError: Options that a command does not have, or values that it does not take; all
+            problems at once, each option once.
+    """
+    problems: dict[str, str] = {}
+    for stage in stages:
+        script, *words = stage.command
+        message = _complaint(script, words)
+        if message:
+            problems.setdefault(message, stage.name)
+    if problems:
+        listed = "; ".join(f"{name}: {message}" for message, name in problems.items())
+        raise UserError(listed)
+
+
+def _complaint(script: str, words: Sequence[str]) -> str | None:
+    """What a script's parser says against these words, on one line."""
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    parse = getattr(module, "parse_arguments", None) or module.make_parser().parse_args
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            args = parse(list(words))
+            check = getattr(module, "check_options", None)
+            if check is not None:
+                check(args)
+    except SystemExit:
+        return " ".join(said.getvalue().split())
+    except UserError as error:
+        return f"{script}: {error}"
+    return None

@@ -1,0 +1,174 @@
+"""FID, KID, precision and recall of synthetic tiles against real ones, per class and overall.
+
+    python scripts/fidelity.py --real D/test --fake OUT --out fidelity.json --extractor dinov2
+    python scripts/fidelity.py --real D/test --fake OUT1 --fake OUT2 --stats test.safetensors \\
+        --weights logs/eval/train5/seed0 --out fidelity.json
+
+DIR/CLASS/images, or a folder of images without classes; of a training folder of
+scripts/distance.py, the synthetic tiles. Prints a table and writes a JSON object (a list for
+several --fake) in which images, extractor and pre-processing stand beside the values. --stats keeps
+the features of the real set in a file, which may later stand in for --real.
+
+Nothing is downloaded: scripts/fetch_weights.py gets weights where there is internet.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ldm.cli import ArgumentParser, existing_path, number, resolve_device, run_command
+from ldm.errors import UserError
+
+log = logging.getLogger("fidelity")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = ArgumentParser(prog="fidelity.py", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--real", metavar="DIR", help="real tiles, best ones that no model was trained on")
+    add(
+        "--fake",
+        required=True,
+        action="extend",
+        nargs="+",
+        metavar="DIR",
+        help="synthetic tiles, for example what sample_diffusion.py wrote; several make one table",
+    )
+    add("--out", required=True, metavar="FILE", help="JSON file to write")
+    add(
+        "--extractor",
+        metavar="NAME",
+        help="inception, dinov2 (also dinov2_base, dinov2_large, dinov2_giant), vit (with --weights"
+        " RUN) or timm:NAME; without it vit for a run of eval.py, else inception",
+    )
+    add(
+        "--weights",
+        metavar="PATH",
+        help="weights of the extractor: a file, or a run (seed's folder) of eval.py; without it"
+        " those in the caches of torch and Hugging Face",
+    )
+    add("--stats", metavar="FILE", help="features of the real set: read, or written if missing")
+    add("--overwrite", action="store_true", help="replace --stats that is of other tiles")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the subsets of KID")
+    add("--batch_size", type=number(int, 1), default=64, help="images per pass of the network")
+    add("--num_workers", type=number(int, 0), default=2, help="loader processes")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:INDEX or mps")
+    args = parser.parse_args(argv)
+    if args.overwrite and not (args.stats and args.real):
+        parser.error("argument --overwrite: belongs to --stats and --real")
+    if args.real is None and args.stats is None:
+        parser.error("argument --real: needed without --stats")
+    return args
+
+
+def to_markdown(results: list[dict]) -> str:
+    """A row per set over all tiles, then a row per set and class."""
+    rows = [(r["fake"]["dir"], "all", r["overall"]) for r in results]
+    for name in dict.fromkeys(name for r in results for name in r["per_class"]):
+        rows += [(r["fake"]["dir"], name, r["per_class"].get(name)) for r in results]
+    lines = [
+        "| fake | class | images real / fake | FID | KID x 1000 | precision | recall |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for root, name, m in rows:
+        if m is None:
+            continue
+        cells = [root, name, f"{m['images_real']} / {m['images_fake']}"]
+        if m["fid"] is None:
+            cells += ["", "", "", ""]
+        else:
+            cells += [
+                f"{m['fid']:.4g}",
+                f"{1000 * m['kid']:.4g} ± {1000 * m['kid_std']:.2g}",
+                f"{m['precision']:.3f}",
+                f"{m['recall']:.3f}",
+            ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    fake_roots = [existing_path(path, "--fake", "dir") for path in args.fake]
+    out = Path(args.out)
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; give a file")
+    stats = Path(args.stats).expanduser() if args.stats else None
+    if stats is not None and stats.resolve() == out.resolve():
+        raise UserError(f"--stats {stats} is --out too; give two files")
+    if args.real is None:
+        existing_path(stats, "--stats (without --real)", "file")
+    real_root = existing_path(args.real, "--real", "dir") if args.real else None
+
+    from ldm.evaluation.extractors import load_extractor
+    from ldm.evaluation.fidelity import (
+        KID_SUBSETS,
+        NEIGHBOURS,
+        count_warnings,
+        measure_classes,
+    )
+    from ldm.evaluation.reference import (
+        SetFeatures,
+        TileFiles,
+        reference,
+        require_known_classes,
+        set_warnings,
+    )
+    from ldm.run import git_revision, hardware, versions, write_json
+
+    # All are indexed before any features are computed: what is wrong with one is known at once.
+    real_files = None if real_root is None else TileFiles.below(real_root, False, "--real")
+    fake_files = [TileFiles.below(root, True, "--fake") for root in fake_roots]
+    if real_files is not None:
+        for files in fake_files:
+            require_known_classes(real_files.classes, files.classes, files.root)
+    extractor = load_extractor(args.extractor, args.weights, resolve_device(args.device))
+    loading = {"batch_size": args.batch_size, "num_workers": args.num_workers}
+    real = reference(real_files, extractor, stats, args.overwrite, **loading)
+    for files in fake_files:
+        require_known_classes(real.classes, files.classes, files.root)
+
+    results = []
+    for files in fake_files:
+        fake = SetFeatures.compute(files, extractor, **loading)
+        overall, per_class = measure_classes(
+            real.values, real.classes, fake.values, fake.classes, args.seed
+        )
+        warnings = [
+            *count_warnings(overall, per_class),
+            *set_warnings(real, fake, extractor.trained_on),
+        ]
+        results.append(
+            {
+                "overall": overall,
+                "per_class": per_class,
+                "extractor": {**extractor.record(), "features": real.values.shape[1]},
+                "real": {**real.record(), "stats": str(stats) if stats else None},
+                "fake": fake.record(),
+                "warnings": warnings,
+                "settings": {
+                    "kid_subsets": KID_SUBSETS,
+                    "kid_seed": args.seed,
+                    "neighbours": NEIGHBOURS,
+                },
+                "command": sys.argv,
+                "versions": versions(),
+                "revision": git_revision(),
+                "hardware": hardware(),
+            }
+        )
+    write_json(out, results if len(results) > 1 else results[0])
+    print(to_markdown(results))
+    print(f"\nreal: {real.root}, {len(real.values)} tiles")
+    print(f"extractor: {extractor.name}, weights {extractor.weights_sha256[:12]}")
+    print(f"pre-processing: {extractor.preprocessing}")
+    for result in results:
+        for warning in result["warnings"]:
+            log.warning("%s: %s", result["fake"]["dir"], warning)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,512 @@
+"""scripts/reproduce_table.py: its settings, rows and jobs, and a small table from end to end."""
+
+import copy
+import importlib
+import json
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+
+import main as main_py
+from ldm.cli import run_command
+from ldm.config import load_configs, resolve, validate_config
+from ldm.errors import UserError
+from ldm.stages import ROOT
+from ldm.table import scheduler
+from ldm.table.config import read_settings
+from ldm.table.gather import read_paper
+from ldm.table.plan import Plan
+from ldm.table.preflight import check_commands
+from scripts import reproduce_table
+
+CONFIGS = sorted((ROOT / "configs" / "tables").glob("*.yaml"))
+
+# Trained elsewhere: the usual case.
+SMALL = {
+    "name": "small",
+    "out": "set by the test",
+    "data": {"root": "set by the test"},
+    "models": {
+        "pretrained": {"run": "set by the test"},
+        "guide": {"run": "set by the test"},
+        "tuned": {"run": "set by the test"},
+    },
+    "generators": {
+        "tuned": {"diffusion": "pretrained", "classifier": "guide", "decoder": "tuned"},
+    },
+    "sampling": {
+        "per_wanted": 2,
+        "options": {"custom_steps": 2, "classifier_scale": 1, "batch_size": 16, "device": "cpu"},
+    },
+    "judge": {"seed": 0, "options": {"umap_neighbors": 4}},
+    "selection": {
+        "random": {"strategy": "random", "redraw": True},
+        "centroid": {"strategy": "centroid", "options": {"fill": True}},
+    },
+    "grid": {"generators": ["tuned"], "selection": ["random", "centroid"], "ratios": [100]},
+    "evaluation": {
+        "seeds": [0, 1],
+        "arguments": {
+            "match_steps": 2,
+            "validations": 1,
+            "arch": "test_vit",
+            "patch_size": 16,
+            "input-size": tiny.PIXELS,
+            "batch-size": 6,
+            "mixup": 0,
+            "cutmix": 0,
+            "aa": "none",
+            "reprob": 0,
+            "num_workers": 0,
+            "device": "cpu",
+        },
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory) -> Path:
+    """Tiles and checkpoints of a user."""
+    folder = tmp_path_factory.mktemp("given")
+    for seed, (split, count) in enumerate({"train": 8, "train5": 2, "val": 8, "test": 2}.items()):
+        tiny.tiles(folder / "tiles" / split, per_class=count, seed=seed)
+    tiny.models(folder)
+    tiles = [
+        p for split in ("val", "test") for p in sorted((folder / "tiles" / split).rglob("*.png"))
+    ]
+    rows = [f"{path.parent.name}/{path.name},slide{i % 3}" for i, path in enumerate(tiles)]
+    (folder / "slides.csv").write_text("\n".join(["path,group", *rows]))
+    return folder
+
+
+@pytest.fixture
+def small(given, tmp_path):
+    """Writes the settings, changed by a function; returns the file."""
+
+    def write(change=lambda settings: None) -> Path:
+        settings = copy.deepcopy(SMALL)
+        settings["out"] = str(tmp_path / "out")
+        settings["data"]["root"] = str(given / "tiles")
+        names = {"pretrained": "diffusion", "guide": "classifier", "tuned": "autoencoder"}
+        for name, file in names.items():
+            settings["models"][name]["run"] = str(given / f"{file}.ckpt")
+        change(settings)
+        path = tmp_path / "table.yaml"
+        path.write_text(yaml.safe_dump(settings, sort_keys=False))
+        return path
+
+    return write
+
+
+def plan_of(path: Path, *overrides: str) -> Plan:
+    return Plan(read_settings(path, overrides))
+
+
+# Settings
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_published_tables_are_valid(path, given, tmp_path, monkeypatch):
+    """Read, planned, and every command taken by its own parser."""
+    monkeypatch.setenv("HISTO_DATA", str(given / "tiles"))
+    for name in ("DIFFUSION", "SCRATCH", "AUTOENCODER", "DECODER"):
+        file = {"AUTOENCODER": "autoencoder", "DECODER": "autoencoder"}.get(name, "diffusion")
+        monkeypatch.setenv(f"HISTO_{name}", str(given / f"{file}.ckpt"))
+    settings = read_settings(path, [f"out={tmp_path / 'out'}"])
+    for model in settings.models.values():
+        if model.run is not None:  # trained before, by commands that the file names
+            model.run = str(given / "diffusion.ckpt")
+    if settings.data.groups is not None:
+        settings.data.groups = str(given / "slides.csv")
+    plan = Plan(settings)
+    check_commands(plan.stages)
+    for stage in plan.stages:
+        if stage.command[0] == "main.py":
+            args = main_py.parse_arguments(list(stage.command[1:]))
+            with pytest.MonkeyPatch.context() as patch:
+                for name, value in stage.environment.items():
+                    patch.setenv(name, value)
+                validate_config(resolve(load_configs(args.base, args.overrides)))
+    keys = [row.key for row in plan.rows]
+    read_paper(plan.settings.paper, plan.settings.name, keys)
+    assert "real" in keys and len(keys) > 5
+
+
+def test_the_paper_s_grid_is_whole():
+    assert len(CONFIGS) >= 2
+    text = (ROOT / "configs" / "tables" / "crc5.yaml").read_text()
+    settings = yaml.safe_load(text)
+    assert settings["grid"]["ratios"] == [50, 100, 200, 300]
+    assert set(settings["grid"]["selection"]) == {"random", "centroid"}
+    assert len(settings["grid"]["generators"]) == 4
+    assert settings["evaluation"]["arguments"]["arch"] == "vit_small"
+
+
+def set_key(key: str, value):
+    """A change of the settings."""
+
+    def change(settings) -> None:
+        node = settings
+        *parents, last = key.split(".")
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "key, value, expected",
+    [
+        ("grid.ratio", [100], "unknown key grid.ratio; did you mean ratios"),
+        ("models.guide.runn", "x", "unknown key models.guide.runn; did you mean run"),
+        ("selection.centroid.strategi", "x", "unknown key selection.centroid.strategi"),
+        ("generators.tuned.decoder", "tunned", "decoder: unknown tunned; did you mean tuned"),
+        ("grid.selection", ["centroids"], "grid.selection: unknown centroids; did you mean"),
+        ("grid.without", [{"generator": "x"}], r"grid.without\[0\].generator: unknown x"),
+        ("grid.ratios", [0], "ratio 0 must be a whole number from 1"),
+        ("models.guide.config", "x.yaml", "models.guide must have one of run, config"),
+        ("models.guide.needs", {"first_stage": "tuned"}, "belongs to a model that is trained here"),
+        ("selection.centroid.redraw", True, "redraw belongs to strategy random"),
+        ("evaluation.seeds", [1, 1], "seeds must be different"),
+        ("evaluation.seeds", "many", "evaluation.seeds"),
+        ("sampling.per_wanted", 0.5, "per_wanted 0.5 must be at least 1"),
+        ("judge.run", "x", "judge must have one of"),
+        ("link", "hardly", "link hardly must be copy"),
+        ("slurm.cluster", "pbs", "slurm.cluster pbs must be"),
+        ("data.root", "${oc.env:HISTO_NOWHERE}", "variable HISTO_NOWHERE is not set"),
+        ("baselines.kinds", ["real"], "the name real is taken"),
+        ("generators", {"a b": {"diffusion": "pretrained"}}, "'a b' must be letters"),
+    ],
+)
+def test_wrong_settings_are_one_line(small, key, value, expected):
+    with pytest.raises(UserError, match=expected) as caught:
+        read_settings(small(set_key(key, value)))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_all_problems_are_told_at_once(small):
+    def change(settings):
+        settings["grid"]["ratios"] = [-1]
+        settings["grid"]["generators"] = ["tunde"]
+
+    with pytest.raises(UserError, match="did you mean tuned.*ratio -1"):
+        read_settings(small(change))
+
+
+def test_a_circle_of_models(small):
+    def change(settings):
+        for name, other in (("a", "b"), ("b", "a")):
+            settings["models"][name] = {"config": "x.yaml", "needs": {"HISTO_X": other}}
+
+    with pytest.raises(UserError, match="models.a needs itself"):
+        read_settings(small(change))
+
+
+@pytest.mark.parametrize(
+    "key, value, expected",
+    [
+        ("models.guide.run", "nowhere.ckpt", "models.guide.run: no file .*nowhere.ckpt"),
+        ("data.root", "nowhere", "data.root: nowhere|data.root: .*nowhere does not exist"),
+        ("data.labelled", "train1", "its folder train1"),
+        ("data.tiles", {"train5": 2}, "must lie in out"),
+        ("data.groups", "groups.csv", "data.groups: groups.csv does not exist"),
+    ],
+)
+def test_what_is_missing_is_told_before_anything_runs(small, key, value, expected):
+    with pytest.raises(UserError, match=expected):
+        plan_of(small(set_key(key, value)))
+
+
+def test_a_user_s_folder_is_never_taken_for_one_of_ours(small, tmp_path, given):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds other files"):
+        plan_of(small())
+    with pytest.raises(UserError, match="lies in data.root"):
+        plan_of(small(), f"out={given / 'tiles' / 'table'}")
+
+
+def test_options_are_checked_by_the_commands_themselves(small):
+    def change(settings):
+        settings["evaluation"]["arguments"]["arhc"] = "x"
+        settings["sampling"]["options"]["eta"] = 7
+
+    with pytest.raises(UserError) as caught:
+        check_commands(plan_of(small(change)).stages)
+    message = str(caught.value)
+    assert "--arhc" in message and "--eta" in message
+    assert message.count("--arhc") == 1  # not once per seed
+    assert len(message.splitlines()) == 1
+
+
+# Rows and jobs
+
+
+def test_rows_and_jobs(small):
+    plan = plan_of(small())
+    assert [row.key for row in plan.rows] == ["real", "tuned-random-100", "tuned-centroid-100"]
+    names = [stage.name for stage in plan.stages]
+    assert names == [
+        "eval-real-seed0",
+        "eval-real-seed1",
+        "sample-tuned",
+        "features-tuned",
+        "select-tuned-random-100@0",
+        "eval-tuned-random-100-seed0",
+        "select-tuned-random-100@1",
+        "eval-tuned-random-100-seed1",
+        "select-tuned-centroid-100",
+        "eval-tuned-centroid-100-seed0",
+        "eval-tuned-centroid-100-seed1",
+    ]
+    needs = {stage.name: set(stage.after) for stage in plan.stages}
+    assert needs["features-tuned"] == {"sample-tuned", "eval-real-seed0"}
+    assert needs["eval-tuned-centroid-100-seed1"] == {"select-tuned-centroid-100"}
+    random, centroid = plan.rows[1:]
+    assert centroid.wanted == 6  # as many as the labelled ones
+    assert random.factors == {
+        "generator": "tuned",
+        "decoder": "tuned",
+        "guidance": "classifier 1",
+        "selection": "random",
+        "ratio": 100,
+    }
+
+
+def test_the_grid_can_be_written_down_in_parts(small):
+    def change(settings):
+        settings["generators"]["own"] = {"diffusion": "pretrained", "classifier": "guide"}
+        settings["grid"] = {
+            "generators": ["tuned", "own"],
+            "selection": ["random", "centroid"],
+            "ratios": [50, 100],
+            "without": [{"selection": "random", "ratio": 50}, {"generator": "own", "ratio": [50]}],
+            "also": [{"generator": "own", "selection": "centroid", "ratio": 300}],
+        }
+
+    plan = plan_of(small(change))
+    assert [row.key for row in plan.rows[1:]] == [
+        "tuned-random-100",
+        "tuned-centroid-50",
+        "tuned-centroid-100",
+        "own-random-100",
+        "own-centroid-100",
+        "own-centroid-300",
+    ]
+    amounts = {s.name: s.command for s in plan.stages if s.name.startswith("sample-")}
+    for name, amount in (("sample-tuned", "4"), ("sample-own", "12")):  # 2 per class, twice
+        words = amounts[name]
+        assert words[words.index("--n_samples") + 1] == amount
+
+
+def test_uneven_classes_get_what_they_want(small, given, tmp_path):
+    root = tmp_path / "uneven"
+    for split in ("train", "val", "test"):
+        (root / split).parent.mkdir(exist_ok=True)
+        (root / split).symlink_to(given / "tiles" / split)
+    tiny.tiles(root / "train5", per_class=3)
+    (root / "train5" / "TUM" / "0_0.png").unlink()
+    plan = plan_of(small(), f"data.root={root}", "grid.ratios=[50]")
+    (sample,) = [s.command for s in plan.stages if s.name == "sample-tuned"]
+    # Half of 3 is 2, half of 2 is 1: as scripts/distance.py rounds.
+    assert sample[sample.index("--counts") + 1] == "ADI=4,LYM=4,TUM=2"
+
+
+def test_models_trained_here(small, monkeypatch):
+    """Each needs others; what its YAML reads of the environment is part of the job."""
+    monkeypatch.setenv("HISTO_LC25000", "/corpora/lc25000")
+
+    def change(settings):
+        settings["models"] |= {
+            "ae": {"config": "configs/colorectal5/autoencoder.yaml", "gpus": 2},
+            "ldm": {
+                "config": "configs/demo/diffusion.yaml",
+                "needs": {"HISTO_AUTOENCODER": "ae"},
+                "env": {"HISTO_DATA": "/tiles"},
+            },
+            "guide": {
+                "classifier": {"iterations": 5, "noised": False},
+                "needs": {"first_stage": "ldm"},
+                "checkpoint": "best",
+            },
+        }
+        settings["generators"]["tuned"]["diffusion"] = "ldm"
+
+    plan = plan_of(small(change))
+    stages = {stage.name: stage for stage in plan.stages}
+    assert stages["train-ae"].gpus == 2
+    assert stages["train-ae"].environment["HISTO_LC25000"] == "/corpora/lc25000"
+    assert stages["train-ae"].environment["HISTO_DATA"] == str(plan.data)
+    assert stages["train-ldm"].environment["HISTO_DATA"] == "/tiles"
+    last = str(plan.out / "models" / "ae" / "checkpoints" / "last.ckpt")
+    assert stages["train-ldm"].environment["HISTO_AUTOENCODER"] == last
+    assert "--noised=False" in stages["train-guide"].command
+    assert set(stages["sample-tuned"].after) == {"train-ldm", "train-guide"}
+    guide = str(plan.out / "models" / "guide" / "checkpoints" / "best.ckpt")
+    assert guide in stages["sample-tuned"].command
+    check_commands(plan.stages)
+
+
+def test_another_checkpoint_is_another_job(small, given, tmp_path):
+    """By content: the same file elsewhere, or touched, is the same."""
+    path = small()
+    first = {s.name: s.data for s in plan_of(path).stages}
+    (given / "diffusion.ckpt").touch()
+    assert {s.name: s.data for s in plan_of(path).stages} == first
+    other = tmp_path / "other.ckpt"
+    other.write_bytes((given / "diffusion.ckpt").read_bytes() + b"x")
+    changed = {s.name: s.data for s in plan_of(path, f"models.pretrained.run={other}").stages}
+    assert {name for name in first if changed[name] != first[name]} == {"sample-tuned"}
+
+
+# The whole
+
+
+class Here:
+    """Runs a job's command in this process: importing torch for each would take minutes."""
+
+    def __init__(self):
+        self.ran: list[str] = []
+
+    def __call__(self, command, log_path, environment, tick, lock) -> int:
+        script, *argv = command
+        self.ran.append(script)
+        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+        with pytest.MonkeyPatch.context() as patch, log_path.open("a") as stream:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            with redirect_stdout(stream), redirect_stderr(stream), pytest.raises(SystemExit) as end:
+                run_command(lambda: module.main(argv))
+        return end.value.code
+
+
+@pytest.fixture
+def here(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    runs = Here()
+    before = scheduler.Scheduler.__init__
+    monkeypatch.setattr(
+        scheduler.Scheduler,
+        "__init__",
+        lambda self, *args, **kwargs: before(self, *args, **{**kwargs, "launch": runs}),
+    )
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    return runs
+
+
+def test_a_small_table(small, given, here, tmp_path, capsys):
+    """From samples to report; what a second run does, and one whose selection fails."""
+
+    def change(settings):
+        settings["fidelity"] = {"real": "test", "judge": True}
+        settings["copies"] = {"judge": True, "options": {"quantile": 0.1}}
+        settings["baselines"] = {"kinds": ["colour_mean"], "ceiling": {"ratios": [100]}}
+
+    argv = ["--config", str(small(change))]
+    assert reproduce_table.main(argv) == 0
+    assert here.ran == (
+        ["scripts/baselines.py"]
+        + ["eval.py"] * 2
+        + ["sample_diffusion.py", "scripts/vis.py", "scripts/copy_check.py"]
+        + ["scripts/distance.py", "eval.py"] * 2
+        + ["scripts/fidelity.py"]
+        + ["scripts/distance.py", "eval.py", "eval.py", "scripts/fidelity.py"]
+        + ["scripts/make_subset.py", "eval.py", "eval.py"]
+    )
+    out = tmp_path / "out"
+    for name in ("table.md", "table.tex", "table.csv", "report.html", "table.json"):
+        assert (out / name).is_file()
+    table = json.loads((out / "table.json").read_text())
+    rows = {row["key"]: row for row in table["rows"]}
+    assert {row["status"] for row in rows.values()} == {"done"}
+    assert list(rows) == ["colour_mean", "real", *list(rows)[2:4], "ceiling-100"]
+    assert rows["ceiling-100"]["images"] == 12 and rows["ceiling-100"]["synthetic"] == 0
+    assert rows["colour_mean"]["summary"]["seeds"] == [0]
+    random = rows["tuned-random-100"]
+    assert random["summary"]["seeds"] == [0, 1]
+    assert random["fidelity"]["overall"]["images_fake"] == 6
+    assert random["copies"]["flagged"]["all"]["tiles"] <= 12
+    assert (random["synthetic"], random["wanted"], random["images"]) == (6, 6, 12)
+    assert set(random["predictions"]) == {"0", "1"}
+    # Each seed has a draw of its own.
+    drawn = [
+        {p.name for p in (out / "data" / f"tuned-random-100@{seed}").rglob("synthetic_*")}
+        for seed in (0, 1)
+    ]
+    assert drawn[0] != drawn[1]
+
+    # On a finished table only the results are written: here with intervals over slides.
+    before = len(here.ran)
+    capsys.readouterr()
+    assert random["summary"]["bootstrap"]["test"]["groups"] is None
+    assert reproduce_table.main([*argv, f"data.groups={given / 'slides.csv'}"]) == 0
+    assert len(here.ran) == before
+    assert "18 of 18 jobs were done before" in capsys.readouterr().out
+    table = json.loads((out / "table.json").read_text())
+    assert [row["summary"]["bootstrap"]["test"]["groups"] for row in table["rows"]] == [3] * 5
+
+    # An option of one strategy: its arm alone is made anew. It cannot be, and the row says so.
+    broken = [*argv, "evaluation.seeds=[0]", "selection.centroid.options.ratio=3"]
+    assert reproduce_table.main(broken) == 1
+    assert here.ran[before:] == ["scripts/distance.py"]
+    failed = {row["key"]: row for row in json.loads((out / "table.json").read_text())["rows"]}[
+        "tuned-centroid-100"
+    ]
+    assert failed["status"] == "failed"
+    assert "--ratio 3" in failed["failures"][0]
+    assert "--ratio 3" in (out / "table.md").read_text()
+
+    capsys.readouterr()
+    assert reproduce_table.main([*argv, "--status"]) == 0
+    status = capsys.readouterr().out
+    assert "5 rows: 4 complete" in status
+
+
+def test_only_some_rows(small, here, tmp_path):
+    assert (
+        reproduce_table.main(["--config", str(small()), "evaluation.seeds=[0]", "--only", "real"])
+        == 0
+    )
+    assert here.ran == ["eval.py"]
+    table = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert [row["status"] for row in table["rows"]] == ["done", "missing", "missing"]
+    with pytest.raises(UserError, match="--only reel: fits no row; did you mean real"):
+        reproduce_table.main(["--config", str(small()), "--only", "reel"])
+
+
+def test_status_and_dry_run_write_nothing_and_are_quick(small, tmp_path):
+    """Neither imports torch."""
+    path = small()
+    code = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1));"
+        "from scripts.reproduce_table import main; main(sys.argv[1:]);"
+        "assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    for option, expected in (("--status", "11 jobs: 11 waiting"), ("--dry-run", "# sample-tuned")):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(ROOT), "--config", str(path), option],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert expected in done.stdout
+
+
+@pytest.mark.slow
+def test_the_whole_wiring(tmp_path):
+    """configs/tables/wiring.yaml, as a user starts it."""
+    command = [sys.executable, str(ROOT / "scripts" / "reproduce_table.py")]
+    command += ["--config", str(ROOT / "configs" / "tables" / "wiring.yaml"), "--jobs", "2"]
+    command += [f"out={tmp_path / 'out'}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
+    assert {row["status"] for row in rows} == {"done"}
+    synthetic = [row for row in rows if row["kind"] == "synthetic"]
+    assert all(row["fidelity"] and row["copies"] for row in synthetic)

@@ -1,0 +1,266 @@
+"""The SLURM scripts and their documentation, in real shells; srun, sbatch and python only record.
+
+tests/slurm/run.sh is the proof on a real SLURM.
+"""
+
+import importlib
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import main as main_module
+from ldm.errors import UserError
+from ldm.trainer import cluster_plugins
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "scripts" / "slurm"
+SCRIPTS = sorted(path.name for path in FOLDER.glob("*.sbatch"))
+GUIDE = ROOT / "docs" / "cluster.md"
+NEEDED = ("job-name", "nodes", "ntasks-per-node", "cpus-per-task", "time", "requeue")
+NEEDED += ("open-mode", "output", "signal")
+
+PROGRAMS = {
+    # The step: without its own options, the command.
+    "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
+    "scontrol": 'printf "%s\\n" "$*" >> "$RECORD.scontrol"',
+    "python": '''{ printf "%s\\037" "$@"; printf "\\036"; } >> "$RECORD"; exit "${STATUS:-0}"''',
+    # A job that starts at once, with SLURM's variables; of an array the first element.
+    "sbatch": """
+        while [[ $1 != *.sbatch ]]; do
+            case $1 in
+                --array=*) array=${1#*=} ;;
+                --nodes=*) nodes=${1#*=} ;;
+                --ntasks-per-node=*) tasks=${1#*=} ;;
+                --*) ;;
+                *) echo "sbatch: $1 is no option" >&2; exit 1 ;;
+            esac
+            shift
+        done
+        script=$1; shift
+        said() { sed -n "s/^#SBATCH --$1=//p" "$script"; }
+        export SLURM_JOB_ID=7 SLURM_JOB_NAME=$(said job-name) SLURM_NNODES=${nodes:-$(said nodes)}
+        export SLURM_NTASKS_PER_NODE=${tasks:-$(said ntasks-per-node)}
+        export SLURM_CPUS_PER_TASK=$(said cpus-per-task)
+        if [ -n "${array:-}" ]; then
+            export SLURM_ARRAY_JOB_ID=7 SLURM_ARRAY_TASK_ID=${array%-*}
+            export SLURM_ARRAY_TASK_COUNT=$((${array#*-} + 1))
+        fi
+        bash "$script" "$@" >&2 || exit
+        echo 7""",
+    "make": "true",
+    "module": "true",
+}
+
+
+@pytest.fixture
+def site(tmp_path):
+    """A checkout whose python records its arguments, and a PATH with the programs above."""
+    (tmp_path / "bin").mkdir()
+    for name, body in PROGRAMS.items():
+        path = tmp_path / "bin" / name
+        path.write_text(f"#!/bin/bash\n{body}\n")
+        path.chmod(0o755)
+    checkout = tmp_path / "checkout"
+    (checkout / ".venv" / "bin").mkdir(parents=True)
+    shutil.copy(tmp_path / "bin" / "python", checkout / ".venv" / "bin" / "python")
+    for name in ("scripts", "configs", "main.py"):
+        (checkout / name).symlink_to(ROOT / name)
+    return checkout
+
+
+def shell(site, command, **variables):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "HISTO"))}
+    environment |= {"PATH": f"{site.parent / 'bin'}:{os.environ['PATH']}"}
+    environment |= {"RECORD": str(site.parent / "record"), **variables}
+    return subprocess.run(
+        ["bash", "-e", "-c", command], cwd=site, env=environment, capture_output=True, text=True
+    )
+
+
+def recorded(site):
+    """The commands that python was called with, as lists of words; forgotten then."""
+    path = site.parent / "record"
+    commands = path.read_text().split("\036")[:-1] if path.exists() else []
+    path.unlink(missing_ok=True)
+    return [command.split("\037")[:-1] for command in commands]
+
+
+def requeued(site):
+    path = site.parent / "record.scontrol"
+    words = path.read_text().splitlines() if path.exists() else []
+    path.unlink(missing_ok=True)
+    return words
+
+
+def parse(command):
+    """The words as the entry point takes them."""
+    script, *words = command
+    assert (ROOT / script).is_file(), script
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    if hasattr(module, "parse_arguments"):
+        return module.parse_arguments(words)
+    return module.make_parser().parse_args(words)
+
+
+def usage(name):
+    """The commands in the head of a script, continued lines joined."""
+    head = (FOLDER / name).read_text().split("\n#SBATCH", 1)[0]
+    lines = [line[4:] for line in head.splitlines() if line.startswith("#   ")]
+    return re.sub(r"\\\n\s*", "", "\n".join(lines)) + "\n"
+
+
+@pytest.mark.parametrize("name", ["common.sh", *SCRIPTS])
+def test_syntax(name):
+    subprocess.run(["bash", "-n", FOLDER / name], check=True)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_options_stand_at_the_top_and_are_documented(name):
+    text = (FOLDER / name).read_text()
+    options = re.findall(r"^#SBATCH --([a-z-]+)", text, re.MULTILINE)
+    assert set(NEEDED) <= set(options)
+    # SLURM reads no further than the first command.
+    assert text.rindex("#SBATCH") < text.index("\n. scripts/slurm/common.sh")
+    assert f"scripts/slurm/{name}" in usage(name)
+    assert f"`{name}`" in GUIDE.read_text()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_usage_runs_and_parses(site, name):
+    done = shell(site, usage(name))
+    assert done.returncode == 0, done.stderr
+    commands = recorded(site)
+    assert commands
+    for command in commands:
+        parse(command)
+
+
+def blocks():
+    """The code blocks of the guide, as one script each."""
+    found, current = [], []
+    for line in [*GUIDE.read_text().splitlines(), "end"]:
+        if line.startswith("    "):
+            current.append(line[4:])
+        elif not line and current:
+            current.append("")
+        elif current:
+            found.append("\n".join(current))
+            current = []
+    return [text for text in found if "sbatch" in text or ".venv/bin/python" in text]
+
+
+def test_the_guide_runs_and_parses(site, tmp_path, monkeypatch):
+    """Every command of the guide, in one shell; what main.py is given is resolved and checked."""
+    text = "\n".join(blocks())
+    assert text.count("sbatch ") > 15
+    done = shell(site, text)
+    assert done.returncode == 0, done.stderr
+    commands = recorded(site)
+    assert len(commands) > 20
+    for name in ("VGH", "PANNUKE", "TCGA_BRCA", "DATA", "LATENTS"):
+        monkeypatch.setenv(f"HISTO_{name}", str(tmp_path))
+    monkeypatch.setenv("HISTO_AUTOENCODER", str(tmp_path))
+    used = set()
+    for command in commands:
+        used.add(command[0])
+        args = parse(command)
+        if command[0] == "main.py":
+            config = main_module.load_configuration(args)
+            assert config["model"]["target"].startswith("ldm.models.")
+    assert {"main.py", "classifier_train.py", "sample_diffusion.py", "eval.py"} <= used
+    assert {
+        "scripts/index_corpus.py",
+        "scripts/write_shards.py",
+        "scripts/cache_latents.py",
+    } <= used
+    (parts,) = [c for c in commands if "--part" in c]
+    assert parse(parts).part == (0, 16)
+    assert [c[c.index("--seed") + 1] for c in commands if "--seed" in c] == ["0", "0"]
+    nodes = [parse(c).num_nodes for c in commands if c[0] == "main.py" and "-t" in c]
+    assert nodes == [1, 4]
+
+
+@pytest.mark.parametrize("status", [0, 1, 2, 75, 130, 137, 138, 143])
+def test_what_is_requeued(site, status):
+    """A stop and the scheduler's signals; no mistake, crash or lack of memory."""
+    done = shell(site, "sbatch scripts/slurm/command.sbatch eval.py", STATUS=str(status))
+    assert done.returncode == status
+    assert requeued(site) == (["requeue 7"] if status in (75, 138, 143) else [])
+
+
+def test_an_element_of_an_array_is_requeued_alone(site):
+    """The number of one element is that of the whole array: with it, all would start again."""
+    shell(site, "sbatch --array=0-3 scripts/slurm/evaluate.sbatch", STATUS="75")
+    assert requeued(site) == ["requeue 7_0"]
+    assert recorded(site) == [["eval.py", "--seed", "0"]]
+
+
+def test_restarts_are_limited(site):
+    for count, expected in ((2, ["requeue 7"]), (3, [])):
+        done = shell(
+            site,
+            "sbatch scripts/slurm/command.sbatch eval.py",
+            STATUS="75",
+            HISTO_RESTARTS="3",
+            SLURM_RESTART_COUNT=str(count),
+        )
+        assert done.returncode == 75 and requeued(site) == expected
+    assert "not requeued: HISTO_RESTARTS=3" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ("--base a.yaml", "train-7"),  # else a requeued job would begin a new run
+        ("--base a.yaml --name mine", "mine"),
+        ("--base a.yaml --name=mine", "mine"),
+        ("--base a.yaml -n mine", "mine"),
+        ("--resume logs/run", None),
+    ],
+)
+def test_a_training_job_has_a_name(site, words, name):
+    shell(site, f"sbatch --nodes=2 scripts/slurm/train.sbatch {words}")
+    args = parse(recorded(site)[0])
+    assert args.name == name and args.train and (args.devices, args.num_nodes) == (4, 2)
+
+
+def test_setup_is_sourced_and_tasks_get_their_cores(site):
+    (site / "site.sh").write_text('echo "cores $SRUN_CPUS_PER_TASK"\nexport HISTO_DATA=/tiles\n')
+    (site.parent / "bin" / "srun").write_text(
+        '#!/bin/bash\necho "$HISTO_DATA $SRUN_CPUS_PER_TASK"\n'
+    )
+    done = shell(
+        site, "sbatch scripts/slurm/train.sbatch --base x", HISTO_SETUP=str(site / "site.sh")
+    )
+    assert "/tiles 8" in done.stderr
+    done = shell(site, "sbatch scripts/slurm/train.sbatch --base x", HISTO_SETUP="/nowhere")
+    assert done.returncode == 2
+
+
+def test_submitted_from_elsewhere(site, tmp_path):
+    away = tmp_path / "away"
+    (away / "scripts").mkdir(parents=True)
+    (away / "scripts" / "slurm").symlink_to(FOLDER)
+    done = shell(site, f"cd {away} && sbatch scripts/slurm/train.sbatch --base x")
+    assert done.returncode == 2 and "is not the repository's folder" in done.stderr
+    assert recorded(site) == []
+
+
+def test_lightning_leaves_requeueing_to_the_script(monkeypatch):
+    """Its own handler would requeue a second time and go on from a checkpoint of its own."""
+    for name in [name for name in os.environ if name.startswith(("SLURM", "TORCHELASTIC"))]:
+        monkeypatch.delenv(name)
+    assert cluster_plugins() == []
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_JOB_NAME", "train")
+    with pytest.raises(UserError, match="--ntasks-per-node=2"):
+        cluster_plugins()
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "2")
+    (plugin,) = cluster_plugins()
+    assert plugin.auto_requeue is False
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "torchrun inside a job")
+    assert cluster_plugins() == []

@@ -1,0 +1,473 @@
+"""What a table of experiments looks like: Markdown, LaTeX, CSV, and the page in a real browser."""
+
+import base64
+import csv
+import html
+import io
+import json
+import math
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tables import (
+    CLASSES,
+    FAILED,
+    GENERATORS,
+    MISSING,
+    PARTIAL,
+    REASON,
+    SEEDS,
+    SHORTFALL,
+    SPLITS,
+    Maker,
+    make_table,
+    row,
+)
+
+from ldm.evaluation.predictions import Predictions
+from ldm.evaluation.report import (
+    BOTTOM,
+    HEIGHT,
+    TOP,
+    Measured,
+    Page,
+    Span,
+    embeddable,
+    error_bounds,
+    error_chart,
+    matrix_chart,
+)
+from ldm.table.render import (
+    Results,
+    difference_cell,
+    latex,
+    layouts,
+    points,
+    to_csv,
+    to_latex,
+    to_markdown,
+)
+from ldm.table.report import write_results
+from ldm.table.results import Table
+from ldm.table.statistics import Difference, stars
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+BROWSER = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory) -> Table:
+    return make_table(tmp_path_factory.mktemp("table"))
+
+
+@pytest.fixture(scope="module")
+def results(table) -> Results:
+    return Results(table)
+
+
+@pytest.fixture(scope="module")
+def written(table) -> Path:
+    """Folder with what `write_results` wrote; it holds the sheets and the copy reports, too."""
+    out = next(r.samples for r in table.rows if r.samples).parents[1]
+    headline = write_results(table, out)
+    assert "accuracy on test" in headline and "3 of 15 rows are not complete" in headline
+    return out
+
+
+def small_table(tmp_path: Path, gains: dict[str, float], splits=SPLITS, **values) -> Table:
+    maker = Maker(tmp_path, images=90, groups=None)
+    rows = []
+    for key, gain in gains.items():
+        kind = "real" if key == "real" else "synthetic"
+        factors = {} if kind == "real" else {"selection": "centroid", "ratio": 50}
+        rows.append(row(key, kind, factors=factors, **maker.runs(key, gain, SEEDS[:3])))
+    fields = {"settings": {}, "paper": {}, "umap": None, "record": {}, **values}
+    return Table("small", "", rows, "real", list(splits), CLASSES, **fields)
+
+
+# The three texts
+
+
+def markdown_tables(text: str) -> dict[str, list[list[str]]]:
+    """Cells by heading, as GitHub would split them."""
+    found: dict[str, list[list[str]]] = {}
+    heading = ""
+    for line in text.splitlines():
+        if line.startswith("#"):
+            heading = line.lstrip("# ")
+        if line.startswith("|"):
+            cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+            found.setdefault(heading, []).append(cells)
+    return found
+
+
+def test_markdown(table, written):
+    text = (written / "table.md").read_text()
+    tables = markdown_tables(text)
+    assert list(tables) == [
+        "All arms, test",
+        "All arms, val",
+        "Selected against random, test",
+        "The synthetic tiles",
+    ]
+    for cells in tables.values():
+        assert {len(line) for line in cells} == {len(cells[0])}
+    arms = tables["All arms, test"]
+    assert arms[0][:5] == ["trained on", "tiles", "seeds", "accuracy", "Δ accuracy"]
+    by_label = {line[0].strip("*"): line for line in arms[2:]}
+    assert len(by_label) == len(table.rows) + 1
+    real = next(r for r in table.rows if r.key == "real")
+    accuracy = [100 * one["test"]["accuracy"] for one in real.summary["per_seed"]]
+    shown = f"{np.mean(accuracy):.1f} ± {np.std(accuracy, ddof=1):.1f}"
+    assert by_label["real tiles only"][1:5] == ["45", "4", shown, ""]
+    assert by_label["real tiles only"][-1] == "accuracy 70.1"
+    assert by_label["best selected − reference"][-1] == "accuracy +6.4"
+    assert by_label["from scratch, random 200%"][2:4] == ["0 of 4", "not run"]
+    assert by_label["from scratch, centroid 200%"][3].startswith("failed: RuntimeError: CUDA out")
+    partial = by_label["from scratch, centroid 100% †"]
+    assert partial[2] == "2 of 4" and "[" not in partial[4]  # two seeds: no interval
+    assert by_label["pre-trained, centroid 200%"][1].strip("*") == "45 + 83 (of 90)"
+    assert re.fullmatch(
+        r"\*\*\+\d+\.\d \\\[\+\d+\.\d, \+\d+\.\d\\\] \\\*(\\\*)?\*\*",
+        by_label["pre-trained, centroid 200%"][4],
+    )
+    assert r"\<everything\>" in text and r"tried 2 GiB\_of 1 \<b\>" in text
+    assert "Every network was trained for 2,000 updates" in text
+    assert "resampled were 30 groups" in text
+    fidelity = {line[0]: line for line in tables["The synthetic tiles"][2:]}
+    assert fidelity["pre-trained, centroid 100%"][2:6] == ["70", "77.8 ± 2", "0.810", "0.550"]
+    assert re.fullmatch(r"\d+ of 24 \(\d+\.\d%\)", fidelity["pre-trained, centroid 100%"][6])
+    assert fidelity["from scratch, random 200%"][2] == ""
+    assert "FID is biased" in text
+
+
+def test_latex_is_well_formed(table, results):
+    text = to_latex(results)
+    assert text.count("\\begin{table}") == text.count("\\end{table}") == 4
+    bare = re.sub(r"\\[\\{}%&$#_]", "", text)
+    assert bare.count("{") == bare.count("}") and bare.count("$") % 2 == 0
+    for environment in re.findall(r"\\begin{tabular}.*?\\end{tabular}", text, re.S):
+        width = len(re.match(r"\\begin{tabular}{([lr]+)}", environment)[1])
+        lines = [line for line in environment.splitlines() if line.endswith("\\\\")]
+        assert len(lines) > 5
+        for line in lines:
+            merged = sum(int(n) - 1 for n in re.findall(r"\\multicolumn{(\d+)}", line))
+            assert len(re.findall(r"(?<!\\)&", line)) + 1 + merged == width
+    assert "\\toprule" in text and "GiB\\_of 1 $<$b$>$" in text
+    assert "\\textbf{pre-trained, centroid 200\\%}" in text
+    assert not re.search("[±−Δ×†…“”]", text)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("50% & more", "50\\% \\& more"),
+        ("a_b {c} #1 $2", "a\\_b \\{c\\} \\#1 \\$2"),
+        ("C:\\x ~ ^", "C:\\textbackslash{}x \\textasciitilde{} \\textasciicircum{}"),
+        ("−3.1 [−4.0, +2.0] **", "$-$3.1 [$-$4.0, +2.0] $^{*}$$^{*}$"),
+        ("[start", "{}[start"),
+    ],
+)
+def test_latex_escapes(text, expected):
+    assert latex(text) == expected
+
+
+def test_csv_has_everything_in_full_precision(table, results, written):
+    rows = list(csv.DictReader(io.StringIO((written / "table.csv").read_text())))
+    assert len(rows) == len(table.rows) * len(SPLITS)
+    assert to_csv(results) == (written / "table.csv").read_text()
+    found = {(r["row"], r["split"]): r for r in rows}
+    for of in table.rows:
+        for split in SPLITS:
+            line = found[of.key, split]
+            runs = [Predictions.read(files[split]) for files in of.predictions.values()]
+            if not runs:
+                assert line["accuracy"] == line["accuracy_std"] == line["delta_accuracy"] == ""
+                continue
+            accuracy = [np.mean(run.predicted == run.labels) for run in runs]
+            assert float(line["accuracy"]) == pytest.approx(np.mean(accuracy), abs=1e-12)
+            if len(runs) > 1:
+                assert float(line["accuracy_std"]) == pytest.approx(np.std(accuracy, ddof=1))
+            else:
+                assert line["accuracy_std"] == ""
+    line = found[SHORTFALL, "test"]
+    assert (line["factor_generator"], line["factor_ratio"]) == ("in_domain", "200")
+    assert (line["images"], line["synthetic"], line["wanted"]) == ("128", "83", "90")
+    difference = float(line["accuracy"]) - float(found["real", "test"]["accuracy"])
+    assert float(line["delta_accuracy"]) == pytest.approx(difference)
+    assert float(line["delta_accuracy_low"]) < difference < float(line["delta_accuracy_high"])
+    control = found["in_domain-random-200", "test"]
+    assert float(line["against_random_accuracy"]) == pytest.approx(
+        float(line["accuracy"]) - float(control["accuracy"])
+    )
+    assert control["against_random_accuracy"] == ""
+    assert line["compared_groups"] == "30" and line["fidelity_recall"] == "0.55"
+    assert found["real", "test"]["paper_accuracy"] == "70.1"
+    assert found[FAILED, "val"]["failures"] == REASON
+    assert "2 seeds" in found[PARTIAL, "test"]["compared_note"]
+
+
+def test_stars_are_those_of_the_corrected_p(results):
+    by_cell = {difference_cell(d): d for d in results.differences if d.low is not None}
+    marked = [d for cell, d in by_cell.items() if cell.endswith("*")]
+    assert marked and all(d.p_holm < 0.05 and d.low * d.high > 0 for d in marked)
+    assert all(stars(d.p_holm) == "" for cell, d in by_cell.items() if not cell.endswith("*"))
+    bare = Difference("reference", "a", "b", "test", "accuracy", mean=-0.0004)
+    assert difference_cell(bare) == points(-0.0004) == "0.0"
+    assert difference_cell(replace(bare, mean=-0.031, low=-0.05, high=0.01, p_holm=0.2)) == (
+        "−3.1 [−5.0, +1.0]"
+    )
+
+
+def test_the_best_arm_is_chosen_on_val(tmp_path):
+    """An arm that is chosen by its test accuracy looks better than it is."""
+    table = small_table(tmp_path, {"real": 0.0, "a": 0.5, "b": 0.5})
+    for split_of_a, split_of_b in (("val", "test"), ("test", "val")):
+        for key, split in (("a", split_of_a), ("b", split_of_b)):
+            for run in next(r for r in table.rows if r.key == key).summary["per_seed"]:
+                run["val"]["accuracy"], run["test"]["accuracy"] = 0.5, 0.5
+                run[split]["accuracy"] = 0.9
+        assert Results(table, []).best.key == ("a" if split_of_a == "val" else "b")
+
+
+def test_updates_that_differ_are_said(tmp_path):
+    table = small_table(tmp_path, {"real": 0.0, "a": 0.5})
+    assert "Every network was trained for 2,000" in to_markdown(Results(table))
+    table.rows[1].summary["updates"] = 6000
+    text = to_markdown(Results(table))
+    assert "Updates were NOT matched" in text and "2,000 to 6,000" in text
+    for of in table.rows:
+        del of.summary["updates"]
+    assert "not recorded" in to_markdown(Results(table))
+
+
+def test_arms_on_other_images_are_named_not_compared(tmp_path):
+    table = small_table(tmp_path, {"real": 0.0, "a": 0.5})
+    path = table.rows[1].predictions[0]["test"]
+    run = Predictions.read(path)
+    run.paths[0] = "ADI/other.png"
+    run.write(path)
+    text = to_markdown(Results(table))
+    assert "Not compared: " in text and "other.png" in text
+    cells = next(c for c in markdown_tables(text)["All arms, test"] if c[0].strip("*") == "a")
+    assert cells[4].strip("*") == ""
+
+
+def test_one_split_and_no_results_at_all(tmp_path):
+    val_only = small_table(tmp_path, {"real": 0.0, "a": 0.5}, splits=("val",))
+    assert write_results(val_only, tmp_path / "val").startswith("accuracy on val")
+    assert "resampled were single images" in (tmp_path / "val" / "table.md").read_text()
+    text = (tmp_path / "val" / "table.md").read_text()
+    assert list(markdown_tables(text)) == ["All arms, val"] and "optimistic" in text
+    empty = {"images": None, "synthetic": None, "wanted": 9}
+    rows = [
+        row("real", "real", status="missing", images=None),
+        row("a", status="failed", failures=["x"], **empty),
+    ]
+    empty = replace(val_only, rows=rows, splits=list(SPLITS))
+    headline = write_results(empty, tmp_path / "empty")
+    assert "no results of the reference real; 2 of 2 rows are not complete" in headline
+    assert "failed: x" in (tmp_path / "empty" / "report.html").read_text()
+    text = (tmp_path / "empty" / "table.md").read_text()
+    assert "not tested: that takes 3 seeds" in text and "(of N)" not in text
+
+
+def test_measures_that_failed_and_notes_of_many_arms(tmp_path):
+    table = small_table(tmp_path, {"real": 0.0, "a": 0.5, "b": 0.5, "c": 0.5})
+    failures = ["fidelity of a: out of memory", "copy check of g: killed"]
+    table.rows[1] = replace(table.rows[1], failures=failures)
+    for of in table.rows:
+        of.summary["notes"] = ["images are resampled"] + ["few LYM"] * (of.key == "b")
+    text = to_markdown(Results(table))
+    (line,) = markdown_tables(text)["The synthetic tiles"][2:]
+    assert line[0] == "a" and line[2] == line[6] == "failed"
+    assert "- a (done): fidelity of a: out of memory" in text
+    assert "- 4 arms: images are resampled" in text and "- b: few LYM" in text
+
+
+# The page
+
+
+def test_page_holds_all_sections_and_nothing_unescaped(table, written):
+    page = (written / "report.html").read_text()
+    heads = [html.unescape(h) for h in re.findall("<h2>(.*?)</h2>", page)]
+    assert heads == [
+        "All arms, test",
+        "Accuracy over the amount of synthetic tiles, test",
+        "Accuracy over the amount of synthetic tiles, val",
+        "All arms, val",
+        "Selected against random, test",
+        "The synthetic tiles",
+        "Confusion matrices, test",
+        "Samples",
+        "What the selection took and left",
+        "Feature space",
+        "Copies of training tiles",
+        "What failed",
+        "How it was made",
+    ]
+    assert "<everything>" not in page and "&lt;everything&gt;" in page
+    assert "<td colspan=6>failed: RuntimeError: CUDA out of memory" in page
+    assert "eval.py --data_path D --output_dir train5" in page and "match_steps: 2000" in page
+    # 3 classes x 4 tiles of the labelled and of each pool, 3 sheets, a UMAP, 2 copy reports
+    assert page.count("<img ") == 3 * 4 * (1 + len(GENERATORS)) + 3 + 1 + 2
+    assert str(written) not in page.replace(str(written / "D"), "")  # but for the settings
+    charts = re.findall(r'<svg [^>]*aria-label="([^"]*)"', page)
+    assert charts == ["pre-trained", "from scratch"] * 2 + [
+        "real tiles only",
+        "pre-trained, centroid 200%",
+    ]
+
+
+def test_page_asks_for_no_other_file(written):
+    page = (written / "report.html").read_text()
+    addresses = re.findall(r"""(?:src|href|srcset|action|data)\s*=\s*["']?([^"'\s>]+)""", page)
+    assert addresses and all(a.startswith(("data:image/png;base64,", "data:image/jpeg;base64,"))
+                             for a in addresses)  # fmt: skip
+    assert not re.search(r"<link|<script|<iframe|@import|url\(|https?:", page)
+    for address in addresses:
+        with Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))) as image:
+            image.load()
+            assert min(image.size) > 10
+
+
+# No request leaves the browser: the policy stops it, and says which one it was.
+POLICY = """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
+  style-src 'unsafe-inline'; script-src 'unsafe-inline'"><script>
+const requests = [];
+document.addEventListener("securitypolicyviolation", e => requests.push(e.blockedURI));
+</script>"""
+PROBE = """<script>
+document.querySelectorAll("details").forEach(d => d.open = true);
+window.addEventListener("load", () => {
+  const wide = [...document.querySelectorAll("body *")].filter(
+    e => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest(".scroll"));
+  const images = [...document.images];
+  parent.postMessage(JSON.stringify({
+    width: innerWidth, page: document.documentElement.scrollWidth,
+    wide: wide.map(e => e.tagName).slice(0, 5), images: images.length, requests,
+    broken: images.filter(i => !i.complete || i.naturalWidth === 0).length,
+    small: [...document.querySelectorAll("svg")].filter(s => s.clientWidth < 200).length,
+  }), "*");
+});
+</script></body>"""
+# A window is at least 500 px wide; a frame may be as narrow as a telephone.
+FRAME = """<!doctype html><pre id="finding"></pre><script>
+addEventListener("message", e => document.getElementById("finding").textContent = btoa(e.data));
+</script><iframe src="page.html" style="border: 0; width: {width}px; height: 1500px"></iframe>"""
+
+
+def browse(page: str, folder: Path, width: int) -> tuple[dict, list[str]]:
+    """What a browser finds in a page that is shown `width` wide, and the errors of its console."""
+    page = page.replace("<head>", "<head>" + POLICY, 1).replace("</body>", PROBE)
+    (folder / "page.html").write_text(page)
+    (folder / "frame.html").write_text(FRAME.format(width=width))
+    arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    arguments += ["--disable-extensions", "--no-first-run", "--disable-background-networking"]
+    arguments += [f"--user-data-dir={folder / 'profile'}", "--window-size=1400,1600"]
+    arguments += ["--virtual-time-budget=5000", "--dump-dom"]
+    arguments.append((folder / "frame.html").absolute().as_uri())
+    done = subprocess.run([BROWSER, *arguments], capture_output=True, text=True, timeout=120)
+    found = re.search(r'<pre id="finding">(.+?)</pre>', done.stdout)
+    assert found, f"the browser showed no page: {done.stderr[-2000:]}"
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return json.loads(base64.b64decode(found[1])), console
+
+
+needs_browser = pytest.mark.skipif(
+    BROWSER is None, reason=f"none of {', '.join(BROWSERS)} is installed"
+)
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1280, 400])
+def test_page_in_a_browser(written, tmp_path, width):
+    finding, console = browse((written / "report.html").read_text(), tmp_path, width)
+    assert finding["width"] == width
+    assert finding["page"] <= width and finding["wide"] == [], "the page scrolls sideways"
+    assert finding["images"] == 3 * 4 * 3 + 6 and finding["broken"] == 0
+    assert finding["small"] == 0, "charts are too small to read"
+    assert finding["requests"] == [] and console == []
+
+
+@needs_browser
+def test_what_the_browser_test_would_catch(tmp_path):
+    """A page with one of each fault: too wide, broken picture, request, error."""
+    page = Page("faults")
+    page.parts.append('<div style="width: 900px">wide</div><img src="http://a.invalid/b.png">')
+    page.parts.append('<img src="data:image/png;base64,AAAA"><script>undefined_name()</script>')
+    finding, console = browse(page.render(), tmp_path, 400)
+    assert finding["page"] > 400 and "DIV" in finding["wide"]
+    assert finding["images"] == 2 and finding["broken"] == 2
+    assert any("a.invalid" in name for name in finding["requests"])
+    assert any("undefined_name" in line for line in console)
+
+
+# Pieces of a page
+
+
+def heights(chart: str) -> list[float]:
+    return [float(y) for y in re.findall(r'<circle [^>]*cy="([\d.]+)"', chart)]
+
+
+def test_error_chart_is_to_scale():
+    first = Measured("<a>", [50, 100], [70.0, 80.0], [2.0, None])
+    second = Measured("b", [50], [60.0], [5.0])
+    assert error_bounds([first, second]) == (55.0, 80.0)
+    assert error_bounds([first], ("real", 50.0, 1.0)) == (49.0, 80.0)
+    chart = error_chart("t", [first, second], "x", ("real", 65.0, 5.0), (50.0, 90.0))
+    # 50 to 90 is the whole height: a point is (HEIGHT - TOP - BOTTOM) / 40 units.
+    unit = (HEIGHT - TOP - BOTTOM) / 40
+    assert heights(chart) == pytest.approx([TOP + (90 - y) * unit for y in (70, 80, 60)], abs=0.06)
+    band = re.search(r'class="band"[^>]* y="([\d.]+)" height="([\d.]+)"', chart)
+    assert float(band[1]) == pytest.approx(TOP + 20 * unit, abs=0.06)
+    assert float(band[2]) == pytest.approx(10 * unit, abs=0.06)
+    assert "&lt;a&gt;" in chart and "<a>" not in chart
+    # Charts with the same axes have the same place for the same ratio.
+    both = [error_chart("t", [second], "x", x_ticks=x) for x in (None, [50, 100])]
+    assert ">100</text>" not in both[0] and ">100</text>" in both[1]
+
+
+def test_matrix_chart_shows_percent_of_rows():
+    chart = matrix_chart(
+        "m", ["ADI", "a_long_name_of_a_class", "L"], [[3, 1, 0], [0, 0, 0], [0, 0, 2]]
+    )
+    assert [float(o) for o in re.findall(r'fill-opacity="([\d.]+)"', chart)] == pytest.approx(
+        [0.76, 0.29, 0.05, 0.05, 0.05, 0.05, 0.05, 0.05, 1.0], abs=0.01
+    )
+    assert re.findall(r">(\d+)</text></g>", chart) == ["75", "25", "100"]
+    assert "ADI predicted as a_long_name_of_a_class: 1 of 4" in chart
+    assert "<title>a_long_name_of_a_class</title>" in chart
+
+
+def test_page_tables_span_and_mark_rows():
+    page = Page("t", wide=True)
+    page.table(["a", "b", "c"], [[1, 2, 3], ["x", Span("<why>", 2)]], [1, 2], kinds=["best", ""])
+    text = page.render()
+    assert '<tr class="best"><td>1</td><td class=n>2</td><td class=n>3</td></tr>' in text
+    assert "<td>x</td><td colspan=2>&lt;why&gt;</td>" in text
+    assert "<main class=wide>" in text
+
+
+def test_big_pictures_are_made_smaller_for_the_page(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (900, 2000, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "big.png")
+    Image.fromarray(pixels[:50, :50]).save(tmp_path / "small.png")
+    data = embeddable(tmp_path / "big.png", width=800)
+    assert len(data) < (tmp_path / "big.png").stat().st_size / 8
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.size == (800, 360)
+    assert embeddable(tmp_path / "small.png") == (tmp_path / "small.png").read_bytes()
+
+
+def test_layouts_are_rectangular_and_finite(results):
+    for layout in layouts(results):
+        assert all(len(line) == len(layout.heads) for line in layout.rows), layout.name
+        assert not any(str(math.nan) in cell for line in layout.rows for cell in line)
+    assert {MISSING, FAILED} <= {r.key for r in results.table.rows}
