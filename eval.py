@@ -224,6 +224,14 @@ def make_parser() -> ArgumentParser:
         action="store_true",
         help="turn by quarters and mirror both ways, as suits tissue",
     )
+    setting(
+        augment,
+        "stain_jitter",
+        type=number(float, 0, 0.99),
+        metavar="S",
+        help="multiply haematoxylin, eosin and the rest by random numbers in [1 - S, 1 + S], as"
+        " other laboratories would; 0 for none",
+    )
     setting(augment, "aa", metavar="POLICY", help="timm augmentation policy, or none")
     setting(
         augment,

@@ -11,17 +11,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from PIL import Image
 from ranks import in_ranks
 from safetensors.torch import save_file
-from timm.data import create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.auto_augment import AugmentOp
 
 import eval as command
 from ldm.checkpoint import KEY, read_checkpoint, write_checkpoint
+from ldm.data.stain import from_density, stain_matrix
 from ldm.data.tiles import read_tile
 from ldm.errors import UserError
 from ldm.evaluation import runs, training
@@ -735,6 +737,26 @@ def test_d4_draws_all_eight_symmetries_alike(source):
     # timm's own mirroring would only double what is there already.
     names = [type(step).__name__ for step in train_transform(Settings(d4=True)).transforms]
     assert "RandomHorizontalFlip" not in names and names[1] == "RandomD4"
+
+
+def test_stain_jitter_scales_each_stain_within_its_bounds():
+    amounts = np.array([0.8, 0.6, 0.1])  # of haematoxylin, eosin and the rest
+    colour = from_density(amounts.astype(np.float32) @ stain_matrix().astype(np.float32))
+    image = Image.fromarray(np.broadcast_to(colour, (32, 32, 3)).copy())
+    plain = train_transform(Settings(**NETWORK, **NOTHING, crop_flip=False))
+    jittered = train_transform(Settings(**NETWORK, **NOTHING, crop_flip=False, stain_jitter=0.3))
+    mean, std = (np.array(v) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    ratios = []
+    for seed in range(200):
+        seed_generators(seed)
+        pixel = jittered(image)[:, 0, 0].double().numpy() * std + mean
+        ratios.append(-np.log(pixel) @ np.linalg.inv(stain_matrix()) / amounts)
+    ratios = np.array(ratios)[:, :2]  # the rest is little: rounding to grey levels shows
+    assert ratios.min() > 0.66 and ratios.max() < 1.34, "0.7 to 1.3, and rounding"
+    assert (ratios.min(axis=0) < 0.75).all() and (ratios.max(axis=0) > 1.25).all()
+    assert abs(np.corrcoef(ratios.T)[0, 1]) < 0.3, "each stain is drawn on its own"
+    white = Image.new("RGB", (32, 32), "white")
+    assert torch.equal(jittered(white), plain(white)), "glass has no stain"
 
 
 # --- Network and weights -------------------------------------------------------------------------

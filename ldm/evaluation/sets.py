@@ -25,6 +25,7 @@ from ldm.checkpoint import file_sha256
 from ldm.cli import existing_path
 from ldm.data.groups import by_csv
 from ldm.data.images import class_folders
+from ldm.data.stain import jitter_stains
 from ldm.data.tiles import TileFolder, check_tiles, decode_tiles, read_tile
 from ldm.errors import UserError
 from ldm.evaluation.settings import NO_AUGMENT, Settings
@@ -127,6 +128,21 @@ class RandomD4:
         return image if turn is None else image.transpose(turn)
 
 
+class RandomStains:
+    """More or less of each stain (`jitter_stains`), drawn with Python's generator.
+
+    Args:
+        strength: S; haematoxylin, eosin and the rest are multiplied by numbers in [1 - S, 1 + S].
+    """
+
+    def __init__(self, strength: float):
+        self.strength = strength
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        scale = [random.uniform(1 - self.strength, 1 + self.strength) for _ in range(3)]
+        return Image.fromarray(jitter_stains(np.asarray(image), np.array(scale)))
+
+
 def train_transform(settings: Settings):
     """timm's training augmentation: PIL image -> normalised float32 (3, S, S).
 
@@ -138,6 +154,8 @@ def train_transform(settings: Settings):
         geometry = eval_transform(settings.input_size).transforms[:-1]
     if settings.d4:
         geometry = [*geometry, RandomD4()]
+    if settings.stain_jitter:
+        colour = [RandomStains(settings.stain_jitter), *colour]
     for step in colour:
         operations = [*getattr(step, "ops", []), *chain(*getattr(step, "policy", []))]
         for operation in operations:

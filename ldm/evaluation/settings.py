@@ -61,6 +61,7 @@ class Settings:
     # Augmentation
     crop_flip: bool = True
     d4: bool = False
+    stain_jitter: float = 0.0
     smoothing: float = 0.1
     aa: str = "rand-m9-mstd0.5-inc1"
     color_jitter: float = 0.4
