@@ -82,6 +82,15 @@ def test_every_storage_gives_the_same_tiles(stored, name, indexed):
     assert data.relative_paths[0].startswith("x/")
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_an_index_knows_the_layout(stored, name):
+    settings = node(stored, name, indexed=True)
+    spared = {key: value for key, value in settings.items() if key != "layout"}
+    data, expected = Corpora({"x": spared}, SIZE), Corpora({"x": settings}, SIZE)
+    assert data.relative_paths == expected.relative_paths
+    assert torch.equal(data[0]["image"], expected[0]["image"])
+
+
 def test_shards_are_what_webdataset_reads(stored):
     urls = [str(path) for path in sorted((stored / "shards").glob("*.tar"))]
     theirs = {
@@ -347,7 +356,8 @@ def test_bad_transforms(stored, options, text):
         ({"root": "empty", "layout": "shards"}, "has no tar shards"),
         ({"wieght": 2}, "corpora.x.wieght: unknown name"),
         ({"index": "none.parquet"}, "none.parquet does not exist"),
-        ({"index": "shards.parquet"}, "is of layout shards, not folder"),
+        ({"index": "shards.parquet", "layout": "folder"}, "is of layout shards, not folder"),
+        ({"index": "shards.parquet"}, "does not fit files"),
         ({"root": "arrays", "index": "files.parquet"}, "does not fit arrays"),
         ({"root": ["files", "files"], "index": "files.parquet"}, "is of 1 roots, not 2"),
         ({"root": "hollow", "layout": "shards"}, "corpus hollow: its tar shards hold no tiles"),

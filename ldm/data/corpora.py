@@ -27,7 +27,7 @@ class Corpus:
 
     name: str
     roots: list[Path]
-    layout: str
+    layout: str | None  # None: that of the index, "folder" without one
     weight: float
     index: Path | None
 
@@ -57,8 +57,9 @@ class Corpus:
                 f"{where}.weight={weight!r} must be a number above 0; remove a corpus with"
                 f" corpora.{name}=null"
             )
-        layout = settings.get("layout", "folder")
-        layout_of(layout, f"{where}.layout")
+        layout = settings.get("layout")
+        if layout is not None:
+            layout_of(layout, f"{where}.layout")
         roots = [Path(root).expanduser() for root in roots]
         return cls(name, roots, layout, float(weight), Path(index) if index else None)
 
@@ -97,9 +98,9 @@ class Corpora(Tiles):
 
     Args:
         corpora: By name, a mapping of `root` (a folder or several), `layout` ("folder", "array" or
-            "shards"), `weight` (1), and `index` (what scripts/index_corpus.py wrote for the same
-            roots; None walks the folders and reads the headers of shards at every start). A corpus
-            that is null is left out.
+            "shards"; when not given that of the index, "folder" without one), `weight` (1), and
+            `index` (what scripts/index_corpus.py wrote for the same roots; None walks the folders
+            and reads the headers of shards at every start). A corpus that is null is left out.
         size, augment, crop, preprocess, resize: See `Tiles`.
         labelled: Whether tiles have a class: their first folder, the `.cls` member of a shard or
             the types.npy of an array.
@@ -168,15 +169,17 @@ class Corpora(Tiles):
         names: list[str | None],
         columns: dict[str, list[np.ndarray]],
     ) -> None:
-        layout = layout_of(corpus.layout, "layout")
+        name = corpus.layout or "folder"
         index = None
         if corpus.index is not None:
             index = CorpusIndex.read(corpus.index)
-            index.require_layout(corpus.layout)
+            name = corpus.layout or index.layout
+            index.require_layout(name)
             for root in corpus.roots:
                 if not root.is_dir():
                     raise UserError(f"corpora.{corpus.name}.root: {root} is no folder; correct it")
             index.check(corpus.roots)
+        layout = layout_of(name, "layout")
         for i, root in enumerate(corpus.roots):
             if index is not None:
                 table = index.tiles(i)
