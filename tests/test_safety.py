@@ -358,9 +358,11 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 # --- Kills ---------------------------------------------------------------------------------------
 
 
-def start(config: Path, logdir: Path, steps: int) -> subprocess.Popen:
-    argv = f"-t --logdir {logdir} --name k --max_steps {steps} --precision 32".split()
-    every = "lightning.modelcheckpoint.params.every_n_train_steps=1"
+def start(
+    config: Path, logdir: Path, steps: int, name: str = "k", interval: int = 1
+) -> subprocess.Popen:
+    argv = f"-t --logdir {logdir} --name {name} --max_steps {steps} --precision 32".split()
+    every = f"lightning.modelcheckpoint.params.every_n_train_steps={interval}"
     return subprocess.Popen(
         [sys.executable, "main.py", "--base", str(config), *argv, every],
         cwd=ROOT,
@@ -407,11 +409,13 @@ def test_killed_runs_leave_checkpoints_that_load(
     kill_and_go_on(config, tmp_path, kills, steps, seed=kills)
     (tmp_path / "k" / "checkpoints" / ".last.ckpt.left").write_bytes(b"half")
     end = files.training_step_of(tmp_path / "k" / "checkpoints" / "last.ckpt") + 2
-    every = "lightning.modelcheckpoint.params.every_n_train_steps=1000"
-    run(config, tmp_path, "k", end, every)
-    run(config, tmp_path, "whole", end, every)
+    for name in ("k", "whole"):  # processes of their own, as those that were killed
+        process = start(config, tmp_path, end, name, interval=1000)
+        assert process.wait() == 0, process.stderr.read()
+        process.stderr.close()
     a, b = weights(tmp_path, "k"), weights(tmp_path, "whole")
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    differing = [k for k in a if not torch.equal(a[k], b[k])]
+    assert not differing, f"after {end} steps"
     assert not [p.name for p in (tmp_path / "k" / "checkpoints").iterdir() if p.name[0] == "."]
 
 
