@@ -665,6 +665,28 @@ def test_the_average_is_what_counts_and_does_not_stay_at_its_start(data):
     assert trainer.evaluated is trainer.ema.net
 
 
+def test_a_network_of_shuffled_labels_is_worth_chance(data):
+    """After the last update: a state that is chosen on val is above chance by the choice alone."""
+    plain = dict(mixup=0.0, cutmix=0.0, aa="none", reprob=0.0, smoothing=0.0, drop_path=0.0)
+    plain |= dict(crop_flip=False, model_ema=False, batch_size=21, lr=0.05)
+    settings = Settings(**NETWORK, **plain, match_steps=20, validations=1)
+    splits = loaded_splits(data, settings)
+    labels = list(splits.train.labels)
+
+    def accuracy(seed: int) -> float:
+        trainer = Trainer(settings, seed, splits, CPU)
+        trainer.run_round()
+        return trainer.best["val_accuracy"]
+
+    assert accuracy(0) > 0.9
+    found = []
+    for seed in range(16):
+        splits.train.labels = np.random.default_rng(seed).permutation(labels).tolist()
+        found.append(accuracy(seed))
+    # A class of one colour is right or wrong as a whole, so a network deviates by about 1/3.
+    assert np.mean(found) == pytest.approx(1 / 3, abs=3 * (1 / 3) / 16**0.5)
+
+
 def test_ties_on_val_go_to_the_lower_loss(data, monkeypatch):
     settings = Settings(**NETWORK, epochs=4)
     trainer = Trainer(settings, 0, loaded_splits(data, settings), CPU)

@@ -282,6 +282,20 @@ def test_dinov2_sees_the_whole_tile_at_224_pixels(tile_sets, tmp_path):
         torch.testing.assert_close(values, net(x), rtol=1e-3, atol=1e-4)
 
 
+def test_a_local_vit_of_timm_sees_what_timm_would_show_it(tile_sets, tmp_path):
+    torch.manual_seed(0)
+    net = timm.create_model("test_vit", num_classes=0).eval()
+    torch.save(net.state_dict(), tmp_path / "vit.pth")
+    extractor = load_extractor("timm:test_vit", tmp_path / "vit.pth", CPU)
+    tile = next((tile_sets["real"] / "LYM").iterdir())
+    config = timm.data.resolve_model_data_config(net) | {"crop_pct": 0.875, "crop_mode": "center"}
+    transform = timm.data.create_transform(**config)
+    with Image.open(tile) as image, torch.no_grad():
+        expected = net(transform(image.convert("RGB"))[None])
+    torch.testing.assert_close(extractor.features([tile], 1, 0)[0], expected, rtol=1e-3, atol=1e-4)
+    assert str(config["input_size"][1]) in extractor.preprocessing
+
+
 def test_features_of_a_run_are_those_of_the_selection_before_their_length_is_taken(vit, tile_sets):
     ours, _ = load_extractor(None, vit, CPU).features(
         TileFiles.below(tile_sets["real"], False, "--real").paths, 7, 0
@@ -530,6 +544,7 @@ def test_reference_file_notices_tiles_replaced_with_their_times_kept(tile_sets, 
         (["--real", "{real}", "--fake", "{fake}", "--overwrite"], "--overwrite: belongs to"),
         (["--real", "{real}", "--fake", "{fake}", "--extractor", "clip"], "--extractor clip"),
         (["--real", "{real}", "--fake", "{fake}", "--extractor", "vit"], "give --weights RUN"),
+        (["--real", "{real}", "--fake", "{fake}", "--extractor", "timm:no"], "timm:no is neither"),
         (["--real", "{real}", "--fake", "{fake}", "--weights", "{none}"], "--weights: {none}"),
         (
             ["--real", "{real}", "--fake", "{fake}", "--weights", "{vit}", "--stats", "{vit}"],

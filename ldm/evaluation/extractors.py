@@ -182,8 +182,9 @@ def load_extractor(
         name = kind.removeprefix(TIMM)
         try:
             extractor = Extractor.from_timm(name, weights, device, what="--extractor timm")
-        except UserError as error:  # it speaks of the option of other commands
-            raise UserError(str(error).replace("--pretrained_weights", "--weights")) from None
+        except UserError as error:  # it speaks of the options of other commands
+            text = str(error).replace("--pretrained_weights", "--weights")
+            raise UserError(text.replace("--extractor timm ", f"--extractor {TIMM}")) from None
         return _of_selection(extractor, device)
     raise UserError(f"--extractor {kind}: choose among {', '.join(KINDS)}")
 
