@@ -495,7 +495,6 @@ def test_killed_caching_goes_on(folder, tmp_path):
     content = victim.read_bytes()
 
     # A process that dies in the middle leaves what it has finished and no part of a file.
-    plan_of = cache_latents.parse_arguments
     with pytest.MonkeyPatch.context() as patch:
         from ldm.data import caching
 
@@ -510,7 +509,6 @@ def test_killed_caching_goes_on(folder, tmp_path):
         patch.setattr(caching, "_write_shard", dying)
         with pytest.raises(KeyboardInterrupt):
             cache(folder, out, *options, data=[torn])
-    assert plan_of is cache_latents.parse_arguments
     times = {path: path.stat().st_mtime_ns for path in sorted(out.rglob("*.safetensors"))}
     assert sorted(times) == sorted(written) and len(times) == 3
     with pytest.raises(UserError, match="is unfinished"):
@@ -529,6 +527,41 @@ def test_killed_caching_goes_on(folder, tmp_path):
         other = out / path.relative_to(tmp_path / "whole")
         assert other.read_bytes() == path.read_bytes()
     assert [p for p in out.rglob(".*")] == []
+
+
+@pytest.mark.parametrize("writes", [0, 1, 2, 4, "last"])
+def test_caching_that_was_killed_while_it_wrote_goes_on(folder, plain, tmp_path, writes):
+    """kill -9 leaves half a file under another name: it must not be in the way, nor stay."""
+    from ldm import run
+    from ldm.data import caching
+
+    options = ["--val_data", folder / "val", "--labelled", "--dtype", "float32"]
+    options += ["--shard_tiles", 5]
+    files = len([path for path in plain.rglob("*") if path.is_file()])
+    write, written = run.write_bytes, []
+
+    class Killed(BaseException):
+        pass
+
+    def dying(path, content):
+        if len(written) == (files if writes == "last" else writes):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.with_name(f".{path.name}.half").write_bytes(content[:9])
+            raise Killed
+        write(path, content)
+        written.append(path)
+
+    out = tmp_path / "c"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "write_bytes", dying)
+        patch.setattr(caching, "write_bytes", dying)
+        with pytest.raises(Killed):
+            cache(folder, out, *options)
+    assert len(list(out.rglob(".*.half"))) == 1
+    cache(folder, out, *options)
+    assert list(out.rglob(".*")) == []
+    for path in plain.rglob("*.safetensors"):
+        assert (out / path.relative_to(plain)).read_bytes() == path.read_bytes()
 
 
 def test_a_deleted_file_is_made_again(folder, plain, tmp_path, capsys):

@@ -234,7 +234,7 @@ class CachePlan:
         """See that the folder is free, or holds what this plan makes."""
         manifest = read_manifest(self.root, "--out")
         if manifest is None:
-            if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
+            if self.root.exists() and (not self.root.is_dir() or self._foreign_files()):
                 raise UserError(
                     f"--out {self.root} exists and was not made by this command; give another"
                 )
@@ -247,6 +247,22 @@ class CachePlan:
                 f"--out {self.root} holds a cache with other settings ({key} was "
                 f"{_short(there.get(key))}, is {_short(here.get(key))}); give another --out"
             )
+
+    def _unfinished(self) -> list[Path]:
+        """Temporary files (see `ldm.run.write_bytes`) whose writing was killed."""
+        names = [self.root / MANIFEST, *(self.root / f"{split}.parquet" for split in self.shards)]
+        found = [part for path in names for part in self.root.glob(f".{path.name}.*")]
+        for shards in self.shards.values():
+            found += shards.folder.glob(".*.safetensors.*")
+        return found
+
+    def remove_unfinished(self) -> None:
+        """Delete what killed processes had not finished; none may be writing."""
+        for path in self._unfinished():
+            path.unlink(missing_ok=True)
+
+    def _foreign_files(self) -> bool:
+        return bool(set(self.root.iterdir()) - set(self._unfinished()))
 
     def missing(self) -> list[tuple[str, int]]:
         """Shards (split, number) that are not there; damaged ones are named, not counted.
@@ -314,10 +330,13 @@ class CachePlan:
         )
 
     def start(self) -> None:
-        """Claim the folder: write the manifest and the tables of the tiles."""
+        """Claim the folder: write the manifest, then the tables of the tiles.
+
+        In this order, so that a folder whose maker was killed in between is known as ours.
+        """
+        self._write_manifest(complete=False)
         for split, tiles in self.sets.items():
             write_bytes(self.root / f"{split}.parquet", _parquet(self.table(tiles)))
-        self._write_manifest(complete=False)
 
     def finish(self, seconds: float, made: int) -> dict[str, Any]:
         """Look at all shards, compute the statistics, complete the manifest; returns it."""
@@ -380,6 +399,7 @@ def make_cache(plan: CachePlan, device: torch.device, ranks: Ranks | None = None
     # One list for all: each would find what the others have made already.
     jobs = ranks.broadcast(plan.missing())
     if ranks.is_first:
+        plan.remove_unfinished()
         plan.require_space(jobs)
         if jobs:
             plan.start()
