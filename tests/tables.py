@@ -51,10 +51,12 @@ def row(key: str, kind: str = "synthetic", **values) -> Row:
         "images": 60,
         "synthetic": 0,
         "wanted": 0,
+        "seeds": len(SEEDS),
         "summary": None,
         "predictions": {},
         "fidelity": None,
         "copies": None,
+        "chosen_copies": None,
         "samples": None,
         "selection": None,
     }
@@ -178,10 +180,11 @@ def make_table(folder: Path) -> Table:
     rows = [
         row("real", "real", label="real tiles only", images=LABELLED, **maker.runs("real", 0.0)),
         row("colour_histogram", "baseline", label="colour histogram", images=LABELLED,
-            **maker.runs("colour_histogram", -0.6, (0,))),
+            seeds=1, **maker.runs("colour_histogram", -0.6, (0,))),
         row("ceiling-100", "ceiling", label="real tiles, 100% more", images=2 * LABELLED,
             **maker.runs("ceiling-100", 0.9)),
     ]  # fmt: skip
+    rows[1].summary["updates"] = None  # no network
     for generator, words in GENERATORS.items():
         for strategy in ("random", "centroid"):
             for ratio in RATIOS:
@@ -200,9 +203,10 @@ def make_table(folder: Path) -> Table:
                     "fidelity": fidelity(80 - 20 * gain, 0.3 + gain / 2),
                 }
                 values["images"] = LABELLED + values["synthetic"]
+                values["chosen_copies"] = {"tiles": values["synthetic"], "flagged": 9}
                 if key in (FAILED, MISSING):
-                    empty = {"images": None, "synthetic": None, "fidelity": None}
-                    values |= empty
+                    empty = ("images", "synthetic", "fidelity", "chosen_copies")
+                    values |= dict.fromkeys(empty)
                     values["status"] = "failed" if key == FAILED else "missing"
                     values["failures"] = [REASON] if key == FAILED else []
                 else:

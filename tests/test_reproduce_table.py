@@ -1,6 +1,7 @@
 """scripts/reproduce_table.py: its settings, rows and jobs, and a small table from end to end."""
 
 import copy
+import csv
 import importlib
 import json
 import subprocess
@@ -432,6 +433,13 @@ def test_a_small_table(small, given, here, tmp_path, capsys):
     assert random["summary"]["seeds"] == [0, 1]
     assert random["fidelity"]["overall"]["images_fake"] == 6
     assert random["copies"]["flagged"]["all"]["tiles"] <= 12
+    # Copies among the tiles of an arm (the first draw), not only in its pool.
+    with (out / "copies" / "tuned" / "copies.csv").open(newline="") as stream:
+        flagged = {line["file"] for line in csv.DictReader(stream) if line["flagged"] == "yes"}
+    for row, folder in ((random, "tuned-random-100@0"), (rows[list(rows)[3]], list(rows)[3])):
+        chosen = (out / "data" / folder).glob("*/synthetic_*")
+        names = {f"{p.parent.name}/{p.name.removeprefix('synthetic_')}" for p in chosen}
+        assert row["chosen_copies"] == {"tiles": 6, "flagged": len(names & flagged)}
     assert (random["synthetic"], random["wanted"], random["images"]) == (6, 6, 12)
     assert set(random["predictions"]) == {"0", "1"}
     # Each seed has a draw of its own.

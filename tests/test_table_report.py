@@ -49,6 +49,7 @@ from ldm.table.render import (
     latex,
     layouts,
     points,
+    status_cell,
     to_csv,
     to_latex,
     to_markdown,
@@ -86,7 +87,8 @@ def small_table(tmp_path: Path, gains: dict[str, float], splits=SPLITS, **values
     for key, gain in gains.items():
         kind = "real" if key == "real" else "synthetic"
         factors = {} if kind == "real" else {"selection": "centroid", "ratio": 50}
-        rows.append(row(key, kind, factors=factors, **maker.runs(key, gain, SEEDS[:3])))
+        runs = maker.runs(key, gain, SEEDS[:3])
+        rows.append(row(key, kind, factors=factors, seeds=3, **runs))
     fields = {"settings": {}, "paper": {}, "umap": None, "record": {}, **values}
     return Table("small", "", rows, "real", list(splits), CLASSES, **fields)
 
@@ -142,8 +144,17 @@ def test_markdown(table, written):
     assert "resampled were 30 groups" in text
     fidelity = {line[0]: line for line in tables["The synthetic tiles"][2:]}
     assert fidelity["pre-trained, centroid 100%"][2:6] == ["70", "77.8 ± 2", "0.810", "0.550"]
-    assert re.fullmatch(r"\d+ of 24 \(\d+\.\d%\)", fidelity["pre-trained, centroid 100%"][6])
-    assert fidelity["from scratch, random 200%"][2] == ""
+    # Copies among the chosen tiles, in the pool, and by chance.
+    assert [line[6] for line in fidelity.values()][:3] == [
+        "9 of 22 (40.9%)",
+        "9 of 45 (20.0%)",
+        "9 of 90 (10.0%)",
+    ]
+    of_pool = next(r.copies["flagged"]["all"] for r in table.rows if r.copies)
+    share = f"{100 * of_pool['flagged'] / 24:.1f}%"
+    assert fidelity["pre-trained, centroid 100%"][7:9] == [share, "5.0%"]
+    not_run = fidelity["from scratch, random 200%"]
+    assert not_run[2] == not_run[6] == ""
     assert "FID is biased" in text
 
 
@@ -207,6 +218,8 @@ def test_csv_has_everything_in_full_precision(table, results, written):
         float(line["accuracy"]) - float(control["accuracy"])
     )
     assert control["against_random_accuracy"] == ""
+    assert (line["chosen_copies_flagged"], line["chosen_copies_tiles"]) == ("9", "83")
+    assert (found[FAILED, "val"]["chosen_copies_tiles"], line["copies_tiles"]) == ("", "24")
     assert line["compared_groups"] == "30" and line["fidelity_recall"] == "0.55"
     assert found["real", "test"]["paper_accuracy"] == "70.1"
     assert found[FAILED, "val"]["failures"] == REASON
@@ -276,6 +289,17 @@ def test_one_split_and_no_results_at_all(tmp_path):
     assert "failed: x" in (tmp_path / "empty" / "report.html").read_text()
     text = (tmp_path / "empty" / "table.md").read_text()
     assert "not tested: that takes 3 seeds" in text and "(of N)" not in text
+
+
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        ("ViT on a, 50%, seed 1: eval.py: error: no", "failed: seed 1: eval.py: error: no"),
+        ("training of g: killed", "failed: training of g: killed"),
+    ],
+)
+def test_a_failed_cell_has_room_for_the_reason(line, expected):
+    assert status_cell(row("x", label="a, 50%", status="failed", failures=[line])) == expected
 
 
 def test_measures_that_failed_and_notes_of_many_arms(tmp_path):

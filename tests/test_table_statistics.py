@@ -257,6 +257,11 @@ def test_a_deterministic_baseline_is_compared_with_every_seed(tmp_path):
     assert found[0].seeds == (0, 1, 2, 3, 4) and found[0].high < 0
     # One seed of a network that could have come out otherwise says nothing of that sort.
     assert differences(table_of(tmp_path, made), 500)[0].p is None
+    # Nor does a baseline that is trained, of which one seed is all that is there yet.
+    table = table_of(tmp_path, made, {"colour": "baseline"})
+    table.rows[1] = replace(table.rows[1], summary={"updates": 2000})
+    (found, _) = differences(table, 500)
+    assert found.seeds == (0,) and found.p is None and "1 seed" in found.note
 
 
 # Refusals

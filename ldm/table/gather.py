@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import logging
@@ -86,7 +87,8 @@ def gather_row(plan: Plan, arm: Arm, standing: Mapping[str, Standing]) -> Row:
             selection = plan.data / folder
     counts = _selection_counts(selection)
     samples = plan.samples(arm.generator) if arm.generator else None
-    copies = plan.copies(arm.generator) / "report.json" if arm.generator else None
+    pool = plan.copies(arm.generator) if arm.generator else None
+    copies = _read_if_done(pool and pool / "report.json", f"copies-{arm.generator}", standing)
     images = summary.get("n_train") if summary else None
     return Row(
         key=arm.key,
@@ -98,10 +100,12 @@ def gather_row(plan: Plan, arm: Arm, standing: Mapping[str, Standing]) -> Row:
         images=images,
         synthetic=counts if selection else (0 if images is not None else None),
         wanted=arm.wanted,
+        seeds=len(arm.jobs),
         summary=summary,
         predictions=_predictions(folders),
         fidelity=_read_if_done(arm.fidelity, f"fidelity-{arm.key}", standing),
-        copies=_read_if_done(copies, f"copies-{arm.generator}", standing),
+        copies=copies,
+        chosen_copies=_chosen_copies(selection, pool) if copies and selection and pool else None,
         samples=samples if samples and samples.is_dir() else None,
         selection=selection,
     )
@@ -153,6 +157,18 @@ def _selection_counts(folder: Path | None) -> int | None:
         return None
     counts = _read_json(folder / "selection.json")["counts"].values()
     return sum(row["accepted"] + row["filled"] for row in counts)
+
+
+def _chosen_copies(selection: Path, pool: Path) -> dict[str, int]:
+    """How many of the synthetic tiles in a training folder the check of their pool flagged."""
+    from ldm.selection.select import USED
+    from ldm.selection.training_folder import read_decisions
+
+    decisions = read_decisions(selection, "selection")
+    chosen = {name for name, decision in decisions.items() if decision in USED}
+    with (pool / "copies.csv").open(newline="") as stream:
+        flagged = {row["file"] for row in csv.DictReader(stream) if row["flagged"] == "yes"}
+    return {"tiles": len(chosen), "flagged": len(chosen & flagged)}
 
 
 def _failures(jobs: list[str], standing: Mapping[str, Standing]) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -116,15 +116,7 @@ class Results:
     def seeds(self, row: Row) -> str:
         """`5`, or `3 of 5` where some are not there."""
         done = len(self.runs(row, self.reported)) or len(self.runs(row, self.table.splits[0]))
-        wanted = self._seeds_wanted(row)
-        return f"{done} of {wanted}" if done < wanted else str(done)
-
-    def _seeds_wanted(self, row: Row) -> int:
-        done = len((row.summary or {}).get("per_seed", ()))
-        if row.status == "done":
-            return done
-        asked = (self.table.settings.get("evaluation") or {}).get("seeds") or ()
-        return max(done, len(asked), *(len(r.predictions) for r in self.table.rows))
+        return f"{done} of {row.seeds}" if done < row.seeds else str(done)
 
     @cached_property
     def notes(self) -> list[str]:
@@ -235,8 +227,11 @@ def status_cell(row: Row) -> str:
     """What stands in place of numbers that are not there; "" where they are."""
     if row.status not in STATUS:
         return ""
-    reason = f": {shortened(row.failures[-1])}" if row.failures else ""
-    return STATUS[row.status] + reason
+    if not row.failures:
+        return STATUS[row.status]
+    # A job is called by its row, whose name stands in the first column.
+    _, _, own = row.failures[-1].partition(f"{row.label}, ")
+    return f"{STATUS[row.status]}: {shortened(own or row.failures[-1])}"
 
 
 def paper_cell(numbers: dict[str, Any] | None, sign: bool = False) -> str:
@@ -381,7 +376,7 @@ def random_layout(results: Results, split: str) -> Layout:
 def fidelity_layout(results: Results) -> Layout:
     """What the synthetic tiles are like, arm by arm."""
     heads = ["synthetic tiles of", "tiles", "FID", "KID × 1000", "precision", "recall"]
-    heads += ["flagged as copies", "by chance"]
+    heads += ["flagged as copies", "of the pool", "by chance"]
     rows, extractors, warnings = [], {}, {}
     for row in results.table.rows:
         failed = [_failure_of(row, job) for job in ("fidelity", "copy check")]
@@ -393,11 +388,9 @@ def fidelity_layout(results: Results) -> Layout:
         cells.append(failed[0] if m.get("fid") is None else f"{m['fid']:.4g}")
         cells.append("" if kid is None else f"{1000 * kid:.3g} ± {1000 * m['kid_std']:.2g}")
         cells += ["" if m.get(k) is None else f"{m[k]:.3f}" for k in ("precision", "recall")]
-        if c:
-            cells.append(f"{c['flagged']:,} of {c['tiles']:,} ({share(c['flagged'], c['tiles'])})")
-            cells.append(share(c["expected_by_chance"], c["tiles"]))
-        else:
-            cells += [failed[1], ""]
+        chosen = row.chosen_copies
+        cells.append(flagged_cell(chosen) if chosen else failed[1])
+        cells += [share(c[k], c["tiles"]) if c else "" for k in ("flagged", "expected_by_chance")]
         rows.append(cells)
         if row.fidelity:
             name = (row.fidelity.get("extractor") or {}).get("name", "unknown")
@@ -412,8 +405,9 @@ def fidelity_layout(results: Results) -> Layout:
     ]
     if any(row.copies for row in results.table.rows):
         caption.append(
-            "Copies: of the whole pool, tiles that are nearer to a training tile than new tissue"
-            " is; as many as “by chance” are expected to be flagged where nothing was copied."
+            "Copies: tiles that are nearer to a training tile than new tissue is, of those that"
+            " were chosen (the first draw, where each seed has its own) and of the whole pool;"
+            " as many as “by chance” are expected to be flagged where nothing was copied."
         )
     caption += warnings
     numbers = set(range(1, len(heads)))
@@ -423,6 +417,12 @@ def fidelity_layout(results: Results) -> Layout:
 def _failure_of(row: Row, job: str) -> str:
     """`failed` where a job of this title did; what failed is told in full below the tables."""
     return "failed" if any(line.startswith(f"{job} of ") for line in row.failures) else ""
+
+
+def flagged_cell(numbers: Mapping[str, int]) -> str:
+    """`2 of 24 (8.3%)`."""
+    tiles, flagged = numbers["tiles"], numbers["flagged"]
+    return f"{flagged:,} of {tiles:,} ({share(flagged, tiles)})"
 
 
 def share(part: float, whole: float) -> str:
@@ -474,8 +474,8 @@ def _markdown(text: str) -> str:
 
 
 def to_latex(results: Results) -> str:
-    """All tables for a paper; `\\usepackage{booktabs}`."""
-    words = ["% Needs \\usepackage{booktabs} and, for wide tables, \\usepackage{graphicx}."]
+    """All tables for a paper; they need the packages booktabs and graphicx."""
+    words = ["% Needs \\usepackage{booktabs} and \\usepackage{graphicx}."]
     for layout in layouts(results):
         words += ["", *_latex_table(layout, results.table.name)]
     return "\n".join(words) + "\n"
@@ -591,6 +591,8 @@ def _csv_rows(results: Results) -> Iterable[dict[str, Any]]:
                 cells[f"fidelity_{name}"] = fidelity.get(name)
             for name in ("flagged", "tiles", "expected_by_chance"):
                 cells[f"copies_{name}"] = copies.get(name)
+            for name in ("flagged", "tiles"):
+                cells[f"chosen_copies_{name}"] = (row.chosen_copies or {}).get(name)
             for metric in HEADLINE:
                 cells[f"paper_{metric}"] = (table.paper.get(row.key) or {}).get(metric)
             cells["failures"] = "; ".join(row.failures)

@@ -23,10 +23,12 @@ class Row:
     images: int | None  # training images, all of them
     synthetic: int | None  # of these, synthetic
     wanted: int | None  # synthetic ones that were asked for
+    seeds: int  # networks that were asked for
     summary: dict | None  # summary.json of eval.py, over the seeds that are done
     predictions: dict[int, dict[str, Path]]  # seed -> split -> CSV of predictions
     fidelity: dict | None  # JSON of scripts/fidelity.py
-    copies: dict | None  # JSON of scripts/copy_check.py
+    copies: dict | None  # JSON of scripts/copy_check.py, of the whole pool
+    chosen_copies: dict | None  # of the synthetic tiles in the folder: tiles, flagged
     samples: Path | None  # pool that it was drawn from (folder of sample_diffusion.py)
     selection: Path | None  # training folder (selection.json, contact sheets)
 

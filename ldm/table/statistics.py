@@ -177,7 +177,9 @@ def read_arm(row: Row, split: str) -> Arm:
             check_same_images(run, runs[0], str(path), "the first seed")
         _check_summary(run, row, seed, split, Path(path))
         runs.append(run)
-    alone = row.kind == "baseline" and len(runs) == 1
+    # Of a network that was trained, one run of several seeds may be all that is there yet.
+    trained = (row.summary or {}).get("updates") is not None
+    alone = row.kind == "baseline" and len(runs) == 1 and not trained
     return Arm(row.key, list(files), runs, deterministic=alone)
 
 
