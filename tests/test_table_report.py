@@ -46,6 +46,7 @@ from ldm.evaluation.report import (
 from ldm.table.render import (
     Results,
     difference_cell,
+    digits,
     latex,
     layouts,
     points,
@@ -289,6 +290,28 @@ def test_one_split_and_no_results_at_all(tmp_path):
     assert "failed: x" in (tmp_path / "empty" / "report.html").read_text()
     text = (tmp_path / "empty" / "table.md").read_text()
     assert "not tested: that takes 3 seeds" in text and "(of N)" not in text
+
+
+@pytest.mark.parametrize(
+    "value, count, expected",
+    [(3371.4, 3, "3371"), (99.6, 2, "100"), (77.84, 3, "77.8"), (-1200.0, 2, "-1200"),
+     (2.0, 2, "2"), (0.00153, 2, "0.0015")],
+)  # fmt: skip
+def test_numbers_are_written_out(value, count, expected):
+    assert digits(value, count) == expected
+
+
+def test_no_interval_is_spoken_of_where_there_is_none(tmp_path):
+    """Two seeds claim nothing, and neither does the head of the page."""
+    table = small_table(tmp_path, {"real": 0.0, "a": 0.5})
+    write_results(table, tmp_path / "three")
+    assert "percent points on test, 95% interval" in (tmp_path / "three/report.html").read_text()
+    for of in table.rows:
+        del of.predictions[2]
+        of.summary["per_seed"].pop()
+    write_results(table, tmp_path / "two")
+    page = (tmp_path / "two/report.html").read_text()
+    assert "percent points on test<" in page and "95% interval" not in page
 
 
 @pytest.mark.parametrize(

@@ -385,8 +385,9 @@ def fidelity_layout(results: Results) -> Layout:
         m, c = fidelity_numbers(row), copies_numbers(row)
         kid = m.get("kid")
         cells = [row.label, f"{m['images_fake']:,}" if m else ""]
-        cells.append(failed[0] if m.get("fid") is None else f"{m['fid']:.4g}")
-        cells.append("" if kid is None else f"{1000 * kid:.3g} ± {1000 * m['kid_std']:.2g}")
+        cells.append(failed[0] if m.get("fid") is None else digits(m["fid"], 4))
+        parts = [] if kid is None else [digits(1000 * kid, 3), digits(1000 * m["kid_std"], 2)]
+        cells.append(" ± ".join(parts))
         cells += ["" if m.get(k) is None else f"{m[k]:.3f}" for k in ("precision", "recall")]
         chosen = row.chosen_copies
         cells.append(flagged_cell(chosen) if chosen else failed[1])
@@ -417,6 +418,11 @@ def fidelity_layout(results: Results) -> Layout:
 def _failure_of(row: Row, job: str) -> str:
     """`failed` where a job of this title did; what failed is told in full below the tables."""
     return "failed" if any(line.startswith(f"{job} of ") for line in row.failures) else ""
+
+
+def digits(value: float, count: int) -> str:
+    """A number with `count` digits, or with all of those before the point: never 3.37e+03."""
+    return f"{value:.0f}" if abs(value) >= 10**count - 0.5 else f"{value:.{count}g}"
 
 
 def flagged_cell(numbers: Mapping[str, int]) -> str:

@@ -98,7 +98,8 @@ def _opening(page: Page, results: Results) -> None:
             facts.append((plus_minus(mean["accuracy"], std["accuracy"]), what.format(row.label)))
     found = results.best and results.difference(results.best, split, "accuracy")
     if found and found.mean is not None:
-        facts.append((difference_cell(found), f"percent points on {split}, 95% interval"))
+        interval = "" if found.low is None else ", 95% interval"
+        facts.append((difference_cell(found), f"percent points on {split}{interval}"))
     facts.append((f"{done} of {len(table.rows)}", "rows complete"))
     page.facts(facts)
 
