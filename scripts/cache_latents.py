@@ -1,7 +1,7 @@
 """Encode tiles once, so that diffusion and classifier training read latents instead of images.
 
     python scripts/cache_latents.py -r logs/autoencoder --out latents --views 8 \\
-        --data configs/latent-diffusion/histo-ldm-kl-8.yaml
+        --data configs/latent-diffusion/histo-ldm-kl-8.yaml 'data.params.train.params.augment=[d4]'
     python main.py --base configs/latent-diffusion/histo-ldm-kl-8.yaml -t \\
         data.params.latents=latents
 

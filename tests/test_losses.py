@@ -122,7 +122,8 @@ def test_lpips_finds_torchvisions_cache(vgg_weights, tmp_path, monkeypatch):
 def test_lpips_without_weights_says_how_to_get_them(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(
-        UserError, match=r"vgg16-397923af.*where there is internet.*perceptual_weight=0"
+        UserError,
+        match=r"vgg16-397923af.*internet, run .*fetch_weights.py lpips.*perceptual_weight=0",
     ):
         LPIPSWithDiscriminator(disc_start=0)
 

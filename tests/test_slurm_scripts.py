@@ -3,6 +3,7 @@
 tests/slurm/run.sh is the proof on a real SLURM.
 """
 
+import ast
 import importlib
 import os
 import re
@@ -15,6 +16,7 @@ import pytest
 import main as main_module
 from ldm.errors import UserError
 from ldm.trainer import cluster_plugins
+from scripts import cache_latents
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "scripts" / "slurm"
@@ -164,13 +166,22 @@ def test_the_guide_runs_and_parses(site, tmp_path, monkeypatch):
     for name in ("VGH", "PANNUKE", "TCGA_BRCA", "DATA", "LATENTS"):
         monkeypatch.setenv(f"HISTO_{name}", str(tmp_path))
     monkeypatch.setenv("HISTO_AUTOENCODER", str(tmp_path))
-    used = set()
+    used, trained = set(), []
     for command in commands:
         used.add(command[0])
         args = parse(command)
         if command[0] == "main.py":
             config = main_module.load_configuration(args)
             assert config["model"]["target"].startswith("ldm.models.")
+        if command[0] == "scripts/cache_latents.py" and args.views > 1:
+            # All views would be alike, which is refused.
+            config = {} if args.augment else cache_latents.data_config(args, 256)["params"]
+            assert args.augment or config["train"]["params"]["augment"]
+        if command[0] == "eval.py":
+            seeds = getattr(args, "seeds", None) or [getattr(args, "seed", 0)]
+            trained += [f"logs/eval/{args.output_dir}/seed{seed}" for seed in seeds]
+        for word in command:
+            assert not word.startswith("logs/eval/") or word in trained, f"{word} comes later"
     assert {"main.py", "classifier_train.py", "sample_diffusion.py", "eval.py"} <= used
     assert {
         "scripts/index_corpus.py",
@@ -179,9 +190,41 @@ def test_the_guide_runs_and_parses(site, tmp_path, monkeypatch):
     } <= used
     (parts,) = [c for c in commands if "--part" in c]
     assert parse(parts).part == (0, 16)
-    assert [c[c.index("--seed") + 1] for c in commands if "--seed" in c] == ["0", "0"]
+    assert [c[c.index("--seed") + 1] for c in commands if "--seed" in c] == ["0"] * 3
     nodes = [parse(c).num_nodes for c in commands if c[0] == "main.py" and "-t" in c]
     assert nodes == [1, 4]
+
+
+def said() -> str:
+    """What the code says: the fixed parts of all its strings but docstrings."""
+    parts = []
+    for path in [*ROOT.glob("*.py"), *(ROOT / "ldm").rglob("*.py")]:
+        tree = ast.parse(path.read_text())
+        docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        parts += [
+            node.value
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and id(node) not in docstrings
+        ]
+    return "\0".join(parts)
+
+
+def test_errors_of_the_guide_are_what_is_printed():
+    table = GUIDE.read_text().split("\n## Errors\n")[1].split("\n## ")[0]
+    rows = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| `")]
+    quotes = [quote for row in rows for quote in re.findall(r"`([^`]+)`", row)]
+    assert len(rows) > 10 and len(quotes) > 15
+    text = said()
+    for quote in quotes:
+        # What stands for something else, and where a message is put together of several.
+        variable = r"HISTO_|NAME|manifest\.json|nan|inf|\b[A-Z]\b|\.\.\.|[\[\]();]"
+        fragments = [part.strip() for part in re.split(variable, quote)]
+        fragments = [part for part in fragments if len(part) > 2]
+        assert fragments, quote
+        for part in fragments:
+            assert part in text, f"nothing prints {part!r} of {quote!r}"
 
 
 @pytest.mark.parametrize("status", [0, 1, 2, 75, 130, 137, 138, 143])

@@ -11,8 +11,6 @@ from ldm.errors import UserError
 from ldm.modules.autoencoder import DiagonalGaussian
 from ldm.modules.discriminator import NLayerDiscriminator
 
-FETCH_VGG = "python -c \"from torchvision.models import vgg16; vgg16(weights='IMAGENET1K_V1')\""
-
 
 def find_vgg16_weights(path: str | None) -> Path:
     """Where the LPIPS backbone's weights lie: the given file, or torchvision's download cache.
@@ -27,7 +25,8 @@ def find_vgg16_weights(path: str | None) -> Path:
     if not found.is_file():
         raise UserError(
             f"perceptual_weight is above 0, but the LPIPS backbone weights are not at {found}; "
-            f"where there is internet, run {FETCH_VGG} and copy the file here, or set "
+            "where there is internet, run python scripts/fetch_weights.py lpips (TORCH_HOME says "
+            "where to), or set "
             "lossconfig.params.perceptual_weights=FILE, "
             "or train without LPIPS with lossconfig.params.perceptual_weight=0"
         )

@@ -253,5 +253,5 @@ for proof in $proofs; do
     log=$work/$proof.log began=$SECONDS
     "proof_$proof"
 done
-grep -h "stopped by" "$work"/*.log || true
+grep -oh "stopped by SIG.*" "$work"/*.log || true # not the progress bar on the same line
 echo "all passed: $proofs ($SECONDS s)"
