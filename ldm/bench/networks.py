@@ -105,8 +105,9 @@ def load(library: str) -> None:
 def build_unet(library: str, params: dict[str, Any]) -> tuple[nn.Module, Predictor]:
     """The noise predictor of a library, and how to call it.
 
-    diffusers' is the same function of the same number of weights (see `ldm.export`). MONAI's has no
-    scaling and shifting by the time embedding, so that it has some 5% less of them.
+    diffusers' is the same function of the same number of weights (see `ldm.export`). MONAI's adds
+    the time embedding, where the others scale and shift by it, so that it has 5 to 8% fewer of
+    them. The operations are the same to 0.3%.
 
     Raises:
         UserError: An architecture that the library does not have.
