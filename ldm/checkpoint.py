@@ -187,8 +187,11 @@ def load_tensors(path: Path, what: str) -> Any:
         ) from None
     # Text is a pickle too, of nonsense: instructions on an empty stack, numbers cut short.
     except (RuntimeError, EOFError, ValueError, LookupError, struct.error) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{what}: {path} cannot be read as a checkpoint ({reason[:120]})") from None
+        said = "" if isinstance(error, LookupError) else str(error)  # a bare key says nothing
+        reason = said.splitlines()[0][:120] if said else "it is something else, or cut short"
+        raise UserError(
+            f"{what}: {path} cannot be read as a checkpoint ({reason}); give one that torch saved"
+        ) from None
 
 
 def read_checkpoint(

@@ -6,6 +6,7 @@ Imports nothing heavy, so that `--help` answers at once.
 import argparse
 import logging
 import os
+import select
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -128,6 +129,16 @@ def _one_line(error: BaseException) -> str:
     return " ".join(lines)
 
 
+def _nobody_reads() -> bool:
+    """Whether the reader of the output has left, as `head` does; what is left of it is dropped."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in output.poll(0)):
+        return False  # a pipe of another process broke
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
+
+
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run an entry point: a user's mistake or a file-system error is one line and exit status 2.
 
@@ -137,6 +148,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         status = main() or 0
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
@@ -146,6 +158,8 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     except (UserError, OSError) as error:
         if os.environ.get(TRACEBACK_VARIABLE) == "1":
             raise
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            sys.exit(128 + 13)  # as SIGPIPE ends a command
         if isinstance(error, OSError) and error.strerror:
             where = f": {error.filename}" if error.filename else ""
             message = f"{error.strerror}{where}"

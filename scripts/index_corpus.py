@@ -55,6 +55,10 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(args.out).expanduser()
     if out.is_dir():
         raise UserError(f"--out {out}: is a folder; give the name of a file, such as index.parquet")
+    if out.suffix != ".parquet":
+        raise UserError(
+            f"--out {out}: an index is a Parquet file; give it a name such as {out.stem}.parquet"
+        )
     grouping = grouping_of(args)
 
     from ldm.data.scan import PROBLEMS, index_corpora, problems_of

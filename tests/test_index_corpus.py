@@ -352,6 +352,14 @@ def test_mistakes(corpus, tmp_path, monkeypatch, arguments, text):
     assert not Path("index.parquet").exists()
 
 
+def test_an_index_is_called_parquet(corpus, tmp_path):
+    with pytest.raises(
+        UserError, match=r"--out .*\.csv: an index is a Parquet file; .* x\.parquet"
+    ):
+        index_corpus.main([str(corpus), "--out", str(tmp_path / "x.csv")])
+    assert [p.name for p in tmp_path.iterdir()] == ["corpus"]
+
+
 @pytest.mark.parametrize("content", [b"", b"hello", b"PAR1nonsensePAR1"])
 def test_a_file_that_is_no_index_is_named(tmp_path, content):
     (tmp_path / "x.parquet").write_bytes(content)

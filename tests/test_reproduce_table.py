@@ -4,6 +4,7 @@ import copy
 import csv
 import importlib
 import json
+import os
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -504,6 +505,16 @@ def test_status_and_dry_run_write_nothing_and_are_quick(small, tmp_path):
         )
         assert done.returncode == 0, done.stderr
         assert expected in done.stdout
+
+
+def test_a_reader_that_leaves_is_no_error(small):
+    """`--status | head`."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, str(ROOT / "scripts" / "reproduce_table.py"), "--config", small()]
+    done = subprocess.run([*command, "--status"], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 @pytest.mark.slow
