@@ -78,7 +78,7 @@ def draw_confusion(counts: np.ndarray, classes: Sequence[str], title: str) -> by
             number = f"{counts[i, j]:.0f}" if counts[i, j] % 1 == 0 else f"{counts[i, j]:.1f}"
             axes.text(
                 j, i, f"{100 * shares[i, j]:.0f}%\n{number}", ha="center", va="center", fontsize=8,
-                color="white" if shares[i, j] > 0.5 else "black",
+                color="white" if shares[i, j] > 0.7 else "black",
             )  # fmt: skip
     tilted = max(map(len, classes)) > WIDE_LABELS
     axes.set_xticks(
