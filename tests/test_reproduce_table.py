@@ -179,6 +179,7 @@ def set_key(key: str, value):
         ("evaluation.seeds", "many", "evaluation.seeds"),
         ("sampling.per_wanted", 0.5, "per_wanted 0.5 must be at least 1"),
         ("judge.run", "x", "judge must have one of"),
+        ("judge.network", "wide", "judge.network: unknown wide"),
         ("link", "hardly", "link hardly must be copy"),
         ("slurm.cluster", "pbs", "slurm.cluster pbs must be"),
         ("data.root", "${oc.env:HISTO_NOWHERE}", "variable HISTO_NOWHERE is not set"),
@@ -279,6 +280,26 @@ def test_rows_and_jobs(small):
         "selection": "random",
         "ratio": 100,
     }
+
+
+def test_another_network_judges(small, tmp_path):
+    """Trained once, for its own row too."""
+
+    def change(settings):
+        networks = {"longer": {"arguments": {"match_steps": 4}}}
+        settings["baselines"] = {**settings.get("baselines", {}), "networks": networks}
+        settings["judge"] = {"seed": 1, "network": "longer"}
+
+    plan = plan_of(small(change))
+    stages = {stage.name: stage for stage in plan.stages}
+    assert set(stages["features-tuned"].after) == {"sample-tuned", "eval-longer-seed1"}
+    command = stages["features-tuned"].command
+    weights = Path(command[command.index("--weights") + 1])
+    assert weights == tmp_path / "out" / "eval" / "longer" / "train5" / "seed1"
+    row = next(row for row in plan.rows if row.key == "longer")
+    assert row.jobs == {0: "eval-longer-seed0", 1: "eval-longer-seed1"}
+    trained = stages["eval-longer-seed1"].command
+    assert trained[trained.index("--match_steps") + 1] == "4"
 
 
 def test_the_grid_can_be_written_down_in_parts(small):

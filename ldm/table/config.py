@@ -82,6 +82,7 @@ class Judge:
     timm network."""
 
     seed: int | None = None
+    network: str | None = None  # that classifier: one of `baselines.networks`, not the arms' own
     run: str | None = None
     model: str | None = None
     options: Options = field(default_factory=dict)  # of scripts/vis.py
@@ -343,9 +344,12 @@ def _problems(settings: TableSettings) -> Iterable[str]:
     for name, strategy in settings.selection.items():
         if strategy.redraw and strategy.strategy != "random":
             yield f"selection.{name}.redraw belongs to strategy random; remove it"
-    judged = [k for k in ("seed", "run", "model") if getattr(settings.judge, k) is not None]
-    if len(judged) > 1:
+    judge = settings.judge
+    judged = [k for k in ("seed", "network", "run", "model") if getattr(judge, k) is not None]
+    if len(judged) > 1 and judged != ["seed", "network"]:
         yield f"judge must have one of seed, run and model, not {', '.join(judged)}"
+    if judge.network is not None:
+        yield from _unknown("judge.network", judge.network, settings.baselines.networks)
     seeds = settings.evaluation.seeds
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         yield "evaluation.seeds must be different whole numbers from 0, such as [0, 1, 2]"

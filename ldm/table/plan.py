@@ -192,12 +192,9 @@ class Plan:
         settings = self.settings
         if settings.data.tiles is not None:
             self._add_tiles()
-        baselines, networks = [], []
-        for kind in settings.baselines.kinds:
-            baselines.append(self._baseline(kind))
-        real = self._real_arm(REAL, "real only", {})
-        for name, network in settings.baselines.networks.items():
-            networks.append(self._real_arm(name, network.label or name, network.arguments))
+        baselines = [self._baseline(kind) for kind in settings.baselines.kinds]
+        real = self._real_arm(None)
+        networks = [self._real_arm(name) for name in settings.baselines.networks]
         synthetic = self._synthetic_arms()
         ceiling = self._ceiling_arms()
         self.rows = [*baselines, real, *networks, *synthetic, *ceiling]
@@ -351,8 +348,9 @@ class Plan:
             return {"model": judge.model}, (), ""
         seed = self.settings.evaluation.seeds[0] if judge.seed is None else judge.seed
         labelled = self.settings.data.labelled
-        job = self._evaluation(REAL, "real only", labelled, seed, {})
-        weights = self.out / "eval" / REAL / labelled / f"seed{seed}"
+        key, label, overrides = self._network(judge.network)
+        job = self._evaluation(key, label, labelled, seed, overrides)
+        weights = self.out / "eval" / key / labelled / f"seed{seed}"
         return {"weights": show_path(weights)}, (job,), ""
 
     def _judged(self, depends: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
@@ -483,8 +481,16 @@ class Plan:
         folders = {0: data.labelled}
         return Arm(kind, label, "baseline", jobs={0: job}, folders=folders, results=results)
 
-    def _real_arm(self, key: str, label: str, overrides: dict[str, Any]) -> Arm:
-        arm = Arm(key, label, REAL if key == REAL else "baseline")
+    def _network(self, name: str | None) -> tuple[str, str, dict[str, Any]]:
+        """Key, label and options of a network on the labelled tiles; None: that of all arms."""
+        if name is None:
+            return REAL, "real only", {}
+        network = self.settings.baselines.networks[name]
+        return name, network.label or name, network.arguments
+
+    def _real_arm(self, name: str | None) -> Arm:
+        key, label, overrides = self._network(name)
+        arm = Arm(key, label, REAL if name is None else "baseline")
         self._add_seeds(arm, self.settings.data.labelled, label, overrides)
         return arm
 
