@@ -256,6 +256,10 @@ def test_updates_that_differ_are_said(tmp_path):
     table.rows[1].summary["updates"] = 6000
     text = to_markdown(Results(table))
     assert "Updates were NOT matched" in text and "2,000 to 6,000" in text
+    # A further network on the real tiles may have its own.
+    table.rows[1] = replace(table.rows[1], kind="baseline")
+    text = to_markdown(Results(table))
+    assert f"whatever its number of tiles, but “{table.rows[1].label}” for 6,000." in text
     for of in table.rows:
         del of.summary["updates"]
     assert "not recorded" in to_markdown(Results(table))

@@ -164,7 +164,16 @@ class Results:
             return "How many updates the networks were trained for is not recorded."
         low, high = min(counts.values()), max(counts.values())
         if low == high:
-            return f"Every network was trained for {low:,} updates, whatever its number of tiles."
+            others = [
+                f", but “{row.label}” for {updates:,}"
+                for row in self.table.rows
+                if row.kind == "baseline" and row.summary
+                if (updates := row.summary.get("updates")) not in (None, low)
+            ]
+            return (
+                f"Every network was trained for {low:,} updates, whatever its number of tiles"
+                f"{''.join(others)}."
+            )
         return (
             f"Updates were NOT matched: networks were trained for {low:,} to {high:,} updates, by"
             " their number of tiles, and a part of any difference may be just that (match_steps in"
