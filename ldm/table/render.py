@@ -165,14 +165,14 @@ class Results:
         low, high = min(counts.values()), max(counts.values())
         if low == high:
             others = [
-                f", but “{row.label}” for {updates:,}"
+                f"“{row.label}” for {updates:,}"
                 for row in self.table.rows
                 if row.kind == "baseline" and row.summary
                 if (updates := row.summary.get("updates")) not in (None, low)
             ]
+            but = f", but {', '.join(others)}" if others else ""
             return (
-                f"Every network was trained for {low:,} updates, whatever its number of tiles"
-                f"{''.join(others)}."
+                f"Every network was trained for {low:,} updates, whatever its number of tiles{but}."
             )
         return (
             f"Updates were NOT matched: networks were trained for {low:,} to {high:,} updates, by"
