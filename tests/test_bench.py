@@ -111,7 +111,7 @@ def test_stopwatch_tells_parts_apart():
 def test_peak_memory_is_that_of_the_run():
 
     def touched(mib: int) -> mmap.mmap:
-        """New memory; that of an array may be some that was freed before."""
+        """Memory that is new for certain."""
         block = mmap.mmap(-1, mib * 2**20)
         np.frombuffer(block, np.uint8).fill(1)
         return block
