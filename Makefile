@@ -37,8 +37,8 @@ setup: $(STAMP)
 # The stamp comes last: an interrupted installation is repeated. A virtual environment without pip
 # (Debian's python3 without python3-venv leaves one) is not kept.
 $(STAMP): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
-	  echo "error: PYTHON=$(PYTHON) is not Python 3.10 or later; try make PYTHON=python3.11" >&2; \
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: PYTHON=$(PYTHON) is not Python 3.11 or later; try make PYTHON=python3.11" >&2; \
 	  exit 1; }
 	@echo "Setting up $(VENV): a few minutes and some gigabytes, once"
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }

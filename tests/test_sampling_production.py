@@ -187,7 +187,7 @@ def test_manifest_types(models, tmp_path):
     typed, text = table.to_pylist(), manifest(out)
     assert list(kinds) == list(text[0]) and len(typed) == len(text) == 3
     digest = hashlib.sha256((models / "classifier.ckpt").read_bytes()).hexdigest()
-    now = datetime.datetime.now(datetime.timezone.utc)
+    now = datetime.datetime.now(datetime.UTC)
     for row, cells in zip(typed, text, strict=True):
         assert (row["interval_low"], row["interval_high"], row["clip"]) == (100, 900, 0.5)
         assert row["temperature"] == 2 and row["cfg_scale"] == row["autoguidance_scale"] == 1

@@ -6,16 +6,12 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 import yaml
-
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10, where pytest brings its forerunner
-    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -121,7 +117,7 @@ def test_make_refuses_an_old_python(checkout):
     old.chmod(0o755)
     done = make(checkout, "test", f"PYTHON={old.name}", PATH=f"{checkout}:{os.environ['PATH']}")
     assert done.returncode != 0
-    assert "PYTHON=python3.9 is not Python 3.10 or later" in done.stderr
+    assert "PYTHON=python3.9 is not Python 3.11 or later" in done.stderr
     assert not (checkout / ".venv").exists()
 
 

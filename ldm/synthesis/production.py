@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 import torch
@@ -159,7 +159,7 @@ def synthesise(
     """
     ranks = ranks or Ranks()
     wanted = part.of([(name, index) for name, count in counts.items() for index in range(count)])
-    stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S.%fZ")
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
     # One list for all: each would find what the others have made already.
     jobs, stamp = ranks.broadcast((folder.missing(wanted), f"{stamp}{part.suffix}"))
     present = len(wanted) - len(jobs)
