@@ -313,7 +313,7 @@ def _help(field: dataclasses.Field) -> str:
         default = field.default_factory()
     if default is dataclasses.MISSING:
         notes.append("required")
-    elif default not in (None, False, ()):
+    elif default is not False and default not in (None, ()):
         shown = default
         if isinstance(default, tuple):
             shown = ("," if any(m is Commas for m in _metadata(field)) else " ").join(
