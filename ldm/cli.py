@@ -53,10 +53,10 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 def _split(value: Any) -> Any:
-    """`32,16` as a list of its parts, each once and in order."""
-    if not isinstance(value, str):
-        return value
-    return list(dict.fromkeys(part.strip() for part in value.split(",")))
+    """`32,16` as a tuple of its parts, each once and in order."""
+    if isinstance(value, str):
+        return tuple(dict.fromkeys(part.strip() for part in value.split(",")))
+    return tuple(value) if isinstance(value, list) else value
 
 
 Commas = BeforeValidator(_split)  # Annotated[tuple[int, ...], Commas] reads 32,16
