@@ -43,6 +43,8 @@ TRACEBACK_VARIABLE = "HISTO_TRACEBACK"
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
 TRUE_WORDS, FALSE_WORDS = ("true", "yes", "y", "1", "t"), ("false", "no", "n", "0", "f")
 
+RANGE_ERRORS = ("greater_than_equal", "less_than_equal", "greater_than", "less_than")
+
 # --- Types of options ----------------------------------------------------------------------------
 
 Count = Annotated[int, Field(ge=1)]
@@ -152,23 +154,22 @@ def checked(settings: type, values: Mapping[str, Any], strict: bool = True) -> A
 def reason(error: Mapping[str, Any], annotation: Any = None) -> str:
     """What pydantic found wrong with a value, in one sentence with value and what is allowed."""
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
-    shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
     if kind == "missing":
         return "is missing; give it"
     if kind == "value_error":
         return str(context["error"])
     if kind in ("int_parsing", "int_type", "int_from_float"):
-        return f"{shown} is not a whole number"
+        return f"{shown(value)} is not a whole number"
     if kind in ("float_parsing", "float_type"):
-        return f"{shown} is not a number"
+        return f"{shown(value)} is not a number"
     if kind in ("bool_parsing", "bool_type"):
-        return f"{shown} is neither True nor False"
+        return f"{shown(value)} is neither True nor False"
     if kind == "literal_error":
         choices = _literals(annotation)
-        return f"{shown} must be one of {', '.join(choices)}{nearest(value, choices, listed=False)}"
-    if kind in ("greater_than_equal", "less_than_equal", "greater_than", "less_than"):
+        return f"{shown(value)} must be one of {', '.join(choices)}{nearest(value, choices, '')}"
+    if kind in RANGE_ERRORS:
         return f"{value} must be {_bounds(annotation) or context}"
-    return f"{shown} {error['msg'].replace('Input should', 'must', 1)}"
+    return f"{shown(value)} {error['msg'].replace('Input should', 'must', 1)}"
 
 
 def _literals(annotation: Any) -> list[str]:
@@ -193,15 +194,30 @@ def _bounds(annotation: Any) -> str:
     return f"in {between[0]}{'-inf' if low is None else low}, {high}{between[1]}"
 
 
-def nearest(name: Any, known: Iterable[str], listed: bool = True) -> str:
-    """` (did you mean X?)`, or else what is allowed."""
+def nearest(name: Any, known: Iterable[str], otherwise: str | None = None) -> str:
+    """` (did you mean X?)`, or else what is allowed.
+
+    Args:
+        otherwise: Said instead of a list of what is allowed.
+    """
     known = sorted(known)
     matches = difflib.get_close_matches(str(name), known, n=1)
     if matches:
         return f" (did you mean {matches[0]}?)"
-    if not listed:
-        return ""
+    if otherwise is not None:
+        return otherwise
     return f" (allowed: {', '.join(known)})" if known else " (there are none)"
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: at most 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def join_keys(path: str, key: Any) -> str:
+    """The dotted path of a key below another."""
+    return f"{path}.{key}" if path else str(key)
 
 
 # --- Command line --------------------------------------------------------------------------------
@@ -242,7 +258,7 @@ def parse(settings: type, argv: Sequence[str] | None = None) -> Any:
                 found[f"unknown argument {word}; overrides have the form section.key=value"] = ""
     for word in rest:
         known = [f"--{name}" for name in fields]
-        found[f"unknown argument {word}{nearest(word, known, listed=False)}"] = ""
+        found[f"unknown argument {word}{nearest(word, known, '')}"] = ""
     flags = {name: f"argument {_flag(field)}" for name, field in fields.items()}
     try:
         result = checked(settings, values, strict=False)

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PRECISIONS = ("auto", "32", "bf16-mixed", "16-mixed", "bf16-true", "64")
-LOGGERS = ("tensorboard", "wandb")  # by name; the CSV files are always written
 CLIP = "gradient_clip_val"
 CHECKPOINT_EVERY = 1000  # optimiser steps
 
