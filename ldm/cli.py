@@ -437,19 +437,22 @@ def _unindented(text: str) -> str:
 
 
 def existing_path(text: str | os.PathLike, what: str, kind: str = "any") -> Path:
-    """The path, or a UserError that names it when it is missing or of the wrong kind.
+    """The path, if there is a file or folder.
 
     Args:
-        what: How the message calls it, for example `--data_dir`.
+        what: Name of the setting, for example `data_dir`.
         kind: "file", "dir" or "any".
+
+    Raises:
+        UserError: The path does not exist, or is of the wrong kind.
     """
     path = Path(text).expanduser()
     if not path.exists():
-        raise UserError(f"{what}: {path} does not exist; check the path")
+        raise UserError(f"{path} does not exist; check the path", what)
     if kind == "file" and not path.is_file():
-        raise UserError(f"{what}: {path} is a folder; give a file")
+        raise UserError(f"{path} is a folder; give a file", what)
     if kind == "dir" and not path.is_dir():
-        raise UserError(f"{what}: {path} is a file; give a folder")
+        raise UserError(f"{path} is a file; give a folder", what)
     return path
 
 
