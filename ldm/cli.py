@@ -55,9 +55,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 def _split(value: Any) -> Any:
-    """`32,16` as a tuple of its parts, each once and in order."""
+    """`32,16` as a tuple of its parts."""
     if isinstance(value, str):
-        return tuple(dict.fromkeys(part.strip() for part in value.split(",")))
+        return tuple(part.strip() for part in value.split(","))
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -227,7 +227,7 @@ class _Parser(argparse.ArgumentParser):
     """Splits the command line into words by option; `parse` checks them."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        raise UserError(message.removeprefix("argument "))
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -243,7 +243,9 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 def parse(settings: type, argv: Sequence[str] | None = None) -> Any:
     """The settings that a command line means.
 
-    A user's mistakes are printed in one line, and the process exits with status 2.
+    Raises:
+        Problems: All of a user's mistakes: see `checked`.
+        UserError: An option without its value.
     """
     parser = _parser(settings)
     words = sys.argv[1:] if argv is None else argv
@@ -259,13 +261,13 @@ def parse(settings: type, argv: Sequence[str] | None = None) -> Any:
     for word in rest:
         known = [f"--{name}" for name in fields]
         found[f"unknown argument {word}{nearest(word, known, '')}"] = ""
-    flags = {name: f"argument {_flag(field)}" for name, field in fields.items()}
+    flags = {name: _flag(field) for name, field in fields.items()}
     try:
         result = checked(settings, values, strict=False)
     except Problems as problems:
         found |= {flags[name]: text for name, text in problems.found.items()}
     if found:
-        parser.error(str(Problems(found)))
+        raise Problems(found)
     return result
 
 
@@ -297,7 +299,7 @@ def _add_option(group: Any, name: str, field: dataclasses.Field) -> None:
     metavar, nargs = facts["metavar"], facts["nargs"]
     choices = _literals(field.type)
     if metavar is None:
-        metavar = "{" + ",".join(choices) + "}" if choices else name.upper()
+        metavar = "|".join(choices) or _kind_of_value(field.type) or name.upper()
     if _is_bool(field):
         metavar = "" if field.default is False else "True|False"
     elif nargs is None and _is_tuple(field):
@@ -319,6 +321,15 @@ def _add_option(group: Any, name: str, field: dataclasses.Field) -> None:
         group.add_argument(
             word, dest=name, action="store_const", const="False", help=argparse.SUPPRESS
         )
+
+
+def _kind_of_value(annotation: Any) -> str:
+    """`N` for a whole number, `X` for another one."""
+    if annotation in (int, float):
+        return "N" if annotation is int else "X"
+    if typing.get_origin(annotation) is tuple:
+        return ""
+    return next(filter(None, map(_kind_of_value, typing.get_args(annotation))), "")
 
 
 def _help(field: dataclasses.Field) -> str:
@@ -368,6 +379,10 @@ def _spelled(
     override or a file.
     """
     known = parser._option_string_actions
+    free_words = any(
+        field.metadata["option"]["positional"] and name != "overrides"
+        for name, field in fields.items()
+    )
     result: list[str] = []
     words = [str(word) for word in words]
     for i, word in enumerate(words):
@@ -385,12 +400,25 @@ def _spelled(
         field = fields.get(action.dest) if action else None
         if field is None or equals or not _is_bool(field) or action.nargs == 0:
             continue
-        values = (*TRUE_WORDS, *FALSE_WORDS)
-        if not field.metadata["option"]["takes_value"]:
-            values = ("true", "false")
-        if not (i + 1 < len(words) and words[i + 1].strip().lower() in values):
+        following = words[i + 1] if i + 1 < len(words) else "--"
+        if not _is_value(following, field.metadata["option"]["takes_value"], free_words):
             result[-1] = f"{name}=True"
     return result
+
+
+def _is_value(word: str, takes_value: bool, free_words: bool) -> bool:
+    """Whether a word after a boolean option is its value.
+
+    Args:
+        free_words: Whether the command takes words without an option, other than overrides.
+    """
+    if word.strip().lower() in ("true", "false"):
+        return True
+    if not takes_value:
+        return False
+    if free_words:
+        return word.strip().lower() in (*TRUE_WORDS, *FALSE_WORDS)
+    return not word.startswith("-") and "=" not in word  # if it is no boolean word, that is said
 
 
 def _move_overrides(values: dict[str, Any], fields: Mapping[str, dataclasses.Field]) -> None:
@@ -538,8 +566,8 @@ def run_command(main: Callable[[], int | None], settings: type | None = None) ->
         if isinstance(error, OSError) and error.strerror:
             where = f": {error.filename}" if error.filename else ""
             message = f"{error.strerror}{where}"
-        elif settings and getattr(error, "key", None) in options_of(settings):
-            message = f"--{error.key}: {_one_line(error.reason)}"
+        elif settings and getattr(error, "key", None) in (known := options_of(settings)):
+            message = f"{_flag(known[error.key])}: {_one_line(error.reason)}"
         else:
             message = _one_line(error)
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)

@@ -52,7 +52,7 @@ def options(words: str) -> Options:
 def complaint(capsys, settings: type, words: list[str]) -> str:
     """The one line that a command says against its words."""
     with pytest.raises(SystemExit) as stop:
-        parse(settings, words)
+        run_command(lambda: parse(settings, words), settings)
     said = capsys.readouterr()
     assert stop.value.code == 2 and said.out == "" and said.err.count("\n") == 1
     return said.err
@@ -74,7 +74,7 @@ def complaint(capsys, settings: type, words: list[str]) -> str:
         ("a -t 0", {"train": False}),
         ("a --no-crop", {"crop": False}),
         ("a --crop False", {"crop": False}),
-        ("a --sizes 3,4,3", {"sizes": (3, 4)}),
+        ("a --sizes 3,4,3", {"sizes": (3, 4, 3)}),
         ("a --span -1 2", {"span": (-1, 2)}),
         ("a -b x y -t b", {"base": ("x", "y"), "files": ("a", "b")}),
         ("a --more x y --more z", {"more": ("x", "y", "z")}),
@@ -100,6 +100,7 @@ def test_forms(words, expected):
         ("a --crop=maybe", ["--crop", "maybe", "True"]),
         ("a --sede 3", ["--sede", "--seed"]),
         ("a --span 1", ["--span", "2"]),
+        ("a --train=2", ["--train", "'2'"]),
         ("a --seed", ["--seed"]),
         ("a --keep_all -t", ["--keep_all", "train"]),
         ("a --rate x --mode y --seed z", ["--rate", "--mode", "--seed", "3 problems"]),
@@ -118,11 +119,11 @@ def test_help_shows_what_the_fields_say(capsys):
     for part in (
         "Do a thing.",
         "5% of images (required)",
-        "-s, --seed SEED seed (default: 0)",
+        "-s, --seed N seed (default: 0)",
         "processes (default: 2; published: --num_workers)",
         "--sizes SIZES sizes (default: 1,2)",
         "crop (default: True; switch off: --no_crop)",
-        "--mode {fast,slow} mode",
+        "--mode fast|slow mode",
         "--span A B span",
     ):
         assert part in said
