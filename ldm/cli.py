@@ -340,13 +340,11 @@ def _help(field: dataclasses.Field) -> str:
         default = field.default_factory()
     if default is dataclasses.MISSING:
         notes.append("required")
-    elif default is not False and default not in (None, ()):
-        shown = default
-        if isinstance(default, tuple):
-            shown = ("," if any(m is Commas for m in _metadata(field)) else " ").join(
-                map(str, default)
-            )
-        notes.append(f"default: {shown}")
+    elif default is not False and default not in (None, (), (None,)):
+        between = "," if Commas in getattr(field.type, "__metadata__", ()) else " "
+        values = default if isinstance(default, tuple) else (default,)
+        words = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
+        notes.append(f"default: {between.join(words)}")
     if facts["off"]:
         notes.append(f"switch off: {' '.join(facts['off'])}")
     if facts["published"]:
@@ -439,10 +437,6 @@ def _is_override(word: str) -> bool:
 def _flag(field: dataclasses.Field) -> str:
     facts = field.metadata["option"]
     return facts["metavar"] or field.name.upper() if facts["positional"] else f"--{field.name}"
-
-
-def _metadata(field: dataclasses.Field) -> tuple:
-    return tuple(getattr(field.type, "__metadata__", ()))
 
 
 def _is_bool(field: dataclasses.Field) -> bool:

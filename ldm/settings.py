@@ -184,3 +184,21 @@ class ModelOptions:
         group="features",
         help="pixels that the timm network sees; if omitted, its own size",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureOptions(ModelOptions):
+    """How features are computed; None where features may exist already and nothing was said."""
+
+    batch_size: Count | None = option(
+        default=None, group="features", help="images per pass of the network; if omitted 64"
+    )
+    workers: Whole | None = option(
+        default=None,
+        group="features",
+        published=("--num_workers",),
+        help="loader processes for large sets; if omitted 2",
+    )
+    device: str | None = option(
+        default=None, group="features", help=f"{DEVICE_HELP}; if omitted auto"
+    )
