@@ -34,7 +34,9 @@ class Options(RunOptions):
     base: tuple[str, ...] = option(
         "-b", default=(), metavar="YAML", help="configurations, merged left to right"
     )
-    train: bool = option("-t", default=False, takes_value=True, help="train")
+    train: bool = option(
+        "-t", default=False, takes_value=True, help="train; this or --dry_run is needed"
+    )
     scale_lr: bool = option(
         default=False,
         takes_value=True,

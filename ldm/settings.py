@@ -75,7 +75,7 @@ class RunOptions(SpeedOptions):
         default=None, group=DEVICES, help="number of devices of the best available kind"
     )
     num_nodes: Count = option(default=1, group=DEVICES, help="number of machines")
-    precision: Literal["auto", "32", "bf16-mixed", "16-mixed"] = option(
+    precision: Literal["auto", "32", "bf16-mixed", "16-mixed", "bf16-true", "64"] = option(
         default="auto", group=DEVICES, help="auto: bf16-mixed on GPUs that have it, else 32"
     )
 

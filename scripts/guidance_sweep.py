@@ -31,6 +31,7 @@ from ldm.cli import (
     parse,
     resolve_device,
     run_command,
+    shown,
 )
 from ldm.errors import UserError
 from ldm.settings import DeviceOption, LoaderOptions, ProcessOptions
@@ -44,7 +45,7 @@ def interval(text: str) -> tuple[int, int] | None:
         return None
     low, _, high = text.partition(":")
     if not (low.isdigit() and high.isdigit()) or int(low) > int(high):
-        raise ValueError(f"{text!r} is neither all nor LOW:HIGH time steps")
+        raise ValueError(f"{shown(text)} is neither all nor LOW:HIGH time steps")
     return int(low), int(high)
 
 

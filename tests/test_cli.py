@@ -1,15 +1,31 @@
 """ldm.cli: options of a dataclass on the command line, in mappings and in errors."""
 
+import importlib
+import re
+import shlex
 import subprocess
 import sys
+import typing
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Annotated, ClassVar, Literal
 
 import pytest
 
 import main as main_py
-from ldm.cli import Commas, Count, NotNegative, Seed, checked, like, option, parse, run_command
+from ldm.cli import (
+    Commas,
+    Count,
+    NotNegative,
+    Seed,
+    checked,
+    like,
+    option,
+    options_of,
+    parse,
+    run_command,
+)
 from ldm.errors import Problems, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -189,9 +205,139 @@ def test_words_that_are_no_overrides_are_named(capsys):
     assert "nonsense" in said and "--no-test" in said
 
 
-def test_help_is_light():
-    code = "import sys, main; main.parse_arguments([]); print(*sys.modules)"
+COMMANDS = {
+    "main": "",
+    "classifier_train": "--data_dir D",
+    "sample_diffusion": "-r M",
+    "eval": "--data_path D --output_dir S",
+    "scripts.baselines": "--data_path D --output_dir S",
+    "scripts.cache_latents": "-r M --data D --out O",
+    "scripts.copy_check": "--synthetic S --train T --holdout H --out O",
+    "scripts.demo": "",
+    "scripts.distance": "--real R --synthetic S --features F --out O",
+    "scripts.export_diffusers": "--checkpoint M --out O",
+    "scripts.fetch_weights": "",
+    "scripts.fidelity": "--real R --fake F --out O",
+    "scripts.guidance_sweep": "-r M --judge J --real R --out O",
+    "scripts.import_checkpoint": "F --kind autoencoder --config C --out O",
+    "scripts.index_corpus": "R --out O",
+    "scripts.make_subset": "--data D --out O --per_class 2",
+    "scripts.make_tiles": "--out O",
+    "scripts.reproduce_table": "--config C",
+    "scripts.vis": "--real R --synthetic S --out O --weights W",
+    "scripts.write_shards": "I --out O",
+}
+
+
+def published_forms() -> list[tuple[str, str]]:
+    """Command and form, for example `--num_workers 3`."""
+    text = (ROOT / "tests" / "published_options.txt").read_text().partition("\n\n")[2]
+    found = []
+    for part in text.split("["):
+        command, _, forms = part.partition("]")
+        found += [(command, " ".join(form.split())) for form in forms.split("|") if form.strip()]
+    return found
+
+
+@pytest.fixture
+def options_of_command(monkeypatch):
+    """The settings class of a command, with values judged one by one only."""
+
+    def find(command: str) -> type:
+        settings = importlib.import_module(command).Options
+        monkeypatch.setattr(settings, "problems", lambda self: (), raising=False)
+        return settings
+
+    return find
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_published_form_of_an_option_still_works(options_of_command, command):
+    settings, needed = options_of_command(command), COMMANDS[command].split()
+    forms = [form for name, form in published_forms() if name == command]
+    assert forms or command == "scripts.fetch_weights"
+    for form in forms:
+        words = needed.copy()
+        name = form.split()[0]
+        if name in words:  # is given by the form instead
+            del words[words.index(name) : words.index(name) + 2]
+        changed = parse(settings, [*words, *form.split()]) != parse(settings, needed)
+        assert changed or re.search(r"(True|no|auto|--model-ema)$", form), f"{form} does nothing"
+
+
+# By type of the annotation: values that no option of this type takes.
+BAD_VALUES = {
+    int: ["x", "1.5", "nan", "-9", "9" * 5000],
+    float: ["x", "nan", "inf", "-9"],
+    bool: ["maybe", "2"],
+    Literal: ["neither"],
+}
+
+
+def kinds_of(annotation) -> set:
+    """The types in an annotation, however deep."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return {Literal}
+    if isinstance(annotation, type) and not arguments:
+        return {annotation} - {NoneType}
+    return {kind for argument in arguments for kind in kinds_of(argument)}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_refuses_values_of_the_wrong_kind(command):
+    """By its name and the value; and all of them at once."""
+    settings, needed = importlib.import_module(command).Options, COMMANDS[command].split()
+    together = []
+    for name, field in options_of(settings).items():
+        kinds = kinds_of(field.type)
+        if len(kinds) != 1 or not kinds <= BAD_VALUES.keys():
+            continue
+        several = field.metadata["option"]["nargs"] == 2
+        for value in BAD_VALUES[kinds.pop()]:
+            words = [f"--{name}", value, value] if several else [f"--{name}={value}"]
+            with pytest.raises(UserError) as error:
+                parse(settings, [*needed, *words])
+            said = str(error.value)
+            assert f"--{name}: " in said and value[:40] in said and "\n" not in said, said
+            assert len(said) < 300
+        together += words
+    if len(together) > 3:
+        with pytest.raises(Problems) as error:
+            parse(settings, [*needed, *together])
+        names = {word.partition("=")[0] for word in together if word.startswith("--")}
+        assert set(error.value.found) >= names
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command(command, capsys):
+    """Says what each option does, and ends with an example that the command understands."""
+    settings = importlib.import_module(command).Options
+    with pytest.raises(SystemExit) as stop:
+        parse(settings, ["--help"])
+    said = capsys.readouterr().out
+    assert stop.value.code == 0
+    for name, field in options_of(settings).items():
+        facts = field.metadata["option"]
+        assert facts["help"][0] != " " and len(facts["help"]) > 5
+        assert (facts["metavar"] or name if facts["positional"] else f"--{name}") in said
+    example = settings.example.replace("\\\n", " ")
+    assert said.rstrip().endswith(settings.example.rstrip())
+    python, script, *words = shlex.split(example)
+    assert python == "python" and script == f"{command.replace('.', '/')}.py"
+    parse(settings, words)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_answers_at_once(command):
+    """No command imports a library that takes long before its options are right."""
+    code = f"import sys, {command} as c; c.parse_arguments({COMMANDS[command].split()}); "
     loaded = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code + "print(*sys.modules)"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.split()
-    assert "pydantic" in loaded and not {"torch", "omegaconf", "pandas", "numpy"} & set(loaded)
+    heavy = {"torch", "omegaconf", "pandas", "numpy", "pyarrow", "PIL", "timm", "matplotlib"}
+    assert "pydantic" in loaded and not heavy & set(loaded)
