@@ -274,7 +274,7 @@ def describe(args: argparse.Namespace, model, data, devices, precision: str) -> 
 def write_result(trainer: "pl.Trainer", run) -> None:
     """result.json: the last validation and the best one."""
     from ldm.checkpoint import load_model
-    from ldm.run import write_json
+    from ldm.files import write_json
 
     last = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
     if not last:

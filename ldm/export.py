@@ -9,7 +9,6 @@ network (the paper's) the exported folder brings a class of a few lines that set
 import json
 import logging
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -347,7 +346,7 @@ draw their noise differently. Classifier guidance is not part of the pipeline.
 
 
 def export(checkpoint: Path, model: "LatentDiffusion", out: Path, use_ema: bool = True) -> float:
-    """Write the pipeline to the folder `out`, whole or not at all.
+    """Write the pipeline to the folder `out`, completely or not at all.
 
     Args:
         checkpoint: Where `model` came from, for the record.
@@ -358,7 +357,7 @@ def export(checkpoint: Path, model: "LatentDiffusion", out: Path, use_ema: bool 
     Raises:
         UserError: `out` exists, or the exported networks compute something else.
     """
-    from ldm.checkpoint import file_sha256
+    from ldm.files import atomic_folder, file_sha256, write_json, write_text
 
     if out.exists():
         raise UserError(f"--out {out} exists; give another name, or remove it")
@@ -369,9 +368,7 @@ def export(checkpoint: Path, model: "LatentDiffusion", out: Path, use_ema: bool 
             f"{checkpoint}: the exported networks differ by {difference:.2g} from ours, above "
             f"{TOLERANCE:g}; nothing is written"
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
+    with atomic_folder(out) as folder:
         with_heads = type(pipeline.unet).__name__ == HEADS_CLASS
         pipeline.save_pretrained(folder)
         load = f'LDMPipeline.from_pretrained("{out.name}")'
@@ -380,7 +377,7 @@ def export(checkpoint: Path, model: "LatentDiffusion", out: Path, use_ema: bool 
             shutil.copyfile(code, folder / "unet" / code.name)
             index = json.loads((folder / "model_index.json").read_text())
             index["unet"] = [HEADS_MODULE, HEADS_CLASS]
-            (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+            write_json(folder / "model_index.json", index)
             load = f'LDMPipeline.from_pretrained("{out.name}", trust_remote_code=True)'
         sha256 = file_sha256(checkpoint)
         card = CARD.format(
@@ -392,7 +389,7 @@ def export(checkpoint: Path, model: "LatentDiffusion", out: Path, use_ema: bool 
             imports="from diffusers import LDMPipeline",
             load=load,
         )
-        (folder / "README.md").write_text(card)
+        write_text(folder / "README.md", card)
         record = {
             "checkpoint": checkpoint.name,
             "sha256": sha256,
@@ -400,10 +397,5 @@ def export(checkpoint: Path, model: "LatentDiffusion", out: Path, use_ema: bool 
             "largest_difference": difference,
             "record": model.record,
         }
-        (folder / "histodiffusion.json").write_text(json.dumps(record, indent=2) + "\n")
-        folder.chmod(0o755)
-        folder.rename(out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        write_json(folder / "histodiffusion.json", record)
     return difference

@@ -486,7 +486,8 @@ def write_imported(
     module: "HistoModule", report: Report, source: Path, out: Path, beside: dict[str, Any]
 ) -> None:
     """Write a checkpoint of ours, which says what it was made from."""
-    from ldm.checkpoint import KEY, file_sha256, write_checkpoint
+    from ldm.checkpoint import KEY, write_checkpoint
+    from ldm.files import file_sha256
 
     payload: dict[str, Any] = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(payload)

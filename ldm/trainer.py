@@ -428,7 +428,7 @@ def _wandb_logger(run: "RunFolder") -> Any:
 
     from pytorch_lightning.loggers import WandbLogger
 
-    from ldm.run import write_text
+    from ldm.files import write_text
 
     # A run that goes on is the same run there, too.
     name = run.root / "wandb" / "run_id.txt"
@@ -480,7 +480,7 @@ def make_ready(trainer: "pl.Trainer", model: "HistoModule", run: "RunFolder") ->
     """
     from pytorch_lightning.callbacks import ModelCheckpoint
 
-    from ldm.checkpoint import remove_leftovers, require_space
+    from ldm.files import remove_leftovers, require_space
     from ldm.models.saving import MARGIN, expected_size
 
     if trainer.is_global_zero:

@@ -117,7 +117,8 @@ def main(argv: list[str] | None = None) -> None:
         require_known_classes,
         set_warnings,
     )
-    from ldm.run import git_revision, hardware, versions, write_json
+    from ldm.files import write_json
+    from ldm.run import git_revision, hardware, versions
 
     # All are indexed before any features are computed: what is wrong with one is known at once.
     real_files = None if real_root is None else TileFiles.below(real_root, False, "--real")

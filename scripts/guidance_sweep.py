@@ -132,7 +132,8 @@ def main(argv: list[str] | None = None) -> None:
 
     from ldm.data.tiles import read_tile
     from ldm.evaluation import sweep
-    from ldm.run import git_revision, hardware, versions, write_bytes, write_json, write_text
+    from ldm.files import write_bytes, write_json, write_text
+    from ldm.run import git_revision, hardware, versions
     from ldm.selection.features import Extractor
     from ldm.synthesis import Speed, choose_precision, load_models
 

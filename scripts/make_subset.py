@@ -96,8 +96,8 @@ def included_files(
     Raises:
         UserError: Other classes than `--data` has, or an empty one.
     """
-    from ldm.checkpoint import file_sha256
     from ldm.data.images import class_folders, list_images
+    from ldm.files import file_sha256
 
     files = [path for name in class_folders(include) for path in list_images(include / name)]
     found = {path.relative_to(include).as_posix(): path for path in files}
@@ -152,7 +152,6 @@ def main(argv: list[str] | None = None) -> None:
             "--by_group: needs to know the groups; give --group_level, --group_regex or --group_csv"
         )
 
-    from ldm.checkpoint import file_sha256
     from ldm.data.images import class_folders, list_images
     from ldm.data.subset import (
         LIST,
@@ -165,6 +164,7 @@ def main(argv: list[str] | None = None) -> None:
         to_csv,
         wanted_per_class,
     )
+    from ldm.files import file_sha256
     from ldm.run import git_revision, versions
 
     tiles = []

@@ -27,9 +27,10 @@ from ldm.copies.statistics import (
 )
 from ldm.data.procedural import render_tile
 from ldm.data.stain import jitter_stains
-from ldm.data.tiles import list_images, read_tile, write_png
+from ldm.data.tiles import list_images, read_tile
 from ldm.errors import UserError
 from ldm.evaluation.vit import TileClassifier
+from ldm.files import write_png
 from scripts import copy_check
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,6 +1,7 @@
 """Cached latents: making them, and training from them, on tiny real models."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -532,32 +533,30 @@ def test_killed_caching_goes_on(folder, tmp_path):
 @pytest.mark.parametrize("writes", [0, 1, 2, 4, "last"])
 def test_caching_that_was_killed_while_it_wrote_goes_on(folder, plain, tmp_path, writes):
     """kill -9 leaves half a file under another name: it must not be in the way, nor stay."""
-    from ldm import run
-    from ldm.data import caching
-
     options = ["--val_data", folder / "val", "--labelled", "--dtype", "float32"]
     options += ["--shard_tiles", 5]
     files = len([path for path in plain.rglob("*") if path.is_file()])
-    write, written = run.write_bytes, []
+    replace, written = os.replace, []
 
     class Killed(BaseException):
         pass
 
-    def dying(path, content):
+    def dying(source, target):
         if len(written) == (files if writes == "last" else writes):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.with_name(f".{path.name}.half").write_bytes(content[:9])
+            half = Path(source).read_bytes()[:9]
+            # The names of this version and of an earlier one.
+            for ending in ("0123456789abcdef.part", "a8b_c9de"):
+                Path(target).with_name(f".{Path(target).name}.{ending}").write_bytes(half)
             raise Killed
-        write(path, content)
-        written.append(path)
+        replace(source, target)
+        written.append(target)
 
     out = tmp_path / "c"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "write_bytes", dying)
-        patch.setattr(caching, "write_bytes", dying)
+        patch.setattr(os, "replace", dying)
         with pytest.raises(Killed):
             cache(folder, out, *options)
-    assert len(list(out.rglob(".*.half"))) == 1
+    assert len(list(out.rglob(".*"))) == 2
     cache(folder, out, *options)
     assert list(out.rglob(".*")) == []
     for path in plain.rglob("*.safetensors"):

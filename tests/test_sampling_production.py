@@ -85,7 +85,7 @@ def test_killed_then_finished_by_two_processes(models, tmp_path):
     (out / "TUM").mkdir(exist_ok=True)
     (out / "TUM" / ".half.png.part").write_bytes(b"\x89PNG")
     (out / "TUM" / "000000.png").write_bytes(b"\x89PNG")
-    (out / ".manifest.csv.half").write_text("class,")
+    (out / ".manifest.csv.a8b_c9de").write_text("class,")
     before = {path: path.stat().st_mtime_ns for path in out.glob("ADI/0*.png")}
     assert len(before) >= 3
 

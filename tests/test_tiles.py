@@ -17,9 +17,9 @@ from ldm.data.tiles import (
     read_tile,
     to_tensor,
     to_uint8,
-    write_png,
 )
 from ldm.errors import UserError
+from ldm.files import write_png
 
 
 def picture(seed: int, height: int = 16, width: int = 16) -> np.ndarray:

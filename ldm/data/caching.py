@@ -4,7 +4,6 @@ import hashlib
 import io
 import logging
 import math
-import shutil
 import sys
 import time
 import zlib
@@ -35,9 +34,10 @@ from ldm.data.latents import (
 )
 from ldm.data.tiles import Tiles
 from ldm.errors import UserError
+from ldm.files import free_space, is_temporary, remove_leftovers, write_bytes, write_json
 from ldm.models.diffusion import scale_from_sums
 from ldm.modules.autoencoder import AutoencoderKL as AutoencoderNet
-from ldm.run import git_revision, hardware, versions, write_bytes, write_json
+from ldm.run import git_revision, hardware, versions
 from ldm.synthesis.production import one_thread
 from ldm.synthesis.ranks import Ranks
 
@@ -248,21 +248,13 @@ class CachePlan:
                 f"{_short(there.get(key))}, is {_short(here.get(key))}); give another --out"
             )
 
-    def _unfinished(self) -> list[Path]:
-        """Temporary files (see `ldm.run.write_bytes`) whose writing was killed."""
-        names = [self.root / MANIFEST, *(self.root / f"{split}.parquet" for split in self.shards)]
-        found = [part for path in names for part in self.root.glob(f".{path.name}.*")]
-        for shards in self.shards.values():
-            found += shards.folder.glob(".*.safetensors.*")
-        return found
-
     def remove_unfinished(self) -> None:
         """Delete what killed processes had not finished; none may be writing."""
-        for path in self._unfinished():
-            path.unlink(missing_ok=True)
+        for folder in (self.root, *(shards.folder for shards in self.shards.values())):
+            remove_leftovers(folder)
 
     def _foreign_files(self) -> bool:
-        return bool(set(self.root.iterdir()) - set(self._unfinished()))
+        return not all(is_temporary(path) for path in self.root.iterdir())
 
     def missing(self) -> list[tuple[str, int]]:
         """Shards (split, number) that are not there; damaged ones are named, not counted.
@@ -287,16 +279,9 @@ class CachePlan:
         """Disk use of these shards."""
         return sum(self.shards[s].bytes_of(len(self.shards[s].range(n))) for s, n in jobs)
 
-    def free(self) -> int:
-        """Free bytes where the cache is to be."""
-        folder = self.root.absolute()
-        while not folder.exists():
-            folder = folder.parent
-        return shutil.disk_usage(folder).free
-
     def require_space(self, jobs: Sequence[tuple[str, int]]) -> None:
         """UserError where these shards do not fit on the disk."""
-        needed, free = self.bytes_of(jobs), self.free()
+        needed, free = self.bytes_of(jobs), free_space(self.root)
         if needed > free:
             raise UserError(
                 f"--out {self.root}: the cache needs {gibibytes(needed)} more and {gibibytes(free)}"
@@ -325,7 +310,7 @@ class CachePlan:
                 f"{self.settings['dtype']}, encoded in {self.settings['precision']}",
                 f"autoencoder  {self.settings['autoencoder'][:12]}",
                 f"disk         {gibibytes(self.bytes_of(everything))}, of which "
-                f"{gibibytes(self.bytes_of(jobs))} are to be made; {gibibytes(self.free())} free",
+                f"{gibibytes(self.bytes_of(jobs))} are to be made; {gibibytes(free_space(self.root))} free",
             ]
         )
 

@@ -4,13 +4,12 @@ import errno
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ldm.errors import UserError
-from ldm.run import write_text
+from ldm.files import atomic_folder, write_text
 
 LINKS = ("copy", "hard", "symbolic")
 
@@ -62,22 +61,12 @@ def build_folder(
         UserError: The file system has no such links.
     """
     put = {"copy": shutil.copyfile, "hard": _hard_link, "symbolic": _symbolic_link}[link]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with atomic_folder(out) as partial:
         for target, source in files.items():
             (partial / target).parent.mkdir(parents=True, exist_ok=True)
             put(source, partial / target)
         for name, text in notes.items():
             write_text(partial / name, text)
-        # mkdtemp makes folders private; a data set should get the permissions of any other.
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o777 & ~umask)
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _hard_link(source: Path, target: Path) -> None:

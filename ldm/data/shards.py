@@ -25,11 +25,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ldm.checkpoint import free_space
 from ldm.data.index import COLUMNS, COMMAND, CorpusIndex, content_hash, make_table, place_of
 from ldm.data.storage import BLOCK, LAYOUTS, Layout, Place, path_order, top_folder
 from ldm.errors import UserError
-from ldm.run import write_json
+from ldm.files import atomic_file, free_space, remove_leftovers, write_json
 
 if TYPE_CHECKING:
     import pyarrow
@@ -215,8 +214,7 @@ class CorpusShards:
             UserError: A tile that is not what was indexed, or a full disk.
         """
         self.out.mkdir(parents=True, exist_ok=True)
-        for path in self.out.glob(".*.part"):
-            path.unlink()
+        remove_leftovers(self.out)
         present = {}
         for number in range(len(self)):
             if self.path(number).exists():
@@ -280,20 +278,13 @@ class CorpusShards:
                     yield f"{os.path.splitext(name)[0]}.cls", row["label"].encode()
                 bar.update()
 
-        path = self.path(number)
-        temporary = path.with_name(f".{path.name}.part")
-        try:
-            with temporary.open("wb") as stream:
-                places = iter(write_tar(stream, members()))
-            found = []
-            for row in source:
-                found.append(next(places))
-                if row["label"] is not None:
-                    next(places)
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with atomic_file(self.path(number)) as stream:
+            places = iter(write_tar(stream, members()))
+        found = []
+        for row in source:
+            found.append(next(places))
+            if row["label"] is not None:
+                next(places)
         return self._rows(number, source, found, hashes)
 
     def _rows_of(self, number: int, verify: bool) -> "pyarrow.Table | None":

@@ -1,4 +1,4 @@
-"""Tiles as training sets: preprocess, crop, augment, cache; and tiles as tensors and PNG files.
+"""Tiles as training sets: preprocess, crop, augment, cache; and tiles as tensors.
 
 Letters: B batch, H W pixels of a file, S side of a tile in pixels.
 
@@ -10,7 +10,6 @@ import copy
 import logging
 import os
 import random
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ import cv2
 import numpy as np
 import torch
 from albumentations.augmentations.crops.transforms import CropSizeError
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -64,23 +62,6 @@ def to_uint8(x: Tensor) -> np.ndarray:
     assert x.ndim in (3, 4) and x.shape[-3] == 3, tuple(x.shape)
     levels = x.detach().float().add(1.0).mul(127.5).round().clamp(0, 255)
     return levels.to(torch.uint8).movedim(-3, -1).cpu().contiguous().numpy()
-
-
-def write_png(path: str | os.PathLike, array: np.ndarray) -> None:
-    """Write uint8 (H, W, 3) as PNG; the file appears whole or not at all."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=".", suffix=".png.part", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            Image.fromarray(array).save(stream, format="PNG")
-        # mkstemp makes files private; a data set should get the permissions of any other file.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _resize(size: int) -> A.SmallestMaxSize:

@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 
 from ldm.data.procedural import CLASSES, SIZES, TILES_PER_SLIDE, VERSION, render_tile, slide_of
-from ldm.data.tiles import write_png
 from ldm.errors import UserError
+from ldm.files import atomic_file, write_json, write_png
 
 RECORD = "tiles.json"
 # Index of the first tile of each split, per class.
@@ -39,10 +39,9 @@ def _render(out: Path, size: int, seed: int, task: tuple[str, str, int]) -> None
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy a file; the copy appears whole or not at all."""
-    temporary = target.with_name(f".{target.name}.part")
-    shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
+    """Copy a file; the copy appears completely or not at all."""
+    with source.open("rb") as original, atomic_file(target) as copy:
+        shutil.copyfileobj(original, copy)
 
 
 def _claim(out: Path, settings: dict) -> None:
@@ -61,9 +60,7 @@ def _claim(out: Path, settings: dict) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} exists and was not made by this command; give another --out")
     out.mkdir(parents=True, exist_ok=True)
-    temporary = out / f".{RECORD}.part"
-    temporary.write_text(json.dumps(settings, indent=1) + "\n")
-    os.replace(temporary, record)
+    write_json(record, settings)
 
 
 def make_tileset(

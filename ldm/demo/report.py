@@ -15,7 +15,8 @@ from ldm.demo.plan import RANDOM, REAL, SELECTED, Plan, mean_probability, read_c
 from ldm.evaluation.baselines import colour_histogram_baseline
 from ldm.evaluation.metrics import HEADLINE
 from ldm.evaluation.report import Page, Series, Tile, bar_chart, line_chart
-from ldm.run import git_revision, hardware, versions, write_text
+from ldm.files import write_text
+from ldm.run import git_revision, hardware, versions
 from ldm.stages import Finished
 
 SIDE = 64  # pixels of a tile on the screen

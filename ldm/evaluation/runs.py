@@ -29,7 +29,8 @@ from ldm.evaluation.training import (
     predictions_of,
 )
 from ldm.evaluation.vit import load_vit
-from ldm.run import git_revision, hardware, versions, write_json
+from ldm.files import write_json
+from ldm.run import git_revision, hardware, versions
 from ldm.synthesis.ranks import Layout
 
 log = logging.getLogger(__name__)

@@ -23,19 +23,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ldm.data.tiles import read_tile, resize_tile, write_png
+from ldm.data.tiles import read_tile, resize_tile
 from ldm.errors import UserError
-from ldm.run import write_bytes, write_json, write_text
+from ldm.files import is_temporary, remove_leftovers, write_bytes, write_json, write_png, write_text
 from ldm.synthesis.card import make_card
 from ldm.synthesis.guidance_log import GuidanceLog
 
 GRID_COLUMNS = 8
 GRID_ROWS = 8  # of a grid without classes
 JOURNAL = ".parts"
-# What a killed run may leave of files that it was writing: images, then those beside the classes.
-PARTIAL = ("*/.*.png.part", *(f".{name}.*" for name in ("settings.json", "manifest.csv")))
-PARTIAL += tuple(f".{name}.*" for name in ("manifest.parquet", "guidance.csv", "grid.png"))
-PARTIAL += (".README.md.*", ".shard-*.tar.*")
 
 # Manifest columns and their Arrow types. What stands in a row of the journal, then what is the
 # same for all images of a folder, from its settings.
@@ -99,9 +95,7 @@ class SampleFolder:
         if (root / "settings.json").exists():
             self._check_settings()
             self.read()
-        elif root.is_dir() and not all(
-            p.name.startswith(".settings.json.") for p in root.iterdir()
-        ):
+        elif root.is_dir() and not all(is_temporary(path) for path in root.iterdir()):
             raise UserError(
                 f"--outdir {root}: not empty and without settings.json; give a new folder"
             )
@@ -187,9 +181,8 @@ class SampleFolder:
             self._remove_partial()
 
     def _remove_partial(self) -> None:
-        for pattern in PARTIAL:
-            for path in self.root.glob(pattern):
-                path.unlink(missing_ok=True)
+        for folder in (self.root, *(path for path in self.root.iterdir() if path.is_dir())):
+            remove_leftovers(folder)
 
     def journal(self, stamp: str, rank: int, run: dict[str, Any] | None) -> "Journal":
         """A new journal of this start and process; `run` describes the start, once for all."""
@@ -290,14 +283,9 @@ def image_row(
 
 
 def write_if_changed(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, unless it holds this already."""
+    """Write a file atomically, unless it has this content already."""
     if not path.is_file() or path.read_bytes() != content:
         write_bytes(path, content)
-
-
-def _being_set(path: Path) -> bool:
-    """Whether it is settings.json while another run of the same images writes it."""
-    return path.name.startswith(".settings.json.") or path.name == "settings.json"
 
 
 def _cell(key: str, value: Any) -> str:

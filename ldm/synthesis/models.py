@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from ldm.checkpoint import KEY, checkpoint_path, file_sha256, load_model, read_checkpoint
+from ldm.checkpoint import KEY, checkpoint_path, load_model, read_checkpoint
 from ldm.errors import UserError
+from ldm.files import file_sha256
 from ldm.models.classifier import NoisyLatentClassifier
 from ldm.models.diffusion import LatentDiffusion
 from ldm.synthesis.settings import UNCONDITIONAL
