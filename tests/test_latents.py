@@ -629,8 +629,8 @@ def test_dry_run_says_what_it_takes_and_writes_nothing(folder, tmp_path, capsys)
 
 
 def test_too_little_disk_is_found_before(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("ldm.data.caching.CachePlan.free", lambda self: 1000)
-    with pytest.raises(UserError, match="needs 0.07 MiB more and 0.00 MiB are free"):
+    monkeypatch.setattr("ldm.files.free_space", lambda _: 1000)
+    with pytest.raises(UserError, match=r"needs 0\.1 MB, its disk has 0\.0 MB free"):
         cache(folder, tmp_path / "c")
     assert not (tmp_path / "c").exists()
 

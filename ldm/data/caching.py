@@ -34,7 +34,14 @@ from ldm.data.latents import (
 )
 from ldm.data.tiles import Tiles
 from ldm.errors import UserError
-from ldm.files import free_space, is_temporary, remove_leftovers, write_bytes, write_json
+from ldm.files import (
+    free_space,
+    is_temporary,
+    remove_leftovers,
+    require_space,
+    write_bytes,
+    write_json,
+)
 from ldm.models.diffusion import scale_from_sums
 from ldm.modules.autoencoder import AutoencoderKL as AutoencoderNet
 from ldm.run import git_revision, hardware, versions
@@ -280,13 +287,8 @@ class CachePlan:
         return sum(self.shards[s].bytes_of(len(self.shards[s].range(n))) for s, n in jobs)
 
     def require_space(self, jobs: Sequence[tuple[str, int]]) -> None:
-        """UserError where these shards do not fit on the disk."""
-        needed, free = self.bytes_of(jobs), free_space(self.root)
-        if needed > free:
-            raise UserError(
-                f"--out {self.root}: the cache needs {gibibytes(needed)} more and {gibibytes(free)}"
-                " are free; free some, give another --out, --dtype float16 or fewer --views"
-            )
+        """Check that these shards fit on the disk; UserError otherwise."""
+        require_space(self.root, self.bytes_of(jobs), "--out: cache of latents")
 
     def describe(self, jobs: Sequence[tuple[str, int]]) -> str:
         """Tiles, views, sizes and disk use, one per line."""
@@ -310,7 +312,8 @@ class CachePlan:
                 f"{self.settings['dtype']}, encoded in {self.settings['precision']}",
                 f"autoencoder  {self.settings['autoencoder'][:12]}",
                 f"disk         {gibibytes(self.bytes_of(everything))}, of which "
-                f"{gibibytes(self.bytes_of(jobs))} are to be made; {gibibytes(free_space(self.root))} free",
+                f"{gibibytes(self.bytes_of(jobs))} are to be made; "
+                f"{gibibytes(free_space(self.root))} free",
             ]
         )
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from ldm.data.index import COLUMNS, COMMAND, CorpusIndex, content_hash, make_table, place_of
 from ldm.data.storage import BLOCK, LAYOUTS, Layout, Place, path_order, top_folder
 from ldm.errors import UserError
-from ldm.files import atomic_file, free_space, remove_leftovers, write_json
+from ldm.files import atomic_file, remove_leftovers, require_space, write_json
 
 if TYPE_CHECKING:
     import pyarrow
@@ -195,13 +195,8 @@ class CorpusShards:
         return sum(_whole(int(sums[self.starts[n + 1]] - sums[self.starts[n]])) for n in numbers)
 
     def require_space(self, numbers: Iterable[int]) -> None:
-        """UserError where these shards do not fit on the disk."""
-        needed, free = self.bytes_of(numbers), free_space(self.out)
-        if needed > free:
-            raise UserError(
-                f"--out {self.out}: the shards need {needed / 2**30:.2f} GiB more and "
-                f"{free / 2**30:.2f} GiB are free; free some or give another --out"
-            )
+        """Check that these shards fit on the disk; UserError otherwise."""
+        require_space(self.out, self.bytes_of(numbers), "--out: tar shards")
 
     def write(self, workers: int, verify: bool = False) -> Report:
         """Write the shards that are missing or damaged, then their index.
