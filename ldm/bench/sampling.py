@@ -153,7 +153,7 @@ class _Ours:
 
 class _Theirs:
     def __init__(self, sampler: Sampler):
-        from ldm.export import build_pipeline
+        from ldm.exchange.diffusers_export import build_pipeline
 
         self.sampler = sampler
         torch.backends.cudnn.benchmark = True
@@ -211,7 +211,7 @@ def bench_sampling(
 ) -> dict[str, Any]:
     """Images per second by DDIM at eta 0: ours, diffusers', and ours with classifier guidance.
 
-    diffusers has networks of its own with the same weights (`ldm.export`).
+    diffusers has networks of its own with the same weights (`ldm.exchange.diffusers_export`).
 
     Args:
         decode: Whether the latents become images.
