@@ -184,6 +184,14 @@ def digest_of(facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
+def digest_of_text(parts: Iterable[str]) -> str:
+    """SHA-256 of texts that follow each other, as UTF-8, hexadecimal."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode())
+    return digest.hexdigest()
+
+
 def free_space(path: str | os.PathLike) -> int:
     """Bytes that can still be written to the disk of `path`, which need not exist yet."""
     place = Path(path).absolute()

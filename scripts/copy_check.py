@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     from ldm.copies.removal import TrainingFolder, is_made, remove_flagged
     from ldm.copies.report import write_report
     from ldm.copies.vectors import Tiles
-    from ldm.data.tiles import class_folders
+    from ldm.data.images import class_folders
     from ldm.run import git_revision, versions
     from ldm.selection.features import Extractor
 

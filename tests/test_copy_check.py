@@ -25,9 +25,9 @@ from ldm.copies.statistics import (
     fewest_held_out,
     mann_whitney_z,
 )
+from ldm.data.images import list_images, read_tile
 from ldm.data.procedural import render_tile
 from ldm.data.stain import jitter_stains
-from ldm.data.tiles import list_images, read_tile
 from ldm.errors import UserError
 from ldm.evaluation.vit import TileClassifier
 from ldm.files import write_png

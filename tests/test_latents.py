@@ -25,10 +25,9 @@ from ldm.cli import _one_line
 from ldm.config import instantiate_from_config
 from ldm.data.caching import CachePlan, Encoding, Views, make_cache, symmetry
 from ldm.data.datamodule import DataModuleFromConfig, ResumableSampler
-from ldm.data.latents import LatentCache
+from ldm.data.latents import LatentCache, latent_sums, scale_from_sums
 from ldm.data.tiles import TileFolder
 from ldm.errors import UserError
-from ldm.models.diffusion import latent_sums, scale_from_sums
 from ldm.modules.autoencoder import DiagonalGaussian
 from ldm.run import RunFolder
 from ldm.synthesis.ranks import Ranks
@@ -149,13 +148,13 @@ def test_scale_is_that_of_the_tiles(folder, plain):
     tiles = TileFolder(folder / "train", tiny.PIXELS)
     net = load_model(folder / "autoencoder.ckpt", "autoencoder").net
     for indices in (range(24), range(0, 24, 5)):
-        expected = scale_from_sums(latent_sums(net, tiles, list(indices), "cpu"))
-        assert scale_from_sums(latent_sums(net, made, indices, "cpu")) == pytest.approx(
+        expected = scale_from_sums(latent_sums(tiles, list(indices), net.encode))
+        assert scale_from_sums(latent_sums(made, indices, net.encode)) == pytest.approx(
             expected, rel=1e-6
         )
     manifest = json.loads((plain / "manifest.json").read_text())
     assert manifest["statistics"]["tiles"] == 24
-    whole = scale_from_sums(latent_sums(net, tiles, list(range(24)), "cpu"))
+    whole = scale_from_sums(latent_sums(tiles, list(range(24)), net.encode))
     assert manifest["statistics"]["scale_factor"] == pytest.approx(whole, rel=1e-6)
 
 

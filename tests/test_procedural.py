@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from ldm.data import procedural, tileset
+from ldm.data.images import list_images
 from ldm.data.procedural import (
     CLASSES,
     TILES_PER_SLIDE,
@@ -29,7 +30,7 @@ from ldm.data.stain import (
     optical_density,
     stain_matrix,
 )
-from ldm.data.tiles import TileFolder, list_images
+from ldm.data.tiles import TileFolder
 from ldm.data.tileset import few_labels, make_tileset
 from ldm.errors import UserError
 from scripts.make_tiles import main

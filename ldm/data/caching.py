@@ -30,6 +30,7 @@ from ldm.data.latents import (
     LatentTiles,
     Shards,
     read_manifest,
+    scale_from_sums,
     shards_of,
 )
 from ldm.data.tiles import Tiles
@@ -42,7 +43,6 @@ from ldm.files import (
     write_bytes,
     write_json,
 )
-from ldm.models.diffusion import scale_from_sums
 from ldm.modules.autoencoder import AutoencoderKL as AutoencoderNet
 from ldm.run import git_revision, hardware, versions
 from ldm.synthesis.production import one_thread

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ldm.data.images import class_folders, is_image, list_images
-from ldm.data.tiles import OVERVIEW
+from ldm.data.tile_files import OVERVIEW
 from ldm.errors import UserError
 from ldm.evaluation.extractors import FidelityExtractor
 from ldm.evaluation.sets import listing_sha256
