@@ -121,7 +121,7 @@ class MadeFolder:
         settings: What decides its content; values that JSON can hold.
         record: Name of the JSON file.
         key: Key of the settings in the record; None where the record is the settings.
-        option: How errors call the setting that names the folder.
+        name: Key of the setting that names the folder, for errors.
         defaults: See `differences`.
     """
 
@@ -129,7 +129,7 @@ class MadeFolder:
     settings: Mapping[str, Any]
     record: str
     key: str | None = "settings"
-    option: str = "--out"
+    name: str = "out"
     defaults: Mapping[str, Any] | None = None
 
     def read(self) -> dict[str, Any] | None:
@@ -141,7 +141,7 @@ class MadeFolder:
         if not self.path.exists():
             return None
         if not self.path.is_dir():
-            raise UserError(f"{self.option} {self.path} is a file; give a folder")
+            raise UserError(f"{self.name}={self.path} is a file; give a folder")
         file = self.path / self.record
         try:
             content = json.loads(file.read_text())
@@ -150,15 +150,15 @@ class MadeFolder:
             if all(is_temporary(path) for path in self.path.iterdir()):
                 return None
             raise UserError(
-                f"{self.option} {self.path} exists and was not made by this command (it has no"
+                f"{self.name}={self.path} exists and was not made by this command (it has no"
                 f" {self.record}); give a new folder"
             ) from None
         except (OSError, ValueError, KeyError, TypeError):
             known = None
         if not isinstance(known, dict):
             raise UserError(
-                f"{file} is damaged or was not written by this command; give another"
-                f" {self.option}, or remove {self.path}"
+                f"{file} is damaged or was not written by this command; give another {self.name},"
+                f" or remove {self.path}"
             )
         return content
 
@@ -179,7 +179,7 @@ class MadeFolder:
         changed = differences(known, self.settings, self.defaults)
         if changed:
             raise UserError(
-                f"{self.option} {self.path} was made with other settings ({'; '.join(changed)});"
+                f"{self.name}={self.path} was made with other settings ({'; '.join(changed)});"
                 " give another folder, or remove it"
             )
         return True

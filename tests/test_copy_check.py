@@ -474,7 +474,7 @@ def test_removal_makes_a_new_folder(sets, training_folder, tmp_path, capsys):
     run(sets, *options, report=tmp_path / "report")
     assert "there already" in capsys.readouterr().out
     assert files_of(new) == after
-    with pytest.raises(UserError, match="--removed_to .* made with other settings"):
+    with pytest.raises(UserError, match="removed_to=.* made with other settings"):
         run(sets, *options, "--quantile", "0.02", report=tmp_path / "report")
 
 

@@ -679,12 +679,12 @@ def test_bad_data(folder, plain, tmp_path):
         cache(folder, out, "data.params.train.params.size=16", data=[path])
     with pytest.raises(UserError, match="holds a model of kind classifier"):
         cache(folder, out, r="classifier.ckpt")
-    with pytest.raises(UserError, match="holds a cache with other settings .dtype was float32, is"):
+    with pytest.raises(UserError, match="other settings .dtype float32 there, float16 now.;"):
         cache(folder, plain, "--val_data", folder / "val", "--labelled", "--shard_tiles", 5)
     options = ["--val_data", folder / "val", "--labelled", "--shard_tiles", 5]
-    with pytest.raises(UserError, match="other settings .autoencoder was"):
+    with pytest.raises(UserError, match="other settings .autoencoder "):
         cache(folder, plain, *options, "--dtype", "float32", r="other.ckpt")
-    with pytest.raises(UserError, match="other settings .splits.train.tiles was 24, is 12"):
+    with pytest.raises(UserError, match="splits.train.tiles 24 there, 12 now"):
         cache(folder, plain, *options, "--dtype", "float32", data=["val"])
     with pytest.raises(UserError, match="exists and was not made by this command"):
         cache(folder, folder / "train")

@@ -11,8 +11,9 @@ from typing import Any
 
 from ldm.errors import UserError
 from ldm.files import atomic_folder, file_sha256, write_csv, write_json
+from ldm.run import MadeFolder
 from ldm.selection.select import REMOVED
-from ldm.selection.training_folder import DECISIONS, PREFIX, RECORD, same_folder_exists
+from ldm.selection.training_folder import DECISIONS, PREFIX, RECORD
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,7 @@ def _checked(folder: TrainingFolder, settings: dict[str, Any]) -> dict[str, Any]
 
 def is_made(folder: TrainingFolder, out: Path, settings: dict[str, Any]) -> bool:
     """Whether `remove_flagged` has made `out` already; UserError where something else is there."""
-    try:
-        return same_folder_exists(out, _checked(folder, settings))
-    except UserError as error:
-        raise UserError(str(error).replace("--out", "--removed_to", 1)) from None
+    return MadeFolder(out, _checked(folder, settings), RECORD, name="removed_to").exists()
 
 
 def remove_flagged(

@@ -1,6 +1,5 @@
 """Making a cache of latents: every tile of a data module encoded once (see `ldm.data.latents`)."""
 
-import hashlib
 import io
 import logging
 import math
@@ -36,15 +35,14 @@ from ldm.data.latents import (
 from ldm.data.tiles import Tiles
 from ldm.errors import UserError
 from ldm.files import (
+    digest_of_text,
     free_space,
-    is_temporary,
     remove_leftovers,
     require_space,
     write_bytes,
-    write_json,
 )
 from ldm.modules.autoencoder import AutoencoderKL as AutoencoderNet
-from ldm.run import git_revision, hardware, versions
+from ldm.run import MadeFolder, git_revision, hardware, versions
 from ldm.synthesis.production import one_thread
 from ldm.synthesis.ranks import Ranks
 
@@ -186,7 +184,9 @@ class CachePlan:
             },
         }
         self.shards = {split: shards_of(root, self.settings, split) for split in self.sets}
-        self._check_folder()
+        self.made = MadeFolder(root, self.settings, MANIFEST)
+        read_manifest(root, "out")  # of this version, or none
+        self.made.exists()
 
     def _check(self, split: str, tiles: Dataset) -> None:
         if not isinstance(tiles, Tiles):
@@ -210,14 +210,12 @@ class CachePlan:
     ) -> dict[str, Any]:
         tile_bytes = views * math.prod(self.moments) * DTYPES[dtype].itemsize
         rows = zip(*self.table(tiles).values(), strict=True)
-        digest = hashlib.sha256()
-        for name, _, label, group, corpus in rows:
-            digest.update(f"{name}\0{label}\0{group}\0{corpus}\n".encode())
+        lines = (f"{name}\0{label}\0{group}\0{corpus}\n" for name, _, label, group, corpus in rows)
         return {
             "tiles": len(tiles),
             "views": views,
             "shard_tiles": shard_tiles or max(1, SHARD_BYTES // tile_bytes),
-            "sha256": digest.hexdigest(),
+            "sha256": digest_of_text(lines),
             "augment": [] if views == 1 else tiles.augment,
             "crop": "center" if views == 1 else tiles.crop,
             "resize": tiles.resize,
@@ -237,31 +235,10 @@ class CachePlan:
             "corpus": numbers,
         }
 
-    def _check_folder(self) -> None:
-        """See that the folder is free, or holds what this plan makes."""
-        manifest = read_manifest(self.root, "--out")
-        if manifest is None:
-            if self.root.exists() and (not self.root.is_dir() or self._foreign_files()):
-                raise UserError(
-                    f"--out {self.root} exists and was not made by this command; give another"
-                )
-            return
-        there, here = _flat(manifest["settings"]), _flat(self.settings)
-        different = [key for key in here | there if there.get(key) != here.get(key)]
-        if different:
-            key = different[0]
-            raise UserError(
-                f"--out {self.root} holds a cache with other settings ({key} was "
-                f"{_short(there.get(key))}, is {_short(here.get(key))}); give another --out"
-            )
-
     def remove_unfinished(self) -> None:
         """Delete what killed processes had not finished; none may be writing."""
         for folder in (self.root, *(shards.folder for shards in self.shards.values())):
             remove_leftovers(folder)
-
-    def _foreign_files(self) -> bool:
-        return not all(is_temporary(path) for path in self.root.iterdir())
 
     def missing(self) -> list[tuple[str, int]]:
         """Shards (split, number) that are not there; damaged ones are named, not counted.
@@ -288,7 +265,7 @@ class CachePlan:
 
     def require_space(self, jobs: Sequence[tuple[str, int]]) -> None:
         """Check that these shards fit on the disk; UserError otherwise."""
-        require_space(self.root, self.bytes_of(jobs), "--out: cache of latents")
+        require_space(self.root, self.bytes_of(jobs), "out: cache of latents")
 
     def describe(self, jobs: Sequence[tuple[str, int]]) -> str:
         """Tiles, views, sizes and disk use, one per line."""
@@ -322,7 +299,7 @@ class CachePlan:
 
         In this order, so that a folder whose maker was killed in between is known as ours.
         """
-        self._write_manifest(complete=False)
+        self.made.write_record({"version": VERSION, "complete": False})
         for split, tiles in self.sets.items():
             write_bytes(self.root / f"{split}.parquet", _parquet(self.table(tiles)))
 
@@ -339,24 +316,17 @@ class CachePlan:
             "mean": total / number,
             "std": (squares / number - (total / number) ** 2) ** 0.5,
         }
-        return self._write_manifest(
-            complete=True,
-            statistics=statistics,
-            last_start={
-                "command": sys.argv,
-                "images": made,
-                "seconds": round(seconds, 3),
-                "batch_size": self.encoding.batch_size,
-                "revision": git_revision(),
-                "versions": {"histodiffusion": __version__, **versions()},
-                "hardware": hardware(),
-            },
-        )
-
-    def _write_manifest(self, **facts: Any) -> dict[str, Any]:
-        manifest = {"version": VERSION, "settings": self.settings, **facts}
-        write_json(self.root / MANIFEST, manifest)
-        return manifest
+        last_start = {
+            "command": sys.argv,
+            "images": made,
+            "seconds": round(seconds, 3),
+            "batch_size": self.encoding.batch_size,
+            "revision": git_revision(),
+            "versions": {"histodiffusion": __version__, **versions()},
+            "hardware": hardware(),
+        }
+        facts = {"complete": True, "statistics": statistics, "last_start": last_start}
+        return self.made.write_record({"version": VERSION, **facts})
 
 
 @dataclass(frozen=True)
@@ -501,20 +471,6 @@ def _parquet(table: Mapping[str, Sequence]) -> bytes:
     stream = io.BytesIO()
     pq.write_table(pa.table(columns, names=list(table)), stream, compression="zstd")
     return stream.getvalue()
-
-
-def _flat(settings: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """Settings by dotted name."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        below = isinstance(value, Mapping) and value
-        flat |= _flat(value, f"{path}{name}.") if below else {f"{path}{name}": value}
-    return flat
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 20 else f"{text[:12]}..."
 
 
 def gibibytes(count: int) -> str:

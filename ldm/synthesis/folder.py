@@ -25,10 +25,12 @@ from PIL import Image
 
 from ldm.data.tiles import read_tile, resize_tile
 from ldm.errors import UserError
-from ldm.files import is_temporary, remove_leftovers, write_bytes, write_json, write_png, write_text
+from ldm.files import remove_leftovers, write_bytes, write_png, write_text
+from ldm.run import MadeFolder
 from ldm.synthesis.card import make_card
 from ldm.synthesis.guidance_log import GuidanceLog
 
+SETTINGS = "settings.json"
 GRID_COLUMNS = 8
 GRID_ROWS = 8  # of a grid without classes
 JOURNAL = ".parts"
@@ -92,33 +94,9 @@ class SampleFolder:
         self.rows: dict[tuple[str, int], Row] = {}
         self.runs: list[dict[str, Any]] = []
         self.guidance_log = GuidanceLog()
-        if (root / "settings.json").exists():
-            self._check_settings()
+        self.made = MadeFolder(root, self.settings, SETTINGS, key="images", name="outdir")
+        if self.made.exists():
             self.read()
-        elif root.is_dir() and not all(is_temporary(path) for path in root.iterdir()):
-            raise UserError(
-                f"--outdir {root}: not empty and without settings.json; give a new folder"
-            )
-        elif root.exists() and not root.is_dir():
-            raise UserError(f"--outdir {root} is a file; give a folder")
-
-    def _check_settings(self) -> None:
-        path = self.root / "settings.json"
-        try:
-            known = json.loads(path.read_text())["images"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}: unreadable; give another --outdir") from None
-        keys = sorted(known.keys() | self.settings.keys())
-        changed = [
-            f"{key} {known.get(key)} there, {self.settings.get(key)} now"
-            for key in keys
-            if known.get(key) != self.settings.get(key)
-        ]
-        if changed:
-            raise UserError(
-                f"--outdir {self.root}: its images were made with other settings "
-                f"({'; '.join(changed)}); give another folder"
-            )
 
     # What is there
 
@@ -173,10 +151,7 @@ class SampleFolder:
         Args:
             alone: False leaves unfinished files there: other runs may be writing them.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
-        if not (self.root / "settings.json").exists():
-            content = {"images": self.settings, "models": self.facts}
-            write_json(self.root / "settings.json", content)
+        self.made.begin({"models": self.facts}, alone)
         if alone:
             self._remove_partial()
 
