@@ -19,6 +19,7 @@ from ldm.errors import UserError
 
 log = logging.getLogger(__name__)
 
+LOGGERS = ("tensorboard", "wandb")  # by name, beside the CSV files that are always written
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "albumentations", "timm", "numpy")
 
 
