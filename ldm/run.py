@@ -20,6 +20,7 @@ from ldm.files import is_temporary, remove_leftovers, write_json, write_text
 
 log = logging.getLogger(__name__)
 
+LOGGERS = ("tensorboard", "wandb")  # by name, beside the CSV files that are always written
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "albumentations", "timm", "numpy")
 
 

@@ -27,10 +27,10 @@ from ldm.data.caching import CachePlan, Encoding, Views, make_cache, symmetry
 from ldm.data.datamodule import DataModuleFromConfig, ResumableSampler
 from ldm.data.latents import LatentCache, latent_sums, scale_from_sums
 from ldm.data.tiles import TileFolder
+from ldm.devices import Ranks
 from ldm.errors import UserError
 from ldm.modules.autoencoder import DiagonalGaussian
 from ldm.run import RunFolder
-from ldm.synthesis.ranks import Ranks
 
 ROOT = Path(main_py.__file__).parent
 

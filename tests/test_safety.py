@@ -38,7 +38,7 @@ from ldm.models.base import SKIPPED_STEPS
 from ldm.models.classifier import NoisyLatentClassifier
 from ldm.models.diffusion import LatentDiffusion
 from ldm.run import RunFolder
-from ldm.trainer import build_loggers
+from ldm.train import build_loggers
 
 # --- Files ---------------------------------------------------------------------------------------
 
@@ -127,11 +127,11 @@ def test_saving_looks_at_the_free_space_first(tmp_path, monkeypatch):
     path, io = tmp_path / "last.ckpt", saving.CheckpointFiles()
     io.save_checkpoint({"x": torch.zeros(1000), "global_step": 1}, path)
     size = path.stat().st_size
-    monkeypatch.setattr(files, "free_space", lambda _: int(1.1 * size) - 1)
+    monkeypatch.setattr("ldm.files.free_space", lambda _: int(1.1 * size) - 1)
     with pytest.raises(UserError, match="needs 0.0 MB.*untouched"):
         io.save_checkpoint({"x": torch.zeros(1000), "global_step": 2}, path)
     assert training_step_of(path) == 1
-    monkeypatch.setattr(files, "free_space", lambda _: int(1.1 * size))
+    monkeypatch.setattr("ldm.files.free_space", lambda _: int(1.1 * size))
     io.save_checkpoint({"x": torch.zeros(1000), "global_step": 2}, path)
     assert training_step_of(path) == 2
 
@@ -144,11 +144,11 @@ def test_a_run_does_not_start_without_room(data, tmp_path, monkeypatch):  # noqa
     size = saving.expected_size(trained)
     real = (tmp_path / "first" / "checkpoints" / "last.ckpt").stat().st_size
     assert 0.8 * real < size < 1.1 * real
-    monkeypatch.setattr(files, "free_space", lambda _: int(3 * size))
+    monkeypatch.setattr("ldm.files.free_space", lambda _: int(3 * size))
     with pytest.raises(UserError, match="before the start: .*last.ckpt needs .* MB"):
         run(config, tmp_path, "second", 1)
     assert not (tmp_path / "second").exists()
-    monkeypatch.setattr(files, "free_space", lambda _: int(3.4 * size))
+    monkeypatch.setattr("ldm.files.free_space", lambda _: int(3.4 * size))
     run(config, tmp_path, "second", 1)
 
 
@@ -409,7 +409,7 @@ def test_killed_runs_leave_checkpoints_that_load(
     """kill -9 while a checkpoint is written at every step; then the run ends as if nothing was."""
     config = write_config(tmp_path / "c.yaml", data, diffusion_model(autoencoder_ckpt))
     kill_and_go_on(config, tmp_path, kills, steps, seed=kills)
-    (tmp_path / "k" / "checkpoints" / ".last.ckpt.left").write_bytes(b"half")
+    (tmp_path / "k" / "checkpoints" / ".last.ckpt.a8b_c9de").write_bytes(b"half")
     end = training_step_of(tmp_path / "k" / "checkpoints" / "last.ckpt") + 2
     for name in ("k", "whole"):  # processes of their own, as those that were killed
         process = start(config, tmp_path, end, name, interval=1000)

@@ -33,6 +33,7 @@ from ldm.data.latents import (
     shards_of,
 )
 from ldm.data.tiles import Tiles
+from ldm.devices import Devices, Ranks, one_thread
 from ldm.errors import UserError
 from ldm.files import (
     digest_of_text,
@@ -43,8 +44,6 @@ from ldm.files import (
 )
 from ldm.modules.autoencoder import AutoencoderKL as AutoencoderNet
 from ldm.run import MadeFolder, git_revision, hardware, versions
-from ldm.synthesis.production import one_thread
-from ldm.synthesis.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -101,14 +100,12 @@ class Encoding:
     """How the autoencoder is run.
 
     Attributes:
-        precision: "32", or "bf16" for autocast.
-        channels_last: Memory layout of convolutions.
+        devices: Precision and memory layout.
         batch_size: Images encoded together.
         workers: Loader processes.
     """
 
-    precision: str = "32"
-    channels_last: bool = False
+    devices: Devices = Devices()
     batch_size: int = 32
     workers: int = 2
 
@@ -163,12 +160,13 @@ class CachePlan:
         corpora = None
         if isinstance(train.tiles, Corpora):
             corpora = [[corpus.name, corpus.weight] for corpus in train.tiles.corpora]
+        computed = self.encoding.devices.record()
         self.settings: dict[str, Any] = {
             "autoencoder": net.fingerprint(),
             "latent": [net.embed_dim, size, size],
             "dtype": dtype,
-            "precision": self.encoding.precision,
-            "channels_last": self.encoding.channels_last,
+            "precision": computed["precision"],
+            "channels_last": computed["channels_last"],
             "seed": seed,
             "classes": data.classes,
             "corpora": corpora,
@@ -400,7 +398,7 @@ def _encode(
 ) -> None:
     """Encode and write these shards."""
     encoding = plan.encoding
-    layout = torch.channels_last if encoding.channels_last else torch.contiguous_format
+    layout = torch.channels_last if encoding.devices.channels_last else torch.contiguous_format
     net = plan.net.to(device, memory_format=layout).eval()
     live = sys.stderr.isatty()
     options = {"unit": "img", "dynamic_ncols": True, "mininterval": 0.1 if live else 10.0}
@@ -422,7 +420,7 @@ def _encode(
                 moments, sums = [], []
                 for _ in batches.of_shard(number):
                     x = next(stream).to(device, memory_format=layout, non_blocking=True)
-                    posterior = _posterior(net, x, encoding.precision)  # (b, 2C, h, w) float32
+                    posterior = _posterior(net, x, encoding.devices)  # (b, 2C, h, w) float32
                     moments.append(posterior.cpu())
                     sums.append(latent_sums_of(posterior))
                     bar.update(len(x))
@@ -430,9 +428,9 @@ def _encode(
 
 
 @torch.inference_mode()
-def _posterior(net: AutoencoderNet, x: Tensor, precision: str) -> Tensor:
+def _posterior(net: AutoencoderNet, x: Tensor, devices: Devices) -> Tensor:
     """Mean and log-variance of images, stacked, (B, 2C, h, w) float32."""
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+    with devices.autocast(x.device):
         posterior = net.encode(x)
     return torch.cat([posterior.mean, posterior.logvar], dim=1).float()
 

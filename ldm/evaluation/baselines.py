@@ -183,7 +183,7 @@ def run_baseline(
     settings: dict[str, Any] = {"baseline": kind, "strengths": list(STRENGTHS)}
     arch, extractor = f"logistic regression on {kind.replace('_', ' ')}", None
     if kind == LINEAR_PROBE:
-        from ldm.cli import resolve_device
+        from ldm.devices import resolve_device
 
         backbone = backbone or Backbone()
         backbone.check()
