@@ -15,7 +15,8 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from ldm.cli import Count, Whole, existing_path, option, parse, resolve_device, run_command
+from ldm.cli import Count, Whole, existing_path, option, parse, run_command
+from ldm.devices import one_device, shared_devices
 from ldm.evaluation.settings import Settings
 from ldm.settings import DEVICE_HELP
 
@@ -129,12 +130,10 @@ def main(argv: list[str] | None = None) -> int:
     if settings.finetune:
         existing_path(settings.finetune, "--finetune", "file")
 
-    from ldm.synthesis.ranks import Layout, choose_layout
-
     if args.eval:
-        layout = Layout(resolve_device(args.device))
+        devices = one_device(args.device)
     else:
-        layout = choose_layout(args.device, args.devices, args.num_nodes)
+        devices = shared_devices(args.device, args.devices, args.num_nodes)
     from ldm.evaluation.metrics import (
         HEADLINE,
         format_intervals,
@@ -149,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.groups is not None:
         table = existing_path(args.groups, "--groups", "file")
         groups = GroupTable(table, args.group_column or "group")
-    compute = Compute(layout.device, settings.precision, args.workers)
+    compute = Compute(devices.device, settings.precision, args.workers)
     folder = Path(args.logdir) / args.subset
     if args.eval:
         checkpoint = existing_path(
@@ -176,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
         resume=resume,
         overwrite=args.overwrite,
         groups=groups,
-        layout=layout,
+        devices=devices,
     )
     if "notes" not in summary:
         return 0  # another process than the first, which reports

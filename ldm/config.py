@@ -27,7 +27,7 @@ from pydantic.errors import PydanticUndefinedAnnotation, PydanticUserError
 from ldm.cli import RANGE_ERRORS, existing_path, join_keys, nearest, reason, shown
 from ldm.errors import Problems, UserError
 from ldm.legacy import LEGACY_TARGETS, Translation, environment_remedy
-from ldm.settings import LOGGERS
+from ldm.run import LOGGERS
 
 SECTIONS = ("model", "data", "lightning", "vars")
 LIGHTNING_SECTIONS = ("trainer", "callbacks", "logger", "modelcheckpoint", "strategy")

@@ -7,7 +7,6 @@ from pydantic import Field
 
 from ldm.cli import Count, Seed, Whole, option
 
-LOGGERS = ("tensorboard", "wandb")  # by name; the CSV files are always written
 DEVICE_HELP = "auto, cpu, cuda, cuda:INDEX or mps"
 DEVICES = "devices, memory and speed"
 MACHINE = "machine"

@@ -21,7 +21,8 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from ldm.cli import Count, existing_path, like, option, parse, resolve_device, run_command
+from ldm.cli import Count, existing_path, like, option, parse, run_command
+from ldm.devices import resolve_device
 from ldm.errors import UserError
 from ldm.settings import DeviceOption, LoaderOptions, ModelOptions
 
@@ -126,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     from ldm.copies.removal import TrainingFolder, is_made, remove_flagged
     from ldm.copies.report import write_report
     from ldm.copies.vectors import Tiles
-    from ldm.data.tiles import class_folders
+    from ldm.data.images import class_folders
     from ldm.run import git_revision, versions
     from ldm.selection.features import Extractor
 

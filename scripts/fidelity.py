@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from ldm.cli import Seed, existing_path, option, parse, resolve_device, run_command
+from ldm.cli import Seed, existing_path, option, parse, run_command
+from ldm.devices import resolve_device
 from ldm.errors import UserError
 from ldm.settings import DeviceOption, LoaderOptions
 
@@ -132,7 +133,8 @@ def main(argv: list[str] | None = None) -> None:
         require_known_classes,
         set_warnings,
     )
-    from ldm.run import git_revision, hardware, versions, write_json
+    from ldm.files import write_json
+    from ldm.run import git_revision, hardware, versions
 
     # All are indexed before any features are computed: what is wrong with one is known at once.
     real_files = None if real_root is None else TileFiles.below(real_root, False, "--real")

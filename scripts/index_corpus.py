@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from ldm.cli import Count, existing_path, option, parse, run_command, usable_cores
+from ldm.cli import Count, existing_path, option, parse, run_command
 from ldm.data.groups import grouping_of
+from ldm.devices import usable_cores
 from ldm.errors import UserError
 from ldm.settings import GroupOptions
 

@@ -20,16 +20,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from ldm.cli import Count, Whole, existing_path, option, parse, run_command
-from ldm.data.folders import build_folder, same_folder_exists
+from ldm.data.folders import build_folder
 from ldm.data.groups import grouping_of
-from ldm.data.subset import Labelled
 from ldm.errors import UserError
 from ldm.settings import GroupOptions
+
+if TYPE_CHECKING:
+    from ldm.data.subset import Labelled
 
 log = logging.getLogger("make_subset")
 
@@ -97,7 +99,7 @@ def describe(counts: dict[str, dict[str, int]]) -> str:
 
 
 def included_files(
-    include: Path, data: Path, tiles: list[Labelled]
+    include: Path, data: Path, tiles: "list[Labelled]"
 ) -> tuple[dict[str, Path], set[str]]:
     """The files of `--include` by their paths below it, and those of `tiles` that are among them.
 
@@ -106,8 +108,8 @@ def included_files(
     Raises:
         UserError: Other classes than `--data` has, or an empty one.
     """
-    from ldm.checkpoint import file_sha256
     from ldm.data.images import class_folders, list_images
+    from ldm.files import file_sha256
 
     files = [path for name in class_folders(include) for path in list_images(include / name)]
     found = {path.relative_to(include).as_posix(): path for path in files}
@@ -162,20 +164,21 @@ def main(argv: list[str] | None = None) -> None:
             "--by_group: needs to know the groups; give --group_level, --group_regex or --group_csv"
         )
 
-    from ldm.checkpoint import file_sha256
     from ldm.data.images import class_folders, list_images
     from ldm.data.subset import (
         LIST,
         RECORD,
         REST,
         SUBSET,
+        Labelled,
         count,
         draw,
         percent_of,
         to_csv,
         wanted_per_class,
     )
-    from ldm.run import git_revision, versions
+    from ldm.files import file_sha256
+    from ldm.run import MadeFolder, git_revision, versions
 
     tiles = []
     for name in class_folders(data):
@@ -213,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
         # The files themselves: their names do not tell whether one was replaced.
         digests = "".join(f"{name} {file_sha256(path)}\n" for name, path in included.items())
         settings["include"] = sha256(digests.encode()).hexdigest()
-    if same_folder_exists(out, settings, RECORD):
+    if MadeFolder(out, settings, RECORD).exists():
         print(f"{out} is there already, made with the same settings")
         return
     drawn = [

@@ -16,7 +16,8 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from ldm.cli import Seed, Share, Whole, existing_path, option, parse, resolve_device, run_command
+from ldm.cli import Seed, Share, Whole, existing_path, option, parse, run_command
+from ldm.devices import resolve_device
 from ldm.errors import UserError
 from ldm.settings import FeatureOptions
 
@@ -93,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from ldm.data.tiles import TileFolder
     from ldm.evaluation.fidelity import FEWEST_TILES, fidelity
-    from ldm.run import write_bytes, write_json, write_text
+    from ldm.files import write_bytes, write_json, write_text
     from ldm.selection.centroids import Centroids
     from ldm.selection.features import Extractor, folder_features
     from ldm.selection.judge import CENTROIDS_FILE, REAL_FILE, SYNTHETIC_FILE, NetworkOptions

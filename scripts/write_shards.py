@@ -17,7 +17,8 @@ from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator
 
-from ldm.cli import Count, existing_path, option, parse, run_command, usable_cores
+from ldm.cli import Count, existing_path, option, parse, run_command
+from ldm.devices import usable_cores
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
