@@ -35,7 +35,7 @@ IMPORTS = {
         "torch.utils.flop_counter",
         "ldm.data.corpora",
         "ldm.data.datamodule",
-        "ldm.export",
+        "ldm.exchange.diffusers_export",
         "ldm.modules.ema",
         "ldm.synthesis.synthesiser",
     ),

@@ -111,9 +111,9 @@ class Execution:
 def build_unet(library: str, params: dict[str, Any]) -> tuple[nn.Module, Predict]:
     """The noise predictor of a library, and how to call it.
 
-    diffusers' is the same function of the same weights (see `ldm.export`). MONAI's adds the time
-    embedding where the others scale and shift by it, so that it has 5 to 8% fewer weights; the
-    operations are the same to 0.3%.
+    diffusers' is the same function of the same weights (see `ldm.exchange.diffusers_export`).
+    MONAI's adds the time embedding where the others scale and shift by it, so that it has 5 to 8%
+    fewer weights; the operations are the same to 0.3%.
 
     Raises:
         UserError: The library cannot express the architecture.
@@ -126,8 +126,8 @@ def build_unet(library: str, params: dict[str, Any]) -> tuple[nn.Module, Predict
     if library == "diffusers":
         from diffusers import UNet2DModel
 
-        from ldm.export import unet_settings
-        from ldm.unet_heads import UNetWithHeads
+        from ldm.exchange.diffusers_export import unet_settings
+        from ldm.exchange.unet_heads import UNetWithHeads
 
         settings, heads = unet_settings(params)
         net = (
@@ -169,7 +169,7 @@ def build_autoencoder(library: str, networks: Networks) -> tuple[nn.Module, Enco
     if library == "diffusers":
         from diffusers import AutoencoderKL
 
-        from ldm.export import vae_settings
+        from ldm.exchange.diffusers_export import vae_settings
 
         net = AutoencoderKL(**vae_settings(ddconfig, networks.embed_dim, 1.0))
         return net, lambda x: net.encode(x, return_dict=False)[0].sample()

@@ -86,7 +86,7 @@ def build(
     import torch
 
     from benchmarks.networks import autoencoder_flops, count, unet_flops
-    from ldm.export import build_pipeline
+    from ldm.exchange.diffusers_export import build_pipeline
     from ldm.synthesis.settings import Sampling, Speed
     from ldm.synthesis.synthesiser import Synthesiser
 

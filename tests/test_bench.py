@@ -43,7 +43,7 @@ from benchmarks.networks import (
     unet_flops,
 )
 from ldm.errors import UserError
-from ldm.export import unet_state
+from ldm.exchange.diffusers_export import unet_state
 from ldm.modules import autoencoder, blocks
 from ldm.modules.autoencoder import AttnBlock
 from ldm.modules.blocks import AttentionBlock
