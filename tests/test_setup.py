@@ -23,7 +23,8 @@ def name_of(requirement: str) -> str:
 
 
 def sources() -> list[Path]:
-    folders = [path for name in ("ldm", "scripts", "tests") for path in (ROOT / name).rglob("*.py")]
+    names = ("benchmarks", "ldm", "scripts", "tests")
+    folders = [path for name in names for path in (ROOT / name).rglob("*.py")]
     return folders + sorted(ROOT.glob("*.py"))
 
 
@@ -41,7 +42,7 @@ def test_every_import_is_declared():
     owners = packages_distributions()
     folders = (ROOT, ROOT / "scripts", ROOT / "tests")
     own = {path.stem for folder in folders for path in folder.glob("*.py")}
-    own |= {"ldm", "scripts", "tests"}
+    own |= {"benchmarks", "ldm", "scripts", "tests"}
     undeclared = set()
     for path in sources():
         for node in ast.walk(ast.parse(path.read_text())):
