@@ -18,11 +18,18 @@ from torch.utils.data import Dataset
 
 from ldm.checkpoint import KEY, load_model
 from ldm.config import instantiate_from_config
+from ldm.diffusion import make_process
 from ldm.diffusion.samplers import IndexedNoise
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 from ldm.models.base import HistoModule
-from ldm.models.diffusion import latent_sums, posterior_of, scale_from_sums
+from ldm.models.diffusion import (
+    latent_sums,
+    posterior_of,
+    scale_from_sums,
+    scale_record,
+    scale_tensor,
+)
 from ldm.modules.autoencoder import AutoencoderKL as AutoencoderNet
 from ldm.modules.lr_schedule import LinearAnneal
 
@@ -93,20 +100,21 @@ class LatentSpace:
 
     Attributes:
         first_stage: The frozen autoencoder.
-        schedule: Settings of the noise schedule.
-        scale_factor: Latent scale; None when the checkpoint does not know it (an autoencoder's).
+        schedule: Settings of the noise schedule or flow, see `ldm.diffusion.make_process`.
+        scale_factor: Latent scale, one or one per channel; None when the checkpoint does not know
+            it (an autoencoder's).
     """
 
     first_stage: AutoencoderNet
     schedule: dict[str, Any]
-    scale_factor: float | None
+    scale_factor: float | list[float] | None
 
     @classmethod
     def load(cls, path: str, what: str = "--first_stage") -> "LatentSpace":
         """Of a diffusion checkpoint, or of an autoencoder checkpoint with the paper's schedule."""
         model = load_model(path, ("diffusion", "autoencoder"), what=what)
         if model.kind == "diffusion":
-            settings, scale = model.schedule.settings, float(model.scale_factor)
+            settings, scale = model.schedule.settings, scale_record(model.scale_factor)
             return cls(model.first_stage_model, settings, scale)
         return cls(model.net, NoiseSchedule().settings, None)
 
@@ -203,6 +211,17 @@ def network_config(
     return {"target": "ldm.modules.unet.EncoderUNetModel", "params": params}
 
 
+def process_params(settings: dict[str, Any]) -> dict[str, Any]:
+    """Parameters of `NoisyLatentClassifier` for a process of these settings.
+
+    Schedules that earlier versions know are written as these wrote them.
+    """
+    known = {"timesteps", "linear_start", "linear_end"}
+    if settings.keys() != known | {"name"}:
+        return {"process": settings}
+    return {"beta_schedule": settings["name"], **{name: settings[name] for name in known}}
+
+
 class NoisyLatentClassifier(HistoModule):
     """p(y | z_t, t): trained on latents of a frozen autoencoder with noise of the whole schedule.
 
@@ -214,7 +233,8 @@ class NoisyLatentClassifier(HistoModule):
         autoencoder_fingerprint: Names the latent space.
         scale_factor: The latents are multiplied by it; the diffusion model's.
         timesteps, beta_schedule, linear_start, linear_end: The diffusion model's, see
-            `ldm.diffusion.schedule.NoiseSchedule`.
+            `ldm.diffusion.schedule.NoiseSchedule`; not used where there is a `process`.
+        process: Settings of any process, see `ldm.diffusion.make_process`.
         noised: Train on z_t with t over the whole schedule. False trains on clean latents at t = 0,
             as the code published with the paper does.
         t_sampler: "uniform" or "stratified", see `sample_time_steps`.
@@ -238,11 +258,12 @@ class NoisyLatentClassifier(HistoModule):
         self,
         net_config: dict,
         autoencoder_fingerprint: str,
-        scale_factor: float,
+        scale_factor: float | list[float],
         timesteps: int = 1000,
         beta_schedule: str = "scaled_linear",
         linear_start: float = 0.0015,
         linear_end: float = 0.0155,
+        process: dict | None = None,
         noised: bool = True,
         t_sampler: str = "uniform",
         microbatch: int | None = None,
@@ -257,7 +278,11 @@ class NoisyLatentClassifier(HistoModule):
             raise UserError(
                 f"schedule_sampler={t_sampler!r} must be one of {', '.join(T_SAMPLERS)}"
             )
-        self.schedule = NoiseSchedule(beta_schedule, timesteps, linear_start, linear_end)
+        self.schedule = (
+            make_process(process)
+            if process
+            else NoiseSchedule(beta_schedule, timesteps, linear_start, linear_end)
+        )
         self.net_config = net_config
         self.autoencoder_fingerprint = autoencoder_fingerprint
         self.noised = noised
@@ -268,7 +293,7 @@ class NoisyLatentClassifier(HistoModule):
         self.monitor = "val/accuracy"
         self.net: nn.Module = instantiate_from_config(net_config)
         self.latent_shape = (self.net.in_channels, self.net.image_size, self.net.image_size)
-        self.register_buffer("scale_factor", torch.tensor(float(scale_factor)))
+        self.register_buffer("scale_factor", scale_tensor(scale_factor))
         self.register_buffer("temperature", torch.ones(()))
         self._validated: list[tuple[Tensor, Tensor]] = []  # logits (n, K) and labels (n,)
         if first_stage is not None:
@@ -289,15 +314,11 @@ class NoisyLatentClassifier(HistoModule):
             )
 
     def rebuild_config(self) -> dict[str, Any]:
-        schedule = self.schedule.settings
         params = {
             "net_config": self.net_config,
             "autoencoder_fingerprint": self.autoencoder_fingerprint,
-            "scale_factor": float(self.scale_factor),
-            "timesteps": schedule["timesteps"],
-            "beta_schedule": schedule["name"],
-            "linear_start": schedule["linear_start"],
-            "linear_end": schedule["linear_end"],
+            "scale_factor": scale_record(self.scale_factor),
+            **process_params(self.schedule.settings),
             "noised": self.noised,
         }
         return {"target": "ldm.models.classifier.NoisyLatentClassifier", "params": params}

@@ -10,7 +10,7 @@ import torch
 from ldm.checkpoint import KEY, checkpoint_path, file_sha256, load_model, read_checkpoint
 from ldm.errors import UserError
 from ldm.models.classifier import NoisyLatentClassifier
-from ldm.models.diffusion import LatentDiffusion
+from ldm.models.diffusion import LatentDiffusion, scale_text
 from ldm.synthesis.settings import UNCONDITIONAL
 
 SCALE_TOLERANCE = 0.05  # relative difference of latent scales that models bear
@@ -133,11 +133,11 @@ def _check_latents(
     ours, theirs = tuple(diffusion.latent_shape), tuple(other.latent_shape)
     if theirs != ours:
         raise UserError(f"{where} takes latents {theirs}, {path} makes {ours}; {remedy}")
-    scale, other_scale = float(diffusion.scale_factor), float(other.scale_factor)
-    if abs(other_scale / scale - 1) > SCALE_TOLERANCE:
+    scale, other_scale = diffusion.scale_factor, other.scale_factor
+    if ((other_scale / scale - 1).abs() > SCALE_TOLERANCE).any():
         raise UserError(
-            f"{where} has latent scale {other_scale:.4f}, {path} has {scale:.4f} (allowed: "
-            f"{SCALE_TOLERANCE:.0%} apart); {remedy}"
+            f"{where} has latent scale {scale_text(other_scale)}, {path} has {scale_text(scale)} "
+            f"(allowed: {SCALE_TOLERANCE:.0%} apart); {remedy}"
         )
     if other.schedule != diffusion.schedule:
         raise UserError(
