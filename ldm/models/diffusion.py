@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ldm.checkpoint import KEY
 from ldm.config import instantiate_from_config
-from ldm.data.latents import LatentTiles
-from ldm.data.tiles import Tiles
+from ldm.data.latents import latent_sums, scale_from_sums
+from ldm.data.tiles import TileSet
 from ldm.diffusion.flow import RectifiedFlow
 from ldm.diffusion.prediction import PREDICTIONS, NoisePredictor
 from ldm.diffusion.samplers import EpsFn, IndexedNoise, sample
@@ -331,21 +331,19 @@ class LatentDiffusion(HistoModule):
 
     def _measure_scale(self) -> Tensor:
         device = self.trainer.strategy.root_device
-        self.first_stage_model.to(device)
+        first_stage = self.first_stage_model.to(device)
         dataset = self.trainer.datamodule.train_dataset
-        if isinstance(dataset, Tiles):
-            dataset = dataset.subset(range(len(dataset)), random=False)  # without augmentation
         # The same tiles whatever the number of ranks: every rank takes its share of them.
         count = min(self.scale_images, len(dataset))
         chosen = torch.linspace(0, len(dataset) - 1, count).long().unique().tolist()
         mine = chosen[self.trainer.global_rank :: self.trainer.world_size]
-        by_channel = self.scale_factor.ndim > 0
-        measure = channel_sums if by_channel else latent_sums
-        sums = measure(self.first_stage_model, dataset, mine, device)
-        sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
-        if by_channel:
+        if self.scale_factor.ndim:
+            sums = channel_sums(dataset, mine, first_stage, device)
+            sums = self.trainer.strategy.reduce(sums.to(device), reduce_op="sum")
             scale = scale_tensor([scale_from_sums(one) for one in sums.unbind(dim=1)])
         else:
+            sums = latent_sums(dataset, mine, lambda x: first_stage.encode(x.to(device)))
+            sums = self.trainer.strategy.reduce(sums.to(device), reduce_op="sum")
             scale = scale_tensor(scale_from_sums(sums))
         log.info("latent scale factor %s, from %d tiles", scale_text(scale), len(chosen))
         return scale
@@ -550,56 +548,24 @@ def scale_text(scale: Tensor) -> str:
 
 
 @torch.no_grad()
-def latent_sums(
-    net: AutoencoderNet, dataset, indices: list[int], device, batch_size: int = 32
-) -> Tensor:
-    """Count, sum and sum of squares of the latents of these tiles, (3,) float64 on `device`.
-
-    Taken in expectation over the posterior, E[z^2] = mean^2 + var, so nothing is drawn and the sums
-    do not depend on how the tiles are divided. A cache of latents knows its own.
-    """
-    if isinstance(dataset, LatentTiles):
-        return dataset.latent_sums(indices).to(device)
-    sums = torch.zeros(3, dtype=torch.float64)
-    for start in range(0, len(indices), batch_size):
-        batch = indices[start : start + batch_size]
-        x = torch.stack([dataset[i]["image"] for i in batch]).to(device)
-        posterior = net.encode(x)
-        mean, variance = posterior.mean.double().cpu(), posterior.logvar.double().exp().cpu()
-        squares = mean.square() + variance
-        sums += torch.stack([torch.tensor(float(mean.numel())), mean.sum(), squares.sum()])
-    return sums.to(device)
-
-
-@torch.no_grad()
 def channel_sums(
-    net: AutoencoderNet, dataset, indices: list[int], device, batch_size: int = 32
+    dataset,
+    indices: list[int],
+    first_stage: AutoencoderNet,
+    device: torch.device,
+    batch_size: int = 32,
 ) -> Tensor:
-    """As `latent_sums` for each channel, (3, C), of images or of cached latents."""
-    sums = torch.zeros(3, net.embed_dim, dtype=torch.float64)
+    """As `ldm.data.latents.latent_sums` for each channel, (3, C) float64 on the CPU."""
+    if isinstance(dataset, TileSet):
+        dataset = dataset.without_augmentation()
+    sums = torch.zeros(3, first_stage.embed_dim, dtype=torch.float64)
     for start in range(0, len(indices), batch_size):
         items = [dataset[i] for i in indices[start : start + batch_size]]
         name = "moments" if "moments" in items[0] else "image"
         batch = {name: torch.stack([item[name] for item in items]).to(device)}
-        posterior = posterior_of(batch, net)
+        posterior = posterior_of(batch, first_stage)
         mean, variance = posterior.mean.double().cpu(), posterior.logvar.double().exp().cpu()
         sums[0] += mean.numel() / mean.shape[1]
         sums[1] += mean.sum(dim=(0, 2, 3))
         sums[2] += (mean.square() + variance).sum(dim=(0, 2, 3))
-    return sums.to(device)
-
-
-def scale_from_sums(sums: Tensor) -> float:
-    """1 / std of the latents behind `latent_sums`.
-
-    Raises:
-        UserError: The latents do not vary (an untrained or broken autoencoder).
-    """
-    count, total, squares = sums.cpu().tolist()
-    variance = squares / count - (total / count) ** 2
-    if not variance > 1e-12:
-        raise UserError(
-            f"the autoencoder's latents have variance {variance:.3g} over {int(count)} values, so "
-            "they carry no image; train the autoencoder first, and check that the tiles differ"
-        )
-    return variance**-0.5
+    return sums

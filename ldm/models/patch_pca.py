@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ldm.data.latents import LatentTiles
-from ldm.data.tiles import Tiles
+from ldm.data.tiles import TileSet
 from ldm.errors import UserError
 from ldm.models.base import HistoModule
 from ldm.modules.autoencoder import psnr
@@ -88,8 +88,8 @@ def fit_first_stage(net: PatchPCANet, trainer: "pl.Trainer", batch_size: int = 6
             "model.params.first_stage_config: components are found on images, and data.params."
             "latents holds none; give model.params.first_stage_ckpt, whose latents were cached"
         )
-    if isinstance(dataset, Tiles):
-        dataset = dataset.subset(range(len(dataset)), random=False)
+    if isinstance(dataset, TileSet):
+        dataset = dataset.without_augmentation()
     chosen = torch.linspace(0, len(dataset) - 1, min(FIT_TILES, len(dataset))).long().unique()
     mine = chosen.tolist()[trainer.global_rank :: trainer.world_size]
     values = net.encoder.weight.shape[1]

@@ -24,7 +24,7 @@ from ldm.evaluation.report import (
     error_chart,
     matrix_chart,
 )
-from ldm.run import write_text
+from ldm.files import write_text
 from ldm.table.render import (
     Layout,
     Results,
