@@ -100,6 +100,9 @@ class RectifiedFlow(Process):
         mean = self.time_mean + math.log(self.time_shift)
         return self.T * torch.sigmoid(mean + self.time_std * draw(torch.randn, (count,)))
 
+    def uniform_times(self, draw: DrawFn, count: int) -> Tensor:
+        return self.T * draw(torch.rand, (count,))
+
     def times(self, t: float, count: int, device: torch.device | str) -> Tensor:
         return torch.full((count,), t, dtype=torch.float32, device=device)
 

@@ -53,6 +53,13 @@ class Process(ABC):
         """
 
     @abstractmethod
+    def uniform_times(self, draw: DrawFn, count: int) -> Tensor:
+        """Times (count,) uniform over the process, for what must be good at all of them alike.
+
+        Args: as `draw_times`.
+        """
+
+    @abstractmethod
     def time_pairs(self, steps: int, start: float | None = None) -> list[tuple]:
         """The (t, t_prev) pairs that a sampler visits, noisiest first.
 

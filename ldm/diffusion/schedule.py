@@ -153,6 +153,9 @@ class NoiseSchedule(Process):
         """Time steps (count,) int64, uniform in [0, T)."""
         return draw(partial(torch.randint, self.T), (count,))
 
+    def uniform_times(self, draw: DrawFn, count: int) -> Tensor:
+        return self.draw_times(draw, count)
+
     def times(self, t: float, count: int, device: torch.device | str) -> Tensor:
         return torch.full((count,), t, dtype=torch.int64, device=device)
 

@@ -11,7 +11,7 @@ from ldm.checkpoint import KEY, checkpoint_path, load_model, read_checkpoint
 from ldm.devices import Devices
 from ldm.errors import UserError
 from ldm.files import file_sha256
-from ldm.models.classifier import NoisyLatentClassifier
+from ldm.models.classifier import GuidingClassifier
 from ldm.models.diffusion import LatentDiffusion, scale_text
 from ldm.synthesis.settings import UNCONDITIONAL, Sampling
 
@@ -31,7 +31,7 @@ class Models:
     """
 
     diffusion: LatentDiffusion
-    classifier: NoisyLatentClassifier | None = None
+    classifier: GuidingClassifier | None = None
     weak: LatentDiffusion | None = None
     files: dict[str, str] = field(default_factory=dict)
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -91,6 +91,7 @@ def load_models(
         where = f"--classifier {classifier_path}"
         remedy = f"train it with --first_stage {diffusion_path}"
         _check_latents(diffusion, diffusion_path, classifier, where, remedy)
+        classifier.attach(diffusion, where)
         if diffusion.conditional:
             _check_classes(diffusion, diffusion_path, classifier, where)
     if autoguidance_path is not None:
@@ -123,7 +124,7 @@ def load_models(
 def _check_latents(
     diffusion: LatentDiffusion,
     path: str | Path,
-    other: NoisyLatentClassifier | LatentDiffusion,
+    other: GuidingClassifier | LatentDiffusion,
     where: str,
     remedy: str,
 ) -> None:
@@ -150,7 +151,7 @@ def _check_latents(
 def _check_classes(
     diffusion: LatentDiffusion,
     path: str | Path,
-    other: NoisyLatentClassifier | LatentDiffusion,
+    other: GuidingClassifier | LatentDiffusion,
     where: str,
 ) -> None:
     ours: Sequence[str] | None = diffusion.classes
