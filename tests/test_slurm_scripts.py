@@ -103,9 +103,7 @@ def parse(command):
     script, *words = command
     assert (ROOT / script).is_file(), script
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-    if hasattr(module, "parse_arguments"):
-        return module.parse_arguments(words)
-    return module.make_parser().parse_args(words)
+    return module.parse_arguments(words)
 
 
 def usage(name):

@@ -80,7 +80,7 @@ def load_models(
         UserError: A wrong kind, or models that were not made for one another: another latent space,
             latent scale, noise schedule or class list.
     """
-    diffusion = load_model(diffusion_path, "diffusion", device, what="--resume")
+    diffusion = load_model(diffusion_path, "diffusion", device, what="--model")
     files = {"diffusion": file_sha256(checkpoint_path(diffusion_path))}
     facts = {"diffusion": _facts(diffusion.record)}
     classifier = weak = None

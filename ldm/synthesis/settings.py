@@ -7,7 +7,6 @@ from ldm.errors import UserError
 UNCONDITIONAL = "unconditional"  # folder of images that were made without a class
 SAMPLERS = ("ddim", "ddpm", "dpm++2m", "euler", "heun")
 GUIDED_ON = ("z_t", "z_0")
-PRECISIONS = ("auto", "32", "bf16")
 
 
 @dataclass(frozen=True)
