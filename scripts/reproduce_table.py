@@ -118,6 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
 
     from ldm.experiment import engine
+    from ldm.experiment.earlier import convert_records
     from ldm.experiment.jobs import Records, show_path
     from ldm.experiment.plan import Plan
     from ldm.experiment.preflight import check_commands
@@ -129,6 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = plan.select_rows(args.only)
     jobs = plan.jobs_of(rows)
     records = Records(plan.jobs_folder)
+    convert_records(records, plan.jobs)
     if args.status:
         print(show_status(records.survey(jobs), rows))
         return 0

@@ -1,6 +1,8 @@
 """Jobs of an experiment: keys, records, one job as a process, and a graph of them by Snakemake."""
 
+import hashlib
 import io
+import json
 import os
 import shutil
 import signal
@@ -13,6 +15,7 @@ import pytest
 
 from ldm.errors import UserError
 from ldm.experiment import engine
+from ldm.experiment.earlier import convert_records
 from ldm.experiment.engine import Machine, slurm_resources
 from ldm.experiment.execute import execute, take_gpus
 from ldm.experiment.jobs import (
@@ -26,6 +29,7 @@ from ldm.experiment.jobs import (
 )
 from ldm.experiment.progress import Progress
 from ldm.experiment.settings import Slurm
+from ldm.files import write_json
 
 APPEND = "import pathlib, sys; p = pathlib.Path(sys.argv[1]); p.open('a').write(sys.argv[2])"
 FAIL = "print('all is well'); print('disk is full'); raise SystemExit(3)"
@@ -105,6 +109,29 @@ def test_what_a_job_needs(tmp_path):
         job(tmp_path, "d", "c"),
     ]
     assert [one.name for one in needed_by(jobs, ["d"])] == ["a", "c", "d"]
+
+
+def test_what_an_earlier_version_finished_stays(tmp_path):
+    """Keys as version 0.1.0 made them, with the stamp of the job before."""
+    records = Records(tmp_path / "jobs")
+    jobs = [job(tmp_path, "a"), job(tmp_path, "b", "a"), job(tmp_path, "c", "b")]
+
+    def earlier(one: Job, *stamps: str) -> str:
+        facts = ["", list(one.command), {}, "", *stamps]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    done = {"title": "t", "command": "python -c x", "number": "1", "seconds": 5.0}
+    old = {
+        "a": {"key": earlier(jobs[0]), "stamp": "s", **done},
+        "b": {"key": earlier(jobs[1], "s"), "stamp": "t", **done},
+        "c": {"key": "of another setting", "stamp": "u", **done},
+    }
+    for name, content in old.items():
+        write_json(records.path(name), content)
+        (tmp_path / name).write_text("x")
+    convert_records(records, jobs)
+    assert states(tmp_path, *jobs) == ["done", "done", "waiting"]
+    assert records.read("b").seconds == 5.0
 
 
 # One job

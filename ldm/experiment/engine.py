@@ -99,6 +99,13 @@ class Machine:
             options += ["--resources", f"gpu_places={len(self.gpus) * self.share}"]
             return options
         options = ["--executor", "slurm", "--jobs", str(self.slurm.parallel), "--slurm-requeue"]
+        options += ["--slurm-init-seconds-before-status-checks", "15"]
+        # The plugin asks sacct wherever that command exists, also where accounting is off.
+        accounting = shutil.which("sacct") is not None and (
+            subprocess.run(["sacct", "--noheader"], capture_output=True, check=False).returncode
+            == 0
+        )
+        options += ["--slurm-status-command", "sacct" if accounting else "squeue"]
         if "slurm_account" not in self.slurm.parameters:
             options.append("--slurm-no-account")
         return options

@@ -246,8 +246,8 @@ def keys_of(jobs: Sequence[Job]) -> dict[str, str]:
     """The key of every job by name; a job's key contains those of the jobs before it."""
     keys: dict[str, str] = {}
     for job in jobs:
-        facts: list[Any] = [_without_neutral(job.command), dict(job.environment), job.data]
-        facts += [_content(path) for path in job.files]
+        facts: list[Any] = [without_neutral(job.command), dict(job.environment), job.data]
+        facts += [content_of(path) for path in job.files]
         facts += [keys[name] for name in job.after]
         keys[job.name] = digest_of(facts)
     return keys
@@ -287,7 +287,7 @@ def show_path(path: Path) -> str:
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
-def _without_neutral(command: Sequence[str]) -> list[str]:
+def without_neutral(command: Sequence[str]) -> list[str]:
     """The words of a command that decide its result."""
     words, skip = [], False
     for word in command:
@@ -300,7 +300,7 @@ def _without_neutral(command: Sequence[str]) -> list[str]:
     return words
 
 
-def _content(path: Path) -> str:
+def content_of(path: Path) -> str:
     """What a configuration says: another comment is no change."""
     text = path.read_text()
     if path.suffix not in (".yaml", ".yml"):

@@ -147,7 +147,8 @@ class Plan:
         data, out = self.settings.data, self.out
         if out.exists() and not out.is_dir():
             raise UserError(f"out {out} is a file; give a folder")
-        if out.is_dir() and any(out.iterdir()) and not self.jobs_folder.is_dir():
+        ours = self.jobs_folder, out / "stages"  # the second one of a demo by version 0.1.0
+        if out.is_dir() and any(out.iterdir()) and not any(path.is_dir() for path in ours):
             raise UserError(f"out {out} holds other files; give a new folder for the results")
         if data.tiles is not None:
             # They are removed when they have to be made anew.
