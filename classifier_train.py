@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.cli import ArgumentParser, boolean, existing_path, number, run_command
 from ldm.errors import UserError
-from ldm.speed import Speed
-from ldm.trainer import LOGGERS, add_run_arguments
+from ldm.run import LOGGERS
+from ldm.train import add_run_arguments
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -247,13 +247,13 @@ def build_model(args: argparse.Namespace, space, classes: list[str]):
     return model
 
 
-def describe(args: argparse.Namespace, model, data, devices, precision: str) -> str:
+def describe(args: argparse.Namespace, model, data, devices) -> str:
     """Parameters, data, batch and latent space, one per line."""
     counts = [data.train_dataset.labels.count(label) for label in range(len(model.classes))]
     tiles = ", ".join(f"{name} {n}" for name, n in zip(model.classes, counts, strict=True))
     channels, size, _ = model.latent_shape
     t = "over the whole schedule" if model.noised else "0 only, on clean latents"
-    ranks = devices.count * args.num_nodes
+    ranks = devices.ranks
     passes = math.ceil(args.batch_size / (model.microbatch or args.batch_size))
     return "\n".join(
         [
@@ -266,7 +266,7 @@ def describe(args: argparse.Namespace, model, data, devices, precision: str) -> 
             f"{passes} passes each)",
             f"learning rate {args.lr:.3g}{' annealed to 0' if args.anneal_lr else ''} over "
             f"{args.iterations:,} steps",
-            devices.describe(args.num_nodes, precision),
+            devices.describe(),
         ]
     )
 
@@ -274,7 +274,7 @@ def describe(args: argparse.Namespace, model, data, devices, precision: str) -> 
 def write_result(trainer: "pl.Trainer", run) -> None:
     """result.json: the last validation and the best one."""
     from ldm.checkpoint import load_model
-    from ldm.run import write_json
+    from ldm.files import write_json
 
     last = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
     if not last:
@@ -311,16 +311,9 @@ def train(args: argparse.Namespace) -> "tuple[pl.Trainer, pl.LightningModule] | 
     from ldm.config import instantiate_from_config
     from ldm.models.classifier import LatentSpace
     from ldm.run import RunFolder
-    from ldm.trainer import (
-        build_trainer,
-        checkpoint_callbacks,
-        choose_devices,
-        choose_precision,
-        fit,
-    )
+    from ldm.train import checkpoint_callbacks, devices_of, fit
 
-    devices = choose_devices(args.gpus, args.devices, args.dry_run)
-    precision = choose_precision(args.precision, devices)
+    devices = devices_of(args)
     pl.seed_everything(args.seed, workers=True, verbose=False)
 
     space = LatentSpace.load(args.first_stage)
@@ -344,7 +337,7 @@ def train(args: argparse.Namespace) -> "tuple[pl.Trainer, pl.LightningModule] | 
         "data": data_config(args, pixels),
         "arguments": vars(args),
     }
-    text = describe(args, model, data, devices, precision)
+    text = describe(args, model, data, devices)
     if args.dry_run:
         print(OmegaConf.to_yaml(OmegaConf.create(config)))
         print(text)
@@ -365,18 +358,18 @@ def train(args: argparse.Namespace) -> "tuple[pl.Trainer, pl.LightningModule] | 
         "val_check_interval": min(args.eval_interval, args.iterations),
         "check_val_every_n_epoch": None,
     }
-    trainer = build_trainer(
-        run,
+    trainer = fit(
         model,
+        data,
+        run,
         devices,
-        args.num_nodes,
-        precision,
-        callbacks,
-        settings,
-        args.logger,
-        speed=Speed.of(args),
+        checkpoint=checkpoint,
+        callbacks=callbacks,
+        settings=settings,
+        loggers=args.logger,
+        config=config,
+        summary=text,
     )
-    fit(trainer, model, data, run, checkpoint, config, text)
     if trainer.is_global_zero:
         write_result(trainer, run)
     return trainer, model

@@ -12,7 +12,8 @@ import os
 from dataclasses import fields
 from pathlib import Path
 
-from ldm.cli import ArgumentParser, existing_path, number, resolve_device, run_command
+from ldm.cli import ArgumentParser, existing_path, number, run_command
+from ldm.devices import one_device, shared_devices
 from ldm.errors import UserError
 from ldm.evaluation.settings import PRECISIONS, SCHEDULES, Settings
 
@@ -285,14 +286,12 @@ def main(argv: list[str] | None = None) -> int:
     if settings.finetune:
         existing_path(settings.finetune, "--finetune", "file")
 
-    from ldm.synthesis.ranks import Layout, choose_layout
-
     if args.eval and args.devices not in (None, 1):
         raise UserError(f"--devices {args.devices} is for training; leave it out with --eval")
     if args.eval:
-        layout = Layout(resolve_device(args.device))
+        devices = one_device(args.device)
     else:
-        layout = choose_layout(args.device, args.devices, args.num_nodes)
+        devices = shared_devices(args.device, args.devices, args.num_nodes)
     from ldm.evaluation.metrics import (
         HEADLINE,
         format_intervals,
@@ -309,7 +308,7 @@ def main(argv: list[str] | None = None) -> int:
         groups = GroupTable(table, args.group_column or "group")
     elif args.group_column is not None:
         raise UserError("--group_column: belongs to --groups; give that or leave it out")
-    compute = Compute(layout.device, settings.precision, args.num_workers)
+    compute = Compute(devices.device, settings.precision, args.num_workers)
     folder = Path(args.logdir) / args.output_dir
     if args.eval:
         checkpoint = existing_path(
@@ -336,7 +335,7 @@ def main(argv: list[str] | None = None) -> int:
         resume=resume,
         overwrite=args.overwrite,
         groups=groups,
-        layout=layout,
+        devices=devices,
     )
     if "notes" not in summary:
         return 0  # another process than the first, which reports

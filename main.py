@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.cli import ArgumentParser, boolean, number, run_command
 from ldm.errors import UserError
-from ldm.speed import Speed
-from ldm.trainer import add_run_arguments
+from ldm.train import add_run_arguments
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -136,13 +135,7 @@ def train(args: argparse.Namespace) -> "tuple[pl.Trainer, pl.LightningModule] | 
 
     from ldm.config import instantiate_from_config
     from ldm.run import RunFolder
-    from ldm.trainer import (
-        build_trainer,
-        checkpoint_callbacks,
-        choose_devices,
-        choose_precision,
-        fit,
-    )
+    from ldm.train import checkpoint_callbacks, devices_of, fit
 
     if not (args.train or args.dry_run):
         raise UserError(
@@ -150,8 +143,7 @@ def train(args: argparse.Namespace) -> "tuple[pl.Trainer, pl.LightningModule] | 
         )
     config = load_configuration(args)
     take_devices(args, config["lightning"]["trainer"])
-    devices = choose_devices(args.gpus, args.devices, args.dry_run)
-    precision = choose_precision(args.precision, devices)
+    devices = devices_of(args)
     pl.seed_everything(args.seed, workers=True, verbose=False)
 
     data = instantiate_from_config(config["data"])
@@ -160,10 +152,10 @@ def train(args: argparse.Namespace) -> "tuple[pl.Trainer, pl.LightningModule] | 
     model.seed = args.seed
     model.use_classes(data.classes)
     model.check_data(data)
-    batch = effective_batch(config, devices.count * args.num_nodes)
+    batch = effective_batch(config, devices.ranks)
     model.learning_rate = config["model"]["base_learning_rate"] * (batch if args.scale_lr else 1)
     text = describe(config, model, data, batch, model.learning_rate, args.scale_lr)
-    text += f"\n{devices.describe(args.num_nodes, precision)}"
+    text += f"\n{devices.describe()}"
     if args.dry_run:
         print(OmegaConf.to_yaml(OmegaConf.create(config)))
         print(text)
@@ -181,18 +173,18 @@ def train(args: argparse.Namespace) -> "tuple[pl.Trainer, pl.LightningModule] | 
     settings = dict(lightning["trainer"])
     if lightning.get("strategy"):
         settings["strategy"] = instantiate_from_config(lightning["strategy"])
-    trainer = build_trainer(
-        run,
+    trainer = fit(
         model,
+        data,
+        run,
         devices,
-        args.num_nodes,
-        precision,
-        callbacks,
-        settings,
-        lightning.get("logger"),
-        Speed.of(args),
+        checkpoint=checkpoint,
+        callbacks=callbacks,
+        settings=settings,
+        loggers=lightning.get("logger"),
+        config=config,
+        summary=text,
     )
-    fit(trainer, model, data, run, checkpoint, config, text)
     return trainer, model
 
 

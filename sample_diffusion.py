@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from ldm.cli import ArgumentParser, boolean, number, run_command
+from ldm.devices import shared_devices
 from ldm.errors import UserError
 
 DEFAULT_STEPS = 50
@@ -289,41 +290,32 @@ def main(argv: list[str] | None = None) -> int:
     from ldm.checkpoint import checkpoint_path
     from ldm.synthesis import (
         SampleFolder,
-        Speed,
         Synthesiser,
-        choose_precision,
         load_models,
         make_settings,
         synthesise,
     )
     from ldm.synthesis.production import Part
-    from ldm.synthesis.ranks import choose_layout
     from ldm.synthesis.shards import write_shards
 
     # Everything that can be wrong is found before other processes are started.
-    layout = choose_layout(args.device, args.devices, args.num_nodes)
+    devices = shared_devices(args.device, args.devices, args.num_nodes).with_precision(
+        args.precision, channels_last=args.channels_last, compile=args.compile
+    )
     models = load_models(
         args.resume, args.classifier, args.first_stage, autoguidance_path=args.autoguidance
     )
     check_models(args, models)
     sampling, counts = choose_sampling(args, models), choose_counts(args, models)
-    precision = choose_precision(args.precision, layout.device)
-    speed = Speed(precision, args.channels_last, args.compile)
     checkpoint = checkpoint_path(args.resume, "--resume")
     outdir = Path(args.outdir) if args.outdir else default_outdir(checkpoint, sampling.label)
-    settings = make_settings(sampling, models, speed, args.out_size)
+    settings = make_settings(sampling, models, devices, args.out_size)
     part = Part(*(args.part or (0, 1)))
     folder = SampleFolder(outdir, settings, models.facts)
 
-    ranks, device = layout.launch()
-    try:
-        synthesiser = Synthesiser(models.to(device), sampling, speed)
+    with devices.launch() as (ranks, device):
+        synthesiser = Synthesiser(models.to(device), sampling, devices)
         report = synthesise(synthesiser, folder, counts, args.batch_size, ranks, part)
-    except BaseException:
-        ranks.stop_others()
-        raise
-    finally:
-        ranks.close()
     if not ranks.is_first:
         return 0
     for warning in folder.guidance_log.warnings(sampling):

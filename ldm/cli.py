@@ -1,4 +1,4 @@
-"""What every command has in common: argument types, one-line errors, exit statuses, devices.
+"""What every command has in common: argument types, one-line errors, exit statuses.
 
 Imports nothing heavy, so that `--help` answers at once.
 """
@@ -83,40 +83,6 @@ def existing_path(text: str | os.PathLike, what: str, kind: str = "any") -> Path
     if kind == "dir" and not path.is_dir():
         raise UserError(f"{what}: {path} is a file; give a folder")
     return path
-
-
-def usable_cores() -> int:
-    """CPU cores that this process may use: a job's share of a machine, where it is given one."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def resolve_device(name: str | None):
-    """The torch device for `auto`, `cpu`, `cuda`, `cuda:1` or `mps`; UserError without one."""
-    import torch
-
-    if name in (None, "", "auto"):
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        if torch.backends.mps.is_available():
-            return torch.device("mps")
-        return torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: use auto, cpu, cuda, cuda:INDEX or mps") from None
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            raise UserError(
-                f"--device {name}: this machine has {count} CUDA devices; use auto or cpu"
-            )
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"--device {name}: no MPS device here; use auto or cpu")
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"--device {name}: use auto, cpu, cuda, cuda:INDEX or mps")
-    return device
 
 
 def _one_line(error: BaseException) -> str:

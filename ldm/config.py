@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldm.cli import existing_path
 from ldm.errors import UserError
-from ldm.trainer import LOGGERS
+from ldm.run import LOGGERS
 
 logger = logging.getLogger(__name__)
 

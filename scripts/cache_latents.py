@@ -19,6 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.cli import ArgumentParser, existing_path, number, run_command
+from ldm.devices import shared_devices
 from ldm.errors import UserError
 
 DATA_TARGET = "ldm.data.datamodule.DataModuleFromConfig"
@@ -179,15 +180,14 @@ def main(argv: list[str] | None = None) -> None:
     from ldm.config import instantiate_from_config
     from ldm.data.caching import CachePlan, Encoding, gibibytes, make_cache
     from ldm.models.classifier import LatentSpace
-    from ldm.synthesis.ranks import choose_layout
-    from ldm.synthesis.settings import choose_precision
 
     # Everything that can be wrong is found before other processes are started.
-    layout = choose_layout(args.device, args.devices, args.num_nodes)
+    devices = shared_devices(args.device, args.devices, args.num_nodes).with_precision(
+        args.precision, channels_last=args.channels_last
+    )
     net = LatentSpace.load(args.resume, "-r").first_stage
     data = instantiate_from_config(data_config(args, net.resolution))
-    precision = choose_precision(args.precision, layout.device)
-    encoding = Encoding(precision, args.channels_last, args.batch_size, args.num_workers)
+    encoding = Encoding(devices, args.batch_size, args.num_workers)
     plan = CachePlan(out, net, data, args.views, args.dtype, args.seed, encoding, args.shard_tiles)
     jobs = plan.missing()
     if args.dry_run:
@@ -195,16 +195,10 @@ def main(argv: list[str] | None = None) -> None:
         return
     plan.require_space(jobs)
 
-    ranks, device = layout.launch()
-    try:
+    with devices.launch() as (ranks, device):
         if ranks.is_first:
             print(plan.describe(jobs), file=sys.stderr)
         report = make_cache(plan, device, ranks)
-    except BaseException:
-        ranks.stop_others()
-        raise
-    finally:
-        ranks.close()
     if not ranks.is_first:
         return
     scale = report.statistics["scale_factor"]

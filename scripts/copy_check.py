@@ -19,7 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.cli import ArgumentParser, existing_path, number, resolve_device, run_command
+from ldm.cli import ArgumentParser, existing_path, number, run_command
+from ldm.devices import resolve_device
 from ldm.errors import UserError
 
 
@@ -118,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     from ldm.copies.removal import TrainingFolder, is_made, remove_flagged
     from ldm.copies.report import write_report
     from ldm.copies.vectors import Tiles
-    from ldm.data.tiles import class_folders
+    from ldm.data.images import class_folders
     from ldm.run import git_revision, versions
     from ldm.selection.features import Extractor
 

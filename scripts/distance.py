@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     from dataclasses import fields
 
     from ldm.data.tiles import TileFolder
-    from ldm.run import git_revision, versions
+    from ldm.run import MadeFolder, git_revision, versions
     from ldm.selection.centroids import centroid_distances
     from ldm.selection.features import Extractor, tiles_digest
     from ldm.selection.judge import (
@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     from ldm.selection.select import select, wanted_per_class
     from ldm.selection.sheets import Sheets, sheet_path
     from ldm.selection.strategies import Choice
-    from ldm.selection.training_folder import build_training_folder, same_folder_exists
+    from ldm.selection.training_folder import RECORD, build_training_folder
 
     if not args.features.startswith(TIMM):
         existing_path(args.features, "--features")
@@ -227,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
         "synthetic_tiles": judged.synthetic.tiles,
         "link": args.link,
     }
-    made_before = same_folder_exists(out, settings)
+    made_before = MadeFolder(out, settings, RECORD).exists()
     if made_before:
         print(f"{out} is there already, made with the same settings")
         if sheets is None or all(sheet_path(sheets, name).is_file() for name in real.classes):

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         ) from None
 
     from ldm.checkpoint import checkpoint_path, load_model
-    from ldm.export import export
+    from ldm.exchange.diffusers_export import export
 
     checkpoint = checkpoint_path(args.checkpoint, "--checkpoint")
     model = load_model(checkpoint, "diffusion", what="--checkpoint")

@@ -41,9 +41,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
 
-    from ldm.checkpoint import file_sha256
     from ldm.errors import UserError
     from ldm.evaluation.weights import WEIGHTS
+    from ldm.files import file_sha256
 
     failures = []
     for name in dict.fromkeys(args.names or (NAMES if args.list else USUAL)):

@@ -19,7 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.cli import ArgumentParser, existing_path, number, resolve_device, run_command
+from ldm.cli import ArgumentParser, existing_path, number, run_command
+from ldm.devices import resolve_device
 from ldm.errors import UserError
 
 log = logging.getLogger("fidelity")
@@ -117,7 +118,8 @@ def main(argv: list[str] | None = None) -> None:
         require_known_classes,
         set_warnings,
     )
-    from ldm.run import git_revision, hardware, versions, write_json
+    from ldm.files import write_json
+    from ldm.run import git_revision, hardware, versions
 
     # All are indexed before any features are computed: what is wrong with one is known at once.
     real_files = None if real_root is None else TileFiles.below(real_root, False, "--real")

@@ -17,7 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.cli import ArgumentParser, existing_path, number, resolve_device, run_command
+from ldm.cli import ArgumentParser, existing_path, number, run_command
+from ldm.devices import one_device
 from ldm.errors import UserError
 
 SAMPLERS = ("ddim", "ddpm", "dpm++2m")
@@ -132,11 +133,13 @@ def main(argv: list[str] | None = None) -> None:
 
     from ldm.data.tiles import read_tile
     from ldm.evaluation import sweep
-    from ldm.run import git_revision, hardware, versions, write_bytes, write_json, write_text
+    from ldm.files import write_bytes, write_json, write_text
+    from ldm.run import git_revision, hardware, versions
     from ldm.selection.features import Extractor
-    from ldm.synthesis import Speed, choose_precision, load_models
+    from ldm.synthesis import load_models
 
-    device = resolve_device(args.device)
+    devices = one_device(args.device).with_precision(args.precision)
+    device = devices.device
     models = load_models(args.resume, args.classifier, args.first_stage, device)
     classes = models.classes
     if classes is None:
@@ -157,14 +160,13 @@ def main(argv: list[str] | None = None) -> None:
         )
     real = sweep.judge(real_root, extractor, out / "features" / "real.safetensors", classes)
     sweep.check_counts(real, f"--real {real_root}", len(classes))
-    speed = Speed(choose_precision(args.precision, device))
 
     rows, sheet = [], []
     columns = [(name, i) for name in classes for i in range(SHEET_TILES)]
     for position, sampling in enumerate(grid, 1):
         print(f"[{position}/{len(grid)}] {sampling.label}", flush=True)
         row, files = sweep.measure(
-            sampling, models, speed, extractor, real, out, args.n_samples, args.batch_size
+            sampling, models, devices, extractor, real, out, args.n_samples, args.batch_size
         )
         rows.append(row)
         caption = f"{row.series}\nscale {row.scale:g}"

@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     if out.exists():
         raise UserError(f"--out {out} exists; give another name, or remove it")
 
-    from ldm import foreign
+    from ldm.exchange import foreign
 
     node = foreign.read_model_node(args.config) if args.config else None
     state, beside = foreign.read_foreign(source, args.allow_pickle)

@@ -13,9 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.cli import ArgumentParser, existing_path, number, run_command, usable_cores
+from ldm.cli import ArgumentParser, existing_path, number, run_command
 from ldm.data.groups import add_group_arguments, grouping_of
 from ldm.data.storage import LAYOUTS
+from ldm.devices import usable_cores
 from ldm.errors import UserError
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ldm.cli import ArgumentParser, existing_path, number, run_command
-from ldm.data.folders import LINKS, build_folder, same_folder_exists
+from ldm.data.folders import LINKS, build_folder
 from ldm.data.groups import add_group_arguments, grouping_of
 from ldm.data.subset import Labelled
 from ldm.errors import UserError
@@ -96,8 +96,8 @@ def included_files(
     Raises:
         UserError: Other classes than `--data` has, or an empty one.
     """
-    from ldm.checkpoint import file_sha256
     from ldm.data.images import class_folders, list_images
+    from ldm.files import file_sha256
 
     files = [path for name in class_folders(include) for path in list_images(include / name)]
     found = {path.relative_to(include).as_posix(): path for path in files}
@@ -152,7 +152,6 @@ def main(argv: list[str] | None = None) -> None:
             "--by_group: needs to know the groups; give --group_level, --group_regex or --group_csv"
         )
 
-    from ldm.checkpoint import file_sha256
     from ldm.data.images import class_folders, list_images
     from ldm.data.subset import (
         LIST,
@@ -165,7 +164,8 @@ def main(argv: list[str] | None = None) -> None:
         to_csv,
         wanted_per_class,
     )
-    from ldm.run import git_revision, versions
+    from ldm.files import file_sha256
+    from ldm.run import MadeFolder, git_revision, versions
 
     tiles = []
     for name in class_folders(data):
@@ -203,7 +203,7 @@ def main(argv: list[str] | None = None) -> None:
         # The files themselves: their names do not tell whether one was replaced.
         digests = "".join(f"{name} {file_sha256(path)}\n" for name, path in included.items())
         settings["include"] = sha256(digests.encode()).hexdigest()
-    if same_folder_exists(out, settings, RECORD):
+    if MadeFolder(out, settings, RECORD).exists():
         print(f"{out} is there already, made with the same settings")
         return
     drawn = [

@@ -15,7 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.cli import ArgumentParser, existing_path, number, resolve_device, run_command
+from ldm.cli import ArgumentParser, existing_path, number, run_command
+from ldm.devices import resolve_device
 from ldm.errors import UserError
 from ldm.selection.options import add_network_options
 
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from ldm.data.tiles import TileFolder
     from ldm.evaluation.fidelity import FEWEST_TILES, fidelity
-    from ldm.run import write_bytes, write_json, write_text
+    from ldm.files import write_bytes, write_json, write_text
     from ldm.selection.centroids import Centroids
     from ldm.selection.features import Extractor, folder_features
     from ldm.selection.judge import CENTROIDS_FILE, REAL_FILE, SYNTHETIC_FILE, NetworkOptions

@@ -25,6 +25,7 @@ import eval as command
 from ldm.checkpoint import KEY, read_checkpoint, write_checkpoint
 from ldm.data.stain import from_density, stain_matrix
 from ldm.data.tiles import read_tile
+from ldm.devices import Ranks
 from ldm.errors import UserError
 from ldm.evaluation import runs, training
 from ldm.evaluation.baselines import colour_histogram, colour_histogram_baseline
@@ -34,7 +35,6 @@ from ldm.evaluation.sets import TransformedTiles, open_splits, seed_generators, 
 from ldm.evaluation.settings import Settings
 from ldm.evaluation.training import Compute, SharedBatches, Trainer, build_network
 from ldm.evaluation.vit import TileClassifier, eval_transform, load_pretrained, load_vit
-from ldm.synthesis.ranks import Ranks
 
 ROOT = Path(command.__file__).parent
 NETWORK = dict(arch="test_vit", patch_size=16, input_size=tiny.PIXELS)

@@ -374,7 +374,7 @@ def test_folders_that_are_not_ours(models, tmp_path):
     sample(models, out, "--classes", "ADI", n=1, steps=1)  # an empty folder is fine
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="not empty and without settings.json"):
+    with pytest.raises(UserError, match="was not made by this command .it has no settings.json"):
         sample(models, tmp_path / "other")
     with pytest.raises(UserError, match="is a file"):
         sample(models, tmp_path / "other" / "notes.txt")
@@ -382,7 +382,7 @@ def test_folders_that_are_not_ours(models, tmp_path):
     with pytest.raises(UserError, match="columns"):
         sample(models, out, "--classes", "ADI", n=1, steps=1)
     (out / "settings.json").write_text("{")
-    with pytest.raises(UserError, match="unreadable"):
+    with pytest.raises(UserError, match="is damaged"):
         sample(models, out, "--classes", "ADI", n=1, steps=1)
 
 

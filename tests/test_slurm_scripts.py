@@ -15,7 +15,7 @@ import pytest
 
 import main as main_module
 from ldm.errors import UserError
-from ldm.trainer import cluster_plugins
+from ldm.train import cluster_plugins
 from scripts import cache_latents
 
 ROOT = Path(__file__).resolve().parents[1]

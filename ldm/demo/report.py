@@ -10,14 +10,16 @@ import torch
 
 from ldm import __version__
 from ldm.checkpoint import load_model
-from ldm.data.tiles import TileFolder, list_images, read_tile, to_uint8
+from ldm.data.images import list_images, read_tile
+from ldm.data.tiles import TileFolder, to_uint8
 from ldm.evaluation.baselines import colour_histogram_baseline
 from ldm.evaluation.metrics import HEADLINE
 from ldm.evaluation.report import Page, Series, Tile, bar_chart, line_chart
 from ldm.experiment.demo import LABELLED, RANDOM, REAL, SELECTED, Demo
 from ldm.experiment.jobs import Record
 from ldm.experiment.numbers import mean_probability, read_csv, read_json
-from ldm.run import git_revision, hardware, versions, write_text
+from ldm.files import write_text
+from ldm.run import git_revision, hardware, versions
 
 SIDE = 64  # pixels of a tile on the screen
 DEVIATIONS = tuple(f"{name}_std" for name in HEADLINE)

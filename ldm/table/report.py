@@ -25,7 +25,7 @@ from ldm.evaluation.report import (
     matrix_chart,
 )
 from ldm.experiment.results import Row, Table
-from ldm.run import write_text
+from ldm.files import write_text
 from ldm.table.render import (
     Layout,
     Results,
