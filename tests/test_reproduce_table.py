@@ -223,6 +223,20 @@ def test_what_is_missing_is_told_before_anything_runs(small, key, value, expecte
         plan_of(small(set_key(key, value)))
 
 
+def test_all_that_is_missing_is_told_at_once(small):
+    def change(settings):
+        settings["models"]["guide"]["run"] = "nowhere.ckpt"
+        settings["models"]["more"] = {"config": "configs/nowhere.yaml"}
+        settings["data"]["groups"] = "groups.csv"
+
+    with pytest.raises(UserError) as caught:
+        plan_of(small(change))
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    for key in ("models.guide.run", "models.more.config", "data.groups"):
+        assert key in message
+
+
 def test_a_user_s_folder_is_never_taken_for_one_of_ours(small, tmp_path, given):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")

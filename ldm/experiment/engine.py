@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm.cli import usable_cores
+from ldm.devices import usable_cores
 from ldm.errors import UserError
 from ldm.experiment.execute import GRACE, THREADS, save_plan
 from ldm.experiment.jobs import ROOT, Job, Records, Standing, State, keys_of, lock_file

@@ -8,8 +8,9 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ class Plan:
         self.rows: list[Arm] = []
         self.other_jobs: list[str] = []
         self._jobs: dict[str, Job] = {}
-        self._check_places()
+        self._check_out()
+        self._check_inputs()
         self._splits = {name: Split(self.root / name) for name in self._split_names()}
         self._plan()
 
@@ -143,29 +145,56 @@ class Plan:
         data = self.settings.data
         return list(dict.fromkeys([data.unlabelled, data.labelled, "val", "test"]))
 
-    def _check_places(self) -> None:
-        data, out = self.settings.data, self.out
+    def _check_out(self) -> None:
+        """Check that the folder of the results is ours and holds no tiles of the user."""
+        out = self.out
         if out.exists() and not out.is_dir():
             raise UserError(f"out {out} is a file; give a folder")
         ours = self.jobs_folder, out / "stages"  # the second one of a demo by version 0.1.0
         if out.is_dir() and any(out.iterdir()) and not any(path.is_dir() for path in ours):
             raise UserError(f"out {out} holds other files; give a new folder for the results")
-        if data.tiles is not None:
-            # They are removed when they have to be made anew.
-            if out not in self.root.parents:
-                raise UserError(
-                    f"data.root {self.root} must lie in out {out} when data.tiles makes it; leave"
-                    " data.tiles out to use tiles of your own"
-                )
-        else:
+        if self.settings.data.tiles is None and (out == self.root or self.root in out.parents):
+            raise UserError(f"out {out} lies in data.root {self.root}; give a folder outside")
+
+    def _check_inputs(self) -> None:
+        """Check that everything from elsewhere is there.
+
+        Raises:
+            UserError: Something is missing; all that is missing, in one line.
+        """
+        settings, data = self.settings, self.settings.data
+        checks: list[Callable[[], Any]] = [self._check_tiles]
+        if data.groups is not None:
+            checks.append(partial(existing_path, data.groups, "data.groups", "file"))
+        for name, model in settings.models.items():
+            if model.run is not None:
+                checks.append(partial(checkpoint_path, self.model(name), f"models.{name}.run"))
+            for path in as_list(model.config) if model.config is not None else ():
+                checks.append(partial(self._config_file, path, name))
+        if settings.judge.run is not None:
+            checks.append(partial(existing_path, settings.judge.run, "judge.run"))
+        problems = []
+        for check in checks:
+            try:
+                check()
+            except UserError as error:
+                problems.append(str(error))
+        if problems:
+            raise UserError("; ".join(problems))
+
+    def _check_tiles(self) -> None:
+        data = self.settings.data
+        if data.tiles is None:
             existing_path(self.root, "data.root", "dir")
-            if out == self.root or self.root in out.parents:
-                raise UserError(f"out {out} lies in data.root {self.root}; give a folder outside")
             for name in self._split_names():
                 existing_path(self.root / name, f"data.root: its folder {name}", "dir")
             self._check_classes()
-        if data.groups is not None:
-            existing_path(data.groups, "data.groups", "file")
+        elif self.out not in self.root.parents:
+            # They are removed when they have to be made anew.
+            raise UserError(
+                f"data.root {self.root} must lie in out {self.out} when data.tiles makes it; leave"
+                " data.tiles out to use tiles of your own"
+            )
 
     def _check_classes(self) -> None:
         """Check that the labelled splits have the same classes, and no split is empty."""
