@@ -4,10 +4,10 @@ import importlib
 from collections.abc import Sequence
 
 from ldm.errors import UserError
-from ldm.stages import Stage
+from ldm.experiment.jobs import Job
 
 
-def check_commands(stages: Sequence[Stage]) -> None:
+def check_commands(jobs: Sequence[Job]) -> None:
     """Parse all command lines, as the commands will.
 
     Raises:
@@ -15,11 +15,11 @@ def check_commands(stages: Sequence[Stage]) -> None:
             problems at once, each option once.
     """
     problems: dict[str, str] = {}
-    for stage in stages:
-        script, *words = stage.command
+    for job in jobs:
+        script, *words = job.command
         message = _complaint(script, words)
         if message:
-            problems.setdefault(message, stage.name)
+            problems.setdefault(message, job.name)
     if problems:
         listed = "; ".join(f"{name}: {message}" for message, name in problems.items())
         raise UserError(listed)
