@@ -1,10 +1,13 @@
 """Every command of a plan, checked by its own options before the first one runs."""
 
-import importlib
+import importlib.util
+import sys
 from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
 
 from ldm.errors import UserError
-from ldm.experiment.jobs import Job
+from ldm.experiment.jobs import ROOT, Job
 
 
 def check_commands(jobs: Sequence[Job]) -> None:
@@ -26,10 +29,20 @@ def check_commands(jobs: Sequence[Job]) -> None:
 
 
 def _complaint(script: str, words: Sequence[str]) -> str | None:
-    """What a script says against these words, on one line."""
-    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    """The complaint of a script about these words, on one line; None if it accepts them."""
     try:
-        module.parse_arguments(list(words))
+        _load(script).parse_arguments(list(words))
     except UserError as error:
         return f"{script}: {error}"
     return None
+
+
+@cache
+def _load(script: str) -> ModuleType:
+    """The module of a script of the checkout, which need not be on the import path."""
+    spec = importlib.util.spec_from_file_location(script.removesuffix(".py"), ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    # The dataclass of the options looks its own module up by name.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
