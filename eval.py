@@ -15,7 +15,7 @@ from pathlib import Path
 from ldm.cli import ArgumentParser, existing_path, number, run_command
 from ldm.devices import one_device, shared_devices
 from ldm.errors import UserError
-from ldm.evaluation.settings import PRECISIONS, SCHEDULES, Settings
+from ldm.models.vit_settings import PRECISIONS, SCHEDULES, Settings
 
 
 def make_parser() -> ArgumentParser:
@@ -292,6 +292,12 @@ def main(argv: list[str] | None = None) -> int:
         devices = one_device(args.device)
     else:
         devices = shared_devices(args.device, args.devices, args.num_nodes)
+    devices = devices.with_precision(settings.precision)
+    if devices.precision == "16-mixed" and devices.accelerator != "gpu":
+        raise UserError(
+            f"--precision 16-mixed needs a CUDA device, not {devices.accelerator}; use 32"
+        )
+
     from ldm.evaluation.metrics import (
         HEADLINE,
         format_intervals,
@@ -300,7 +306,6 @@ def main(argv: list[str] | None = None) -> int:
     )
     from ldm.evaluation.runs import evaluate_checkpoint, train_and_report
     from ldm.evaluation.sets import GroupTable
-    from ldm.evaluation.training import Compute
 
     groups = None
     if args.groups is not None:
@@ -308,14 +313,15 @@ def main(argv: list[str] | None = None) -> int:
         groups = GroupTable(table, args.group_column or "group")
     elif args.group_column is not None:
         raise UserError("--group_column: belongs to --groups; give that or leave it out")
-    compute = Compute(devices.device, settings.precision, args.num_workers)
     folder = Path(args.logdir) / args.output_dir
     if args.eval:
         checkpoint = existing_path(
             resume or folder / f"seed{seeds[0]}",
             "--resume" if resume else "--eval (of a trained network; or give --resume CKPT)",
         )
-        report = evaluate_checkpoint(checkpoint, data_path, compute, folder, groups)
+        report = evaluate_checkpoint(
+            checkpoint, data_path, devices, folder, args.num_workers, groups
+        )
         for name in ("val", "test"):
             if name in report:
                 headline = ", ".join(f"{k} {report[name][k]:.4f}" for k in HEADLINE)
@@ -330,12 +336,12 @@ def main(argv: list[str] | None = None) -> int:
         settings,
         seeds,
         Path(args.logdir),
-        compute,
+        devices,
+        args.num_workers,
         num_classes=given.get("num_classes"),
         resume=resume,
         overwrite=args.overwrite,
         groups=groups,
-        devices=devices,
     )
     if "notes" not in summary:
         return 0  # another process than the first, which reports

@@ -24,8 +24,8 @@ from ldm.cli import run_command
 from ldm.data.tiles import TileFolder, class_folders, list_images
 from ldm.errors import UserError
 from ldm.evaluation.sets import open_splits
-from ldm.evaluation.settings import Settings
-from ldm.evaluation.vit import TileClassifier
+from ldm.models.vit import TileClassifier
+from ldm.models.vit_settings import Settings
 from ldm.selection.centroids import Centroids, centroid_distances, class_centroids
 from ldm.selection.features import FeatureSet, cached_weights
 from ldm.selection.judge import Judged, read_judged

@@ -22,7 +22,7 @@ from ldm.copies import pixels
 from ldm.data.tiles import TileFolder, decode_tiles, read_tile
 from ldm.errors import UserError
 from ldm.evaluation.sets import listing_sha256
-from ldm.evaluation.vit import eval_transform
+from ldm.models.vit import eval_transform
 from ldm.run import write_bytes
 from ldm.selection.features import Extractor
 
