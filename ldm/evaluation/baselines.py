@@ -25,9 +25,10 @@ from ldm.evaluation.metrics import confusion_matrix, scores
 from ldm.evaluation.predictions import Predictions, predictions_name
 from ldm.evaluation.sets import GroupTable, Splits, TransformedTiles, open_splits
 from ldm.evaluation.summary import write_summary
+from ldm.files import write_json
 from ldm.models.vit import eval_transform
 from ldm.models.vit_settings import Settings
-from ldm.run import git_revision, hardware, versions, write_json
+from ldm.run import git_revision, hardware, versions
 
 if TYPE_CHECKING:
     from ldm.selection.features import Extractor

@@ -34,6 +34,7 @@ from ldm.models.vit_training import (
     build_optimizer,
 )
 from ldm.run import RunFolder, git_revision, hardware, versions
+from ldm.run import differences as settings_differences
 from ldm.train import OWN_NAMES, fit
 
 log = logging.getLogger(__name__)
@@ -48,12 +49,9 @@ EVAL_BATCH = 256  # of networks that are only evaluated
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What differs between the settings and data of two runs, in words."""
-    found = []
-    for name, value in new["settings"].items():
-        # An option that came later does by default what was done without it.
-        before = old["settings"].get(name, getattr(Settings, name, None))
-        if before != value:
-            found.append(f"{name} was {before}, is {value}")
+    # An option that came later does by default what was done without it.
+    defaults = {name: getattr(Settings, name, None) for name in new["settings"]}
+    found = settings_differences(old["settings"], new["settings"], defaults)
     for name in sorted({*old["data"], *new["data"]}):
         before, now = old["data"].get(name), new["data"].get(name)
         if before is None or now is None:

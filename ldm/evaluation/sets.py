@@ -20,7 +20,6 @@ from timm.data import create_transform
 from torch import Tensor
 from torchvision.transforms import Compose
 
-from ldm.checkpoint import file_sha256
 from ldm.cli import existing_path
 from ldm.data.groups import by_csv
 from ldm.data.images import class_folders
@@ -28,6 +27,7 @@ from ldm.data.seeds import seed_generators
 from ldm.data.stain import jitter_stains
 from ldm.data.tiles import TileFolder, check_tiles, decode_tiles, read_tile
 from ldm.errors import UserError
+from ldm.files import file_sha256
 from ldm.models.vit import eval_transform
 from ldm.models.vit_settings import NO_AUGMENT, Settings
 

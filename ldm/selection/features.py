@@ -17,12 +17,12 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.checkpoint import file_sha256
 from ldm.data.tiles import TileFolder
 from ldm.errors import UserError
 from ldm.evaluation.runs import RESULT
 from ldm.evaluation.sets import TransformedTiles, listing_sha256
 from ldm.evaluation.training import make_loader
+from ldm.files import file_sha256, write_bytes
 from ldm.models.vit import (
     SHORT_NAMES,
     TileClassifier,
@@ -30,7 +30,6 @@ from ldm.models.vit import (
     load_pretrained,
     load_vit,
 )
-from ldm.run import write_bytes
 from ldm.selection.centroids import read_safetensors
 
 log = logging.getLogger(__name__)
