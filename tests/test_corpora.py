@@ -361,7 +361,7 @@ def test_bad_transforms(stored, options, text):
         ({"root": "arrays", "index": "files.parquet"}, "does not fit arrays"),
         ({"root": ["files", "files"], "index": "files.parquet"}, "is of 1 roots, not 2"),
         ({"root": "hollow", "layout": "shards"}, "corpus hollow: its tar shards hold no tiles"),
-        ({"root": "corrupt", "layout": "shards"}, "cut.tar: no whole tar file"),
+        ({"root": "corrupt", "layout": "shards"}, "cut.tar: not a complete tar file"),
         ({"root": "bad"}, "bad.png: unreadable or truncated image"),
     ],
 )

@@ -44,13 +44,13 @@ AGAIN = f"delete it and run {COMMAND} again as before, which makes what is missi
 
 @dataclass(frozen=True)
 class Shards:
-    """Where the latents of a split lie.
+    """Files that hold the latents of a split.
 
     Attributes:
-        folder: Of the shards.
-        tiles: N.
-        views: V.
-        moments: (2C, h, w).
+        folder: Folder of the shards.
+        tiles: N, number of tiles.
+        views: V, number of views of a tile.
+        moments: (2C, h, w), shape of a view.
         dtype: "float16" or "float32".
         shard_tiles: Tiles per shard; the last one may have fewer.
     """
@@ -82,7 +82,7 @@ class Shards:
         """Open a shard for reading, any number of its latents at a time.
 
         Raises:
-            UserError: It is missing, cut short or of another shape.
+            UserError: The file is missing or cut short, or its arrays have another shape or type.
         """
         path = self.path(number)
         try:
@@ -135,10 +135,10 @@ class LatentTiles(TileSet):
         paths: Where the tiles were stored.
 
     Args:
-        shards: Of the split.
+        shards: Files of the split.
         table: Columns of the split's Parquet file.
         classes: Class names in label order.
-        corpora: (name, weight) of the corpora it was made of; None for a plain set.
+        corpora: (name, weight) of the corpora that the cache was made of; None for a plain set.
 
     Raises:
         UserError: A shard is missing or damaged.
@@ -191,7 +191,7 @@ class LatentTiles(TileSet):
         """The stored moments of a view, (2C, h, w).
 
         Raises:
-            UserError: They are not what was written.
+            UserError: The file is damaged: they are not what was written.
         """
         shard, place = self._shard(index)
         stored = shard.moments[place, view]
@@ -295,7 +295,7 @@ class LatentCache:
     """A finished cache.
 
     Attributes:
-        root: Its folder.
+        root: Folder of the cache.
         settings: What decides the latents: `autoencoder` (fingerprint), `latent` (C, h, w), `dtype`
             `precision`, `views`, `seed`, `shard_tiles`, `classes`, `corpora` and `splits`.
         statistics: `scale_factor` = 1 / std over `tiles` tiles, and what it was computed from.
@@ -313,10 +313,11 @@ class LatentCache:
         """Open a cache.
 
         Args:
-            what: How messages call it, for example `--latents`.
+            what: How errors call the cache.
 
         Raises:
-            UserError: There is none, it is unfinished or of another version, or a file is damaged.
+            UserError: The folder holds no cache, an unfinished one, or one of another version; or a
+                file is damaged.
         """
         root = Path(root).expanduser()
         manifest = read_manifest(root, what)
@@ -338,10 +339,10 @@ class LatentCache:
         )
 
     def require(self, fingerprint: str, what: str = "latents") -> None:
-        """See that the latents are of the autoencoder with this fingerprint.
+        """Check that the latents were made by the autoencoder with this fingerprint.
 
         Raises:
-            UserError: They are of another one.
+            UserError: They are latents of another autoencoder.
         """
         own = self.settings["autoencoder"]
         if own != fingerprint:
@@ -368,7 +369,7 @@ def read_manifest(root: Path, what: str) -> dict[str, Any] | None:
     """The manifest of a cache; None without one.
 
     Raises:
-        UserError: It cannot be read, or is of another version.
+        UserError: The manifest cannot be read, or is of another version.
     """
     path = root / MANIFEST
     try:

@@ -57,7 +57,7 @@ class TransformedTiles(TileSet):
 
     Attributes:
         files: The files of the set.
-        paths: As `files` has them.
+        paths: Paths of the files, in the order of `files`.
         is_random: Whether the transform draws random numbers.
 
     Args:
@@ -208,7 +208,7 @@ class GroupTable:
     Attributes:
         path: A CSV as `ldm.data.groups.by_csv` reads it, of paths below the folder of a set. Where
             it has a column `split`, a set takes the rows of its own name.
-        column: Of the groups.
+        column: Name of the column of groups.
     """
 
     path: Path
@@ -227,7 +227,7 @@ class GroupTable:
             return [grouping(name) for name in names]
         except UserError as error:
             # Rows are chosen by the column `split` here, not by an option.
-            message = str(error).replace("choose rows with --group_rows", "add a column split")
+            message = str(error).replace("choose rows with group_rows", "add a column split")
             raise UserError(f"--groups, {split} set: {message}") from None
 
 
@@ -304,7 +304,7 @@ def open_splits(
     Args:
         train_folder: Name of the training folder, which also names the results.
         num_classes: What the user believes; checked, never used instead of the folders.
-        groups: Of val and test.
+        groups: Patients, slides or regions of val and test.
 
     Raises:
         UserError: A folder is missing or empty, classes differ, the name leaves `data_path` or a
@@ -374,7 +374,7 @@ def _shared(train: TransformedTiles, name: str, tiles: TransformedTiles) -> str 
 
 
 def _refuse_untrained_classes(root: Path, data_path: Path, classes: Sequence[str]) -> None:
-    """UserError for classes that are evaluated and have no training folder."""
+    """Check that every class that is evaluated has a training folder; UserError otherwise."""
     for name in EVALUATED:
         folder = data_path / name
         there = class_folders(folder) if folder.is_dir() else []
