@@ -384,8 +384,8 @@ def test_bad_corpora(stored, tmp_path, monkeypatch, settings, text):
 @pytest.mark.parametrize(
     ("nodes", "options", "text"),
     [
-        ({}, {}, "corpora: there is none"),
-        ({"x": None}, {}, "corpora: there is none"),
+        ({}, {}, "corpora: no corpus is given"),
+        ({"x": None}, {}, "corpora: no corpus is given"),
         ({"x": "files"}, {}, "corpora.x='files' must be a mapping"),
         ({"x/y": {"root": "files"}}, {}, "without slashes"),
         ({"x": {"root": "files"}}, {"classes": ["A"]}, "classes need labelled=true"),
