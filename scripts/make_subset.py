@@ -12,64 +12,72 @@ settings and counts. With --by_group no patient, slide or region is in both.
 makes the ceiling of an experiment with synthetic tiles: D/train5 and as many real tiles more.
 """
 
-import argparse
 import logging
-import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, ClassVar, Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from pydantic import Field
 
-from ldm.cli import ArgumentParser, existing_path, number, run_command
-from ldm.data.folders import LINKS
-from ldm.data.groups import add_group_arguments, grouping_of
+from ldm.cli import Count, Whole, existing_path, option, parse, run_command
+from ldm.data.groups import grouping_of
 from ldm.errors import UserError
+from ldm.settings import GroupOptions
 
 log = logging.getLogger("make_subset")
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = ArgumentParser(prog="make_subset.py", description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--data", required=True, metavar="DIR", help="labelled tiles, DIR/CLASS/images")
-    add("--out", required=True, metavar="DIR", help="folder to make")
-    amount = parser.add_mutually_exclusive_group(required=True)
-    amount.add_argument(
-        "--fraction",
-        type=number(float, 0, 1),
-        metavar="SHARE",
-        help="of the tiles of each class (published: 0.05)",
+@dataclass(frozen=True, kw_only=True)
+class Options(GroupOptions):
+    """Draw a few-label subset of a labelled folder, class by class and spread over the groups."""
+
+    program: ClassVar = "make_subset.py"
+    example: ClassVar = """\
+  python scripts/make_subset.py --data D/train --fraction 0.05 --group_csv slides.csv --by_group \\
+      --out D/train5"""
+
+    data: str = option(metavar="DIR", help="labelled tiles, DIR/CLASS/images")
+    out: str = option(metavar="DIR", help="folder to make")
+    fraction: Annotated[float, Field(gt=0, le=1)] | None = option(
+        default=None, metavar="SHARE", help="share of the tiles of each class (published: 0.05)"
     )
-    amount.add_argument(
-        "--per_class",
-        type=number(int, 1),
-        metavar="N",
-        help="tiles of each class, the same number for all",
+    per_class: Count | None = option(
+        default=None, metavar="N", help="tiles of each class, the same number for all"
     )
-    amount.add_argument(
-        "--ratio",
-        type=number(int, 1),
+    ratio: Count | None = option(
+        default=None,
         metavar="PERCENT",
-        help="with --include: so many more tiles of each class, in percent of those it has",
+        help="with --include: further tiles of each class, in percent of those it has there",
     )
-    add(
-        "--include",
+    include: str | None = option(
+        default=None,
         metavar="DIR",
-        help="a labelled folder that is all in the subset; only what it lacks is drawn",
+        help="a labelled folder that is in the subset as a whole; only what it lacks is drawn",
     )
-    add_group_arguments(parser)
-    add(
-        "--by_group",
-        action="store_true",
-        help="no group is both in the subset and in the rest; what is over is unused",
+    by_group: bool = option(
+        default=False,
+        help="no group is both in the subset and in the rest; the remaining tiles are unused",
     )
-    add("--seed", type=number(int, 0), default=0, help="another seed, other tiles")
-    add("--link", choices=LINKS, default="copy", help="copy the files or link to them")
-    args = parser.parse_args(argv)
-    if args.fraction == 0:
-        parser.error("argument --fraction: 0 must be above 0")
-    if args.ratio is not None and args.include is None:
-        parser.error("argument --ratio: is in percent of --include; give that too")
-    return args
+    seed: Whole = option(default=0, help="seed of the draw")
+    link: Literal["copy", "hard", "symbolic"] = option(
+        default="copy", help="copy the files, or link to them"
+    )
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from super().problems()
+        amounts = ("fraction", "per_class", "ratio")
+        given = [name for name in amounts if getattr(self, name) is not None]
+        if not given:
+            yield "fraction", "is missing; give it, or --per_class or --ratio"
+        for name in given[1:]:
+            yield name, f"not allowed with --{given[0]}; give one of them"
+        if self.ratio is not None and self.include is None:
+            yield "ratio", "is in percent of --include; give that too"
+
+
+def parse_arguments(argv: list[str] | None = None) -> Options:
+    return parse(Options, argv)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -105,4 +113,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, Options)

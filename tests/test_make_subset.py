@@ -251,7 +251,6 @@ def test_what_is_missing_is_reported(data, tmp_path, caplog):
         (["--group_csv", "twice.csv"], "a.png is in group x and in y"),
         (["--group_csv", "twice.csv", "--group_rows", "split=1"], "group_rows='split=1': write"),
         (["--group_csv", "twice.csv", "--group_rows", "path"], "group_rows='path': write"),
-        (["--group_column", "slide"], "belongs to --group_csv"),
         (["--out", "train/sub"], "lies in --data"),
         (["--out", "other"], "was not made by this command"),
         (["--data", "empty"], "no class folders"),
