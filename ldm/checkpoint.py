@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 KEY = "histodiffusion"
 FORMAT = 1
+# Classes that have moved since checkpoints that name them were written.
+MOVED = {"ldm.evaluation.vit.TileClassifier": "ldm.models.vit.TileClassifier"}
 KINDS = ("autoencoder", "diffusion", "classifier", "vit")
 
 
@@ -179,7 +181,8 @@ def load_model(
     record = payload[KEY]
     # weights_only keeps code out of the tensors; this keeps it out of the classes to build.
     require_own_targets(record["model"], path)
-    model = instantiate_from_config(record["model"])
+    target = record["model"]["target"]
+    model = instantiate_from_config({**record["model"], "target": MOVED.get(target, target)})
     training_only = tuple(record["training_only"])
     state = {k: v for k, v in payload["state_dict"].items() if not k.startswith(training_only)}
     load_strictly(model, state, f"{what}: {path}")

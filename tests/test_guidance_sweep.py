@@ -24,7 +24,7 @@ from ldm.evaluation.sweep import (
     to_csv,
     to_markdown,
 )
-from ldm.evaluation.vit import TileClassifier
+from ldm.models.vit import TileClassifier
 from scripts import guidance_sweep
 
 K, D, PER_CLASS = 3, 16, 40

@@ -25,8 +25,8 @@ from ldm.data.images import class_folders, list_images
 from ldm.data.tiles import TileFolder
 from ldm.errors import UserError
 from ldm.evaluation.sets import open_splits
-from ldm.evaluation.settings import Settings
-from ldm.evaluation.vit import TileClassifier
+from ldm.models.vit import TileClassifier
+from ldm.models.vit_settings import Settings
 from ldm.selection.centroids import Centroids, centroid_distances, class_centroids
 from ldm.selection.features import FeatureSet, cached_weights
 from ldm.selection.judge import Judged, read_judged

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
@@ -24,32 +23,20 @@ from torchvision.transforms import Compose
 from ldm.cli import existing_path
 from ldm.data.groups import by_csv
 from ldm.data.images import class_folders
+from ldm.data.seeds import seed_generators
 from ldm.data.stain import jitter_stains
 from ldm.data.tile_files import TileFiles
 from ldm.data.tiles import TileSet, check_tiles, decode_tiles, read_tile
 from ldm.errors import UserError
-from ldm.evaluation.settings import NO_AUGMENT, Settings
-from ldm.evaluation.vit import eval_transform
 from ldm.files import file_sha256
+from ldm.models.vit import eval_transform
+from ldm.models.vit_settings import NO_AUGMENT, Settings
 
 log = logging.getLogger(__name__)
 
 EVALUATED = ("val", "test")
 IMBALANCE = 3  # times the smallest class that the largest may be without a note
 CACHE_LIMIT = 2 * 2**30  # bytes of decoded tiles that one set may hold in memory
-
-
-def seed_generators(*entropy: int, accelerators: bool = True) -> None:
-    """Seed Python's, NumPy's and torch's global generators: timm draws from all three.
-
-    Args:
-        accelerators: Torch's generators of GPUs too, which takes a hundred times as long.
-    """
-    words = np.random.SeedSequence(entropy).generate_state(3)
-    random.seed(int(words[0]))
-    np.random.seed(words[1])
-    seed_torch = torch.manual_seed if accelerators else torch.default_generator.manual_seed
-    seed_torch(int(words[2]))
 
 
 class TransformedTiles(TileSet):
