@@ -19,7 +19,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,8 +31,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.data.corpora import Corpus
-from ldm.data.tiles import TileSet
+from ldm.data.tiles import TileSet, without_augmentation
 from ldm.errors import UserError
+from ldm.modules.autoencoder import DiagonalGaussian
 
 COMMAND = "scripts/cache_latents.py"
 MANIFEST = "manifest.json"
@@ -243,7 +244,6 @@ class Posterior(Protocol):
     logvar: Tensor
 
 
-@torch.no_grad()
 def latent_sums(
     dataset: Dataset,
     indices: Sequence[int],
@@ -262,16 +262,45 @@ def latent_sums(
     """
     if isinstance(dataset, LatentTiles):
         return dataset.latent_sums(indices)
-    if isinstance(dataset, TileSet):
-        dataset = dataset.without_augmentation()
     sums = torch.zeros(3, dtype=torch.float64)
-    for start in range(0, len(indices), batch_size):
-        batch = indices[start : start + batch_size]
-        posterior = encode(torch.stack([dataset[i]["image"] for i in batch]))
-        mean, variance = posterior.mean.double().cpu(), posterior.logvar.double().exp().cpu()
+    for mean, variance in _posteriors(dataset, indices, encode, batch_size):
         squares = mean.square() + variance
         sums += torch.stack([torch.tensor(float(mean.numel())), mean.sum(), squares.sum()])
     return sums
+
+
+def channel_sums(
+    dataset: Dataset,
+    indices: Sequence[int],
+    encode: Callable[[Tensor], Posterior],
+    channels: int,
+    batch_size: int = 32,
+) -> Tensor:
+    """As `latent_sums`, for each of C `channels` of its own, (3, C) float64 on the CPU."""
+    sums = torch.zeros(3, channels, dtype=torch.float64)
+    for mean, variance in _posteriors(dataset, indices, encode, batch_size):
+        sums[0] += mean.numel() / mean.shape[1]
+        sums[1] += mean.sum(dim=(0, 2, 3))
+        sums[2] += (mean.square() + variance).sum(dim=(0, 2, 3))
+    return sums
+
+
+@torch.no_grad()
+def _posteriors(
+    dataset: Dataset,
+    indices: Sequence[int],
+    encode: Callable[[Tensor], Posterior],
+    batch_size: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Mean and variance of the latents of tiles, each (B, C, h, w) float64, batch by batch."""
+    dataset = without_augmentation(dataset)
+    for start in range(0, len(indices), batch_size):
+        items = [dataset[i] for i in indices[start : start + batch_size]]
+        if "moments" in items[0]:
+            posterior = DiagonalGaussian(torch.stack([item["moments"] for item in items]))
+        else:
+            posterior = encode(torch.stack([item["image"] for item in items]))
+        yield posterior.mean.double().cpu(), posterior.logvar.double().exp().cpu()
 
 
 def scale_from_sums(sums: Tensor) -> float:

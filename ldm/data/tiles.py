@@ -187,6 +187,11 @@ class TileSet(Dataset):
         return len(self.relative_paths)
 
 
+def without_augmentation(dataset: Dataset) -> Dataset:
+    """The tiles of a training set as validation sees them; a set of another kind as it is."""
+    return dataset.without_augmentation() if isinstance(dataset, TileSet) else dataset
+
+
 class Tiles(TileSet):
     """A set of images, wherever its pixels are stored.
 
