@@ -5,7 +5,6 @@ a finished file goes to a journal beside the index at once, so an interrupted sc
 stopped; an earlier index serves the same way, so only new and changed files are looked at again.
 """
 
-import csv
 import io
 import json
 import os
@@ -26,7 +25,7 @@ from ldm.data.images import UnsupportedImage
 from ldm.data.index import VERSION, CorpusIndex, content_hash, make_table
 from ldm.data.storage import Layout, Place, find_files, layout_of, path_order
 from ldm.errors import UserError
-from ldm.files import write_text
+from ldm.files import write_csv
 
 UNREADABLE, TRUNCATED, UNSUPPORTED = "unreadable", "truncated", "unsupported"
 TOO_SMALL, DUPLICATE = "too small", "duplicate"
@@ -261,14 +260,13 @@ def find_problems(rows: Sequence[Row], min_size: int, keep_duplicates: bool) -> 
 
 def write_problems(path: Path, rows: Sequence[Row], roots: Sequence[Path]) -> None:
     """Write the table of all tiles with a problem, kept duplicates included."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(PROBLEM_COLUMNS)
-    for row in rows:
-        if row["reason"] is not None:
-            shown = row | {"root": roots[row["root"]], "problem": row["problem"] or DUPLICATE}
-            writer.writerow([shown[name] for name in PROBLEM_COLUMNS])
-    write_text(path, stream.getvalue())
+    shown = (
+        row | {"root": roots[row["root"]], "problem": row["problem"] or DUPLICATE}
+        for row in rows
+        if row["reason"] is not None
+    )
+    columns = [{name: row[name] for name in PROBLEM_COLUMNS} for row in shown]
+    write_csv(path, columns, PROBLEM_COLUMNS)
 
 
 def index_corpora(
