@@ -597,7 +597,10 @@ DISTANCE = ["distance", "--real", "{real}", "--synthetic", "{fake}", "--out", "{
             [*VIS, "--weights", "{weights}", "--input_size", "64"],
             "--input_size: belongs to --model",
         ),
-        ([*VIS, "--weights", "{weights}", "--batch_size", "0"], "--batch_size: 0 must be at least 1"),
+        (
+            [*VIS, "--weights", "{weights}", "--batch_size", "0"],
+            "--batch_size: 0 must be",
+        ),
         ([*VIS, "--weights", "{weights}", "--synthetic", "{two}"], "'LYM'"),
         ([*DISTANCE, "--features", "{real}"], "make it with scripts/vis.py"),
         (
@@ -607,7 +610,10 @@ DISTANCE = ["distance", "--real", "{real}", "--synthetic", "{fake}", "--out", "{
         ([*DISTANCE, "--features", "{vis}", "--ratio", "0"], "--ratio: 0 must be at least 1"),
         ([*DISTANCE, "--features", "{vis}", "--seed", "1"], "belongs to --strategy random"),
         ([*DISTANCE, "--features", "{vis}", "--random", "--strategy", "knn"], "--random: not"),
-        ([*DISTANCE, "--features", "{vis}", "--strategy", "best"], "--strategy: 'best' must be one of"),
+        (
+            [*DISTANCE, "--features", "{vis}", "--strategy", "best"],
+            "--strategy: 'best' must be",
+        ),
         ([*DISTANCE, "--features", "{vis}", "--neighbors", "2"], "belongs to --strategy knn"),
         (
             [*DISTANCE, "--features", "{vis}", "--confidence", "judge"],
