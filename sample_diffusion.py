@@ -33,7 +33,7 @@ def part_of(text: str | tuple) -> tuple[int, int]:
         raise ValueError(f"{shown(text)} is not of the form I/N, such as 0/16")
     part, count = map(int, words)
     if part >= count:
-        raise ValueError(f"{text}: parts go from 0/{count} to {count - 1}/{count}")
+        raise ValueError(f"{shown(text)}: parts go from 0/{count} to {count - 1}/{count}")
     return part, count
 
 
