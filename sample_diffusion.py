@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from ldm.cli import Count, NotNegative, Share, Whole, like, option, parse, run_command
+from ldm.cli import Count, NotNegative, Share, Whole, like, option, parse, run_command, shown
 from ldm.devices import shared_devices
 from ldm.errors import UserError
 from ldm.settings import MACHINE, LoaderOptions, ProcessOptions
@@ -30,10 +30,10 @@ def part_of(text: str | tuple) -> tuple[int, int]:
         return tuple(text)
     words = text.split("/")
     if len(words) != 2 or not all(word.isdecimal() for word in words):
-        raise ValueError(f"{text[:40]!r} is not of the form I/N, such as 0/16")
+        raise ValueError(f"{shown(text)} is not of the form I/N, such as 0/16")
     part, count = map(int, words)
     if part >= count:
-        raise ValueError(f"{text}: parts go from 0/{count} to {count - 1}/{count}")
+        raise ValueError(f"{shown(text)}: parts go from 0/{count} to {count - 1}/{count}")
     return part, count
 
 
