@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PRECISIONS = ("auto", "32", "bf16-mixed", "16-mixed", "bf16-true", "64")
-STRATEGIES = ("auto", "ddp", "fsdp", "deepspeed")
-FUSED = ("auto", "true", "false")
 BACKEND = "inductor"  # of torch.compile
 # Ranks have equal shares, but one may wait for the others on a slower machine.
 TIMEOUT = timedelta(days=1)
@@ -41,8 +38,8 @@ class Devices:
         channels_last: Memory layout of convolutions that suits tensor cores.
         compile: Whether networks are compiled with torch.compile.
         tf32: Whether float32 products use tensor cores; None keeps PyTorch's setting.
-        fused: Whether optimisers step in one kernel, one of `FUSED`.
-        strategy: How several devices share a training, one of `STRATEGIES`.
+        fused: Whether optimisers step in one kernel: auto, true or false.
+        strategy: How several devices share a training: auto, ddp, fsdp or deepspeed.
     """
 
     accelerator: str = "cpu"

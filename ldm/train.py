@@ -10,13 +10,12 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import ArgumentParser, boolean, number
-from ldm.devices import FUSED, PRECISIONS, STRATEGIES, Devices, leave_group, training_devices
+from ldm.devices import Devices, leave_group, training_devices
 from ldm.errors import UserError
 from ldm.files import remove_leftovers, require_space, write_text
+from ldm.settings import RunOptions
 
 if TYPE_CHECKING:
-    import argparse
     from pathlib import Path
 
     import pytorch_lightning as pl
@@ -40,62 +39,8 @@ IGNORED_WARNINGS = (
 )
 
 
-def add_run_arguments(parser: ArgumentParser) -> None:
-    """The arguments of a run: where it writes, what it resumes, on which devices it trains."""
-    add = parser.add_argument
-    add(
-        "-n",
-        "--name",
-        help="name of the run: it writes to LOGDIR/NAME, and goes on where it stopped",
-    )
-    add("-r", "--resume", metavar="RUN", help="run folder or checkpoint to go on from")
-    add("-s", "--seed", type=number(int, 0, 2**32 - 1), default=23, help="seed of all randomness")
-    add("-l", "--logdir", default="logs", help="folder of all runs")
-    add(
-        "--gpus",
-        metavar="LIST",
-        help="GPUs as in Lightning 1: '0,1' these two, '2' any two, '0,' number 0 alone",
-    )
-    add("--devices", type=number(int, 1), help="number of devices of the best kind there is")
-    add("--num_nodes", type=number(int, 1), default=1, help="number of machines")
-    add(
-        "--precision",
-        choices=PRECISIONS,
-        default="auto",
-        help="auto: bf16-mixed on GPUs that have it, else 32",
-    )
-    _add_speed_arguments(parser)
-    add("--dry-run", action="store_true", help="print what would be trained, and exit")
-
-
-def _add_speed_arguments(parser: ArgumentParser) -> None:
-    """`--strategy`, and what makes training faster without changing what is trained."""
-    add = parser.add_argument_group("devices, memory and speed").add_argument
-    add(
-        "--strategy",
-        choices=STRATEGIES,
-        default="auto",
-        help="of several devices: ddp keeps the model on each, fsdp shards the diffusion UNet, its "
-        "average and its optimiser; auto: ddp",
-    )
-    add("--compile", action="store_true", help="compile the networks: a slow start, then faster")
-    add("--channels_last", action="store_true", help="memory layout that suits tensor cores")
-    add(
-        "--tf32",
-        type=boolean,
-        help="True: matrix products and convolutions of float32 on tensor cores, with 10 bits of "
-        "mantissa; False: neither; not given: as PyTorch does, convolutions only",
-    )
-    add(
-        "--fused",
-        choices=FUSED,
-        default="auto",
-        help="optimiser steps in one kernel; auto: on GPUs, without gradient clipping and float16",
-    )
-
-
-def devices_of(args: "argparse.Namespace") -> Devices:
-    """The devices that the arguments of `add_run_arguments` ask for."""
+def devices_of(args: RunOptions) -> Devices:
+    """The devices that the options of a training ask for."""
     chosen = training_devices(args.gpus, args.devices, args.num_nodes, args.dry_run)
     return chosen.with_precision(
         args.precision,

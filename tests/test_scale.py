@@ -190,7 +190,7 @@ def test_more_processes_than_cores(monkeypatch):
 def test_devices_of_the_configuration(argv, settings, expected):
     """They are counted in the batch and checked as those of the command, which come first."""
     args = main_py.parse_arguments(argv)
-    main_py.take_devices(args, settings)
+    args = main_py.configured_devices(args, settings)
     assert (args.gpus, args.devices, args.num_nodes) == expected and not settings
 
 

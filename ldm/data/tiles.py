@@ -409,7 +409,7 @@ class TileFolder(Tiles):
             files = TileFiles.below(folder, labelled, self.classes or None, known, number)
             self.classes = files.classes
             self.paths += files.paths
-            self.relative_paths += files.relative_paths
+            self.relative_paths += files.names
             self.labels += files.labels
             groups += files.groups or []
         self.groups = groups if known else None

@@ -1,12 +1,13 @@
-"""Every command of a plan, checked by its own parser before the first one runs."""
+"""Every command of a plan, checked by its own options before the first one runs."""
 
-import contextlib
-import importlib
-import io
+import importlib.util
+import sys
 from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
 
 from ldm.errors import UserError
-from ldm.experiment.jobs import Job
+from ldm.experiment.jobs import ROOT, Job
 
 
 def check_commands(jobs: Sequence[Job]) -> None:
@@ -28,18 +29,20 @@ def check_commands(jobs: Sequence[Job]) -> None:
 
 
 def _complaint(script: str, words: Sequence[str]) -> str | None:
-    """What a script's parser says against these words, on one line."""
-    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-    parse = getattr(module, "parse_arguments", None) or module.make_parser().parse_args
-    said = io.StringIO()
+    """The complaint of a script about these words, on one line; None if it accepts them."""
     try:
-        with contextlib.redirect_stderr(said):
-            args = parse(list(words))
-            check = getattr(module, "check_options", None)
-            if check is not None:
-                check(args)
-    except SystemExit:
-        return " ".join(said.getvalue().split())
+        _load(script).parse_arguments(list(words))
     except UserError as error:
         return f"{script}: {error}"
     return None
+
+
+@cache
+def _load(script: str) -> ModuleType:
+    """The module of a script of the checkout, which need not be on the import path."""
+    spec = importlib.util.spec_from_file_location(script.removesuffix(".py"), ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    # The dataclass of the options looks its own module up by name.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module

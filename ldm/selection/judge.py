@@ -57,7 +57,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class NetworkOptions:
-    """How features are computed, as `ldm.selection.options.add_network_options` takes it.
+    """How features are computed, as `ldm.settings.FeatureOptions` has it.
 
     Attributes:
         cache: Folder of computed features.
