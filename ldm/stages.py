@@ -30,7 +30,7 @@ import yaml
 
 from ldm import __version__
 from ldm.cli import STOPPED
-from ldm.run import write_json
+from ldm.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]  # where the entry points are
 TAIL = 15  # lines of a failed stage's log that are shown

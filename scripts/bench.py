@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ldm.cli import ArgumentParser, number, resolve_device, run_command
+from ldm.cli import ArgumentParser, number, run_command
 from ldm.errors import UserError
 
 SIZES = ("demo", "small", "paper")
@@ -140,11 +140,11 @@ def _execution(args: argparse.Namespace):
     """How the networks are run, and that all libraries are there."""
     from ldm.bench.networks import require
     from ldm.bench.training import Execution
-    from ldm.synthesis import choose_precision
+    from ldm.devices import one_device
 
-    device = resolve_device(args.device)
+    devices = one_device(args.device).with_precision(args.precision)
     require(args.peers)
-    precision = choose_precision(args.precision, device)
+    device, precision = devices.device, devices.record()["precision"]
     fused = getattr(args, "fused", "false")
     fused = device.type == "cuda" if fused == "auto" else fused == "true"
     return Execution(device, precision, args.channels_last, args.compile, fused)

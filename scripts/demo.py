@@ -8,32 +8,42 @@ Each stage is one command of the other entry points. Run again, it goes on where
 OUT/report.html and OUT/table.csv; the log of each stage is OUT/stages/NAME.log.
 """
 
-import argparse
 import signal
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from ldm.cli import ArgumentParser, existing_path, run_command
+from ldm.cli import existing_path, option, parse, run_command
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = ArgumentParser(
-        prog="demo.py",
-        description=__doc__.splitlines()[0],
-        epilog="Settings are those of configs/demo/demo.yaml; section.key=value overrides one.",
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The whole method on one machine in minutes: tiles, training, sampling, selection, evaluation.
+
+    Settings are those of configs/demo/demo.yaml; section.key=value overrides one. Run again, it
+    goes on where it stopped.
+    """
+
+    program: ClassVar = "demo.py"
+    example: ClassVar = "  python scripts/demo.py --out logs/demo sampling.scale=5"
+
+    out: str = option(default="logs/demo", metavar="DIR", help="folder of all results")
+    data: str | None = option(
+        default=None,
+        metavar="DIR",
+        help="your own tiles, DIR/{train,train5,val,test}/CLASS/images; if omitted, procedural "
+        "ones",
     )
-    parser.add_argument("--out", default="logs/demo", metavar="DIR", help="folder of all results")
-    parser.add_argument(
-        "--data", metavar="DIR", help="your own tiles, instead of procedural ones (the default)"
+    fast: bool = option(default=False, help="a few steps of everything, to test the wiring")
+    overrides: tuple[str, ...] = option(
+        default=(), positional=True, metavar="section.key=value", help="settings"
     )
-    parser.add_argument(
-        "--fast", action="store_true", help="a few steps of everything, to test the wiring"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings")
-    return parser.parse_intermixed_args(argv)
+
+
+def parse_arguments(argv: list[str] | None = None) -> Options:
+    return parse(Options, argv)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,4 +74,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, Options)

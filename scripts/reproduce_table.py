@@ -11,58 +11,63 @@ changed setting is made anew. A job that fails stops only what needs it: the tab
 OUT/table.md, table.tex, table.csv, table.json and report.html.
 """
 
-import argparse
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from ldm.cli import STOPPED, ArgumentParser, number, run_command
+from ldm.cli import STOPPED, Count, option, parse, run_command
 from ldm.errors import UserError
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = ArgumentParser(
-        prog="reproduce_table.py",
-        description=__doc__.splitlines()[0],
-        epilog="Settings are those of --config; section.key=value overrides one.",
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """A whole table of experiments: every arm trained, evaluated and compared, from one file.
+
+    Settings are those of --config; section.key=value overrides one. Run again, what is done is not
+    run again, and what was interrupted goes on.
+    """
+
+    program: ClassVar = "reproduce_table.py"
+    example: ClassVar = (
+        "  python scripts/reproduce_table.py --config configs/tables/crc5.yaml --gpus 0,1,2,3"
     )
-    add = parser.add_argument
-    add("--config", required=True, metavar="YAML", help="the table, see configs/tables")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--status", action="store_true", help="show where every job stands, and exit")
-    what.add_argument(
-        "--dry-run", action="store_true", help="print the commands in order, and exit"
-    )
-    what.add_argument(
-        "--report", action="store_true", help="only write the table again, from what is there"
-    )
-    what.add_argument(
-        "--submit", action="store_true", help="hand the jobs to SLURM, as the section slurm says"
-    )
-    add(
-        "--only",
-        nargs="+",
-        default=[],
+
+    config: str = option(metavar="YAML", help="the table, see configs/tables")
+    status: bool = option(default=False, help="show where every job stands, and exit")
+    dry_run: bool = option(default=False, help="print the commands in order, and exit")
+    report: bool = option(default=False, help="only write the table again, from what is there")
+    submit: bool = option(default=False, help="hand the jobs to SLURM, as the section slurm says")
+    only: tuple[str, ...] = option(
+        default=(),
         metavar="ROW",
         help="only the jobs of these rows, for example 'real' '*-centroid-100'",
     )
-    add("--jobs", type=number(int, 1), metavar="N", help="jobs at once; one per GPU, or 1, without")
-    add(
-        "--gpus",
+    jobs: Count | None = option(
+        default=None, metavar="N", help="jobs at once; if omitted one per GPU, or 1"
+    )
+    gpus: str | None = option(
+        default=None,
         metavar="LIST",
         help="GPUs to share out, such as 0,1,2; each job gets one (or as many as it asks for)",
     )
-    add("--retry", action="store_true", help="run again what failed before")
-    add("overrides", nargs="*", metavar="section.key=value", help="settings")
-    args = parser.parse_intermixed_args(argv)
-    # --only takes all words that follow, overrides too.
-    args.overrides += [word for word in args.only if "=" in word]
-    args.only = [word for word in args.only if "=" not in word]
-    return args
+    retry: bool = option(default=False, help="run again what failed before")
+    overrides: tuple[str, ...] = option(
+        default=(), positional=True, metavar="section.key=value", help="settings"
+    )
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        given = [name for name in ("status", "dry_run", "report", "submit") if getattr(self, name)]
+        for name in given[1:]:
+            yield name, f"not allowed with --{given[0]}; give one of them"
+
+
+def parse_arguments(argv: list[str] | None = None) -> Options:
+    return parse(Options, argv)
 
 
 def show_status(standing, rows) -> str:
@@ -148,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     return report_failures([standing[stage.name] for stage in stages])
 
 
-def submit_jobs(plan, ledger, stages, args: argparse.Namespace) -> bool:
+def submit_jobs(plan, ledger, stages, args: Options) -> bool:
     """Hand the jobs over; True when they are processes of this machine, and have ended."""
     from ldm.stages import show_path
     from ldm.table.submit import submit
@@ -180,4 +185,4 @@ def report_failures(standing) -> int:
 
 if __name__ == "__main__":
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
-    run_command(main)
+    run_command(main, Options)

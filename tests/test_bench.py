@@ -34,7 +34,7 @@ from ldm.data.tiles import to_uint8
 from ldm.diffusion.samplers import ddim
 from ldm.diffusion.schedule import time_pairs
 from ldm.errors import UserError
-from ldm.export import unet_state
+from ldm.exchange.diffusers_export import unet_state
 from ldm.modules import autoencoder, blocks
 from ldm.modules.autoencoder import AttnBlock
 from ldm.modules.blocks import AttentionBlock

@@ -15,7 +15,7 @@ import pytest
 
 import main as main_module
 from ldm.errors import UserError
-from ldm.trainer import cluster_plugins
+from ldm.train import cluster_plugins
 from scripts import cache_latents
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,9 +103,7 @@ def parse(command):
     script, *words = command
     assert (ROOT / script).is_file(), script
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-    if hasattr(module, "parse_arguments"):
-        return module.parse_arguments(words)
-    return module.make_parser().parse_args(words)
+    return module.parse_arguments(words)
 
 
 def usage(name):

@@ -105,7 +105,7 @@ def load(library: str) -> None:
 def build_unet(library: str, params: dict[str, Any]) -> tuple[nn.Module, Predictor]:
     """The noise predictor of a library, and how to call it.
 
-    diffusers' is the same function of the same number of weights (see `ldm.export`). MONAI's adds
+    diffusers' is the same function of the same number of weights (see `ldm.exchange`). MONAI's adds
     the time embedding, where the others scale and shift by it, so that it has 5 to 8% fewer of
     them. The operations are the same to 0.3%.
 
@@ -120,13 +120,13 @@ def build_unet(library: str, params: dict[str, Any]) -> tuple[nn.Module, Predict
     if library == "diffusers":
         from diffusers import UNet2DModel
 
-        from ldm.export import unet_settings
+        from ldm.exchange.diffusers_export import unet_settings
 
         settings, heads = unet_settings(params)
         if heads is None:
             net = UNet2DModel(**settings)
         else:
-            from ldm.unet_heads import UNetWithHeads
+            from ldm.exchange.unet_heads import UNetWithHeads
 
             net = UNetWithHeads(num_heads=heads, **settings)
         return net, lambda z_t, t: net(z_t, t, return_dict=False)[0]
@@ -167,7 +167,7 @@ def build_autoencoder(
     if library == "diffusers":
         from diffusers import AutoencoderKL
 
-        from ldm.export import vae_settings
+        from ldm.exchange.diffusers_export import vae_settings
 
         net = AutoencoderKL(**vae_settings(ddconfig, embed_dim, 1.0))
         return net, lambda x: net.encode(x, return_dict=False)[0].sample()

@@ -19,11 +19,12 @@ from ldm.bench.networks import (
     unet_flops,
 )
 from ldm.bench.training import Execution
+from ldm.devices import Devices
 from ldm.errors import UserError
 from ldm.models.classifier import NoisyLatentClassifier, network_config
 from ldm.models.diffusion import LatentDiffusion
 from ldm.synthesis.models import Models, load_models
-from ldm.synthesis.settings import Sampling, Speed
+from ldm.synthesis.settings import Sampling
 from ldm.synthesis.synthesiser import Synthesiser
 
 CLASSES = [f"class{label}" for label in range(9)]  # as many as the paper's labelled set has
@@ -130,13 +131,14 @@ class _Ours:
         self.sampler, execution = sampler, sampler.execution
         torch.backends.cudnn.benchmark = True
         models = sampler.weights.models(sampler.device, sampler.arm == "guided")
-        speed = Speed(execution.precision, execution.channels_last, execution.compile)
+        devices = Devices(channels_last=execution.channels_last, compile=execution.compile)
+        devices = devices.with_precision(execution.precision)
         scale = 1.0 if sampler.arm == "guided" else 0.0
         sampling = Sampling("ddim", sampler.steps, 0.0, scale, 0)
         T = models.diffusion.schedule.T
         if sampler.steps > T:
             raise UserError(f"--custom_steps {sampler.steps} must be in [1, {T}]")
-        self._synthesiser = Synthesiser(models, sampling, speed)
+        self._synthesiser = Synthesiser(models, sampling, devices)
         self.facts = sampler.facts(models.diffusion)
 
     def run(self) -> dict[str, float]:
@@ -153,7 +155,7 @@ class _Ours:
 
 class _Theirs:
     def __init__(self, sampler: Sampler):
-        from ldm.export import build_pipeline
+        from ldm.exchange.diffusers_export import build_pipeline
 
         self.sampler = sampler
         torch.backends.cudnn.benchmark = True
@@ -211,7 +213,7 @@ def bench_sampling(
 ) -> dict[str, Any]:
     """Images per second by DDIM at eta 0: ours, diffusers', and ours with classifier guidance.
 
-    diffusers has networks of its own with the same weights (`ldm.export`).
+    diffusers has networks of its own with the same weights (`ldm.exchange.diffusers_export`).
 
     Args:
         decode: Whether the latents become images.

@@ -25,10 +25,10 @@ from ldm.bench.networks import (
     randomise,
     unet_flops,
 )
+from ldm.devices import BACKEND
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.modules.autoencoder import DiagonalGaussian
 from ldm.modules.ema import EMA
-from ldm.speed import BACKEND
 
 SOURCES = ("latents", "images")
 # Of the paper's configuration; time does not depend on them.

@@ -416,7 +416,7 @@ def examine(source: Path) -> tuple[int, str]:
 
 def count_images(folder: Path) -> int:
     """Images in the class folders of a training folder."""
-    from ldm.data.tiles import list_images
+    from ldm.data.images import list_images
 
     return len(list_images(folder))
 

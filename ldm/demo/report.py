@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm.data.tiles import list_images
+from ldm.data.images import list_images
 from ldm.demo.plan import RANDOM, REAL, SELECTED, Plan
 from ldm.evaluation.baselines import colour_histogram_baseline
 from ldm.evaluation.predictions import predictions_name

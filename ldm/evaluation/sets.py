@@ -21,7 +21,6 @@ from timm.data import create_transform
 from torch import Tensor
 from torchvision.transforms import Compose
 
-from ldm.checkpoint import file_sha256
 from ldm.cli import existing_path
 from ldm.data.groups import by_csv
 from ldm.data.images import class_folders
@@ -30,6 +29,7 @@ from ldm.data.tiles import TileFolder, check_tiles, decode_tiles, read_tile
 from ldm.errors import UserError
 from ldm.evaluation.settings import NO_AUGMENT, Settings
 from ldm.evaluation.vit import eval_transform
+from ldm.files import file_sha256
 
 log = logging.getLogger(__name__)
 

@@ -152,7 +152,8 @@ def _classifier(page: Page, generator: Generator, classes: Sequence[str]) -> Non
 
 
 def _samples(page: Page, generator: Generator) -> None:
-    from ldm.data.tiles import TileFolder, read_tile, to_uint8
+    from ldm.data.images import read_tile
+    from ldm.data.tiles import TileFolder, to_uint8
 
     page.heading("Guidance")
     real = TileFolder(generator.labelled, generator.size, labelled=True, check=False)
@@ -200,7 +201,7 @@ def _selection(page: Page, generator: Generator, classes: Sequence[str]) -> None
 
 
 def _chosen(rows: pandas.DataFrame, kind: str, generator: Generator) -> list[Tile]:
-    from ldm.data.tiles import read_tile
+    from ldm.data.images import read_tile
 
     tiles = []
     for row in rows.to_dict("records"):

@@ -8,6 +8,7 @@ from torch import Tensor
 from ldm.config import instantiate_from_config
 from ldm.errors import UserError
 from ldm.models.base import HistoModule
+from ldm.models.lpips import read_backbone
 from ldm.modules.autoencoder import AutoencoderKL as AutoencoderNet
 
 
@@ -54,6 +55,8 @@ class AutoencoderKL(HistoModule):
         self.accumulate_grad_batches = accumulate_grad_batches
         self.net = AutoencoderNet(ddconfig, embed_dim)
         self.loss = instantiate_from_config(lossconfig) if lossconfig else None
+        if getattr(self.loss, "perceptual_weight", 0) > 0:
+            self.loss.use_backbone(read_backbone(self.loss.perceptual_weights))
         if ckpt_path:
             self.start_from(ckpt_path)
 

@@ -18,11 +18,12 @@ from torch.utils.data import Dataset
 
 from ldm.checkpoint import KEY, load_model
 from ldm.config import instantiate_from_config
+from ldm.data.latents import latent_sums, scale_from_sums
 from ldm.diffusion.samplers import IndexedNoise
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 from ldm.models.base import HistoModule
-from ldm.models.diffusion import latent_sums, posterior_of, scale_from_sums
+from ldm.models.diffusion import posterior_of
 from ldm.modules.autoencoder import AutoencoderKL as AutoencoderNet
 from ldm.modules.lr_schedule import LinearAnneal
 
@@ -117,7 +118,8 @@ class LatentSpace:
         if self.scale_factor is not None:
             return self
         chosen = torch.linspace(0, len(tiles) - 1, min(count, len(tiles))).long().unique().tolist()
-        sums = latent_sums(self.first_stage.to(device), tiles, chosen, device)
+        first_stage = self.first_stage.to(device)
+        sums = latent_sums(tiles, chosen, lambda x: first_stage.encode(x.to(device)))
         # Six digits, so that measuring it again on another machine gives the same number.
         return replace(self, scale_factor=float(f"{scale_from_sums(sums):.6g}"))
 

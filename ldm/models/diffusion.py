@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoint import KEY
 from ldm.config import instantiate_from_config
-from ldm.data.latents import LatentTiles
-from ldm.data.tiles import Tiles
+from ldm.data.latents import latent_sums, scale_from_sums
 from ldm.diffusion.samplers import EpsFn, IndexedNoise, ddim
 from ldm.diffusion.schedule import NoiseSchedule, time_pairs
 from ldm.errors import UserError
@@ -310,16 +309,14 @@ class LatentDiffusion(HistoModule):
 
     def _measure_scale(self) -> float:
         device = self.trainer.strategy.root_device
-        self.first_stage_model.to(device)
+        first_stage = self.first_stage_model.to(device)
         dataset = self.trainer.datamodule.train_dataset
-        if isinstance(dataset, Tiles):
-            dataset = dataset.subset(range(len(dataset)), random=False)  # without augmentation
         # The same tiles whatever the number of ranks: every rank takes its share of them.
         count = min(self.scale_images, len(dataset))
         chosen = torch.linspace(0, len(dataset) - 1, count).long().unique().tolist()
         mine = chosen[self.trainer.global_rank :: self.trainer.world_size]
-        sums = latent_sums(self.first_stage_model, dataset, mine, device)
-        sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        sums = latent_sums(dataset, mine, lambda x: first_stage.encode(x.to(device)))
+        sums = self.trainer.strategy.reduce(sums.to(device), reduce_op="sum")
         scale = scale_from_sums(sums)
         log.info("latent scale factor %.6f, from %d tiles", scale, len(chosen))
         return scale
@@ -497,41 +494,3 @@ def posterior_of(batch: dict[str, Any], first_stage: AutoencoderNet) -> Diagonal
     if "moments" in batch:
         return DiagonalGaussian(batch["moments"])
     return first_stage.encode(batch["image"])
-
-
-@torch.no_grad()
-def latent_sums(
-    net: AutoencoderNet, dataset, indices: list[int], device, batch_size: int = 32
-) -> Tensor:
-    """Count, sum and sum of squares of the latents of these tiles, (3,) float64 on `device`.
-
-    Taken in expectation over the posterior, E[z^2] = mean^2 + var, so nothing is drawn and the sums
-    do not depend on how the tiles are divided. A cache of latents knows its own.
-    """
-    if isinstance(dataset, LatentTiles):
-        return dataset.latent_sums(indices).to(device)
-    sums = torch.zeros(3, dtype=torch.float64)
-    for start in range(0, len(indices), batch_size):
-        batch = indices[start : start + batch_size]
-        x = torch.stack([dataset[i]["image"] for i in batch]).to(device)
-        posterior = net.encode(x)
-        mean, variance = posterior.mean.double().cpu(), posterior.logvar.double().exp().cpu()
-        squares = mean.square() + variance
-        sums += torch.stack([torch.tensor(float(mean.numel())), mean.sum(), squares.sum()])
-    return sums.to(device)
-
-
-def scale_from_sums(sums: Tensor) -> float:
-    """1 / std of the latents behind `latent_sums`.
-
-    Raises:
-        UserError: The latents do not vary (an untrained or broken autoencoder).
-    """
-    count, total, squares = sums.cpu().tolist()
-    variance = squares / count - (total / count) ** 2
-    if not variance > 1e-12:
-        raise UserError(
-            f"the autoencoder's latents have variance {variance:.3g} over {int(count)} values, so "
-            "they carry no image; train the autoencoder first, and check that the tiles differ"
-        )
-    return variance**-0.5

@@ -17,7 +17,6 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.checkpoint import file_sha256
 from ldm.data.tiles import TileFolder
 from ldm.errors import UserError
 from ldm.evaluation.runs import RESULT
@@ -30,7 +29,7 @@ from ldm.evaluation.vit import (
     load_pretrained,
     load_vit,
 )
-from ldm.run import write_bytes
+from ldm.files import file_sha256, write_bytes
 from ldm.selection.centroids import read_safetensors
 
 log = logging.getLogger(__name__)

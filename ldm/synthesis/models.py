@@ -1,17 +1,19 @@
 """Models that belong together, from their checkpoints."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ldm.checkpoint import KEY, checkpoint_path, file_sha256, load_model, read_checkpoint
+from ldm.checkpoint import KEY, checkpoint_path, load_model, read_checkpoint
+from ldm.devices import Devices
 from ldm.errors import UserError
+from ldm.files import file_sha256
 from ldm.models.classifier import NoisyLatentClassifier
 from ldm.models.diffusion import LatentDiffusion
-from ldm.synthesis.settings import UNCONDITIONAL
+from ldm.synthesis.settings import UNCONDITIONAL, Sampling
 
 SCALE_TOLERANCE = 0.05  # relative difference of latent scales that models bear
 
@@ -78,7 +80,7 @@ def load_models(
         UserError: A wrong kind, or models that were not made for one another: another latent space,
             latent scale, noise schedule or class list.
     """
-    diffusion = load_model(diffusion_path, "diffusion", device, what="--resume")
+    diffusion = load_model(diffusion_path, "diffusion", device, what="--model")
     files = {"diffusion": file_sha256(checkpoint_path(diffusion_path))}
     facts = {"diffusion": _facts(diffusion.record)}
     classifier = weak = None
@@ -166,4 +168,25 @@ def _facts(record: dict[str, Any]) -> dict[str, Any]:
         "classes": record["classes"],
         "seed": record["seed"],
         "revision": record["revision"],
+    }
+
+
+def make_settings(
+    sampling: Sampling,
+    models: Models,
+    devices: Devices | None = None,
+    out_size: int | None = None,
+) -> dict[str, Any]:
+    """What decides the images of a folder, as `SampleFolder` compares it.
+
+    Args:
+        devices: How the networks are run.
+        out_size: Pixels that the images are resized to; None keeps the model's size.
+    """
+    return {
+        **asdict(sampling),
+        **{f"{role}_sha256": digest for role, digest in models.files.items()},
+        "classes": models.classes,
+        **(devices or Devices()).record(),
+        "out_size": out_size,
     }

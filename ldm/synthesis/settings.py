@@ -1,20 +1,12 @@
-"""What decides the images of a sample folder: sampling, models, and how the networks are run."""
+"""What decides a sampled image, beside the models."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
 
 from ldm.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
-
-    from ldm.synthesis.models import Models
 
 UNCONDITIONAL = "unconditional"  # folder of images that were made without a class
 SAMPLERS = ("ddim", "ddpm", "dpm++2m")
 GUIDED_ON = ("z_t", "z_0")
-PRECISIONS = ("auto", "32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -83,48 +75,3 @@ class Sampling:
         if self.interval is not None:
             parts.append(f"t{self.interval[0]}-{self.interval[1]}")
         return "-".join(parts if self.ema else [*parts, "noema"])
-
-
-@dataclass(frozen=True)
-class Speed:
-    """How the networks are run. Each of these changes an image by rounding.
-
-    Attributes:
-        precision: "32", or "bf16" for autocast.
-        channels_last: Memory layout of convolutions.
-        compile: torch.compile of the noise predictors and the classifier.
-    """
-
-    precision: str = "32"
-    channels_last: bool = False
-    compile: bool = False
-
-
-def choose_precision(name: str, device: "torch.device") -> str:
-    """The precision that `name`, one of `PRECISIONS`, means on a device."""
-    import torch
-
-    if name != "auto":
-        return name
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "32"
-
-
-def make_settings(
-    sampling: Sampling,
-    models: "Models",
-    speed: Speed | None = None,
-    out_size: int | None = None,
-) -> dict[str, Any]:
-    """What decides the images of a folder, as `SampleFolder` compares it.
-
-    Args:
-        out_size: Pixels that the images are resized to; None keeps the model's size.
-    """
-    classes: Sequence[str] | None = models.classes
-    return {
-        **asdict(sampling),
-        **{f"{role}_sha256": digest for role, digest in models.files.items()},
-        "classes": classes,
-        **asdict(speed or Speed()),
-        "out_size": out_size,
-    }

@@ -3,7 +3,7 @@
 Letters: B batch, C channels, H W latent size, K classes, S sampler steps. An image depends on its
 class, its index within the class, the models and the settings, and on nothing else: not on the
 batch it was made in, nor on how many processes shared the work. On a CPU that is exact (see
-`fixed_batches` and `ldm.synthesis.production.one_thread`); on a GPU, up to the rounding of kernels
+`fixed_batches` and `ldm.devices.one_thread`); on a GPU, up to the rounding of kernels
 chosen by batch size.
 """
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ldm.data.tiles import to_uint8
+from ldm.devices import Devices
 from ldm.diffusion.guidance import (
     classifier_guidance,
     classifier_log_prob_grad,
@@ -27,7 +28,7 @@ from ldm.errors import UserError
 from ldm.models.diffusion import LatentDiffusion
 from ldm.synthesis.guidance_log import GuidanceLog
 from ldm.synthesis.models import Models
-from ldm.synthesis.settings import Sampling, Speed
+from ldm.synthesis.settings import Sampling
 
 CPU_BATCH = 8  # images per forward pass on a CPU, see `fixed_batches`
 
@@ -60,19 +61,19 @@ def fixed_batches(fn: Callable, size: int = CPU_BATCH) -> Callable:
 
 
 def accelerated(
-    fn: Callable[..., Tensor], speed: Speed, device: torch.device, network: bool = True
+    fn: Callable[..., Tensor], devices: Devices, device: torch.device, network: bool = True
 ) -> Callable[..., Tensor]:
-    """`fn` of latents and more, run as `speed` says; gives float32.
+    """`fn` of latents and more, run as `devices` says; gives float32.
 
     Args:
         network: Whether it is one of the networks that are compiled, if any are.
     """
-    call = torch.compile(fn) if speed.compile and network else fn
+    call = torch.compile(fn) if devices.compile and network else fn
 
     def evaluate(z: Tensor, *others: Tensor) -> Tensor:
-        if speed.channels_last:
+        if devices.channels_last:
             z = z.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=speed.precision == "bf16"):
+        with devices.autocast(device):
             return call(z, *others).float()
 
     return evaluate
@@ -96,21 +97,21 @@ class Synthesiser:
     Args:
         models: On the device to use.
         sampling: What decides the images.
-        speed: How the networks are run.
+        devices: How the networks are run.
 
     Attributes:
         guidance_log: What guidance did at each time step, over all images so far.
     """
 
-    def __init__(self, models: Models, sampling: Sampling, speed: Speed | None = None):
+    def __init__(self, models: Models, sampling: Sampling, devices: Devices | None = None):
         self.models = models
         self.sampling = sampling
-        self.speed = speed or Speed()
+        self.devices = devices or Devices()
         self.pairs = time_pairs(models.diffusion.schedule.T, sampling.steps)
         self.device = models.diffusion.scale_factor.device
         self.guidance_log = GuidanceLog()
         in_parts = fixed_batches if self.device.type == "cpu" else lambda fn: fn
-        if self.speed.channels_last:
+        if self.devices.channels_last:
             for model in (models.diffusion, models.classifier, models.weak):
                 if model is not None:
                     model.to(memory_format=torch.channels_last)
@@ -118,18 +119,18 @@ class Synthesiser:
         self._weak_eps = None if models.weak is None else self._noise_predictor(models.weak)
         self._classify = None
         if models.classifier is not None:
-            self._classify = accelerated(models.classifier.net, self.speed, self.device)
+            self._classify = accelerated(models.classifier.net, self.devices, self.device)
         self._predict = in_parts(self._guided)
         self._judge = in_parts(self._distribution)
         decode = models.diffusion.decode_first_stage
-        self._decode = in_parts(accelerated(decode, self.speed, self.device, network=False))
+        self._decode = in_parts(accelerated(decode, self.devices, self.device, network=False))
 
     def _noise_predictor(
         self, model: LatentDiffusion
     ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """eps(z_t, t, y); a model without labels does not look at y."""
         net = model.conditional_eps if model.conditional else model.eps_model
-        eps = accelerated(net(use_ema=self.sampling.ema), self.speed, self.device)
+        eps = accelerated(net(use_ema=self.sampling.ema), self.devices, self.device)
         return eps if model.conditional else lambda z_t, t, y: eps(z_t, t)
 
     def _guided(self, z_t: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

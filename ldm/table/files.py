@@ -9,7 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from ldm.errors import UserError
-from ldm.run import write_json
+from ldm.files import write_json
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from ldm.cli import existing_path
 from ldm.errors import UserError
-from ldm.run import git_revision, hardware, versions, write_json
+from ldm.files import write_json
+from ldm.run import git_revision, hardware, versions
 from ldm.table.config import nearest
 from ldm.table.plan import REAL, Arm, Plan
 from ldm.table.results import Row, Table

@@ -1,8 +1,6 @@
-"""Every command of a plan, checked by its own parser before the first one runs."""
+"""Every command of a plan, checked by its own options before the first one runs."""
 
-import contextlib
 import importlib
-import io
 from collections.abc import Sequence
 
 from ldm.errors import UserError
@@ -28,18 +26,10 @@ def check_commands(stages: Sequence[Stage]) -> None:
 
 
 def _complaint(script: str, words: Sequence[str]) -> str | None:
-    """What a script's parser says against these words, on one line."""
+    """What a script says against these words, on one line."""
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-    parse = getattr(module, "parse_arguments", None) or module.make_parser().parse_args
-    said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
-            args = parse(list(words))
-            check = getattr(module, "check_options", None)
-            if check is not None:
-                check(args)
-    except SystemExit:
-        return " ".join(said.getvalue().split())
+        module.parse_arguments(list(words))
     except UserError as error:
         return f"{script}: {error}"
     return None

@@ -20,7 +20,7 @@ from typing import Any
 
 from ldm.cli import STOPPED
 from ldm.errors import UserError
-from ldm.run import write_json
+from ldm.files import write_json
 from ldm.stages import (
     ROOT,
     Ledger,

@@ -1,13 +1,15 @@
-"""Checkpoints of other code, turned into ours: latent diffusion's and the published method's.
+"""Import of checkpoints written by latent diffusion and by the code published with the method.
 
-Three kinds of files (Rombach et al. 2022; Ye et al. 2023), by the names of their weights:
+There are three kinds of files (Rombach et al. 2022; Ye et al. 2023), told by the names of their
+weights:
 
     autoencoder   encoder.*, decoder.*, quant_conv.*, post_quant_conv.*, and loss.* of training
     diffusion     model.diffusion_model.* (the UNet), model_ema.* (its average; names without dots),
                   first_stage_model.* (the autoencoder), scale_factor, betas and other tables
     classifier    the bare weights of a half UNet, `model_010000.pt`
 
-Such files know no architecture: it comes from a configuration, native or published.
+Such a file does not describe its network, so the architecture comes from a configuration, native or
+published.
 """
 
 import logging
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.cli import existing_path
 from ldm.errors import UserError
+from ldm.files import file_sha256
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Of a published model node: files and training settings, which importing weights does not need.
+# Files and training settings in a published model node, which importing weights does not need.
 UNNEEDED = ("ckpt_path", "first_stage_ckpt", "lossconfig", "scheduler_config", "monitor")
 BETAS_TOLERANCE = 1e-4  # relative; tables are stored in float32, other schedules differ by more
 
@@ -38,10 +41,10 @@ State = dict[str, "torch.Tensor"]
 # --- Reading -------------------------------------------------------------------------------------
 
 
-class _Unbuilt:
-    """Stands where a pickle asks for an object of some class, which is not built."""
+class _Placeholder:
+    """Takes the place of an object that a pickle asks for, whose class is never called."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> "_Unbuilt":
+    def __new__(cls, *args: Any, **kwargs: Any) -> "_Placeholder":
         return super().__new__(cls)
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -60,7 +63,7 @@ class _Unbuilt:
         pass
 
 
-# What a pickle may call: tensors are rebuilt by these. Names of types of storage, torch looks up.
+# What a pickle may call: these rebuild tensors. torch itself resolves the names of storage types.
 ALLOWED = {
     ("collections", "OrderedDict"),
     ("torch", "Size"),
@@ -72,14 +75,14 @@ ALLOWED = {
 
 
 def _unpickling_module(met: set[str]) -> types.ModuleType:
-    """What `torch.load` takes for `pickle`: builds what is `ALLOWED`, notes the rest in `met`."""
+    """A `pickle_module` for `torch.load` that builds only `ALLOWED`; other names go to `met`."""
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
             if (module, name) in ALLOWED:
                 return super().find_class(module, name)
             met.add(f"{module}.{name}")
-            return type(name.rpartition(".")[2], (_Unbuilt,), {})
+            return type(name.rpartition(".")[2], (_Placeholder,), {})
 
     module = types.ModuleType("unpickling")
     module.Unpickler = Unpickler
@@ -88,14 +91,15 @@ def _unpickling_module(met: set[str]) -> types.ModuleType:
 
 
 def read_foreign(path: str | Path, allow_pickle: bool = False) -> tuple[State, dict[str, Any]]:
-    """The weights in a file of other code, on the CPU, and the plain values beside them.
+    """Read the weights in a file of other code onto the CPU, and the plain values beside them.
 
     Args:
-        allow_pickle: Also read files that hold other objects than tensors and plain data (those of
-            Lightning 1 do: callbacks, settings). The objects are not built, whatever they are.
+        allow_pickle: Also read files that hold other objects beside tensors and plain data, as
+            those of Lightning 1 do (callbacks, settings). Such objects are never built.
 
     Raises:
-        UserError: No such file, no checkpoint, a pickle without `allow_pickle`, one of ours.
+        UserError: The file does not exist, is not a checkpoint, is one of this toolkit already, or
+            needs `allow_pickle`.
     """
     import torch
 
@@ -110,7 +114,7 @@ def read_foreign(path: str | Path, allow_pickle: bool = False) -> tuple[State, d
         if not allow_pickle:
             raise UserError(
                 f"{path} holds pickled objects beside its weights, and a pickle may ask for any "
-                "code to be run; if you know where it comes from, give --allow_pickle, which reads "
+                "code to be run; if you know where it comes from, set allow_pickle, which reads "
                 "the weights and leaves the objects unbuilt"
             ) from None
         payload = _load_without_objects(path)
@@ -131,7 +135,7 @@ def read_foreign(path: str | Path, allow_pickle: bool = False) -> tuple[State, d
 
 
 def _is_pickle_of_more(error: pickle.UnpicklingError) -> bool:
-    # What weights_only says of a file that would be read, were it not for what it asks to call.
+    # Words of torch.load(weights_only=True) for a readable file that asks for other classes.
     return any(word in str(error) for word in ("Unsupported global", "Unsupported class", "GLOBAL"))
 
 
@@ -145,9 +149,7 @@ def _load_without_objects(path: Path) -> Any:
         )
     except (pickle.UnpicklingError, RuntimeError, TypeError, AttributeError, EOFError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{path} cannot be read even with --allow_pickle ({reason[:120]})"
-        ) from None
+        raise UserError(f"{path} cannot be read even with allow_pickle ({reason[:120]})") from None
     log.warning(
         "%s holds pickled objects, which could run any code if they were built; they are not: %s",
         path,
@@ -157,23 +159,23 @@ def _load_without_objects(path: Path) -> Any:
 
 
 def read_model_node(path: str | Path) -> dict[str, Any]:
-    """The `model` section of a configuration, native or published, in native names.
+    """Read the `model` section of a configuration, native or published, in native names.
 
-    Of training (files, loss, schedule of the learning rate) nothing is kept, and the data section
-    is not looked at: neither is needed here, and both may ask for what this machine does not have.
+    Settings of training (files, loss, learning-rate schedule) are dropped and the data section is
+    not read: importing needs neither, and both may refer to files that this machine does not have.
 
     Raises:
-        UserError: Not a configuration with a model section, or settings that are not supported.
+        UserError: The file has no model section, or a setting that is not supported.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from ldm.config import _read_yaml, upgrade_config
+    from ldm.config import read_yaml, upgrade_config
 
-    config = _read_yaml(path)
+    config = read_yaml(path)
     node = config.get("model")
     if not OmegaConf.is_dict(node) or "target" not in node:
-        raise UserError(f"--config: {path} has no model: section with a target:")
+        raise UserError(f"config: {path} has no model: section with a target:")
     params = node.get("params") or {}
     for part in (params, (params.get("first_stage_config") or {}).get("params") or {}):
         for name in UNNEEDED:
@@ -182,7 +184,7 @@ def read_model_node(path: str | Path) -> dict[str, Any]:
     try:
         node = OmegaConf.to_container(node, resolve=True)
     except OmegaConfBaseException as error:
-        raise UserError(f"--config: {path}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"config: {path}: {str(error).splitlines()[0]}") from None
     return upgrade_config({"model": node})["model"]
 
 
@@ -191,7 +193,7 @@ def read_model_node(path: str | Path) -> dict[str, Any]:
 
 @dataclass
 class Report:
-    """What became of the weights of a file: names on the file's side, and ours that it lacks."""
+    """The weights of a file by what happened to them; names are those of the file."""
 
     used: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
@@ -199,7 +201,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        """For people: names in groups."""
+        """Lines for the user, with the names in groups."""
         return [
             f"used         {len(self.used)} tensors",
             f"not used     {_grouped(self.unused)}",
@@ -209,7 +211,7 @@ class Report:
 
 
 def _grouped(names: list[str]) -> str:
-    """`loss.* (64), betas`: by the part before the first dot."""
+    """Shorten a list of names by their part before the first dot: `loss.* (64), betas`."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(name.split(".", 1)[0], []).append(name)
@@ -218,13 +220,14 @@ def _grouped(names: list[str]) -> str:
 
 
 class _Matcher:
-    """Takes weights out of a foreign state, one network at a time."""
+    """Assigns the weights of a foreign file to networks and keeps count of them."""
 
     def __init__(self, state: State):
         self.state = state
         self.report = Report(unused=sorted(state))
 
     def take(self, name: str) -> "torch.Tensor | None":
+        """The tensor of that name, marked as used; None if the file does not have it."""
         if name not in self.state:
             return None
         if name in self.report.unused:
@@ -252,7 +255,7 @@ class _Matcher:
                 found[name] = value
         if wrong:
             raise UserError(
-                f"{where}: {len(wrong)} weights have other shapes than --config says "
+                f"{where}: {len(wrong)} weights have other shapes than the configuration says "
                 f"({'; '.join(wrong[:3])}); give the configuration that the file was trained with"
             )
         module.load_state_dict({**own, **found})
@@ -260,10 +263,10 @@ class _Matcher:
 
 def _require_target(node: dict[str, Any], name: str) -> None:
     if node["target"].rpartition(".")[2] != name:
-        raise UserError(f"--config: model.target is {node['target']}; needed is a {name}")
+        raise UserError(f"config: model.target is {node['target']}; needed is a {name}")
 
 
-def _same(module: "torch.nn.Module", prefix: str = "") -> dict[str, str]:
+def _identical_names(module: "torch.nn.Module", prefix: str = "") -> dict[str, str]:
     return {name: prefix + name for name in module.state_dict()}
 
 
@@ -271,7 +274,7 @@ def _same(module: "torch.nn.Module", prefix: str = "") -> dict[str, str]:
 
 
 def import_autoencoder(state: State, node: dict[str, Any]) -> "tuple[HistoModule, Report]":
-    """An autoencoder from a file of one, or from the first stage in a diffusion model's file.
+    """Build an autoencoder from its own file, or from the first stage in a diffusion model's file.
 
     Args:
         state: From `read_foreign`.
@@ -284,13 +287,11 @@ def import_autoencoder(state: State, node: dict[str, Any]) -> "tuple[HistoModule
     params = node.get("params") or {}
     wanted = {k: params[k] for k in ("ddconfig", "embed_dim") if k in params}
     if len(wanted) < 2:
-        raise UserError(
-            "--config: the model section describes no autoencoder (ddconfig, embed_dim)"
-        )
+        raise UserError("config: the model section describes no autoencoder (ddconfig, embed_dim)")
     module = AutoencoderKL(**wanted)
     prefix = "first_stage_model." if any(k.startswith("first_stage_model.") for k in state) else ""
     matcher = _Matcher(state)
-    matcher.fill(module.net, _same(module.net, prefix), "autoencoder")
+    matcher.fill(module.net, _identical_names(module.net, prefix), "autoencoder")
     return module, matcher.report
 
 
@@ -300,16 +301,16 @@ def import_diffusion(
     autoencoder: str | None = None,
     scale_factor: float | None = None,
 ) -> "tuple[HistoModule, Report]":
-    """An unconditional latent diffusion model.
+    """Build an unconditional latent diffusion model.
 
     Args:
         state, node: As for `import_autoencoder`.
-        autoencoder: Checkpoint of ours, for a file without first stage.
-        scale_factor: For a file that does not hold it.
+        autoencoder: Autoencoder checkpoint of this toolkit, for a file without first stage.
+        scale_factor: Latent scale, for a file that does not hold it.
 
     Raises:
-        UserError: Weights of other shapes, another noise schedule, two different latent scales or
-            autoencoders, or none.
+        UserError: The weights have other shapes or another noise schedule than the configuration
+            says; or the latent scale or the autoencoder is missing or given twice and different.
     """
     import torch
 
@@ -320,83 +321,95 @@ def import_diffusion(
     matcher = _Matcher(state)
     params = dict(node.get("params") or {})
     stated = params.pop("scale_factor", None)
-    own_first_stage = any(k.startswith("first_stage_model.") for k in state)
-    other = (
-        None
-        if autoencoder is None
-        else load_model(autoencoder, "autoencoder", what="--autoencoder")
-    )
-    if own_first_stage and not (params.get("first_stage_config") or {}).get("params"):
-        if other is None:
-            raise UserError(
-                "--config: model.params.first_stage_config does not describe the autoencoder in "
-                "the file; add its ddconfig and embed_dim, or give --autoencoder CKPT"
-            )
-        params["first_stage_config"] = other.rebuild_config()
-    if not own_first_stage:
-        if other is None:
-            raise UserError(
-                "the file holds no autoencoder (first_stage_model.*); import that first and give "
-                "--autoencoder CKPT"
-            )
-        params["first_stage_config"] = other.rebuild_config()
-
-    averaged = any(k.startswith("model_ema.") for k in state)
-    if not averaged:
+    other = None
+    if autoencoder is not None:
+        other = load_model(autoencoder, "autoencoder", what="autoencoder")
+    in_file = any(k.startswith("first_stage_model.") for k in state)
+    params["first_stage_config"] = _first_stage_config(params, in_file, other)
+    params["use_ema"] = any(k.startswith("model_ema.") for k in state)
+    if not params["use_ema"]:
         matcher.report.notes.append("no averaged weights (model_ema.*): samples come from the UNet")
-    params["use_ema"] = averaged
     scale = _scale(matcher, stated, scale_factor)
     module = LatentDiffusion(**params, scale_factor=scale)
-    if own_first_stage:
-        net = module.first_stage_model
-        matcher.fill(net, _same(net, "first_stage_model."), "first stage")
+    net = module.first_stage_model
+    if in_file:
+        matcher.fill(net, _identical_names(net, "first_stage_model."), "first stage")
         if other is not None and other.net.fingerprint() != net.fingerprint():
             raise UserError(
-                f"--autoencoder: {autoencoder} is not the autoencoder in the file; leave it out"
+                f"autoencoder: {autoencoder} is not the autoencoder in the file; leave it out"
             )
     else:
-        module.first_stage_model.load_state_dict(other.net.state_dict())
-    unet = "model.diffusion_model."
-    matcher.fill(module.unet, _same(module.unet, unet), "UNet")
-    if averaged:
-        names = {
-            name: "model_ema." + f"diffusion_model.{name}".replace(".", "")
-            for name in module.ema.net.state_dict()
-        }
-        matcher.fill(module.ema.net, names, "averaged UNet")
-        updates = matcher.take("model_ema.num_updates")
-        if updates is not None:
-            module.ema.num_updates.fill_(int(updates))
-        decay = matcher.take("model_ema.decay")
-        if decay is not None:
-            module.ema_decay = module.ema.decay = round(float(decay), 6)
+        net.load_state_dict(other.net.state_dict())
+    matcher.fill(module.unet, _identical_names(module.unet, "model.diffusion_model."), "UNet")
+    if params["use_ema"]:
+        _fill_average(matcher, module)
     _check_schedule(matcher, module.schedule)
     module.scale_factor = torch.tensor(scale)
     return module, matcher.report
 
 
+def _first_stage_config(
+    params: dict[str, Any], in_file: bool, other: "HistoModule | None"
+) -> dict[str, Any]:
+    """The configuration of the autoencoder: that of the file's own, or of `other`.
+
+    Args:
+        params: Of the diffusion model's configuration.
+        in_file: Whether the file holds an autoencoder.
+        other: The autoencoder that the user names, if any.
+    """
+    described = params.get("first_stage_config") or {}
+    if in_file and described.get("params"):
+        return described
+    if other is not None:
+        return other.rebuild_config()
+    if in_file:
+        raise UserError(
+            "config: model.params.first_stage_config does not describe the autoencoder in the "
+            "file; add its ddconfig and embed_dim, or name an autoencoder checkpoint"
+        )
+    raise UserError(
+        "the file holds no autoencoder (first_stage_model.*); import that first and name it as "
+        "autoencoder"
+    )
+
+
+def _fill_average(matcher: _Matcher, module: "HistoModule") -> None:
+    """Fill the average of the UNet's weights, its count of updates and its decay."""
+    ema = module.ema
+    names = {
+        name: "model_ema." + f"diffusion_model.{name}".replace(".", "")
+        for name in ema.net.state_dict()
+    }
+    matcher.fill(ema.net, names, "averaged UNet")
+    if (updates := matcher.take("model_ema.num_updates")) is not None:
+        ema.num_updates.fill_(int(updates))
+    if (decay := matcher.take("model_ema.decay")) is not None:
+        module.ema_decay = ema.decay = round(float(decay), 6)
+
+
 def _scale(matcher: _Matcher, stated: float | None, given: float | None) -> float:
-    """The latent scale: of the file, of the command line or of the configuration."""
+    """The latent scale: from the file, else as given, else from the configuration."""
     stored = matcher.take("scale_factor")
     if stored is not None:
         if given is not None and abs(float(stored) - given) > 1e-5 * given:
             raise UserError(
-                f"--scale_factor {given}: the file holds {float(stored):.6g}; leave it out"
+                f"scale_factor={given}: the file holds {float(stored):.6g}; leave it out"
             )
         return float(stored)
     if given is not None:
         return given
     if stated is None:
         raise UserError(
-            "the file holds no scale_factor, and the configuration says none: give --scale_factor "
-            "X (1 / standard deviation of the latents that it was trained on)"
+            "the file holds no scale_factor, and the configuration says none: give scale_factor "
+            "(1 / standard deviation of the latents that it was trained on)"
         )
     matcher.report.notes.append(f"scale_factor {stated} from the configuration")
     return float(stated)
 
 
 def _check_schedule(matcher: _Matcher, schedule) -> None:
-    """Compare the file's tables with the configuration's: the same weights mean nothing else."""
+    """Compare the file's noise schedule with the configuration's."""
     import torch
 
     known = {"betas": schedule.betas, "alphas_cumprod": schedule.alphas_cumprod}
@@ -414,7 +427,7 @@ def _check_schedule(matcher: _Matcher, schedule) -> None:
                 f"the file's noise schedule is not the configuration's: {name} goes from "
                 f"{theirs[0]:.6g} to {theirs[-1]:.6g} in {len(theirs)} steps there, from "
                 f"{ours[0]:.6g} to {ours[-1]:.6g} in {len(ours)} here; correct timesteps, "
-                "beta_schedule, linear_start and linear_end in --config"
+                "beta_schedule, linear_start and linear_end in the configuration"
             )
     if not seen:
         matcher.report.notes.append("no table of betas to compare the schedule with")
@@ -428,24 +441,24 @@ def import_classifier(
     scale_factor: float | None = None,
     noised: bool = False,
 ) -> "tuple[HistoModule, Report]":
-    """A noisy-latent classifier.
+    """Build a noisy-latent classifier.
 
     Args:
         state: From `read_foreign`.
-        first_stage: Checkpoint of ours: the diffusion model that is guided (or its autoencoder,
-            with `scale_factor`).
+        first_stage: Checkpoint of the diffusion model that is guided, or of its autoencoder
+            (with `scale_factor`), of this toolkit.
         classes: Names, in the order of the classifier's outputs.
         node: `EncoderUNetModel` with its parameters; None for the published classifier's.
         noised: Whether it was trained on noisy latents; the published code trains at t = 0.
     """
     from ldm.models.classifier import LatentSpace, NoisyLatentClassifier, network_config
 
-    space = LatentSpace.load(first_stage, what="--autoencoder")
+    space = LatentSpace.load(first_stage, what="autoencoder")
     scale = scale_factor if space.scale_factor is None else space.scale_factor
     if scale is None:
         raise UserError(
-            f"--autoencoder: {first_stage} holds no latent scale; give the diffusion checkpoint, "
-            "or --scale_factor X"
+            f"autoencoder: {first_stage} holds no latent scale; give the diffusion checkpoint, "
+            "or a scale_factor"
         )
     if node is not None:
         _require_target(node, "EncoderUNetModel")
@@ -456,15 +469,13 @@ def import_classifier(
     )
     if net["params"]["out_channels"] != len(classes):
         raise UserError(
-            f"--classes: {len(classes)} names, --config says {net['params']['out_channels']} "
-            "outputs"
+            f"classes: {len(classes)} names, but the configuration says "
+            f"{net['params']['out_channels']} outputs"
         )
     outputs = {k: len(v) for k, v in state.items() if k in ("out.2.c_proj.bias", "out.3.bias")}
     for name, count in outputs.items():
         if count != len(classes):
-            raise UserError(
-                f"--classes: {len(classes)} names, the file has {count} outputs ({name})"
-            )
+            raise UserError(f"classes: {len(classes)} names, the file has {count} outputs ({name})")
     schedule = space.schedule
     module = NoisyLatentClassifier(
         net_config=net,
@@ -478,15 +489,15 @@ def import_classifier(
     )
     module.classes = list(classes)
     matcher = _Matcher(state)
-    matcher.fill(module.net, _same(module.net), "classifier")
+    matcher.fill(module.net, _identical_names(module.net), "classifier")
     return module, matcher.report
 
 
 def write_imported(
     module: "HistoModule", report: Report, source: Path, out: Path, beside: dict[str, Any]
 ) -> None:
-    """Write a checkpoint of ours, which says what it was made from."""
-    from ldm.checkpoint import KEY, file_sha256, write_checkpoint
+    """Write the imported model as a checkpoint that records its source file."""
+    from ldm.checkpoint import KEY, write_checkpoint
 
     payload: dict[str, Any] = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(payload)

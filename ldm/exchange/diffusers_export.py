@@ -1,19 +1,19 @@
-"""A diffusion model of ours as a pipeline of the diffusers library.
+"""Export of a diffusion model as a pipeline of the diffusers library.
 
-`UNet2DModel` and `AutoencoderKL` of that library compute what ours do (Dhariwal & Nichol 2021;
-Rombach et al. 2022); their weights have other names, and the attention's q, k and v lie apart.
-One thing `UNet2DModel` cannot say: a number of heads that is the same at every width. For such a
-network (the paper's) the exported folder brings a class of a few lines that sets it.
+`UNet2DModel` and `AutoencoderKL` of that library compute the same functions as ours (Dhariwal &
+Nichol 2021; Rombach et al. 2022); their weights have other names, and q, k and v of the attention
+are separate tensors. `UNet2DModel` has no setting for one number of heads at every width. For such
+a network, as the paper's, the exported folder brings a short class that sets it.
 """
 
 import json
 import logging
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.errors import UserError
+from ldm.files import atomic_folder, file_sha256, write_json, write_text
 
 if TYPE_CHECKING:
     import torch
@@ -26,20 +26,58 @@ State = dict[str, "torch.Tensor"]
 SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2"}
 TOLERANCE = 1e-4  # largest difference between the two libraries, of values about 1, float32
 
-# Of the class for networks whose heads differ in width; its file travels with them.
+# The class for networks whose heads differ in width; its file is copied into the exported folder.
 HEADS_MODULE = "unet_heads"
 HEADS_CLASS = "UNetWithHeads"
 
 
 def unet_settings(params: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
-    """What `UNet2DModel` is built with, from the parameters of our `UNetModel`.
+    """The arguments of `UNet2DModel` for the parameters of our `UNetModel`.
 
     Returns:
-        Its settings, and the number of heads where the width of a head cannot say it, else None.
+        The arguments, and the number of heads where the width of a head cannot express it (else
+        None).
 
     Raises:
-        UserError: An option that it does not have.
+        UserError: The network has an option that `UNet2DModel` does not have.
     """
+    _require_exportable(params)
+    widths = [m * params["model_channels"] for m in params.get("channel_mult", (1, 2, 4, 8))]
+    attention = [2**level in params["attention_resolutions"] for level in range(len(widths))]
+    # A level without attention has a class of its own for each way of resampling.
+    resample, plain, block = "conv", ("Down", "Up"), "Block2D"
+    if params.get("resblock_updown", False):
+        resample, plain = "resnet", ("ResnetDownsample", "ResnetUpsample")
+    head_width, heads = _heads(params, widths, attention)
+    settings = {
+        "sample_size": params["image_size"],
+        "in_channels": params["in_channels"],
+        "out_channels": params["out_channels"],
+        "block_out_channels": widths,
+        "layers_per_block": params["num_res_blocks"],
+        "down_block_types": [f"AttnDown{block}" if a else f"{plain[0]}{block}" for a in attention],
+        "up_block_types": [
+            f"AttnUp{block}" if a else f"{plain[1]}{block}" for a in reversed(attention)
+        ],
+        "downsample_type": resample,
+        "upsample_type": resample,
+        "resnet_time_scale_shift": (
+            "scale_shift" if params.get("use_scale_shift_norm") else "default"
+        ),
+        "dropout": params.get("dropout", 0.0),
+        "norm_num_groups": 32,
+        # If omitted, the attention in the middle has no normalisation.
+        "attn_norm_num_groups": 32,
+        "norm_eps": 1e-5,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "attention_head_dim": head_width,
+    }
+    return settings, heads
+
+
+def _require_exportable(params: dict[str, Any]) -> None:
+    """UserError for a UNet with an option that `UNet2DModel` does not have."""
     get = params.get
     if get("num_classes") is not None:
         raise UserError(
@@ -57,48 +95,30 @@ def unet_settings(params: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
             "UNet2DModel has the same heads on both paths; this network cannot be exported"
         )
     mults = list(get("channel_mult", (1, 2, 4, 8)))
-    widths = [m * params["model_channels"] for m in mults]
-    if widths[0] != params["model_channels"]:
+    if mults[0] != 1:
         raise UserError(
             f"unet_config.params.channel_mult={mults}: diffusers' UNet2DModel starts at the width "
             "of its first level; it can be exported if the first multiplier is 1"
         )
-    attention = [2**level in params["attention_resolutions"] for level in range(len(widths))]
-    # The middle has attention whatever the resolutions say.
-    attended = {w for w, is_attended in zip(widths, attention, strict=True) if is_attended}
-    attended.add(widths[-1])
-    heads, width = get("num_heads", 1), get("num_head_channels", -1)
-    if width == -1 and len(attended) == 1:
-        width = attended.pop() // heads
-    # A level without attention has a class of its own for each way of resampling.
-    resample, plain, block = "conv", ("Down", "Up"), "Block2D"
-    if get("resblock_updown", False):
-        resample, plain = "resnet", ("ResnetDownsample", "ResnetUpsample")
-    settings = {
-        "sample_size": params["image_size"],
-        "in_channels": params["in_channels"],
-        "out_channels": params["out_channels"],
-        "block_out_channels": widths,
-        "layers_per_block": params["num_res_blocks"],
-        "down_block_types": [f"AttnDown{block}" if a else f"{plain[0]}{block}" for a in attention],
-        "up_block_types": [
-            f"AttnUp{block}" if a else f"{plain[1]}{block}" for a in reversed(attention)
-        ],
-        "downsample_type": resample,
-        "upsample_type": resample,
-        "resnet_time_scale_shift": "scale_shift" if get("use_scale_shift_norm") else "default",
-        "dropout": get("dropout", 0.0),
-        "norm_num_groups": 32,
-        # Not given, the middle's attention would go without its normalisation.
-        "attn_norm_num_groups": 32,
-        "norm_eps": 1e-5,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
-    }
-    if width == -1:
-        # Any width that divides all; the number of heads is set afterwards.
-        return {**settings, "attention_head_dim": 32}, heads
-    return {**settings, "attention_head_dim": width}, None
+
+
+def _heads(
+    params: dict[str, Any], widths: list[int], attention: list[bool]
+) -> tuple[int, int | None]:
+    """Width of an attention head, and the number of heads where no one width can express it.
+
+    Args:
+        widths: Channels of each level.
+        attention: Whether each level has attention.
+    """
+    heads, head_width = params.get("num_heads", 1), params.get("num_head_channels", -1)
+    if head_width != -1:
+        return head_width, None
+    # The middle block has attention in any case.
+    attended = {width for width, has in zip(widths, attention, strict=True) if has} | {widths[-1]}
+    if len(attended) == 1:
+        return attended.pop() // heads, None
+    return 32, heads  # any width that divides all levels; `UNetWithHeads` sets the number of heads
 
 
 def _res_block(state: State, old: str, new: str) -> State:
@@ -119,7 +139,7 @@ def _res_block(state: State, old: str, new: str) -> State:
 
 
 def _attention(state: State, old: str, new: str, heads: int, new_order: bool) -> State:
-    """q, k and v apart, from the 3C channels of `qkv`: (heads, 3, D), or (3, heads, D)."""
+    """Split the 3C channels of `qkv`, (heads, 3, D) or (3, heads, D), into q, k and v."""
     result = {
         f"{new}.group_norm.{part}": state[f"{old}.norm.{part}"] for part in ("weight", "bias")
     }
@@ -158,7 +178,7 @@ def unet_state(net: "torch.nn.Module", params: dict[str, Any]) -> State:
     }
 
     def put(layer: "torch.nn.Module", old: str, resnet: str, attention: str, sampler: str) -> None:
-        """One layer of ours to its place there; what is neither of the two blocks resamples."""
+        """Copy one layer to its place; a layer that is neither of the two blocks resamples."""
         if isinstance(layer, AttentionBlock):
             result.update(_attention(state, old, attention, layer.num_heads, new_order))
         elif isinstance(layer, ResBlock):
@@ -195,10 +215,10 @@ def unet_state(net: "torch.nn.Module", params: dict[str, Any]) -> State:
 
 
 def vae_settings(ddconfig: dict[str, Any], embed_dim: int, scale_factor: float) -> dict[str, Any]:
-    """What diffusers' `AutoencoderKL` is built with, from our `ddconfig`.
+    """The arguments of diffusers' `AutoencoderKL` for our `ddconfig`.
 
     Raises:
-        UserError: An architecture that it does not have.
+        UserError: `AutoencoderKL` of diffusers does not have this architecture.
     """
     from ldm.modules.autoencoder import DDCONFIG_KEYS
 
@@ -259,9 +279,9 @@ def vae_state(net: "torch.nn.Module") -> State:
 
 
 def scheduler_settings(model: "LatentDiffusion") -> dict[str, Any]:
-    """What `DDIMScheduler` is built with, so that it visits the steps of ours.
+    """The arguments of `DDIMScheduler` that make it visit the same time steps as our sampler.
 
-    That is so for numbers of sampling steps S that divide T, but for S = T: our steps are
+    They agree for every number of sampling steps S < T that divides T: our steps are
     floor(k T / S) + 1, theirs k floor(T / S) + 1, and both end at time step 0.
     """
     settings = model.schedule.settings
@@ -283,7 +303,7 @@ def build_pipeline(model: "LatentDiffusion", use_ema: bool = True) -> Any:
     """An `LDMPipeline` of diffusers with the weights of `model`.
 
     Raises:
-        UserError: Something in the model that diffusers has no option for.
+        UserError: The model has an option that diffusers does not have.
     """
     from diffusers import AutoencoderKL, DDIMScheduler, LDMPipeline, UNet2DModel
 
@@ -296,7 +316,7 @@ def build_pipeline(model: "LatentDiffusion", use_ema: bool = True) -> Any:
     if heads is None:
         unet = UNet2DModel(**settings)
     else:
-        from ldm.unet_heads import UNetWithHeads
+        from ldm.exchange.unet_heads import UNetWithHeads
 
         unet = UNetWithHeads(num_heads=heads, **settings)
     unet.load_state_dict(unet_state(model.network(use_ema), params))
@@ -334,23 +354,23 @@ An unconditional latent diffusion model of tissue tiles ({pixels} x {pixels} pix
 the diffusers library from `{source}` (SHA-256 {sha256}).
 
     import torch
-    {imports}
+    from diffusers import LDMPipeline
 
     pipeline = {load}
     images = pipeline(batch_size=4, num_inference_steps=50, eta=1.0,
                       generator=torch.Generator().manual_seed(0)).images
 
-The steps are those of the toolkit wherever `num_inference_steps` divides {T} (but for {T} itself).
+The time steps are those of the toolkit for every `num_inference_steps` below {T} that divides {T}.
 With eta 0 and the same initial noise the images are the same; with eta above 0 the two libraries
 draw their noise differently. Classifier guidance is not part of the pipeline.
 """
 
 
 def export(checkpoint: Path, model: "LatentDiffusion", out: Path, use_ema: bool = True) -> float:
-    """Write the pipeline to the folder `out`, whole or not at all.
+    """Write the pipeline to the new folder `out`, completely or not at all.
 
     Args:
-        checkpoint: Where `model` came from, for the record.
+        checkpoint: File that `model` was loaded from, for the record.
 
     Returns:
         The largest difference between the two libraries, read back from the folder.
@@ -358,10 +378,8 @@ def export(checkpoint: Path, model: "LatentDiffusion", out: Path, use_ema: bool 
     Raises:
         UserError: `out` exists, or the exported networks compute something else.
     """
-    from ldm.checkpoint import file_sha256
-
     if out.exists():
-        raise UserError(f"--out {out} exists; give another name, or remove it")
+        raise UserError(f"out: {out} exists; give another name, or remove it")
     pipeline = build_pipeline(model, use_ema)
     difference = largest_difference(model, pipeline, use_ema)
     if not difference < TOLERANCE:
@@ -369,41 +387,37 @@ def export(checkpoint: Path, model: "LatentDiffusion", out: Path, use_ema: bool 
             f"{checkpoint}: the exported networks differ by {difference:.2g} from ours, above "
             f"{TOLERANCE:g}; nothing is written"
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        with_heads = type(pipeline.unet).__name__ == HEADS_CLASS
+    sha256 = file_sha256(checkpoint)
+    record = {
+        "checkpoint": checkpoint.name,
+        "sha256": sha256,
+        "averaged_weights": use_ema and model.ema is not None,
+        "largest_difference": difference,
+        "record": model.record,
+    }
+    with atomic_folder(out) as folder:
         pipeline.save_pretrained(folder)
-        load = f'LDMPipeline.from_pretrained("{out.name}")'
-        if with_heads:
-            code = Path(__file__).with_name(f"{HEADS_MODULE}.py")
-            shutil.copyfile(code, folder / "unet" / code.name)
-            index = json.loads((folder / "model_index.json").read_text())
-            index["unet"] = [HEADS_MODULE, HEADS_CLASS]
-            (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-            load = f'LDMPipeline.from_pretrained("{out.name}", trust_remote_code=True)'
-        sha256 = file_sha256(checkpoint)
+        options = ""
+        if type(pipeline.unet).__name__ == HEADS_CLASS:
+            _add_heads_class(folder)
+            options = ", trust_remote_code=True"
         card = CARD.format(
             name=out.name,
             pixels=model.first_stage_model.resolution,
             source=checkpoint.name,
             sha256=sha256,
             T=model.schedule.T,
-            imports="from diffusers import LDMPipeline",
-            load=load,
+            load=f'LDMPipeline.from_pretrained("{out.name}"{options})',
         )
-        (folder / "README.md").write_text(card)
-        record = {
-            "checkpoint": checkpoint.name,
-            "sha256": sha256,
-            "averaged_weights": use_ema and model.ema is not None,
-            "largest_difference": difference,
-            "record": model.record,
-        }
-        (folder / "histodiffusion.json").write_text(json.dumps(record, indent=2) + "\n")
-        folder.chmod(0o755)
-        folder.rename(out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        write_text(folder / "README.md", card)
+        write_json(folder / "histodiffusion.json", record)
     return difference
+
+
+def _add_heads_class(folder: Path) -> None:
+    """Copy the class `HEADS_CLASS` into an exported folder and name it in the folder's index."""
+    code = Path(__file__).with_name(f"{HEADS_MODULE}.py")
+    shutil.copyfile(code, folder / "unet" / code.name)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["unet"] = [HEADS_MODULE, HEADS_CLASS]
+    write_json(folder / "model_index.json", index)

@@ -1,6 +1,6 @@
-"""UNet2DModel of diffusers with the same number of attention heads at every width.
+"""`UNet2DModel` of diffusers with the same number of attention heads at every width.
 
-This file stands alone: exported models bring a copy of it.
+The file imports nothing of this toolkit, since exported models bring a copy of it.
 """
 
 import inspect
@@ -10,9 +10,9 @@ from diffusers.models.attention_processor import Attention
 
 
 class UNetWithHeads(UNet2DModel):
-    """UNet2DModel is told the width of a head, not the number of heads; that is set here.
+    """A UNet2DModel whose attention layers have a given number of heads, not a given head width.
 
-    Args: as for UNet2DModel, and
+    Args: The arguments of UNet2DModel, and
         num_heads: Heads of every attention layer.
     """
 
@@ -24,7 +24,7 @@ class UNetWithHeads(UNet2DModel):
                 layer.heads = num_heads
                 layer.scale = (layer.inner_dim // num_heads) ** -0.5
 
-    # From it diffusers reads which of the stored settings are arguments.
+    # diffusers reads from the signature which of the stored settings are arguments.
     __init__.__signature__ = inspect.Signature(
         [
             *inspect.signature(UNet2DModel.__init__).parameters.values(),
