@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
 
 from ldm.report.grids import TileRow
 from ldm.report.tables import TextTable, environment
@@ -89,7 +88,7 @@ class Page:
 
     def charts(self, charts: Iterable[str]) -> None:
         """SVG drawings side by side, see `ldm.report.plots`."""
-        self.add("charts", charts=[Markup(chart) for chart in charts])
+        self.add("charts", charts=list(charts))
 
     def render(self) -> str:
         """The page as HTML."""
