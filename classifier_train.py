@@ -261,9 +261,8 @@ def _list(values: tuple[int, ...] | None) -> list[int] | None:
 
 def build_model(args: Options, space, classes: list[str]):
     """The classifier of `args` for a measured `LatentSpace`."""
-    from ldm.models.classifier import NoisyLatentClassifier, network_config
+    from ldm.models.classifier import NoisyLatentClassifier, network_config, process_params
 
-    schedule = space.schedule
     model = NoisyLatentClassifier(
         net_config=network_config(
             space.first_stage,
@@ -280,10 +279,7 @@ def build_model(args: Options, space, classes: list[str]):
         ),
         autoencoder_fingerprint=space.first_stage.fingerprint(),
         scale_factor=space.scale_factor,
-        timesteps=schedule["timesteps"],
-        beta_schedule=schedule["name"],
-        linear_start=schedule["linear_start"],
-        linear_end=schedule["linear_end"],
+        **process_params(space.schedule),
         noised=args.noised,
         t_sampler=args.schedule_sampler,
         microbatch=None if args.microbatch == -1 else args.microbatch,
@@ -297,9 +293,12 @@ def build_model(args: Options, space, classes: list[str]):
 
 def describe(args: Options, model, data, devices) -> str:
     """Parameters, data, batch and latent space, one per line."""
+    from ldm.models.diffusion import scale_text
+
     counts = [data.train_dataset.labels.count(label) for label in range(len(model.classes))]
     tiles = ", ".join(f"{name} {n}" for name, n in zip(model.classes, counts, strict=True))
     channels, size, _ = model.latent_shape
+    scale = scale_text(model.scale_factor)
     t = "over the whole schedule" if model.noised else "0 only, on clean latents"
     ranks = devices.ranks
     passes = math.ceil(args.batch_size / (model.microbatch or args.batch_size))
@@ -309,7 +308,7 @@ def describe(args: Options, model, data, devices) -> str:
             f"data         {len(data.train_dataset):,} training tiles, "
             f"{len(data.val_dataset):,} validation tiles",
             f"classes      {tiles}",
-            f"latents      {channels}x{size}x{size}, scale {float(model.scale_factor):.4f}, t {t}",
+            f"latents      {channels}x{size}x{size}, scale {scale}, t {t}",
             f"batch        {ranks * args.batch_size} ({ranks} devices x {args.batch_size}, "
             f"{passes} passes each)",
             f"learning rate {args.lr:.3g}{' annealed to 0' if args.anneal_lr else ''} over "

@@ -32,6 +32,7 @@ from tables import (
 
 from ldm.evaluation.predictions import Predictions
 from ldm.experiment.report import write_results
+from ldm.experiment.results import Table
 from ldm.experiment.statistics import Difference, stars
 from ldm.experiment.tables import (
     Results,
@@ -44,7 +45,6 @@ from ldm.experiment.tables import (
 )
 from ldm.report.page import Page
 from ldm.report.tables import to_latex
-from ldm.table.results import Table
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 BROWSER = next((path for name in BROWSERS if (path := shutil.which(name))), None)

@@ -10,6 +10,7 @@ from tables import CLASSES, predictions, row
 from ldm.errors import UserError
 from ldm.evaluation.metrics import confusion_matrix, scores
 from ldm.evaluation.predictions import Predictions
+from ldm.experiment.results import Table
 from ldm.experiment.statistics import (
     METRICS,
     Arm,
@@ -25,7 +26,6 @@ from ldm.experiment.statistics import (
     stars,
     sum_by_group,
 )
-from ldm.table.results import Table
 
 
 def arms(

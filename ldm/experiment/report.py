@@ -15,6 +15,7 @@ import yaml
 
 from ldm.data.images import list_images, read_tile
 from ldm.experiment.generator_report import Generator, add_generator
+from ldm.experiment.results import Row, Table
 from ldm.experiment.statistics import METRICS
 from ldm.experiment.tables import (
     Results,
@@ -43,7 +44,6 @@ from ldm.report.plots import (
     series_chart,
 )
 from ldm.report.tables import MINUS, TextTable, to_latex
-from ldm.table.results import Row, Table
 
 SIDE = 64  # pixels of a tile on the screen
 SOURCE = 96  # pixels of a tile in the page, at most
@@ -195,14 +195,14 @@ def _curves(page: Page, results: Results) -> None:
 def _curves_of(results: Results, split: str) -> Iterable[str]:
     """A chart per generator: a series per strategy, over the ratio."""
     drawn = list(_series_by_generator(results, split))
-    if not drawn:
+    ratios = sorted({x for _, series in drawn for one in series for x in one.x})
+    if len(ratios) < 2:  # one amount is no curve
         return
     level = None
     if results.reference is not None and (found := results.stats(results.reference, split))[0]:
         level = Level(results.reference.label, *_accuracy(*found))
     limits = [bounds(series, level) for _, series in drawn]
     least, most = min(low for low, _ in limits), max(high for _, high in limits)
-    ratios = sorted({x for _, series in drawn for one in series for x in one.x})
     for label, series in drawn:
         yield series_chart(
             _short(label),

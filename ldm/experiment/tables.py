@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from ldm.evaluation.metrics import HEADLINE, mean_and_std
+from ldm.experiment.results import Row, Table
 from ldm.experiment.statistics import (
     FEWEST_SEEDS,
     METRICS,
@@ -20,7 +21,6 @@ from ldm.experiment.statistics import (
     stars,
 )
 from ldm.report.tables import MINUS, TextTable, escape_markdown, to_markdown
-from ldm.table.results import Row, Table
 
 PUBLISHED_GAIN = "selected - real"  # entry of the published numbers that belongs to no row
 WORDS = {"macro_f1": "macro F1"}

@@ -61,6 +61,11 @@ class DecoderFinetune(HistoModule):
                 "model.params.autoencoder_ckpt=CKPT"
             )
         source = load_model(autoencoder_ckpt, "autoencoder", what="model.params.autoencoder_ckpt")
+        if not isinstance(source.net, AutoencoderNet):
+            raise UserError(
+                f"model.params.autoencoder_ckpt: {autoencoder_ckpt} holds a "
+                f"{type(source.net).__name__}, whose decoder cannot be tuned; give an autoencoder"
+            )
         self.source_config = source.rebuild_config()
         self.net: AutoencoderNet = source.net
         self.net.decoder.requires_grad_(True)

@@ -130,29 +130,32 @@ def _legend(axes: Any) -> None:
                 handletextpad=0.5)  # fmt: skip
 
 
-def line_chart(
-    title: str, series: Sequence[Series], x_label: str, falling: bool = False, description: str = ""
-) -> str:
+def line_chart(title: str, series: Sequence[Series], x_label: str, falling: bool = False) -> str:
     """Lines over a common axis; values that are not finite are left out.
 
     Args:
         falling: Draw x from high to low, as a sampler goes through time steps.
     """
     figure, axes = _chart_axes(title)
+    empty = True
     for line, colour in zip(series, SERIES, strict=False):
         x, y = np.asarray(line.x, dtype=float), np.asarray(line.y, dtype=float)
         shown = np.isfinite(x) & np.isfinite(y)
-        axes.plot(x[shown], y[shown], color=colour, linewidth=1.8, label=line.name)
-        if shown.any() and y[shown].min() >= 0:
-            axes.set_ylim(bottom=0)
         if not shown.any():
-            axes.text(0.5, 0.5, "no values", transform=axes.transAxes, ha="center", fontsize=9)
+            continue
+        empty = False
+        marker = "o" if shown.sum() < 20 else ""  # a single value would make no line
+        axes.plot(x[shown], y[shown], color=colour, lw=1.8, marker=marker, ms=3.5, label=line.name)
+        if y[shown].min() >= 0:
+            axes.set_ylim(bottom=0)
+    if empty:
+        axes.text(0.5, 0.5, "no values", transform=axes.transAxes, ha="center", fontsize=9)
     axes.set_xlabel(x_label)
     if falling:
         axes.invert_xaxis()
-    if len(series) > 1:
+    if len(series) > 1 and not empty:
         _legend(axes)
-    return to_svg(figure, description or f"{title}, over {x_label}")
+    return to_svg(figure, f"{title}, over {x_label}")
 
 
 def bar_chart(
@@ -284,7 +287,7 @@ def draw_confusion(axes: Any, counts: np.ndarray, classes: Sequence[str]) -> Non
             colour = COLOURS["page" if share > 0.5 else "text"]
             axes.text(j, i, f"{100 * share:.0f}%\n{number}", ha="center", va="center",
                       fontsize=min(9.0, 52 / k), color=colour)  # fmt: skip
-    tilted = max(map(len, classes)) > 6
+    tilted = k * max(map(len, classes)) > 30  # letters that stand side by side
     axes.set_xticks(
         range(k), classes, rotation=40 if tilted else 0, ha="right" if tilted else "center"
     )
