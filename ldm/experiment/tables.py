@@ -94,7 +94,7 @@ class Results:
 
     @cached_property
     def notes(self) -> list[str]:
-        """What the evaluations remarked (imbalance, missing classes, ...), each once."""
+        """Notes of the evaluations (imbalance, missing classes, ...), each once with its arms."""
         found: dict[str, list[str]] = {}
         for row in self.table.rows:
             for note in (row.summary or {}).get("notes", ()):
@@ -242,7 +242,7 @@ def tiles_cell(row: Row) -> str:
 
 
 def status_cell(row: Row) -> str:
-    """What stands in place of numbers that are not there; "" where they are."""
+    """Why a row has no numbers; empty where it has some."""
     if row.status not in STATUS:
         return ""
     if not row.failures:
@@ -332,7 +332,7 @@ def arms_table(results: Results, split: str) -> TextTable:
 
 
 def arms_caption(results: Results, split: str) -> list[str]:
-    """How to read the table of a split, a sentence or two per line; once for all splits."""
+    """How to read the table of a split, a sentence or two per line, in full for the first split."""
     table, real = results.table, results.reference
     runs = results.runs(real, split) if real else []
     images = f"{runs[0]['images']:,} images of {split}" if runs else f"images of {split}"
@@ -394,7 +394,7 @@ def random_table(results: Results, split: str) -> TextTable:
 
 
 def fidelity_table(results: Results) -> TextTable:
-    """What the synthetic tiles are like, arm by arm."""
+    """Fidelity and copies of the synthetic tiles, arm by arm."""
     heads = ["synthetic tiles of", "tiles", "FID", "KID × 1000", "precision", "recall"]
     heads += ["flagged as copies", "of the pool", "by chance"]
     rows, extractors, warnings = [], {}, {}
@@ -436,7 +436,7 @@ def fidelity_table(results: Results) -> TextTable:
 
 
 def _failure_of(row: Row, job: str) -> str:
-    """`failed` where a job of this title did; what failed is told in full below the tables."""
+    """`failed` where a job of this title failed; the reason stands in full below the tables."""
     return "failed" if any(line.startswith(f"{job} of ") for line in row.failures) else ""
 
 
