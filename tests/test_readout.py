@@ -109,9 +109,13 @@ def test_guided_sampling(kind, models):
     torch.testing.assert_close(guided, latents(3.0, separate=True), rtol=1e-3, atol=1e-4)
 
 
-def test_another_unet_is_refused(models):
+def test_another_unet_is_refused(models, tmp_path):
+    other = load_model(models / "flow.ckpt", "diffusion")
+    with torch.no_grad():
+        other.ema.net.out[2].bias += 1e-3
+    tiny.save(other, tmp_path / "other.ckpt")
     with pytest.raises(UserError, match="reads the features of another diffusion model"):
-        load_models(models / "eps.ckpt", models / "v-readout.ckpt")
+        load_models(tmp_path / "other.ckpt", models / "flow-readout.ckpt")
 
 
 def test_raw_weights_are_refused(models):
