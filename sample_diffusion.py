@@ -18,6 +18,7 @@ from ldm.cli import (
     option,
     parse,
     run_command,
+    shown,
 )
 from ldm.devices import shared_devices
 from ldm.errors import UserError
@@ -41,10 +42,10 @@ def part_of(text: str | tuple) -> tuple[int, int]:
         return tuple(text)
     words = text.split("/")
     if len(words) != 2 or not all(word.isdecimal() for word in words):
-        raise ValueError(f"{text!r} is not of the form I/N, such as 0/16")
+        raise ValueError(f"{shown(text)} is not of the form I/N, such as 0/16")
     part, count = map(int, words)
     if part >= count:
-        raise ValueError(f"{text}: parts go from 0/{count} to {count - 1}/{count}")
+        raise ValueError(f"{shown(text)}: parts go from 0/{count} to {count - 1}/{count}")
     return part, count
 
 

@@ -12,26 +12,18 @@ settings and counts. With --by_group no patient, slide or region is in both.
 makes the ceiling of an experiment with synthetic tiles: D/train5 and as many real tiles more.
 """
 
-import json
 import logging
-import sys
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from ldm.cli import Count, Whole, existing_path, option, parse, run_command
-from ldm.data.folders import build_folder
 from ldm.data.groups import grouping_of
 from ldm.errors import UserError
 from ldm.settings import GroupOptions
-
-if TYPE_CHECKING:
-    from ldm.data.subset import Labelled
 
 log = logging.getLogger("make_subset")
 
@@ -88,67 +80,6 @@ def parse_arguments(argv: list[str] | None = None) -> Options:
     return parse(Options, argv)
 
 
-def describe(counts: dict[str, dict[str, int]]) -> str:
-    """The counts as a table, a row per class."""
-    columns = list(next(iter(counts.values())))
-    width = max(len("class"), *map(len, counts))
-    lines = [f"{'class':{width}}  " + "  ".join(f"{column:>7}" for column in columns)]
-    for name, row in counts.items():
-        lines.append(f"{name:{width}}  " + "  ".join(f"{row[column]:>7}" for column in columns))
-    return "\n".join(lines)
-
-
-def included_files(
-    include: Path, data: Path, tiles: "list[Labelled]"
-) -> tuple[dict[str, Path], set[str]]:
-    """The files of `--include` by their paths below it, and those of `tiles` that are among them.
-
-    Files are the same when their contents are, whatever their names.
-
-    Raises:
-        UserError: Other classes than `--data` has, or an empty one.
-    """
-    from ldm.data.images import class_folders, list_images
-    from ldm.files import file_sha256
-
-    files = [path for name in class_folders(include) for path in list_images(include / name)]
-    found = {path.relative_to(include).as_posix(): path for path in files}
-    theirs, ours = {file.split("/")[0] for file in found}, {tile.label for tile in tiles}
-    if theirs != ours:
-        raise UserError(
-            f"--include {include}: has images of {sorted(theirs)}, --data of {sorted(ours)}; both"
-            " must have the same classes"
-        )
-    sizes = {path.stat().st_size for path in found.values()}
-    digests = {file_sha256(path) for path in found.values()}
-    # Hashing is slow on large sets, and only a file of one of these sizes can be the same.
-    held = {
-        tile.file
-        for tile in tiles
-        if (data / tile.file).stat().st_size in sizes and file_sha256(data / tile.file) in digests
-    }
-    return found, held
-
-
-def targets(included: dict[str, Path], drawn: list[str]) -> dict[str, str]:
-    """Where each drawn file goes in the subset: its own path, unless an included one has it.
-
-    Raises:
-        UserError: Both names are taken.
-    """
-    found = {}
-    for file in drawn:
-        folder, _, name = file.rpartition("/")
-        target = f"{folder}/more_{name}" if file in included else file
-        if target in included or target in found:
-            raise UserError(
-                f"--include has files {file} and {target}, which are other images than {file} of"
-                " --data; rename them"
-            )
-        found[target] = file
-    return found
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     data = existing_path(args.data, "--data", "dir")
@@ -164,97 +95,21 @@ def main(argv: list[str] | None = None) -> None:
             "--by_group: needs to know the groups; give --group_level, --group_regex or --group_csv"
         )
 
-    from ldm.data.images import class_folders, list_images
-    from ldm.data.subset import (
-        LIST,
-        RECORD,
-        REST,
-        SUBSET,
-        Labelled,
-        count,
-        draw,
-        percent_of,
-        to_csv,
-        wanted_per_class,
-    )
-    from ldm.files import file_sha256
-    from ldm.run import MadeFolder, git_revision, versions
+    from ldm.data.subset import Amount, Subset, describe
 
-    tiles = []
-    for name in class_folders(data):
-        files = [path.relative_to(data).as_posix() for path in list_images(data / name)]
-        if not files:
-            raise UserError(f"--data {data}: class folder {name} has no images; remove it")
-        tiles += [Labelled(file, file if grouping is None else grouping(file)) for file in files]
-    if not tiles:
-        raise UserError(f"--data {data}: no class folders; a labelled set is DIR/CLASS/image files")
-    included, held = ({}, set()) if include is None else included_files(include, data, tiles)
-    there = Counter(file.split("/")[0] for file in included)
-    if args.ratio is not None:
-        wanted = percent_of(there, args.ratio)
-    else:
-        if args.per_class is None:
-            total = wanted_per_class(tiles, args.fraction)
-        else:
-            total = {tile.label: args.per_class for tile in tiles}
-        wanted = {name: max(0, number - there[name]) for name, number in total.items()}
-    if args.by_group and len(held) < len(included):
-        log.warning(
-            "%d of %d images of --include are not in --data: which groups they are of is unknown",
-            len(included) - len(held), len(included)
-        )  # fmt: skip
-    decisions = draw(tiles, wanted, args.seed, args.by_group, held)
-    table = to_csv(tiles, decisions)
-    settings = {
-        "wanted": wanted,
-        "by_group": args.by_group,
-        "seed": args.seed,
-        "link": args.link,
-        "tiles": sha256(table.encode()).hexdigest(),
-    }
-    if include is not None:
-        # The files themselves: their names do not tell whether one was replaced.
-        digests = "".join(f"{name} {file_sha256(path)}\n" for name, path in included.items())
-        settings["include"] = sha256(digests.encode()).hexdigest()
-    if MadeFolder(out, settings, RECORD).exists():
+    amount = Amount(args.fraction, args.per_class, args.ratio)
+    subset = Subset.plan(data, amount, grouping, args.by_group, args.seed, include)
+    if not subset.make(out, args.link):
         print(f"{out} is there already, made with the same settings")
         return
-    drawn = [
-        tile.file
-        for tile, decision in zip(tiles, decisions, strict=True)
-        if decision == SUBSET and tile.file not in held
-    ]
-    counts = count(tiles, decisions)
-    if grouping is None:
-        for row in counts.values():
-            del row["groups"]  # each tile is its own
-    record = {
-        "settings": settings,
-        "counts": counts,
-        "included": dict(there),
-        "drawn": dict(Counter(file.split("/")[0] for file in drawn)),
-        "command": sys.argv,
-        "versions": versions(),
-        "revision": git_revision(),
-    }
-    chosen = {target: data / file for target, file in targets(included, drawn).items()} | included
-    notes = {LIST: table, RECORD: json.dumps(record, indent=2) + "\n"}
-    build_folder(out, chosen, notes, args.link)
-    print(describe(counts))
-    got = record["drawn"]
-    short = [
-        f"{name} {got.get(name, 0)} of {number}"
-        for name, number in wanted.items()
-        if got.get(name, 0) < number
-    ]
-    if short:
-        log.warning("fewer tiles than wanted: %s", ", ".join(short))
-    if not any(row[REST] for row in counts.values()):
-        log.warning("no tile is left for the rest; ask for fewer tiles to have one")
+    print(describe(subset.counts()))
+    total = len(subset.tiles)
     if include is None:
-        print(f"{len(chosen)} of {len(tiles)} tiles in {out}")
+        print(f"{len(subset.drawn)} of {total} tiles in {out}")
     else:
-        print(f"{len(included)} tiles of {include} and {len(drawn)} of {data} in {out}")
+        print(
+            f"{len(subset.included)} tiles of {include} and {len(subset.drawn)} of {data} in {out}"
+        )
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from ldm.copies import pixels
 from ldm.data.tiles import TileFolder, decode_tiles, read_tile
 from ldm.errors import UserError
 from ldm.evaluation.sets import listing_sha256
-from ldm.evaluation.vit import eval_transform
 from ldm.files import file_sha256, write_bytes
+from ldm.models.vit import eval_transform
 from ldm.selection.features import Extractor
 
 FORMAT = "histodiffusion copy check 1"

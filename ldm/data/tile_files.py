@@ -7,10 +7,11 @@ Letters: N files, K classes.
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,12 +28,6 @@ log = logging.getLogger(__name__)
 OVERVIEW = "grid.png"  # what sample_diffusion.py draws beside its class folders
 ALL = "all"
 
-# Lines of which `TileFiles.sha256` is taken. They differ by the file that records the digest: a
-# changed line would make every digest that was recorded before differ from that of the same files.
-EVALUATION_LINE = "{digest} {name}\n"  # results of eval.py, copy checks, references of fidelity
-FEATURES_LINE = "{name}\0{digest}\n"  # files of features and of centroids, selections
-SUBSET_LINE = "{name} {digest}\n"  # subsets that include another folder
-
 
 @dataclass(frozen=True)
 class TileFiles:
@@ -43,7 +38,7 @@ class TileFiles:
 
     Attributes:
         root: Folder of the set.
-        relative_paths: Paths of the N files below the folder, with `/`.
+        names: Paths of the N files below the folder, with `/`.
         labels: Class of each file, an index into `classes`; -1 in a set without classes.
         classes: K class names in label order; empty for a set without classes.
         part: Which of the tiles in the folder these are, for people.
@@ -52,7 +47,7 @@ class TileFiles:
     """
 
     root: Path
-    relative_paths: list[str]
+    names: list[str]
     labels: list[int]
     classes: list[str]
     part: str = ALL
@@ -62,7 +57,7 @@ class TileFiles:
     def below(
         cls,
         root: str | os.PathLike,
-        labelled: bool | None = True,
+        labelled: bool = True,
         classes: Sequence[str] | None = None,
         index: "CorpusIndex | None" = None,
         number: int = 0,
@@ -70,9 +65,8 @@ class TileFiles:
         """List the images of a folder.
 
         Args:
-            root: Folder of the set; of a labelled one, ROOT/CLASS/** holds the images.
-            labelled: Whether folders directly below `root` are classes. Images beside them are
-                then reported and left out. None: where there are such folders.
+            root: Folder of the set; of a labelled one, ROOT/CLASS/** holds the images, and images
+                beside the classes are reported and left out.
             classes: The classes there must be, in label order. Default: the folders' names, sorted.
             index: Index of the folder, which is then not walked; tiles with a problem are left out.
             number: Number of the folder among the roots of the index.
@@ -83,34 +77,57 @@ class TileFiles:
         """
         root = Path(root).expanduser()
         require_tile_folder(root)
-        if index is not None:
-            names, loose, group_of = _listed(root, bool(labelled), index, number)
+        group_of = None
+        if index is None:
+            names, loose = _found(root, labelled)
         else:
-            if labelled is None:
-                labelled = bool(class_folders(root))
-            names, loose, group_of = *_found(root, labelled), None
-        if labelled:
-            if loose:
-                log.warning("%s: %d images beside the class folders are not used", root, loose)
-            chosen = _matching_classes(root, sorted(names), classes)
-        else:
-            chosen = [""]
-        paths, labels = [], []
-        for label, name in enumerate(chosen):
+            table = index.tiles(number)
+            group_of = dict(zip(table["path"], table["group"], strict=True))
+            names, loose = _by_class(table["path"], labelled)
+        if loose:
+            _report_loose(root, loose)
+        chosen = _matching_classes(root, sorted(names), classes) if labelled else [""]
+        for name in chosen:
             if not names[name]:
-                what = "class folder" if labelled else "tile folder"
                 raise UserError(
-                    f"{what} {root / name} has no images ({' '.join(sorted(EXTENSIONS))}); add some"
+                    f"{'class' if labelled else 'tile'} folder {root / name} has no images"
+                    f" ({' '.join(sorted(EXTENSIONS))}); add some"
                 )
-            paths += names[name]
-            labels += [label if labelled else -1] * len(names[name])
-        groups = None if group_of is None else [group_of[path] or path for path in paths]
-        return cls(root, paths, labels, chosen if labelled else [], groups=groups)
+        files = cls._of(root, {name: names[name] for name in chosen}, labelled)
+        groups = group_of and [group_of[name] or name for name in files.names]
+        return replace(files, groups=groups)
+
+    @classmethod
+    def if_classes(cls, root: Path, what: str) -> "TileFiles":
+        """List the images of the class folders where there are any, else those in the folder.
+
+        Args:
+            what: How errors call the folder.
+
+        Raises:
+            UserError: There are no images.
+        """
+        labelled = bool(class_folders(root))
+        names, loose = _found(root, labelled)
+        if labelled and loose:
+            _report_loose(root, loose)
+        if not labelled:
+            names[""] = [name for name in names[""] if name != OVERVIEW]
+        names = {name: paths for name, paths in names.items() if paths}
+        if not names:
+            raise UserError(f"{what}: {root} has no images; give a folder of tiles")
+        return cls._of(root, names, labelled)
+
+    @classmethod
+    def _of(cls, root: Path, names: Mapping[str, list[str]], labelled: bool) -> "TileFiles":
+        """The set of these paths by class, in label order."""
+        labels = [k if labelled else -1 for k, paths in enumerate(names.values()) for _ in paths]
+        return cls(root, list(chain(*names.values())), labels, list(names) if labelled else [])
 
     @cached_property
     def paths(self) -> list[Path]:
         """The N files."""
-        return [self.root / path for path in self.relative_paths]
+        return [self.root / path for path in self.names]
 
     @property
     def class_names(self) -> list[str]:
@@ -128,56 +145,65 @@ class TileFiles:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             return list(pool.map(file_sha256, self.paths))
 
-    def sha256(self, line: str = EVALUATION_LINE) -> str:
-        """SHA-256 over paths and contents, which tells whether two sets are the same files.
+    # Three SHA-256 of the same facts, paths and contents, since each is recorded in files of its
+    # own: with a changed line, none that was recorded before would be that of the same tiles.
 
-        Args:
-            line: What is hashed for each file: EVALUATION_LINE, FEATURES_LINE or SUBSET_LINE.
-        """
-        rows = zip(self.relative_paths, self.digests, strict=True)
-        return digest_of_text(line.format(name=name, digest=digest) for name, digest in rows)
+    @property
+    def listing(self) -> str:
+        """Digest of the set as results of eval.py, copy checks and fidelity record it."""
+        rows = zip(self.names, self.digests, strict=True)
+        return digest_of_text(f"{digest} {name}\n" for name, digest in rows)
 
-    def stamp(self, with_status: bool = False) -> str:
+    @property
+    def digest(self) -> str:
+        """Digest of the set in any order, as features, centroids and selections record it."""
+        rows = sorted(zip(self.names, self.digests, strict=True))
+        return digest_of_text(f"{name}\0{digest}\n" for name, digest in rows)
+
+    @property
+    def inclusion(self) -> str:
+        """Digest of the set as a subset that includes it records it."""
+        rows = zip(self.names, self.digests, strict=True)
+        return digest_of_text(f"{name} {digest}\n" for name, digest in rows)
+
+    def stamp(self) -> str:
         """SHA-256 over paths, sizes and times of the files, which are not read.
 
-        As long as it is the same, so are the files.
-
-        Args:
-            with_status: Include the time of the last change of status, which no program can set
-                back, but which a new hard link to the file changes too.
+        As long as it is the same, so are the files: the time of the last change of status, which no
+        program can set back, is included. A new hard link to a file changes it too.
         """
         lines = []
-        for name, path in zip(self.relative_paths, self.paths, strict=True):
+        for name, path in zip(self.names, self.paths, strict=True):
             state = os.stat(path)
-            line = f"{name}\0{state.st_size}\0{state.st_mtime_ns}"
-            lines.append(f"{line}\0{state.st_ctime_ns}\n" if with_status else f"{line}\n")
+            times = f"{state.st_mtime_ns}\0{state.st_ctime_ns}"
+            lines.append(f"{name}\0{state.st_size}\0{times}\n")
         return digest_of_text(lines)
 
-    def subset(self, indices: Iterable[int], part: str | None = None) -> "TileFiles":
-        """The files at `indices`.
+    def select(self, rows: Iterable[int], part: str | None = None) -> "TileFiles":
+        """The files at some places, with their digests where these are known.
 
         Args:
-            part: What they are of the folder, for people; by default as these.
+            part: Which of the tiles in the folder they are, for people; by default as these.
         """
-        indices = list(indices)
+        rows = list(rows)
         chosen = replace(
             self,
-            relative_paths=[self.relative_paths[i] for i in indices],
-            labels=[self.labels[i] for i in indices],
-            groups=None if self.groups is None else [self.groups[i] for i in indices],
+            names=[self.names[i] for i in rows],
+            labels=[self.labels[i] for i in rows],
+            groups=None if self.groups is None else [self.groups[i] for i in rows],
             part=self.part if part is None else part,
         )
-        if "digests" in self.__dict__:  # known already; a file is not read twice
-            chosen.__dict__["digests"] = [self.digests[i] for i in indices]
+        if "digests" in vars(self):
+            vars(chosen)["digests"] = [self.digests[i] for i in rows]
         return chosen
 
     def distinct(self) -> "TileFiles":
         """These files without byte-identical repetitions; the first of each is kept."""
         first = {digest: i for i, digest in reversed(list(enumerate(self.digests)))}
-        return self.subset(sorted(first.values()))
+        return self.select(sorted(first.values()))
 
     def __len__(self) -> int:
-        return len(self.relative_paths)
+        return len(self.names)
 
 
 def require_tile_folder(root: Path) -> None:
@@ -187,8 +213,12 @@ def require_tile_folder(root: Path) -> None:
         raise UserError(f"tile folder {root} {reason}; check the path")
 
 
+def _report_loose(root: Path, count: int) -> None:
+    log.warning("%s: %d images beside the class folders are not used", root, count)
+
+
 def _found(root: Path, labelled: bool) -> tuple[dict[str, list[str]], int]:
-    """Paths of the images below a folder by class ("" without classes), and of how many beside."""
+    """Paths of the images below a folder by class ("" without classes), and how many lie beside."""
 
     def below(folder: Path) -> list[str]:
         return [path.relative_to(root).as_posix() for path in list_images(folder)]
@@ -200,18 +230,14 @@ def _found(root: Path, labelled: bool) -> tuple[dict[str, list[str]], int]:
     return names, sum(path.name != OVERVIEW for path in loose)
 
 
-def _listed(
-    root: Path, labelled: bool, index: "CorpusIndex", number: int
-) -> tuple[dict[str, list[str]], int, dict[str, str]]:
-    """As `_found`, from an index, with the group of each path."""
-    table = index.tiles(number)
-    group_of = dict(zip(table["path"], table["group"], strict=True))
+def _by_class(paths: list[str], labelled: bool) -> tuple[dict[str, list[str]], int]:
+    """As `_found`, of the paths that an index lists."""
     if not labelled:
-        return {"": table["path"]}, 0, group_of
+        return {"": paths}, 0
     names: dict[str, list[str]] = {}
-    for path in table["path"]:
+    for path in paths:
         names.setdefault(top_folder(path) or "", []).append(path)
-    return names, len(names.pop("", [])), group_of
+    return names, len(names.pop("", []))
 
 
 def _matching_classes(root: Path, found: list[str], wanted: Sequence[str] | None) -> list[str]:

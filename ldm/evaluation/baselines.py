@@ -24,10 +24,10 @@ from ldm.evaluation.confusion import write_confusion
 from ldm.evaluation.metrics import confusion_matrix, scores
 from ldm.evaluation.predictions import Predictions, predictions_name
 from ldm.evaluation.sets import GroupTable, Splits, TransformedTiles, open_splits
-from ldm.evaluation.settings import Settings
 from ldm.evaluation.summary import write_summary
-from ldm.evaluation.vit import eval_transform
 from ldm.files import write_json
+from ldm.models.vit import eval_transform
+from ldm.models.vit_settings import Settings
 from ldm.run import git_revision, hardware, versions
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@
     OUT/grid.png, README.md   the first images of each class; the data set's card
     OUT/.parts/               the journal: a file per start and process, a line per finished batch
 
-Every file appears whole or not at all, and an image before the line that lists it. So whatever
-moment a run is killed at, the next one finds what is finished and makes the rest. Journals are
-never rewritten: everything but the images can be made from them at any time.
+Every file appears completely or not at all, and an image before the line that lists it. So at
+whatever moment a run is killed, the next one finds what is finished and makes the rest. Journals
+are never rewritten: everything but the images can be made from them at any time.
 """
 
 import csv
@@ -78,19 +78,19 @@ Row = dict[str, Any]
 
 
 class SampleFolder:
-    """OUT, as described in this module.
+    """The folder OUT that this module describes.
 
     Args:
-        root: OUT.
+        root: Path of OUT.
         settings: What decides the images, see `ldm.synthesis.settings.make_settings`; compared with
             those in an existing OUT.
-        facts: What is known of each model, by role, for the card.
+        facts: Facts about each model, by role, for the card.
 
     Attributes:
         rows: The finished images by (class, index).
 
     Raises:
-        UserError: OUT holds images made with other settings, or files that are not ours.
+        UserError: OUT holds images made with other settings, or files of something else.
     """
 
     def __init__(self, root: Path, settings: dict[str, Any], facts: dict[str, Any] | None = None):
@@ -107,7 +107,7 @@ class SampleFolder:
     # What is there
 
     def read(self) -> None:
-        """Take in the manifest and all journals; a row counts if its image is there."""
+        """Read the manifest and all journals; a row counts if its image is there."""
         self.rows, self.runs, self.guidance_log = {}, [], GuidanceLog()
         self._read_manifest()
         for path in sorted((self.root / JOURNAL).glob("*.jsonl")):
@@ -127,7 +127,7 @@ class SampleFolder:
                 row["index"] = int(row["index"])
                 for key in DECIMALS:
                     row[key] = None if row[key] is None else float(row[key])
-                self._take(row)
+                self._add(row)
 
     def _read_journal(self, path: Path) -> None:
         # A run that was killed while it wrote leaves a last line without its end.
@@ -139,10 +139,10 @@ class SampleFolder:
                 self.runs.append(entry["run"])
                 continue
             for row in entry["rows"]:
-                self._take(row)
+                self._add(row)
             self.guidance_log.merge(entry["guidance"])
 
-    def _take(self, row: Row) -> None:
+    def _add(self, row: Row) -> None:
         row = {"source": None} | row  # journals of earlier versions know of none
         if (self.root / row["file"]).is_file():
             self.rows[row["class"], row["index"]] = row
@@ -196,7 +196,7 @@ class SampleFolder:
         return {key: known.get(key) for key in OF_FOLDER}
 
     def finish(self) -> None:
-        """Write all that is made from the journals; a file that would not change is left alone."""
+        """Write all files that are made from the journals, except those that would not change."""
         self._remove_partial()
         self.write_manifest()
         if self.guidance_log.sums:
@@ -239,7 +239,7 @@ class Journal:
 
     Args:
         path: New file.
-        run: What is known of this start; None in all processes but the first.
+        run: Facts about this start; None in all processes but the first.
     """
 
     def __init__(self, path: Path, run: dict[str, Any] | None):

@@ -42,14 +42,14 @@ class Part:
 
     @property
     def suffix(self) -> str:
-        """Of the journals, so that parts that start together do not share one."""
+        """Ending of the names of journals, so that parts that start together do not share one."""
         return "" if self.is_whole else f"-{self.number:04d}"
 
     def of(self, jobs: list[tuple[str, int]]) -> list[tuple[str, int]]:
         return jobs[self.number :: self.count]
 
 
-WHOLE = Part()
+EVERYTHING = Part()
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def synthesise(
     counts: Mapping[str, int],
     batch_size: int,
     ranks: Ranks | None = None,
-    part: Part = WHOLE,
+    part: Part = EVERYTHING,
     sources: Sources | None = None,
 ) -> SampleReport:
     """Make the images 0..count-1 of each class that `folder` does not hold yet.
@@ -157,12 +157,12 @@ def synthesise(
         counts: Images per class, of `synthesiser.models.names`.
         batch_size: Images sampled together, of several classes where one does not fill the batch.
         ranks: Processes that share the work; this one alone by default.
-        part: Of the images, to make no others. Other runs may be making theirs in the same folder,
-            so what is made of all of them (manifest, card) is left to a run for the whole.
+        part: Share of the images to make. Other runs may be making theirs in the same folder, so
+            what is made of all images (manifest, card) is left to a run without parts.
         sources: Real tiles to start from, where there is a `Sampling.strength`.
 
     Raises:
-        UserError: Sampling went wrong; what was finished before is in the folder.
+        UserError: Sampling failed; images that were finished before are in the folder.
     """
     ranks = ranks or Ranks()
     wanted = part.of([(name, index) for name, count in counts.items() for index in range(count)])

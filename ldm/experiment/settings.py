@@ -1,0 +1,389 @@
+"""The settings of an experiment: configs/tables/*.yaml, checked completely before anything runs.
+
+Imports nothing heavy: `--status` and `--dry-run` answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ldm.cli import existing_path
+from ldm.errors import UserError
+
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.]*(?:[-+][A-Za-z0-9_.]+)*")  # of folders and jobs
+RESERVED = ("train", "val", "test", "real")
+# Parts of pydantic's place of an error that name a member of a union, not a key.
+UNION_PARTS = ("constrained-int", "list[constrained-int]")
+
+Options = dict[str, Any]  # of an entry point: names without dashes
+Ratio = Annotated[int, Field(ge=1, strict=True)]  # synthetic tiles in percent of the labelled ones
+
+
+class Section(BaseModel):
+    """A mapping of the file: another key than these is an error."""
+
+    model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
+
+
+class Data(Section):
+    """Where the tiles are. `root` holds `val`, `test` and the two folders that are named here."""
+
+    root: str
+    labelled: str = "train5"  # the few labels
+    unlabelled: str = "train"  # what the generators saw
+    groups: str | None = None  # CSV of patients or slides, for intervals (see eval.py)
+    group_column: str = "group"
+    tiles: Options | None = None  # make procedural ones in `root`: arguments of make_tiles.py
+
+
+class Model(Section):
+    """A trained model: `run`, or what it is trained with.
+
+    `needs` hands another model over: to a `config` as environment variable, to a `classifier` as
+    option (`needs: {first_stage: pretrained}`).
+    """
+
+    run: str | None = None  # run folder or checkpoint, from elsewhere; never written to
+    config: Any = None  # of main.py: a file or several, relative to the repository
+    overrides: list[str] = []  # of `config`
+    classifier: Options | None = None  # options of classifier_train.py, on the labelled tiles
+    arguments: Options = {}  # of main.py, such as precision
+    env: dict[str, str] = {}
+    needs: dict[str, str] = {}
+    checkpoint: Literal["last", "best"] = "last"  # which one of a model trained here is used
+    label: str | None = None  # what its training does, for people
+    gpus: int = 1
+
+
+class Generator(Section):
+    """What makes a pool of synthetic tiles; the names are those of `models`."""
+
+    diffusion: str
+    classifier: str | None = None  # that guides
+    decoder: str | None = None  # fine-tuned; its own without
+    label: str | None = None  # for people; the name if omitted
+    amount: int | None = (
+        None  # tiles per class, also where no arm uses them; else as many as needed
+    )
+    factors: Options = {}  # columns of the table
+    sampling: Options = {}  # over those of the section `sampling`
+
+
+class Sampling(Section):
+    per_wanted: float = Field(2.0, ge=1)  # tiles made for one that the largest ratio wants
+    options: Options = {}  # of sample_diffusion.py
+    gpus: int = 1
+
+
+class Judge(Section):
+    """Whose features choose: the classifier of a seed on the labelled tiles, a run of eval.py, or a
+    timm network."""
+
+    seed: int | None = None
+    network: str | None = None  # that classifier: one of `baselines.networks`, not the arms' own
+    run: str | None = None
+    model: str | None = None
+    options: Options = {}  # of scripts/vis.py
+
+
+class Strategy(Section):
+    """How synthetic tiles are chosen: options of scripts/distance.py."""
+
+    strategy: str
+    redraw: bool = False  # another draw for every seed of the evaluation (random only)
+    sheets: bool = True  # contact sheets
+    options: Options = {}
+
+
+class Cells(Section):
+    """Arms that are left out or added: names or lists of them; all where nothing is given."""
+
+    generator: Any = None
+    selection: Any = None
+    ratio: Ratio | list[Ratio] | None = None
+
+
+class Grid(Section):
+    """All combinations, less those of `without`, and those of `also`."""
+
+    generators: list[str] = []
+    selection: list[str] = []
+    ratios: list[Ratio] = []  # synthetic tiles, percent of the labelled
+    without: list[Cells] = []
+    also: list[Cells] = []
+
+
+class Evaluation(Section):
+    seeds: list[int]
+    arguments: Options = {}  # of eval.py
+    gpus: int = 1
+
+
+class Network(Section):
+    """A further network on the labelled tiles alone: options of eval.py over those of the arms."""
+
+    label: str | None = None
+    arguments: Options = {}
+
+
+class Ceiling(Section):
+    """Real tiles instead of synthetic ones, in the same amount."""
+
+    ratios: list[Ratio] = []
+    options: Options = {}  # of scripts/make_subset.py
+
+
+class Baselines(Section):
+    kinds: list[str] = []  # of scripts/baselines.py
+    options: dict[str, Options] = {}  # by kind
+    networks: dict[str, Network] = {}
+    ceiling: Ceiling | None = None
+
+
+class Fidelity(Section):
+    """Distances of the chosen synthetic tiles to real ones, arm by arm."""
+
+    real: str = "val"  # a folder of `data`, or a path
+    judge: bool = False  # in the features of the judge
+    options: Options = {}  # of scripts/fidelity.py
+
+
+class Copies(Section):
+    """Copies of training tiles, pool by pool."""
+
+    holdout: str = "val"  # a folder of `data`, or a path
+    judge: bool = False  # in the features of the judge, too
+    options: Options = {}  # of scripts/copy_check.py
+
+
+class Slurm(Section):
+    """What SLURM is asked for, with `--slurm`."""
+
+    cluster: Literal["slurm", "local"] = "slurm"  # local: processes of this machine, to try it out
+    partition: str | None = None
+    hours: float = 24.0  # time limit of a job; one that needs longer is requeued and goes on
+    cpus: int = 8
+    memory_gb: float | None = None
+    gpus: bool = True  # False on a cluster without any
+    parallel: int = 16  # jobs in the queue at once
+    parameters: Options = {}  # further ones, such as slurm_account
+
+
+class Settings(Section):
+    """A complete file of configs/tables."""
+
+    name: str
+    title: str = ""
+    out: str
+    paper: str | None = None  # YAML with the numbers of the paper
+    vars: Options = {}  # for interpolation only
+    data: Data
+    models: dict[str, Model] = {}
+    generators: dict[str, Generator] = {}
+    sampling: Sampling = Sampling()
+    judge: Judge = Judge()
+    selection: dict[str, Strategy] = {}
+    grid: Grid = Grid()
+    evaluation: Evaluation
+    baselines: Baselines = Baselines()
+    fidelity: Fidelity | None = None
+    copies: Copies | None = None
+    # How tiles come into training folders, see scripts/distance.py.
+    link: Literal["copy", "hard", "symbolic"] = "symbolic"
+    slurm: Slurm = Slurm()
+
+
+def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
+    """Read, merge and check the settings of an experiment.
+
+    Args:
+        overrides: `section.key=value`.
+
+    Raises:
+        UserError: No such file, or anything wrong in it, all problems in one line.
+    """
+    source = existing_path(path, "--config", "file")
+    try:
+        config = OmegaConf.load(source)
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise UserError(f"--config {path}: no YAML: {_first_line(error)}") from None
+    if not OmegaConf.is_dict(config):
+        raise UserError(f"--config {path}: must be a mapping with sections, see configs/tables")
+    for word in overrides:
+        key, equals, _ = word.partition("=")
+        if not equals or key.startswith("-"):
+            raise UserError(f"{word}: overrides have the form section.key=value")
+    try:
+        config = OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides)))
+        raw = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"--config {path}: {_explain(error)}") from None
+    return check_settings(raw, f"--config {path}")
+
+
+def check_settings(raw: Mapping[str, Any], source: str) -> Settings:
+    """Settings from plain dictionaries.
+
+    Args:
+        source: Where they come from, for messages.
+
+    Raises:
+        UserError: Anything wrong, all problems in one line.
+    """
+    try:
+        settings = Settings.model_validate(raw)
+    except ValidationError as error:
+        found = dict.fromkeys(_describe(one) for one in error.errors())
+        raise UserError(f"{source}: {'; '.join(found)}") from None
+    problems = list(_problems(settings))
+    if problems:
+        raise UserError(f"{source}: {'; '.join(problems)}")
+    return settings
+
+
+def as_list(value: Any) -> list:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _explain(error: OmegaConfBaseException) -> str:
+    words = _first_line(error)
+    found = re.search(r"Environment variable '(\w+)' not found", words)
+    if found:
+        key = getattr(error, "full_key", None)
+        where = f" (read by {key})" if key else ""
+        return f"variable {found[1]} is not set{where}; export {found[1]}=..."
+    return words
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What an unknown name may have meant: `did you mean x?`, or the known ones."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    if close:
+        return f"did you mean {close[0]}?"
+    return f"known are {', '.join(known)}" if known else "there is none"
+
+
+def _describe(problem: Mapping[str, Any]) -> str:
+    """An error of pydantic in words: key, value, what is allowed."""
+    place = [part for part in problem["loc"] if part not in UNION_PARTS]
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)[1:]
+    if problem["type"] == "extra_forbidden":
+        known = _kind_at(place[:-1]).model_fields
+        return f"unknown key {where}; {nearest(str(place[-1]), known)}"
+    if problem["type"] == "missing":
+        return f"{where} is missing; add it"
+    words = problem["msg"].replace("Input should be", "must be")
+    return f"{where} {problem['input']!r} {words}"
+
+
+def _kind_at(place: Sequence[str | int]) -> Any:
+    """The section that stands at a place of the file."""
+    kind: Any = Settings
+    for part in place:
+        known = getattr(kind, "model_fields", None)
+        kind = known[part].annotation if known else get_args(kind)[-1]
+        kind = next((one for one in get_args(kind) if NoneType in get_args(kind)), kind)
+    return kind
+
+
+def _problems(settings: Settings) -> Iterable[str]:
+    """What is wrong across sections."""
+    yield from _bad_names(settings)
+    for name, model in settings.models.items():
+        where = f"models.{name}"
+        given = [k for k in ("run", "config", "classifier") if getattr(model, k) is not None]
+        if len(given) != 1:
+            yield f"{where} must have one of run, config and classifier, not {given or 'none'}"
+        elif given == ["run"]:
+            for extra in ("overrides", "arguments", "env", "needs"):
+                if getattr(model, extra):
+                    yield f"{where}.{extra} belongs to a model that is trained here; remove it"
+        elif given == ["classifier"] and (model.overrides or model.arguments):
+            yield f"{where}: overrides and arguments belong to a config; use classifier"
+        for key, other in model.needs.items():
+            yield from _unknown(f"{where}.needs.{key}", other, settings.models)
+    for name, generator in settings.generators.items():
+        for part in ("diffusion", "classifier", "decoder"):
+            other = getattr(generator, part)
+            if other is not None:
+                yield from _unknown(f"generators.{name}.{part}", other, settings.models)
+    yield from _circles(settings.models)
+    grid = settings.grid
+    for key, names, known in (
+        ("generators", grid.generators, settings.generators),
+        ("selection", grid.selection, settings.selection),
+    ):
+        for name in names:
+            yield from _unknown(f"grid.{key}", name, known)
+    for section in ("without", "also"):
+        for index, cells in enumerate(getattr(grid, section)):
+            where = f"grid.{section}[{index}]"
+            for key, known in (
+                ("generator", settings.generators),
+                ("selection", settings.selection),
+            ):
+                for name in as_list(getattr(cells, key) or []):
+                    yield from _unknown(f"{where}.{key}", name, known)
+    for name, strategy in settings.selection.items():
+        if strategy.redraw and strategy.strategy != "random":
+            yield f"selection.{name}.redraw belongs to strategy random; remove it"
+    judge = settings.judge
+    judged = [k for k in ("seed", "network", "run", "model") if getattr(judge, k) is not None]
+    if len(judged) > 1 and judged != ["seed", "network"]:
+        yield f"judge must have one of seed, run and model, not {', '.join(judged)}"
+    if judge.network is not None:
+        yield from _unknown("judge.network", judge.network, settings.baselines.networks)
+    seeds = settings.evaluation.seeds
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        yield "evaluation.seeds must be different whole numbers from 0, such as [0, 1, 2]"
+
+
+def _bad_names(settings: Settings) -> Iterable[str]:
+    named = {
+        "models": settings.models,
+        "generators": settings.generators,
+        "selection": settings.selection,
+        "baselines.networks": settings.baselines.networks,
+        "baselines.kinds": settings.baselines.kinds,
+        "name": [settings.name],
+    }
+    for section, names in named.items():
+        for name in names:
+            if not NAME.fullmatch(str(name)):
+                yield f"{section}: {name!r} must be letters, digits, _ . - and +"
+    keys = [*settings.baselines.kinds, *settings.baselines.networks]
+    for name in keys:
+        if keys.count(name) > 1 or name in (*RESERVED, settings.data.labelled):
+            yield f"baselines: the name {name} is taken; choose another"
+
+
+def _unknown(where: str, name: Any, known: Mapping[str, Any]) -> Iterable[str]:
+    if name not in known:
+        yield f"{where}: unknown {name}; {nearest(str(name), known)}"
+
+
+def _circles(models: Mapping[str, Model]) -> Iterable[str]:
+    for name in models:
+        seen, stack = set(), list(models[name].needs.values())
+        while stack:
+            other = stack.pop()
+            if other not in seen and other in models:
+                seen.add(other)
+                stack += models[other].needs.values()
+        if name in seen:
+            yield f"models.{name} needs itself; break the circle"

@@ -1,0 +1,314 @@
+"""The evaluation classifier: any timm architecture, its transforms and its weights.
+
+Letters: B batch, S side of an input in pixels, K classes, D features.
+"""
+
+import argparse
+import difflib
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+
+from ldm.checkpoint import (
+    KEY,
+    check_record,
+    load_model,
+    load_strictly,
+    load_tensors,
+    read_checkpoint,
+)
+from ldm.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# The published script's names: each is timm's NAME_patch16_224 with the patch size asked for.
+SHORT_NAMES = ("vit_tiny", "vit_small", "vit_base", "vit_large")
+SHORT_NAME_PATCH = 16
+# Where training scripts put the weights in their checkpoints, in the order they are looked for.
+WEIGHT_ENTRIES = ("state_dict", "model", "teacher", "student")
+PREFIXES = ("module.", "backbone.", "_orig_mod.")
+
+
+class TileClassifier(nn.Module):
+    """A timm network with its input normalisation.
+
+    Images go in as float32 that is normalised already (what `train_transform` gives) or as uint8
+    (what `eval_transform` gives), which is normalised here, on the device.
+
+    Args:
+        arch: `vit_tiny`, `vit_small`, `vit_base`, `vit_large`, or any timm name.
+        num_classes: K; 0 for features only.
+        input_size: S.
+        patch_size: Pixels; None for 16 with the short names and the architecture's own else.
+        avgpool_patchtokens: Pool the patch tokens instead of taking the class token.
+        drop: Dropout rate before the head.
+        attn_drop_rate: Dropout rate of attention weights.
+        drop_path: Stochastic depth; left out (and said so) where the architecture has none.
+        mean: Of the normalisation, per channel, of images in [0, 1].
+        std: Likewise.
+
+    Raises:
+        UserError: An unknown architecture, or one that does not take these values.
+    """
+
+    def __init__(
+        self,
+        arch: str,
+        num_classes: int,
+        input_size: int = 224,
+        patch_size: int | None = None,
+        avgpool_patchtokens: bool = False,
+        drop: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path: float = 0.0,
+        mean: list[float] = IMAGENET_DEFAULT_MEAN,
+        std: list[float] = IMAGENET_DEFAULT_STD,
+    ):
+        super().__init__()
+        self.classes: list[str] | None = None
+        self.origin = "from scratch"
+        self.input_size = input_size
+        # What a checkpoint records; dropout is nothing that the trained network needs.
+        self.params: dict[str, Any] = {
+            "arch": arch,
+            "num_classes": num_classes,
+            "input_size": input_size,
+            "patch_size": patch_size,
+            "avgpool_patchtokens": bool(avgpool_patchtokens),
+            "mean": list(mean),
+            "std": list(std),
+        }
+        required: dict[str, Any] = {}
+        if patch_size is None and arch in SHORT_NAMES:
+            patch_size = SHORT_NAME_PATCH
+        if patch_size is not None:
+            required["patch_size"] = patch_size
+        if avgpool_patchtokens:
+            required["global_pool"] = "avg"
+        if attn_drop_rate:
+            required["attn_drop_rate"] = attn_drop_rate
+        self.net = _create(arch, num_classes, input_size, drop, drop_path, required)
+        if avgpool_patchtokens and not hasattr(self.net, "num_prefix_tokens"):
+            raise UserError(
+                f"--avgpool_patchtokens 1: {arch} has no class token, it always pools; leave it out"
+            )
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.feature_dim = self._dry_run(arch)
+
+    def _dry_run(self, arch: str) -> int:
+        """D, from one black image, which also shows that the sizes go together."""
+        try:
+            with torch.no_grad():
+                black = torch.zeros(1, 3, self.input_size, self.input_size)
+                return self.eval().forward_features(black).shape[1]
+        except (RuntimeError, AssertionError, ValueError) as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise UserError(
+                f"--arch {arch} does not take --input-size {self.input_size}: {reason[0]}"
+            ) from None
+        finally:
+            self.train()
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        if images.dtype == torch.uint8:
+            return (images.float() / 255 - self.mean) / self.std
+        return images
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Features before the head, (B, 3, S, S) -> (B, D): a ViT's class token after its norm."""
+        tokens = self.net.forward_features(self._normalised(images))
+        return self.net.forward_head(tokens, pre_logits=True)  # (B, D)
+
+    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What `forward_features` and `forward` give, from one pass: (B, D) and (B, K)."""
+        tokens = self.net.forward_features(self._normalised(images))
+        return self.net.forward_head(tokens, pre_logits=True), self.net.forward_head(tokens)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits, (B, 3, S, S) -> (B, K)."""
+        return self.net(self._normalised(images))
+
+    def rebuild_config(self) -> dict[str, Any]:
+        """Target and params that rebuild this network."""
+        return {"target": "ldm.models.vit.TileClassifier", "params": self.params}
+
+
+def _create(
+    arch: str,
+    num_classes: int,
+    input_size: int,
+    drop: float,
+    drop_path: float,
+    required: dict[str, Any],
+) -> nn.Module:
+    """The timm network, never with downloaded weights."""
+    name = f"{arch}_patch16_224" if arch in SHORT_NAMES else arch
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(arch, [*SHORT_NAMES, *timm.list_models()], n=3)
+        hint = f"nearest: {', '.join(near)}" if near else "see timm.list_models()"
+        raise UserError(
+            f"--arch {arch} is neither one of {', '.join(SHORT_NAMES)} nor in timm; {hint}"
+        )
+    # Given where the architecture has them: no user asked for these.
+    optional: dict[str, Any] = {"img_size": input_size}
+    if drop_path:
+        optional["drop_path_rate"] = drop_path
+    while True:
+        try:
+            net = timm.create_model(
+                name,
+                pretrained=False,
+                num_classes=num_classes,
+                drop_rate=drop,
+                **required,
+                **optional,
+            )
+            break
+        except TypeError as error:
+            unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            argument = unknown.group(1) if unknown else ""
+            if argument in optional:
+                if argument == "drop_path_rate":
+                    log.info("%s has no stochastic depth: --drop-path is not used", arch)
+                del optional[argument]
+            elif argument in required:
+                raise UserError(
+                    f"--arch {arch} takes no {argument}; leave that option out"
+                ) from None
+            else:
+                raise
+        except (AssertionError, RuntimeError, ValueError) as error:
+            given = {**required, "input_size": input_size}
+            raise UserError(f"--arch {arch} does not take {given}: {error}") from None
+    patch = getattr(getattr(net, "patch_embed", None), "patch_size", (1, 1))
+    if any(input_size % side for side in patch):
+        # timm would leave out the pixels at two borders without a word.
+        raise UserError(
+            f"--input-size {input_size} is not a multiple of the {patch[0]} px patches of {arch};"
+            " change it or --patch_size"
+        )
+    return net
+
+
+def eval_transform(input_size: int, interpolation: str = "bicubic"):
+    """PIL image -> uint8 (3, S, S): resize the shorter side to S / 0.875, crop the centre.
+
+    The published evaluation (256 px resized, 224 px cropped); `TileClassifier` normalises.
+    """
+    return create_transform(
+        input_size, is_training=False, interpolation=interpolation, crop_pct=0.875, normalize=False
+    )
+
+
+def load_vit(
+    path: str | os.PathLike, device: torch.device | str = "cpu", what: str = "--weights"
+) -> tuple[TileClassifier, dict[str, Any]]:
+    """The classifier that eval.py trained, at its selected epoch, in evaluation mode.
+
+    Args:
+        path: A checkpoint, or the folder of one seed (`logs/eval/NAME/seed0`).
+        what: How error messages call it.
+
+    Returns:
+        The network (`forward_features`, `classes`, `input_size`) and its checkpoint record.
+    """
+    best = Path(path).expanduser() / "checkpoints" / "best.ckpt"
+    path = best if best.is_file() else path
+    return load_model(path, "vit", device, what), read_checkpoint(path, ("vit",), what)[KEY]
+
+
+def load_pretrained(
+    model: TileClassifier,
+    path: str | os.PathLike,
+    entry: str | None = None,
+    classes: list[str] | None = None,
+    what: str = "--finetune",
+) -> None:
+    """Load weights from a local file, every one of them accounted for; `model.origin` says what.
+
+    Position embeddings and patch projections of a ViT are resampled to this network's grid (timm's
+    conversion). The head is loaded only where it is for the same classes; otherwise it stays new.
+
+    Args:
+        path: Safetensors, a PyTorch state dict (also within a training checkpoint), or a checkpoint
+            of eval.py.
+        entry: Entry of the checkpoint that holds the weights; None looks for the usual ones.
+        classes: Classes that the head is for.
+        what: How error messages call the file.
+
+    Raises:
+        UserError: The file cannot be read, or weights are missing or left over.
+    """
+    state, known_classes = read_weights(path, entry, what)
+    if isinstance(model.net, VisionTransformer):
+        state = checkpoint_filter_fn(state, model.net)
+    own = model.net.state_dict()
+
+    names = model.net.pretrained_cfg.get("classifier") or ()
+    names = (names,) if isinstance(names, str) else tuple(names)
+    prefixes = tuple(f"{name}." for name in names)
+    own_head = {key for key in own if key.startswith(prefixes)} if prefixes else set()
+    their_head = {key for key in state if key.startswith(prefixes)} if prefixes else set()
+    fits = own_head == their_head and all(own[k].shape == state[k].shape for k in own_head)
+    if fits and known_classes in (None, classes):
+        load_strictly(model.net, state, f"{what} {path}")
+        model.origin = f"{len(state)} tensors of {path}, head included"
+        return
+    body = {key: value for key, value in state.items() if key not in their_head}
+    load_strictly(model.net, body | {key: own[key] for key in own_head}, f"{what} {path}")
+    model.origin = f"{len(body)} tensors of {path}, the head is new"
+
+
+def read_weights(
+    path: str | os.PathLike, entry: str | None = None, what: str = "--finetune"
+) -> tuple[dict[str, Tensor], list[str] | None]:
+    """The state dict in a local file, and its class names where it is a checkpoint of eval.py."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f"{what}: no file {path}; give a local checkpoint, nothing is downloaded")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            payload: Any = load_file(path)
+        except SafetensorError as error:
+            raise UserError(f"{what} {path} is not a safetensors file ({error})") from None
+    else:
+        # Training scripts keep their options, a Namespace of plain values, beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            payload = load_tensors(path, what)
+    if not isinstance(payload, dict):
+        raise UserError(f"{what} {path} holds a {type(payload).__name__}, not weights by name")
+
+    if KEY in payload:
+        check_record(payload, path, ("vit",), what)
+        state = {key.removeprefix("net."): value for key, value in payload["state_dict"].items()}
+        return state, payload[KEY]["classes"]
+    if entry is not None:
+        if not isinstance(payload.get(entry), dict):
+            raise UserError(
+                f"--checkpoint_key {entry}: {path} has no such weights, but {sorted(payload)[:8]}"
+            )
+        payload = payload[entry]
+    else:
+        found = [name for name in WEIGHT_ENTRIES if isinstance(payload.get(name), dict)]
+        payload = payload[found[0]] if found else payload
+    state = {}
+    for key, value in payload.items():
+        while prefix := next((p for p in PREFIXES if key.startswith(p)), None):
+            key = key.removeprefix(prefix)
+        if isinstance(value, Tensor):
+            state[key] = value
+    if not state:
+        raise UserError(f"{what} {path} holds no tensors; name their entry with --checkpoint_key")
+    return state, None
