@@ -488,21 +488,10 @@ def write_result(trainer: "pl.Trainer", run) -> None:
     )
 
 
-def train(args: Options) -> "tuple[pl.Trainer, pl.LightningModule] | None":
-    """Build everything and train; returns the trainer and the model, or None after a dry run."""
-    check_paths(args)
-
-    import pytorch_lightning as pl
-    from omegaconf import OmegaConf
-    from pytorch_lightning.callbacks import EarlyStopping
-
+def prepare(args: Options, devices):
+    """The labelled tiles with their configuration, the classifier, and what it is trained on."""
     from ldm.config import instantiate_from_config
     from ldm.models.classifier import LatentSpace
-    from ldm.run import RunFolder
-    from ldm.train import checkpoint_callbacks, devices_of, fit
-
-    devices = devices_of(args)
-    pl.seed_everything(args.seed, workers=True, verbose=False)
 
     space = LatentSpace.load(args.first_stage, "--readout" if args.readout else "--first_stage")
     pixels = space.first_stage.resolution
@@ -511,7 +500,8 @@ def train(args: Options) -> "tuple[pl.Trainer, pl.LightningModule] | None":
             f"--image_size {args.image_size}: {args.first_stage} works on tiles of {pixels} "
             f"pixels; give --image_size {pixels}"
         )
-    data = instantiate_from_config(data_config(args, pixels))
+    node = data_config(args, pixels)
+    data = instantiate_from_config(node)
     data.setup()
     if data.cache is not None:
         check_cache(data.cache, space)
@@ -520,9 +510,27 @@ def train(args: Options) -> "tuple[pl.Trainer, pl.LightningModule] | None":
     else:
         space = space.measured(data.train_dataset.without_augmentation())
         model, features = build_model(args, space, data.classes), data
+    return node, data, model, features
+
+
+def train(args: Options) -> "tuple[pl.Trainer, pl.LightningModule] | None":
+    """Build everything and train; returns the trainer and the model, or None after a dry run."""
+    check_paths(args)
+
+    import pytorch_lightning as pl
+    from omegaconf import OmegaConf
+    from pytorch_lightning.callbacks import EarlyStopping
+
+    from ldm.run import RunFolder
+    from ldm.train import checkpoint_callbacks, devices_of, fit
+
+    devices = devices_of(args)
+    pl.seed_everything(args.seed, workers=True, verbose=False)
+
+    node, data, model, features = prepare(args, devices)
     config = {
         "model": {**model.rebuild_config(), "base_learning_rate": args.lr},
-        "data": data_config(args, pixels),
+        "data": node,
         "arguments": vars(args),
     }
     text = describe(args, model, data, devices)
