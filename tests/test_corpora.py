@@ -15,7 +15,7 @@ from PIL import Image
 import main as main_py
 from ldm.config import load_configs, resolve, validate_config
 from ldm.data import corpora as corpora_module
-from ldm.data import storage, tiles
+from ldm.data import storage, tile_files
 from ldm.data.corpora import Corpora
 from ldm.data.datamodule import DataModuleFromConfig, ResumableSampler
 from ldm.data.images import list_images
@@ -127,7 +127,7 @@ def test_an_index_spares_the_walk_and_the_headers(stored, monkeypatch):
         raise AssertionError("walked")
 
     monkeypatch.setattr(corpora_module, "find_files", fail)
-    monkeypatch.setattr(tiles, "list_images", fail)
+    monkeypatch.setattr(tile_files, "list_images", fail)
     monkeypatch.setattr(tarfile, "open", fail)
     assert len(Corpora(nodes, SIZE)) == 36
     assert len(TileFolder(stored / "files", SIZE, index=stored / "files.parquet")) == 12
@@ -361,7 +361,7 @@ def test_bad_transforms(stored, options, text):
         ({"root": "arrays", "index": "files.parquet"}, "does not fit arrays"),
         ({"root": ["files", "files"], "index": "files.parquet"}, "is of 1 roots, not 2"),
         ({"root": "hollow", "layout": "shards"}, "corpus hollow: its tar shards hold no tiles"),
-        ({"root": "corrupt", "layout": "shards"}, "cut.tar: no whole tar file"),
+        ({"root": "corrupt", "layout": "shards"}, "cut.tar: not a complete tar file"),
         ({"root": "bad"}, "bad.png: unreadable or truncated image"),
     ],
 )
@@ -384,8 +384,8 @@ def test_bad_corpora(stored, tmp_path, monkeypatch, settings, text):
 @pytest.mark.parametrize(
     ("nodes", "options", "text"),
     [
-        ({}, {}, "corpora: there is none"),
-        ({"x": None}, {}, "corpora: there is none"),
+        ({}, {}, "corpora: no corpus is given"),
+        ({"x": None}, {}, "corpora: no corpus is given"),
         ({"x": "files"}, {}, "corpora.x='files' must be a mapping"),
         ({"x/y": {"root": "files"}}, {}, "without slashes"),
         ({"x": {"root": "files"}}, {"classes": ["A"]}, "classes need labelled=true"),

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
+import tiny
 import torch
 from PIL import Image
 from tiny import tiles as make_tiles
@@ -34,8 +35,8 @@ from ldm.evaluation.fidelity import (
     measure,
 )
 from ldm.evaluation.reference import TileFiles
-from ldm.evaluation.sets import TransformedTiles, listing_sha256
-from ldm.evaluation.vit import TileClassifier, eval_transform
+from ldm.evaluation.sets import TransformedTiles
+from ldm.models.vit import TileClassifier, eval_transform
 from ldm.selection.features import Extractor
 from scripts import fidelity as command
 
@@ -157,7 +158,7 @@ def vit(tmp_path_factory) -> Path:
     net = TileClassifier("vit_tiny", 3, input_size=32, patch_size=8)
     net.classes = ["ADI", "LYM", "TUM"]
     path = tmp_path_factory.mktemp("vit") / "vit.ckpt"
-    write_checkpoint(path, {"state_dict": net.state_dict(), "histodiffusion": net.record(0)})
+    write_checkpoint(path, tiny.vit_checkpoint(net))
     return path
 
 
@@ -390,7 +391,7 @@ def test_what_stands_beside_the_values(tile_sets, vit, tmp_path, capsys, caplog)
     assert "| all | 36 / 30 |" in printed and "pre-processing: shorter side to 36" in printed
     result = results[0]
     real = TransformedTiles(tile_sets["real"], 32, eval_transform(32), random=False)
-    assert result["real"]["sha256"] == listing_sha256(real.digests(), real.relative_paths)
+    assert result["real"]["sha256"] == real.files.listing
     assert result["real"]["images"] == 36 and result["fake"]["pixels"] == {"32x32": 30}
     assert list(result["per_class"]) == ["ADI", "LYM", "TUM"]
     assert len(result["extractor"]["weights_sha256"]) == 64
@@ -466,7 +467,7 @@ def test_a_network_that_was_trained_on_the_real_tiles_is_said(tile_sets, vit, tm
     (seed / "checkpoints").mkdir(parents=True)
     shutil.copy(vit, seed / "checkpoints" / "best.ckpt")
     real = TransformedTiles(tile_sets["real"], 32, eval_transform(32), random=False)
-    sha256 = listing_sha256(real.digests(), real.relative_paths)
+    sha256 = real.files.listing
     (seed / "result.json").write_text(json.dumps({"data": {"train": {"sha256": sha256}}}))
     sets = (tile_sets["real"], tile_sets["fake"])
     seen, unseen = run(tmp_path, *sets, weights=seed), run(tmp_path, *sets[::-1], weights=seed)
@@ -493,7 +494,7 @@ def test_reference_file_is_read_when_it_belongs_and_refused_when_not(tile_sets, 
     net = TileClassifier("vit_tiny", 3, input_size=32, patch_size=8)
     net.classes = ["ADI", "LYM", "TUM"]
     other = tmp_path / "other.ckpt"
-    write_checkpoint(other, {"state_dict": net.state_dict(), "histodiffusion": net.record(0)})
+    write_checkpoint(other, tiny.vit_checkpoint(net))
     with pytest.raises(UserError, match=r"another extractor.*--overwrite"):
         run(tmp_path, real, tile_sets["fake"], weights=other, options=options)
     with pytest.raises(UserError, match="another extractor"):
@@ -539,7 +540,7 @@ def test_reference_file_notices_tiles_replaced_with_their_times_kept(tile_sets, 
         (["--real", "{none}", "--fake", "{fake}"], "--real: {none} does not exist"),
         (["--real", "{real}", "--fake", "{fake}", "{none}"], "--fake: {none} does not exist"),
         (["--real", "{real}", "--fake", "{empty}"], "--fake: {empty} has no images"),
-        (["--fake", "{fake}"], "--real: needed without --stats"),
+        (["--fake", "{fake}"], "--real: is needed without --stats"),
         (["--fake", "{fake}", "--stats", "{none}"], "--stats (without --real): {none}"),
         (["--real", "{real}", "--fake", "{fake}", "--overwrite"], "--overwrite: belongs to"),
         (["--real", "{real}", "--fake", "{fake}", "--extractor", "clip"], "--extractor clip"),

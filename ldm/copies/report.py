@@ -11,7 +11,7 @@ from ldm.copies import pixels
 from ldm.copies.check import SCALE_NEIGHBOUR, Comparison, CopyCheck
 from ldm.copies.pictures import histogram, sheet
 from ldm.copies.statistics import FEWEST_IN_CELL
-from ldm.run import write_bytes, write_json, write_text
+from ldm.files import write_bytes, write_json, write_text
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75)
 ALL = "all"  # name of the row over all classes

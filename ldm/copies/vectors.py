@@ -17,13 +17,12 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.checkpoint import file_sha256
 from ldm.copies import pixels
 from ldm.data.tiles import TileFolder, decode_tiles, read_tile
 from ldm.errors import UserError
 from ldm.evaluation.sets import listing_sha256
-from ldm.evaluation.vit import eval_transform
-from ldm.run import write_bytes
+from ldm.files import file_sha256, write_bytes
+from ldm.models.vit import eval_transform
 from ldm.selection.features import Extractor
 
 FORMAT = "histodiffusion copy check 1"

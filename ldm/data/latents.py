@@ -14,42 +14,44 @@ A cache is a folder that scripts/cache_latents.py writes:
 SPLIT is `train`, or `validation` where there is one. View 0 is the tile without augmentation.
 """
 
+import copy
 import json
 import math
-import mmap
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.data.corpora import Corpus
+from ldm.data.tiles import TileSet, without_augmentation
 from ldm.errors import UserError
+from ldm.modules.autoencoder import DiagonalGaussian
 
 COMMAND = "scripts/cache_latents.py"
 MANIFEST = "manifest.json"
 VERSION = 1
 DTYPES = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
-STORED = {"F16": DTYPES["float16"], "F32": DTYPES["float32"]}
-STORED |= {"F64": np.dtype("<f8"), "U32": np.dtype("<u4")}
+STORED = {"float16": "F16", "float32": "F32"}  # names of the types in safetensors files
 AGAIN = f"delete it and run {COMMAND} again as before, which makes what is missing"
 
 
 @dataclass(frozen=True)
 class Shards:
-    """Where the latents of a split lie.
+    """Files that hold the latents of a split.
 
     Attributes:
-        folder: Of the shards.
-        tiles: N.
-        views: V.
-        moments: (2C, h, w).
+        folder: Folder of the shards.
+        tiles: N, number of tiles.
+        views: V, number of views of a tile.
+        moments: (2C, h, w), shape of a view.
         dtype: "float16" or "float32".
         shard_tiles: Tiles per shard; the last one may have fewer.
     """
@@ -77,64 +79,67 @@ class Shards:
         stored = math.prod(self.moments) * DTYPES[self.dtype].itemsize
         return tiles * self.views * (stored + 2 * 8 + 4)
 
-    def open(self, number: int) -> dict[str, np.ndarray]:
-        """The arrays of a shard, mapped into memory.
+    def open(self, number: int) -> "OpenShard":
+        """Open a shard for reading, any number of its latents at a time.
 
         Raises:
-            UserError: It is missing, cut short or of another shape.
+            UserError: The file is missing or cut short, or its arrays have another shape or type.
         """
         path = self.path(number)
         try:
-            with open(path, "rb") as stream:
-                size = os.fstat(stream.fileno()).st_size
-                if size <= 8:
-                    raise ValueError
-                mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            shard = OpenShard(path)
         except FileNotFoundError:
             raise UserError(f"{path} is missing; run {COMMAND} again as before") from None
-        except ValueError:
+        except (SafetensorError, OSError, KeyError):
+            size = path.stat().st_size
             raise UserError(f"{path} is damaged ({size} bytes); {AGAIN}") from None
         n = len(self.range(number))
         wanted = {
-            "moments": (DTYPES[self.dtype], (n, self.views, *self.moments)),
-            "sums": (STORED["F64"], (n, self.views, 2)),
-            "crc": (STORED["U32"], (n, self.views)),
+            "moments": (STORED[self.dtype], [n, self.views, *self.moments]),
+            "sums": ("F64", [n, self.views, 2]),
+            "crc": ("U32", [n, self.views]),
         }
-        try:
-            # safetensors: length of the header, header (JSON), arrays at their offsets.
-            start = 8 + int.from_bytes(mapped[:8], "little")
-            header = json.loads(mapped[8:start])
-            arrays = {}
-            for name, (dtype, shape) in wanted.items():
-                entry = header[name]
-                if STORED[entry["dtype"]] != dtype or tuple(entry["shape"]) != shape:
-                    raise ValueError(f"its {name} are {entry['dtype']} {entry['shape']}")
-                first = start + entry["data_offsets"][0]
-                flat = np.frombuffer(mapped, dtype, math.prod(shape), first)
-                arrays[name] = flat.reshape(shape)
-        except (ValueError, LookupError, TypeError) as error:
-            reason = str(error) if str(error).startswith("its ") else f"{size} bytes"
-            raise UserError(f"{path} is damaged ({reason}); {AGAIN}") from None
-        return arrays
+        for name, (dtype, shape) in wanted.items():
+            found = shard.form[name]
+            if found != (dtype, shape):
+                reason = f"its {name} are {found[0]} {found[1]}, not {dtype} {shape}"
+                raise UserError(f"{path} is damaged ({reason}); {AGAIN}")
+        return shard
 
 
-class LatentTiles(Dataset):
-    """Cached tiles as a training set, in place of `ldm.data.tiles.Tiles`.
+class OpenShard:
+    """An open safetensors file of latents.
+
+    Attributes:
+        moments: Slices of the moments, (n, V, 2C, h, w), are read when they are asked for.
+        sums, crc: The small arrays, read at once.
+        form: Type and shape of each array.
+    """
+
+    def __init__(self, path: Path):
+        file = safe_open(path, framework="np")
+        slices = {name: file.get_slice(name) for name in ("moments", "sums", "crc")}
+        self.form = {name: (s.get_dtype(), list(s.get_shape())) for name, s in slices.items()}
+        self.moments = slices["moments"]
+        self.sums: np.ndarray = file.get_tensor("sums")
+        self.crc: np.ndarray = file.get_tensor("crc")
+
+
+class LatentTiles(TileSet):
+    """Cached latents of tiles as a training set.
 
     An item is `dict(moments=(2C, h, w) float32, label=int, path=str)`: mean and log-variance of the
     posterior, stacked (`ldm.modules.autoencoder.DiagonalGaussian` takes them), so training draws
-    z_0 anew each time. `tiles[index, seed]` is a view that the seed chooses, `tiles[index]` one
-    that is drawn from torch.
+    z_0 anew each time. The seed of an item chooses the view.
 
     Attributes:
-        classes, relative_paths, labels, groups: As for `ldm.data.tiles.Tiles`.
         paths: Where the tiles were stored.
 
     Args:
-        shards: Of the split.
+        shards: Files of the split.
         table: Columns of the split's Parquet file.
         classes: Class names in label order.
-        corpora: (name, weight) of the corpora it was made of; None for a plain set.
+        corpora: (name, weight) of the corpora that the cache was made of; None for a plain set.
 
     Raises:
         UserError: A shard is missing or damaged.
@@ -160,18 +165,24 @@ class LatentTiles(Dataset):
                 (Corpus(name, [], "folder", weight, None), np.flatnonzero(numbers == number))
                 for number, (name, weight) in enumerate(corpora)
             ]
-        self._open: dict[int, dict[str, np.ndarray]] = {}
+        self._views = shards.views
+        self._open: dict[int, OpenShard] = {}
         for number in range(len(shards)):
             shards.open(number)
-
-    def __len__(self) -> int:
-        return len(self.paths)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # each process maps the files itself
 
-    def _shard(self, index: int) -> tuple[dict[str, np.ndarray], int]:
-        """The arrays of the shard that holds a tile, and the tile's place in it."""
+    def path(self, index: int) -> str:
+        return self.paths[index]
+
+    def without_augmentation(self) -> "LatentTiles":
+        plain = copy.copy(self)
+        plain._views = 1  # view 0 is the tile as it is
+        return plain
+
+    def _shard(self, index: int) -> tuple[OpenShard, int]:
+        """The shard that holds a tile, and the tile's place in it."""
         number, place = divmod(index, self.shards.shard_tiles)
         if number not in self._open:
             self._open[number] = self.shards.open(number)
@@ -181,11 +192,11 @@ class LatentTiles(Dataset):
         """The stored moments of a view, (2C, h, w).
 
         Raises:
-            UserError: They are not what was written.
+            UserError: The file is damaged: they are not what was written.
         """
         shard, place = self._shard(index)
-        stored = shard["moments"][place, view]
-        if zlib.crc32(stored) != shard["crc"][place, view]:
+        stored = shard.moments[place, view]
+        if zlib.crc32(stored) != shard.crc[place, view]:
             path = self.shards.path(index // self.shards.shard_tiles)
             raise UserError(
                 f"{path} is damaged (checksum of {self.relative_paths[index]}); {AGAIN}"
@@ -195,29 +206,27 @@ class LatentTiles(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         index, seed = key if isinstance(key, tuple) else (key, None)
         view = 0
-        if self.shards.views > 1:
+        if self._views > 1:
             seed = int(torch.randint(2**62, ())) if seed is None else seed
-            view = seed % self.shards.views
+            view = seed % self._views
         moments = torch.from_numpy(self.moments(index, view).astype(np.float32))
         return {"moments": moments, "label": self.labels[index], "path": self.paths[index]}
 
     def latent_sums(self, indices: Sequence[int]) -> Tensor:
-        """See `ldm.models.diffusion.latent_sums`: (3,) float64, of view 0."""
+        """Count, sum and sum of squares of the latents of view 0, see the function of this name."""
         count = len(indices) * math.prod(self.shards.moments) / 2  # half are means
         sums = np.zeros(2)
         for index in indices:
             shard, place = self._shard(index)
-            sums += shard["sums"][place, 0]
+            sums += shard.sums[place, 0]
         return torch.tensor([count, *sums], dtype=torch.float64)
 
     def pass_length(self) -> int:
-        """How many tiles a pass draws."""
         if self._corpora is None:
             return len(self)
         return sum(corpus.pass_length(len(members)) for corpus, members in self._corpora)
 
     def drawn(self, seed: int, epoch: int) -> np.ndarray:
-        """As `ldm.data.tiles.Tiles.drawn`: by the weights of the corpora."""
         if self._corpora is None:
             return np.arange(len(self))
         parts = [
@@ -228,12 +237,94 @@ class LatentTiles(Dataset):
         return np.concatenate(parts)
 
 
+class Posterior(Protocol):
+    """What an autoencoder's encoder says of images: mean and log-variance, (B, C, h, w)."""
+
+    mean: Tensor
+    logvar: Tensor
+
+
+def latent_sums(
+    dataset: Dataset,
+    indices: Sequence[int],
+    encode: Callable[[Tensor], Posterior],
+    batch_size: int = 32,
+) -> Tensor:
+    """Count, sum and sum of squares of the latents of these tiles, (3,) float64 on the CPU.
+
+    Taken in expectation over the posterior, E[z^2] = mean^2 + variance, and without augmentation:
+    nothing is drawn, and the sums do not depend on how the tiles are divided into batches or among
+    processes. A cache of latents has stored its own.
+
+    Args:
+        dataset: A `TileSet`, or any set whose items have an `image`.
+        encode: From images, (B, 3, S, S), to their posterior.
+    """
+    if isinstance(dataset, LatentTiles):
+        return dataset.latent_sums(indices)
+    sums = torch.zeros(3, dtype=torch.float64)
+    for mean, variance in _posteriors(dataset, indices, encode, batch_size):
+        squares = mean.square() + variance
+        sums += torch.stack([torch.tensor(float(mean.numel())), mean.sum(), squares.sum()])
+    return sums
+
+
+def channel_sums(
+    dataset: Dataset,
+    indices: Sequence[int],
+    encode: Callable[[Tensor], Posterior],
+    channels: int,
+    batch_size: int = 32,
+) -> Tensor:
+    """As `latent_sums`, for each of C `channels` of its own, (3, C) float64 on the CPU."""
+    sums = torch.zeros(3, channels, dtype=torch.float64)
+    for mean, variance in _posteriors(dataset, indices, encode, batch_size):
+        sums[0] += mean.numel() / mean.shape[1]
+        sums[1] += mean.sum(dim=(0, 2, 3))
+        sums[2] += (mean.square() + variance).sum(dim=(0, 2, 3))
+    return sums
+
+
+@torch.no_grad()
+def _posteriors(
+    dataset: Dataset,
+    indices: Sequence[int],
+    encode: Callable[[Tensor], Posterior],
+    batch_size: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Mean and variance of the latents of tiles, each (B, C, h, w) float64, batch by batch."""
+    dataset = without_augmentation(dataset)
+    for start in range(0, len(indices), batch_size):
+        items = [dataset[i] for i in indices[start : start + batch_size]]
+        if "moments" in items[0]:
+            posterior = DiagonalGaussian(torch.stack([item["moments"] for item in items]))
+        else:
+            posterior = encode(torch.stack([item["image"] for item in items]))
+        yield posterior.mean.double().cpu(), posterior.logvar.double().exp().cpu()
+
+
+def scale_from_sums(sums: Tensor) -> float:
+    """1 / std of the latents behind `latent_sums`.
+
+    Raises:
+        UserError: The latents do not vary (an untrained or broken autoencoder).
+    """
+    count, total, squares = sums.cpu().tolist()
+    variance = squares / count - (total / count) ** 2
+    if not variance > 1e-12:
+        raise UserError(
+            f"the autoencoder's latents have variance {variance:.3g} over {int(count)} values, so "
+            "they carry no image; train the autoencoder first, and check that the tiles differ"
+        )
+    return variance**-0.5
+
+
 @dataclass(frozen=True)
 class LatentCache:
     """A finished cache.
 
     Attributes:
-        root: Its folder.
+        root: Folder of the cache.
         settings: What decides the latents: `autoencoder` (fingerprint), `latent` (C, h, w), `dtype`
             `precision`, `views`, `seed`, `shard_tiles`, `classes`, `corpora` and `splits`.
         statistics: `scale_factor` = 1 / std over `tiles` tiles, and what it was computed from.
@@ -251,10 +342,11 @@ class LatentCache:
         """Open a cache.
 
         Args:
-            what: How messages call it, for example `--latents`.
+            what: How errors call the cache.
 
         Raises:
-            UserError: There is none, it is unfinished or of another version, or a file is damaged.
+            UserError: The folder holds no cache, an unfinished one, or one of another version; or a
+                file is damaged.
         """
         root = Path(root).expanduser()
         manifest = read_manifest(root, what)
@@ -276,10 +368,10 @@ class LatentCache:
         )
 
     def require(self, fingerprint: str, what: str = "latents") -> None:
-        """See that the latents are of the autoencoder with this fingerprint.
+        """Check that the latents were made by the autoencoder with this fingerprint.
 
         Raises:
-            UserError: They are of another one.
+            UserError: They are latents of another autoencoder.
         """
         own = self.settings["autoencoder"]
         if own != fingerprint:
@@ -306,7 +398,7 @@ def read_manifest(root: Path, what: str) -> dict[str, Any] | None:
     """The manifest of a cache; None without one.
 
     Raises:
-        UserError: It cannot be read, or is of another version.
+        UserError: The manifest cannot be read, or is of another version.
     """
     path = root / MANIFEST
     try:

@@ -4,17 +4,17 @@ File names carry the slide, `slide00003_000017.png`, so tiles can be grouped by 
 two splits, and a split holds the same tiles whatever the size of the others.
 """
 
-import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
 from ldm.data.procedural import CLASSES, SIZES, TILES_PER_SLIDE, VERSION, render_tile, slide_of
-from ldm.data.tiles import write_png
 from ldm.errors import UserError
+from ldm.files import atomic_file, remove_leftovers, write_png
+from ldm.run import MadeFolder
 
 RECORD = "tiles.json"
 # Index of the first tile of each split, per class.
@@ -39,31 +39,28 @@ def _render(out: Path, size: int, seed: int, task: tuple[str, str, int]) -> None
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy a file; the copy appears whole or not at all."""
-    temporary = target.with_name(f".{target.name}.part")
-    shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
+    """Copy a file; the copy appears completely or not at all."""
+    with source.open("rb") as original, atomic_file(target) as copy:
+        shutil.copyfileobj(original, copy)
 
 
-def _claim(out: Path, settings: dict) -> None:
-    """Make `out` the folder of these settings, or say that it is another's."""
-    record = out / RECORD
-    if record.is_file():
-        try:
-            found = json.loads(record.read_text())
-        except (ValueError, UnicodeDecodeError):
-            raise UserError(f"{record} is damaged; remove {out} or give another --out") from None
-        if found != settings:
-            differing = [k for k in settings if found.get(k) != settings[k]]
-            shown = ", ".join(f"{k}={found.get(k)} (now {settings[k]})" for k in differing)
-            raise UserError(f"--out {out} holds tiles made with {shown}; give another --out")
-        return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out} exists and was not made by this command; give another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    temporary = out / f".{RECORD}.part"
-    temporary.write_text(json.dumps(settings, indent=1) + "\n")
-    os.replace(temporary, record)
+def _check(
+    size: int, counts: Mapping[str, int], train5: int, seed: int, classes: Sequence[str]
+) -> None:
+    """Check the arguments of `make_tileset`; UserError for a value that is not allowed."""
+    unknown = [name for name in classes if name not in CLASSES]
+    if unknown or not classes or len(set(classes)) != len(classes):
+        raise UserError(f"classes={' '.join(classes)}: give distinct names of {' '.join(CLASSES)}")
+    if not SIZES[0] <= size <= SIZES[1]:
+        raise UserError(f"size={size} must be in [{SIZES[0]}, {SIZES[1]}]")
+    for split, count in counts.items():
+        least = 1 if split == "train" else 0
+        if not least <= count <= MOST:
+            raise UserError(f"{split}={count} must be in [{least}, {MOST}]")
+    if not 0 <= train5 <= counts["train"]:
+        raise UserError(f"train5={train5} must be in [0, {counts['train']}] (train)")
+    if seed < 0:
+        raise UserError(f"seed={seed} must be at least 0")
 
 
 def make_tileset(
@@ -83,37 +80,23 @@ def make_tileset(
         out: New or empty folder, or one that an interrupted call with the same values left.
         size: Pixels.
         train, val, test: Tiles per class; a split of 0 tiles has no folder.
-        train5: Of the training tiles, how many per class are copied to the few-label subset.
+        train5: Number of training tiles per class that are copied to the few-label subset.
         workers: Processes.
 
     Returns:
         How many files were written: 0 when all were there.
 
     Raises:
-        UserError: A value that is not allowed, or a folder with other contents.
+        UserError: A value is not allowed, or the folder has other contents.
     """
     out = Path(out).expanduser()
-    unknown = [name for name in classes if name not in CLASSES]
-    if unknown or not classes or len(set(classes)) != len(classes):
-        raise UserError(
-            f"--classes {' '.join(classes)}: give distinct names of {' '.join(CLASSES)}"
-        )
-    if not SIZES[0] <= size <= SIZES[1]:
-        raise UserError(f"--size {size} must be in [{SIZES[0]}, {SIZES[1]}]")
     counts = {"train": train, "val": val, "test": test}
-    for split, count in counts.items():
-        least = 1 if split == "train" else 0
-        if not least <= count <= MOST:
-            raise UserError(f"--{split} {count} must be in [{least}, {MOST}]")
-    if not 0 <= train5 <= train:
-        raise UserError(f"--train5 {train5} must be in [0, {train}] (--train)")
-    if seed < 0:
-        raise UserError(f"--seed {seed} must be at least 0")
-    _claim(
-        out,
-        {"version": VERSION, "size": size, **counts, "train5": train5}
-        | {"seed": seed, "classes": list(classes)},
-    )
+    _check(size, counts, train5, seed, classes)
+    settings = {"version": VERSION, "size": size, **counts, "train5": train5}
+    settings |= {"seed": seed, "classes": list(classes)}
+    made = MadeFolder(out, settings, RECORD, key=None)
+    made.exists()
+    made.begin()
 
     tasks = [
         (split, name, FIRST[split] + i)
@@ -123,7 +106,7 @@ def make_tileset(
     ]
     tasks = [t for t in tasks if not (out / t[0] / t[1] / tile_name(t[2])).exists()]
     for split, name in {(split, name) for split, name, _ in tasks}:
-        (out / split / name).mkdir(parents=True, exist_ok=True)
+        remove_leftovers(out / split / name)
     render = partial(_render, out, size, seed)
     if workers > 1 and len(tasks) >= POOL_FROM:
         with ProcessPoolExecutor(workers) as pool:

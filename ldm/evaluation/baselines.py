@@ -24,10 +24,11 @@ from ldm.evaluation.confusion import write_confusion
 from ldm.evaluation.metrics import confusion_matrix, scores
 from ldm.evaluation.predictions import Predictions, predictions_name
 from ldm.evaluation.sets import GroupTable, Splits, TransformedTiles, open_splits
-from ldm.evaluation.settings import Settings
 from ldm.evaluation.summary import write_summary
-from ldm.evaluation.vit import eval_transform
-from ldm.run import git_revision, hardware, versions, write_json
+from ldm.files import write_json
+from ldm.models.vit import eval_transform
+from ldm.models.vit_settings import Settings
+from ldm.run import git_revision, hardware, versions
 
 if TYPE_CHECKING:
     from ldm.selection.features import Extractor
@@ -182,7 +183,7 @@ def run_baseline(
     settings: dict[str, Any] = {"baseline": kind, "strengths": list(STRENGTHS)}
     arch, extractor = f"logistic regression on {kind.replace('_', ' ')}", None
     if kind == LINEAR_PROBE:
-        from ldm.cli import resolve_device
+        from ldm.devices import resolve_device
 
         backbone = backbone or Backbone()
         backbone.check()

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ldm.checkpoint import KEY, file_sha256, load_tensors
+from ldm.checkpoint import KEY, load_tensors
 from ldm.data.images import read_tile
 from ldm.errors import UserError
-from ldm.evaluation.vit import TileClassifier, eval_transform, load_pretrained
 from ldm.evaluation.weights import DINOV2, WEIGHTS
+from ldm.files import file_sha256
+from ldm.models.vit import TileClassifier, eval_transform, load_pretrained
 from ldm.selection.features import Extractor
 
 INCEPTION, VIT, TIMM = "inception", "vit", "timm:"

@@ -18,13 +18,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ldm.checkpoint import file_sha256
 from ldm.data.images import class_folders, is_image, list_images
-from ldm.data.tiles import OVERVIEW
+from ldm.data.tile_files import OVERVIEW
 from ldm.errors import UserError
 from ldm.evaluation.extractors import FidelityExtractor
 from ldm.evaluation.sets import listing_sha256
-from ldm.run import write_bytes
+from ldm.files import file_sha256, write_bytes
 from ldm.selection.centroids import read_safetensors
 from ldm.selection.training_folder import DECISIONS, PREFIX, RECORD
 

@@ -310,6 +310,12 @@ def build_pipeline(model: "LatentDiffusion", use_ema: bool = True) -> Any:
     params = model.unet_config["params"]
     settings, heads = unet_settings(params)
     first = model.first_stage_config["params"]
+    if "ddconfig" not in first or model.scale_factor.ndim:
+        what = "a latent scale for each channel" if model.scale_factor.ndim else "patch PCA"
+        raise UserError(
+            f"the diffusion model has {what}, for which diffusers has no counterpart; export a "
+            "model of an autoencoder with a single latent scale"
+        )
     scale = float(model.scale_factor)
     vae = AutoencoderKL(**vae_settings(first["ddconfig"], first["embed_dim"], scale))
     vae.load_state_dict(vae_state(model.first_stage_model))

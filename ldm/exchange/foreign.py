@@ -170,9 +170,9 @@ def read_model_node(path: str | Path) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from ldm.config import _read_yaml, upgrade_config
+    from ldm.config import read_yaml, upgrade_config
 
-    config = _read_yaml(path)
+    config = read_yaml(path)
     node = config.get("model")
     if not OmegaConf.is_dict(node) or "target" not in node:
         raise UserError(f"config: {path} has no model: section with a target:")

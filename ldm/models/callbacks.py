@@ -11,10 +11,11 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from torch import Tensor
 
-from ldm.data.tiles import to_uint8, write_png
+from ldm.data.tiles import to_uint8
+from ldm.devices import follow_layout
 from ldm.errors import Stopped
+from ldm.files import write_png
 from ldm.models.sharding import is_sharded
-from ldm.speed import follow_layout
 
 
 def image_grid(images: Tensor, columns: int = 4):
@@ -145,14 +146,14 @@ class RegularCheckpoint(ModelCheckpoint):
 
 
 class LastCheckpoint(RegularCheckpoint):
-    """`last.ckpt`, overwritten every so many steps.
+    """`last.ckpt`, overwritten every so many steps or seconds.
 
     A class of its own, since Lightning tells checkpoint callbacks apart by class and settings, and
     another one may be asked for at the same interval.
     """
 
-    def __init__(self, every_n_train_steps: int, **kwargs: Any):
-        super().__init__(filename="last", every_n_train_steps=every_n_train_steps, **kwargs)
+    def __init__(self, **kwargs: Any):
+        super().__init__(filename="last", **kwargs)
 
 
 class RecentCheckpoints(RegularCheckpoint):

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ldm.errors import UserError
-from ldm.run import write_bytes
+from ldm.files import write_bytes
 
 if TYPE_CHECKING:
     from ldm.selection.features import FeatureSet

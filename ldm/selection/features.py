@@ -17,20 +17,19 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.checkpoint import file_sha256
 from ldm.data.tiles import TileFolder
 from ldm.errors import UserError
 from ldm.evaluation.runs import RESULT
 from ldm.evaluation.sets import TransformedTiles, listing_sha256
-from ldm.evaluation.training import Compute
-from ldm.evaluation.vit import (
+from ldm.evaluation.training import make_loader
+from ldm.files import file_sha256, write_bytes
+from ldm.models.vit import (
     SHORT_NAMES,
     TileClassifier,
     eval_transform,
     load_pretrained,
     load_vit,
 )
-from ldm.run import write_bytes
 from ldm.selection.centroids import read_safetensors
 
 log = logging.getLogger(__name__)
@@ -145,10 +144,10 @@ class Extractor:
         """
         device = next(self.net.parameters()).device
         # Full precision: features are compared with those of other runs and machines.
-        loader = Compute(device, "32", num_workers).loader(tiles, batch_size)
+        loader = make_loader(tiles, num_workers, batch_size=batch_size)
         rows, logits = [], []
-        for images, _ in tqdm(loader, desc="features", unit="batch", dynamic_ncols=True):
-            images = images.to(device)
+        for batch in tqdm(loader, desc="features", unit="batch", dynamic_ncols=True):
+            images = batch["image"].to(device)
             if self.classifies(tiles.classes):
                 features, scores = self.net.features_and_logits(images)  # (B, D), (B, K)
                 logits.append(scores.float().cpu())

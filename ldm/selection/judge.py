@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm.cli import resolve_device
 from ldm.data.tiles import TileFolder
+from ldm.devices import resolve_device
 from ldm.errors import UserError
 from ldm.selection.centroids import Centroids
 from ldm.selection.features import (
@@ -57,7 +57,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class NetworkOptions:
-    """How features are computed, as `ldm.selection.options.add_network_options` takes it.
+    """How features are computed, as `ldm.settings.FeatureOptions` has it.
 
     Attributes:
         cache: Folder of computed features.

@@ -15,15 +15,6 @@ PREFIX = "synthetic_"  # of file names; real tiles keep theirs
 DECISIONS, RECORD = "selection.csv", "selection.json"
 
 
-def same_folder_exists(out: Path, settings: dict[str, Any]) -> bool:
-    """Whether `out` was made with the same settings already; False when it can be made.
-
-    Raises:
-        UserError: There is something else at `out`.
-    """
-    return folders.same_folder_exists(out, settings, RECORD)
-
-
 def build_training_folder(
     out: Path,
     real: TileFolder,

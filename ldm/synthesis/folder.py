@@ -7,9 +7,9 @@
     OUT/grid.png, README.md   the first images of each class; the data set's card
     OUT/.parts/               the journal: a file per start and process, a line per finished batch
 
-Every file appears whole or not at all, and an image before the line that lists it. So whatever
-moment a run is killed at, the next one finds what is finished and makes the rest. Journals are
-never rewritten: everything but the images can be made from them at any time.
+Every file appears completely or not at all, and an image before the line that lists it. So at
+whatever moment a run is killed, the next one finds what is finished and makes the rest. Journals
+are never rewritten: everything but the images can be made from them at any time.
 """
 
 import csv
@@ -23,19 +23,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ldm.data.tiles import read_tile, resize_tile, write_png
+from ldm.data.tiles import read_tile, resize_tile
 from ldm.errors import UserError
-from ldm.run import write_bytes, write_json, write_text
+from ldm.files import remove_leftovers, write_bytes, write_png, write_text
+from ldm.run import MadeFolder
 from ldm.synthesis.card import make_card
 from ldm.synthesis.guidance_log import GuidanceLog
 
+SETTINGS = "settings.json"
 GRID_COLUMNS = 8
 GRID_ROWS = 8  # of a grid without classes
 JOURNAL = ".parts"
-# What a killed run may leave of files that it was writing: images, then those beside the classes.
-PARTIAL = ("*/.*.png.part", *(f".{name}.*" for name in ("settings.json", "manifest.csv")))
-PARTIAL += tuple(f".{name}.*" for name in ("manifest.parquet", "guidance.csv", "grid.png"))
-PARTIAL += (".README.md.*", ".shard-*.tar.*")
 
 # Manifest columns and their Arrow types. What stands in a row of the journal, then what is the
 # same for all images of a folder, from its settings.
@@ -74,19 +72,19 @@ Row = dict[str, Any]
 
 
 class SampleFolder:
-    """OUT, as described in this module.
+    """The folder OUT that this module describes.
 
     Args:
-        root: OUT.
+        root: Path of OUT.
         settings: What decides the images, see `ldm.synthesis.settings.make_settings`; compared with
             those in an existing OUT.
-        facts: What is known of each model, by role, for the card.
+        facts: Facts about each model, by role, for the card.
 
     Attributes:
         rows: The finished images by (class, index).
 
     Raises:
-        UserError: OUT holds images made with other settings, or files that are not ours.
+        UserError: OUT holds images made with other settings, or files of something else.
     """
 
     def __init__(self, root: Path, settings: dict[str, Any], facts: dict[str, Any] | None = None):
@@ -96,40 +94,14 @@ class SampleFolder:
         self.rows: dict[tuple[str, int], Row] = {}
         self.runs: list[dict[str, Any]] = []
         self.guidance_log = GuidanceLog()
-        if (root / "settings.json").exists():
-            self._check_settings()
+        self.made = MadeFolder(root, self.settings, SETTINGS, key="images", name="outdir")
+        if self.made.exists():
             self.read()
-        elif root.is_dir() and not all(
-            p.name.startswith(".settings.json.") for p in root.iterdir()
-        ):
-            raise UserError(
-                f"--outdir {root}: not empty and without settings.json; give a new folder"
-            )
-        elif root.exists() and not root.is_dir():
-            raise UserError(f"--outdir {root} is a file; give a folder")
-
-    def _check_settings(self) -> None:
-        path = self.root / "settings.json"
-        try:
-            known = json.loads(path.read_text())["images"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}: unreadable; give another --outdir") from None
-        keys = sorted(known.keys() | self.settings.keys())
-        changed = [
-            f"{key} {known.get(key)} there, {self.settings.get(key)} now"
-            for key in keys
-            if known.get(key) != self.settings.get(key)
-        ]
-        if changed:
-            raise UserError(
-                f"--outdir {self.root}: its images were made with other settings "
-                f"({'; '.join(changed)}); give another folder"
-            )
 
     # What is there
 
     def read(self) -> None:
-        """Take in the manifest and all journals; a row counts if its image is there."""
+        """Read the manifest and all journals; a row counts if its image is there."""
         self.rows, self.runs, self.guidance_log = {}, [], GuidanceLog()
         self._read_manifest()
         for path in sorted((self.root / JOURNAL).glob("*.jsonl")):
@@ -148,7 +120,7 @@ class SampleFolder:
                 row["index"] = int(row["index"])
                 for key in DECIMALS:
                     row[key] = None if row[key] is None else float(row[key])
-                self._take(row)
+                self._add(row)
 
     def _read_journal(self, path: Path) -> None:
         # A run that was killed while it wrote leaves a last line without its end.
@@ -160,10 +132,10 @@ class SampleFolder:
                 self.runs.append(entry["run"])
                 continue
             for row in entry["rows"]:
-                self._take(row)
+                self._add(row)
             self.guidance_log.merge(entry["guidance"])
 
-    def _take(self, row: Row) -> None:
+    def _add(self, row: Row) -> None:
         if (self.root / row["file"]).is_file():
             self.rows[row["class"], row["index"]] = row
 
@@ -179,17 +151,13 @@ class SampleFolder:
         Args:
             alone: False leaves unfinished files there: other runs may be writing them.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
-        if not (self.root / "settings.json").exists():
-            content = {"images": self.settings, "models": self.facts}
-            write_json(self.root / "settings.json", content)
+        self.made.begin({"models": self.facts}, alone)
         if alone:
             self._remove_partial()
 
     def _remove_partial(self) -> None:
-        for pattern in PARTIAL:
-            for path in self.root.glob(pattern):
-                path.unlink(missing_ok=True)
+        for folder in (self.root, *(path for path in self.root.iterdir() if path.is_dir())):
+            remove_leftovers(folder)
 
     def journal(self, stamp: str, rank: int, run: dict[str, Any] | None) -> "Journal":
         """A new journal of this start and process; `run` describes the start, once for all."""
@@ -220,7 +188,7 @@ class SampleFolder:
         return {key: known.get(key) for key in OF_FOLDER}
 
     def finish(self) -> None:
-        """Write all that is made from the journals; a file that would not change is left alone."""
+        """Write all files that are made from the journals, except those that would not change."""
         self._remove_partial()
         self.write_manifest()
         if self.guidance_log.sums:
@@ -263,7 +231,7 @@ class Journal:
 
     Args:
         path: New file.
-        run: What is known of this start; None in all processes but the first.
+        run: Facts about this start; None in all processes but the first.
     """
 
     def __init__(self, path: Path, run: dict[str, Any] | None):
@@ -290,14 +258,9 @@ def image_row(
 
 
 def write_if_changed(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, unless it holds this already."""
+    """Write a file atomically, unless it has this content already."""
     if not path.is_file() or path.read_bytes() != content:
         write_bytes(path, content)
-
-
-def _being_set(path: Path) -> bool:
-    """Whether it is settings.json while another run of the same images writes it."""
-    return path.name.startswith(".settings.json.") or path.name == "settings.json"
 
 
 def _cell(key: str, value: Any) -> str:

@@ -4,9 +4,9 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -16,11 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm import __version__
+from ldm.devices import Ranks, one_thread
 from ldm.diffusion.samplers import Step
 from ldm.run import git_revision, versions
 from ldm.synthesis.folder import Journal, SampleFolder, image_row
 from ldm.synthesis.guidance_log import GuidanceLog
-from ldm.synthesis.ranks import Ranks
 from ldm.synthesis.synthesiser import Confidence, Synthesiser
 
 log = logging.getLogger(__name__)
@@ -41,14 +41,14 @@ class Part:
 
     @property
     def suffix(self) -> str:
-        """Of the journals, so that parts that start together do not share one."""
+        """Ending of the names of journals, so that parts that start together do not share one."""
         return "" if self.is_whole else f"-{self.number:04d}"
 
     def of(self, jobs: list[tuple[str, int]]) -> list[tuple[str, int]]:
         return jobs[self.number :: self.count]
 
 
-WHOLE = Part()
+EVERYTHING = Part()
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def synthesise(
     counts: Mapping[str, int],
     batch_size: int,
     ranks: Ranks | None = None,
-    part: Part = WHOLE,
+    part: Part = EVERYTHING,
 ) -> SampleReport:
     """Make the images 0..count-1 of each class that `folder` does not hold yet.
 
@@ -151,11 +151,11 @@ def synthesise(
         counts: Images per class, of `synthesiser.models.names`.
         batch_size: Images sampled together, of several classes where one does not fill the batch.
         ranks: Processes that share the work; this one alone by default.
-        part: Of the images, to make no others. Other runs may be making theirs in the same folder,
-            so what is made of all of them (manifest, card) is left to a run for the whole.
+        part: Share of the images to make. Other runs may be making theirs in the same folder, so
+            what is made of all images (manifest, card) is left to a run without parts.
 
     Raises:
-        UserError: Sampling went wrong; what was finished before is in the folder.
+        UserError: Sampling failed; images that were finished before are in the folder.
     """
     ranks = ranks or Ranks()
     wanted = part.of([(name, index) for name, count in counts.items() for index in range(count)])
@@ -189,22 +189,6 @@ def synthesise(
         folder.read()
         folder.finish()
     return SampleReport(len(jobs), present, seconds)
-
-
-@contextmanager
-def one_thread(device: torch.device) -> Iterator[None]:
-    """Compute with one thread on a CPU, also in threads started meanwhile.
-
-    How a kernel divides its sums among threads decides their rounding, so an image would depend on
-    the machine's cores and on how many processes share them. More cores are used by more processes.
-    """
-    before = torch.get_num_threads()
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _start(synthesiser: Synthesiser, ranks: Ranks) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""The settings of a table: configs/tables/*.yaml, checked as a whole before anything runs.
+"""The settings of an experiment: configs/tables/*.yaml, checked completely before anything runs.
 
 Imports nothing heavy: `--status` and `--dry-run` answer at once.
 """
@@ -54,6 +54,7 @@ class Model:
     env: dict[str, str] = field(default_factory=dict)
     needs: dict[str, str] = field(default_factory=dict)
     checkpoint: str = "last"  # or best: which one of a model trained here is used
+    label: str | None = None  # what its training does, for people
     gpus: int = 1
 
 
@@ -64,7 +65,10 @@ class Generator:
     diffusion: str = MISSING
     classifier: str | None = None  # that guides
     decoder: str | None = None  # fine-tuned; its own without
-    label: str | None = None  # for people; the name without
+    label: str | None = None  # for people; the name if omitted
+    amount: int | None = (
+        None  # tiles per class, also where no arm uses them; else as many as needed
+    )
     factors: Options = field(default_factory=dict)  # columns of the table
     sampling: Options = field(default_factory=dict)  # over those of the section `sampling`
 
@@ -169,7 +173,7 @@ class Copies:
 
 @dataclass
 class Slurm:
-    """For `--submit`: what submitit asks SLURM for."""
+    """What SLURM is asked for, with `--slurm`."""
 
     cluster: str = "slurm"  # or local: processes of this machine, to try it out
     partition: str | None = None
@@ -177,13 +181,13 @@ class Slurm:
     cpus: int = 8
     memory_gb: float | None = None
     gpus: bool = True  # False on a cluster without any
-    parallel: int = 16  # jobs of one array at once
+    parallel: int = 16  # jobs in the queue at once
     parameters: Options = field(default_factory=dict)  # further ones, such as slurm_account
 
 
 @dataclass
-class TableSettings:
-    """A whole file of configs/tables."""
+class Settings:
+    """A complete file of configs/tables."""
 
     name: str = MISSING
     title: str = ""
@@ -205,8 +209,8 @@ class TableSettings:
     slurm: Slurm = field(default_factory=Slurm)
 
 
-def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> TableSettings:
-    """Read, merge and check the settings of a table.
+def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
+    """Read, merge and check the settings of an experiment.
 
     Args:
         overrides: `section.key=value`.
@@ -230,23 +234,35 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> TableSetti
         raw = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"--config {path}: {_explain(error)}") from None
-    unknown = list(_unknown_keys(raw, TableSettings, ""))
+    return check_settings(raw, f"--config {path}")
+
+
+def check_settings(raw: Mapping[str, Any], source: str) -> Settings:
+    """Settings from plain dictionaries.
+
+    Args:
+        source: Where they come from, for messages.
+
+    Raises:
+        UserError: Anything wrong, all problems in one line.
+    """
+    unknown = list(_unknown_keys(raw, Settings, ""))
     if unknown:
-        raise UserError(f"--config {path}: {'; '.join(unknown)}")
+        raise UserError(f"{source}: {'; '.join(unknown)}")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(TableSettings), raw)
+        merged = OmegaConf.merge(OmegaConf.structured(Settings), raw)
         settings = OmegaConf.to_object(merged)
     except MissingMandatoryValue as error:
         key = getattr(error, "full_key", None) or _first_line(error)
-        raise UserError(f"--config {path}: {key} is missing; add it") from None
+        raise UserError(f"{source}: {key} is missing; add it") from None
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
         where = f"{key}: " if key else ""
-        raise UserError(f"--config {path}: {where}{_first_line(error)}") from None
-    assert isinstance(settings, TableSettings)
+        raise UserError(f"{source}: {where}{_first_line(error)}") from None
+    assert isinstance(settings, Settings)
     problems = list(_problems(settings))
     if problems:
-        raise UserError(f"--config {path}: {'; '.join(problems)}")
+        raise UserError(f"{source}: {'; '.join(problems)}")
     return settings
 
 
@@ -298,7 +314,7 @@ def _unknown_keys(value: Any, kind: Any, path: str) -> Iterable[str]:
             yield from _unknown_keys(inner, arguments[0], f"{path}[{index}]")
 
 
-def _problems(settings: TableSettings) -> Iterable[str]:
+def _problems(settings: Settings) -> Iterable[str]:
     """What is wrong across sections."""
     yield from _bad_names(settings)
     for name, model in settings.models.items():
@@ -317,6 +333,8 @@ def _problems(settings: TableSettings) -> Iterable[str]:
         for key, other in model.needs.items():
             yield from _unknown(f"{where}.needs.{key}", other, settings.models)
     for name, generator in settings.generators.items():
+        if generator.amount is not None and generator.amount < 1:
+            yield f"generators.{name}.amount {generator.amount} must be at least 1"
         for part in ("diffusion", "classifier", "decoder"):
             other = getattr(generator, part)
             if other is not None:
@@ -361,7 +379,7 @@ def _problems(settings: TableSettings) -> Iterable[str]:
         yield f"link {settings.link} must be copy, hard or symbolic"
 
 
-def _bad_names(settings: TableSettings) -> Iterable[str]:
+def _bad_names(settings: Settings) -> Iterable[str]:
     named = {
         "models": settings.models,
         "generators": settings.generators,
@@ -397,7 +415,7 @@ def _circles(models: Mapping[str, Model]) -> Iterable[str]:
             yield f"models.{name} needs itself; break the circle"
 
 
-def _ratios(settings: TableSettings) -> list:
+def _ratios(settings: Settings) -> list:
     grid, ceiling = settings.grid, settings.baselines.ceiling
     found: list = [*grid.ratios, *(ceiling.ratios if ceiling else ())]
     for cells in (*grid.without, *grid.also):

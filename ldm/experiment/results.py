@@ -1,6 +1,6 @@
 """What a table of experiments consists of, for everything that prints, plots or tests it.
 
-`ldm.table.plan` decides which rows there are, `ldm.table.gather` reads their files, and
+`ldm.experiment.plan` decides which rows there are, `ldm.experiment.gather` reads their files, and
 `ldm.table.report` writes them.
 """
 

@@ -1,4 +1,4 @@
-"""From the settings of a table to its rows and jobs: command lines, and what each depends on."""
+"""From the settings of an experiment to its rows and jobs: commands, and what each depends on."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ldm.checkpoint import checkpoint_path
 from ldm.cli import existing_path
 from ldm.errors import UserError
-from ldm.stages import ROOT, Stage, arguments, show_path
-from ldm.table.config import Generator, Model, Strategy, TableSettings, as_list, nearest
-from ldm.table.files import Checkpoints, Split
-from ldm.table.scheduler import needed_by
+from ldm.experiment.inputs import Checkpoints, Split
+from ldm.experiment.jobs import ROOT, Job, arguments, needed_by, show_path
+from ldm.experiment.settings import Generator, Model, Settings, Strategy, as_list, nearest
 
 REAL = "real"  # key of the row without synthetic tiles
 TILES = "tiles"  # job that makes procedural ones
@@ -53,31 +53,34 @@ class Arm:
 
 
 class Plan:
-    """Rows and jobs of a table.
+    """Rows and jobs of an experiment.
 
     Attributes:
         rows: In the order of the table.
-        stages: Each after those that it needs.
+        other_jobs: Names of the jobs that no row needs.
 
     Raises:
         UserError: Tiles, checkpoints or options that are missing or wrong.
     """
 
-    def __init__(self, settings: TableSettings):
+    def __init__(self, settings: Settings):
         self.settings = settings
         self.out = Path(settings.out).expanduser().absolute()
         self.root = Path(settings.data.root).expanduser().absolute()
         self.jobs_folder = self.out / "jobs"
         self.checkpoints = Checkpoints(self.jobs_folder / "checkpoints.digests")
         self.rows: list[Arm] = []
-        self._stages: dict[str, Stage] = {}
-        self._check_places()
+        self.other_jobs: list[str] = []
+        self._jobs: dict[str, Job] = {}
+        self._check_out()
+        self._check_inputs()
         self._splits = {name: Split(self.root / name) for name in self._split_names()}
         self._plan()
 
     @property
-    def stages(self) -> list[Stage]:
-        return list(self._stages.values())
+    def jobs(self) -> list[Job]:
+        """All jobs, each after those that it needs."""
+        return list(self._jobs.values())
 
     # Places
 
@@ -119,13 +122,15 @@ class Plan:
                 raise UserError(f"--only {pattern}: fits no row; {nearest(pattern, keys)}")
         return [row for row in self.rows if any(fnmatch.fnmatch(row.key, p) for p in patterns)]
 
-    def jobs_of(self, rows: Sequence[Arm]) -> list[Stage]:
-        """The jobs that these rows need."""
+    def jobs_of(self, rows: Sequence[Arm]) -> list[Job]:
+        """The jobs that these rows need; of all rows, those that none needs, too."""
         names = [name for row in rows for name in (*row.jobs.values(), *row.other_jobs)]
-        return needed_by(self.stages, names)
+        names += self.other_jobs if len(rows) == len(self.rows) else []
+        return needed_by(self.jobs, names)
 
-    def link_splits(self) -> None:
-        """OUT/data/SPLIT -> where its tiles are."""
+    def prepare(self) -> None:
+        """Make the folder of the jobs, and links to the tiles: OUT/data/SPLIT."""
+        self.jobs_folder.mkdir(parents=True, exist_ok=True)
         self.data.mkdir(parents=True, exist_ok=True)
         for name in self._split_names():
             link, target = self.data / name, self.root / name
@@ -140,27 +145,71 @@ class Plan:
         data = self.settings.data
         return list(dict.fromkeys([data.unlabelled, data.labelled, "val", "test"]))
 
-    def _check_places(self) -> None:
-        data, out = self.settings.data, self.out
+    def _check_out(self) -> None:
+        """Check that the folder of the results is ours and holds no tiles of the user."""
+        out = self.out
         if out.exists() and not out.is_dir():
             raise UserError(f"out {out} is a file; give a folder")
-        if out.is_dir() and any(out.iterdir()) and not self.jobs_folder.is_dir():
-            raise UserError(f"out {out} holds other files; give a new folder")
-        if data.tiles is not None:
-            # They are removed when they have to be made anew.
-            if out not in self.root.parents:
-                raise UserError(
-                    f"data.root {self.root} must lie in out {out} when data.tiles makes it; leave"
-                    " data.tiles out to use tiles of your own"
-                )
-        else:
+        ours = self.jobs_folder, out / "stages"  # the second one of a demo by version 0.1.0
+        if out.is_dir() and any(out.iterdir()) and not any(path.is_dir() for path in ours):
+            raise UserError(f"out {out} holds other files; give a new folder for the results")
+        if self.settings.data.tiles is None and (out == self.root or self.root in out.parents):
+            raise UserError(f"out {out} lies in data.root {self.root}; give a folder outside")
+
+    def _check_inputs(self) -> None:
+        """Check that everything from elsewhere is there.
+
+        Raises:
+            UserError: Something is missing; all that is missing, in one line.
+        """
+        settings, data = self.settings, self.settings.data
+        checks: list[Callable[[], Any]] = [self._check_tiles]
+        if data.groups is not None:
+            checks.append(partial(existing_path, data.groups, "data.groups", "file"))
+        for name, model in settings.models.items():
+            if model.run is not None:
+                checks.append(partial(checkpoint_path, self.model(name), f"models.{name}.run"))
+            for path in as_list(model.config) if model.config is not None else ():
+                checks.append(partial(self._config_file, path, name))
+        if settings.judge.run is not None:
+            checks.append(partial(existing_path, settings.judge.run, "judge.run"))
+        problems = []
+        for check in checks:
+            try:
+                check()
+            except UserError as error:
+                problems.append(str(error))
+        if problems:
+            raise UserError("; ".join(problems))
+
+    def _check_tiles(self) -> None:
+        data = self.settings.data
+        if data.tiles is None:
             existing_path(self.root, "data.root", "dir")
-            if out == self.root or self.root in out.parents:
-                raise UserError(f"out {out} lies in data.root {self.root}; give a folder outside")
             for name in self._split_names():
                 existing_path(self.root / name, f"data.root: its folder {name}", "dir")
-        if data.groups is not None:
-            existing_path(data.groups, "data.groups", "file")
+            self._check_classes()
+        elif self.out not in self.root.parents:
+            # They are removed when they have to be made anew.
+            raise UserError(
+                f"data.root {self.root} must lie in out {self.out} when data.tiles makes it; leave"
+                " data.tiles out to use tiles of your own"
+            )
+
+    def _check_classes(self) -> None:
+        """Check that the labelled splits have the same classes, and no split is empty."""
+        data = self.settings.data
+        if Split(self.root / data.unlabelled).is_empty:
+            raise UserError(f"{self.root / data.unlabelled} has no tiles; add some")
+        known = Split(self.root / data.labelled).counts
+        for name in ("val", "test"):
+            found = Split(self.root / name).counts
+            if list(found) != list(known):
+                differ = ", ".join(sorted(set(found) ^ set(known)))
+                raise UserError(
+                    f"{self.root / name} has other classes than {data.labelled} ({differ}); the"
+                    " names of their class folders must be equal"
+                )
 
     def _on_tiles(self, *splits: str, after: Sequence[str] = ()) -> dict[str, Any]:
         """What a job depends on that reads these splits."""
@@ -184,9 +233,9 @@ class Plan:
 
     # Jobs
 
-    def _add(self, stage: Stage) -> str:
-        self._stages.setdefault(stage.name, stage)
-        return stage.name
+    def _add(self, job: Job) -> str:
+        self._jobs.setdefault(job.name, job)
+        return job.name
 
     def _plan(self) -> None:
         settings = self.settings
@@ -207,7 +256,7 @@ class Plan:
         tiles = self.settings.data.tiles or {}
         command = ("scripts/make_tiles.py", *arguments({"out": show_path(self.root), **tiles}))
         self._add(
-            Stage(TILES, "procedural tiles", command, output=(self.root,), kind="tiles", gpus=0)
+            Job(TILES, "procedural tiles", command, output=(self.root,), kind="tiles", gpus=0)
         )
 
     def _model_jobs(self, name: str) -> tuple[str, ...]:
@@ -215,7 +264,7 @@ class Plan:
         model = self.settings.models[name]
         if model.run is not None:
             return ()
-        if f"train-{name}" not in self._stages:
+        if f"train-{name}" not in self._jobs:
             needed = [job for other in model.needs.values() for job in self._model_jobs(other)]
             make = self._training if model.config is not None else self._classifier
             self._add(make(name, model, needed))
@@ -238,7 +287,7 @@ class Plan:
             return depends
         return {**depends, "data": depends.get("data", "") + json.dumps(used)}
 
-    def _training(self, name: str, model: Model, needed: list[str]) -> Stage:
+    def _training(self, name: str, model: Model, needed: list[str]) -> Job:
         files = [self._config_file(path, name) for path in as_list(model.config)]
         environment = {DATA_VARIABLE: show_path(self.data), **model.env}
         environment |= {key: show_path(self.model(o)) for key, o in model.needs.items()}
@@ -252,9 +301,9 @@ class Plan:
         command += model.overrides
         data = self.settings.data
         on_tiles = self._on_tiles(data.unlabelled, data.labelled, "val", after=needed)
-        return Stage(
+        return Job(
             f"train-{name}",
-            f"training of {name}",
+            model.label or f"training of {name}",
             tuple(command),
             **self._with_models(on_tiles, *model.needs.values()),
             output=(self.out / "models" / name,),
@@ -270,7 +319,7 @@ class Plan:
                 return file
         raise UserError(f"models.{name}.config: no file {path}; check the path")
 
-    def _classifier(self, name: str, model: Model, needed: list[str]) -> Stage:
+    def _classifier(self, name: str, model: Model, needed: list[str]) -> Job:
         data, options = self.settings.data, dict(model.classifier or {})
         options = {
             "data_dir": show_path(self.data / data.labelled),
@@ -280,20 +329,15 @@ class Plan:
             "logdir": show_path(self.out / "models"),
             **options,
         }
-        result = self.out / "models" / name / "result.json"
-
-        def number() -> str:
-            return f"accuracy {_read_json(result)['best']['val/accuracy']:.2f} on noisy val"
 
         on_tiles = self._on_tiles(data.labelled, "val", after=needed)
-        return Stage(
+        return Job(
             f"train-{name}",
-            f"training of {name}",
+            model.label or f"training of {name}",
             ("classifier_train.py", *arguments(options)),
             **self._with_models(on_tiles, *model.needs.values()),
             output=(self.out / "models" / name,),
             environment=dict(model.env),
-            number=number,
             kind="train",
             gpus=model.gpus,
         )
@@ -303,6 +347,8 @@ class Plan:
         models = [m for m in (generator.diffusion, generator.classifier, generator.decoder) if m]
         wanted = self._wanted(largest)
         amounts = {c: math.ceil(max(1, n) * sampling.per_wanted) for c, n in wanted.items()}
+        if generator.amount is not None:
+            amounts = dict.fromkeys(wanted, generator.amount)
         if len(set(amounts.values())) == 1:
             amount: dict[str, Any] = {"n_samples": next(iter(amounts.values()))}
         else:
@@ -316,21 +362,15 @@ class Plan:
             **sampling.options,
             **generator.sampling,
         }
-        manifest = self.samples(name) / "manifest.csv"
-
-        def number() -> str:
-            with manifest.open() as stream:
-                return f"{sum(1 for _ in stream) - 1} tiles"
 
         needed = dict.fromkeys(job for model in models for job in self._model_jobs(model))
         return self._add(
-            Stage(
+            Job(
                 f"sample-{name}",
-                f"sampling by {name}",
+                f"sampling by {generator.label or name}",
                 ("sample_diffusion.py", *arguments(options)),
                 **self._with_models({"after": tuple(needed)}, *models),
                 output=(self.samples(name),),
-                number=number,
                 kind="sample",
                 gpus=sampling.gpus,
             )
@@ -370,7 +410,7 @@ class Plan:
             **self.settings.judge.options,
         }
         return self._add(
-            Stage(
+            Job(
                 f"features-{name}",
                 f"features and UMAP of {name}",
                 ("scripts/vis.py", *arguments(options)),
@@ -402,21 +442,14 @@ class Plan:
         else:
             options["no-sheets"] = True
         options |= strategy.options
-        record = self.data / folder / "selection.json"
-
-        def number() -> str:
-            counts = _read_json(record)["counts"].values()
-            used = sum(row["accepted"] + row["filled"] for row in counts)
-            return f"{used} of {sum(row['wanted'] for row in counts)} wanted"
 
         return self._add(
-            Stage(
+            Job(
                 f"select-{folder}",
                 f"selection of {folder}",
                 ("scripts/distance.py", *arguments(options)),
                 **self._on_tiles(labelled, after=(f"features-{generator}",)),
                 output=tuple(output),
-                number=number,
                 kind="select",
                 gpus=0,
             )
@@ -443,13 +476,12 @@ class Plan:
         words = ["eval.py", *arguments(options), "--seed", str(seed)]
         result = logdir / folder / f"seed{seed}"
         return self._add(
-            Stage(
+            Job(
                 f"eval-{key}-seed{seed}",
                 f"ViT on {title}, seed {seed}",
                 tuple(words),
                 **self._on_tiles(data.labelled, "val", "test", after=after),
                 output=(result,),
-                number=_accuracy(result),
                 kind="eval",
                 gpus=evaluation.gpus,
             )
@@ -467,13 +499,12 @@ class Plan:
             **self.settings.baselines.options.get(kind, {}),
         }
         job = self._add(
-            Stage(
+            Job(
                 f"baseline-{kind}",
                 kind.replace("_", " "),
                 ("scripts/baselines.py", *arguments(options)),
                 **self._on_tiles(data.labelled, "val", "test"),
                 output=(results,),
-                number=_accuracy(results / data.labelled / "seed0"),
                 kind="baseline",
             )
         )
@@ -537,9 +568,12 @@ class Plan:
         combinations = self.combinations()
         for name, generator in settings.generators.items():
             mine = [cell for cell in combinations if cell[0] == name]
-            if not mine:
+            if not mine and generator.amount is None:
                 continue
-            sample_job = self._sampling(name, max(ratio for *_, ratio in mine))
+            sample_job = self._sampling(name, max((ratio for *_, ratio in mine), default=0))
+            if not mine:
+                self.other_jobs.append(sample_job)
+                continue
             self._feature_job(name, sample_job)
             copy_job = self._copy_job(name, sample_job)
             for _, selection, ratio in mine:
@@ -596,7 +630,7 @@ class Plan:
             judge, depends = self._judged(depends)
             model = judge.get("model")
             options |= {"extractor": f"timm:{model}"} if model else judge
-        job = Stage(
+        job = Job(
             f"fidelity-{arm.key}",
             f"fidelity of {arm.key}",
             ("scripts/fidelity.py", *arguments(options)),
@@ -624,20 +658,14 @@ class Plan:
         if copies.judge:
             judge, depends = self._judged(depends)
             options |= judge
-        report = self.copies(name) / "report.json"
-
-        def number() -> str:
-            row = _read_json(report)["flagged"]["all"]
-            return f"{row['flagged']} of {row['tiles']} flagged"
 
         return self._add(
-            Stage(
+            Job(
                 f"copies-{name}",
                 f"copy check of {name}",
                 ("scripts/copy_check.py", *arguments(options)),
                 **depends,
                 output=(self.copies(name),),
-                number=number,
                 kind="copies",
             )
         )
@@ -662,7 +690,7 @@ class Plan:
                 **ceiling.options,
             }
             job = self._add(
-                Stage(
+                Job(
                     f"subset-{key}",
                     f"{ratio}% more real tiles",
                     ("scripts/make_subset.py", *arguments(options)),
@@ -691,18 +719,3 @@ def _guidance(options: dict[str, Any], generator: Generator) -> str:
     if options.get("cfg_scale") is not None:
         words.append(f"labels {options['cfg_scale']}")
     return " and ".join(words) or "none"
-
-
-def _accuracy(result: Path) -> Callable[[], str]:
-    """The key number of an evaluation, from the folder of its seed."""
-
-    def number() -> str:
-        content = _read_json(result / "result.json")
-        split = content["split"]
-        return f"accuracy {content[split]['accuracy']:.3f} on {split}"
-
-    return number
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,11 +11,13 @@ from typing import Any
 
 from ldm.cli import existing_path
 from ldm.errors import UserError
-from ldm.run import git_revision, hardware, versions, write_json
-from ldm.table.config import nearest
-from ldm.table.plan import REAL, Arm, Plan
-from ldm.table.results import Row, Table
-from ldm.table.scheduler import Standing, State
+from ldm.experiment.jobs import ROOT, Standing, State
+from ldm.experiment.numbers import read_json
+from ldm.experiment.plan import REAL, Arm, Plan
+from ldm.experiment.results import Row, Table
+from ldm.experiment.settings import nearest
+from ldm.files import write_json
+from ldm.run import git_revision, hardware, versions
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ def gather(plan: Plan, standing: Mapping[str, Standing]) -> Table:
     """The table as far as its jobs have come.
 
     Args:
-        standing: Of all jobs, see `ldm.table.scheduler.survey`.
+        standing: Of all jobs, see `ldm.experiment.jobs.Records.survey`.
     """
     rows = [gather_row(plan, arm, standing) for arm in plan.rows]
     done = [row.summary for row in rows if row.summary]
@@ -53,10 +54,10 @@ def gather(plan: Plan, standing: Mapping[str, Standing]) -> Table:
             "revision": git_revision(),
             "jobs": {
                 name: {
-                    "title": one.stage.title,
+                    "title": one.job.title,
                     "state": one.state.value,
-                    "command": one.finished.command if one.finished else None,
-                    "number": one.finished.number if one.finished else None,
+                    "command": one.record.command if one.state is State.DONE else None,
+                    "number": one.record.number if one.state is State.DONE else None,
                     "seconds": one.record.seconds if one.record else None,
                 }
                 for name, one in standing.items()
@@ -126,7 +127,7 @@ def merge(plan: Plan, arm: Arm, folders: Mapping[int, Path]) -> dict[str, Any]:
     from ldm.evaluation.summary import OVER_IMAGES, write_summary
 
     places = list(folders.values())
-    results = [_read_json(place / RESULT) for place in places]
+    results = [read_json(place / RESULT) for place in places]
     data, groups = plan.settings.data, {}
     if data.groups is not None:
         table = GroupTable(Path(data.groups).expanduser(), data.group_column)
@@ -136,7 +137,7 @@ def merge(plan: Plan, arm: Arm, folders: Mapping[int, Path]) -> dict[str, Any]:
                 groups[split] = table.groups(split, Predictions.read(file).paths)
     # What eval.py said about the sets.
     said = [place.parent / SUMMARY for place in places]
-    notes = [note for file in said if file.is_file() for note in _read_json(file).get("notes", [])]
+    notes = [note for file in said if file.is_file() for note in read_json(file).get("notes", [])]
     if groups:
         notes = [note for note in notes if note != OVER_IMAGES]
     assert arm.results is not None
@@ -155,7 +156,7 @@ def _selection_counts(folder: Path | None) -> int | None:
     """Synthetic tiles in a training folder."""
     if folder is None:
         return None
-    counts = _read_json(folder / "selection.json")["counts"].values()
+    counts = read_json(folder / "selection.json")["counts"].values()
     return sum(row["accepted"] + row["filled"] for row in counts)
 
 
@@ -180,7 +181,7 @@ def _failures(jobs: list[str], standing: Mapping[str, Standing]) -> list[str]:
             one = standing[one.blocked_by]
         if one.state is State.FAILED:
             reason = one.record.reason if one.record else "unknown"
-            found[one.stage.name] = f"{one.stage.title}: {reason}"
+            found[one.job.name] = f"{one.job.title}: {reason}"
     return list(found.values())
 
 
@@ -189,7 +190,7 @@ def _read_if_done(
 ) -> dict[str, Any] | None:
     if path is None or job not in standing or standing[job].state is not State.DONE:
         return None
-    return _read_json(path)
+    return read_json(path)
 
 
 def _classes(summary: Mapping[str, Any]) -> list[str]:
@@ -203,8 +204,6 @@ def read_paper(path: str | None, table: str, keys: list[str]) -> dict[str, dict[
         UserError: No such file, or a row that the table does not have.
     """
     import yaml
-
-    from ldm.stages import ROOT
 
     if path is None:
         return {}
@@ -239,7 +238,3 @@ def write_json_table(table: Table, path: Path) -> None:
         return value
 
     write_json(path, plain(dataclasses.asdict(table)))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())

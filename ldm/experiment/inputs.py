@@ -5,15 +5,14 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 
 from ldm.errors import UserError
-from ldm.run import write_json
+from ldm.files import digest_of_text, file_sha256, write_json
 
 log = logging.getLogger(__name__)
 
-CHUNK = 1 << 24  # bytes read at a time
+LARGE = 1 << 30  # bytes; reading such a file takes a while
 
 
 @dataclass(frozen=True)
@@ -27,14 +26,22 @@ class Split:
         """Digest of names, sizes and times of all tiles, without reading them."""
         from ldm.data.images import is_image, walk
 
-        digest = sha256()
+        lines = []
         for folder in walk(self.root, is_image):
             for name in folder.files:
                 path = folder.path / name
                 status = path.stat()
-                line = f"{path.relative_to(self.root)} {status.st_size} {status.st_mtime_ns}\n"
-                digest.update(line.encode())
-        return digest.hexdigest()
+                lines.append(
+                    f"{path.relative_to(self.root)} {status.st_size} {status.st_mtime_ns}\n"
+                )
+        return digest_of_text(lines)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there are no tiles."""
+        from ldm.data.images import is_image, walk
+
+        return not any(folder.files for folder in walk(self.root, is_image))
 
     @cached_property
     def counts(self) -> dict[str, int]:
@@ -78,12 +85,9 @@ class Checkpoints:
         entry = self.known.get(name)
         if entry and entry["file"] == facts:
             return entry["sha256"]
-        if status.st_size > 64 * CHUNK:
+        if status.st_size > LARGE:
             log.info("reading %s once, to know it again", path)
-        digest = sha256()
-        with path.open("rb") as stream:
-            while chunk := stream.read(CHUNK):
-                digest.update(chunk)
-        self.known = {**self.known, name: {"file": facts, "sha256": digest.hexdigest()}}
+        digest = file_sha256(path)
+        self.known = {**self.known, name: {"file": facts, "sha256": digest}}
         write_json(self.memory, self.known)
-        return digest.hexdigest()
+        return digest
