@@ -156,7 +156,8 @@ def main(argv: list[str] | None = None) -> None:
 
     from ldm.data.tiles import read_tile
     from ldm.evaluation import sweep
-    from ldm.files import write_bytes, write_json, write_text
+    from ldm.files import write_bytes, write_csv, write_json, write_text
+    from ldm.report.grids import contact_sheet
     from ldm.run import git_revision, hardware, versions
     from ldm.selection.features import Extractor
     from ldm.synthesis import load_models
@@ -197,10 +198,11 @@ def main(argv: list[str] | None = None) -> None:
 
     agreement = real.agreement(len(classes)).mean().item()
     chosen = sweep.best(rows)
-    write_text(out / "sweep.csv", sweep.to_csv(rows))
-    write_text(out / "sweep.md", sweep.to_markdown(rows, agreement))
+    markdown = sweep.markdown(rows, agreement)
+    write_csv(out / "sweep.csv", sweep.csv_rows(rows), list(rows[0].cells()))
+    write_text(out / "sweep.md", markdown)
     write_bytes(out / "sweep.png", sweep.draw(rows, agreement))
-    write_bytes(out / "tiles.png", sweep.contact_sheet(sheet, [name for name, _ in columns]))
+    write_bytes(out / "tiles.png", contact_sheet(sheet, [name for name, _ in columns]))
     record = {
         "command": sys.argv,
         "models": models.files,
@@ -214,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
         "revision": git_revision(),
     }
     write_json(out / "sweep.json", record)
-    print(sweep.to_markdown(rows, agreement), end="")
+    print(markdown, end="")
     option = "--classifier_scale" if by_classifier else "--cfg_scale"
     print(
         f"best by these numbers: {option} {chosen.scale:g} ({chosen.series}); a judge overlooks "

@@ -99,7 +99,7 @@ def show_status(standing, rows) -> str:
 def write_table(plan, standing) -> str:
     """Write all results; returns the headline."""
     from ldm.experiment.gather import gather, write_json_table
-    from ldm.table.report import write_results
+    from ldm.experiment.report import write_results
 
     table = gather(plan, standing)
     write_json_table(table, plan.out / "table.json")

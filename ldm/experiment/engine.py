@@ -99,16 +99,20 @@ class Machine:
             options += ["--resources", f"gpu_places={len(self.gpus) * self.share}"]
             return options
         options = ["--executor", "slurm", "--jobs", str(self.slurm.parallel), "--slurm-requeue"]
+        options += ["--latency-wait", "60"]  # seconds that files of other machines may take
         options += ["--slurm-init-seconds-before-status-checks", "15"]
         # The plugin asks sacct wherever that command exists, also where accounting is off.
-        accounting = shutil.which("sacct") is not None and (
-            subprocess.run(["sacct", "--noheader"], capture_output=True, check=False).returncode
-            == 0
-        )
-        options += ["--slurm-status-command", "sacct" if accounting else "squeue"]
+        options += ["--slurm-status-command", "sacct" if has_accounting() else "squeue"]
         if "slurm_account" not in self.slurm.parameters:
             options.append("--slurm-no-account")
         return options
+
+
+def has_accounting() -> bool:
+    """Whether SLURM's accounting answers here."""
+    if shutil.which("sacct") is None:
+        return False
+    return subprocess.run(["sacct", "--noheader"], capture_output=True, check=False).returncode == 0
 
 
 def slurm_resources(slurm: Slurm, job: Job) -> dict[str, Any]:
