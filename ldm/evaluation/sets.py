@@ -208,7 +208,7 @@ class GroupTable:
             return [grouping(name) for name in names]
         except UserError as error:
             # Rows are chosen by the column `split` here, not by an option.
-            message = str(error).replace("choose rows with --group_rows", "add a column split")
+            message = str(error).replace("choose rows with group_rows", "add a column split")
             raise UserError(f"--groups, {split} set: {message}") from None
 
 
