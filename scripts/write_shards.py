@@ -17,7 +17,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator
 
-from ldm.cli import Count, existing_path, option, parse, run_command
+from ldm.cli import Count, existing_path, option, parse, run_command, shown
 from ldm.devices import usable_cores
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -27,10 +27,11 @@ def size_in_bytes(text: str | int) -> int:
     """The number of bytes that `500M` or `1.5G` means, in powers of 1,000."""
     if isinstance(text, int):
         return text
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", text.strip().upper())
+    # No more digits than a disk needs: a longer number is a typing error.
+    match = re.fullmatch(r"(\d{1,15}|\d{1,6}\.\d{1,9}(?=[KMGT]))([KMGT]?)B?", text.strip().upper())
     size = int(float(match[1]) * UNITS[match[2]]) if match else 0
     if size < 1:
-        raise ValueError(f"{text!r} is not a size; give one such as 500M or 1G")
+        raise ValueError(f"{shown(text)} is not a size; give one such as 500M or 1G")
     return size
 
 

@@ -26,6 +26,7 @@ PROGRAMS = {
         while [[ $1 != *.sbatch ]]; do
             case $1 in
                 --array=*) array=${1#*=} ;;
+                --wrap) shift; /bin/bash -c "$1" >&2 || exit; echo 7; exit ;;
                 --nodes=*) nodes=${1#*=} ;;
                 --ntasks-per-node=*) tasks=${1#*=} ;;
                 --*) ;;

@@ -35,7 +35,7 @@ from ldm.evaluation.fidelity import (
     measure,
 )
 from ldm.evaluation.reference import TileFiles
-from ldm.evaluation.sets import TransformedTiles, listing_sha256
+from ldm.evaluation.sets import TransformedTiles
 from ldm.models.vit import TileClassifier, eval_transform
 from ldm.selection.features import Extractor
 from scripts import fidelity as command
@@ -391,7 +391,7 @@ def test_what_stands_beside_the_values(tile_sets, vit, tmp_path, capsys, caplog)
     assert "| all | 36 / 30 |" in printed and "pre-processing: shorter side to 36" in printed
     result = results[0]
     real = TransformedTiles(tile_sets["real"], 32, eval_transform(32), random=False)
-    assert result["real"]["sha256"] == listing_sha256(real.digests(), real.relative_paths)
+    assert result["real"]["sha256"] == real.files.listing
     assert result["real"]["images"] == 36 and result["fake"]["pixels"] == {"32x32": 30}
     assert list(result["per_class"]) == ["ADI", "LYM", "TUM"]
     assert len(result["extractor"]["weights_sha256"]) == 64
@@ -467,7 +467,7 @@ def test_a_network_that_was_trained_on_the_real_tiles_is_said(tile_sets, vit, tm
     (seed / "checkpoints").mkdir(parents=True)
     shutil.copy(vit, seed / "checkpoints" / "best.ckpt")
     real = TransformedTiles(tile_sets["real"], 32, eval_transform(32), random=False)
-    sha256 = listing_sha256(real.digests(), real.relative_paths)
+    sha256 = real.files.listing
     (seed / "result.json").write_text(json.dumps({"data": {"train": {"sha256": sha256}}}))
     sets = (tile_sets["real"], tile_sets["fake"])
     seen, unseen = run(tmp_path, *sets, weights=seed), run(tmp_path, *sets[::-1], weights=seed)

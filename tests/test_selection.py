@@ -588,7 +588,7 @@ DISTANCE = ["distance", "--real", "{real}", "--synthetic", "{fake}", "--out", "{
 @pytest.mark.parametrize(
     "words, expected",
     [
-        (VIS, "--weights --model is required"),
+        (VIS, "--weights: is missing"),
         ([*VIS, "--weights", "{fake}/none"], "none does not exist"),
         ([*VIS, "--weights", "{fake}/ADI/1_0.png"], "is no checkpoint"),
         ([*VIS, "--model", "resnet19x"], "--model resnet19x"),
@@ -597,17 +597,23 @@ DISTANCE = ["distance", "--real", "{real}", "--synthetic", "{fake}", "--out", "{
             [*VIS, "--weights", "{weights}", "--input_size", "64"],
             "--input_size: belongs to --model",
         ),
-        ([*VIS, "--weights", "{weights}", "--batch_size", "0"], "--batch_size: 0 must be in [1"),
+        (
+            [*VIS, "--weights", "{weights}", "--batch_size", "0"],
+            "--batch_size: 0 must be",
+        ),
         ([*VIS, "--weights", "{weights}", "--synthetic", "{two}"], "'LYM'"),
         ([*DISTANCE, "--features", "{real}"], "make it with scripts/vis.py"),
         (
             [*DISTANCE, "--features", "{vis}", "--ratio", "50", "--per_class", "3"],
             "not allowed with",
         ),
-        ([*DISTANCE, "--features", "{vis}", "--ratio", "0"], "0 must be in [1"),
+        ([*DISTANCE, "--features", "{vis}", "--ratio", "0"], "--ratio: 0 must be at least 1"),
         ([*DISTANCE, "--features", "{vis}", "--seed", "1"], "belongs to --strategy random"),
         ([*DISTANCE, "--features", "{vis}", "--random", "--strategy", "knn"], "--random: not"),
-        ([*DISTANCE, "--features", "{vis}", "--strategy", "best"], "invalid choice: 'best'"),
+        (
+            [*DISTANCE, "--features", "{vis}", "--strategy", "best"],
+            "--strategy: 'best' must be",
+        ),
         ([*DISTANCE, "--features", "{vis}", "--neighbors", "2"], "belongs to --strategy knn"),
         (
             [*DISTANCE, "--features", "{vis}", "--confidence", "judge"],

@@ -8,6 +8,7 @@ import base64
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import numpy as np
 from PIL import Image
 
 from ldm.data.tiles import decode_tiles, read_tile
-from ldm.evaluation.report import escape
 from ldm.selection.projection import Points, class_colours
 
 SIDE = 64  # pixels of a thumbnail
