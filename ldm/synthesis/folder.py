@@ -43,6 +43,7 @@ OF_IMAGE = {
     "file": "string",
     "prob": "float64",
     "entropy": "float64",
+    "source": "string",
     "made": "timestamp",
     "seconds": "float64",
 }
@@ -60,12 +61,17 @@ OF_FOLDER = {
     "temperature": "float64",
     "cfg_scale": "float64",
     "autoguidance_scale": "float64",
+    "limit": "float64",
+    "strength": "float64",
     "diffusion_sha256": "string",
     "classifier_sha256": "string",
     "autoguidance_sha256": "string",
     "first_stage_sha256": "string",
+    "start_from_sha256": "string",
 }
-COLUMNS = ("class", "index", "file", *OF_FOLDER, "prob", "entropy", "made", "seconds")
+COLUMNS = ("class", "index", "file", *OF_FOLDER, "prob", "entropy", "source", "made", "seconds")
+# Columns that manifests of earlier versions lack.
+LATER = ("limit", "strength", "start_from_sha256", "source")
 DECIMALS = {"prob": 6, "entropy": 6, "seconds": 3}
 
 Row = dict[str, Any]
@@ -113,10 +119,11 @@ class SampleFolder:
             return
         with path.open(newline="") as stream:
             reader = csv.DictReader(stream)
-            if tuple(reader.fieldnames or ()) != COLUMNS:
+            columns = tuple(reader.fieldnames or ())
+            if columns not in (COLUMNS, tuple(key for key in COLUMNS if key not in LATER)):
                 raise UserError(f"{path}: columns {reader.fieldnames} are not {list(COLUMNS)}")
             for cells in reader:
-                row: Row = {key: cells[key] or None for key in OF_IMAGE}
+                row: Row = {key: cells.get(key) or None for key in OF_IMAGE}
                 row["index"] = int(row["index"])
                 for key in DECIMALS:
                     row[key] = None if row[key] is None else float(row[key])
@@ -136,6 +143,7 @@ class SampleFolder:
             self.guidance_log.merge(entry["guidance"])
 
     def _add(self, row: Row) -> None:
+        row = {"source": None} | row  # journals of earlier versions know of none
         if (self.root / row["file"]).is_file():
             self.rows[row["class"], row["index"]] = row
 
@@ -247,10 +255,21 @@ class Journal:
 
 
 def image_row(
-    name: str, index: int, file: str, prob: float | None, entropy: float | None, seconds: float
+    name: str,
+    index: int,
+    file: str,
+    prob: float | None,
+    entropy: float | None,
+    seconds: float,
+    source: str | None = None,
 ) -> Row:
-    """A row of the journal for an image that was just written."""
+    """A row of the journal for an image that was just written.
+
+    Args:
+        source: The real tile that it started from, relative to --start_from.
+    """
     row = {"class": name, "index": index, "file": file, "prob": prob, "entropy": entropy}
+    row["source"] = source
     row |= {"made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "seconds": seconds}
     # As the manifest will say it, so that both ways to read a row give the same.
     digits = {key: row[key] for key in DECIMALS if row[key] is not None}
