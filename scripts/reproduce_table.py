@@ -96,16 +96,6 @@ def show_status(standing, rows) -> str:
     return "\n".join(lines)
 
 
-def write_table(plan, standing) -> str:
-    """Write all results; returns the headline."""
-    from ldm.experiment.gather import gather, write_json_table
-    from ldm.experiment.report import write_results
-
-    table = gather(plan, standing)
-    write_json_table(table, plan.out / "table.json")
-    return write_results(table, plan.out)
-
-
 def choose_machine(args: Options, settings):
     """Where the jobs run, as the options and the section `slurm` say."""
     from ldm.experiment.engine import Machine
@@ -156,8 +146,11 @@ def main(argv: list[str] | None = None) -> int:
             records.forget_failures(jobs)
         engine.run(records, jobs, machine, Progress(records, machine.jobs))
 
+    from ldm.experiment.gather import gather
+    from ldm.experiment.report import write_results
+
     standing = records.survey(plan.jobs)
-    print(write_table(plan, standing))
+    print(write_results(gather(plan, standing), plan.out))
     print(f"{show_path(plan.out / 'report.html')} and table.md, {time.monotonic() - start:.0f} s")
     return report_failures([standing[job.name] for job in jobs])
 

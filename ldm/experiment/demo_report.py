@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from ldm.evaluation.baselines import colour_histogram_baseline
-from ldm.experiment.demo import LABELLED, SELECTED, Demo
+from ldm.experiment.demo import GUIDED, LABELLED, SELECTED, UNGUIDED, Demo
 from ldm.experiment.generator_report import Generator
 from ldm.experiment.report import write_results
 from ldm.experiment.results import Row, Table
@@ -38,9 +38,9 @@ def write_report(demo: Demo, table: Table) -> str:
 
 def colour_row(demo: Demo, table: Table) -> Row:
     """What colour alone is worth, learned from the labelled tiles in a second."""
-    labelled = demo.data / LABELLED
+    data = demo.plan.data
     result = {
-        split: colour_histogram_baseline(labelled, demo.data / split) for split in table.splits
+        split: colour_histogram_baseline(data / LABELLED, data / split) for split in table.splits
     }
     real = next(row for row in table.rows if row.key == table.reference)
     return replace(
@@ -56,17 +56,17 @@ def colour_row(demo: Demo, table: Table) -> Row:
 
 def generator(demo: Demo) -> Generator:
     """What made the demo's synthetic tiles."""
-    sampling = demo.settings["sampling"]
+    plan, sampling = demo.plan, demo.settings["sampling"]
     return Generator(
-        autoencoder=demo.autoencoder,
-        decoder=demo.decoder,
-        diffusion=demo.diffusion,
-        classifier=demo.classifier,
-        guided=demo.guided,
-        unguided=demo.unguided,
-        selection=demo.data / demo.training_folder(SELECTED),
-        labelled=demo.data / LABELLED,
-        held_out=demo.data / "val",
+        autoencoder=demo.run("autoencoder"),
+        decoder=demo.run("decoder"),
+        diffusion=demo.run("diffusion"),
+        classifier=demo.run("classifier"),
+        guided=plan.samples(GUIDED),
+        unguided=plan.samples(UNGUIDED),
+        selection=plan.data / demo.training_folder(SELECTED),
+        labelled=plan.data / LABELLED,
+        held_out=plan.data / "val",
         size=demo.size,
         scale=sampling["scale"],
         sampler=f"{sampling['steps']} DDIM steps, eta {sampling['eta']:g}",

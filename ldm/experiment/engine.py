@@ -227,7 +227,7 @@ def run(
                     records.marker(name).unlink(missing_ok=True)
             _run_snakemake(records, machine, keep_going, lock, progress)
         standing = records.survey(jobs)
-        progress.end(standing)
+        progress.end()
         if left:
             _check_engine(records, standing)
         return standing
@@ -268,7 +268,7 @@ def _run_snakemake(
                 progress.look()
     except BaseException:
         _stop(process)
-        progress.stop()
+        progress.end()
         raise
 
 
