@@ -65,6 +65,25 @@ def make_parser() -> ArgumentParser:
     return parser
 
 
+def probe_source(args: argparse.Namespace):
+    """The network of a linear probe, an `ldm.features.source.FeatureSource`."""
+    from ldm.features.source import TIMM, VIT, FeatureSource
+
+    if args.arch is not None:
+        weights = args.weights and Path(args.weights).expanduser()
+        return FeatureSource(TIMM, args.arch, weights, args.input_size)
+    if args.weights is None:
+        raise UserError(
+            "linear_probe needs a network: --weights RUN (of eval.py), or --arch NAME --weights"
+            " FILE (of timm)"
+        )
+    if args.input_size is not None:
+        raise UserError(
+            "--input_size belongs to --arch; a run of eval.py knows its own, leave it out"
+        )
+    return FeatureSource(VIT, args.weights)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     data_path = existing_path(args.data_path, "--data_path", "dir")
@@ -77,13 +96,14 @@ def main(argv: list[str] | None = None) -> None:
         if getattr(args, name) is not None and "linear_probe" not in args.kind:
             raise UserError(f"--{name}: belongs to --kind linear_probe; add that or leave it out")
 
-    from ldm.evaluation.baselines import Backbone, run_baseline
+    from ldm.cli import resolve_device
+    from ldm.evaluation.baselines import run_baseline
     from ldm.evaluation.metrics import format_summary
     from ldm.evaluation.sets import GroupTable
 
-    backbone = Backbone(args.weights, args.arch, args.input_size)
-    if "linear_probe" in args.kind:
-        backbone.check()  # before minutes are spent on the others
+    extractor = None
+    if "linear_probe" in args.kind:  # opened before minutes are spent on the others
+        extractor = probe_source(args).open(resolve_device(args.device))
     groups = None if table is None else GroupTable(table, args.group_column or "group")
     for kind in args.kind:
         summary = run_baseline(
@@ -92,8 +112,7 @@ def main(argv: list[str] | None = None) -> None:
             args.output_dir,
             Path(args.logdir),
             groups,
-            backbone,
-            args.device,
+            extractor,
             args.num_workers,
             args.overwrite,
         )

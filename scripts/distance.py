@@ -159,12 +159,11 @@ def main(argv: list[str] | None = None) -> None:
 
     from dataclasses import fields
 
-    from ldm.data.tiles import TileFolder
+    from ldm.features.centroids import centroid_distances
+    from ldm.features.sets import TileFiles
+    from ldm.features.source import VIT, FeatureSource
     from ldm.run import git_revision, versions
-    from ldm.selection.centroids import centroid_distances
-    from ldm.selection.features import Extractor, tiles_digest
     from ldm.selection.judge import (
-        TIMM,
         NetworkOptions,
         compute_judged,
         conflicts,
@@ -176,8 +175,6 @@ def main(argv: list[str] | None = None) -> None:
     from ldm.selection.strategies import Choice
     from ldm.selection.training_folder import build_training_folder, same_folder_exists
 
-    if not args.features.startswith(TIMM):
-        existing_path(args.features, "--features")
     options = NetworkOptions(**{f.name: getattr(args, f.name) for f in fields(NetworkOptions)})
     if is_vis_folder(args.features):
         if options.given:
@@ -191,10 +188,9 @@ def main(argv: list[str] | None = None) -> None:
     downstream = None
     if args.downstream:
         existing_path(args.downstream, "--downstream")
-        downstream = Extractor.from_checkpoint(args.downstream, "cpu", "--downstream")
-    # No pixels are needed here, so the size is of no account.
-    real = TileFolder(real_root, 1, labelled=True, classes=judged.real.classes, check=False)
-    real_digest = tiles_digest(real.paths, real.relative_paths)
+        downstream = FeatureSource(VIT, args.downstream).open("cpu")
+    real = TileFiles.below(real_root, True, judged.real.classes)
+    real_digest = real.digest
     if real_digest != judged.real.tiles:
         log.warning(
             "%s was made with other real tiles than those in --real %s: they judge, but there are"

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from ldm.checkpoint import file_sha256
     from ldm.errors import UserError
-    from ldm.evaluation.weights import WEIGHTS
+    from ldm.features.weights import WEIGHTS
 
     failures = []
     for name in dict.fromkeys(args.names or (NAMES if args.list else USUAL)):

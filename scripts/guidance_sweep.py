@@ -132,8 +132,8 @@ def main(argv: list[str] | None = None) -> None:
 
     from ldm.data.tiles import read_tile
     from ldm.evaluation import sweep
+    from ldm.features.source import VIT, FeatureSource
     from ldm.run import git_revision, hardware, versions, write_bytes, write_json, write_text
-    from ldm.selection.features import Extractor
     from ldm.synthesis import Speed, choose_precision, load_models
 
     device = resolve_device(args.device)
@@ -149,10 +149,10 @@ def main(argv: list[str] | None = None) -> None:
     if temperature is None:
         temperature = float(models.classifier.temperature) if by_classifier else 1.0
     grid = settings_of(args, by_classifier, temperature)
-    extractor = Extractor.from_checkpoint(args.judge, device)
-    if extractor.net.classes != classes:
+    extractor = FeatureSource(VIT, args.judge).open(device)
+    if extractor.classes != classes:
         raise UserError(
-            f"--judge {args.judge} knows the classes {extractor.net.classes}, the models "
+            f"--judge {args.judge} knows the classes {extractor.classes}, the models "
             f"{classes}; train it on folders with the same names"
         )
     real = sweep.judge(real_root, extractor, out / "features" / "real.safetensors", classes)

@@ -26,8 +26,9 @@ from ldm.errors import UserError
 from ldm.evaluation.sets import open_splits
 from ldm.evaluation.settings import Settings
 from ldm.evaluation.vit import TileClassifier
-from ldm.selection.centroids import Centroids, centroid_distances, class_centroids
-from ldm.selection.features import FeatureSet, cached_weights
+from ldm.features.centroids import Centroids, centroid_distances, class_centroids
+from ldm.features.sets import FeatureSet
+from ldm.features.weights import cached_weights
 from ldm.selection.judge import Judged, read_judged
 from ldm.selection.select import KINDS, USED, Selection, select, wanted_per_class
 from ldm.selection.sheets import COLOURS, Sheets
@@ -667,7 +668,7 @@ def test_bad_input_is_one_line(folders, tmp_path, monkeypatch, capfd, words, exp
     (two / "foreign.csv").write_text("file,decision\nADI/none.png,accepted\n")
     bare = tmp_path / "bare"  # the very images, without a manifest
     shutil.copytree(folders["fake"], bare, ignore=shutil.ignore_patterns("manifest.csv"))
-    monkeypatch.setattr("ldm.selection.features.cached_weights", lambda config: None)
+    monkeypatch.setattr("ldm.features.networks.cached_weights", lambda config: None)
     places = {**{k: str(v) for k, v in folders.items()}, "new": str(tmp_path / "new")}
     places |= {"two": two, "bare": bare}
     script, *options = [word.format(**places) for word in words]

@@ -5,6 +5,7 @@ Imports no torch, so that a command which only looks at files starts at once.
 Letters: H W pixels of a file. A tile is a uint8 array (H, W, 3) in RGB.
 """
 
+import hashlib
 import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -152,6 +153,23 @@ def read_tile(path: str | os.PathLike) -> np.ndarray:
     return decode_tile(path, os.fspath(path))
 
 
+def require_good(errors: Sequence[str], count: int) -> None:
+    """Check that no image of a set is bad.
+
+    Args:
+        errors: What is wrong with the bad ones.
+        count: Number of images in the set.
+
+    Raises:
+        UserError: Some files are bad: how many, and the first few by name.
+    """
+    if len(errors) == 1:
+        raise UserError(errors[0])
+    if errors:
+        more = f" | and {len(errors) - 3} more" if len(errors) > 3 else ""
+        raise UserError(f"{len(errors)} of {count} images are bad: {' | '.join(errors[:3])}{more}")
+
+
 def decode_tiles(
     tiles: Sequence[Any], decode: Callable[[Any], Any], workers: int | None = None
 ) -> list:
@@ -169,12 +187,7 @@ def decode_tiles(
 
     with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
         outcomes = list(pool.map(attempt, tiles))
-    bad = [message for _, message in outcomes if message is not None]
-    if len(bad) == 1:
-        raise UserError(bad[0])
-    if bad:
-        more = f" | and {len(bad) - 3} more" if len(bad) > 3 else ""
-        raise UserError(f"{len(bad)} of {len(tiles)} images are bad: {' | '.join(bad[:3])}{more}")
+    require_good([message for _, message in outcomes if message is not None], len(tiles))
     return [value for value, _ in outcomes]
 
 
@@ -193,3 +206,9 @@ def check_tiles(
         read(tile)  # the pixels are dropped at once: the set need not fit into memory
 
     decode_tiles(tiles, decode, workers)
+
+
+def listing_sha256(digests: Sequence[str], names: Sequence[str]) -> str:
+    """SHA-256 that tells a set of files, from their own and their paths below the set's folder."""
+    lines = (f"{digest} {name}\n" for digest, name in zip(digests, names, strict=True))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

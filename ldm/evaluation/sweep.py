@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ldm.errors import UserError
 from ldm.evaluation.fidelity import FEWEST_TILES, fidelity
-from ldm.selection.features import Extractor, folder_features
+from ldm.features.extractor import Extractor
+from ldm.features.sets import TileFiles, cached_features
 from ldm.synthesis import (
     Models,
     SampleFolder,
@@ -64,7 +65,7 @@ def judge(root: Path, extractor: Extractor, cache: Path, classes: Sequence[str])
     Raises:
         UserError: Other class folders, or unreadable tiles.
     """
-    found = folder_features(root, extractor, cache, classes)
+    found = cached_features(TileFiles.below(root, True, classes), extractor, cache)
     assert found.logits is not None, "the judge classifies these classes"
     return JudgedTiles(found.values, found.logits.argmax(dim=1), found.labels)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm.data import folders
-from ldm.data.tiles import TileFolder
 from ldm.errors import UserError
+from ldm.features.sets import TileFiles
 from ldm.selection.select import KINDS, REMOVED, Selection
 
 PREFIX = "synthetic_"  # of file names; real tiles keep theirs
@@ -26,7 +26,7 @@ def same_folder_exists(out: Path, settings: dict[str, Any]) -> bool:
 
 def build_training_folder(
     out: Path,
-    real: TileFolder,
+    real: TileFiles,
     synthetic: Path,
     selection: Selection,
     record: dict[str, Any],
@@ -45,7 +45,7 @@ def build_training_folder(
     Raises:
         UserError: Two files would have one name, or the file system has no such links.
     """
-    files: dict[str, Path] = dict(zip(real.relative_paths, real.paths, strict=True))
+    files: dict[str, Path] = dict(zip(real.names, real.paths, strict=True))
     for name in selection.classes:
         for path in selection.used(name):
             parent, file = os.path.split(path)
