@@ -10,16 +10,28 @@
 works on the latents of `--first_stage`.
 """
 
-import argparse
 import logging
 import math
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from ldm.cli import ArgumentParser, boolean, existing_path, number, run_command
+from pydantic import Field
+
+from ldm.cli import (
+    Commas,
+    Count,
+    NotNegative,
+    Whole,
+    existing_path,
+    like,
+    option,
+    parse,
+    run_command,
+)
 from ldm.errors import UserError
-from ldm.speed import Speed
-from ldm.trainer import LOGGERS, add_run_arguments
+from ldm.settings import RunOptions
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -27,141 +39,172 @@ if TYPE_CHECKING:
 log = logging.getLogger("classifier_train")
 
 FIRST_STAGE_VARIABLE = "HISTO_FIRST_STAGE"
-AUGMENTATIONS = ("none", "d4", "stain", "d4,stain")
 AUGMENT = "d4"
 VAL_FRACTION = 0.1
-OF_TILES = ("data_dir", "val_data_dir", "val_fraction", "augment")  # a cache has its own
+DATA, TRAINING, NETWORK = "data", "training", "network"
 
 
-def whole_numbers(text: str) -> list[int]:
-    """An argparse type for `32,16`."""
-    try:
-        values = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list like 32,16") from None
-    if min(values) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must hold numbers above 0")
-    return values
+@dataclass(frozen=True, kw_only=True)
+class Options(RunOptions):
+    """Train the noisy-latent classifier that guides sampling, on labelled tiles.
 
+    --image_size and the attention resolutions are in pixels, as in guided diffusion; the network
+    works on the latents of --first_stage.
+    """
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = ArgumentParser(prog="classifier_train.py", description=__doc__.splitlines()[0])
-    data = parser.add_argument_group("data")
-    add = data.add_argument
-    add("--data_dir", help="labelled tiles, DIR/CLASS/images")
-    add("--val_data_dir", help="labelled tiles to validate on; without it a share is held out")
-    add(
-        "--val_fraction",
-        type=number(float, 0.01, 0.5),
-        help=f"share held out ({VAL_FRACTION} when not given)",
+    program: ClassVar = "classifier_train.py"
+    example: ClassVar = """\
+  python classifier_train.py --data_dir D/train5 --val_data_dir D/val --first_stage logs/ldm \\
+      --iterations 10000 --name classifier"""
+
+    data_dir: str | None = option(
+        default=None, group=DATA, metavar="DIR", help="labelled tiles, DIR/CLASS/images"
     )
-    add(
-        "--latents",
+    val_data_dir: str | None = option(
+        default=None,
+        group=DATA,
+        metavar="DIR",
+        help="labelled tiles to validate on; if omitted, a share of --data_dir is held out",
+    )
+    val_fraction: Annotated[float, Field(ge=0.01, le=0.5)] | None = option(
+        default=None, group=DATA, help=f"share held out; if omitted {VAL_FRACTION}"
+    )
+    latents: str | None = option(
+        default=None,
+        group=DATA,
         metavar="DIR",
         help="cache of scripts/cache_latents.py with labels and validation tiles, in place of "
         "--data_dir; augmented as its views are",
     )
-    add(
-        "--first_stage",
+    first_stage: str | None = option(
+        default_factory=lambda: os.environ.get(FIRST_STAGE_VARIABLE),
+        group=DATA,
         metavar="CKPT",
-        default=os.environ.get(FIRST_STAGE_VARIABLE),
-        help="diffusion (best) or autoencoder checkpoint that gives the latents",
+        help="diffusion (best) or autoencoder checkpoint that gives the latents; if omitted, the "
+        f"environment variable {FIRST_STAGE_VARIABLE}",
     )
-    add("--image_size", type=number(int, 8), help="pixels of a tile; as the autoencoder's")
-    add(
-        "--augment",
-        choices=AUGMENTATIONS,
-        help=f"d4: the 8 symmetries of the square ({AUGMENT} when not given)",
+    image_size: Annotated[int, Field(ge=8)] | None = option(
+        default=None, group=DATA, help="pixels of a tile; must be the autoencoder's"
     )
-    add("--num_workers", type=number(int, 0), default=2, help="loader processes")
+    augment: Literal["none", "d4", "stain", "d4,stain"] | None = option(
+        default=None,
+        group=DATA,
+        help=f"d4: the 8 symmetries of the square; stain: its colours; if omitted {AUGMENT}",
+    )
+    workers: Whole = option(
+        default=2, group=DATA, published=("--num_workers",), help="loader processes"
+    )
 
-    train = parser.add_argument_group("training")
-    add = train.add_argument
-    add("--noised", type=boolean, default=True, help="False trains at t = 0 only, on clean latents")
-    add("--iterations", type=number(int, 1), default=300_000, help="optimiser steps")
-    add("--batch_size", type=number(int, 1), default=32, help="images per step and device")
-    add(
-        "--microbatch", type=number(int, -1), default=-1, help="images per pass; -1 for all at once"
+    noised: bool = option(
+        default=True,
+        group=TRAINING,
+        takes_value=True,
+        help="train on noisy latents; False trains at t = 0 only, on clean latents, as published",
     )
-    add("--lr", type=number(float, 0), default=5e-5, help="learning rate")
-    add("--anneal_lr", type=boolean, default=True, help="let the learning rate fall linearly to 0")
-    add("--weight_decay", type=number(float, 0), default=0.05, help="of AdamW")
-    add(
-        "--schedule_sampler",
-        choices=("uniform", "stratified"),
+    iterations: Count = option(default=300_000, group=TRAINING, help="optimiser steps")
+    batch_size: Count = option(default=32, group=TRAINING, help="images per step and device")
+    microbatch: Annotated[int, Field(ge=-1)] = option(
+        default=-1, group=TRAINING, help="images per pass; -1 for all at once"
+    )
+    lr: NotNegative = option(default=5e-5, group=TRAINING, help="learning rate")
+    anneal_lr: bool = option(
+        default=True,
+        group=TRAINING,
+        takes_value=True,
+        help="let the learning rate fall linearly to 0",
+    )
+    weight_decay: NotNegative = option(default=0.05, group=TRAINING, help="weight decay of AdamW")
+    schedule_sampler: Literal["uniform", "stratified"] = option(
         default="uniform",
+        group=TRAINING,
         help="how t is drawn; stratified spreads each batch evenly over the schedule",
     )
-    add("--log_interval", type=number(int, 1), default=10, help="steps between log entries")
-    add("--eval_interval", type=number(int, 1), default=500, help="steps between validations")
-    add("--save_interval", type=number(int, 1), default=10_000, help="steps between checkpoints")
-    add(
-        "--patience",
-        type=number(int, 1),
-        help="stop after so many validations without a better one",
+    log_interval: Count = option(default=10, group=TRAINING, help="steps between log entries")
+    eval_interval: Count = option(default=500, group=TRAINING, help="steps between validations")
+    save_interval: Count = option(default=10_000, group=TRAINING, help="steps between checkpoints")
+    patience: Count | None = option(
+        default=None,
+        group=TRAINING,
+        help="stop after this many validations without a better one",
     )
-    add(
-        "--logger",
+    logger: tuple[Literal["tensorboard", "wandb"], ...] = option(
+        default=("tensorboard",),
+        group=TRAINING,
         nargs="*",
-        choices=LOGGERS,
-        default=["tensorboard"],
-        help="beside the CSV files; without names none",
+        help="loggers beside the CSV files; without a name, none",
     )
-    add("--resume_checkpoint", metavar="CKPT", dest="resume", help="the same as --resume")
 
-    net = parser.add_argument_group("network")
-    add = net.add_argument
-    add("--classifier_width", type=number(int, 32), default=128, help="channels of the first level")
-    add("--classifier_depth", type=number(int, 1), default=2, help="residual blocks per level")
-    add(
-        "--classifier_channel_mult",
-        type=whole_numbers,
-        metavar="1,2,4",
-        help="width by level, in multiples of the first; by tile size when not given",
+    classifier_width: Annotated[int, Field(ge=32)] = option(
+        default=128, group=NETWORK, help="channels of the first level"
     )
-    add(
-        "--classifier_attention_resolutions",
-        type=whole_numbers,
+    classifier_depth: Count = option(default=2, group=NETWORK, help="residual blocks per level")
+    classifier_channel_mult: Annotated[tuple[Count, ...], Commas] | None = option(
+        default=None,
+        group=NETWORK,
+        metavar="1,2,4",
+        help="width by level, in multiples of the first; if omitted, by the size of the tiles",
+    )
+    classifier_attention_resolutions: Annotated[tuple[Count, ...], Commas] | None = option(
+        default=None,
+        group=NETWORK,
         metavar="32,16",
         help="levels with attention, in pixels: a level of factor k counts as image_size / k",
     )
-    add("--classifier_pool", default="attention", help="attention, adaptive, spatial or spatial_v2")
-    add("--classifier_resblock_updown", type=boolean, default=True, help="resample in the blocks")
-    add(
-        "--classifier_use_scale_shift_norm", type=boolean, default=True, help="t by scale and shift"
+    classifier_pool: str = option(
+        default="attention", group=NETWORK, help="attention, adaptive, spatial or spatial_v2"
     )
-    add(
-        "--classifier_use_checkpoint",
-        type=boolean,
+    classifier_resblock_updown: bool = option(
+        default=True, group=NETWORK, takes_value=True, help="resample inside the residual blocks"
+    )
+    classifier_use_scale_shift_norm: bool = option(
+        default=True, group=NETWORK, takes_value=True, help="condition on t by scale and shift"
+    )
+    classifier_use_checkpoint: bool = option(
         default=False,
+        group=NETWORK,
+        takes_value=True,
         help="recompute features in the backward pass: less memory, the same gradients",
     )
-    add("--classifier_dropout", type=number(float, 0, 0.9), default=0.0, help="in every block")
+    classifier_dropout: Annotated[float, Field(ge=0, le=0.9)] = option(
+        default=0.0, group=NETWORK, help="dropout in every block"
+    )
+    resume: str | None = like(RunOptions, "resume", None, published=("--resume_checkpoint",))
 
-    add_run_arguments(parser)
-    args = parser.parse_args(argv)
-    if args.microbatch == 0:
-        parser.error("argument --microbatch: 0 must be -1 (all at once) or above 0")
-    if args.latents is None:
-        if args.data_dir is None:
-            parser.error("argument --data_dir: give the folder of the labelled tiles, or --latents")
-        args.augment = args.augment or AUGMENT
-        args.val_fraction = args.val_fraction or VAL_FRACTION
-    else:
-        given = [name for name in OF_TILES if getattr(args, name) is not None]
-        if given:
-            parser.error(
-                f"argument --{given[0]}: the tiles, hold-out and augmentation of --latents are "
-                "those it was made with; leave it out"
-            )
-    return args
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.microbatch == 0:
+            yield "microbatch", "0 must be -1 (all at once) or above 0"
+        if self.latents is None:
+            if self.data_dir is None:
+                yield "data_dir", "is missing; give the folder of the labelled tiles, or --latents"
+            return
+        for name in ("data_dir", "val_data_dir", "val_fraction", "augment"):
+            if getattr(self, name) is not None:
+                yield (
+                    name,
+                    "the tiles, hold-out and augmentation of --latents are those it was made "
+                    "with; leave it out",
+                )
+
+    def with_tile_defaults(self) -> "Options":
+        """Augmentation and hold-out resolved, where tiles are read; a cache has its own."""
+        if self.latents is not None:
+            return self
+        return replace(
+            self,
+            augment=self.augment or AUGMENT,
+            val_fraction=self.val_fraction or VAL_FRACTION,
+        )
 
 
-def data_config(args: argparse.Namespace, size: int) -> dict[str, Any]:
+def parse_arguments(argv: list[str] | None = None) -> Options:
+    return parse(Options, argv).with_tile_defaults()
+
+
+def data_config(args: Options, size: int) -> dict[str, Any]:
     """The data node: labelled tiles, augmented in training only, or a cache of latents."""
     params: dict[str, Any] = {
         "batch_size": args.batch_size,
-        "num_workers": args.num_workers,
+        "num_workers": args.workers,
         "seed": args.seed,
     }
     target = "ldm.data.datamodule.DataModuleFromConfig"
@@ -181,7 +224,7 @@ def data_config(args: argparse.Namespace, size: int) -> dict[str, Any]:
     return {"target": target, "params": params}
 
 
-def check_paths(args: argparse.Namespace) -> None:
+def check_paths(args: Options) -> None:
     """Missing files and folders, before anything heavy is imported."""
     if not args.first_stage:
         raise UserError(
@@ -211,19 +254,23 @@ def check_cache(cache, space) -> None:
         )
 
 
-def build_model(args: argparse.Namespace, space, classes: list[str]):
-    """The classifier of `args` for a measured `LatentSpace`."""
-    from ldm.models.classifier import NoisyLatentClassifier, network_config
+def _list(values: tuple[int, ...] | None) -> list[int] | None:
+    """A list, as the configuration that is stored with the weights has it."""
+    return None if values is None else list(values)
 
-    schedule = space.schedule
+
+def build_model(args: Options, space, classes: list[str]):
+    """The classifier of `args` for a measured `LatentSpace`."""
+    from ldm.models.classifier import NoisyLatentClassifier, network_config, process_params
+
     model = NoisyLatentClassifier(
         net_config=network_config(
             space.first_stage,
             len(classes),
             width=args.classifier_width,
             depth=args.classifier_depth,
-            channel_mult=args.classifier_channel_mult,
-            attention_resolutions=args.classifier_attention_resolutions,
+            channel_mult=_list(args.classifier_channel_mult),
+            attention_resolutions=_list(args.classifier_attention_resolutions),
             pool=args.classifier_pool,
             resblock_updown=args.classifier_resblock_updown,
             use_scale_shift_norm=args.classifier_use_scale_shift_norm,
@@ -232,10 +279,7 @@ def build_model(args: argparse.Namespace, space, classes: list[str]):
         ),
         autoencoder_fingerprint=space.first_stage.fingerprint(),
         scale_factor=space.scale_factor,
-        timesteps=schedule["timesteps"],
-        beta_schedule=schedule["name"],
-        linear_start=schedule["linear_start"],
-        linear_end=schedule["linear_end"],
+        **process_params(space.schedule),
         noised=args.noised,
         t_sampler=args.schedule_sampler,
         microbatch=None if args.microbatch == -1 else args.microbatch,
@@ -247,13 +291,16 @@ def build_model(args: argparse.Namespace, space, classes: list[str]):
     return model
 
 
-def describe(args: argparse.Namespace, model, data, devices, precision: str) -> str:
+def describe(args: Options, model, data, devices) -> str:
     """Parameters, data, batch and latent space, one per line."""
+    from ldm.models.diffusion import scale_text
+
     counts = [data.train_dataset.labels.count(label) for label in range(len(model.classes))]
     tiles = ", ".join(f"{name} {n}" for name, n in zip(model.classes, counts, strict=True))
     channels, size, _ = model.latent_shape
+    scale = scale_text(model.scale_factor)
     t = "over the whole schedule" if model.noised else "0 only, on clean latents"
-    ranks = devices.count * args.num_nodes
+    ranks = devices.ranks
     passes = math.ceil(args.batch_size / (model.microbatch or args.batch_size))
     return "\n".join(
         [
@@ -261,12 +308,12 @@ def describe(args: argparse.Namespace, model, data, devices, precision: str) -> 
             f"data         {len(data.train_dataset):,} training tiles, "
             f"{len(data.val_dataset):,} validation tiles",
             f"classes      {tiles}",
-            f"latents      {channels}x{size}x{size}, scale {float(model.scale_factor):.4f}, t {t}",
+            f"latents      {channels}x{size}x{size}, scale {scale}, t {t}",
             f"batch        {ranks * args.batch_size} ({ranks} devices x {args.batch_size}, "
             f"{passes} passes each)",
             f"learning rate {args.lr:.3g}{' annealed to 0' if args.anneal_lr else ''} over "
             f"{args.iterations:,} steps",
-            devices.describe(args.num_nodes, precision),
+            devices.describe(),
         ]
     )
 
@@ -274,7 +321,7 @@ def describe(args: argparse.Namespace, model, data, devices, precision: str) -> 
 def write_result(trainer: "pl.Trainer", run) -> None:
     """result.json: the last validation and the best one."""
     from ldm.checkpoint import load_model
-    from ldm.run import write_json
+    from ldm.files import write_json
 
     last = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
     if not last:
@@ -300,7 +347,7 @@ def write_result(trainer: "pl.Trainer", run) -> None:
     )
 
 
-def train(args: argparse.Namespace) -> "tuple[pl.Trainer, pl.LightningModule] | None":
+def train(args: Options) -> "tuple[pl.Trainer, pl.LightningModule] | None":
     """Build everything and train; returns the trainer and the model, or None after a dry run."""
     check_paths(args)
 
@@ -311,16 +358,9 @@ def train(args: argparse.Namespace) -> "tuple[pl.Trainer, pl.LightningModule] | 
     from ldm.config import instantiate_from_config
     from ldm.models.classifier import LatentSpace
     from ldm.run import RunFolder
-    from ldm.trainer import (
-        build_trainer,
-        checkpoint_callbacks,
-        choose_devices,
-        choose_precision,
-        fit,
-    )
+    from ldm.train import checkpoint_callbacks, devices_of, fit
 
-    devices = choose_devices(args.gpus, args.devices, args.dry_run)
-    precision = choose_precision(args.precision, devices)
+    devices = devices_of(args)
     pl.seed_everything(args.seed, workers=True, verbose=False)
 
     space = LatentSpace.load(args.first_stage)
@@ -344,7 +384,7 @@ def train(args: argparse.Namespace) -> "tuple[pl.Trainer, pl.LightningModule] | 
         "data": data_config(args, pixels),
         "arguments": vars(args),
     }
-    text = describe(args, model, data, devices, precision)
+    text = describe(args, model, data, devices)
     if args.dry_run:
         print(OmegaConf.to_yaml(OmegaConf.create(config)))
         print(text)
@@ -365,18 +405,18 @@ def train(args: argparse.Namespace) -> "tuple[pl.Trainer, pl.LightningModule] | 
         "val_check_interval": min(args.eval_interval, args.iterations),
         "check_val_every_n_epoch": None,
     }
-    trainer = build_trainer(
-        run,
+    trainer = fit(
         model,
+        data,
+        run,
         devices,
-        args.num_nodes,
-        precision,
-        callbacks,
-        settings,
-        args.logger,
-        speed=Speed.of(args),
+        checkpoint=checkpoint,
+        callbacks=callbacks,
+        settings=settings,
+        loggers=list(args.logger),
+        config=config,
+        summary=text,
     )
-    fit(trainer, model, data, run, checkpoint, config, text)
     if trainer.is_global_zero:
         write_result(trainer, run)
     return trainer, model
@@ -387,4 +427,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, Options)

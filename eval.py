@@ -7,292 +7,133 @@ published script, `--output_dir` is the name of the training subset; the results
 `logs/eval/<that name>/`. The same command again goes on where it stopped.
 """
 
-import argparse
 import os
-from dataclasses import fields
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Annotated, ClassVar
 
-from ldm.cli import ArgumentParser, existing_path, number, resolve_device, run_command
-from ldm.errors import UserError
-from ldm.evaluation.settings import PRECISIONS, SCHEDULES, Settings
+from pydantic import Field
+
+from ldm.cli import Count, Whole, existing_path, option, parse, run_command
+from ldm.devices import one_device, shared_devices
+from ldm.evaluation.settings import Settings
+from ldm.settings import DEVICE_HELP
 
 
-def make_parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="eval.py",
-        description="Train a classifier on D/SUBSET, choose its epoch on D/val, report D/test: "
-        "accuracy, macro F1, sensitivity and specificity of the whole set.",
+@dataclass(frozen=True, kw_only=True)
+class Options(Settings):
+    """Train a classifier on D/SUBSET, choose its epoch on D/val, report D/test.
+
+    Reports accuracy, macro F1, sensitivity and specificity of the whole set. The results are in
+    LOGDIR/SUBSET; the same command again goes on where it stopped.
+    """
+
+    program: ClassVar = "eval.py"
+    example: ClassVar = (
+        "  python eval.py --arch vit_small --data_path D --subset 'train5+fake50%' --seeds 0 1 2"
     )
-    positive, rate = number(float, 0), number(float, 0, 1)
 
-    def setting(group, name: str, *aliases: str, **kwargs) -> None:
-        """An option that is a field of Settings, whose default is written there alone."""
-        default = getattr(Settings, name)
-        # An option without a value says in its help what then happens.
-        kwargs["default"] = argparse.SUPPRESS if default is None else default
-        flags = aliases or (f"--{name}",)
-        group.add_argument(*flags, dest=name, **kwargs)
-
-    run = parser.add_argument_group("run")
-    run.add_argument("--data_path", required=True, metavar="D", help="folder of the sets")
-    run.add_argument(
-        "--output_dir",
-        required=True,
+    data_path: str = option(metavar="D", group="run", help="folder of the sets")
+    subset: str = option(
         metavar="SUBSET",
-        help="training folder in D, for example train5+fake50%%; it names the results too",
+        group="run",
+        published=("--output_dir",),
+        help="training folder in D, for example train5+fake50%; it names the results too",
     )
-    run.add_argument("--logdir", default="logs/eval", help="results go to LOGDIR/SUBSET")
-    run.add_argument("--seed", type=number(int, 0), default=argparse.SUPPRESS, help="seed (0)")
-    run.add_argument(
-        "--seeds",
-        type=number(int, 0),
-        nargs="+",
-        default=argparse.SUPPRESS,
+    logdir: str = option(
+        default="logs/eval", metavar="DIR", group="run", help="results go to LOGDIR/SUBSET"
+    )
+    seed: Whole | None = option(default=None, group="run", help="seed; if omitted 0")
+    seeds: tuple[Whole, ...] | None = option(
+        default=None,
+        metavar="N",
+        group="run",
         help="several seeds: one network each, then mean and deviation",
     )
-    run.add_argument(
-        "--num_classes",
-        type=number(int, 2),
-        default=argparse.SUPPRESS,
-        help="checked against the class folders, which decide",
+    num_classes: Annotated[int, Field(ge=2)] | None = option(
+        default=None, group="run", help="compared with the class folders, which decide"
     )
-    run.add_argument(
-        "--resume",
-        default=argparse.SUPPRESS,
+    resume: str | None = option(
+        default=None,
         metavar="CKPT",
+        group="run",
         help="checkpoint to go on from (an interrupted run goes on by itself), or to --eval",
     )
-    run.add_argument(
-        "--eval",
-        action="store_true",
+    eval: bool = option(
+        default=False,
+        group="run",
         help="no training: evaluate --resume CKPT, or else the result of this SUBSET and seed",
     )
-    run.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace results that are of other settings or files",
+    overwrite: bool = option(
+        default=False, group="run", help="replace results that are of other settings or files"
     )
-    run.add_argument(
-        "--groups",
+    groups: str | None = option(
+        default=None,
         metavar="CSV",
-        help="patient, slide or region of each tile of val and test, for intervals over these:"
-        " columns path (or file, below the set's folder) and group, and split where paths repeat",
+        group="run",
+        help="patient, slide or region of each tile of val and test, for intervals over these: "
+        "columns path (or file, below the set's folder) and group, and split where paths repeat",
     )
-    run.add_argument(
-        "--group_column", metavar="NAME", help="column of --groups (group when not given)"
+    group_column: str | None = option(
+        default=None,
+        metavar="NAME",
+        group="run",
+        help="column of --groups; if omitted group",
     )
-    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:INDEX or mps")
-    run.add_argument(
-        "--devices",
-        type=number(int, 1),
+    device: str = option(default="auto", group="run", help=DEVICE_HELP)
+    devices: Count | None = option(
+        default=None,
         metavar="N",
-        help="devices of this machine that share each batch (1, or what torchrun or srun started)",
+        group="run",
+        help="devices of this machine that share each batch; if omitted 1, or what torchrun or "
+        "srun started",
     )
-    run.add_argument("--num_nodes", type=number(int, 1), help="machines (1, or what they started)")
-    run.add_argument(
-        "--num_workers",
-        type=number(int, 0),
-        default=min(8, os.cpu_count() or 1),
+    num_nodes: Count | None = option(
+        default=None, group="run", help="machines; if omitted 1, or what torchrun or srun started"
+    )
+    workers: Whole = option(
+        default_factory=lambda: min(8, os.cpu_count() or 1),
+        group="run",
+        published=("--num_workers",),
         help="loader processes",
     )
-    setting(
-        run,
-        "precision",
-        choices=PRECISIONS,
-        help="auto: bf16-mixed on GPUs that have it, else 32",
-    )
 
-    model = parser.add_argument_group("network")
-    setting(model, "arch", help="vit_tiny, vit_small, vit_base, vit_large or any timm name")
-    setting(
-        model,
-        "patch_size",
-        type=number(int, 1),
-        help="pixels; 16 with the four names above, else the architecture's own",
-    )
-    setting(model, "input_size", "--input-size", type=number(int, 8), help="pixels")
-    setting(
-        model,
-        "avgpool_patchtokens",
-        type=int,
-        choices=(0, 1),
-        help="1: mean of the patch tokens instead of the class token",
-    )
-    setting(
-        model,
-        "finetune",
-        "--finetune",
-        "--pretrained_weights",
-        metavar="FILE",
-        help="local weights to start from; from scratch without",
-    )
-    setting(
-        model,
-        "checkpoint_key",
-        metavar="ENTRY",
-        help="entry of FILE that holds the weights, for example teacher; found without",
-    )
-    setting(model, "drop", type=rate, help="dropout before the head")
-    setting(model, "attn_drop_rate", type=rate, help="dropout of attention weights")
-    setting(model, "drop_path", "--drop-path", type=rate, help="stochastic depth")
+    @property
+    def all_seeds(self) -> list[int]:
+        """Each seed once: of --seeds, or the one of --seed."""
+        return list(dict.fromkeys(self.seeds or [self.seed or 0]))
 
-    optim = parser.add_argument_group("optimisation")
-    setting(optim, "epochs", type=number(int, 1), help="passes over the training set")
-    setting(
-        optim,
-        "match_steps",
-        type=number(int, 1),
-        metavar="N",
-        help="exactly N updates instead of --epochs, whatever the set's size, so that training sets"
-        " of different sizes compare",
-    )
-    setting(
-        optim,
-        "validations",
-        type=number(int, 1),
-        metavar="V",
-        help="with --match_steps: validate V times at equal distances (40)",
-    )
-    setting(
-        optim,
-        "warmup_updates",
-        type=number(int, 0),
-        metavar="W",
-        help="with --match_steps: updates of warm-up (a tenth)",
-    )
-    setting(
-        optim,
-        "batch_size",
-        "--batch-size",
-        type=number(int, 1),
-        help="images per step, of all devices together; a smaller set makes one smaller batch",
-    )
-    setting(optim, "opt", help="any timm optimizer")
-    setting(optim, "lr", type=positive, help="learning rate at a batch of 512, scaled to the batch")
-    setting(optim, "min_lr", "--min-lr", type=positive, help="floor of the schedule")
-    setting(optim, "warmup_lr", "--warmup-lr", type=positive, help="start of the warm-up")
-    setting(
-        optim,
-        "warmup_epochs",
-        "--warmup-epochs",
-        type=number(int, 0),
-        help="5, or a tenth of the epochs where that is less",
-    )
-    setting(
-        optim,
-        "cooldown_epochs",
-        "--cooldown-epochs",
-        type=number(int, 0),
-        help="further epochs at the floor",
-    )
-    setting(optim, "sched", choices=SCHEDULES, help="learning rate schedule")
-    setting(optim, "weight_decay", "--weight-decay", type=positive, help="weight decay")
-    setting(optim, "momentum", type=rate, help="of the optimizers that have one, for example sgd")
-    setting(
-        optim,
-        "clip_grad",
-        "--clip-grad",
-        type=positive,
-        metavar="NORM",
-        help="largest gradient norm; not clipped without",
-    )
-    setting(
-        optim,
-        "model_ema",
-        "--model-ema",
-        action=argparse.BooleanOptionalAction,
-        help="evaluate the moving average of the weights",
-    )
-    setting(
-        optim,
-        "model_ema_decay",
-        "--model-ema-decay",
-        type=number(float, 0, 0.9999999),
-        help="its decay per step, after a warm-up of (1 + n) / (10 + n)",
-    )
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from super().problems()
+        if self.seed is not None and self.seeds is not None:
+            yield "seed", "not allowed with --seeds; give one of them"
+        if len(self.all_seeds) > 1:
+            for name in ("resume", "eval"):
+                if getattr(self, name):
+                    yield name, "is for one network; give one --seed"
+        if self.eval and self.devices not in (None, 1):
+            yield "devices", f"{self.devices} is for training; leave it out with --eval"
+        if self.group_column is not None and self.groups is None:
+            yield "group_column", "belongs to --groups; give that too, or leave it out"
 
-    augment = parser.add_argument_group("augmentation")
-    augment.add_argument(
-        "--no_crop_flip",
-        dest="crop_flip",
-        action="store_false",
-        help="no random resized crop and no mirroring: the centre, as in the evaluation",
-    )
-    setting(
-        augment,
-        "d4",
-        action="store_true",
-        help="turn by quarters and mirror both ways, as suits tissue",
-    )
-    setting(
-        augment,
-        "stain_jitter",
-        type=number(float, 0, 0.99),
-        metavar="S",
-        help="multiply haematoxylin, eosin and the rest by random numbers in [1 - S, 1 + S], as"
-        " other laboratories would; 0 for none",
-    )
-    setting(augment, "aa", metavar="POLICY", help="timm augmentation policy, or none")
-    setting(
-        augment,
-        "color_jitter",
-        "--color-jitter",
-        type=positive,
-        help="strength, with --aa none (a policy jitters colours itself)",
-    )
-    setting(
-        augment,
-        "train_interpolation",
-        "--train-interpolation",
-        choices=("random", "bilinear", "bicubic"),
-        help="of random resized crops",
-    )
-    setting(augment, "reprob", type=rate, help="probability of random erasing")
-    setting(augment, "remode", choices=("const", "rand", "pixel"), help="what it fills in")
-    setting(augment, "recount", type=number(int, 1), help="most areas erased in an image")
-    setting(augment, "smoothing", type=number(float, 0, 0.99), help="label smoothing")
-    setting(augment, "mixup", type=positive, help="mixup alpha; 0 for none")
-    setting(augment, "cutmix", type=positive, help="cutmix alpha; 0 for none")
-    setting(augment, "mixup_prob", "--mixup-prob", type=rate, help="share of batches mixed")
-    setting(
-        augment,
-        "mixup_switch_prob",
-        "--mixup-switch-prob",
-        type=rate,
-        help="share of those that cutmix takes when both are on",
-    )
-    setting(
-        augment,
-        "mixup_mode",
-        "--mixup-mode",
-        choices=("batch", "pair", "elem"),
-        help="what shares one mixing ratio",
-    )
-    return parser
+
+def parse_arguments(argv: list[str] | None = None) -> Options:
+    return parse(Options, argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = make_parser().parse_args(argv)
-    given = vars(args)
-    settings = Settings(**{f.name: given[f.name] for f in fields(Settings) if f.name in given})
-    if "seed" in given and "seeds" in given:
-        raise UserError("--seed and --seeds exclude each other; give one")
-    seeds = list(dict.fromkeys(given.get("seeds", [given.get("seed", 0)])))
-    resume = given.get("resume")
-    if (resume or args.eval) and len(seeds) > 1:
-        raise UserError("--resume and --eval are for one network; give one --seed")
+    args = parse_arguments(argv)
+    settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
+    seeds, resume = args.all_seeds, args.resume
     data_path = existing_path(args.data_path, "--data_path", "dir")
     if settings.finetune:
         existing_path(settings.finetune, "--finetune", "file")
 
-    from ldm.synthesis.ranks import Layout, choose_layout
-
-    if args.eval and args.devices not in (None, 1):
-        raise UserError(f"--devices {args.devices} is for training; leave it out with --eval")
     if args.eval:
-        layout = Layout(resolve_device(args.device))
+        devices = one_device(args.device)
     else:
-        layout = choose_layout(args.device, args.devices, args.num_nodes)
+        devices = shared_devices(args.device, args.devices, args.num_nodes)
     from ldm.evaluation.metrics import (
         HEADLINE,
         format_intervals,
@@ -307,10 +148,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.groups is not None:
         table = existing_path(args.groups, "--groups", "file")
         groups = GroupTable(table, args.group_column or "group")
-    elif args.group_column is not None:
-        raise UserError("--group_column: belongs to --groups; give that or leave it out")
-    compute = Compute(layout.device, settings.precision, args.num_workers)
-    folder = Path(args.logdir) / args.output_dir
+    compute = Compute(devices.device, settings.precision, args.workers)
+    folder = Path(args.logdir) / args.subset
     if args.eval:
         checkpoint = existing_path(
             resume or folder / f"seed{seeds[0]}",
@@ -327,16 +166,16 @@ def main(argv: list[str] | None = None) -> int:
 
     summary = train_and_report(
         data_path,
-        args.output_dir,
+        args.subset,
         settings,
         seeds,
         Path(args.logdir),
         compute,
-        num_classes=given.get("num_classes"),
+        num_classes=args.num_classes,
         resume=resume,
         overwrite=args.overwrite,
         groups=groups,
-        layout=layout,
+        devices=devices,
     )
     if "notes" not in summary:
         return 0  # another process than the first, which reports
@@ -346,4 +185,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, Options)

@@ -6,15 +6,14 @@
 Configurations are merged from left to right, then overridden by `section.key=value` arguments.
 """
 
-import argparse
 import logging
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from ldm.cli import ArgumentParser, boolean, number, run_command
+from ldm.cli import Count, option, parse, run_command
 from ldm.errors import UserError
-from ldm.speed import Speed
-from ldm.trainer import add_run_arguments
+from ldm.settings import RunOptions
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -22,45 +21,41 @@ if TYPE_CHECKING:
 log = logging.getLogger("main")
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = ArgumentParser(
-        prog="main.py",
-        description="Train an autoencoder, a latent diffusion model or a decoder from YAML files.",
-        epilog="Any further argument of the form section.key=value overrides the configuration.",
+@dataclass(frozen=True, kw_only=True)
+class Options(RunOptions):
+    """Train an autoencoder, a latent diffusion model or a decoder from YAML files."""
+
+    program: ClassVar = "main.py"
+    example: ClassVar = """\
+  python main.py --base configs/latent-diffusion/histo-ldm-kl-8.yaml -t --gpus 0,1,2,3 \\
+      data.params.train.params.root=/data/tiles"""
+
+    base: tuple[str, ...] = option(
+        "-b", default=(), metavar="YAML", help="configurations, merged left to right"
     )
-    parser.add_argument(
-        "-b",
-        "--base",
-        nargs="+",
-        default=[],
-        metavar="YAML",
-        help="configurations, merged left to right",
+    train: bool = option(
+        "-t", default=False, takes_value=True, help="train; this or --dry_run is needed"
     )
-    parser.add_argument(
-        "-t", "--train", type=boolean, nargs="?", const=True, default=False, help="train"
-    )
-    add_run_arguments(parser)
-    parser.add_argument(
-        "--scale_lr",
-        type=boolean,
-        nargs="?",
-        const=True,
+    scale_lr: bool = option(
         default=False,
+        takes_value=True,
         help="multiply base_learning_rate by devices x batch size x accumulated batches",
     )
-    parser.add_argument("--max_steps", type=number(int, 1), help="optimiser steps to train for")
-    parser.add_argument("--max_epochs", type=number(int, 1), help="epochs to train for")
-    args, rest = parser.parse_known_args(argv)
-    for word in rest:
-        if word.startswith("-") or "=" not in word:
-            parser.error(f"unknown argument {word}; overrides have the form section.key=value")
-    # `--base a.yaml key=value`: what follows the files up to the next flag lands in --base.
-    args.overrides = [word for word in args.base if "=" in word] + rest
-    args.base = [word for word in args.base if "=" not in word]
-    return args
+    max_steps: Count | None = option(default=None, help="optimiser steps to train for")
+    max_epochs: Count | None = option(default=None, help="epochs to train for")
+    overrides: tuple[str, ...] = option(
+        default=(),
+        positional=True,
+        metavar="section.key=value",
+        help="settings that override those of the configurations",
+    )
 
 
-def load_configuration(args: argparse.Namespace) -> dict[str, Any]:
+def parse_arguments(argv: list[str] | None = None) -> Options:
+    return parse(Options, argv)
+
+
+def load_configuration(args: Options) -> dict[str, Any]:
     """The resolved, checked configuration of `--base` (or of the run to resume) and the
     overrides."""
     from ldm.config import load_configs, resolve, validate_config
@@ -87,20 +82,21 @@ def load_configuration(args: argparse.Namespace) -> dict[str, Any]:
     return config
 
 
-def take_devices(args: argparse.Namespace, settings: dict[str, Any]) -> None:
-    """`lightning.trainer.devices` and `.num_nodes` stand for the arguments where those are not
-    given."""
+def configured_devices(args: Options, settings: dict[str, Any]) -> Options:
+    """`args` with `lightning.trainer.devices` and `.num_nodes` where it names none itself.
+
+    Both keys are removed from `settings`, the section lightning.trainer.
+    """
     wanted = settings.pop("devices", None)
     if args.gpus is None and args.devices is None and wanted not in (None, "auto"):
         if isinstance(wanted, list):
-            args.gpus = ",".join(map(str, wanted)) + ","  # numbers, also of a single one
+            args = replace(args, gpus=",".join(map(str, wanted)) + ",")  # also of a single one
         elif isinstance(wanted, int) and wanted > 0:
-            args.devices = wanted
+            args = replace(args, devices=wanted)
         else:
-            args.gpus = str(wanted)
+            args = replace(args, gpus=str(wanted))
     nodes = settings.pop("num_nodes", 1)
-    if args.num_nodes == 1:
-        args.num_nodes = nodes
+    return replace(args, num_nodes=nodes) if args.num_nodes == 1 else args
 
 
 def effective_batch(config: dict[str, Any], ranks: int) -> int:
@@ -129,29 +125,22 @@ def describe(
     return "\n".join(lines)
 
 
-def train(args: argparse.Namespace) -> "tuple[pl.Trainer, pl.LightningModule] | None":
+def train(args: Options) -> "tuple[pl.Trainer, pl.LightningModule] | None":
     """Build everything and train; returns the trainer and the model, or None after a dry run."""
     import pytorch_lightning as pl
     from omegaconf import OmegaConf
 
     from ldm.config import instantiate_from_config
     from ldm.run import RunFolder
-    from ldm.trainer import (
-        build_trainer,
-        checkpoint_callbacks,
-        choose_devices,
-        choose_precision,
-        fit,
-    )
+    from ldm.train import checkpoint_callbacks, devices_of, fit
 
     if not (args.train or args.dry_run):
         raise UserError(
             "nothing to do: give -t to train, or --dry-run to see what would be trained"
         )
     config = load_configuration(args)
-    take_devices(args, config["lightning"]["trainer"])
-    devices = choose_devices(args.gpus, args.devices, args.dry_run)
-    precision = choose_precision(args.precision, devices)
+    args = configured_devices(args, config["lightning"]["trainer"])
+    devices = devices_of(args)
     pl.seed_everything(args.seed, workers=True, verbose=False)
 
     data = instantiate_from_config(config["data"])
@@ -160,10 +149,10 @@ def train(args: argparse.Namespace) -> "tuple[pl.Trainer, pl.LightningModule] | 
     model.seed = args.seed
     model.use_classes(data.classes)
     model.check_data(data)
-    batch = effective_batch(config, devices.count * args.num_nodes)
+    batch = effective_batch(config, devices.ranks)
     model.learning_rate = config["model"]["base_learning_rate"] * (batch if args.scale_lr else 1)
     text = describe(config, model, data, batch, model.learning_rate, args.scale_lr)
-    text += f"\n{devices.describe(args.num_nodes, precision)}"
+    text += f"\n{devices.describe()}"
     if args.dry_run:
         print(OmegaConf.to_yaml(OmegaConf.create(config)))
         print(text)
@@ -181,18 +170,18 @@ def train(args: argparse.Namespace) -> "tuple[pl.Trainer, pl.LightningModule] | 
     settings = dict(lightning["trainer"])
     if lightning.get("strategy"):
         settings["strategy"] = instantiate_from_config(lightning["strategy"])
-    trainer = build_trainer(
-        run,
+    trainer = fit(
         model,
+        data,
+        run,
         devices,
-        args.num_nodes,
-        precision,
-        callbacks,
-        settings,
-        lightning.get("logger"),
-        Speed.of(args),
+        checkpoint=checkpoint,
+        callbacks=callbacks,
+        settings=settings,
+        loggers=lightning.get("logger"),
+        config=config,
+        summary=text,
     )
-    fit(trainer, model, data, run, checkpoint, config, text)
     return trainer, model
 
 
@@ -201,4 +190,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, Options)

@@ -1,218 +1,255 @@
 """Sample tiles from a latent diffusion model: unconditionally, or guided to classes."""
 
-import argparse
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, ClassVar, Literal
 
-from ldm.cli import ArgumentParser, boolean, number, run_command
+from pydantic import BeforeValidator, Field
+
+from ldm.cli import Count, NotNegative, Share, Whole, like, option, parse, run_command
+from ldm.devices import shared_devices
 from ldm.errors import UserError
+from ldm.settings import MACHINE, LoaderOptions, ProcessOptions
 
 DEFAULT_STEPS = 50
 DEFAULT_SCALE = 10.0
 DEFAULT_COUNT = 10
+MODELS, IMAGES, SAMPLER, GUIDANCE = "models", "images", "sampler", "guidance"
 
 
-def make_parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="sample_diffusion.py",
-        description="Sample tiles: OUTDIR/CLASS/000000.png, manifest.csv, manifest.parquet, "
-        "settings.json, guidance.csv, grid.png, README.md. The same command again makes what is "
-        "missing.",
+def auto_as_none(text: str | float | None) -> str | float | None:
+    """`auto` as None."""
+    return None if text == "auto" else text
+
+
+def part_of(text: str | tuple) -> tuple[int, int]:
+    """The share that `3/16` means, as (3, 16)."""
+    if not isinstance(text, str):
+        return tuple(text)
+    words = text.split("/")
+    if len(words) != 2 or not all(word.isdecimal() for word in words):
+        raise ValueError(f"{text[:40]!r} is not of the form I/N, such as 0/16")
+    part, count = map(int, words)
+    if part >= count:
+        raise ValueError(f"{text}: parts go from 0/{count} to {count - 1}/{count}")
+    return part, count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(ProcessOptions):
+    """Sample tiles from a latent diffusion model: unconditionally, or guided to classes.
+
+    Writes OUT/CLASS/000000.png, manifest.csv, manifest.parquet, settings.json, guidance.csv,
+    grid.png and README.md. The same command again makes what is missing.
+    """
+
+    program: ClassVar = "sample_diffusion.py"
+    example: ClassVar = """\
+  python sample_diffusion.py --model logs/ldm --classifier logs/classifier -n 100 -c 50 \\
+      --classifier_scale 10 --out OUT"""
+
+    model: str = option(
+        "-r",
+        group=MODELS,
+        metavar="CKPT",
+        published=("--resume",),
+        help="diffusion checkpoint or run folder",
     )
-    add = parser.add_argument_group("models").add_argument
-    add("-r", "--resume", required=True, metavar="CKPT", help="diffusion checkpoint or run folder")
-    add("--classifier", metavar="CKPT", help="noisy-latent classifier that guides")
-    add(
-        "--first_stage",
+    classifier: str | None = option(
+        default=None, group=MODELS, metavar="CKPT", help="noisy-latent classifier that guides"
+    )
+    first_stage: str | None = option(
+        default=None,
+        group=MODELS,
         metavar="CKPT",
         help="autoencoder with a decoder fine-tuned on labels, to decode with",
     )
-    add("--autoguidance", metavar="CKPT", help="earlier diffusion checkpoint to guide away from")
-    add("--ema", type=boolean, default=True, help="averaged weights of the noise predictor")
-
-    add = parser.add_argument_group("images").add_argument
-    add(
-        "-n",
-        "--n_samples",
-        type=number(int, 1),
-        help=f"images per class ({DEFAULT_COUNT} when not given)",
+    autoguidance: str | None = option(
+        default=None,
+        group=MODELS,
+        metavar="CKPT",
+        help="earlier diffusion checkpoint to guide away from",
     )
-    add("--classes", metavar="A,B", help="classes to make, by name or index (all when not given)")
-    add("--counts", metavar="A=N,B=N", help="images of each class, by name or index")
-    add(
-        "--balance",
+    ema: bool = option(
+        default=True,
+        group=MODELS,
+        takes_value=True,
+        help="use the averaged weights of the noise predictor",
+    )
+
+    n_samples: Count | None = option(
+        "-n", default=None, group=IMAGES, help=f"images per class; if omitted {DEFAULT_COUNT}"
+    )
+    classes: str | None = option(
+        default=None,
+        group=IMAGES,
+        metavar="A,B",
+        help="classes to make, by name or index; if omitted, all",
+    )
+    counts: str | None = option(
+        default=None,
+        group=IMAGES,
+        metavar="A=N,B=N",
+        help="images of each class, by name or index",
+    )
+    balance: str | None = option(
+        default=None,
+        group=IMAGES,
         metavar="DIR",
         help="fill each class of this training set up to the size of its largest, and add -n",
     )
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of the noise")
-    add(
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = option(
+        default=0, group=IMAGES, help="seed of the noise"
+    )
+    out: str | None = option(
         "-l",
-        "--logdir",
-        "--outdir",
-        dest="outdir",
+        default=None,
+        group=IMAGES,
         metavar="DIR",
-        help="folder of the images (RUN/samples/SETTINGS when not given)",
+        published=("--outdir", "--logdir"),
+        help="folder of the images; if omitted RUN/samples/SETTINGS",
     )
-    add("--out_size", type=number(int, 1), metavar="PIXELS", help="resize the images to this side")
-    add("--tar", type=number(int, 1), metavar="N", help="also pack them, N to a tar shard")
+    out_size: Count | None = option(
+        default=None, group=IMAGES, metavar="PIXELS", help="resize the images to this side"
+    )
+    tar: Count | None = option(
+        default=None, group=IMAGES, metavar="N", help="also pack them, N to a tar shard"
+    )
 
-    add = parser.add_argument_group("sampler").add_argument
-    add("--sampler", choices=("ddim", "ddpm", "dpm++2m"), help="ddim when not given")
-    add("-v", "--vanilla_sample", action="store_true", help="the same as --sampler ddpm")
-    add(
+    sampler: Literal["ddim", "ddpm", "dpm++2m"] | None = option(
+        default=None, group=SAMPLER, help="if omitted ddim"
+    )
+    vanilla_sample: bool = option(
+        "-v", default=False, group=SAMPLER, help="the same as --sampler ddpm"
+    )
+    custom_steps: Count | None = option(
         "-c",
-        "--custom_steps",
-        type=number(int, 1),
-        help=f"sampling steps ({DEFAULT_STEPS} when not given, all training time steps with ddpm)",
+        default=None,
+        group=SAMPLER,
+        help=f"sampling steps; if omitted {DEFAULT_STEPS}, or all training time steps with ddpm",
     )
-    add(
-        "-e",
-        "--eta",
-        type=number(float, 0, 1),
-        help="DDIM noise, 0 deterministic (1.0 when not given)",
+    eta: Share | None = option(
+        "-e", default=None, group=SAMPLER, help="DDIM noise, 0 is deterministic; if omitted 1"
     )
 
-    add = parser.add_argument_group("guidance").add_argument
-    add(
-        "--classifier_scale",
-        type=number(float, 0),
-        help=f"scale of classifier guidance, 0 for none ({DEFAULT_SCALE:g} when not given)",
+    classifier_scale: NotNegative | None = option(
+        default=None,
+        group=GUIDANCE,
+        help=f"scale of classifier guidance, 0 for none; if omitted {DEFAULT_SCALE:g}",
     )
-    add(
-        "--guidance_on",
-        choices=("z_t", "z_0"),
+    guidance_on: Literal["z_t", "z_0"] | None = option(
+        default=None,
+        group=GUIDANCE,
         help="what the classifier looks at: the noisy latent, or the clean one predicted from it "
-        "(slower); z_t when not given",
+        "(slower); if omitted z_t",
     )
-    add(
-        "--guidance_norm",
-        action="store_true",
+    guidance_norm: bool = option(
+        default=False,
+        group=GUIDANCE,
         help="make guidance SCALE times as long as the predicted noise, at every step",
     )
-    add(
-        "--guidance_clip",
-        type=number(float, 0),
+    guidance_clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = option(
+        default=None,
+        group=GUIDANCE,
         metavar="R",
         help="guidance is at most R times as long as the predicted noise",
     )
-    add(
-        "--temperature",
-        type=temperature,
+    temperature: (
+        Annotated[float | None, Field(ge=1e-3, le=1e3), BeforeValidator(auto_as_none)] | None
+    ) = option(
+        default=None,
+        group=GUIDANCE,
         metavar="auto|VALUE",
-        help="divides the classifier's logits; auto (when not given): as calibrated on validation",
+        help="divides the classifier's logits; auto (or omitted): as calibrated on validation",
     )
-    add(
-        "--cfg_scale",
-        type=number(float, 0),
+    cfg_scale: NotNegative | None = option(
+        default=None,
+        group=GUIDANCE,
         metavar="W",
-        help="classifier-free guidance, for a model that takes labels: 1 (when not given) is the "
+        help="classifier-free guidance, for a model that takes labels: 1 (or omitted) is the "
         "labelled prediction, more goes beyond it",
     )
-    add(
-        "--autoguidance_scale",
-        type=number(float, 0),
+    autoguidance_scale: NotNegative | None = option(
+        default=None,
+        group=GUIDANCE,
         metavar="W",
         help="how far to go beyond the --autoguidance model; 1 would be no guidance",
     )
-    add(
-        "--guidance_interval",
+    guidance_interval: tuple[Whole, Whole] | None = option(
+        default=None,
+        group=GUIDANCE,
         nargs=2,
-        type=number(int, 0),
         metavar=("LOW", "HIGH"),
         help="guide only at training time steps in [LOW, HIGH]",
     )
 
-    add = parser.add_argument_group("machine").add_argument
-    add(
-        "--batch_size",
-        type=number(int, 1),
-        default=32,
-        help="images sampled together (8, 16, ... on a CPU)",
+    batch_size: Count = like(
+        LoaderOptions, "batch_size", 32, help="images sampled together (8, 16, ... on a CPU)"
     )
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:INDEX or mps")
-    add(
-        "--devices",
-        type=number(int, 1),
-        help="processes on this machine, one per GPU, or per CPU core (each computes with one "
-        "thread there); 1 when not given, or what torchrun or srun started",
-    )
-    add("--num_nodes", type=number(int, 1), help="machines, with torchrun or srun on each")
-    add(
-        "--part",
-        type=part_of,
+    part: Annotated[tuple[int, int], BeforeValidator(part_of)] | None = option(
+        default=None,
+        group=MACHINE,
         metavar="I/N",
         help="make only the I-th of N shares, 0/N to N-1/N, beside runs that make the others (job "
         "array); the command without it then writes the manifest",
     )
-    add(
-        "--precision",
-        choices=("auto", "32", "bf16"),
-        default="auto",
-        help="auto: bf16 on GPUs that have it, else 32",
+    compile: bool = option(
+        default=False, group=MACHINE, help="compile the networks: a slow start, then faster"
     )
-    add("--channels_last", action="store_true", help="memory layout that suits tensor cores")
-    add("--compile", action="store_true", help="compile the networks: a slow start, then faster")
-    return parser
+
+    @property
+    def chosen_sampler(self) -> str:
+        return "ddpm" if self.vanilla_sample else self.sampler or "ddim"
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Options that exclude one another."""
+        if self.vanilla_sample and self.sampler not in (None, "ddpm"):
+            yield "sampler", f"{self.sampler}: --vanilla_sample means ddpm; leave one out"
+        if self.part is not None and self.tar is not None:
+            yield "tar", "packs all images; leave it out with --part, and give it without"
+        if self.chosen_sampler != "ddim" and self.eta is not None:
+            yield "eta", f"{self.eta:g} belongs to DDIM; leave it out with {self.chosen_sampler}"
+        if self.counts is not None:
+            for name, value in (("-n", self.n_samples), ("--classes", self.classes)):
+                if value is not None:
+                    yield "counts", f"says how many of which class; leave {name} out"
+            if self.balance is not None:
+                yield "counts", "says how many of each class, as --balance does; give one of them"
+        yield from self._problems_of_guidance()
+
+    def _problems_of_guidance(self) -> Iterator[tuple[str, str]]:
+        names = ("classifier_scale", "guidance_on", "guidance_clip", "temperature", "guidance_norm")
+        if self.classifier is None:
+            for name in names:
+                if getattr(self, name) not in (None, False):
+                    yield name, "needs --classifier; give one or leave it out"
+        if self.classifier_scale == 0:
+            for name in ("guidance_on", "guidance_clip", "guidance_norm"):
+                if getattr(self, name) not in (None, False):
+                    yield name, "does nothing with --classifier_scale 0; leave it out"
+        if self.guidance_norm and self.guidance_clip is not None:
+            yield (
+                "guidance_norm",
+                "makes guidance as long as --classifier_scale says; leave --guidance_clip out, or "
+                "lower the scale",
+            )
+        if (self.autoguidance is None) != (self.autoguidance_scale is None):
+            missing = "autoguidance" if self.autoguidance is None else "autoguidance_scale"
+            yield missing, "is missing: --autoguidance CKPT and --autoguidance_scale W go together"
+        if self.autoguidance_scale == 1:
+            yield "autoguidance_scale", "1 is no guidance; give more, such as 1.5"
+        if self.guidance_interval and self.guidance_interval[0] > self.guidance_interval[1]:
+            low, high = self.guidance_interval
+            yield "guidance_interval", f"{low} {high}: LOW must not be above HIGH"
 
 
-def temperature(text: str) -> float | None:
-    """An argparse type: `auto` (None) or a number above 0."""
-    return None if text == "auto" else number(float, 1e-3, 1e3)(text)
+def parse_arguments(argv: list[str] | None = None) -> Options:
+    return parse(Options, argv)
 
 
-def part_of(text: str) -> tuple[int, int]:
-    """An argparse type: `3/16` as (3, 16)."""
-    words = text.split("/")
-    if len(words) != 2 or not all(word.isdecimal() for word in words):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form I/N, such as 0/16")
-    part, count = map(int, words)
-    if part >= count:
-        raise argparse.ArgumentTypeError(f"{text}: parts go from 0/{count} to {count - 1}/{count}")
-    return part, count
-
-
-def check_options(args) -> None:
-    """Options that exclude one another, before anything is loaded."""
-    if args.vanilla_sample and args.sampler not in (None, "ddpm"):
-        raise UserError(f"--sampler {args.sampler}: --vanilla_sample means ddpm; leave one out")
-    if args.part is not None and args.tar is not None:
-        raise UserError("--tar packs all images; leave it out with --part, and give it without")
-    args.sampler = "ddpm" if args.vanilla_sample else args.sampler or "ddim"
-    if args.sampler != "ddim" and args.eta is not None:
-        raise UserError(f"--eta {args.eta:g} belongs to DDIM; leave it out with {args.sampler}")
-    if args.counts is not None:
-        for name, value in (("-n", args.n_samples), ("--classes", args.classes)):
-            if value is not None:
-                raise UserError(f"--counts says how many of which class; leave {name} out")
-        if args.balance is not None:
-            raise UserError("--counts and --balance both say how many of each class; give one")
-    if args.classifier is None:
-        for name in ("classifier_scale", "guidance_on", "guidance_clip", "temperature"):
-            if getattr(args, name) is not None:
-                raise UserError(f"--{name} needs --classifier; give one or leave it out")
-        if args.guidance_norm:
-            raise UserError("--guidance_norm needs --classifier; give one or leave it out")
-    if args.classifier_scale == 0:
-        for name in ("guidance_on", "guidance_clip", "guidance_norm"):
-            if getattr(args, name) not in (None, False):
-                raise UserError(f"--{name} does nothing with --classifier_scale 0; leave it out")
-    if args.guidance_norm and args.guidance_clip is not None:
-        raise UserError(
-            "--guidance_norm makes guidance as long as --classifier_scale says; leave "
-            "--guidance_clip out, or lower the scale"
-        )
-    if args.guidance_clip == 0:
-        raise UserError("--guidance_clip 0 must be above 0; for no guidance: --classifier_scale 0")
-    if (args.autoguidance is None) != (args.autoguidance_scale is None):
-        raise UserError("--autoguidance CKPT and --autoguidance_scale W go together; give both")
-    if args.autoguidance_scale == 1:
-        raise UserError("--autoguidance_scale 1 is no guidance; give more, such as 1.5")
-    if args.guidance_interval and args.guidance_interval[0] > args.guidance_interval[1]:
-        low, high = args.guidance_interval
-        raise UserError(f"--guidance_interval {low} {high}: LOW must not be above HIGH")
-
-
-def check_models(args, models) -> None:
+def check_models(args: Options, models) -> None:
     """Options that do nothing with these models."""
     if models.classes is None:
         for name in ("classes", "counts", "balance"):
@@ -220,7 +257,7 @@ def check_models(args, models) -> None:
                 raise UserError(f"--{name} needs --classifier, or a model that takes labels as -r")
     if args.cfg_scale is not None and not models.diffusion.conditional:
         raise UserError(
-            f"--cfg_scale needs a model that takes labels; {args.resume} is unconditional: give a "
+            f"--cfg_scale needs a model that takes labels; {args.model} is unconditional: give a "
             "label adapter as -r, or guide with --classifier"
         )
     guided = models.classifier is not None and args.classifier_scale != 0
@@ -232,7 +269,7 @@ def check_models(args, models) -> None:
         )
 
 
-def choose_counts(args, models) -> dict[str, int]:
+def choose_counts(args: Options, models) -> dict[str, int]:
     """Images per class, as the options say."""
     from ldm.synthesis.counts import balance, choose_classes, parse_counts
 
@@ -244,12 +281,12 @@ def choose_counts(args, models) -> dict[str, int]:
     return dict.fromkeys(names, args.n_samples or DEFAULT_COUNT)
 
 
-def choose_sampling(args, models):
+def choose_sampling(args: Options, models):
     """The `Sampling` that the options mean for these models."""
     from ldm.synthesis import Sampling
 
     T = models.diffusion.schedule.T
-    steps = args.custom_steps or (T if args.sampler == "ddpm" else min(DEFAULT_STEPS, T))
+    steps = args.custom_steps or (T if args.chosen_sampler == "ddpm" else min(DEFAULT_STEPS, T))
     if steps > T:
         raise UserError(f"--custom_steps {steps} must be in [1, {T}], the training time steps")
     scale, heat = 0.0, 1.0
@@ -259,9 +296,9 @@ def choose_sampling(args, models):
     # What each sampler is, in DDIM's terms: ancestral sampling has the noise of eta 1.
     eta = {"ddim": 1.0 if args.eta is None else args.eta, "ddpm": 1.0, "dpm++2m": 0.0}
     return Sampling(
-        sampler=args.sampler,
+        sampler=args.chosen_sampler,
         steps=steps,
-        eta=eta[args.sampler],
+        eta=eta[args.chosen_sampler],
         scale=scale,
         seed=args.seed,
         interval=tuple(args.guidance_interval) if args.guidance_interval else None,
@@ -283,47 +320,37 @@ def default_outdir(checkpoint: Path, label: str) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = make_parser().parse_args(argv)
-    check_options(args)
+    args = parse_arguments(argv)
 
     from ldm.checkpoint import checkpoint_path
     from ldm.synthesis import (
         SampleFolder,
-        Speed,
         Synthesiser,
-        choose_precision,
         load_models,
         make_settings,
         synthesise,
     )
     from ldm.synthesis.production import Part
-    from ldm.synthesis.ranks import choose_layout
     from ldm.synthesis.shards import write_shards
 
     # Everything that can be wrong is found before other processes are started.
-    layout = choose_layout(args.device, args.devices, args.num_nodes)
+    devices = shared_devices(args.device, args.devices, args.num_nodes).with_precision(
+        args.precision, channels_last=args.channels_last, compile=args.compile
+    )
     models = load_models(
-        args.resume, args.classifier, args.first_stage, autoguidance_path=args.autoguidance
+        args.model, args.classifier, args.first_stage, autoguidance_path=args.autoguidance
     )
     check_models(args, models)
     sampling, counts = choose_sampling(args, models), choose_counts(args, models)
-    precision = choose_precision(args.precision, layout.device)
-    speed = Speed(precision, args.channels_last, args.compile)
-    checkpoint = checkpoint_path(args.resume, "--resume")
-    outdir = Path(args.outdir) if args.outdir else default_outdir(checkpoint, sampling.label)
-    settings = make_settings(sampling, models, speed, args.out_size)
+    checkpoint = checkpoint_path(args.model, "--model")
+    outdir = Path(args.out) if args.out else default_outdir(checkpoint, sampling.label)
+    settings = make_settings(sampling, models, devices, args.out_size)
     part = Part(*(args.part or (0, 1)))
     folder = SampleFolder(outdir, settings, models.facts)
 
-    ranks, device = layout.launch()
-    try:
-        synthesiser = Synthesiser(models.to(device), sampling, speed)
+    with devices.launch() as (ranks, device):
+        synthesiser = Synthesiser(models.to(device), sampling, devices)
         report = synthesise(synthesiser, folder, counts, args.batch_size, ranks, part)
-    except BaseException:
-        ranks.stop_others()
-        raise
-    finally:
-        ranks.close()
     if not ranks.is_first:
         return 0
     for warning in folder.guidance_log.warnings(sampling):
@@ -347,4 +374,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, Options)

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, loaded strictly and without executing code.
+"""Checkpoints: written completely or not at all, loaded strictly and without executing code.
 
 A checkpoint is what Lightning saves plus the entry `histodiffusion`, from which `load_model`
 rebuilds the model without any other file:
@@ -11,17 +11,14 @@ rebuilds the model without any other file:
     seed, versions, revision
 """
 
-import errno
-import hashlib
 import os
 import pickle
-import shutil
 import struct
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.errors import UserError
+from ldm.files import atomic_file
 
 if TYPE_CHECKING:
     import torch
@@ -29,9 +26,6 @@ if TYPE_CHECKING:
 KEY = "histodiffusion"
 FORMAT = 1
 KINDS = ("autoencoder", "diffusion", "classifier", "vit")
-
-# What the operating system says of a disk, a quota or a file size limit that is reached.
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def make_record(
@@ -61,88 +55,16 @@ def make_record(
     }
 
 
-class _Written:
-    """A binary file that keeps the error which torch hides behind one of its own."""
-
-    def __init__(self, file):
-        self._file = file
-        self.error: OSError | None = None
-
-    def write(self, block) -> int:
-        try:
-            return self._file.write(block)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self._file.flush()
-
-
 def write_checkpoint(path: str | os.PathLike, payload: dict[str, Any]) -> None:
-    """Save with torch, whole or not at all: to a temporary file beside `path`, then rename.
-
-    Beside it, since a rename is whole only within a file system; and on the disk before the rename,
-    so that a machine that loses power keeps one of the two files.
+    """Save a checkpoint with torch, atomically.
 
     Raises:
-        UserError: The disk (or the quota on it) is full. What was at `path` is still there.
+        UserError: The disk, or the quota on it, is full. What was at `path` is still there.
     """
     import torch
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    target = None
-    try:
-        with os.fdopen(handle, "wb") as file:
-            target = _Written(file)
-            torch.save(payload, target)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
-        cause = (target and target.error) or error
-        if isinstance(cause, OSError) and cause.errno in FULL:
-            raise UserError(
-                f"{path} cannot be written ({os.strerror(cause.errno)}, {free_space(path):,} bytes "
-                f"are free there); {_kept(path)}make room and repeat the command"
-            ) from None
-        if target and target.error:
-            raise target.error from None
-        raise
-
-
-def _kept(path: Path) -> str:
-    return "the one before it is untouched: " if path.is_file() else ""
-
-
-def free_space(path: str | os.PathLike) -> int:
-    """Bytes that may still be written to the disk of `path`, which need not exist yet."""
-    place = Path(path).absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
-
-
-def require_space(path: str | os.PathLike, size: int, what: str = "checkpoint") -> None:
-    """UserError unless `size` bytes fit on the disk of `path` beside what is there."""
-    path, free = Path(path), free_space(path)
-    if free < size:
-        raise UserError(
-            f"{what}: {path} needs {size / 1e6:,.1f} MB, its disk has {free / 1e6:,.1f} MB free; "
-            f"{_kept(path)}make room, or choose another --logdir"
-        )
-
-
-def remove_leftovers(folder: Path) -> list[Path]:
-    """Delete the temporary files of checkpoints whose writing was killed; no writer may be left."""
-    found = [p for p in folder.glob(".*.ckpt.*") if p.is_file()] if folder.is_dir() else []
-    for path in found:
-        path.unlink(missing_ok=True)
-    return found
+    with atomic_file(path) as file:
+        torch.save(payload, file)
 
 
 def training_step_of(path: Path) -> int | None:
@@ -270,12 +192,3 @@ def load_strictly(model, state: dict, where: str) -> None:
         raise UserError(
             f"{where}: the weights do not fit the model: {' '.join(lines)[:400]}"
         ) from None
-
-
-def file_sha256(path: str | os.PathLike) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -1,21 +1,543 @@
-"""What every command has in common: argument types, one-line errors, exit statuses, devices.
+"""What every command has in common: options from a dataclass, one-line errors, exit statuses.
+
+A command is a dataclass. A field is an option: its annotation says the type and the range, `option`
+says the default, the help, other names and the group in `--help`:
+
+    @dataclass(frozen=True, kw_only=True)
+    class TrainSettings:
+        \"\"\"Train a network.\"\"\"
+
+        program: ClassVar = "train.py"
+        steps: Count = option("-n", default=100, help="optimiser steps")
+
+    settings = parse(TrainSettings)
+
+pydantic checks the values, so that YAML files and Python callers (`checked`) meet the same types
+and ranges as the command line. argparse only splits the words. No library does both: jsonargparse
+gives the fields of a dataclass neither short names nor published spellings, tyro no booleans with a
+value (`--anneal_lr True`), pydantic-settings no lists of words (`--seeds 0 1 2`), and none reads
+`-t KEY=VALUE` as a flag and an override.
 
 Imports nothing heavy, so that `--help` answers at once.
 """
 
 import argparse
+import dataclasses
+import difflib
+import json
 import logging
 import os
+import re
 import select
 import sys
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, Any, NoReturn
 
-from ldm.errors import Stopped, UserError
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+
+from ldm.errors import Problems, Stopped, UserError
 
 TRACEBACK_VARIABLE = "HISTO_TRACEBACK"
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
+TRUE_WORDS, FALSE_WORDS = ("true", "yes", "y", "1", "t"), ("false", "no", "n", "0", "f")
+
+RANGE_ERRORS = ("greater_than_equal", "less_than_equal", "greater_than", "less_than")
+
+# --- Types of options ----------------------------------------------------------------------------
+
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def _split(value: Any) -> Any:
+    """`32,16` as a tuple of its parts."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(","))
+    return tuple(value) if isinstance(value, list) else value
+
+
+Commas = BeforeValidator(_split)  # Annotated[tuple[int, ...], Commas] reads 32,16
+
+
+# --- Declaring -----------------------------------------------------------------------------------
+
+
+def option(
+    *names: str,
+    help: str,
+    default: Any = dataclasses.MISSING,
+    default_factory: Any = dataclasses.MISSING,
+    group: str = "",
+    metavar: str | tuple[str, ...] | None = None,
+    published: Sequence[str] = (),
+    off: Sequence[str] = (),
+    nargs: str | int | None = None,
+    positional: bool = False,
+    repeats: bool = False,
+    takes_value: bool = False,
+) -> Any:
+    """A field of a settings class that is an option of the command line.
+
+    Args:
+        names: Short names, such as `-n`; the long one is that of the field.
+        published: Further names, of the published scripts or of earlier versions.
+        off: Names that set a boolean to False.
+        nargs: As argparse takes it. By default one word, or one and more for a tuple.
+        positional: Words without an option; of the form section.key=value for `overrides`.
+        repeats: Values of a repeated option are added to the earlier ones.
+        takes_value: Any boolean word after a boolean option is its value (`--anneal_lr 1`), as in
+            published scripts. Otherwise only True and False are, and other words may follow.
+    """
+    facts = {name: value for name, value in locals().items() if not name.startswith("default")}
+    return dataclasses.field(
+        default=default, default_factory=default_factory, metadata={"option": facts}
+    )
+
+
+def like(settings: type, name: str, default: Any = dataclasses.MISSING, **changes: Any) -> Any:
+    """The option `name` of another settings class, with another default, help or names."""
+    original = next(field for field in dataclasses.fields(settings) if field.name == name)
+    facts = {**original.metadata["option"], **changes}
+    return option(*facts.pop("names"), default=default, **facts)
+
+
+def options_of(settings: type) -> dict[str, dataclasses.Field]:
+    """The options of a settings class: its own before those of the classes that it extends."""
+    fields = {field.name: field for field in dataclasses.fields(settings)}
+    order = [name for cls in settings.__mro__ for name in cls.__dict__.get("__annotations__", {})]
+    return {name: fields[name] for name in dict.fromkeys(order) if name in fields}
+
+
+# --- Checking ------------------------------------------------------------------------------------
+
+
+def checked(settings: type, values: Mapping[str, Any], strict: bool = True) -> Any:
+    """The settings object of a mapping, such as a section of a YAML file.
+
+    Args:
+        strict: Types are those of YAML and JSON: the text "3" is no number. False reads texts.
+
+    Raises:
+        Problems: Every unknown name (with the nearest valid one), missing or wrong value, and what
+            the method `problems` of the class finds in values that are right one by one.
+    """
+    known = options_of(settings)
+    found = {
+        str(name): f"unknown name{nearest(name, known)}" for name in values if name not in known
+    }
+    values = {name: value for name, value in values.items() if name in known}
+    result = None
+    try:
+        adapter = TypeAdapter(settings)
+        if strict:
+            result = adapter.validate_json(json.dumps(values), strict=True)
+        else:
+            result = adapter.validate_python(values)
+    except ValidationError as error:
+        hints = typing.get_type_hints(settings, include_extras=True)
+        for one in error.errors(include_url=False):
+            name = str(one["loc"][0])
+            found.setdefault(name, reason(one, hints[name]))
+    if result is not None and not found:
+        for name, text in getattr(result, "problems", tuple)():
+            found.setdefault(name, text)
+    if found:
+        raise Problems(found)
+    return result
+
+
+def reason(error: Mapping[str, Any], annotation: Any = None) -> str:
+    """What pydantic found wrong with a value, in one sentence with value and what is allowed."""
+    kind, value, context = error["type"], error["input"], error.get("ctx", {})
+    if kind == "missing":
+        return "is missing; give it"
+    if kind == "value_error":
+        return str(context["error"])
+    if kind in ("int_parsing", "int_type", "int_from_float"):
+        return f"{shown(value)} is not a whole number"
+    if kind in ("float_parsing", "float_type"):
+        return f"{shown(value)} is not a number"
+    if kind in ("bool_parsing", "bool_type"):
+        return f"{shown(value)} is neither True nor False"
+    if kind == "literal_error":
+        choices = _literals(annotation)
+        return f"{shown(value)} must be one of {', '.join(choices)}{nearest(value, choices, '')}"
+    if kind in RANGE_ERRORS:
+        return f"{value} must be {_bounds(annotation) or context}"
+    return f"{shown(value)} {error['msg'].replace('Input should', 'must', 1)}"
+
+
+def _literals(annotation: Any) -> list[str]:
+    if typing.get_origin(annotation) is typing.Literal:
+        return [str(choice) for choice in typing.get_args(annotation)]
+    return [choice for part in typing.get_args(annotation) for choice in _literals(part)]
+
+
+def _bounds(annotation: Any) -> str:
+    """`in [1, 8]`, or `at least 1`, of an annotated type."""
+    low, high, between = None, None, ["[", "]"]
+    for part in getattr(annotation, "__metadata__", ()):
+        for bound in getattr(part, "metadata", ()):
+            if (least := getattr(bound, "ge", getattr(bound, "gt", None))) is not None:
+                low, between[0] = least, "[" if hasattr(bound, "ge") else "("
+            if (most := getattr(bound, "le", getattr(bound, "lt", None))) is not None:
+                high, between[1] = most, "]" if hasattr(bound, "le") else ")"
+    if low is None and high is None:
+        return next(filter(None, map(_bounds, typing.get_args(annotation))), "")
+    if high is None:
+        return f"at least {low}" if between[0] == "[" else f"above {low}"
+    return f"in {between[0]}{'-inf' if low is None else low}, {high}{between[1]}"
+
+
+def nearest(name: Any, known: Iterable[str], otherwise: str | None = None) -> str:
+    """` (did you mean X?)`, or else what is allowed.
+
+    Args:
+        otherwise: Said instead of a list of what is allowed.
+    """
+    known = sorted(known)
+    matches = difflib.get_close_matches(str(name), known, n=1)
+    if matches:
+        return f" (did you mean {matches[0]}?)"
+    if otherwise is not None:
+        return otherwise
+    return f" (allowed: {', '.join(known)})" if known else " (there are none)"
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: at most 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def join_keys(path: str, key: Any) -> str:
+    """The dotted path of a key below another."""
+    return f"{path}.{key}" if path else str(key)
+
+
+# --- Command line --------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Splits the command line into words by option; `parse` checks them."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.removeprefix("argument "))
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows what follows an option once, not after each of its names."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        value = self._format_args(action, action.dest.upper())
+        return f"{', '.join(action.option_strings)} {value}".rstrip()
+
+
+def parse(settings: type, argv: Sequence[str] | None = None) -> Any:
+    """The settings that a command line means.
+
+    Raises:
+        Problems: All of a user's mistakes: see `checked`.
+        UserError: An option without its value.
+    """
+    parser = _parser(settings)
+    words = sys.argv[1:] if argv is None else argv
+    fields = options_of(settings)
+    given, rest = parser.parse_known_intermixed_args(_spelled(words, parser, fields))
+    values = vars(given)
+    found = {}
+    if "overrides" in fields:
+        _move_overrides(values, fields)
+        for word in values["overrides"]:
+            if "=" not in word:
+                found[f"unknown argument {word}; overrides have the form section.key=value"] = ""
+    for word in rest:
+        known = [f"--{name}" for name in fields]
+        found[f"unknown argument {word}{nearest(word, known, '')}"] = ""
+    flags = {name: _flag(field) for name, field in fields.items()}
+    try:
+        result = checked(settings, values, strict=False)
+    except Problems as problems:
+        found |= {flags[name]: text for name, text in problems.found.items()}
+    if found:
+        raise Problems(found)
+    return result
+
+
+def _parser(settings: type) -> _Parser:
+    description, _, more = (settings.__doc__ or "").partition("\n\n")
+    example = getattr(settings, "example", "")
+    fields = options_of(settings)
+    parser = _Parser(
+        prog=settings.program,
+        usage=_usage(settings.program, fields),
+        description=" ".join(description.split()),
+        epilog="\n\n".join(filter(None, [_unindented(more), example and f"example:\n{example}"])),
+        allow_abbrev=False,
+        formatter_class=_HelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    groups: dict[str, Any] = {"": parser}
+    for name, field in fields.items():
+        facts = field.metadata["option"]
+        group = facts["group"]
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        _add_option(groups[group], name, field)
+    return parser
+
+
+def _add_option(group: Any, name: str, field: dataclasses.Field) -> None:
+    facts = field.metadata["option"]
+    metavar, nargs = facts["metavar"], facts["nargs"]
+    choices = _literals(field.type)
+    if metavar is None:
+        metavar = "|".join(choices) or _kind_of_value(field.type) or name.upper()
+    if _is_bool(field):
+        metavar = "" if field.default is False else "True|False"
+    elif nargs is None and _is_tuple(field):
+        nargs = "+"
+    if facts["positional"]:
+        nargs = nargs if nargs != "+" else "*"  # a missing word is a problem like any other
+        group.add_argument(name, nargs=nargs or "?", metavar=metavar, help=_help(field))
+        return
+    action = "extend" if facts["repeats"] else "store"
+    names = [*facts["names"], f"--{name}"]
+    group.add_argument(
+        *names, dest=name, nargs=nargs, metavar=metavar, action=action, help=_help(field)
+    )
+    if facts["published"]:
+        group.add_argument(
+            *facts["published"], dest=name, nargs=nargs, action=action, help=argparse.SUPPRESS
+        )
+    for word in facts["off"]:
+        group.add_argument(
+            word, dest=name, action="store_const", const="False", help=argparse.SUPPRESS
+        )
+
+
+def _kind_of_value(annotation: Any) -> str:
+    """`N` for a whole number, `X` for another one."""
+    if annotation in (int, float):
+        return "N" if annotation is int else "X"
+    if typing.get_origin(annotation) is tuple:
+        return ""
+    return next(filter(None, map(_kind_of_value, typing.get_args(annotation))), "")
+
+
+def _help(field: dataclasses.Field) -> str:
+    facts = field.metadata["option"]
+    notes = []
+    default = field.default
+    if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    if default is dataclasses.MISSING:
+        notes.append("required")
+    elif default is not False and default not in (None, (), (None,)):
+        between = "," if Commas in getattr(field.type, "__metadata__", ()) else " "
+        values = default if isinstance(default, tuple) else (default,)
+        words = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
+        notes.append(f"default: {between.join(words)}")
+    if facts["off"]:
+        notes.append(f"switch off: {' '.join(facts['off'])}")
+    if facts["published"]:
+        notes.append(f"published: {' '.join(facts['published'])}")
+    text = facts["help"] + (f" ({'; '.join(notes)})" if notes else "")
+    return text.replace("%", "%%")
+
+
+def _usage(program: str, fields: Mapping[str, dataclasses.Field]) -> str:
+    """The options that must be given; `--help` lists the others."""
+    words = []
+    for name, field in fields.items():
+        facts = field.metadata["option"]
+        needed = field.default is field.default_factory  # both are missing
+        if not (needed or facts["positional"]):
+            continue
+        word = f"{facts['metavar'] or name.upper()}{' ...' if _is_tuple(field) else ''}"
+        if not facts["positional"]:
+            word = f"{_flag(field)} {word}"
+        words.append(word if needed else f"[{word}]")
+    return " ".join([program, *words, "[options]"]).replace("%", "%%")
+
+
+def _spelled(
+    words: Sequence[str], parser: _Parser, fields: Mapping[str, dataclasses.Field]
+) -> list[str]:
+    """The words with underscores in names of options, and with a value after each boolean.
+
+    A bare `-t` gets the value True here: argparse would take the next word, which may be an
+    override or a file.
+    """
+    known = parser._option_string_actions
+    free_words = any(
+        field.metadata["option"]["positional"] and name != "overrides"
+        for name, field in fields.items()
+    )
+    result: list[str] = []
+    words = [str(word) for word in words]
+    for i, word in enumerate(words):
+        if word == "--":
+            return result + words[i:]
+        if not word.startswith("-") or result[-1:] == ["--"]:
+            result.append(word)
+            continue
+        name, equals, value = word.partition("=")
+        if name not in known and name.startswith("--"):
+            spelled = f"--{name[2:].replace('-', '_')}"
+            name = spelled if spelled in known else name
+        result.append(f"{name}{equals}{value}")
+        action = known.get(name)
+        field = fields.get(action.dest) if action else None
+        if field is None or equals or not _is_bool(field) or action.nargs == 0:
+            continue
+        following = words[i + 1] if i + 1 < len(words) else "--"
+        if not _is_value(following, field.metadata["option"]["takes_value"], free_words):
+            result[-1] = f"{name}=True"
+    return result
+
+
+def _is_value(word: str, takes_value: bool, free_words: bool) -> bool:
+    """Whether a word after a boolean option is its value.
+
+    Args:
+        free_words: Whether the command takes words without an option, other than overrides.
+    """
+    if word.strip().lower() in ("true", "false"):
+        return True
+    if not takes_value:
+        return False
+    if free_words:
+        return word.strip().lower() in (*TRUE_WORDS, *FALSE_WORDS)
+    return not word.startswith("-") and "=" not in word  # if it is no boolean word, that is said
+
+
+def _move_overrides(values: dict[str, Any], fields: Mapping[str, dataclasses.Field]) -> None:
+    """Take `section.key=value` out of lists of words (`--base a.yaml section.key=value`)."""
+    overrides: list[str] = []
+    for name, value in values.items():
+        if name != "overrides" and isinstance(value, list):
+            overrides += [word for word in value if _is_override(word)]
+            values[name] = [word for word in value if not _is_override(word)]
+    overrides += values.get("overrides") or []
+    values["overrides"] = overrides
+
+
+def _is_override(word: str) -> bool:
+    return "=" in word and not Path(word).expanduser().exists()
+
+
+def _flag(field: dataclasses.Field) -> str:
+    facts = field.metadata["option"]
+    return facts["metavar"] or field.name.upper() if facts["positional"] else f"--{field.name}"
+
+
+def _is_bool(field: dataclasses.Field) -> bool:
+    return bool in (field.type, *typing.get_args(field.type))
+
+
+def _is_tuple(field: dataclasses.Field) -> bool:
+    """Whether the option takes several words: a tuple that is not written with commas."""
+    kinds = (field.type, *typing.get_args(field.type))
+    if any(Commas in getattr(kind, "__metadata__", ()) for kind in kinds):
+        return False
+    return any(typing.get_origin(kind) is tuple for kind in kinds)
+
+
+def _unindented(text: str) -> str:
+    return re.sub(r"^    ", "", text, flags=re.MULTILINE).strip()
+
+
+# --- Running ---
+
+
+def existing_path(text: str | os.PathLike, what: str, kind: str = "any") -> Path:
+    """The path, if there is a file or folder.
+
+    Args:
+        what: Name of the setting, for example `data_dir`.
+        kind: "file", "dir" or "any".
+
+    Raises:
+        UserError: The path does not exist, or is of the wrong kind.
+    """
+    path = Path(text).expanduser()
+    if not path.exists():
+        raise UserError(f"{path} does not exist; check the path", what)
+    if kind == "file" and not path.is_file():
+        raise UserError(f"{path} is a folder; give a file", what)
+    if kind == "dir" and not path.is_dir():
+        raise UserError(f"{path} is a file; give a folder", what)
+    return path
+
+
+def _one_line(error: BaseException | str) -> str:
+    """The message on one line, freed of the worker traceback that a DataLoader puts before it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    if lines[0].startswith("Caught ") and "DataLoader worker" in lines[0]:
+        return lines[-1].split("UserError: ", 1)[-1]
+    return " ".join(lines)
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of the output has left, as `head` does; what is left of it is dropped."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in output.poll(0)):
+        return False  # a pipe of another process broke
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
+
+
+def run_command(main: Callable[[], int | None], settings: type | None = None) -> NoReturn:
+    """Run an entry point: a user's mistake or a file-system error is one line and exit status 2.
+
+    Set HISTO_TRACEBACK=1 to see where such an error came from.
+
+    Args:
+        settings: The settings class of the command: an error whose key is one of its options is
+            printed with the name of the option.
+    """
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        status = main() or 0
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        status = STOPPED
+    except (UserError, OSError) as error:
+        if os.environ.get(TRACEBACK_VARIABLE) == "1":
+            raise
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            sys.exit(128 + 13)  # as SIGPIPE ends a command
+        if isinstance(error, OSError) and error.strerror:
+            where = f": {error.filename}" if error.filename else ""
+            message = f"{error.strerror}{where}"
+        elif settings and getattr(error, "key", None) in (known := options_of(settings)):
+            message = f"{_flag(known[error.key])}: {_one_line(error.reason)}"
+        else:
+            message = _one_line(error)
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        status = 2
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(status)
+
+
+# --- OLD ---
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -66,107 +588,3 @@ def number(kind: type, low: float | None = None, high: float | None = None) -> C
         return value
 
     return parse
-
-
-def existing_path(text: str | os.PathLike, what: str, kind: str = "any") -> Path:
-    """The path, or a UserError that names it when it is missing or of the wrong kind.
-
-    Args:
-        what: How the message calls it, for example `--data_dir`.
-        kind: "file", "dir" or "any".
-    """
-    path = Path(text).expanduser()
-    if not path.exists():
-        raise UserError(f"{what}: {path} does not exist; check the path")
-    if kind == "file" and not path.is_file():
-        raise UserError(f"{what}: {path} is a folder; give a file")
-    if kind == "dir" and not path.is_dir():
-        raise UserError(f"{what}: {path} is a file; give a folder")
-    return path
-
-
-def usable_cores() -> int:
-    """CPU cores that this process may use: a job's share of a machine, where it is given one."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def resolve_device(name: str | None):
-    """The torch device for `auto`, `cpu`, `cuda`, `cuda:1` or `mps`; UserError without one."""
-    import torch
-
-    if name in (None, "", "auto"):
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        if torch.backends.mps.is_available():
-            return torch.device("mps")
-        return torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: use auto, cpu, cuda, cuda:INDEX or mps") from None
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            raise UserError(
-                f"--device {name}: this machine has {count} CUDA devices; use auto or cpu"
-            )
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"--device {name}: no MPS device here; use auto or cpu")
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"--device {name}: use auto, cpu, cuda, cuda:INDEX or mps")
-    return device
-
-
-def _one_line(error: BaseException) -> str:
-    """The message on one line, freed of the worker traceback that a DataLoader puts before it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    if lines[0].startswith("Caught ") and "DataLoader worker" in lines[0]:
-        return lines[-1].split("UserError: ", 1)[-1]
-    return " ".join(lines)
-
-
-def _nobody_reads() -> bool:
-    """Whether the reader of the output has left, as `head` does; what is left of it is dropped."""
-    output = select.poll()
-    output.register(sys.stdout.fileno(), 0)
-    if not any(event & select.POLLERR for _, event in output.poll(0)):
-        return False  # a pipe of another process broke
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return True
-
-
-def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Run an entry point: a user's mistake or a file-system error is one line and exit status 2.
-
-    Set HISTO_TRACEBACK=1 to see where such an error came from.
-    """
-    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        status = main() or 0
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = 130
-    except Stopped as stop:
-        print(stop, file=sys.stderr)
-        status = STOPPED
-    except (UserError, OSError) as error:
-        if os.environ.get(TRACEBACK_VARIABLE) == "1":
-            raise
-        if isinstance(error, BrokenPipeError) and _nobody_reads():
-            sys.exit(128 + 13)  # as SIGPIPE ends a command
-        if isinstance(error, OSError) and error.strerror:
-            where = f": {error.filename}" if error.filename else ""
-            message = f"{error.strerror}{where}"
-        else:
-            message = _one_line(error)
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-        status = 2
-    sys.stdout.flush()
-    sys.stderr.flush()
-    sys.exit(status)

@@ -1,12 +1,42 @@
 """Exceptions that commands answer with one line: a user's mistake, and a stop on request."""
 
+from collections.abc import Mapping
+
 
 class UserError(ValueError):
     """Something a user can set is wrong.
 
     The message is a single line: the setting or file, its value, what is allowed and the remedy.
     Commands print that line and exit with status 2 (see `ldm.cli.run_command`).
+
+    Args:
+        key: Name of the setting, which then begins the message. A command shows it as the name of
+            its option.
     """
+
+    def __init__(self, message: str = "", key: str | None = None):
+        super().__init__(f"{key}: {message}" if key else message)
+        self.reason, self.key = message, key
+
+
+class Problems(UserError):
+    """Several settings are wrong: all of them in one line.
+
+    Args:
+        found: Name or dotted path of a setting, and what is wrong with it and what to do.
+        subject: What has these settings; the message begins with it.
+    """
+
+    def __init__(self, found: Mapping[str, str], subject: str | None = None):
+        self.found = dict(found)
+        lines = [f"{name}: {text}" if text else name for name, text in found.items()]
+        message = " | ".join(lines)
+        if len(lines) > 1:
+            message = f"{len(lines)} problems: {message}"
+        super().__init__(message, subject)
+
+    def __reduce__(self):
+        return type(self), (self.found, self.key)
 
 
 class Stopped(Exception):

@@ -29,8 +29,13 @@ if TYPE_CHECKING:
 # What the operating system reports of a disk, a quota or a file size limit that is reached.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-# Names that `temporary_path` makes, and those of earlier versions (".last.ckpt.a8b_c9de").
-_TEMPORARY = re.compile(r"\..+\.(?:[0-9a-f]{16}\.part|ckpt\.\w{8}|png\.part)")
+# Names that `temporary_path` makes, and those of earlier versions: ".last.ckpt.a8b_c9de" (by
+# Python's tempfile), ".000000.png.part", ".shard-000000.tar.part" and ".tiles.json.part".
+_TEMPORARY = re.compile(
+    r"\..+\.(?:[0-9a-f]{16}\.part"
+    r"|(?:ckpt|csv|json|jsonl|md|parquet|png|safetensors|tar)\.[a-z0-9_]{8}"
+    r"|(?:json|png|tar)\.part)"
+)
 
 
 def temporary_path(target: Path) -> Path:
@@ -144,6 +149,11 @@ def write_png(path: str | os.PathLike, image: "np.ndarray") -> None:
         Image.fromarray(image).save(file, format="png")
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether a path has the name of a file or folder that is being written, see `atomic_file`."""
+    return _TEMPORARY.fullmatch(path.name) is not None
+
+
 def remove_leftovers(folder: Path) -> list[Path]:
     """Delete temporary files and folders that a killed process left directly in `folder`.
 
@@ -154,7 +164,7 @@ def remove_leftovers(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if _TEMPORARY.fullmatch(path.name)]
+    found = [path for path in folder.iterdir() if is_temporary(path)]
     for path in found:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -172,6 +182,14 @@ def file_sha256(path: str | os.PathLike) -> str:
 def digest_of(facts: Any) -> str:
     """SHA-256 of facts that JSON can hold, hexadecimal; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def digest_of_text(parts: Iterable[str]) -> str:
+    """SHA-256 of texts that follow each other, as UTF-8, hexadecimal."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode())
+    return digest.hexdigest()
 
 
 def free_space(path: str | os.PathLike) -> int:

@@ -1,4 +1,4 @@
-"""A run's folder and provenance: where files go, and what is needed to repeat the run."""
+"""Folders of runs and folders that commands make, and what is needed to repeat a run."""
 
 import csv
 import importlib.metadata
@@ -9,40 +9,19 @@ import platform
 import re
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ldm.errors import UserError
+from ldm.files import is_temporary, remove_leftovers, write_json, write_text
 
 log = logging.getLogger(__name__)
 
+LOGGERS = ("tensorboard", "wandb")  # by name, beside the CSV files that are always written
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "albumentations", "timm", "numpy")
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: to a temporary file beside it, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, UTF-8, whole or not at all."""
-    write_bytes(path, text.encode())
-
-
-def write_json(path: Path, content: Any) -> None:
-    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def git_revision() -> str | None:
@@ -95,6 +74,140 @@ def hardware() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpus": gpus,
     }
+
+
+def differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> list[str]:
+    """What differs between recorded and present settings, in words, a text for each key.
+
+    Nested settings are compared by dotted key. A key without a value is one that is null.
+
+    Args:
+        defaults: For keys that earlier versions did not record, the value that they stood for.
+    """
+    before = _flat({**(defaults or {}), **before})
+    now = _flat(now)
+    return [
+        f"{key} {_short(before.get(key))} there, {_short(now.get(key))} now"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by dotted key, as JSON gives them back."""
+    flat: dict[str, Any] = {}
+    for key, value in json.loads(json.dumps(dict(settings))).items():
+        nested = isinstance(value, dict) and value
+        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:12]}..."
+
+
+@dataclass(frozen=True)
+class MadeFolder:
+    """A folder that a command makes from settings, which a JSON file in it records.
+
+    The same command, given again, finds its folder by `exists`: it goes on in it, or leaves it
+    alone. A command with other settings, or whose folder holds anything else, is refused. Every
+    command that makes a folder asks this class.
+
+    Attributes:
+        path: The folder.
+        settings: What decides its content; values that JSON can hold.
+        record: Name of the JSON file.
+        key: Key of the settings in the record; None where the record is the settings.
+        name: Key of the setting that names the folder, for errors.
+        defaults: See `differences`.
+    """
+
+    path: Path
+    settings: Mapping[str, Any]
+    record: str
+    key: str | None = "settings"
+    name: str = "out"
+    defaults: Mapping[str, Any] | None = None
+
+    def read(self) -> dict[str, Any] | None:
+        """The content of the record; None where no command has begun the folder.
+
+        Raises:
+            UserError: A file is in the way, the folder holds other files, or its record is damaged.
+        """
+        if not self.path.exists():
+            return None
+        if not self.path.is_dir():
+            raise UserError(f"{self.name}={self.path} is a file; give a folder")
+        file = self.path / self.record
+        try:
+            content = json.loads(file.read_text())
+            known = content if self.key is None else content[self.key]
+        except FileNotFoundError:
+            if all(is_temporary(path) for path in self.path.iterdir()):
+                return None
+            raise UserError(
+                f"{self.name}={self.path} exists and was not made by this command (it has no"
+                f" {self.record}); give a new folder"
+            ) from None
+        except (OSError, ValueError, KeyError, TypeError):
+            known = None
+        if not isinstance(known, dict):
+            raise UserError(
+                f"{file} is damaged or was not written by this command; give another {self.name},"
+                f" or remove {self.path}"
+            )
+        return content
+
+    def exists(self) -> bool:
+        """Whether the folder has been made, or begun, with the same settings.
+
+        Returns:
+            False where it can be made: there is no folder yet, or nothing in it but unfinished
+            files of a killed process.
+
+        Raises:
+            UserError: See `read`; or the folder was made with other settings, all of them named.
+        """
+        content = self.read()
+        if content is None:
+            return False
+        known = content if self.key is None else content[self.key]
+        changed = differences(known, self.settings, self.defaults)
+        if changed:
+            raise UserError(
+                f"{self.name}={self.path} was made with other settings ({'; '.join(changed)});"
+                " give another folder, or remove it"
+            )
+        return True
+
+    def begin(self, facts: Mapping[str, Any] | None = None, alone: bool = True) -> None:
+        """Make the folder and its record, or keep those that an earlier start left.
+
+        The record comes first, so that the folder of a process that is killed later is known.
+
+        Args:
+            facts: What the record says beside the settings; only with `key`.
+            alone: Remove unfinished files of killed processes directly in the folder; False where
+                others may be writing to it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not (self.path / self.record).is_file():
+            self.write_record(facts)
+        if alone:
+            remove_leftovers(self.path)
+
+    def write_record(self, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Write the record with these facts beside the settings; returns its content."""
+        assert facts is None or self.key is not None
+        settings = dict(self.settings)
+        content = settings if self.key is None else {self.key: settings, **(facts or {})}
+        write_json(self.path / self.record, content)
+        return content
 
 
 @dataclass(frozen=True)

@@ -7,65 +7,92 @@ learns from `D/train5`, chooses on `D/val` and reports `D/test` once, with the r
 `logs/baselines/KIND/train5/` written as eval.py writes its own, so that tables read both.
 """
 
-import argparse
 import os
-import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, ClassVar, Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from pydantic import Field
 
-from ldm.cli import ArgumentParser, existing_path, number, run_command
+from ldm.cli import Commas, Whole, existing_path, like, option, parse, run_command
 from ldm.errors import UserError
+from ldm.settings import DeviceOption
 
-KINDS = ("colour_mean", "colour_histogram", "linear_probe")
-
-
-def kinds(text: str) -> list[str]:
-    found = list(dict.fromkeys(text.split(",")))
-    unknown = [name for name in found if name not in KINDS]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"{','.join(unknown)!r}: choose among {','.join(KINDS)}")
-    return found
+PROBE = "linear_probe"
 
 
-def make_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="baselines.py", description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--data_path", required=True, metavar="D", help="folder of the sets")
-    add("--output_dir", required=True, metavar="SUBSET", help="training folder in D")
-    add(
-        "--kind",
-        type=kinds,
-        default="colour_mean,colour_histogram",
-        metavar="KINDS",
-        help=f"some of {','.join(KINDS)}",
+@dataclass(frozen=True, kw_only=True)
+class Options(DeviceOption):
+    """What colour alone, or a linear probe of a pre-trained network, reaches on the same sets.
+
+    Learns from D/SUBSET, chooses on D/val and reports D/test once, as eval.py does.
+    """
+
+    program: ClassVar = "baselines.py"
+    example: ClassVar = (
+        "  python scripts/baselines.py --data_path D --subset train5 --kind colour_histogram"
     )
-    add("--logdir", default="logs/baselines", help="results go to LOGDIR/KIND/SUBSET")
-    add(
-        "--groups",
+
+    data_path: str = option(metavar="D", help="folder of the sets")
+    subset: str = option(metavar="SUBSET", published=("--output_dir",), help="training folder in D")
+    kind: Annotated[
+        tuple[Literal["colour_mean", "colour_histogram", "linear_probe"], ...], Commas
+    ] = option(
+        default=("colour_mean", "colour_histogram"),
+        metavar="KINDS",
+        help="some of colour_mean,colour_histogram,linear_probe",
+    )
+    logdir: str = option(
+        default="logs/baselines", metavar="DIR", help="results go to LOGDIR/KIND/SUBSET"
+    )
+    groups: str | None = option(
+        default=None,
         metavar="CSV",
         help="patient, slide or region of each tile of val and test (see eval.py)",
     )
-    add("--group_column", metavar="NAME", help="column of --groups (group when not given)")
-    probe = parser.add_argument_group("linear_probe")
-    probe.add_argument(
-        "--weights",
+    group_column: str | None = option(
+        default=None, metavar="NAME", help="column of --groups; if omitted group"
+    )
+    overwrite: bool = option(default=False, help="replace results of other settings or files")
+    weights: str | None = option(
+        default=None,
+        group=PROBE,
         metavar="RUN|FILE",
         help="a run of eval.py, or with --arch a local file of weights",
     )
-    probe.add_argument("--arch", metavar="NAME", help="timm's name of a pre-trained network")
-    probe.add_argument(
-        "--input_size", type=number(int, 8), help="pixels, with --arch (the network's own)"
+    arch: str | None = option(
+        default=None, group=PROBE, metavar="NAME", help="timm's name of a pre-trained network"
     )
-    probe.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:INDEX or mps")
-    probe.add_argument(
-        "--num_workers", type=number(int, 0), default=min(8, os.cpu_count() or 1), help="processes"
+    input_size: Annotated[int, Field(ge=8)] | None = option(
+        default=None, group=PROBE, help="pixels, with --arch; if omitted the network's own"
     )
-    add("--overwrite", action="store_true", help="replace results of other settings or files")
-    return parser
+    device: str = like(DeviceOption, "device", "auto", group=PROBE)
+    workers: Whole = option(
+        default_factory=lambda: min(8, os.cpu_count() or 1),
+        group=PROBE,
+        published=("--num_workers",),
+        help="loader processes",
+    )
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Each kind once."""
+        return tuple(dict.fromkeys(self.kind))
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.groups is None and self.group_column is not None:
+            yield "group_column", "belongs to --groups; give that too, or leave it out"
+        for name in ("weights", "arch", "input_size"):
+            if getattr(self, name) is not None and "linear_probe" not in self.kind:
+                yield name, "belongs to --kind linear_probe; add that, or leave it out"
 
 
-def probe_source(args: argparse.Namespace):
+def parse_arguments(argv: list[str] | None = None) -> Options:
+    return parse(Options, argv)
+
+
+def probe_source(args: Options):
     """The network of a linear probe, an `ldm.features.source.FeatureSource`."""
     from ldm.features.source import TIMM, VIT, FeatureSource
 
@@ -85,40 +112,35 @@ def probe_source(args: argparse.Namespace):
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = make_parser().parse_args(argv)
+    args = parse_arguments(argv)
     data_path = existing_path(args.data_path, "--data_path", "dir")
-    if args.groups is None and args.group_column is not None:
-        raise UserError("--group_column: belongs to --groups; give that or leave it out")
     table = None if args.groups is None else existing_path(args.groups, "--groups", "file")
     if args.weights is not None:
         existing_path(args.weights, "--weights")
-    for name in ("weights", "arch", "input_size"):
-        if getattr(args, name) is not None and "linear_probe" not in args.kind:
-            raise UserError(f"--{name}: belongs to --kind linear_probe; add that or leave it out")
 
-    from ldm.cli import resolve_device
+    from ldm.devices import resolve_device
     from ldm.evaluation.baselines import run_baseline
     from ldm.evaluation.metrics import format_summary
     from ldm.evaluation.sets import GroupTable
 
     extractor = None
-    if "linear_probe" in args.kind:  # opened before minutes are spent on the others
+    if PROBE in args.kind:  # opened before minutes are spent on the others
         extractor = probe_source(args).open(resolve_device(args.device))
     groups = None if table is None else GroupTable(table, args.group_column or "group")
-    for kind in args.kind:
+    for kind in args.kinds:
         summary = run_baseline(
             kind,
             data_path,
-            args.output_dir,
+            args.subset,
             Path(args.logdir),
             groups,
             extractor,
-            args.num_workers,
+            args.workers,
             args.overwrite,
         )
         print(format_summary(summary))
-        print(f"\n{Path(args.logdir) / kind / args.output_dir / 'summary.json'}\n")
+        print(f"\n{Path(args.logdir) / kind / args.subset / 'summary.json'}\n")
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, Options)

@@ -1,6 +1,6 @@
 """Encode tiles once, so that diffusion and classifier training read latents instead of images.
 
-    python scripts/cache_latents.py -r logs/autoencoder --out latents --views 8 \\
+    python scripts/cache_latents.py --model logs/autoencoder --out latents --views 8 \\
         --data configs/latent-diffusion/histo-ldm-kl-8.yaml 'data.params.train.params.augment=[d4]'
     python main.py --base configs/latent-diffusion/histo-ldm-kl-8.yaml -t \\
         data.params.latents=latents
@@ -11,102 +11,105 @@ what validation, how tiles are cropped and augmented, and how corpora are weight
 command again after an interruption: finished files are kept.
 """
 
-import argparse
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from pydantic import Field
 
-from ldm.cli import ArgumentParser, existing_path, number, run_command
+from ldm.cli import Count, Seed, Whole, existing_path, like, option, parse, run_command
+from ldm.devices import shared_devices
 from ldm.errors import UserError
+from ldm.settings import LoaderOptions, ProcessOptions
 
 DATA_TARGET = "ldm.data.datamodule.DataModuleFromConfig"
 OF_FOLDERS = ("val_data", "labelled", "augment", "val_fraction", "group_regex")
 VAL_FRACTION = 0.05
+FOLDERS = "folders of tiles"
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = ArgumentParser(
-        prog="cache_latents.py",
-        description=__doc__.splitlines()[0],
-        epilog="With YAML files as --data, section.key=value overrides them.",
-    )
-    add = parser.add_argument
-    add(
+@dataclass(frozen=True, kw_only=True)
+class Options(ProcessOptions, LoaderOptions):
+    """Encode tiles once, so that diffusion and classifier training read latents, not images.
+
+    With YAML files as --data, section.key=value overrides them.
+    """
+
+    program: ClassVar = "cache_latents.py"
+    example: ClassVar = """\
+  python scripts/cache_latents.py --model logs/autoencoder --out latents --views 8 \\
+      --data configs/latent-diffusion/histo-ldm-kl-8.yaml 'data.params.train.params.augment=[d4]'"""
+
+    model: str = option(
         "-r",
-        "--resume",
-        required=True,
         metavar="CKPT",
+        published=("--resume",),
         help="autoencoder, checkpoint or run folder; of a diffusion model, its first stage",
     )
-    add(
-        "--data",
-        nargs="+",
-        required=True,
+    data: tuple[str, ...] = option(
         metavar="DIR|YAML",
         help="folders of tiles, or training configurations, merged left to right",
     )
-    add("--out", required=True, metavar="DIR", help="folder of the cache")
-    add("--views", type=number(int, 1), default=1, help="augmented views of each training tile, "
-        "the first without augmentation")  # fmt: skip
-    add("--dtype", choices=("float16", "float32"), default="float16", help="of what is stored")
-    add("-s", "--seed", type=number(int, 0, 2**32 - 1), default=23, help="of hold-out and views; "
-        "training holds out the same tiles with the same seed")  # fmt: skip
-    add(
-        "--shard_tiles",
-        type=number(int, 1),
-        metavar="N",
-        help="tiles per file (as many as make 64 MiB when not given)",
+    out: str = option(metavar="DIR", help="folder of the cache")
+    views: Count = option(
+        default=1,
+        help="augmented views of each training tile; the first is without augmentation",
+    )
+    dtype: Literal["float16", "float32"] = option(
+        default="float16", help="type of the numbers that are stored"
+    )
+    seed: Seed = option(
+        "-s",
+        default=23,
+        help="seed of hold-out and views; training with the same seed holds out the same tiles",
+    )
+    shard_tiles: Count | None = option(
+        default=None, metavar="N", help="tiles per file; if omitted, as many as make 64 MiB"
+    )
+    dry_run: bool = option(default=False, help="print what would be made, and exit")
+    overrides: tuple[str, ...] = option(
+        default=(),
+        positional=True,
+        metavar="section.key=value",
+        help="settings that override those of the configurations",
     )
 
-    add = parser.add_argument_group("folders of tiles").add_argument
-    add("--val_data", nargs="+", metavar="DIR", help="folders of validation tiles")
-    add("--labelled", action="store_true", help="the folders are DIR/CLASS/images")
-    add("--augment", choices=("d4", "stain", "d4,stain"), help="of the views after the first")
-    add(
-        "--val_fraction",
-        type=number(float, 0, 0.5),
-        help=f"share held out without --val_data ({VAL_FRACTION} when not given)",
+    val_data: tuple[str, ...] | None = option(
+        default=None, group=FOLDERS, metavar="DIR", help="folders of validation tiles"
     )
-    add("--group_regex", metavar="REGEX", help="tiles with the same group 1 stay on one side")
-
-    add = parser.add_argument_group("machine").add_argument
-    add("--batch_size", type=number(int, 1), default=32, help="images encoded together")
-    add("--num_workers", type=number(int, 0), default=2, help="loader processes of each process")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:INDEX or mps")
-    add(
-        "--devices",
-        type=number(int, 1),
-        help="processes on this machine, one per GPU, or per CPU core (each computes with one "
-        "thread there); 1 when not given, or what torchrun or srun started",
+    labelled: bool = option(default=False, group=FOLDERS, help="the folders are DIR/CLASS/images")
+    augment: Literal["d4", "stain", "d4,stain"] | None = option(
+        default=None,
+        group=FOLDERS,
+        help="augmentation of the views after the first: d4 (the 8 symmetries of the square), "
+        "stain, or both",
     )
-    add("--num_nodes", type=number(int, 1), help="machines, with torchrun or srun on each")
-    add(
-        "--precision",
-        choices=("auto", "32", "bf16"),
-        default="auto",
-        help="auto: bf16 on GPUs that have it, else 32",
+    val_fraction: Annotated[float, Field(ge=0, le=0.5)] | None = option(
+        default=None,
+        group=FOLDERS,
+        help=f"share held out without --val_data; if omitted {VAL_FRACTION}",
     )
-    add("--channels_last", action="store_true", help="memory layout that suits tensor cores")
-    add("--dry-run", action="store_true", help="print what would be made, and exit")
-    args, rest = parser.parse_known_args(argv)
-    for word in rest:
-        if word.startswith("-") or "=" not in word:
-            parser.error(f"unknown argument {word}; overrides have the form section.key=value")
-    # `--data a.yaml key=value`: what follows the files lands in --data.
-    args.overrides = [word for word in args.data if _is_override(word)] + rest
-    args.data = [word for word in args.data if not _is_override(word)]
-    if not args.data:
-        parser.error("argument --data: give at least one folder or YAML file")
-    return args
+    group_regex: str | None = option(
+        default=None,
+        group=FOLDERS,
+        metavar="REGEX",
+        help="tiles whose paths have the same first group stay on one side of the hold-out",
+    )
+    batch_size: Count = like(LoaderOptions, "batch_size", 32, help="images encoded together")
+    workers: Whole = like(LoaderOptions, "workers", 2, help="loader processes of each process")
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if not self.data:
+            yield "data", "give at least one folder or YAML file"
 
 
-def _is_override(word: str) -> bool:
-    return "=" in word and not Path(word).expanduser().exists()
+def parse_arguments(argv: list[str] | None = None) -> Options:
+    return parse(Options, argv)
 
 
-def data_config(args: argparse.Namespace, pixels: int) -> dict[str, Any]:
+def data_config(args: Options, pixels: int) -> dict[str, Any]:
     """The data node that `--data` means, for tiles of `pixels`.
 
     Raises:
@@ -147,7 +150,7 @@ def data_config(args: argparse.Namespace, pixels: int) -> dict[str, Any]:
     return {"target": DATA_TARGET, "params": params}
 
 
-def _folders_config(args: argparse.Namespace, folders: list[Path], pixels: int) -> dict[str, Any]:
+def _folders_config(args: Options, folders: list[Path], pixels: int) -> dict[str, Any]:
     def tiles(roots: list[Path], augment: list[str]) -> dict[str, Any]:
         params = {"root": [str(root) for root in roots], "size": pixels, "labelled": args.labelled}
         return {"target": "ldm.data.tiles.TileFolder", "params": {**params, "augment": augment}}
@@ -179,15 +182,14 @@ def main(argv: list[str] | None = None) -> None:
     from ldm.config import instantiate_from_config
     from ldm.data.caching import CachePlan, Encoding, gibibytes, make_cache
     from ldm.models.classifier import LatentSpace
-    from ldm.synthesis.ranks import choose_layout
-    from ldm.synthesis.settings import choose_precision
 
     # Everything that can be wrong is found before other processes are started.
-    layout = choose_layout(args.device, args.devices, args.num_nodes)
-    net = LatentSpace.load(args.resume, "-r").first_stage
+    devices = shared_devices(args.device, args.devices, args.num_nodes).with_precision(
+        args.precision, channels_last=args.channels_last
+    )
+    net = LatentSpace.load(args.model, "--model").first_stage
     data = instantiate_from_config(data_config(args, net.resolution))
-    precision = choose_precision(args.precision, layout.device)
-    encoding = Encoding(precision, args.channels_last, args.batch_size, args.num_workers)
+    encoding = Encoding(devices, args.batch_size, args.workers)
     plan = CachePlan(out, net, data, args.views, args.dtype, args.seed, encoding, args.shard_tiles)
     jobs = plan.missing()
     if args.dry_run:
@@ -195,16 +197,10 @@ def main(argv: list[str] | None = None) -> None:
         return
     plan.require_space(jobs)
 
-    ranks, device = layout.launch()
-    try:
+    with devices.launch() as (ranks, device):
         if ranks.is_first:
             print(plan.describe(jobs), file=sys.stderr)
         report = make_cache(plan, device, ranks)
-    except BaseException:
-        ranks.stop_others()
-        raise
-    finally:
-        ranks.close()
     if not ranks.is_first:
         return
     scale = report.statistics["scale_factor"]
@@ -222,4 +218,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, Options)

@@ -13,64 +13,73 @@ per synthetic tile), suspicious.png and histogram.png; REPORT/cache makes a seco
 without the flagged tiles.
 """
 
-import argparse
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, ClassVar
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from pydantic import Field
 
-from ldm.cli import ArgumentParser, existing_path, number, resolve_device, run_command
+from ldm.cli import Count, existing_path, like, option, parse, run_command
+from ldm.devices import resolve_device
 from ldm.errors import UserError
+from ldm.settings import DeviceOption, LoaderOptions, ModelOptions
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = ArgumentParser(prog="copy_check.py", description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--synthetic", required=True, metavar="DIR", help="what sample_diffusion.py wrote")
-    add("--train", required=True, metavar="DIR", help="real tiles that the generator saw")
-    add("--holdout", required=True, metavar="DIR", help="real tiles that it never saw")
-    add("--out", required=True, metavar="REPORT", help="folder of the report")
-    network = parser.add_mutually_exclusive_group()
-    network.add_argument(
-        "--weights",
+@dataclass(frozen=True, kw_only=True)
+class Options(ModelOptions, DeviceOption):
+    """Did the generator copy training tiles? Compare synthetic tiles with its training set."""
+
+    program: ClassVar = "copy_check.py"
+    example: ClassVar = """\
+  python scripts/copy_check.py --synthetic OUT --train D/train --holdout D/val --out REPORT \\
+      --weights logs/eval/train5/seed0"""
+
+    synthetic: str = option(metavar="DIR", help="what sample_diffusion.py wrote")
+    train: str = option(metavar="DIR", help="real tiles that the generator saw")
+    holdout: str = option(metavar="DIR", help="real tiles that it never saw, of other patients")
+    out: str = option(metavar="REPORT", help="folder of the report")
+    weights: str | None = option(
+        default=None,
+        group="features",
         metavar="CKPT",
         help="compare in features of this checkpoint (or seed folder) of eval.py, too",
     )
-    network.add_argument("--model", metavar="NAME", help="a timm network instead")
-    add(
-        "--pretrained_weights",
-        metavar="FILE",
-        help="local weights of --model; without it, those in the cache of timm (no downloads)",
+    model: str | None = option(
+        default=None, group="features", metavar="NAME", help="a timm network instead"
     )
-    add(
-        "--input_size",
-        type=number(int, 8),
-        help="pixels that --model sees; its own when not given",
+    quantile: Annotated[float, Field(ge=1e-5, le=0.5)] = option(
+        default=0.01, metavar="SHARE", help="share of new tiles that may be flagged by mistake"
     )
-    add(
-        "--quantile",
-        type=number(float, 1e-5, 0.5),
-        default=0.01,
-        help="share of new tiles that may be flagged by mistake",
-    )
-    add(
-        "--group_regex",
+    group_regex: str | None = option(
+        default=None,
         metavar="REGEX",
-        help="its first group is the patient or slide in a real tile's path: none may be in both"
-        " --train and --holdout, and tiles of one group are not compared with one another",
+        help="its first group is the patient or slide in a real tile's path: none may be in both "
+        "--train and --holdout, and tiles of one group are not compared with one another",
     )
-    add("--sheet", type=number(int, 1, 300), default=24, help="pairs in suspicious.png")
-    add("--remove", metavar="FOLDER", help="training folder that holds some of the tiles")
-    add("--removed_to", metavar="NEW", help="where it goes without the flagged ones")
-    add("--batch_size", type=number(int, 1), default=64, help="images per pass of the network")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:INDEX or mps")
-    args = parser.parse_args(argv)
-    for name in ("pretrained_weights", "input_size"):
-        if getattr(args, name) is not None and args.model is None:
-            parser.error(f"argument --{name}: belongs to --model")
-    if (args.remove is None) != (args.removed_to is None):
-        parser.error("arguments --remove and --removed_to belong together")
-    return args
+    sheet: Annotated[int, Field(ge=1, le=300)] = option(default=24, help="pairs in suspicious.png")
+    remove: str | None = option(
+        default=None, metavar="FOLDER", help="training folder that holds some of the tiles"
+    )
+    removed_to: str | None = option(
+        default=None, metavar="NEW", help="where it goes without the flagged ones"
+    )
+    batch_size: Count = like(LoaderOptions, "batch_size", 64)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.weights is not None and self.model is not None:
+            yield "model", "not allowed with --weights; give one of them"
+        for name in ("pretrained_weights", "input_size"):
+            if getattr(self, name) is not None and self.model is None:
+                yield name, "belongs to --model; give that too, or leave it out"
+        if (self.remove is None) != (self.removed_to is None):
+            missing = "remove" if self.remove is None else "removed_to"
+            yield missing, "is missing: --remove and --removed_to belong together"
+
+
+def parse_arguments(argv: list[str] | None = None) -> Options:
+    return parse(Options, argv)
 
 
 def check_places(
@@ -117,8 +126,8 @@ def main(argv: list[str] | None = None) -> None:
     from ldm.copies.check import check_copies
     from ldm.copies.removal import TrainingFolder, is_made, remove_flagged
     from ldm.copies.report import write_report
-    from ldm.data.tiles import class_folders
-    from ldm.features.sets import TileFiles
+    from ldm.data.images import class_folders
+    from ldm.data.tile_files import TileFiles
     from ldm.features.source import TIMM, VIT, FeatureSource
     from ldm.run import git_revision, versions
 
@@ -179,4 +188,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, Options)

@@ -4,64 +4,85 @@
     python scripts/demo.py --data DIR           # DIR/{train,train5,val,test}/CLASS/images
     python scripts/demo.py sampling.scale=5     # see configs/demo/demo.yaml
 
-Each stage is one command of the other entry points. Run again, it goes on where it stopped. Writes
-OUT/report.html and OUT/table.csv; the log of each stage is OUT/stages/NAME.log.
+Each job is one command of the other entry points. Run again, it goes on where it stopped. Writes
+OUT/report.html and OUT/table.csv; the log of each job is OUT/jobs/NAME.log.
 """
 
-import argparse
 import signal
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from ldm.cli import ArgumentParser, existing_path, run_command
+from ldm.cli import STOPPED, existing_path, option, parse, run_command
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = ArgumentParser(
-        prog="demo.py",
-        description=__doc__.splitlines()[0],
-        epilog="Settings are those of configs/demo/demo.yaml; section.key=value overrides one.",
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The whole method on one machine in minutes: tiles, training, sampling, selection, evaluation.
+
+    Settings are those of configs/demo/demo.yaml; section.key=value overrides one. Run again, it
+    goes on where it stopped.
+    """
+
+    program: ClassVar = "demo.py"
+    example: ClassVar = "  python scripts/demo.py --out logs/demo sampling.scale=5"
+
+    out: str = option(default="logs/demo", metavar="DIR", help="folder of all results")
+    data: str | None = option(
+        default=None,
+        metavar="DIR",
+        help="your own tiles, DIR/{train,train5,val,test}/CLASS/images; if omitted, procedural "
+        "ones",
     )
-    parser.add_argument("--out", default="logs/demo", metavar="DIR", help="folder of all results")
-    parser.add_argument(
-        "--data", metavar="DIR", help="your own tiles, instead of procedural ones (the default)"
+    fast: bool = option(default=False, help="a few steps of everything, to test the wiring")
+    overrides: tuple[str, ...] = option(
+        default=(), positional=True, metavar="section.key=value", help="settings"
     )
-    parser.add_argument(
-        "--fast", action="store_true", help="a few steps of everything, to test the wiring"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings")
-    return parser.parse_intermixed_args(argv)
+
+
+def parse_arguments(argv: list[str] | None = None) -> Options:
+    return parse(Options, argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     data = existing_path(args.data, "--data", "dir") if args.data else None
 
-    from ldm.demo.plan import Plan, read_settings
-    from ldm.stages import Line, Runner, StageFailed, show_path
+    from ldm.experiment import engine
+    from ldm.experiment.demo import Demo, read_settings
+    from ldm.experiment.gather import gather
+    from ldm.experiment.jobs import Records, State, show_path
+    from ldm.experiment.preflight import check_commands
+    from ldm.experiment.progress import Progress
 
-    # As an exception, so that the stage that runs is ended too.
+    # As an exception, so that the job that runs is ended too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     start = time.monotonic()
-    plan = Plan(Path(args.out), data, read_settings(args.overrides, args.fast))
-    runner = Runner(plan.stages, plan.count)
-    try:
-        plan.execute(runner)
-    except StageFailed as failure:
-        return failure.status
-    line = Line(runner.stream, plan.count, plan.count, "report and table")
+    demo = Demo(Path(args.out), data, read_settings(args.overrides, args.fast))
+    plan = demo.plan
+    check_commands(plan.jobs)
+    plan.prepare()
+    records = Records(plan.jobs_folder)
+    records.forget_failures(plan.jobs)
+    progress = Progress(records, extra=1, tails=True)
+    standing = engine.run(records, plan.jobs, engine.Machine(), progress, keep_going=False)
+    failed = [one.record.failed for one in standing.values() if one.state is State.FAILED]
+    if failed:
+        return failed[0] if failed[0] > 0 else 1
+    if any(one.state is not State.DONE for one in standing.values()):
+        return STOPPED
 
     from ldm.demo.report import write_report
 
     before = time.monotonic()
-    headline = write_report(plan, runner.finished)
-    line.end(f"{time.monotonic() - before:.0f} s", headline)
+    gather(plan, standing)
+    headline = write_report(demo, {name: one.record for name, one in standing.items()})
+    progress.step("report and table", time.monotonic() - before, headline)
     print(f"{show_path(plan.out / 'report.html')} and table.csv, {time.monotonic() - start:.0f} s")
     return 0
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, Options)

@@ -16,16 +16,16 @@ The folder holds all real tiles, the accepted ones as synthetic_NAME, selection.
 decision, and selection.json with settings and counts. OUT.sheets has a contact sheet per class.
 """
 
-import argparse
 import logging
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from ldm.cli import ArgumentParser, existing_path, number, run_command
+from ldm.cli import Count, Whole, existing_path, option, parse, run_command
 from ldm.errors import UserError
-from ldm.selection.options import CONFIDENCES, STRATEGIES, add_network_options
+from ldm.settings import FeatureOptions
 
 log = logging.getLogger("distance")
 
@@ -33,93 +33,110 @@ MOST_PER_CLASS = 500  # of the published selection
 NEIGHBORS = 3  # of the published realism score
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = ArgumentParser(prog="distance.py", description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--real", required=True, metavar="DIR", help="labelled real tiles, DIR/CLASS/images")
-    add("--synthetic", required=True, metavar="DIR", help="what sample_diffusion.py wrote")
-    add(
-        "--features",
-        required=True,
+@dataclass(frozen=True, kw_only=True)
+class Options(FeatureOptions):
+    """Choose synthetic tiles by one of five strategies and make a training folder of them.
+
+    Which images are accepted is the strategy's:
+        centroid    nearest centroid is the own class's, the closest first (as published)
+        confidence  given to their class by a classifier, the most probable first
+        knn         within reach of a real tile of their class, the most realistic first
+        coverage    spread as the real tiles are, each adding most to those before
+        random      drawn from all images (the control arm)
+    """
+
+    program: ClassVar = "distance.py"
+    example: ClassVar = """\
+  python scripts/distance.py --real D/train5 --synthetic OUT --features VIS --ratio 50 \\
+      --out 'D/train5+fake50%'"""
+
+    real: str = option(metavar="DIR", help="labelled real tiles, DIR/CLASS/images")
+    synthetic: str = option(metavar="DIR", help="what sample_diffusion.py wrote")
+    features: str = option(
         metavar="JUDGE",
         help="what scripts/vis.py wrote for them, a checkpoint of eval.py, or timm:NAME",
     )
-    add("--out", required=True, metavar="DIR", help="training folder to make")
-    amount = parser.add_mutually_exclusive_group()
-    amount.add_argument(
-        "--ratio",
-        type=number(int, 1),
+    out: str = option(metavar="DIR", help="training folder to make")
+    ratio: Count | None = option(
+        default=None,
         metavar="PERCENT",
         help="synthetic images per class, in percent of its real ones (published: 50 100 200 300)",
     )
-    amount.add_argument(
-        "--per_class",
-        type=number(int, 1),
+    per_class: Count | None = option(
+        default=None,
         metavar="N",
-        help=f"most synthetic images of each class ({MOST_PER_CLASS} when neither is given)",
+        help=f"most synthetic images of each class; {MOST_PER_CLASS} where --ratio is omitted too",
     )
-    add("--strategy", choices=STRATEGIES, help="which images are accepted (centroid)")
-    add("--random", action="store_true", help="the same as --strategy random")
-    add("--seed", type=number(int, 0), help="of --strategy random (0)")
-    add(
-        "--neighbors",
-        type=number(int, 1),
+    strategy: Literal["centroid", "confidence", "knn", "coverage", "random"] | None = option(
+        default=None, help="which images are accepted; if omitted centroid"
+    )
+    random: bool = option(default=False, help="the same as --strategy random")
+    seed: Whole | None = option(default=None, help="with --strategy random: its seed; if omitted 0")
+    neighbors: Count | None = option(
+        default=None,
         metavar="K",
-        help=f"of --strategy knn: a real tile reaches to its K-th neighbour ({NEIGHBORS})",
+        help="with --strategy knn: a real tile reaches to its K-th neighbour; if omitted "
+        f"{NEIGHBORS}",
     )
-    add(
-        "--confidence",
-        choices=CONFIDENCES,
-        help="of --strategy confidence: by the network of --features, or by the classifier that"
-        " guided (manifest.csv) (judge)",
+    confidence: Literal["judge", "manifest"] | None = option(
+        default=None,
+        help="with --strategy confidence: by the network of --features, or by the classifier that "
+        "guided (manifest.csv); if omitted judge",
     )
-    add(
-        "--fill",
-        action="store_true",
+    fill: bool = option(
+        default=False,
         help="where too few images are accepted, use the best of the rejected, marked as filled",
     )
-    add(
-        "--downstream",
+    downstream: str | None = option(
+        default=None,
         metavar="CKPT",
         help="checkpoint of eval.py that the images are for: a warning when it is the judge",
     )
-    sheets = parser.add_mutually_exclusive_group()
-    sheets.add_argument("--sheets", metavar="DIR", help="folder of contact sheets (OUT.sheets)")
-    sheets.add_argument("--no-sheets", action="store_true", help="draw none")
-    add(
-        "--link",
-        choices=("copy", "hard", "symbolic"),
-        default="copy",
-        help="copy the files or link to them",
+    sheets: str | None = option(
+        default=None, metavar="DIR", help="folder of contact sheets; if omitted OUT.sheets"
     )
-    network = parser.add_argument_group("features that are computed here, by a network")
-    add_network_options(network, "--features timm:NAME")
-    network.add_argument(
-        "--cache", metavar="DIR", help="folder of computed features (SYNTHETIC.features)"
+    no_sheets: bool = option(default=False, help="draw no contact sheets")
+    link: Literal["copy", "hard", "symbolic"] = option(
+        default="copy", help="copy the files or link to them"
     )
-    args = parser.parse_args(argv)
-    if args.random and args.strategy not in (None, "random"):
-        parser.error(f"argument --random: not allowed with --strategy {args.strategy}")
-    args.strategy = "random" if args.random else args.strategy or "centroid"
-    for option, strategy in (
-        ("seed", "random"),
-        ("neighbors", "knn"),
-        ("confidence", "confidence"),
-    ):
-        if getattr(args, option) is not None and args.strategy != strategy:
-            parser.error(f"argument --{option}: belongs to --strategy {strategy}")
-    if args.fill and args.strategy == "random":
-        parser.error("argument --fill: --strategy random rejects nothing to fill up with")
-    return args
+    cache: str | None = option(
+        default=None,
+        group="features",
+        metavar="DIR",
+        help="folder of computed features; if omitted SYNTHETIC.features",
+    )
+
+    @property
+    def chosen_strategy(self) -> str:
+        return "random" if self.random else self.strategy or "centroid"
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.ratio is not None and self.per_class is not None:
+            yield "per_class", "not allowed with --ratio; give one of them"
+        if self.no_sheets and self.sheets is not None:
+            yield "no_sheets", "not allowed with --sheets; give one of them"
+        if self.random and self.strategy not in (None, "random"):
+            yield "random", f"not allowed with --strategy {self.strategy}; give one of them"
+            return
+        owners = {"seed": "random", "neighbors": "knn", "confidence": "confidence"}
+        for name, strategy in owners.items():
+            if getattr(self, name) is not None and self.chosen_strategy != strategy:
+                yield name, f"belongs to --strategy {strategy}; leave it out"
+        if self.fill and self.chosen_strategy == "random":
+            yield "fill", "--strategy random rejects nothing to fill up with; leave it out"
+
+
+def parse_arguments(argv: list[str] | None = None) -> Options:
+    return parse(Options, argv)
 
 
 def check_places(places: dict[str, Path | None], sources: dict[str, Path]) -> None:
     """UserError when a folder to be made lies in a folder of images, where it would be a class."""
-    for option, place in places.items():
+    for name, place in places.items():
         for other, folder in sources.items():
             if place and folder.resolve() in (place.resolve(), *place.resolve().parents):
                 raise UserError(
-                    f"{option} {place}: lies in {other} {folder}; give a folder outside it"
+                    f"{name} {place}: lies in {other} {folder}; give a folder outside it"
                 )
 
 
@@ -157,12 +174,10 @@ def main(argv: list[str] | None = None) -> None:
     cache = Path(args.cache) if args.cache else None
     check_places({"--sheets": sheets, "--cache": cache}, {**sources, "--out": out})
 
-    from dataclasses import fields
-
+    from ldm.data.tile_files import TileFiles
     from ldm.features.centroids import centroid_distances
-    from ldm.features.sets import TileFiles
     from ldm.features.source import VIT, FeatureSource
-    from ldm.run import git_revision, versions
+    from ldm.run import MadeFolder, git_revision, versions
     from ldm.selection.judge import (
         NetworkOptions,
         compute_judged,
@@ -173,9 +188,16 @@ def main(argv: list[str] | None = None) -> None:
     from ldm.selection.select import select, wanted_per_class
     from ldm.selection.sheets import Sheets, sheet_path
     from ldm.selection.strategies import Choice
-    from ldm.selection.training_folder import build_training_folder, same_folder_exists
+    from ldm.selection.training_folder import RECORD, build_training_folder
 
-    options = NetworkOptions(**{f.name: getattr(args, f.name) for f in fields(NetworkOptions)})
+    options = NetworkOptions(
+        pretrained_weights=args.pretrained_weights,
+        input_size=args.input_size,
+        batch_size=args.batch_size,
+        num_workers=args.workers,
+        device=args.device,
+        cache=args.cache,
+    )
     if is_vis_folder(args.features):
         if options.given:
             raise UserError(
@@ -189,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.downstream:
         existing_path(args.downstream, "--downstream")
         downstream = FeatureSource(VIT, args.downstream).open("cpu")
-    real = TileFiles.below(real_root, True, judged.real.classes)
+    real = TileFiles.below(real_root, classes=judged.real.classes)
     real_digest = real.digest
     if real_digest != judged.real.tiles:
         log.warning(
@@ -206,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         wanted = [args.per_class or MOST_PER_CLASS] * len(counts)
     choice = Choice(
-        args.strategy,
+        args.chosen_strategy,
         neighbors=NEIGHBORS if args.neighbors is None else args.neighbors,
         confidence=args.confidence or "judge",
         seed=args.seed or 0,
@@ -223,7 +245,7 @@ def main(argv: list[str] | None = None) -> None:
         "synthetic_tiles": judged.synthetic.tiles,
         "link": args.link,
     }
-    made_before = same_folder_exists(out, settings)
+    made_before = MadeFolder(out, settings, RECORD).exists()
     if made_before:
         print(f"{out} is there already, made with the same settings")
         if sheets is None or all(sheet_path(sheets, name).is_file() for name in real.classes):
@@ -261,4 +283,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, Options)

@@ -1,32 +1,46 @@
 """Write a diffusion model as a pipeline of the diffusers library.
 
-    python scripts/export_diffusers.py --checkpoint logs/ldm --out exported/ldm
+    python scripts/export_diffusers.py --model logs/ldm --out exported/ldm
 
 The folder holds the networks (UNet2DModel, AutoencoderKL), the DDIM scheduler, and a README.md that
 says how to load it and sample. What is written is compared with the model before.
 """
 
-import argparse
 import logging
-import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from ldm.cli import ArgumentParser, boolean, run_command
+from ldm.cli import option, parse, run_command
 from ldm.errors import UserError
 
 log = logging.getLogger("export_diffusers")
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = ArgumentParser(prog="export_diffusers.py", description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--checkpoint", required=True, metavar="CKPT", help="diffusion checkpoint or run folder")
-    add("--first_stage", metavar="CKPT", help="autoencoder with a tuned decoder")
-    add("--out", required=True, metavar="DIR", help="folder to make")
-    add("--use_ema", type=boolean, default=True, help="the averaged weights, where there are any")
-    return parser.parse_args(argv)
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Write a diffusion model as a pipeline of the diffusers library."""
+
+    program: ClassVar = "export_diffusers.py"
+    example: ClassVar = "  python scripts/export_diffusers.py --model logs/ldm --out exported/ldm"
+
+    model: str = option(
+        metavar="CKPT", published=("--checkpoint",), help="diffusion checkpoint or run folder"
+    )
+    first_stage: str | None = option(
+        default=None, metavar="CKPT", help="autoencoder with a fine-tuned decoder"
+    )
+    out: str = option(metavar="DIR", help="folder to make")
+    ema: bool = option(
+        default=True,
+        takes_value=True,
+        published=("--use_ema",),
+        help="export the averaged weights, where there are any",
+    )
+
+
+def parse_arguments(argv: list[str] | None = None) -> Options:
+    return parse(Options, argv)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -43,15 +57,15 @@ def main(argv: list[str] | None = None) -> None:
         ) from None
 
     from ldm.checkpoint import checkpoint_path, load_model
-    from ldm.export import export
+    from ldm.exchange.diffusers_export import export
 
-    checkpoint = checkpoint_path(args.checkpoint, "--checkpoint")
-    model = load_model(checkpoint, "diffusion", what="--checkpoint")
+    checkpoint = checkpoint_path(args.model, "--model")
+    model = load_model(checkpoint, "diffusion", what="--model")
     if args.first_stage:
         model.replace_first_stage(args.first_stage)
-    difference = export(checkpoint, model, out, args.use_ema)
+    difference = export(checkpoint, model, out, args.ema)
     log.info("%s: %s; largest difference %.1e", out, checkpoint, difference)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, Options)

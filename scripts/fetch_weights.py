@@ -7,14 +7,12 @@ Run it where there is internet; no other command downloads anything. Prints name
 of each file. What is there already is not fetched again. The caches follow TORCH_HOME and HF_HOME.
 """
 
-import argparse
 import logging
-import sys
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from ldm.cli import ArgumentParser, run_command
+from ldm.cli import option, parse, run_command
 
 log = logging.getLogger("fetch_weights")
 
@@ -22,28 +20,40 @@ USUAL = ("inception", "dinov2", "lpips")
 NAMES = ("inception", "lpips", "dinov2", "dinov2_base", "dinov2_large", "dinov2_giant")
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = ArgumentParser(prog="fetch_weights.py", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "names",
-        nargs="*",
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Fetch published weights into the caches that the other commands look into.
+
+    Run it where there is internet; no other command downloads anything.
+    """
+
+    program: ClassVar = "fetch_weights.py"
+    example: ClassVar = "  python scripts/fetch_weights.py inception dinov2 lpips"
+
+    names: tuple[str, ...] = option(
+        default=(),
+        positional=True,
         metavar="NAME",
-        help=f"among {', '.join(NAMES)}; without any: {', '.join(USUAL)}",
+        help=f"among {', '.join(NAMES)}; if omitted: {', '.join(USUAL)}",
     )
-    parser.add_argument("--list", action="store_true", help="show what is here, fetch nothing")
-    args = parser.parse_args(argv)
-    unknown = [name for name in args.names if name not in NAMES]
-    if unknown:
-        parser.error(f"unknown weights {', '.join(unknown)}: choose among {', '.join(NAMES)}")
-    return args
+    list: bool = option(default=False, help="show what is here, fetch nothing")
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        for name in self.names:
+            if name not in NAMES:
+                yield "names", f"unknown weights {name}; choose among {', '.join(NAMES)}"
+
+
+def parse_arguments(argv: list[str] | None = None) -> Options:
+    return parse(Options, argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
 
-    from ldm.checkpoint import file_sha256
     from ldm.errors import UserError
     from ldm.features.weights import WEIGHTS
+    from ldm.files import file_sha256
 
     failures = []
     for name in dict.fromkeys(args.names or (NAMES if args.list else USUAL)):
@@ -65,4 +75,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, Options)

@@ -12,56 +12,72 @@ the features of the real set in a file, which may later stand in for --real.
 Nothing is downloaded: scripts/fetch_weights.py gets weights where there is internet.
 """
 
-import argparse
 import logging
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from ldm.cli import ArgumentParser, existing_path, number, resolve_device, run_command
+from ldm.cli import Seed, existing_path, option, parse, run_command
+from ldm.devices import resolve_device
 from ldm.errors import UserError
+from ldm.settings import DeviceOption, LoaderOptions
 
 log = logging.getLogger("fidelity")
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = ArgumentParser(prog="fidelity.py", description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--real", metavar="DIR", help="real tiles, best ones that no model was trained on")
-    add(
-        "--fake",
-        required=True,
-        action="extend",
-        nargs="+",
+@dataclass(frozen=True, kw_only=True)
+class Options(LoaderOptions, DeviceOption):
+    """FID, KID, precision and recall of synthetic tiles against real ones, per class and overall.
+
+    Nothing is downloaded: scripts/fetch_weights.py gets weights where there is internet.
+    """
+
+    program: ClassVar = "fidelity.py"
+    example: ClassVar = """\
+  python scripts/fidelity.py --real D/test --fake OUT --extractor dinov2 --out fidelity.json"""
+
+    real: str | None = option(
+        default=None,
         metavar="DIR",
+        help="real tiles, preferably ones that no model was trained on",
+    )
+    fake: tuple[str, ...] = option(
+        metavar="DIR",
+        repeats=True,
         help="synthetic tiles, for example what sample_diffusion.py wrote; several make one table",
     )
-    add("--out", required=True, metavar="FILE", help="JSON file to write")
-    add(
-        "--extractor",
+    out: str = option(metavar="FILE", help="JSON file to write")
+    extractor: str | None = option(
+        default=None,
         metavar="NAME",
-        help="inception, dinov2 (also dinov2_base, dinov2_large, dinov2_giant), vit (with --weights"
-        " RUN) or timm:NAME; without it vit for a run of eval.py, else inception",
+        help="inception, dinov2 (also dinov2_base, dinov2_large, dinov2_giant), vit (with "
+        "--weights RUN) or timm:NAME; if omitted vit for a run of eval.py, else inception",
     )
-    add(
-        "--weights",
+    weights: str | None = option(
+        default=None,
         metavar="PATH",
-        help="weights of the extractor: a file, or a run (seed's folder) of eval.py; without it"
-        " those in the caches of torch and Hugging Face",
+        help="weights of the extractor: a file, or a run (seed's folder) of eval.py; if omitted, "
+        "those in the caches of torch and Hugging Face",
     )
-    add("--stats", metavar="FILE", help="features of the real set: read, or written if missing")
-    add("--overwrite", action="store_true", help="replace --stats that is of other tiles")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the subsets of KID")
-    add("--batch_size", type=number(int, 1), default=64, help="images per pass of the network")
-    add("--num_workers", type=number(int, 0), default=2, help="loader processes")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:INDEX or mps")
-    args = parser.parse_args(argv)
-    if args.overwrite and not (args.stats and args.real):
-        parser.error("argument --overwrite: belongs to --stats and --real")
-    if args.real is None and args.stats is None:
-        parser.error("argument --real: needed without --stats")
-    return args
+    stats: str | None = option(
+        default=None,
+        metavar="FILE",
+        help="features of the real set: read, or written if missing; may later replace --real",
+    )
+    overwrite: bool = option(default=False, help="replace --stats that is of other tiles")
+    seed: Seed = option(default=0, help="seed of the subsets of KID")
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.overwrite and not (self.stats and self.real):
+            yield "overwrite", "belongs to --stats and --real; give them too, or leave it out"
+        if self.real is None and self.stats is None:
+            yield "real", "is needed without --stats; give one of them"
+
+
+def parse_arguments(argv: list[str] | None = None) -> Options:
+    return parse(Options, argv)
 
 
 def to_markdown(results: list[dict]) -> str:
@@ -129,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
             require_known_classes(real_files.class_names, files.class_names, files.root)
     source = published_source(args.extractor, args.weights)
     extractor = source.open(resolve_device(args.device))
-    loading = {"batch_size": args.batch_size, "num_workers": args.num_workers}
+    loading = {"batch_size": args.batch_size, "num_workers": args.workers}
     real = reference(real_files, extractor, stats, args.overwrite, **loading)
     for files in fake_files:
         require_known_classes(real.class_names, files.class_names, files.root)
@@ -174,4 +190,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, Options)

@@ -10,87 +10,111 @@ sweep.md, sweep.json, sweep.png (scores over the scale), tiles.png (the same noi
 setting) and the tiles below SWEEP/tiles. The same command again makes what is missing.
 """
 
-import argparse
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Annotated, ClassVar, Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from pydantic import BeforeValidator, Field
 
-from ldm.cli import ArgumentParser, existing_path, number, resolve_device, run_command
+from ldm.cli import (
+    Commas,
+    Count,
+    NotNegative,
+    Share,
+    Whole,
+    existing_path,
+    like,
+    option,
+    parse,
+    run_command,
+    shown,
+)
+from ldm.devices import one_device
 from ldm.errors import UserError
+from ldm.settings import DeviceOption, LoaderOptions, ProcessOptions
 
-SAMPLERS = ("ddim", "ddpm", "dpm++2m")
 SHEET_TILES = 2  # of each class, in tiles.png
 
 
-def values_of(kind):
-    """An argparse type for values with commas between."""
-
-    def parse(text: str) -> list:
-        return list(dict.fromkeys(kind(part.strip()) for part in text.split(",")))
-
-    return parse
-
-
-def sampler(text: str) -> str:
-    if text not in SAMPLERS:
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(SAMPLERS)}")
-    return text
-
-
 def interval(text: str) -> tuple[int, int] | None:
-    """`all`, or LOW:HIGH time steps."""
+    """`all` (None), or LOW:HIGH time steps."""
     if text == "all":
         return None
     low, _, high = text.partition(":")
     if not (low.isdigit() and high.isdigit()) or int(low) > int(high):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither all nor LOW:HIGH time steps")
+        raise ValueError(f"{shown(text)} is neither all nor LOW:HIGH time steps")
     return int(low), int(high)
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = ArgumentParser(prog="guidance_sweep.py", description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("-r", "--resume", required=True, metavar="CKPT", help="diffusion checkpoint or run folder")
-    add("--classifier", metavar="CKPT", help="noisy-latent classifier that guides")
-    add("--first_stage", metavar="CKPT", help="autoencoder with a fine-tuned decoder")
-    add("--judge", required=True, metavar="CKPT", help="checkpoint (or seed folder) from eval.py")
-    add("--real", required=True, metavar="DIR", help="held-out real tiles, DIR/CLASS/images")
-    add("--out", required=True, metavar="DIR", help="folder of the results")
-    add(
-        "--scales",
-        type=values_of(number(float, 0)),
-        default="0,3,10,30",
+@dataclass(frozen=True, kw_only=True)
+class Options(DeviceOption):
+    """Try guidance scales (and intervals, steps, samplers) and say which serves best.
+
+    The judge is a classifier of images from eval.py that took no part in the guidance; --real are
+    labelled tiles that neither the generator nor the judge was trained on. With a label adapter as
+    --model and without --classifier the scales are those of classifier-free guidance.
+    """
+
+    program: ClassVar = "guidance_sweep.py"
+    example: ClassVar = """\
+  python scripts/guidance_sweep.py --model DIFFUSION --classifier CLASSIFIER --real D/val \\
+      --judge logs/eval/train5/seed0 --scales 0,3,10,30 -n 64 --out SWEEP"""
+
+    model: str = option(
+        "-r", metavar="CKPT", published=("--resume",), help="diffusion checkpoint or run folder"
+    )
+    classifier: str | None = option(
+        default=None, metavar="CKPT", help="noisy-latent classifier that guides"
+    )
+    first_stage: str | None = option(
+        default=None, metavar="CKPT", help="autoencoder with a fine-tuned decoder"
+    )
+    judge: str = option(metavar="CKPT", help="checkpoint (or seed folder) from eval.py")
+    real: str = option(metavar="DIR", help="held-out real tiles, DIR/CLASS/images")
+    out: str = option(metavar="DIR", help="folder of the results")
+    scales: Annotated[tuple[NotNegative, ...], Commas] = option(
+        default=(0.0, 3.0, 10.0, 30.0),
+        metavar="X,X",
         help="guidance scales; 0 is unguided (classifier), 1 plain conditional (label adapter)",
     )
-    add(
-        "--intervals",
-        type=values_of(interval),
-        default="all",
-        help="guided time steps, LOW:HIGH or all",
+    intervals: Annotated[
+        tuple[Annotated[tuple[int, int] | None, BeforeValidator(interval)], ...], Commas
+    ] = option(
+        default=(None,), metavar="SPANS", help="guided time steps, LOW:HIGH or all; if omitted all"
     )
-    add("--steps", type=values_of(number(int, 1)), default="25", help="sampling steps")
-    add("--samplers", type=values_of(sampler), default="ddim", help="ddim, ddpm, dpm++2m")
-    add("--eta", type=number(float, 0, 1), default=1.0, help="DDIM noise")
-    add("--guidance_on", choices=("z_t", "z_0"), default="z_t", help="what the classifier sees")
-    add("--guidance_norm", action="store_true", help="scale = |guidance| / |eps|")
-    add("--guidance_clip", type=number(float, 0), help="largest |guidance| / |eps|")
-    add("--temperature", type=number(float, 0), help="of the classifier (its calibrated one)")
-    add("-n", "--n_samples", type=number(int, 8), default=64, help="images per class")
-    add("--batch_size", type=number(int, 1), default=32, help="images sampled together")
-    add("--seed", type=number(int, 0), default=0, help="seed of the noise")
-    add("--precision", choices=("auto", "32", "bf16"), default="auto", help="of the networks")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:INDEX or mps")
-    args = parser.parse_args(argv)
-    if args.classifier is None:
-        for name in ("guidance_on", "guidance_norm", "guidance_clip", "temperature"):
-            if getattr(args, name) != parser.get_default(name):
-                parser.error(f"argument --{name}: needs --classifier")
-    return args
+    steps: Annotated[tuple[Count, ...], Commas] = option(
+        default=(25,), metavar="N,N", help="sampling steps"
+    )
+    samplers: Annotated[tuple[Literal["ddim", "ddpm", "dpm++2m"], ...], Commas] = option(
+        default=("ddim",), metavar="NAME,NAME", help="among ddim, ddpm, dpm++2m"
+    )
+    eta: Share = option(default=1.0, help="DDIM noise, 0 is deterministic")
+    guidance_on: Literal["z_t", "z_0"] = option(default="z_t", help="what the classifier sees")
+    guidance_norm: bool = option(default=False, help="scale = |guidance| / |eps|")
+    guidance_clip: NotNegative | None = option(default=None, help="largest |guidance| / |eps|")
+    temperature: NotNegative | None = option(
+        default=None, help="temperature of the classifier; if omitted its calibrated one"
+    )
+    n_samples: Annotated[int, Field(ge=8)] = option("-n", default=64, help="images per class")
+    batch_size: Count = like(LoaderOptions, "batch_size", 32, help="images sampled together")
+    seed: Whole = option(default=0, help="seed of the noise")
+    precision: Literal["auto", "32", "bf16"] = like(ProcessOptions, "precision", "auto")
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.classifier is None:
+            for name in ("guidance_on", "guidance_norm", "guidance_clip", "temperature"):
+                if getattr(self, name) != getattr(Options, name):
+                    yield name, "needs --classifier; give one or leave it out"
 
 
-def settings_of(args: argparse.Namespace, guided_by_classifier: bool, temperature: float) -> list:
+def parse_arguments(argv: list[str] | None = None) -> Options:
+    return parse(Options, argv)
+
+
+def settings_of(args: Options, guided_by_classifier: bool, temperature: float) -> list:
     """The settings to try: every combination, but an unguided one once for all intervals."""
     from ldm.synthesis import Sampling
 
@@ -133,15 +157,17 @@ def main(argv: list[str] | None = None) -> None:
     from ldm.data.tiles import read_tile
     from ldm.evaluation import sweep
     from ldm.features.source import VIT, FeatureSource
-    from ldm.run import git_revision, hardware, versions, write_bytes, write_json, write_text
-    from ldm.synthesis import Speed, choose_precision, load_models
+    from ldm.files import write_bytes, write_json, write_text
+    from ldm.run import git_revision, hardware, versions
+    from ldm.synthesis import load_models
 
-    device = resolve_device(args.device)
-    models = load_models(args.resume, args.classifier, args.first_stage, device)
+    devices = one_device(args.device).with_precision(args.precision)
+    device = devices.device
+    models = load_models(args.model, args.classifier, args.first_stage, device)
     classes = models.classes
     if classes is None:
         raise UserError(
-            f"--resume {args.resume} takes no labels, so there is nothing to sweep over; give "
+            f"--model {args.model} takes no labels, so there is nothing to sweep over; give "
             "--classifier"
         )
     by_classifier = models.classifier is not None
@@ -157,14 +183,13 @@ def main(argv: list[str] | None = None) -> None:
         )
     real = sweep.judge(real_root, extractor, out / "features" / "real.safetensors", classes)
     sweep.check_counts(real, f"--real {real_root}", len(classes))
-    speed = Speed(choose_precision(args.precision, device))
 
     rows, sheet = [], []
     columns = [(name, i) for name in classes for i in range(SHEET_TILES)]
     for position, sampling in enumerate(grid, 1):
         print(f"[{position}/{len(grid)}] {sampling.label}", flush=True)
         row, files = sweep.measure(
-            sampling, models, speed, extractor, real, out, args.n_samples, args.batch_size
+            sampling, models, devices, extractor, real, out, args.n_samples, args.batch_size
         )
         rows.append(row)
         caption = f"{row.series}\nscale {row.scale:g}"
@@ -198,4 +223,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, Options)

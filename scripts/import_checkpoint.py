@@ -11,56 +11,79 @@ The configuration, native or published, says what the networks look like. A repo
 weights that were used, left out and missing.
 """
 
-import argparse
 import logging
-import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, ClassVar, Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from pydantic import Field
 
-from ldm.cli import ArgumentParser, boolean, existing_path, number, run_command
+from ldm.cli import existing_path, option, parse, run_command
 from ldm.errors import UserError
 
 log = logging.getLogger("import_checkpoint")
 
-KINDS = ("autoencoder", "diffusion", "classifier")
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Turn a checkpoint of latent diffusion, or of the published code, into one of ours."""
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = ArgumentParser(prog="import_checkpoint.py", description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("file", metavar="FILE", help="checkpoint of other code")
-    add("--kind", required=True, choices=KINDS, help="what to make of it")
-    add("--config", metavar="YAML", help="its configuration (a classifier's: the published one's)")
-    add("--out", required=True, metavar="CKPT", help="checkpoint to write")
-    add(
-        "--autoencoder",
+    program: ClassVar = "import_checkpoint.py"
+    example: ClassVar = """\
+  python scripts/import_checkpoint.py ldm.ckpt --kind diffusion --config ldm.yaml \\
+      --out models/diffusion.ckpt"""
+
+    file: str = option(positional=True, metavar="FILE", help="checkpoint of other code")
+    kind: Literal["autoencoder", "diffusion", "classifier"] = option(help="what to make of it")
+    config: str | None = option(
+        default=None,
+        metavar="YAML",
+        help="configuration of the checkpoint; a classifier without one has the published network",
+    )
+    out: str = option(metavar="CKPT", help="checkpoint to write")
+    autoencoder: str | None = option(
+        default=None,
         metavar="CKPT",
         help="diffusion: our autoencoder, for a file without one; classifier: our diffusion model "
         "(or autoencoder) that it works with",
     )
-    add("--scale_factor", type=number(float, 1e-6), metavar="X", help="latent scale, if not in it")
-    add("--classes", metavar="A,B,C", help="classifier: class names in the order of its outputs")
-    add(
-        "--noised",
-        type=boolean,
+    scale_factor: Annotated[float, Field(ge=1e-6, allow_inf_nan=False)] | None = option(
+        default=None, metavar="X", help="scale of the latents, if the file does not hold it"
+    )
+    classes: str | None = option(
+        default=None,
+        metavar="A,B,C",
+        help="classifier: class names in the order of its outputs",
+    )
+    noised: bool = option(
         default=False,
-        help="classifier: trained on noisy latents (the published one is not)",
+        takes_value=True,
+        help="classifier: it was trained on noisy latents (the published one was not)",
     )
-    add("--allow_pickle", action="store_true", help="read files with objects beside the weights")
-    add(
-        "--allow_missing", action="store_true", help="leave missing weights as they are initialised"
+    allow_pickle: bool = option(default=False, help="read files with objects beside the weights")
+    allow_missing: bool = option(
+        default=False, help="leave missing weights as they are initialised"
     )
-    args = parser.parse_args(argv)
-    if args.kind != "classifier" and not args.config:
-        parser.error(f"--kind {args.kind} needs --config YAML")
-    if args.kind == "classifier" and not (args.autoencoder and args.classes):
-        parser.error("--kind classifier needs --autoencoder CKPT and --classes A,B,C")
-    if args.kind != "classifier" and args.classes:
-        parser.error(f"--classes: a model of kind {args.kind} has none")
-    if args.kind == "autoencoder" and (args.autoencoder or args.scale_factor):
-        parser.error("--autoencoder and --scale_factor: an autoencoder's file needs neither")
-    return args
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.kind == "classifier":
+            for name in ("autoencoder", "classes"):
+                if not getattr(self, name):
+                    yield name, "is needed with --kind classifier; give it"
+            return
+        if not self.config:
+            yield "config", f"is needed with --kind {self.kind}; give it"
+        if self.classes:
+            yield "classes", f"a model of kind {self.kind} has none; leave it out"
+        if self.kind == "autoencoder":
+            for name in ("autoencoder", "scale_factor"):
+                if getattr(self, name):
+                    yield name, "is not needed with --kind autoencoder; leave it out"
+
+
+def parse_arguments(argv: list[str] | None = None) -> Options:
+    return parse(Options, argv)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -69,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     if out.exists():
         raise UserError(f"--out {out} exists; give another name, or remove it")
 
-    from ldm import foreign
+    from ldm.exchange import foreign
 
     node = foreign.read_model_node(args.config) if args.config else None
     state, beside = foreign.read_foreign(source, args.allow_pickle)
@@ -97,4 +120,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, Options)

@@ -7,44 +7,47 @@ listed in corpus.problems.csv and left out. Run again after an interruption to g
 files were added or changed: only those are read.
 """
 
-import argparse
-import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from ldm.cli import ArgumentParser, existing_path, number, run_command, usable_cores
-from ldm.data.groups import add_group_arguments, grouping_of
-from ldm.data.storage import LAYOUTS
+from ldm.cli import Count, existing_path, option, parse, run_command
+from ldm.data.groups import grouping_of
+from ldm.devices import usable_cores
 from ldm.errors import UserError
+from ldm.settings import GroupOptions
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = ArgumentParser(prog="index_corpus.py", description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("roots", nargs="+", metavar="ROOT", help="folder of a corpus; several share one index")
-    add("--out", required=True, metavar="INDEX", help="Parquet file to write")
-    add(
-        "--layout",
-        choices=tuple(LAYOUTS),
+@dataclass(frozen=True, kw_only=True)
+class Options(GroupOptions):
+    """Scan a corpus of tiles once and write an index that training reads."""
+
+    program: ClassVar = "index_corpus.py"
+    example: ClassVar = (
+        "  python scripts/index_corpus.py ROOT --out corpus.parquet --min_size 224 --group_level 1"
+    )
+
+    roots: tuple[str, ...] = option(
+        positional=True, metavar="ROOT", help="folder of a corpus; several share one index"
+    )
+    out: str = option(metavar="INDEX", help="Parquet file to write")
+    layout: Literal["folder", "array", "shards"] = option(
         default="folder",
-        help="image files in folders of any depth, PanNuke's images.npy arrays, or tar shards",
+        help="folder: image files in folders of any depth; array: images.npy files as PanNuke's; "
+        "shards: tar files",
     )
-    add(
-        "--min_size",
-        type=number(int, 1),
-        default=1,
-        metavar="PIXELS",
-        help="tiles with a shorter side are left out",
+    min_size: Count = option(
+        default=1, metavar="PIXELS", help="tiles with a shorter side are left out"
     )
-    add(
-        "--keep_duplicates",
-        action="store_true",
+    keep_duplicates: bool = option(
+        default=False,
         help="list tiles with the same bytes as another, but do not leave them out",
     )
-    add("--workers", type=number(int, 1), default=usable_cores(), help="threads")
-    add_group_arguments(parser)
-    return parser.parse_args(argv)
+    workers: Count = option(default_factory=usable_cores, help="threads")
+
+
+def parse_arguments(argv: list[str] | None = None) -> Options:
+    return parse(Options, argv)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -79,4 +82,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, Options)

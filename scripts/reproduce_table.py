@@ -2,87 +2,91 @@
 
     python scripts/reproduce_table.py --config configs/tables/crc5.yaml
     python scripts/reproduce_table.py --config configs/tables/crc5.yaml --gpus 0,1,2,3
-    python scripts/reproduce_table.py --config configs/tables/crc5.yaml --submit
+    python scripts/reproduce_table.py --config configs/tables/crc5.yaml --slurm
     python scripts/reproduce_table.py --config configs/tables/crc5.yaml --status
 
 Each cell is a job, one command of the other entry points, with its own folder below the table's
-`out`. Run again, what is done is not run again, what was interrupted goes on, and what depends on a
-changed setting is made anew. A job that fails stops only what needs it: the table says so. Writes
-OUT/table.md, table.tex, table.csv, table.json and report.html.
+`out`; Snakemake runs them. Run again, what is done is not run again, what was interrupted goes on,
+and what depends on a changed setting is made anew. A job that fails stops only what needs it: the
+table says so. Writes OUT/table.md, table.tex, table.csv, table.json and report.html.
 """
 
-import argparse
 import os
 import signal
 import sys
 import time
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from ldm.cli import STOPPED, ArgumentParser, number, run_command
+from ldm.cli import STOPPED, Count, option, parse, run_command
 from ldm.errors import UserError
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = ArgumentParser(
-        prog="reproduce_table.py",
-        description=__doc__.splitlines()[0],
-        epilog="Settings are those of --config; section.key=value overrides one.",
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """A whole table of experiments: every arm trained, evaluated and compared, from one file.
+
+    Settings are those of --config; section.key=value overrides one. Run again, what is done is not
+    run again, and what was interrupted goes on.
+    """
+
+    program: ClassVar = "reproduce_table.py"
+    example: ClassVar = (
+        "  python scripts/reproduce_table.py --config configs/tables/crc5.yaml --gpus 0,1,2,3"
     )
-    add = parser.add_argument
-    add("--config", required=True, metavar="YAML", help="the table, see configs/tables")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--status", action="store_true", help="show where every job stands, and exit")
-    what.add_argument(
-        "--dry-run", action="store_true", help="print the commands in order, and exit"
+
+    config: str = option(metavar="YAML", help="the table, see configs/tables")
+    status: bool = option(default=False, help="show where every job stands, and exit")
+    dry_run: bool = option(default=False, help="print the commands in order, and exit")
+    report: bool = option(default=False, help="only write the table again, from what is there")
+    slurm: bool = option(
+        default=False,
+        published=("--submit",),
+        help="run the jobs on SLURM, as the section slurm says; this process waits for them",
     )
-    what.add_argument(
-        "--report", action="store_true", help="only write the table again, from what is there"
-    )
-    what.add_argument(
-        "--submit", action="store_true", help="hand the jobs to SLURM, as the section slurm says"
-    )
-    add(
-        "--only",
-        nargs="+",
-        default=[],
+    only: tuple[str, ...] = option(
+        default=(),
         metavar="ROW",
         help="only the jobs of these rows, for example 'real' '*-centroid-100'",
     )
-    add("--jobs", type=number(int, 1), metavar="N", help="jobs at once; one per GPU, or 1, without")
-    add(
-        "--gpus",
+    jobs: Count | None = option(
+        default=None, metavar="N", help="jobs at once; if omitted one per GPU, or 1"
+    )
+    gpus: str | None = option(
+        default=None,
         metavar="LIST",
         help="GPUs to share out, such as 0,1,2; each job gets one (or as many as it asks for)",
     )
-    add("--retry", action="store_true", help="run again what failed before")
-    add("overrides", nargs="*", metavar="section.key=value", help="settings")
-    args = parser.parse_intermixed_args(argv)
-    # --only takes all words that follow, overrides too.
-    args.overrides += [word for word in args.only if "=" in word]
-    args.only = [word for word in args.only if "=" not in word]
-    return args
+    retry: bool = option(default=False, help="run again what failed before")
+    overrides: tuple[str, ...] = option(
+        default=(), positional=True, metavar="section.key=value", help="settings"
+    )
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        given = [name for name in ("status", "dry_run", "report", "slurm") if getattr(self, name)]
+        for name in given[1:]:
+            yield name, f"not allowed with --{given[0]}; give one of them"
+
+
+def parse_arguments(argv: list[str] | None = None) -> Options:
+    return parse(Options, argv)
 
 
 def show_status(standing, rows) -> str:
     """A line per job, then a line per row."""
-    from ldm.table.scheduler import State
+    from ldm.experiment.jobs import State
 
-    width = max(len(one.stage.name) for one in standing.values())
+    width = max(map(len, standing))
     lines = []
     for name, one in standing.items():
         seconds = f"{one.record.seconds:9.0f} s" if one.record else " " * 11
-        words = one.finished.number if one.finished else ""
-        if one.state is State.FAILED and one.record:
-            words = one.record.reason
-        elif one.state is State.BLOCKED:
+        words = one.record.number or one.record.reason if one.record else ""
+        if one.state is State.BLOCKED:
             words = f"needs {one.blocked_by}"
         lines.append(f"{name:{width}}  {one.state.value:8}{seconds}  {words}".rstrip())
-    counts = {state: 0 for state in State}
-    for one in standing.values():
-        counts[one.state] += 1
-    words = [f"{count} {state.value}" for state, count in counts.items() if count]
+    states = [one.state for one in standing.values()]
+    words = [f"{states.count(state)} {state.value}" for state in State if state in states]
     seconds = sum(one.record.seconds for one in standing.values() if one.record)
     lines += ["", f"{len(standing)} jobs: {', '.join(words)}; {seconds:.0f} s so far"]
     finished = 0
@@ -94,7 +98,7 @@ def show_status(standing, rows) -> str:
 
 def write_table(plan, standing) -> str:
     """Write all results; returns the headline."""
-    from ldm.table.gather import gather, write_json_table
+    from ldm.experiment.gather import gather, write_json_table
     from ldm.table.report import write_results
 
     table = gather(plan, standing)
@@ -102,76 +106,69 @@ def write_table(plan, standing) -> str:
     return write_results(table, plan.out)
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_arguments(argv)
-
-    from ldm.stages import Ledger, show_command, show_path
-    from ldm.table.config import read_settings
-    from ldm.table.plan import Plan
-    from ldm.table.preflight import check_commands
-    from ldm.table.scheduler import Scheduler, Slots, forgive, survey
+def choose_machine(args: Options, settings):
+    """Where the jobs run, as the options and the section `slurm` say."""
+    from ldm.experiment.engine import Machine
 
     gpus = [word.strip() for word in (args.gpus or "").split(",") if word.strip()]
     if len(set(gpus)) < len(gpus):
         raise UserError(f"--gpus {args.gpus}: names a GPU twice; name each once")
+    if args.slurm and settings.cluster == "slurm":
+        return Machine(settings.parallel, slurm=settings)
+    jobs = args.jobs or (settings.parallel if args.slurm else len(gpus) or 1)
+    return Machine(jobs, gpus)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+
+    from ldm.experiment import engine
+    from ldm.experiment.earlier import convert_records
+    from ldm.experiment.jobs import Records, show_path
+    from ldm.experiment.plan import Plan
+    from ldm.experiment.preflight import check_commands
+    from ldm.experiment.progress import Progress
+    from ldm.experiment.settings import read_settings
+
     plan = Plan(read_settings(args.config, args.overrides))
+    machine = choose_machine(args, plan.settings.slurm)
     rows = plan.select_rows(args.only)
-    stages = plan.jobs_of(rows)
-    ledger = Ledger(plan.jobs_folder)
+    jobs = plan.jobs_of(rows)
+    records = Records(plan.jobs_folder)
+    convert_records(records, plan.jobs)
     if args.status:
-        print(show_status(survey(ledger, stages), rows))
+        print(show_status(records.survey(jobs), rows))
         return 0
-    check_commands(stages)
+    check_commands(jobs)
     if args.dry_run:
-        for stage in stages:
-            print(f"# {stage.name}: {stage.title}")
-            print(show_command(stage.command, stage.environment))
-        print(f"# {len(stages)} jobs, {len(rows)} rows")
+        for job in jobs:
+            print(f"# {job.name}: {job.title}")
+            print(job.shown)
+        print(f"# {len(jobs)} jobs, {len(rows)} rows")
         return 0
-    plan.jobs_folder.mkdir(parents=True, exist_ok=True)
-    plan.link_splits()
-    if args.retry:
-        forgive(ledger, stages)
+    plan.prepare()
     start = time.monotonic()
-    if args.submit:
-        if not submit_jobs(plan, ledger, stages, args):
-            return 0
-    elif not args.report:
+    if not args.report:
         # As exceptions, so that the commands that run are ended too.
         for name in ("SIGTERM", "SIGUSR1"):
             signal.signal(getattr(signal, name), lambda *_: sys.exit(STOPPED))
-        Scheduler(ledger, stages, Slots(args.jobs or len(gpus) or 1, gpus)).run()
+        if args.retry:
+            records.forget_failures(jobs)
+        engine.run(records, jobs, machine, Progress(records, machine.jobs))
 
-    standing = survey(ledger, plan.stages)
+    standing = records.survey(plan.jobs)
     print(write_table(plan, standing))
     print(f"{show_path(plan.out / 'report.html')} and table.md, {time.monotonic() - start:.0f} s")
-    return report_failures([standing[stage.name] for stage in stages])
-
-
-def submit_jobs(plan, ledger, stages, args: argparse.Namespace) -> bool:
-    """Hand the jobs over; True when they are processes of this machine, and have ended."""
-    from ldm.stages import show_path
-    from ldm.table.submit import submit
-
-    settings, folder = plan.settings.slurm, plan.out / "submitit"
-    words = ["--config", str(Path(args.config).absolute()), "--report", *args.overrides]
-    jobs = submit(ledger, stages, settings, folder, words)
-    print(f"{len(jobs)} jobs submitted; their files are in {show_path(folder)}")
-    if settings.cluster == "slurm":
-        print("--status shows where they stand; the last job writes the table")
-        return False
-    for job in jobs:
-        job.wait()
-    return True
+    return report_failures([standing[job.name] for job in jobs])
 
 
 def report_failures(standing) -> int:
     """Name what failed; the exit status."""
-    from ldm.table.scheduler import State
+    from ldm.experiment.jobs import State
 
     failed = [one for one in standing if one.state is State.FAILED]
     for one in failed:
-        print(f"failed: {one.stage.name}: {one.record.reason}", file=sys.stderr)
+        print(f"failed: {one.job.name}: {one.record.reason}", file=sys.stderr)
     if failed:
         print("--retry runs what failed again", file=sys.stderr)
         return 1
@@ -180,4 +177,4 @@ def report_failures(standing) -> int:
 
 if __name__ == "__main__":
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
-    run_command(main)
+    run_command(main, Options)

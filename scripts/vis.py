@@ -9,52 +9,73 @@ VIS/umap.png, VIS/umap.html (point at a dot to see its tile), VIS/umap.csv and V
 Features of images that have not changed are taken from VIS.
 """
 
-import argparse
-import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, ClassVar
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from pydantic import Field
 
-from ldm.cli import ArgumentParser, existing_path, number, resolve_device, run_command
+from ldm.cli import Seed, Share, Whole, existing_path, option, parse, run_command
+from ldm.devices import resolve_device
 from ldm.errors import UserError
-from ldm.selection.options import add_network_options
+from ldm.settings import FeatureOptions
 
 TITLE = "UMAP of features"
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = ArgumentParser(prog="vis.py", description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--real", required=True, metavar="DIR", help="labelled real tiles, DIR/CLASS/images")
-    add("--synthetic", required=True, metavar="DIR", help="what sample_diffusion.py wrote")
-    add("--out", required=True, metavar="DIR", help="folder of the results")
-    network = parser.add_mutually_exclusive_group(required=True)
-    network.add_argument(
-        "--weights", metavar="CKPT", help="checkpoint (or seed folder) that eval.py wrote"
+@dataclass(frozen=True, kw_only=True)
+class Options(FeatureOptions):
+    """Features, class centroids and a UMAP picture of real and synthetic tiles.
+
+    With --selection, what scripts/distance.py decided is in the pictures. Features of images that
+    have not changed are taken from OUT.
+    """
+
+    program: ClassVar = "vis.py"
+    example: ClassVar = """\
+  python scripts/vis.py --real D/train5 --synthetic OUT --weights logs/eval/train5/seed0 \\
+      --out VIS"""
+
+    real: str = option(metavar="DIR", help="labelled real tiles, DIR/CLASS/images")
+    synthetic: str = option(metavar="DIR", help="what sample_diffusion.py wrote")
+    out: str = option(metavar="DIR", help="folder of the results")
+    weights: str | None = option(
+        default=None,
+        group="features",
+        metavar="CKPT",
+        help="checkpoint (or seed folder) that eval.py wrote; this or --model is needed",
     )
-    network.add_argument("--model", metavar="NAME", help="a timm network instead")
-    add_network_options(parser, "--model")
-    add(
-        "--selection",
+    model: str | None = option(
+        default=None, group="features", metavar="NAME", help="a timm network instead"
+    )
+    selection: str | None = option(
+        default=None,
         metavar="SELECTION",
-        help="training folder of scripts/distance.py, or its selection.csv: accepted and rejected"
-        " images apart",
+        help="training folder of scripts/distance.py, or its selection.csv: accepted and rejected "
+        "images apart",
     )
-    add(
-        "--thumbnails",
-        type=number(int, 0),
+    thumbnails: Whole = option(
         default=2000,
         metavar="N",
         help="most tiles that umap.html holds (about 2 kB each), evenly by kind and class",
     )
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the UMAP picture")
-    add("--umap_neighbors", type=number(int, 2), default=15, help="neighbourhood of UMAP")
-    add("--umap_min_dist", type=number(float, 0, 1), default=0.1, help="how closely UMAP packs")
-    args = parser.parse_args(argv)
-    for name in ("pretrained_weights", "input_size"):
-        if getattr(args, name) is not None and args.model is None:
-            parser.error(f"argument --{name}: belongs to --model; a checkpoint brings its own")
-    return args
+    seed: Seed = option(default=0, help="seed of the UMAP picture")
+    umap_neighbors: Annotated[int, Field(ge=2)] = option(default=15, help="neighbourhood of UMAP")
+    umap_min_dist: Share = option(default=0.1, help="how closely UMAP packs")
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.weights is None and self.model is None:
+            yield "weights", "is missing; give a checkpoint of eval.py, or --model NAME"
+        if self.weights is not None and self.model is not None:
+            yield "model", "not allowed with --weights; give one of them"
+        for name in ("pretrained_weights", "input_size"):
+            if getattr(self, name) is not None and self.model is None:
+                yield name, "belongs to --model; a checkpoint brings its own"
+
+
+def parse_arguments(argv: list[str] | None = None) -> Options:
+    return parse(Options, argv)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -71,8 +92,9 @@ def main(argv: list[str] | None = None) -> None:
 
     import torch
 
+    from ldm.data.tile_files import TileFiles
     from ldm.evaluation.fidelity import FEWEST_TILES, fidelity
-    from ldm.features.sets import TileFiles, cached_features
+    from ldm.features.sets import cached_features
     from ldm.features.source import TIMM, VIT, FeatureSource
     from ldm.files import write_bytes, write_json, write_text
     from ldm.selection.judge import (
@@ -106,16 +128,16 @@ def main(argv: list[str] | None = None) -> None:
         weights = args.pretrained_weights and Path(args.pretrained_weights).expanduser()
         source = FeatureSource(TIMM, args.model, weights, args.input_size)
     extractor = source.open(device)
-    # Both indexed before any features are computed: differing classes are known at once.
-    real_files = TileFiles.below(real_root, True)
+    # Both are listed before any features are computed: differing classes are known at once.
+    real_files = TileFiles.below(real_root)
     classes = real_files.classes
-    synthetic_files = TileFiles.below(synthetic_root, True, classes)
+    synthetic_files = TileFiles.below(synthetic_root, classes=classes)
     if decisions is not None and decisions.keys() != set(synthetic_files.names):
         raise UserError(
             f"--selection {args.selection}: is not of the images in --synthetic {synthetic_root};"
             " give the selection that was made from them"
         )
-    options = NetworkOptions(batch_size=args.batch_size, num_workers=args.num_workers)
+    options = NetworkOptions(batch_size=args.batch_size, num_workers=args.workers)
     real = cached_features(real_files, extractor, out / REAL_FILE, **options.loading)
     synthetic = cached_features(synthetic_files, extractor, out / SYNTHETIC_FILE, **options.loading)
     centroids = centroids_of(real)
@@ -149,4 +171,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, Options)

@@ -9,48 +9,60 @@ Tiles with a problem are left out, and every other is compared with its hash on 
 same command again after an interruption: whole shards are kept.
 """
 
-import argparse
 import os
 import re
-import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, ClassVar
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from pydantic import BeforeValidator
 
-from ldm.cli import ArgumentParser, existing_path, number, run_command, usable_cores
+from ldm.cli import Count, existing_path, option, parse, run_command
+from ldm.devices import usable_cores
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
-def size_in_bytes(text: str) -> int:
-    """An argparse type: `500M` or `1.5G`, in powers of 1,000."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", text.strip().upper())
+def size_in_bytes(text: str | int) -> int:
+    """The number of bytes that `500M` or `1.5G` means, in powers of 1,000."""
+    if isinstance(text, int):
+        return text
+    # No more digits than a disk needs: a longer number is a typing error.
+    match = re.fullmatch(r"(\d{1,15}|\d{1,6}\.\d{1,9}(?=[KMGT]))([KMGT]?)B?", text.strip().upper())
     size = int(float(match[1]) * UNITS[match[2]]) if match else 0
     if size < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; give one such as 500M or 1G")
+        raise ValueError(f"{text[:40]!r} is not a size; give one such as 500M or 1G")
     return size
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = ArgumentParser(prog="write_shards.py", description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("index", metavar="INDEX", help="what scripts/index_corpus.py wrote")
-    add("--out", required=True, metavar="DIR", help="folder of the shards; index: DIR.parquet")
-    add("--size", type=size_in_bytes, default="1G", help="bytes of a shard, at most: 500M, 1G")
-    add(
-        "--root",
-        nargs="+",
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Pack an indexed corpus into tar shards, and write the index of these."""
+
+    program: ClassVar = "write_shards.py"
+    example: ClassVar = (
+        "  python scripts/write_shards.py tcga.parquet --out /scratch/tcga_shards --size 1G"
+    )
+
+    index: str = option(positional=True, metavar="INDEX", help="what scripts/index_corpus.py wrote")
+    out: str = option(metavar="DIR", help="folder of the shards; the index is DIR.parquet")
+    size: Annotated[int, BeforeValidator(size_in_bytes)] = option(
+        default=10**9, help="most bytes of a shard, such as 500M or 1G; if omitted 1G"
+    )
+    root: tuple[str, ...] | None = option(
+        default=None,
         metavar="DIR",
         help="where the corpus is, if not where it was indexed; as many as then",
     )
-    add("--workers", type=number(int, 1), default=usable_cores(), help="threads that read")
-    add(
-        "--verify",
-        action="store_true",
-        help="read the shards that are there: damaged ones are written again",
+    workers: Count = option(default_factory=usable_cores, help="threads that read")
+    verify: bool = option(
+        default=False, help="read the shards that exist: damaged ones are written again"
     )
-    add("--dry-run", action="store_true", help="print what would be written, and exit")
-    return parser.parse_args(argv)
+    dry_run: bool = option(default=False, help="print what would be written, and exit")
+
+
+def parse_arguments(argv: list[str] | None = None) -> Options:
+    return parse(Options, argv)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -77,4 +89,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, Options)

@@ -17,7 +17,7 @@ from PIL import Image
 from ldm.data.procedural import render_tile
 from ldm.evaluation.metrics import mean_and_std
 from ldm.evaluation.predictions import Predictions, predictions_name
-from ldm.table.results import Row, Table
+from ldm.experiment.results import Row, Table
 from scripts import copy_check
 
 CLASSES = ["ADI", "LYM", "TUM"]

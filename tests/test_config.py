@@ -6,16 +6,15 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
+from pydantic import Field
 
 from ldm import config as config_module
+from ldm.cli import Share
 from ldm.config import (
-    INERT,
-    LEGACY_TARGETS,
-    UNSUPPORTED_TARGETS,
     get_obj_from_str,
     instantiate_from_config,
     load_configs,
@@ -25,6 +24,7 @@ from ldm.config import (
     validate_config,
 )
 from ldm.errors import UserError
+from ldm.legacy import LEGACY_TARGETS, UNSUPPORTED_TARGETS, WITHOUT_EFFECT
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -113,6 +113,11 @@ lightning:
 class Inner:
     def __init__(self, width: int, depth: int = 2):
         self.width, self.depth = width, depth
+
+
+class Ranged:
+    def __init__(self, count: Annotated[int, Field(ge=1)] = 1, shares: Sequence[Share] = ()):
+        self.count, self.shares = count, shares
 
 
 class Outer:
@@ -353,6 +358,21 @@ def test_values_of_the_wrong_type_are_reported(name, value, wanted):
 
 
 @pytest.mark.parametrize(
+    ("params", "part"),
+    [
+        ({"count": 0}, "model.params.count: 0 must be at least 1"),
+        ({"count": "0"}, "model.params.count: '0' must be int"),
+        ({"shares": [0.5, 2]}, "model.params.shares: 2 must be in [0, 1]"),
+        ({"shares": [float("nan")]}, "model.params.shares: nan must be in [0, 1]"),
+    ],
+)
+def test_ranges_in_annotations_are_checked(params, part):
+    name = f"{Ranged.__module__}.{Ranged.__qualname__}"
+    assert part in message(validate_config, whole(node(name, **params)))
+    validate_config(whole(node(name, count=1, shares=[0, 1, 0.5])))
+
+
+@pytest.mark.parametrize(
     ("config", "part"),
     [
         ({"data": node(size=1)}, "model: must be a mapping with target"),
@@ -494,7 +514,7 @@ def targets_in(value) -> set[str]:
 
 
 def test_published_diffusion_is_read_in_native_names(tmp_path, tiles, caplog):
-    with caplog.at_level(logging.INFO, "ldm.config"):
+    with caplog.at_level(logging.INFO, "ldm.legacy"):
         config = resolve(load_configs([write(tmp_path, PUBLISHED_DIFFUSION)]))
     assert len(caplog.records) == 1  # one line for everything
     assert "model.params.log_every_t" in caplog.text
@@ -517,7 +537,7 @@ def test_published_diffusion_is_read_in_native_names(tmp_path, tiles, caplog):
     )
     assert params["first_stage_config"]["params"]["lossconfig"] is None
     assert params["first_stage_config"]["params"]["ckpt_path"] == "autoencoder.ckpt"
-    assert not set(params) & set(INERT["ldm.models.diffusion.LatentDiffusion"])
+    assert not set(params) & set(WITHOUT_EFFECT["ldm.models.diffusion.LatentDiffusion"])
     assert config["data"]["params"]["train"]["params"] == {"size": 256, "root": tiles}
     assert "wrap" not in config["data"]["params"]
 
@@ -595,9 +615,72 @@ def test_published_diffusion_defaults_and_schedules(params, expected):
     assert {name: upgraded["params"][name] for name in expected} == expected
 
 
+NATIVE_DIFFUSION = "ldm.models.diffusion.LatentDiffusion"
+PUBLISHED = "ldm.models.diffusion.ddpm.LatentDiffusion"
+OVERLAY = f"model: {{target: {NATIVE_DIFFUSION}, params: {{monitor: null}}}}"
+
+
+def schedule_of(paths: list, overrides: Sequence[str] = ()) -> dict:
+    params = resolve(load_configs(paths, overrides))["model"]["params"]
+    names = ("beta_schedule", "linear_start", "linear_end", "loss_type", "scale_factor")
+    return {name: params[name] for name in names if name in params}
+
+
+def test_a_native_overlay_keeps_the_schedule_of_a_published_file(tmp_path):
+    """Merged before it was translated, the published file lost its defaults and its names."""
+    published = write(
+        tmp_path, f"model: {{target: {PUBLISHED}, params: {{scale_factor: 0.2}}}}", "p.yaml"
+    )
+    alone = schedule_of([published])
+    assert alone == {
+        "beta_schedule": "scaled_linear",
+        "linear_start": 1e-4,
+        "linear_end": 2e-2,
+        "loss_type": "l2",
+        "scale_factor": 0.2,
+    }
+    overlay = write(tmp_path, OVERLAY, "o.yaml")
+    assert schedule_of([published, overlay]) == alone
+    assert schedule_of([published], [f"model.target={NATIVE_DIFFUSION}"]) == alone
+    # What a file without a target says is in the names of the file that it changes.
+    words = "model: {params: {beta_schedule: linear, scale_factor: null, scale_by_std: true}}"
+    more = write(tmp_path, words, "m.yaml")
+    assert schedule_of([published, more]) == {**alone, "scale_factor": None}
+    assert schedule_of([published, more, overlay]) == {**alone, "scale_factor": None}
+    # And in native names, after an overlay that has them.
+    native = schedule_of([published, overlay], ["model.params.beta_schedule=linear"])
+    assert native == {**alone, "beta_schedule": "linear"}
+
+
+def test_a_published_overlay_changes_only_what_it_says(tmp_path):
+    """It used to set the published defaults too, and a measured scale factor to 1."""
+    params = "{scale_factor: null, beta_schedule: cosine, loss_type: huber}"
+    native = write(tmp_path, f"model: {{target: {NATIVE_DIFFUSION}, params: {params}}}", "n.yaml")
+    alone = {"scale_factor": None, "beta_schedule": "cosine", "loss_type": "huber"}
+    for said, changed in (
+        ("{log_every_t: 1}", {}),
+        ("{scale_by_std: false}", {}),
+        ("{scale_factor: 0.3}", {"scale_factor": 0.3}),
+        ("{beta_schedule: linear}", {"beta_schedule": "scaled_linear"}),
+    ):
+        overlay = write(tmp_path, f"model: {{target: {PUBLISHED}, params: {said}}}", "o.yaml")
+        assert schedule_of([native, overlay]) == {**alone, **changed}
+
+
+def test_a_published_data_section_takes_a_native_overlay(tmp_path, tiles):
+    overlay = write(
+        tmp_path,
+        "data: {target: ldm.data.datamodule.DataModuleFromConfig, params: {batch_size: 2}}",
+        "o.yaml",
+    )
+    config = load_configs([write(tmp_path, PUBLISHED_AUTOENCODER), overlay])
+    validate_config(config)
+    assert config.data.params.batch_size == 2 and "wrap" not in config.data.params
+
+
 def test_native_names_are_left_alone(caplog):
     native = node("ldm.models.diffusion.LatentDiffusion", beta_schedule="linear", log_every_t=1)
-    with caplog.at_level(logging.INFO, "ldm.config"):
+    with caplog.at_level(logging.INFO, "ldm.legacy"):
         assert upgrade_config(native) == native
         assert isinstance(upgrade_config(OmegaConf.create(native)), DictConfig)
     assert not caplog.records
@@ -669,11 +752,11 @@ def test_null_sections_and_callbacks_are_absent(tmp_path, tiles):
 def test_tables_agree_with_the_native_classes(native):
     """Every native target exists, and no parameter that it takes is dropped as meaningless."""
     names = set(inspect.signature(get_obj_from_str(native)).parameters)
-    assert not names & set(INERT.get(native, {}))
+    assert not names & set(WITHOUT_EFFECT.get(native, {}))
 
 
-def test_inert_tables_name_native_targets():
-    assert set(INERT) <= set(LEGACY_TARGETS.values())
+def test_tables_of_names_without_effect_name_native_targets():
+    assert set(WITHOUT_EFFECT) <= set(LEGACY_TARGETS.values())
 
 
 def test_import_is_light():

@@ -7,8 +7,8 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from ldm.data.datamodule import DataModuleFromConfig, ResumableSampler, split_by_group
-from ldm.data.tiles import write_png
 from ldm.errors import UserError
+from ldm.files import write_png
 
 TARGET = "ldm.data.tiles.TileFolder"
 

@@ -1,175 +1,65 @@
 """The demo: stages that are remembered, the plan, the report, and the whole in a few steps."""
 
 import csv
-import importlib
-import io
 import math
-import os
 import re
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
+from inprocess import Here
 
 from ldm.cli import run_command
-from ldm.demo.plan import RANDOM, REAL, SELECTED, Plan, read_settings
 from ldm.errors import UserError
 from ldm.evaluation.report import Page, Series, Tile, bar_chart, line_chart, nice_ticks
-from ldm.stages import ROOT, Runner, Stage, StageFailed
+from ldm.experiment.demo import SELECTED, Demo, read_settings
+from ldm.experiment.jobs import ROOT, Records, State, keys_of
+from ldm.experiment.preflight import check_commands
 from scripts import demo
-
-# Stages
-
-
-def stage(folder: Path, name: str = "a", text: str = "x", **kwargs) -> Stage:
-    """Appends to FOLDER/name/log, and writes nothing else."""
-    out = folder / name
-    code = (
-        f"import pathlib; p = pathlib.Path({str(out)!r}); p.mkdir(exist_ok=True);"
-        f" (p / 'log').open('a').write({text!r}); print('said', {text!r})"
-    )
-    return Stage(
-        name, "a stage", ("-c", code), output=(out,), number=lambda: f"made {text}", **kwargs
-    )
-
-
-def run(folder: Path, *stages: Stage) -> list[str]:
-    """What a new runner prints for each stage."""
-    lines = []
-    runner = Runner(folder / "stages", len(stages), stream=io.StringIO())
-    for one in stages:
-        before = len(runner.stream.getvalue())
-        runner.run(one)
-        lines.append(runner.stream.getvalue()[before:])
-    return lines
-
-
-def test_a_finished_stage_is_not_run_again(tmp_path):
-    (first,) = run(tmp_path, stage(tmp_path))
-    assert re.fullmatch(r"\[1/1\] a stage +\d+ s  made x\n", first)
-    (second,) = run(tmp_path, stage(tmp_path))
-    assert "done before" in second and "made x" in second
-    assert (tmp_path / "a" / "log").read_text() == "x"
-    assert "said x" in (tmp_path / "stages" / "a.log").read_text()
-
-
-def test_another_command_starts_anew(tmp_path):
-    run(tmp_path, stage(tmp_path))
-    run(tmp_path, stage(tmp_path, text="y"))
-    assert (tmp_path / "a" / "log").read_text() == "y"
-    assert "said x" not in (tmp_path / "stages" / "a.log").read_text()
-
-
-def test_missing_output_is_made_again(tmp_path):
-    run(tmp_path, stage(tmp_path))
-    (tmp_path / "a" / "log").unlink()
-    (tmp_path / "a").rmdir()
-    assert "done before" not in run(tmp_path, stage(tmp_path))[0]
-
-
-@pytest.mark.parametrize("change", ["command", "file", "environment", "data"])
-def test_what_comes_after_a_changed_stage_is_made_anew(tmp_path, change):
-    config = tmp_path / "config.yaml"
-    config.write_text("one")
-
-    def chain(text="x", environment=None, data=""):
-        first = stage(
-            tmp_path, "a", text, files=(config,), environment=environment or {}, data=data
-        )
-        return first, stage(tmp_path, "b", after=("a",)), stage(tmp_path, "c")
-
-    run(tmp_path, *chain())
-    if change == "file":
-        config.write_text("two")
-    changed = {
-        "command": {"text": "y"},
-        "file": {},
-        "environment": {"environment": {"K": "v"}},
-        "data": {"data": "other tiles"},
-    }
-    lines = run(tmp_path, *chain(**changed[change]))
-    assert ["done before" in line for line in lines] == [False, False, True]
-    assert all("done before" in line for line in run(tmp_path, *chain(**changed[change])))
-
-
-def test_an_interrupted_stage_goes_on(tmp_path):
-    """Its output stays, its time adds up; a failure is shown with the end of the log."""
-    out = tmp_path / "a"
-    code = (
-        f"import pathlib, sys; p = pathlib.Path({str(out)!r}); p.mkdir(exist_ok=True);"
-        " n = len(list(p.iterdir())); (p / str(n)).touch();"
-        " print(*range(40), sep='\\n'); print('attempt', n); sys.exit(7 if n < 1 else 0)"
-    )
-    failing = Stage("a", "fails once", ("-c", code), output=(out,))
-    runner = Runner(tmp_path / "stages", 1, stream=io.StringIO())
-    with pytest.raises(StageFailed) as failure:
-        runner.run(failing)
-    assert failure.value.status == 7
-    shown = runner.stream.getvalue()
-    assert "failed with exit status 7" in shown
-    assert "attempt 0" in shown and "\n    39\n" in shown and "\n    12\n" not in shown
-    assert str(tmp_path / "stages" / "a.log") in shown
-    runner.run(failing)
-    assert sorted(path.name for path in out.iterdir()) == ["0", "1"]
-    assert "attempt 0" in (tmp_path / "stages" / "a.log").read_text()
-
-
-def test_a_stopped_demo_stops_its_stage(tmp_path):
-    def stop(command, log_path, environment, tick, lock):
-        raise KeyboardInterrupt
-
-    runner = Runner(tmp_path, 1, stream=io.StringIO(), launch=stop)
-    with pytest.raises(KeyboardInterrupt):
-        runner.run(stage(tmp_path))
-    assert "goes on here" in runner.stream.getvalue()
-
-    pid = tmp_path / "pid"
-    code = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
-    driver = (
-        "import signal, sys, io, pathlib; sys.path.insert(0, sys.argv[1])\n"
-        "from ldm.stages import Runner, Stage\n"
-        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
-        "Runner(pathlib.Path(sys.argv[2]), 1).run(Stage('b', 'sleeps', ('-c', sys.argv[3])))"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", driver, str(ROOT), str(tmp_path / "s"), code],
-        stdout=subprocess.DEVNULL,
-    )
-    while not (pid.exists() and pid.read_text()):
-        assert process.poll() is None
-    process.terminate()
-    assert process.wait(timeout=30) == 143
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(pid.read_text()), 0)
-
 
 # The plan
 
 
 def test_fewer_samples_than_wanted_lower_the_ratio(tmp_path):
     settings = read_settings(["tiles.train5=10", "sampling.per_wanted=2"])
-    plan = Plan(tmp_path / "out", None, settings)
-    assert (plan.per_class, plan.ratio) == (20, 100)
+    demo = Demo(tmp_path / "out", None, settings)
+    assert (demo.per_class, demo.ratio) == (20, 100)
     settings["tiles"]["train5"], settings["sampling"]["most_per_class"] = 124, 40
-    plan = Plan(tmp_path / "out", None, settings)
-    assert (plan.per_class, plan.ratio) == (40, 16)  # 20 of 124
-    assert plan.training_folder(SELECTED) == "train5+selected16%"
+    demo = Demo(tmp_path / "out", None, settings)
+    assert (demo.per_class, demo.ratio) == (40, 16)  # 20 of 124
+    assert demo.training_folder(SELECTED) == "guided-selected-16"
 
 
-def test_every_arm_gets_the_same_number_of_steps(tmp_path):
-    settings = read_settings(["evaluation.steps=100", "evaluation.arguments.batch-size=6"])
-    plan = Plan(tmp_path / "out", None, settings)
-    for kind, per_class in ((REAL, 4), (RANDOM, 8)):
-        tiny.tiles(plan.data / plan.training_folder(kind), per_class=per_class)
-    epochs = {}
-    for kind in (REAL, RANDOM):
-        command = plan.evaluation_stage(kind, "").command
-        epochs[kind] = int(command[command.index("--epochs") + 1])
-    assert epochs == {REAL: 50, RANDOM: 25}  # 12 and 24 tiles: 2 and 4 steps in an epoch
+def test_the_demo_is_an_experiment(tmp_path):
+    """Its settings arrive in the commands; its pools without guidance belong to no row."""
+    overrides = ["sampling.scale=5", "evaluation.steps=70", "evaluation.seeds=[3]"]
+    plan = Demo(tmp_path / "out", None, read_settings(overrides, fast=True)).plan
+    check_commands(plan.jobs)
+    assert [row.key for row in plan.rows] == ["real", "guided-random-100", "guided-selected-100"]
+    assert [job.name for job in plan.jobs_of(plan.rows)] == [job.name for job in plan.jobs]
+    jobs = {job.name: job.command for job in plan.jobs}
+    assert list(jobs) == (
+        ["tiles", "eval-real-seed3"]
+        + ["train-autoencoder", "train-diffusion", "train-classifier", "train-decoder"]
+        + ["sample-unguided", "sample-guided", "features-guided"]
+        + [f"{what}-guided-random-100{seed}" for what, seed in (("select", ""), ("eval", "-seed3"))]
+        + [
+            f"{what}-guided-selected-100{seed}"
+            for what, seed in (("select", ""), ("eval", "-seed3"))
+        ]
+    )
+
+    def option(job: str, name: str) -> str:
+        return jobs[job][jobs[job].index(name) + 1]
+
+    assert option("sample-guided", "--classifier_scale") == "5"
+    assert option("sample-guided", "--n_samples") == "4"
+    assert option("sample-unguided", "--n_samples") == "2"
+    assert option("eval-real-seed3", "--match_steps") == "70"
+    assert "lightning.trainer.max_steps=2" in jobs["train-decoder"]
 
 
 @pytest.mark.parametrize(
@@ -198,21 +88,16 @@ def user_data(tmp_path) -> Path:
 
 
 def test_a_folder_of_the_user(tmp_path, user_data):
-    plan = Plan(tmp_path / "out", user_data, read_settings())
-    assert (plan.labelled, plan.count) == (2, 13)
-    plan.link_splits()
-    assert (plan.data / "val").resolve() == (user_data / "val").resolve()
-    made = plan.data / "train5+selected100%"
-    made.mkdir()
-    plan.link_splits()
-    assert made.is_dir()  # the same tiles: nothing changes
-    plan.stages.mkdir()  # as the runner does: it tells whose folder this is
-    Plan(tmp_path / "out", None, read_settings()).link_splits()
-    assert not made.exists()
-    assert (user_data / "val" / "TUM").is_dir()  # a link was removed, not what it points to
+    demo = Demo(tmp_path / "out", user_data, read_settings())
+    assert (demo.per_class, len(demo.plan.jobs)) == (4, 15)
+    demo.plan.prepare()
+    assert (demo.data / "val").resolve() == (user_data / "val").resolve()
+    before = keys_of(demo.plan.jobs)
     tile = user_data / "train" / "ADI" / "0_0.png"
     tile.write_bytes(tile.read_bytes() + b"x")
-    assert Plan(tmp_path / "out", user_data, read_settings()).identity != plan.identity
+    after = keys_of(Demo(tmp_path / "out", user_data, read_settings()).plan.jobs)
+    same = {name for name, key in after.items() if before[name] == key}
+    assert same == {"eval-real-seed0", "eval-real-seed1"}  # they read no unlabelled tiles
 
 
 @pytest.mark.parametrize("fault", ["missing", "class", "empty", "inside"])
@@ -220,16 +105,16 @@ def test_bad_folders_are_one_line(tmp_path, user_data, monkeypatch, capsys, faul
     out = tmp_path / "out"
     if fault == "missing":
         (user_data / "val").rename(user_data / "validation")
-        expected = "no folder val"
+        expected = "val does not exist"
     elif fault == "class":
         (user_data / "test" / "LYM").rename(user_data / "test" / "Lymph")
         expected = "Lymph"
     elif fault == "empty":
         for path in (user_data / "train5" / "ADI").iterdir():
             path.unlink()
-        expected = "train5/ADI has no images"
+        expected = "no tiles in ADI"
     else:
-        out, expected = user_data / "out", "lies in --data"
+        out, expected = user_data / "out", "lies in data.root"
     with pytest.raises(SystemExit) as stop:
         run_command(lambda: demo.main(["--data", str(user_data), "--out", str(out)]))
     assert stop.value.code == 2
@@ -242,7 +127,7 @@ def test_bad_folders_are_one_line(tmp_path, user_data, monkeypatch, capsys, faul
 def test_a_folder_with_other_files_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="other files"):
-        Plan(tmp_path, None, read_settings())
+        Demo(tmp_path, None, read_settings())
 
 
 # The report
@@ -280,50 +165,25 @@ def check_self_contained(text: str) -> None:
 # The whole
 
 
-class Here:
-    """Runs a stage's command in this process: the imports of fourteen processes take minutes."""
-
-    def __init__(self):
-        self.ran: list[str] = []
-
-    def __call__(self, command, log_path, environment, tick, lock) -> int:
-        script, *argv = command
-        self.ran.append(script)
-        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-        with pytest.MonkeyPatch.context() as patch, log_path.open("a") as stream:
-            for name, value in environment.items():
-                patch.setenv(name, value)
-            with redirect_stdout(stream), redirect_stderr(stream), pytest.raises(SystemExit) as end:
-                run_command(lambda: module.main(argv))
-        return end.value.code
-
-
-def execute(plan: Plan) -> tuple[list[str], str]:
-    """Run a plan; the scripts that ran, and what was printed."""
-    from ldm.demo.report import write_report
-
-    here = Here()
-    runner = Runner(plan.stages, plan.count, stream=io.StringIO(), launch=here)
-    plan.execute(runner)
-    write_report(plan, runner.finished)
-    return here.ran, runner.stream.getvalue()
-
-
 SMALL = ["sampling.most_per_class=4", "features.umap_neighbors=5"]
 
 
 @pytest.mark.slow
-def test_whole_demo(tmp_path, monkeypatch):
+def test_whole_demo(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    out = tmp_path / "demo"
-    ran, printed = execute(Plan(out, None, read_settings(SMALL, fast=True)))
-    assert ran == (
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    out, here = tmp_path / "demo", Here()
+    plan = Demo(out, None, read_settings(SMALL, fast=True)).plan
+    here.run(plan)
+    assert sorted(here.ran) == sorted(
         ["scripts/make_tiles.py", "main.py", "main.py", "classifier_train.py", "main.py"]
-        + ["sample_diffusion.py", "sample_diffusion.py", "eval.py", "scripts/vis.py"]
+        + ["sample_diffusion.py", "sample_diffusion.py", "scripts/vis.py"]
         + ["scripts/distance.py"] * 2
-        + ["eval.py"] * 2
+        + ["eval.py"] * 3
     )
-    assert len(printed.splitlines()) == 13
+    # All is done: the command only writes the report.
+    assert demo.main(["--fast", "--out", str(out), *SMALL]) == 0
+    assert "13 of 13 jobs were done before" in capsys.readouterr().out
 
     with (out / "table.csv").open(newline="") as stream:
         rows = {row["arm"]: row for row in csv.DictReader(stream)}
@@ -343,14 +203,17 @@ def test_whole_demo(tmp_path, monkeypatch):
         assert f"<h2>{heading}</h2>" in text
     assert "main.py --base configs/demo/autoencoder.yaml -t --name autoencoder" in text
 
-    assert execute(Plan(out, None, read_settings(SMALL, fast=True)))[0] == []
-    ran, printed = execute(Plan(out, None, read_settings([*SMALL, "sampling.scale=1"], fast=True)))
     # Guided samples and all that uses them; the ViT on real tiles is none of that.
-    assert (
-        ran
-        == ["sample_diffusion.py", "scripts/vis.py"] + ["scripts/distance.py"] * 2 + ["eval.py"] * 2
-    )
-    assert printed.count("done before") == 7
+    changed = Demo(out, None, read_settings([*SMALL, "sampling.scale=1"], fast=True)).plan
+    waiting = [
+        name
+        for name, one in Records(plan.jobs_folder).survey(changed.jobs).items()
+        if one.state is State.WAITING
+    ]
+    arms = [f"guided-{kind}-100" for kind in ("random", "selected")]
+    assert waiting == ["sample-guided", "features-guided"] + [
+        name for arm in arms for name in (f"select-{arm}", f"eval-{arm}-seed0")
+    ]
 
 
 @pytest.mark.slow
@@ -359,8 +222,8 @@ def test_command_on_a_folder_of_the_user(tmp_path, user_data):
     command += ["--data", str(user_data), "--out", str(tmp_path / "out")]
     first = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert first.returncode == 0, first.stdout + first.stderr
-    assert len(first.stdout.splitlines()) == 14
+    assert len(first.stdout.splitlines()) == 14  # a line per job, report and summary
     assert (tmp_path / "out" / "report.html").is_file()
     second = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert second.returncode == 0
-    assert second.stdout.count("done before") == 12
+    assert "12 of 12 jobs were done before" in second.stdout

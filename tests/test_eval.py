@@ -25,6 +25,7 @@ import eval as command
 from ldm.checkpoint import KEY, read_checkpoint, write_checkpoint
 from ldm.data.stain import from_density, stain_matrix
 from ldm.data.tiles import read_tile
+from ldm.devices import Ranks
 from ldm.errors import UserError
 from ldm.evaluation import runs, training
 from ldm.evaluation.baselines import colour_histogram, colour_histogram_baseline
@@ -34,7 +35,6 @@ from ldm.evaluation.sets import TransformedTiles, open_splits, seed_generators, 
 from ldm.evaluation.settings import Settings
 from ldm.evaluation.training import Compute, SharedBatches, Trainer, build_network
 from ldm.evaluation.vit import TileClassifier, eval_transform, load_pretrained, load_vit
-from ldm.synthesis.ranks import Ranks
 
 ROOT = Path(command.__file__).parent
 NETWORK = dict(arch="test_vit", patch_size=16, input_size=tiny.PIXELS)
@@ -974,24 +974,24 @@ def spoil_val(data):
         (None, "--arch vit_smal", "nearest: vit_small"),
         (None, "--input-size 40", "not a multiple"),
         (None, "--batch-size 15", "must be even"),
-        (None, "--epochs 5 --warmup-epochs 5", "must be less than --epochs"),
-        (None, "--cooldown-epochs 2 --sched constant", "needs a --sched that decays"),
-        (None, "--match_steps 9", "--epochs 2: --match_steps 9 counts updates; leave one"),
-        (None, "--match_steps 9 --epochs 300 --warmup-epochs 1", "and --warmup_updates; leave"),
-        (None, "--match_steps 9 --epochs 300 --validations 10", "at most --match_steps 9; lower"),
-        (None, "--match_steps 9 --epochs 300 --warmup_updates 9", "must be less than --match_st"),
-        (None, "--validations 10", "--validations 10 belongs to --match_steps"),
-        (None, "--warmup_updates 1", "--warmup_updates 1 belongs to --match_steps"),
-        (None, "--color-jitter 0.1", "no effect under --aa"),
+        (None, "--epochs 5 --warmup-epochs 5", "--warmup_epochs: 5 must be less than epochs"),
+        (None, "--cooldown-epochs 2 --sched constant", "needs a sched that decays"),
+        (None, "--match_steps 9", "--epochs: 2: match_steps 9 counts updates; leave one"),
+        (None, "--match_steps 9 --epochs 300 --warmup-epochs 1", "and warmup_updates; leave"),
+        (None, "--match_steps 9 --epochs 300 --validations 10", "at most match_steps 9; lower"),
+        (None, "--match_steps 9 --epochs 300 --warmup_updates 9", "must be less than match_st"),
+        (None, "--validations 10", "--validations: 10 belongs to match_steps"),
+        (None, "--warmup_updates 1", "--warmup_updates: 1 belongs to match_steps"),
+        (None, "--color-jitter 0.1", "no effect with aa"),
         (None, "--aa strong", "no policy that timm knows"),
         (None, "--opt adamww", "use .*adamw"),
         (None, "--finetune nothing.pth", "nothing.pth does not exist"),
-        (None, "--checkpoint_key teacher", "--finetune"),
+        (None, "--checkpoint_key teacher", "the file finetune"),
         (None, "--precision 16-mixed", "needs a CUDA device"),
         (None, "--device cuda:77", "cuda:77"),
         (None, "--device cpu --devices 4096", "4096: there is no GPU to use here"),
         (None, "--eval --devices 2", "is for training"),
-        (None, "--seed 1 --seeds 1 2", "exclude each other"),
+        (None, "--seed 1 --seeds 1 2", "not allowed with --seeds"),
         (None, "--resume x --seeds 1 2", "one network"),
         (None, "--resume x", "no file x"),
         (None, "--eval", "seed0 does not exist"),
@@ -1024,11 +1024,9 @@ def start(*arguments):
 @pytest.mark.parametrize(
     "options", [("--epochs", "0"), ("--drop-path", "1.5"), ("--lr", "nan"), ("--no-such-flag",)]
 )
-def test_exit_status_2_from_the_parser(data, options, capsys):
-    with pytest.raises(SystemExit) as caught:
+def test_options_that_are_wrong_by_themselves(data, options):
+    with pytest.raises(UserError, match=options[0].replace("-", "[-_]")):
         command.main(argv(data, *options))
-    assert caught.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_exit_status_2_and_one_line_from_a_shell(data):

@@ -10,11 +10,11 @@ import pytest
 import tiny
 import torch
 
-from ldm import export as exporting
 from ldm.checkpoint import load_model
 from ldm.diffusion.samplers import ddim
 from ldm.diffusion.schedule import time_pairs
 from ldm.errors import UserError
+from ldm.exchange import diffusers_export as exporting
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion import LatentDiffusion
 

@@ -23,7 +23,7 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 
 from ldm.checkpoint import write_checkpoint
 from ldm.cli import run_command
-from ldm.data.images import listing_sha256
+from ldm.data.tile_files import TileFiles
 from ldm.errors import UserError
 from ldm.evaluation.fidelity import (
     KID_SUBSETS,
@@ -33,9 +33,8 @@ from ldm.evaluation.fidelity import (
     kid_subset_size,
     measure,
 )
-from ldm.evaluation.sets import TransformedTiles
-from ldm.evaluation.vit import TileClassifier, eval_transform
-from ldm.features.sets import FeatureSet, TileFiles
+from ldm.evaluation.vit import TileClassifier
+from ldm.features.sets import FeatureSet
 from ldm.features.source import VIT, FeatureSource, published_source
 from scripts import fidelity as command
 
@@ -393,8 +392,7 @@ def test_what_stands_beside_the_values(tile_sets, vit, tmp_path, capsys, caplog)
     assert printed.count(f"| {fakes[0]} |") == 1 + 3  # a row over all tiles, one per class
     assert "| all | 36 / 30 |" in printed and "pre-processing: shorter side to 36" in printed
     result = results[0]
-    real = TransformedTiles(tile_sets["real"], 32, eval_transform(32), random=False)
-    assert result["real"]["sha256"] == listing_sha256(real.digests(), real.relative_paths)
+    assert result["real"]["sha256"] == TileFiles.below(tile_sets["real"]).listing
     assert result["real"]["images"] == 36 and result["fake"]["pixels"] == {"32x32": 30}
     assert list(result["per_class"]) == ["ADI", "LYM", "TUM"]
     assert len(result["extractor"]["weights_sha256"]) == 64
@@ -469,8 +467,7 @@ def test_a_network_that_was_trained_on_the_real_tiles_is_said(tile_sets, vit, tm
     seed = tmp_path / "seed0"
     (seed / "checkpoints").mkdir(parents=True)
     shutil.copy(vit, seed / "checkpoints" / "best.ckpt")
-    real = TransformedTiles(tile_sets["real"], 32, eval_transform(32), random=False)
-    sha256 = listing_sha256(real.digests(), real.relative_paths)
+    sha256 = TileFiles.below(tile_sets["real"]).listing
     (seed / "result.json").write_text(json.dumps({"data": {"train": {"sha256": sha256}}}))
     sets = (tile_sets["real"], tile_sets["fake"])
     seen, unseen = run(tmp_path, *sets, weights=seed), run(tmp_path, *sets[::-1], weights=seed)
@@ -543,7 +540,7 @@ def test_reference_file_notices_tiles_replaced_with_their_times_kept(tile_sets, 
         (["--real", "{none}", "--fake", "{fake}"], "--real: {none} does not exist"),
         (["--real", "{real}", "--fake", "{fake}", "{none}"], "--fake: {none} does not exist"),
         (["--real", "{real}", "--fake", "{empty}"], "--fake: {empty} has no images"),
-        (["--fake", "{fake}"], "--real: needed without --stats"),
+        (["--fake", "{fake}"], "--real: is needed without --stats"),
         (["--fake", "{fake}", "--stats", "{none}"], "--stats (without --real): {none}"),
         (["--real", "{real}", "--fake", "{fake}", "--overwrite"], "--overwrite: belongs to"),
         (["--real", "{real}", "--fake", "{fake}", "--extractor", "clip"], "--extractor clip"),

@@ -172,7 +172,7 @@ def test_training_the_embedding_makes_the_label_matter(folder):
     assert before["val/label_gain"] == 0
     for _ in range(5):
         optimizer.zero_grad()
-        model.eps_loss(model.unet, z_0, t, eps, y).mean().backward()
+        model.simple_loss(model.unet, z_0, t, eps, y).mean().backward()
         optimizer.step()
     after = model.validation_losses(z_0, t, eps, y)
     assert after["val/label_gain"] > 1e-3

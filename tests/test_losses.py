@@ -3,10 +3,13 @@
 import copy
 
 import pytest
+import tiny
 import torch
 from torch import nn
 
 from ldm.errors import UserError
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.lpips import read_backbone
 from ldm.modules import losses
 from ldm.modules.autoencoder import DiagonalGaussian
 from ldm.modules.ema import EMA
@@ -91,9 +94,8 @@ def test_bad_loss_settings(change, words):
 
 
 def test_lpips_is_a_distance_with_gradients(vgg_weights):
-    loss_fn = LPIPSWithDiscriminator(
-        disc_start=0, disc_weight=0, perceptual_weights=str(vgg_weights)
-    )
+    loss_fn = LPIPSWithDiscriminator(disc_start=0, disc_weight=0)
+    loss_fn.use_backbone(read_backbone(str(vgg_weights)))
     x, x_rec = images(0), images(1).requires_grad_(True)
     assert loss_fn.perceptual(x, x).abs().max() == 0
     loss, log = loss_fn.generator_loss(x, x_rec, posterior(), step=0)
@@ -106,7 +108,7 @@ def test_lpips_is_a_distance_with_gradients(vgg_weights):
 
 def test_lpips_takes_the_backbone_from_the_file(vgg_weights):
     state = torch.load(vgg_weights)
-    net = build_lpips(str(vgg_weights)).net
+    net = build_lpips(read_backbone(str(vgg_weights))).net
     ours = {k.split(".", 1)[1]: v for k, v in net.state_dict().items()}
     assert len(ours) == 26  # 13 convolutions
     assert all(torch.equal(v, state[f"features.{k}"]) for k, v in ours.items())
@@ -116,7 +118,7 @@ def test_lpips_finds_torchvisions_cache(vgg_weights, tmp_path, monkeypatch):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "vgg16-397923af.pth").write_bytes(vgg_weights.read_bytes())
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    assert build_lpips(None)(images(0), images(1)).shape == (2, 1, 1, 1)
+    assert build_lpips(read_backbone(None))(images(0), images(1)).shape == (2, 1, 1, 1)
 
 
 def test_lpips_without_weights_says_how_to_get_them(tmp_path, monkeypatch):
@@ -125,7 +127,11 @@ def test_lpips_without_weights_says_how_to_get_them(tmp_path, monkeypatch):
         UserError,
         match=r"vgg16-397923af.*internet, run .*fetch_weights.py lpips.*perceptual_weight=0",
     ):
-        LPIPSWithDiscriminator(disc_start=0)
+        AutoencoderKL(
+            tiny.DDCONFIG,
+            3,
+            {"target": "ldm.modules.losses.LPIPSWithDiscriminator", "params": {"disc_start": 0}},
+        )
 
 
 @pytest.mark.parametrize("content", [b"not weights", None])
@@ -136,7 +142,7 @@ def test_lpips_refuses_other_files(tmp_path, content):
     else:
         path.write_bytes(content)
     with pytest.raises(UserError, match="vgg16"):
-        build_lpips(str(path))
+        build_lpips(read_backbone(str(path)))
 
 
 # Moving average

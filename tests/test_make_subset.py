@@ -227,7 +227,7 @@ def test_what_is_missing_of_a_ceiling_is_reported(data, tmp_path, caplog):
     assert "fewer tiles than wanted: ADI 4 of 6, TUM 4 of 6" in caplog.text
     with pytest.raises(UserError, match="lies in --include"):
         run(data, few / "more", "--ratio", "100", "--include", str(few))
-    with pytest.raises(UserError, match="both must have the same classes"):
+    with pytest.raises(UserError, match=r"differ from the classes .*TUM"):
         shutil.rmtree(few / "TUM")
         run(data, tmp_path / "other", "--ratio", "100", "--include", str(few))
 
@@ -251,7 +251,6 @@ def test_what_is_missing_is_reported(data, tmp_path, caplog):
         (["--group_csv", "twice.csv"], "a.png is in group x and in y"),
         (["--group_csv", "twice.csv", "--group_rows", "split=1"], "group_rows='split=1': write"),
         (["--group_csv", "twice.csv", "--group_rows", "path"], "group_rows='path': write"),
-        (["--group_column", "slide"], "belongs to --group_csv"),
         (["--out", "train/sub"], "lies in --data"),
         (["--out", "other"], "was not made by this command"),
         (["--data", "empty"], "no class folders"),

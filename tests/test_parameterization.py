@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from ldm.checkpoint import KEY, load_model, read_checkpoint, write_checkpoint
+from ldm.diffusion.prediction import NoisePredictor, VPrediction
 from ldm.diffusion.samplers import ddim, ddpm, dpm_solver_pp_2m
 from ldm.diffusion.schedule import NoiseSchedule, time_pairs
 from ldm.errors import UserError
-from ldm.models.diffusion import EpsFromV, LatentDiffusion
+from ldm.models.diffusion import LatentDiffusion
 from ldm.models.label_adapter import LabelAdapter
 from ldm.synthesis.models import load_models
 from ldm.synthesis.settings import Sampling
@@ -63,7 +64,10 @@ def test_eps_of_v_inverts_v(t):
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm"])
 def test_a_perfect_v_returns_z_0(sampler, steps):
     z_0, z_T = latents(0), latents(1)
-    eps_fn, pairs = EpsFromV(PerfectV(z_0), SCHEDULE), time_pairs(1000, steps, offset=0)
+    eps_fn, pairs = (
+        NoisePredictor(PerfectV(z_0), VPrediction(SCHEDULE)),
+        time_pairs(1000, steps, offset=0),
+    )
     if sampler == "ddim":
         z = ddim(eps_fn, SCHEDULE, z_T, pairs)
     elif sampler == "ddpm":
@@ -75,7 +79,10 @@ def test_a_perfect_v_returns_z_0(sampler, steps):
 
 def test_v_taken_for_eps_would_be_seen():
     z_0, z_T, pairs = latents(0), latents(1), time_pairs(1000, 7)
-    for eps_fn, right in ((EpsFromV(PerfectV(z_0), SCHEDULE), True), (PerfectV(z_0), False)):
+    for eps_fn, right in (
+        (NoisePredictor(PerfectV(z_0), VPrediction(SCHEDULE)), True),
+        (PerfectV(z_0), False),
+    ):
         seen = []
         ddim(eps_fn, SCHEDULE, z_T, pairs, on_step=seen.append)
         errors = [(step.z_0_pred - z_0).abs().max() for step in seen]
@@ -137,7 +144,7 @@ def test_training_losses(autoencoder_ckpt, parameterization, weighting, loss_typ
     with torch.no_grad():
         losses, simple = model.training_losses(z_0, t, eps)
         torch.testing.assert_close(
-            simple, model.eps_loss(model.eps_model(use_ema=False), z_0, t, eps)
+            simple, model.simple_loss(model.network(use_ema=False), z_0, t, eps)
         )
         z_t = model.schedule.q_sample(z_0, t, eps)
         alpha_bar = model.schedule.alphas_cumprod[t].float().view(-1, 1, 1, 1)

@@ -2,28 +2,25 @@
 
 import copy
 import csv
-import importlib
 import json
 import os
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import tiny
 import yaml
+from inprocess import Here
 
 import main as main_py
-from ldm.cli import run_command
 from ldm.config import load_configs, resolve, validate_config
 from ldm.errors import UserError
-from ldm.stages import ROOT
-from ldm.table import scheduler
-from ldm.table.config import read_settings
-from ldm.table.gather import read_paper
-from ldm.table.plan import Plan
-from ldm.table.preflight import check_commands
+from ldm.experiment.gather import read_paper
+from ldm.experiment.jobs import ROOT
+from ldm.experiment.plan import Plan
+from ldm.experiment.preflight import check_commands
+from ldm.experiment.settings import read_settings
 from scripts import reproduce_table
 
 CONFIGS = sorted((ROOT / "configs" / "tables").glob("*.yaml"))
@@ -126,12 +123,12 @@ def test_published_tables_are_valid(path, given, tmp_path, monkeypatch):
     if settings.data.groups is not None:
         settings.data.groups = str(given / "slides.csv")
     plan = Plan(settings)
-    check_commands(plan.stages)
-    for stage in plan.stages:
-        if stage.command[0] == "main.py":
-            args = main_py.parse_arguments(list(stage.command[1:]))
+    check_commands(plan.jobs)
+    for job in plan.jobs:
+        if job.command[0] == "main.py":
+            args = main_py.parse_arguments(list(job.command[1:]))
             with pytest.MonkeyPatch.context() as patch:
-                for name, value in stage.environment.items():
+                for name, value in job.environment.items():
                     patch.setenv(name, value)
                 validate_config(resolve(load_configs(args.base, args.overrides)))
     keys = [row.key for row in plan.rows]
@@ -226,6 +223,20 @@ def test_what_is_missing_is_told_before_anything_runs(small, key, value, expecte
         plan_of(small(set_key(key, value)))
 
 
+def test_all_that_is_missing_is_told_at_once(small):
+    def change(settings):
+        settings["models"]["guide"]["run"] = "nowhere.ckpt"
+        settings["models"]["more"] = {"config": "configs/nowhere.yaml"}
+        settings["data"]["groups"] = "groups.csv"
+
+    with pytest.raises(UserError) as caught:
+        plan_of(small(change))
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    for key in ("models.guide.run", "models.more.config", "data.groups"):
+        assert key in message
+
+
 def test_a_user_s_folder_is_never_taken_for_one_of_ours(small, tmp_path, given):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
@@ -241,7 +252,7 @@ def test_options_are_checked_by_the_commands_themselves(small):
         settings["sampling"]["options"]["eta"] = 7
 
     with pytest.raises(UserError) as caught:
-        check_commands(plan_of(small(change)).stages)
+        check_commands(plan_of(small(change)).jobs)
     message = str(caught.value)
     assert "--arhc" in message and "--eta" in message
     assert message.count("--arhc") == 1  # not once per seed
@@ -254,7 +265,7 @@ def test_options_are_checked_by_the_commands_themselves(small):
 def test_rows_and_jobs(small):
     plan = plan_of(small())
     assert [row.key for row in plan.rows] == ["real", "tuned-random-100", "tuned-centroid-100"]
-    names = [stage.name for stage in plan.stages]
+    names = [job.name for job in plan.jobs]
     assert names == [
         "eval-real-seed0",
         "eval-real-seed1",
@@ -268,7 +279,7 @@ def test_rows_and_jobs(small):
         "eval-tuned-centroid-100-seed0",
         "eval-tuned-centroid-100-seed1",
     ]
-    needs = {stage.name: set(stage.after) for stage in plan.stages}
+    needs = {job.name: set(job.after) for job in plan.jobs}
     assert needs["features-tuned"] == {"sample-tuned", "eval-real-seed0"}
     assert needs["eval-tuned-centroid-100-seed1"] == {"select-tuned-centroid-100"}
     random, centroid = plan.rows[1:]
@@ -291,14 +302,14 @@ def test_another_network_judges(small, tmp_path):
         settings["judge"] = {"seed": 1, "network": "longer"}
 
     plan = plan_of(small(change))
-    stages = {stage.name: stage for stage in plan.stages}
-    assert set(stages["features-tuned"].after) == {"sample-tuned", "eval-longer-seed1"}
-    command = stages["features-tuned"].command
+    jobs = {job.name: job for job in plan.jobs}
+    assert set(jobs["features-tuned"].after) == {"sample-tuned", "eval-longer-seed1"}
+    command = jobs["features-tuned"].command
     weights = Path(command[command.index("--weights") + 1])
     assert weights == tmp_path / "out" / "eval" / "longer" / "train5" / "seed1"
     row = next(row for row in plan.rows if row.key == "longer")
     assert row.jobs == {0: "eval-longer-seed0", 1: "eval-longer-seed1"}
-    trained = stages["eval-longer-seed1"].command
+    trained = jobs["eval-longer-seed1"].command
     assert trained[trained.index("--match_steps") + 1] == "4"
 
 
@@ -322,7 +333,7 @@ def test_the_grid_can_be_written_down_in_parts(small):
         "own-centroid-100",
         "own-centroid-300",
     ]
-    amounts = {s.name: s.command for s in plan.stages if s.name.startswith("sample-")}
+    amounts = {s.name: s.command for s in plan.jobs if s.name.startswith("sample-")}
     for name, amount in (("sample-tuned", "4"), ("sample-own", "12")):  # 2 per class, twice
         words = amounts[name]
         assert words[words.index("--n_samples") + 1] == amount
@@ -336,7 +347,7 @@ def test_uneven_classes_get_what_they_want(small, given, tmp_path):
     tiny.tiles(root / "train5", per_class=3)
     (root / "train5" / "TUM" / "0_0.png").unlink()
     plan = plan_of(small(), f"data.root={root}", "grid.ratios=[50]")
-    (sample,) = [s.command for s in plan.stages if s.name == "sample-tuned"]
+    (sample,) = [s.command for s in plan.jobs if s.name == "sample-tuned"]
     # Half of 3 is 2, half of 2 is 1: as scripts/distance.py rounds.
     assert sample[sample.index("--counts") + 1] == "ADI=4,LYM=4,TUM=2"
 
@@ -362,65 +373,39 @@ def test_models_trained_here(small, monkeypatch):
         settings["generators"]["tuned"]["diffusion"] = "ldm"
 
     plan = plan_of(small(change))
-    stages = {stage.name: stage for stage in plan.stages}
-    assert stages["train-ae"].gpus == 2
-    assert stages["train-ae"].environment["HISTO_LC25000"] == "/corpora/lc25000"
-    assert stages["train-ae"].environment["HISTO_DATA"] == str(plan.data)
-    assert stages["train-ldm"].environment["HISTO_DATA"] == "/tiles"
+    jobs = {job.name: job for job in plan.jobs}
+    assert jobs["train-ae"].gpus == 2
+    assert jobs["train-ae"].environment["HISTO_LC25000"] == "/corpora/lc25000"
+    assert jobs["train-ae"].environment["HISTO_DATA"] == str(plan.data)
+    assert jobs["train-ldm"].environment["HISTO_DATA"] == "/tiles"
     last = str(plan.out / "models" / "ae" / "checkpoints" / "last.ckpt")
-    assert stages["train-ldm"].environment["HISTO_AUTOENCODER"] == last
-    assert "--noised=False" in stages["train-guide"].command
-    assert set(stages["sample-tuned"].after) == {"train-ldm", "train-guide"}
+    assert jobs["train-ldm"].environment["HISTO_AUTOENCODER"] == last
+    assert "--noised=False" in jobs["train-guide"].command
+    assert set(jobs["sample-tuned"].after) == {"train-ldm", "train-guide"}
     guide = str(plan.out / "models" / "guide" / "checkpoints" / "best.ckpt")
-    assert guide in stages["sample-tuned"].command
-    check_commands(plan.stages)
+    assert guide in jobs["sample-tuned"].command
+    check_commands(plan.jobs)
 
 
 def test_another_checkpoint_is_another_job(small, given, tmp_path):
     """By content: the same file elsewhere, or touched, is the same."""
     path = small()
-    first = {s.name: s.data for s in plan_of(path).stages}
+    first = {s.name: s.data for s in plan_of(path).jobs}
     (given / "diffusion.ckpt").touch()
-    assert {s.name: s.data for s in plan_of(path).stages} == first
+    assert {s.name: s.data for s in plan_of(path).jobs} == first
     other = tmp_path / "other.ckpt"
     other.write_bytes((given / "diffusion.ckpt").read_bytes() + b"x")
-    changed = {s.name: s.data for s in plan_of(path, f"models.pretrained.run={other}").stages}
+    changed = {s.name: s.data for s in plan_of(path, f"models.pretrained.run={other}").jobs}
     assert {name for name in first if changed[name] != first[name]} == {"sample-tuned"}
 
 
 # The whole
 
 
-class Here:
-    """Runs a job's command in this process: importing torch for each would take minutes."""
-
-    def __init__(self):
-        self.ran: list[str] = []
-
-    def __call__(self, command, log_path, environment, tick, lock) -> int:
-        script, *argv = command
-        self.ran.append(script)
-        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-        with pytest.MonkeyPatch.context() as patch, log_path.open("a") as stream:
-            for name, value in environment.items():
-                patch.setenv(name, value)
-            with redirect_stdout(stream), redirect_stderr(stream), pytest.raises(SystemExit) as end:
-                run_command(lambda: module.main(argv))
-        return end.value.code
-
-
 @pytest.fixture
 def here(monkeypatch):
     monkeypatch.chdir(ROOT)
-    runs = Here()
-    before = scheduler.Scheduler.__init__
-    monkeypatch.setattr(
-        scheduler.Scheduler,
-        "__init__",
-        lambda self, *args, **kwargs: before(self, *args, **{**kwargs, "launch": runs}),
-    )
-    monkeypatch.setattr("signal.signal", lambda *_: None)
-    return runs
+    return Here()
 
 
 def test_a_small_table(small, given, here, tmp_path, capsys):
@@ -431,8 +416,11 @@ def test_a_small_table(small, given, here, tmp_path, capsys):
         settings["copies"] = {"judge": True, "options": {"quantile": 0.1}}
         settings["baselines"] = {"kinds": ["colour_mean"], "ceiling": {"ratios": [100]}}
 
-    argv = ["--config", str(small(change))]
-    assert reproduce_table.main(argv) == 0
+    path = small(change)
+    argv = ["--config", str(path)]
+    here.run(plan_of(path))
+    assert reproduce_table.main(argv) == 0  # all is done, so only the results are written
+    assert "18 of 18 jobs were done before" in capsys.readouterr().out
     assert here.ran == (
         ["scripts/baselines.py"]
         + ["eval.py"] * 2
@@ -482,8 +470,9 @@ def test_a_small_table(small, given, here, tmp_path, capsys):
     assert [row["summary"]["bootstrap"]["test"]["groups"] for row in table["rows"]] == [3] * 5
 
     # An option of one strategy: its arm alone is made anew. It cannot be, and the row says so.
-    broken = [*argv, "evaluation.seeds=[0]", "selection.centroid.options.ratio=3"]
-    assert reproduce_table.main(broken) == 1
+    overrides = ["evaluation.seeds=[0]", "selection.centroid.options.ratio=3"]
+    here.run(plan_of(path, *overrides))
+    assert reproduce_table.main([*argv, *overrides, "--report"]) == 1
     assert here.ran[before:] == ["scripts/distance.py"]
     failed = {row["key"]: row for row in json.loads((out / "table.json").read_text())["rows"]}[
         "tuned-centroid-100"
@@ -498,14 +487,17 @@ def test_a_small_table(small, given, here, tmp_path, capsys):
     assert "5 rows: 4 complete" in status
 
 
-def test_only_some_rows(small, here, tmp_path):
-    assert (
-        reproduce_table.main(["--config", str(small()), "evaluation.seeds=[0]", "--only", "real"])
-        == 0
-    )
-    assert here.ran == ["eval.py"]
+def test_only_some_rows(small, tmp_path, monkeypatch):
+    """As a user starts it, by Snakemake."""
+    monkeypatch.chdir(ROOT)
+    argv = ["--config", str(small()), "evaluation.seeds=[0]", "--only", "real"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("signal.signal", lambda *_: None)
+        assert reproduce_table.main(argv) == 0
     table = json.loads((tmp_path / "out" / "table.json").read_text())
     assert [row["status"] for row in table["rows"]] == ["done", "missing", "missing"]
+    ran = [name for name, job in table["record"]["jobs"].items() if job["state"] == "done"]
+    assert ran == ["eval-real-seed0"]
     with pytest.raises(UserError, match="--only reel: fits no row; did you mean real"):
         reproduce_table.main(["--config", str(small()), "--only", "reel"])
 

@@ -27,7 +27,8 @@ from test_main import (
 )
 
 import classifier_train
-from ldm import checkpoint as files
+from ldm import files
+from ldm.checkpoint import read_checkpoint, training_step_of, write_checkpoint
 from ldm.cli import run_command
 from ldm.config import load_configs, validate_config
 from ldm.errors import Stopped, UserError
@@ -37,24 +38,25 @@ from ldm.models.base import SKIPPED_STEPS
 from ldm.models.classifier import NoisyLatentClassifier
 from ldm.models.diffusion import LatentDiffusion
 from ldm.run import RunFolder
-from ldm.trainer import build_loggers
+from ldm.train import build_loggers
 
 # --- Files ---------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_that_is_being_replaced_is_whole_at_every_write(tmp_path, monkeypatch):
+def test_a_checkpoint_that_is_being_replaced_stays_until_the_new_one_is_complete(
+    tmp_path, monkeypatch
+):
     path = tmp_path / "last.ckpt"
-    files.write_checkpoint(path, {"x": torch.zeros(1000), "global_step": 1})
-    seen = []
+    write_checkpoint(path, {"x": torch.zeros(1000), "global_step": 1})
+    save, seen = torch.save, []
 
-    def write(self, block, before=files._Written.write):
-        seen.append(torch.load(path, weights_only=True)["global_step"])
-        return before(self, block)
+    def watched(payload, file):
+        save(payload, file)
+        seen.append(training_step_of(path))
 
-    monkeypatch.setattr(files._Written, "write", write)
-    files.write_checkpoint(path, {"x": torch.ones(1000), "global_step": 2})
-    assert len(seen) > 1 and set(seen) == {1}
-    assert files.training_step_of(path) == 2
+    monkeypatch.setattr(torch, "save", watched)
+    write_checkpoint(path, {"x": torch.ones(1000), "global_step": 2})
+    assert seen == [1] and training_step_of(path) == 2
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
 
@@ -77,13 +79,13 @@ def limited(size: int, write) -> None:
 
 def test_a_disk_that_fills_up_leaves_the_checkpoint_before_it(tmp_path, capfd):
     path = tmp_path / "last.ckpt"
-    files.write_checkpoint(path, {"x": torch.zeros(10), "global_step": 1})
+    write_checkpoint(path, {"x": torch.zeros(10), "global_step": 1})
     payload = {"x": torch.zeros(100_000), "global_step": 2}
-    limited(100_000, lambda: files.write_checkpoint(path, payload))
+    limited(100_000, lambda: write_checkpoint(path, payload))
     message = capfd.readouterr().err
     assert f"{path} cannot be written" in message and "untouched" in message
     assert "\n" not in message
-    assert files.training_step_of(path) == 1
+    assert training_step_of(path) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"], "no half file stays"
 
     # What the plain way leaves behind.
@@ -94,7 +96,7 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before_it(tmp_path, capfd):
             raise UserError("failed") from None
 
     limited(100_000, plain)
-    assert files.training_step_of(path) is None
+    assert training_step_of(path) is None
 
 
 @pytest.fixture
@@ -112,10 +114,10 @@ def small_disk(tmp_path):
 
 def test_a_full_file_system(small_disk):
     path = small_disk / "last.ckpt"
-    files.write_checkpoint(path, {"x": torch.zeros(100_000), "global_step": 1})
+    write_checkpoint(path, {"x": torch.zeros(100_000), "global_step": 1})
     with pytest.raises(UserError, match="No space left.*last.ckpt|last.ckpt.*No space left"):
-        files.write_checkpoint(path, {"x": torch.zeros(500_000), "global_step": 2})
-    assert files.training_step_of(path) == 1
+        write_checkpoint(path, {"x": torch.zeros(500_000), "global_step": 2})
+    assert training_step_of(path) == 1
     with pytest.raises(UserError, match=r"last.ckpt needs 5\.0 MB, its disk has .* MB free"):
         files.require_space(path, 5_000_000)
     assert [p.name for p in small_disk.iterdir()] == ["last.ckpt"]
@@ -125,13 +127,13 @@ def test_saving_looks_at_the_free_space_first(tmp_path, monkeypatch):
     path, io = tmp_path / "last.ckpt", saving.CheckpointFiles()
     io.save_checkpoint({"x": torch.zeros(1000), "global_step": 1}, path)
     size = path.stat().st_size
-    monkeypatch.setattr(files, "free_space", lambda _: int(1.1 * size) - 1)
+    monkeypatch.setattr("ldm.files.free_space", lambda _: int(1.1 * size) - 1)
     with pytest.raises(UserError, match="needs 0.0 MB.*untouched"):
         io.save_checkpoint({"x": torch.zeros(1000), "global_step": 2}, path)
-    assert files.training_step_of(path) == 1
-    monkeypatch.setattr(files, "free_space", lambda _: int(1.1 * size))
+    assert training_step_of(path) == 1
+    monkeypatch.setattr("ldm.files.free_space", lambda _: int(1.1 * size))
     io.save_checkpoint({"x": torch.zeros(1000), "global_step": 2}, path)
-    assert files.training_step_of(path) == 2
+    assert training_step_of(path) == 2
 
 
 def test_a_run_does_not_start_without_room(data, tmp_path, monkeypatch):  # noqa: F811
@@ -142,11 +144,11 @@ def test_a_run_does_not_start_without_room(data, tmp_path, monkeypatch):  # noqa
     size = saving.expected_size(trained)
     real = (tmp_path / "first" / "checkpoints" / "last.ckpt").stat().st_size
     assert 0.8 * real < size < 1.1 * real
-    monkeypatch.setattr(files, "free_space", lambda _: int(3 * size))
+    monkeypatch.setattr("ldm.files.free_space", lambda _: int(3 * size))
     with pytest.raises(UserError, match="before the start: .*last.ckpt needs .* MB"):
         run(config, tmp_path, "second", 1)
     assert not (tmp_path / "second").exists()
-    monkeypatch.setattr(files, "free_space", lambda _: int(3.4 * size))
+    monkeypatch.setattr("ldm.files.free_space", lambda _: int(3.4 * size))
     run(config, tmp_path, "second", 1)
 
 
@@ -238,7 +240,7 @@ def test_a_regular_checkpoint_comes_after_the_validation_of_its_step(
 
 def temperature(logdir: Path, step: int) -> float:
     path = logdir / "c" / "checkpoints" / f"model_{step:06d}.ckpt"
-    return float(files.read_checkpoint(path)["state_dict"]["temperature"])
+    return float(read_checkpoint(path)["state_dict"]["temperature"])
 
 
 def test_a_signal_at_a_step_with_a_validation_waits_for_it(labelled, tmp_path, monkeypatch):
@@ -252,7 +254,7 @@ def test_a_signal_at_a_step_with_a_validation_waits_for_it(labelled, tmp_path, m
     monkeypatch.setattr(NoisyLatentClassifier, "training_step", interrupted)
     with pytest.raises(Stopped, match="after step 2"):
         classify(labelled, tmp_path, 4)
-    payload = files.read_checkpoint(tmp_path / "c")
+    payload = read_checkpoint(tmp_path / "c")
     assert payload["global_step"] == 2 and float(payload["state_dict"]["temperature"]) != 1
 
 
@@ -390,9 +392,9 @@ def kill_and_go_on(config: Path, folder: Path, kills: int, steps: int, seed: int
         process.wait()
         process.stderr.close()
         for path in last.parent.glob("*.ckpt"):
-            payload = files.read_checkpoint(path)  # loads, whatever the moment
+            payload = read_checkpoint(path)  # loads, whatever the moment
             assert all(torch.isfinite(v).all() for v in payload["state_dict"].values())
-        step = files.training_step_of(last)
+        step = training_step_of(last)
         assert step >= reached, "no step is lost twice"
         reached = step
 
@@ -407,8 +409,8 @@ def test_killed_runs_leave_checkpoints_that_load(
     """kill -9 while a checkpoint is written at every step; then the run ends as if nothing was."""
     config = write_config(tmp_path / "c.yaml", data, diffusion_model(autoencoder_ckpt))
     kill_and_go_on(config, tmp_path, kills, steps, seed=kills)
-    (tmp_path / "k" / "checkpoints" / ".last.ckpt.left").write_bytes(b"half")
-    end = files.training_step_of(tmp_path / "k" / "checkpoints" / "last.ckpt") + 2
+    (tmp_path / "k" / "checkpoints" / ".last.ckpt.a8b_c9de").write_bytes(b"half")
+    end = training_step_of(tmp_path / "k" / "checkpoints" / "last.ckpt") + 2
     for name in ("k", "whole"):  # processes of their own, as those that were killed
         process = start(config, tmp_path, end, name, interval=1000)
         assert process.wait() == 0, process.stderr.read()

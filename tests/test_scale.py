@@ -11,15 +11,15 @@ from test_main import autoencoder_model, diffusion_model, run, weights, write_co
 
 import classifier_train
 import main as main_py
-from ldm import speed as speed_module
-from ldm import trainer
+from ldm import devices as devices_module
+from ldm import train as training
 from ldm.checkpoint import load_model, read_checkpoint
+from ldm.devices import Devices, follow_layout, training_devices
 from ldm.errors import UserError
 from ldm.models.diffusion import LatentDiffusion
 from ldm.modules.autoencoder import AutoencoderKL as AutoencoderNet
 from ldm.modules.unet import EncoderUNetModel, UNetModel
 from ldm.run import RunFolder
-from ldm.speed import Speed, follow_layout
 
 
 @pytest.fixture(scope="module")
@@ -129,37 +129,36 @@ def test_sharded_training(one, config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("speed", "configured", "given", "words"),
+    ("devices", "configured", "words"),
     [
-        (Speed("deepspeed"), None, {}, "deepspeed: .*use --strategy fsdp"),
-        (Speed(), "deepspeed_stage_2", {}, "deepspeed: .*use --strategy fsdp"),
-        (Speed("ddp"), "fsdp", {}, "--strategy ddp and lightning.trainer.strategy=fsdp both"),
-        (Speed("fsdp"), None, {"ranks": 1}, "give --devices"),
-        (Speed("fsdp"), None, {"precision": "16-mixed"}, "must be 32 or bf16-mixed"),
-        (Speed("fsdp", compile=True), None, {}, "fsdp: --compile"),
-        (Speed("fsdp", channels_last=True), None, {}, "fsdp: --channels_last"),
-        (Speed("fsdp"), None, {"model": tiny.autoencoder}, "AutoencoderKL has none"),
+        (Devices(strategy="deepspeed"), None, "deepspeed: .*use --strategy fsdp"),
+        (Devices(), "deepspeed_stage_2", "deepspeed: .*use --strategy fsdp"),
+        (Devices(strategy="ddp"), "fsdp", "--strategy ddp and .*trainer.strategy=fsdp both"),
+        (Devices(strategy="fsdp"), None, "give --devices"),
+        (Devices("cpu", 2, precision="16-mixed"), "fsdp", "must be 32 or bf16-mixed"),
+        (Devices("cpu", 2, compile=True), "fsdp", "fsdp: --compile"),
+        (Devices("cpu", 2, channels_last=True), "fsdp", "fsdp: --channels_last"),
     ],
 )
-def test_strategies_that_do_not_go_together(autoencoder_ckpt, speed, configured, given, words):
-    model = given.get("model", lambda: tiny.diffusion(autoencoder_ckpt))()
-    ranks, precision = given.get("ranks", 2), given.get("precision", "32-true")
+def test_strategies_that_do_not_go_together(autoencoder_ckpt, devices, configured, words):
     with pytest.raises(UserError, match=words):
-        trainer.choose_strategy(configured, speed, model, ranks, precision)
+        training.choose_strategy(configured, devices, tiny.diffusion(autoencoder_ckpt))
 
 
 def test_strategies(autoencoder_ckpt):
     diffusion, autoencoder = tiny.diffusion(autoencoder_ckpt), tiny.autoencoder()
 
-    def chosen(configured=None, speed=None, model=diffusion, count=2):
-        return trainer.choose_strategy(configured, speed or Speed(), model, count, "32-true")
+    def chosen(configured=None, strategy="auto", model=diffusion, count=2):
+        return training.choose_strategy(configured, Devices("cpu", count, strategy=strategy), model)
 
-    assert chosen() == chosen("ddp") == chosen(speed=Speed("ddp")) == "ddp"
+    assert chosen() == chosen("ddp") == chosen(strategy="ddp") == "ddp"
     assert chosen(count=1) == chosen("ddp", count=1) == "auto"
     unused = "ddp_find_unused_parameters_true"
     assert chosen(model=autoencoder) == chosen("ddp", model=autoencoder) == unused
     assert chosen("ddp_notebook") == "ddp_notebook"
     assert type(chosen("fsdp")).__name__ == "ShardedStrategy"
+    with pytest.raises(UserError, match="AutoencoderKL has none"):
+        chosen("fsdp", model=autoencoder)
 
 
 def test_a_strategy_that_lightning_does_not_know(config, tmp_path):
@@ -171,9 +170,9 @@ def test_more_processes_than_cores(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
     monkeypatch.setattr("os.cpu_count", lambda: 2)
-    assert trainer.choose_devices(None, 2) == trainer.Devices("cpu", 2)
+    assert training_devices(None, 2) == Devices("cpu", 2)
     with pytest.raises(UserError, match="--devices 3: this machine has no CUDA GPU and 2 CPU"):
-        trainer.choose_devices(None, 3)
+        training_devices(None, 3)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +190,7 @@ def test_more_processes_than_cores(monkeypatch):
 def test_devices_of_the_configuration(argv, settings, expected):
     """They are counted in the batch and checked as those of the command, which come first."""
     args = main_py.parse_arguments(argv)
-    main_py.take_devices(args, settings)
+    args = main_py.configured_devices(args, settings)
     assert (args.gpus, args.devices, args.num_nodes) == expected and not settings
 
 
@@ -297,7 +296,7 @@ def test_recomputed_features_give_the_same_gradients_with_less_memory(build):
 @pytest.mark.slow
 def test_compiled_training(config, tmp_path, monkeypatch):
     """The same losses, the same names in the checkpoint; with and without, a run goes on."""
-    monkeypatch.setattr(speed_module, "BACKEND", "aot_eager")  # traced, but not made into C++
+    monkeypatch.setattr(devices_module, "BACKEND", "aot_eager")  # traced, but not made into C++
     compiled, call = [], torch.nn.Module.compile
     monkeypatch.setattr(
         torch.nn.Module,
@@ -382,33 +381,34 @@ def test_states_in_another_layout_are_not_mixed_up():
     ("fused", "accelerator", "precision", "clips", "expected"),
     [
         ("auto", "gpu", "bf16-mixed", False, True),
-        ("auto", "gpu", "32-true", True, True),
+        ("auto", "gpu", "32", True, True),
         ("auto", "gpu", "bf16-mixed", True, False),
         ("auto", "gpu", "16-mixed", False, False),
-        ("auto", "cpu", "32-true", False, False),
-        ("true", "cpu", "32-true", True, True),
-        ("false", "gpu", "32-true", False, False),
+        ("auto", "cpu", "32", False, False),
+        ("true", "cpu", "32", True, True),
+        ("false", "gpu", "32", False, False),
     ],
 )
 def test_where_optimisers_are_fused(fused, accelerator, precision, clips, expected):
-    assert Speed(fused=fused).fuses(accelerator, precision, clips) is expected
+    devices = Devices(accelerator, fused=fused, precision=precision)
+    assert devices.fuses(clips) is expected
 
 
 @pytest.mark.parametrize(("precision", "clips"), [("16-mixed", False), ("bf16-mixed", True)])
 def test_fused_where_it_cannot_be(precision, clips):
     with pytest.raises(UserError, match="--fused true does not go with"):
-        Speed(fused="true").fuses("gpu", precision, clips)
+        Devices("gpu", fused="true", precision=precision).fuses(clips)
 
 
 def test_tf32(autoencoder_ckpt):
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     model = tiny.diffusion(autoencoder_ckpt)
     try:
-        Speed(tf32=True).prepare(model)
+        Devices(tf32=True).prepare(model, [])
         assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
-        Speed().prepare(model)
+        Devices().prepare(model, [])
         assert torch.get_float32_matmul_precision() == "high", "as it is, when not given"
-        Speed(tf32=False).prepare(model)
+        Devices(tf32=False).prepare(model, [])
         assert torch.get_float32_matmul_precision() == "highest"
         assert not torch.backends.cudnn.allow_tf32
     finally:

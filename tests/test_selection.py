@@ -21,7 +21,8 @@ from tiny import tiles as make_tiles
 
 from ldm.checkpoint import write_checkpoint
 from ldm.cli import run_command
-from ldm.data.tiles import TileFolder, class_folders, list_images
+from ldm.data.images import class_folders, list_images
+from ldm.data.tiles import TileFolder
 from ldm.errors import UserError
 from ldm.evaluation.sets import open_splits
 from ldm.evaluation.settings import Settings

@@ -4,91 +4,28 @@ tests/slurm/run.sh is the proof on a real SLURM.
 """
 
 import ast
-import importlib
 import os
 import re
-import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
+from shells import OTHERS, ROOT, make_site, parse, recorded, shell
 
 import main as main_module
 from ldm.errors import UserError
-from ldm.trainer import cluster_plugins
+from ldm.train import cluster_plugins
 from scripts import cache_latents
 
-ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "scripts" / "slurm"
 SCRIPTS = sorted(path.name for path in FOLDER.glob("*.sbatch"))
 GUIDE = ROOT / "docs" / "cluster.md"
 NEEDED = ("job-name", "nodes", "ntasks-per-node", "cpus-per-task", "time", "requeue")
 NEEDED += ("open-mode", "output", "signal")
 
-PROGRAMS = {
-    # The step: without its own options, the command.
-    "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
-    "scontrol": 'printf "%s\\n" "$*" >> "$RECORD.scontrol"',
-    "python": '''{ printf "%s\\037" "$@"; printf "\\036"; } >> "$RECORD"; exit "${STATUS:-0}"''',
-    # A job that starts at once, with SLURM's variables; of an array the first element.
-    "sbatch": """
-        while [[ $1 != *.sbatch ]]; do
-            case $1 in
-                --array=*) array=${1#*=} ;;
-                --nodes=*) nodes=${1#*=} ;;
-                --ntasks-per-node=*) tasks=${1#*=} ;;
-                --*) ;;
-                *) echo "sbatch: $1 is no option" >&2; exit 1 ;;
-            esac
-            shift
-        done
-        script=$1; shift
-        said() { sed -n "s/^#SBATCH --$1=//p" "$script"; }
-        export SLURM_JOB_ID=7 SLURM_JOB_NAME=$(said job-name) SLURM_NNODES=${nodes:-$(said nodes)}
-        export SLURM_NTASKS_PER_NODE=${tasks:-$(said ntasks-per-node)}
-        export SLURM_CPUS_PER_TASK=$(said cpus-per-task)
-        if [ -n "${array:-}" ]; then
-            export SLURM_ARRAY_JOB_ID=7 SLURM_ARRAY_TASK_ID=${array%-*}
-            export SLURM_ARRAY_TASK_COUNT=$((${array#*-} + 1))
-        fi
-        bash "$script" "$@" >&2 || exit
-        echo 7""",
-    "make": "true",
-    "module": "true",
-}
-
 
 @pytest.fixture
 def site(tmp_path):
-    """A checkout whose python records its arguments, and a PATH with the programs above."""
-    (tmp_path / "bin").mkdir()
-    for name, body in PROGRAMS.items():
-        path = tmp_path / "bin" / name
-        path.write_text(f"#!/bin/bash\n{body}\n")
-        path.chmod(0o755)
-    checkout = tmp_path / "checkout"
-    (checkout / ".venv" / "bin").mkdir(parents=True)
-    shutil.copy(tmp_path / "bin" / "python", checkout / ".venv" / "bin" / "python")
-    for name in ("scripts", "configs", "main.py"):
-        (checkout / name).symlink_to(ROOT / name)
-    return checkout
-
-
-def shell(site, command, **variables):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "HISTO"))}
-    environment |= {"PATH": f"{site.parent / 'bin'}:{os.environ['PATH']}"}
-    environment |= {"RECORD": str(site.parent / "record"), **variables}
-    return subprocess.run(
-        ["bash", "-e", "-c", command], cwd=site, env=environment, capture_output=True, text=True
-    )
-
-
-def recorded(site):
-    """The commands that python was called with, as lists of words; forgotten then."""
-    path = site.parent / "record"
-    commands = path.read_text().split("\036")[:-1] if path.exists() else []
-    path.unlink(missing_ok=True)
-    return [command.split("\037")[:-1] for command in commands]
+    return make_site(tmp_path)
 
 
 def requeued(site):
@@ -96,16 +33,6 @@ def requeued(site):
     words = path.read_text().splitlines() if path.exists() else []
     path.unlink(missing_ok=True)
     return words
-
-
-def parse(command):
-    """The words as the entry point takes them."""
-    script, *words = command
-    assert (ROOT / script).is_file(), script
-    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-    if hasattr(module, "parse_arguments"):
-        return module.parse_arguments(words)
-    return module.make_parser().parse_args(words)
 
 
 def usage(name):
@@ -161,7 +88,7 @@ def test_the_guide_runs_and_parses(site, tmp_path, monkeypatch):
     assert text.count("sbatch ") > 15
     done = shell(site, text)
     assert done.returncode == 0, done.stderr
-    commands = recorded(site)
+    commands = [command for command in recorded(site) if command[0] not in OTHERS]
     assert len(commands) > 20
     for name in ("VGH", "PANNUKE", "TCGA_BRCA", "DATA", "LATENTS"):
         monkeypatch.setenv(f"HISTO_{name}", str(tmp_path))

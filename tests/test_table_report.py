@@ -43,6 +43,7 @@ from ldm.evaluation.report import (
     error_chart,
     matrix_chart,
 )
+from ldm.experiment.results import Table
 from ldm.table.render import (
     Results,
     difference_cell,
@@ -56,7 +57,6 @@ from ldm.table.render import (
     to_markdown,
 )
 from ldm.table.report import write_results
-from ldm.table.results import Table
 from ldm.table.statistics import Difference, stars
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

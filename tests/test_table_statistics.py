@@ -9,7 +9,7 @@ from tables import CLASSES, predictions, row
 from ldm.errors import UserError
 from ldm.evaluation.metrics import confusion_matrix, scores
 from ldm.evaluation.predictions import Predictions
-from ldm.table.results import Table
+from ldm.experiment.results import Table
 from ldm.table.statistics import (
     METRICS,
     Arm,

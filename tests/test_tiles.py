@@ -9,17 +9,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from ldm.data import tiles
-from ldm.data.tiles import (
-    TileFolder,
-    check_tiles,
-    class_folders,
-    list_images,
-    read_tile,
-    to_tensor,
-    to_uint8,
-    write_png,
-)
+from ldm.data.images import check_tiles, class_folders, list_images, read_tile
+from ldm.data.tiles import TileFolder, to_tensor, to_uint8
 from ldm.errors import UserError
+from ldm.files import write_png
 
 
 def picture(seed: int, height: int = 16, width: int = 16) -> np.ndarray:

@@ -11,7 +11,6 @@ import pytest
 import webdataset as wds
 from test_index_corpus import picture, save
 
-from ldm.data import shards as module
 from ldm.data.corpora import Corpora
 from ldm.data.images import decode_tile
 from ldm.data.index import CorpusIndex
@@ -243,12 +242,12 @@ def test_refusals(corpus, index, tmp_path, monkeypatch):
     refused("would replace", index, corpus)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
-    refused("not empty and without shards.json", index, tmp_path / "other")
+    refused("was not made by this command .it has no shards.json", index, tmp_path / "other")
     refused("is a file", index, tmp_path / "groups.csv")
     write(index, out)
-    refused("another index or size .*41000 there, 50000 now", index, out, size=50_000)
-    monkeypatch.setattr(module, "free_space", lambda _: 1000)
-    refused("GiB are free", index, tmp_path / "full")
+    refused("other settings .*size 41000 there, 50000 now", index, out, size=50_000)
+    monkeypatch.setattr("ldm.files.free_space", lambda _: 1000)
+    refused("its disk has 0.0 MB free", index, tmp_path / "full")
     assert not list((tmp_path / "full").glob("*.tar"))
     monkeypatch.undo()
     # A tile that changed without its time or size: the scan's sample would have to hit it.

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.cli import usable_cores
 from ldm.copies.search import Neighbours, nearest
 from ldm.copies.statistics import (
     CopyingTest,
@@ -23,10 +22,12 @@ from ldm.copies.statistics import (
     training_cells,
 )
 from ldm.data.groups import by_regex
+from ldm.data.tile_files import TileFiles
+from ldm.devices import usable_cores
 from ldm.errors import UserError
 from ldm.features import pixels
 from ldm.features.extractor import Extractor, Views
-from ldm.features.sets import TileFiles, cached_features
+from ldm.features.sets import cached_features
 from ldm.features.source import PIXELS, FeatureSource
 
 SCALE_NEIGHBOUR = 10  # whose distance is the unit of relative distances
@@ -142,7 +143,7 @@ class Space:
 
 
 def pixel_space(synthetic: Tensor, held_out: Tensor, train: Tensor) -> Space:
-    """The space of small pictures, see `ldm.copies.pixels`."""
+    """The space of small pictures, see `ldm.features.pixels`."""
     # Averages over orientations, so that the cells do not depend on how a tile is turned.
     parts = [pixels.oriented_vectors(part.float()).mean(dim=1) for part in train.split(4096)]
     return Space(

@@ -1,21 +1,19 @@
 """A training folder without the synthetic tiles that a copy check flagged."""
 
 import csv
-import io
 import json
 import os
 import shutil
-import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm.checkpoint import file_sha256
 from ldm.errors import UserError
-from ldm.run import write_json, write_text
+from ldm.files import atomic_folder, file_sha256, write_csv, write_json
+from ldm.run import MadeFolder
 from ldm.selection.select import REMOVED
-from ldm.selection.training_folder import DECISIONS, PREFIX, RECORD, same_folder_exists
+from ldm.selection.training_folder import DECISIONS, PREFIX, RECORD
 
 
 @dataclass(frozen=True)
@@ -83,10 +81,7 @@ def _checked(folder: TrainingFolder, settings: dict[str, Any]) -> dict[str, Any]
 
 def is_made(folder: TrainingFolder, out: Path, settings: dict[str, Any]) -> bool:
     """Whether `remove_flagged` has made `out` already; UserError where something else is there."""
-    try:
-        return same_folder_exists(out, _checked(folder, settings))
-    except UserError as error:
-        raise UserError(str(error).replace("--out", "--removed_to", 1)) from None
+    return MadeFolder(out, _checked(folder, settings), RECORD, name="removed_to").exists()
 
 
 def remove_flagged(
@@ -95,7 +90,7 @@ def remove_flagged(
     """Make `out`: a copy of the folder without the flagged tiles.
 
     Their decision becomes `removed`, and the counts follow. `out` is built under a hidden name and
-    renamed, so it is whole or not there; symbolic links stay links.
+    renamed, so it is complete or not there; symbolic links stay links.
 
     Args:
         reasons: Why, by name, of the flagged tiles.
@@ -118,26 +113,15 @@ def remove_flagged(
         if decision == "accepted":
             counts[name]["shortfall"] += number
     record = {**folder.record, "settings": _checked(folder, settings), "counts": counts}
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, folder.columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
 
     gone = {path.resolve() for path in removed.values()}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
 
     def without(parent: str, names: list[str]) -> list[str]:
         inside = Path(parent).resolve()
         return [name for name in names if inside / name in gone]
 
-    try:
+    with atomic_folder(out) as partial:
         shutil.copytree(folder.root, partial, symlinks=True, ignore=without, dirs_exist_ok=True)
-        write_text(partial / DECISIONS, stream.getvalue())
+        write_csv(partial / DECISIONS, rows, folder.columns)
         write_json(partial / RECORD, record)
-        shutil.copymode(folder.root, partial)  # mkdtemp makes folders private
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return len(removed)

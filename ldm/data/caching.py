@@ -1,10 +1,8 @@
 """Making a cache of latents: every tile of a data module encoded once (see `ldm.data.latents`)."""
 
-import hashlib
 import io
 import logging
 import math
-import shutil
 import sys
 import time
 import zlib
@@ -31,15 +29,21 @@ from ldm.data.latents import (
     LatentTiles,
     Shards,
     read_manifest,
+    scale_from_sums,
     shards_of,
 )
 from ldm.data.tiles import Tiles
+from ldm.devices import Devices, Ranks, one_thread
 from ldm.errors import UserError
-from ldm.models.diffusion import scale_from_sums
+from ldm.files import (
+    digest_of_text,
+    free_space,
+    remove_leftovers,
+    require_space,
+    write_bytes,
+)
 from ldm.modules.autoencoder import AutoencoderKL as AutoencoderNet
-from ldm.run import git_revision, hardware, versions, write_bytes, write_json
-from ldm.synthesis.production import one_thread
-from ldm.synthesis.ranks import Ranks
+from ldm.run import MadeFolder, git_revision, hardware, versions
 
 log = logging.getLogger(__name__)
 
@@ -96,14 +100,12 @@ class Encoding:
     """How the autoencoder is run.
 
     Attributes:
-        precision: "32", or "bf16" for autocast.
-        channels_last: Memory layout of convolutions.
+        devices: Precision and memory layout.
         batch_size: Images encoded together.
         workers: Loader processes.
     """
 
-    precision: str = "32"
-    channels_last: bool = False
+    devices: Devices = Devices()
     batch_size: int = 32
     workers: int = 2
 
@@ -158,12 +160,13 @@ class CachePlan:
         corpora = None
         if isinstance(train.tiles, Corpora):
             corpora = [[corpus.name, corpus.weight] for corpus in train.tiles.corpora]
+        computed = self.encoding.devices.record()
         self.settings: dict[str, Any] = {
             "autoencoder": net.fingerprint(),
             "latent": [net.embed_dim, size, size],
             "dtype": dtype,
-            "precision": self.encoding.precision,
-            "channels_last": self.encoding.channels_last,
+            "precision": computed["precision"],
+            "channels_last": computed["channels_last"],
             "seed": seed,
             "classes": data.classes,
             "corpora": corpora,
@@ -179,7 +182,9 @@ class CachePlan:
             },
         }
         self.shards = {split: shards_of(root, self.settings, split) for split in self.sets}
-        self._check_folder()
+        self.made = MadeFolder(root, self.settings, MANIFEST)
+        read_manifest(root, "out")  # of this version, or none
+        self.made.exists()
 
     def _check(self, split: str, tiles: Dataset) -> None:
         if not isinstance(tiles, Tiles):
@@ -203,14 +208,12 @@ class CachePlan:
     ) -> dict[str, Any]:
         tile_bytes = views * math.prod(self.moments) * DTYPES[dtype].itemsize
         rows = zip(*self.table(tiles).values(), strict=True)
-        digest = hashlib.sha256()
-        for name, _, label, group, corpus in rows:
-            digest.update(f"{name}\0{label}\0{group}\0{corpus}\n".encode())
+        lines = (f"{name}\0{label}\0{group}\0{corpus}\n" for name, _, label, group, corpus in rows)
         return {
             "tiles": len(tiles),
             "views": views,
             "shard_tiles": shard_tiles or max(1, SHARD_BYTES // tile_bytes),
-            "sha256": digest.hexdigest(),
+            "sha256": digest_of_text(lines),
             "augment": [] if views == 1 else tiles.augment,
             "crop": "center" if views == 1 else tiles.crop,
             "resize": tiles.resize,
@@ -230,39 +233,10 @@ class CachePlan:
             "corpus": numbers,
         }
 
-    def _check_folder(self) -> None:
-        """See that the folder is free, or holds what this plan makes."""
-        manifest = read_manifest(self.root, "--out")
-        if manifest is None:
-            if self.root.exists() and (not self.root.is_dir() or self._foreign_files()):
-                raise UserError(
-                    f"--out {self.root} exists and was not made by this command; give another"
-                )
-            return
-        there, here = _flat(manifest["settings"]), _flat(self.settings)
-        different = [key for key in here | there if there.get(key) != here.get(key)]
-        if different:
-            key = different[0]
-            raise UserError(
-                f"--out {self.root} holds a cache with other settings ({key} was "
-                f"{_short(there.get(key))}, is {_short(here.get(key))}); give another --out"
-            )
-
-    def _unfinished(self) -> list[Path]:
-        """Temporary files (see `ldm.run.write_bytes`) whose writing was killed."""
-        names = [self.root / MANIFEST, *(self.root / f"{split}.parquet" for split in self.shards)]
-        found = [part for path in names for part in self.root.glob(f".{path.name}.*")]
-        for shards in self.shards.values():
-            found += shards.folder.glob(".*.safetensors.*")
-        return found
-
     def remove_unfinished(self) -> None:
         """Delete what killed processes had not finished; none may be writing."""
-        for path in self._unfinished():
-            path.unlink(missing_ok=True)
-
-    def _foreign_files(self) -> bool:
-        return bool(set(self.root.iterdir()) - set(self._unfinished()))
+        for folder in (self.root, *(shards.folder for shards in self.shards.values())):
+            remove_leftovers(folder)
 
     def missing(self) -> list[tuple[str, int]]:
         """Shards (split, number) that are not there; damaged ones are named, not counted.
@@ -287,21 +261,9 @@ class CachePlan:
         """Disk use of these shards."""
         return sum(self.shards[s].bytes_of(len(self.shards[s].range(n))) for s, n in jobs)
 
-    def free(self) -> int:
-        """Free bytes where the cache is to be."""
-        folder = self.root.absolute()
-        while not folder.exists():
-            folder = folder.parent
-        return shutil.disk_usage(folder).free
-
     def require_space(self, jobs: Sequence[tuple[str, int]]) -> None:
-        """UserError where these shards do not fit on the disk."""
-        needed, free = self.bytes_of(jobs), self.free()
-        if needed > free:
-            raise UserError(
-                f"--out {self.root}: the cache needs {gibibytes(needed)} more and {gibibytes(free)}"
-                " are free; free some, give another --out, --dtype float16 or fewer --views"
-            )
+        """Check that these shards fit on the disk; UserError otherwise."""
+        require_space(self.root, self.bytes_of(jobs), "out: cache of latents")
 
     def describe(self, jobs: Sequence[tuple[str, int]]) -> str:
         """Tiles, views, sizes and disk use, one per line."""
@@ -325,7 +287,8 @@ class CachePlan:
                 f"{self.settings['dtype']}, encoded in {self.settings['precision']}",
                 f"autoencoder  {self.settings['autoencoder'][:12]}",
                 f"disk         {gibibytes(self.bytes_of(everything))}, of which "
-                f"{gibibytes(self.bytes_of(jobs))} are to be made; {gibibytes(self.free())} free",
+                f"{gibibytes(self.bytes_of(jobs))} are to be made; "
+                f"{gibibytes(free_space(self.root))} free",
             ]
         )
 
@@ -334,7 +297,7 @@ class CachePlan:
 
         In this order, so that a folder whose maker was killed in between is known as ours.
         """
-        self._write_manifest(complete=False)
+        self.made.write_record({"version": VERSION, "complete": False})
         for split, tiles in self.sets.items():
             write_bytes(self.root / f"{split}.parquet", _parquet(self.table(tiles)))
 
@@ -351,24 +314,17 @@ class CachePlan:
             "mean": total / number,
             "std": (squares / number - (total / number) ** 2) ** 0.5,
         }
-        return self._write_manifest(
-            complete=True,
-            statistics=statistics,
-            last_start={
-                "command": sys.argv,
-                "images": made,
-                "seconds": round(seconds, 3),
-                "batch_size": self.encoding.batch_size,
-                "revision": git_revision(),
-                "versions": {"histodiffusion": __version__, **versions()},
-                "hardware": hardware(),
-            },
-        )
-
-    def _write_manifest(self, **facts: Any) -> dict[str, Any]:
-        manifest = {"version": VERSION, "settings": self.settings, **facts}
-        write_json(self.root / MANIFEST, manifest)
-        return manifest
+        last_start = {
+            "command": sys.argv,
+            "images": made,
+            "seconds": round(seconds, 3),
+            "batch_size": self.encoding.batch_size,
+            "revision": git_revision(),
+            "versions": {"histodiffusion": __version__, **versions()},
+            "hardware": hardware(),
+        }
+        facts = {"complete": True, "statistics": statistics, "last_start": last_start}
+        return self.made.write_record({"version": VERSION, **facts})
 
 
 @dataclass(frozen=True)
@@ -442,7 +398,7 @@ def _encode(
 ) -> None:
     """Encode and write these shards."""
     encoding = plan.encoding
-    layout = torch.channels_last if encoding.channels_last else torch.contiguous_format
+    layout = torch.channels_last if encoding.devices.channels_last else torch.contiguous_format
     net = plan.net.to(device, memory_format=layout).eval()
     live = sys.stderr.isatty()
     options = {"unit": "img", "dynamic_ncols": True, "mininterval": 0.1 if live else 10.0}
@@ -464,7 +420,7 @@ def _encode(
                 moments, sums = [], []
                 for _ in batches.of_shard(number):
                     x = next(stream).to(device, memory_format=layout, non_blocking=True)
-                    posterior = _posterior(net, x, encoding.precision)  # (b, 2C, h, w) float32
+                    posterior = _posterior(net, x, encoding.devices)  # (b, 2C, h, w) float32
                     moments.append(posterior.cpu())
                     sums.append(latent_sums_of(posterior))
                     bar.update(len(x))
@@ -472,9 +428,9 @@ def _encode(
 
 
 @torch.inference_mode()
-def _posterior(net: AutoencoderNet, x: Tensor, precision: str) -> Tensor:
+def _posterior(net: AutoencoderNet, x: Tensor, devices: Devices) -> Tensor:
     """Mean and log-variance of images, stacked, (B, 2C, h, w) float32."""
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+    with devices.autocast(x.device):
         posterior = net.encode(x)
     return torch.cat([posterior.mean, posterior.logvar], dim=1).float()
 
@@ -513,20 +469,6 @@ def _parquet(table: Mapping[str, Sequence]) -> bytes:
     stream = io.BytesIO()
     pq.write_table(pa.table(columns, names=list(table)), stream, compression="zstd")
     return stream.getvalue()
-
-
-def _flat(settings: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """Settings by dotted name."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        below = isinstance(value, Mapping) and value
-        flat |= _flat(value, f"{path}{name}.") if below else {f"{path}{name}": value}
-    return flat
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 20 else f"{text[:12]}..."
 
 
 def gibibytes(count: int) -> str:

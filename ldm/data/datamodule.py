@@ -15,13 +15,11 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from ldm.config import instantiate_from_config
 from ldm.data.groups import by_regex
-from ldm.data.latents import LatentCache, LatentTiles
-from ldm.data.tiles import Tiles
+from ldm.data.latents import LatentCache
+from ldm.data.tiles import Tiles, TileSet
 from ldm.errors import UserError
 
 log = logging.getLogger(__name__)
-
-SEEDED = (Tiles, LatentTiles)  # sets whose items and passes are functions of a seed
 
 
 class ResumableSampler(DistributedSampler):
@@ -29,9 +27,9 @@ class ResumableSampler(DistributedSampler):
 
     In each pass every tile comes once, or as often as the weight of its corpus says (but for a
     remainder smaller than a batch). A pass starts at batch `position()`, so a resumed run goes on
-    with the batch that the uninterrupted one would have had, wherever it stopped. `Tiles` and
-    `LatentTiles` get (index, seed) pairs: the augmentation (or the cached view) of a tile then
-    depends neither on the number of workers and ranks nor on any other use of random numbers.
+    with the batch that the uninterrupted one would have had, wherever it stopped. A `TileSet` gets
+    (index, seed) pairs: the augmentation (or the cached view) of a tile then depends neither on the
+    number of workers and ranks nor on any other use of random numbers.
 
     A DistributedSampler, since Lightning leaves those as they are.
 
@@ -54,7 +52,7 @@ class ResumableSampler(DistributedSampler):
         position: Callable[[], int] | None = None,
     ):
         super().__init__(dataset, num_replicas, rank, shuffle=True, seed=seed)
-        length = dataset.pass_length() if isinstance(dataset, SEEDED) else len(dataset)
+        length = dataset.pass_length() if isinstance(dataset, TileSet) else len(dataset)
         share = length // num_replicas
         if share == 0:
             raise UserError(
@@ -74,7 +72,7 @@ class ResumableSampler(DistributedSampler):
     def _order(self, epoch: int) -> list[int] | list[tuple[int, int]]:
         """This rank's tiles in one pass."""
         generator = np.random.default_rng((self.seed, epoch))
-        is_seeded = isinstance(self.dataset, SEEDED)
+        is_seeded = isinstance(self.dataset, TileSet)
         drawn = self.dataset.drawn(self.seed, epoch) if is_seeded else np.arange(len(self.dataset))
         order = generator.permutation(len(drawn))
         seeds = generator.integers(2**62, size=len(drawn))  # of the draws, in index order

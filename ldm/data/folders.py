@@ -1,48 +1,15 @@
-"""Folders that commands make of tiles: whole or not at all, with a record of their settings."""
+"""Folders of copies of tiles, or of links to them, made completely or not at all."""
 
 import errno
-import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from ldm.errors import UserError
-from ldm.run import write_text
+from ldm.files import atomic_folder, write_text
 
 LINKS = ("copy", "hard", "symbolic")
-
-
-def same_folder_exists(out: Path, settings: dict[str, Any], record: str) -> bool:
-    """Whether `out` was made with the same settings already; False when it can be made.
-
-    Args:
-        record: Name of the JSON file in `out` whose "settings" say how it was made.
-
-    Raises:
-        UserError: There is something else at `out`.
-    """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    try:
-        known = json.loads((out / record).read_text())["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(
-            f"--out {out}: exists and was not made by this command; give a new folder"
-        ) from None
-    changed = [
-        f"{key} {known.get(key)} there, {settings.get(key)} now"
-        for key in sorted(known.keys() | settings.keys())
-        if known.get(key) != settings.get(key)
-    ]
-    if changed:
-        raise UserError(
-            f"--out {out}: was made with other settings ({'; '.join(changed)}); give another folder"
-            " or remove it"
-        )
-    return True
 
 
 def build_folder(
@@ -50,7 +17,7 @@ def build_folder(
 ) -> None:
     """Make a folder of copies of files, or of links to them.
 
-    It is built under a hidden name beside `out` and renamed, so `out` is whole or not there.
+    It is built under a hidden name beside `out` and renamed, so `out` is complete or not there.
 
     Args:
         out: New, or an empty folder.
@@ -62,22 +29,12 @@ def build_folder(
         UserError: The file system has no such links.
     """
     put = {"copy": shutil.copyfile, "hard": _hard_link, "symbolic": _symbolic_link}[link]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with atomic_folder(out) as partial:
         for target, source in files.items():
             (partial / target).parent.mkdir(parents=True, exist_ok=True)
             put(source, partial / target)
         for name, text in notes.items():
             write_text(partial / name, text)
-        # mkdtemp makes folders private; a data set should get the permissions of any other.
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o777 & ~umask)
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _hard_link(source: Path, target: Path) -> None:
@@ -94,7 +51,7 @@ def _link(make: Callable[[Path, Path], None], source: Path, target: Path, kind: 
     except OSError as error:
         if error.errno in (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP):
             raise UserError(
-                f"--link {kind}: {source} cannot be linked from {target.parent} ({error.strerror});"
-                " use --link copy"
+                f"link={kind}: {source} cannot be linked from {target.parent} ({error.strerror});"
+                " use link=copy"
             ) from None
         raise

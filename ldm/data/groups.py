@@ -1,13 +1,13 @@
 """Patients, slides and regions: which group a tile belongs to, told by its path or by a table."""
 
-import argparse
 import csv
 import re
 from collections.abc import Callable
 from pathlib import Path
 
-from ldm.cli import ArgumentParser, existing_path, number
+from ldm.cli import existing_path
 from ldm.errors import UserError
+from ldm.settings import GroupOptions
 
 Grouping = Callable[[str], str]  # from a tile's path below its root to the name of its group
 
@@ -64,7 +64,7 @@ def by_csv(table: Path, column: str, rows: str | None = None) -> Grouping:
         if name is None or column not in found:
             raise UserError(
                 f"group_csv={table}: columns {found} must have path (or file) and {column};"
-                " name another with --group_column"
+                " name another with group_column"
             )
         only, equals, only_value = (rows or "").partition("=")
         if rows is not None and (not equals or only not in found):
@@ -77,7 +77,7 @@ def by_csv(table: Path, column: str, rows: str | None = None) -> Grouping:
             if group_of.setdefault(row[name], value) != value:
                 raise UserError(
                     f"group_csv={table}: {row[name]} is in {column} {group_of[row[name]]} and in"
-                    f" {value}; correct it, or choose rows with --group_rows"
+                    f" {value}; correct it, or choose rows with group_rows"
                 )
 
     def group(path: str) -> str:
@@ -88,47 +88,14 @@ def by_csv(table: Path, column: str, rows: str | None = None) -> Grouping:
     return group
 
 
-def add_group_arguments(parser: ArgumentParser) -> None:
-    """The arguments that `grouping_of` reads."""
-    choice = parser.add_mutually_exclusive_group()
-    choice.add_argument(
-        "--group_level",
-        type=number(int, 1),
-        metavar="N",
-        help="the group (patient, slide, region) is the folder N levels below the root; an array or"
-        " a shard counts as a folder",
-    )
-    choice.add_argument(
-        "--group_regex",
-        metavar="REGEX",
-        help="the group is the first parenthesis of this, searched in the path below the root",
-    )
-    choice.add_argument(
-        "--group_csv",
-        metavar="FILE",
-        help="the groups are in a CSV with a column path (or file), below the root",
-    )
-    parser.add_argument(
-        "--group_column", metavar="NAME", help="column of --group_csv (group when not given)"
-    )
-    parser.add_argument(
-        "--group_rows",
-        metavar="COLUMN=VALUE",
-        help="read only these rows of --group_csv, such as split=train",
-    )
-
-
-def grouping_of(args: argparse.Namespace) -> Grouping | None:
-    """The grouping that the arguments ask for; None without one.
+def grouping_of(args: GroupOptions) -> Grouping | None:
+    """The grouping that the options ask for; None without one.
 
     Raises:
-        UserError: It cannot be.
+        UserError: The table or the expression cannot be used.
     """
-    for name in ("group_column", "group_rows"):
-        if getattr(args, name) is not None and args.group_csv is None:
-            raise UserError(f"--{name}: belongs to --group_csv; give that or leave it out")
     if args.group_csv is not None:
-        table = existing_path(args.group_csv, "--group_csv", "file")
+        table = existing_path(args.group_csv, "group_csv", "file")
         return by_csv(table, args.group_column or "group", args.group_rows)
     if args.group_regex is not None:
         return by_regex(args.group_regex)

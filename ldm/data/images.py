@@ -5,7 +5,6 @@ Imports no torch, so that a command which only looks at files starts at once.
 Letters: H W pixels of a file. A tile is a uint8 array (H, W, 3) in RGB.
 """
 
-import hashlib
 import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -206,9 +205,3 @@ def check_tiles(
         read(tile)  # the pixels are dropped at once: the set need not fit into memory
 
     decode_tiles(tiles, decode, workers)
-
-
-def listing_sha256(digests: Sequence[str], names: Sequence[str]) -> str:
-    """SHA-256 that tells a set of files, from their own and their paths below the set's folder."""
-    lines = (f"{digest} {name}\n" for digest, name in zip(digests, names, strict=True))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()

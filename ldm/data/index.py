@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.data.images import read_folder, walk
 from ldm.data.storage import Layout, Place, layout_of
 from ldm.errors import UserError
-from ldm.run import write_bytes
+from ldm.files import write_bytes
 
 if TYPE_CHECKING:
     import pyarrow

@@ -14,30 +14,31 @@ A cache is a folder that scripts/cache_latents.py writes:
 SPLIT is `train`, or `validation` where there is one. View 0 is the tile without augmentation.
 """
 
+import copy
 import json
 import math
-import mmap
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.data.corpora import Corpus
+from ldm.data.tiles import TileSet
 from ldm.errors import UserError
 
 COMMAND = "scripts/cache_latents.py"
 MANIFEST = "manifest.json"
 VERSION = 1
 DTYPES = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
-STORED = {"F16": DTYPES["float16"], "F32": DTYPES["float32"]}
-STORED |= {"F64": np.dtype("<f8"), "U32": np.dtype("<u4")}
+STORED = {"float16": "F16", "float32": "F32"}  # names of the types in safetensors files
 AGAIN = f"delete it and run {COMMAND} again as before, which makes what is missing"
 
 
@@ -77,57 +78,60 @@ class Shards:
         stored = math.prod(self.moments) * DTYPES[self.dtype].itemsize
         return tiles * self.views * (stored + 2 * 8 + 4)
 
-    def open(self, number: int) -> dict[str, np.ndarray]:
-        """The arrays of a shard, mapped into memory.
+    def open(self, number: int) -> "OpenShard":
+        """Open a shard for reading, any number of its latents at a time.
 
         Raises:
             UserError: It is missing, cut short or of another shape.
         """
         path = self.path(number)
         try:
-            with open(path, "rb") as stream:
-                size = os.fstat(stream.fileno()).st_size
-                if size <= 8:
-                    raise ValueError
-                mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            shard = OpenShard(path)
         except FileNotFoundError:
             raise UserError(f"{path} is missing; run {COMMAND} again as before") from None
-        except ValueError:
+        except (SafetensorError, OSError, KeyError):
+            size = path.stat().st_size
             raise UserError(f"{path} is damaged ({size} bytes); {AGAIN}") from None
         n = len(self.range(number))
         wanted = {
-            "moments": (DTYPES[self.dtype], (n, self.views, *self.moments)),
-            "sums": (STORED["F64"], (n, self.views, 2)),
-            "crc": (STORED["U32"], (n, self.views)),
+            "moments": (STORED[self.dtype], [n, self.views, *self.moments]),
+            "sums": ("F64", [n, self.views, 2]),
+            "crc": ("U32", [n, self.views]),
         }
-        try:
-            # safetensors: length of the header, header (JSON), arrays at their offsets.
-            start = 8 + int.from_bytes(mapped[:8], "little")
-            header = json.loads(mapped[8:start])
-            arrays = {}
-            for name, (dtype, shape) in wanted.items():
-                entry = header[name]
-                if STORED[entry["dtype"]] != dtype or tuple(entry["shape"]) != shape:
-                    raise ValueError(f"its {name} are {entry['dtype']} {entry['shape']}")
-                first = start + entry["data_offsets"][0]
-                flat = np.frombuffer(mapped, dtype, math.prod(shape), first)
-                arrays[name] = flat.reshape(shape)
-        except (ValueError, LookupError, TypeError) as error:
-            reason = str(error) if str(error).startswith("its ") else f"{size} bytes"
-            raise UserError(f"{path} is damaged ({reason}); {AGAIN}") from None
-        return arrays
+        for name, (dtype, shape) in wanted.items():
+            found = shard.form[name]
+            if found != (dtype, shape):
+                reason = f"its {name} are {found[0]} {found[1]}, not {dtype} {shape}"
+                raise UserError(f"{path} is damaged ({reason}); {AGAIN}")
+        return shard
 
 
-class LatentTiles(Dataset):
-    """Cached tiles as a training set, in place of `ldm.data.tiles.Tiles`.
+class OpenShard:
+    """An open safetensors file of latents.
+
+    Attributes:
+        moments: Slices of the moments, (n, V, 2C, h, w), are read when they are asked for.
+        sums, crc: The small arrays, read at once.
+        form: Type and shape of each array.
+    """
+
+    def __init__(self, path: Path):
+        file = safe_open(path, framework="np")
+        slices = {name: file.get_slice(name) for name in ("moments", "sums", "crc")}
+        self.form = {name: (s.get_dtype(), list(s.get_shape())) for name, s in slices.items()}
+        self.moments = slices["moments"]
+        self.sums: np.ndarray = file.get_tensor("sums")
+        self.crc: np.ndarray = file.get_tensor("crc")
+
+
+class LatentTiles(TileSet):
+    """Cached latents of tiles as a training set.
 
     An item is `dict(moments=(2C, h, w) float32, label=int, path=str)`: mean and log-variance of the
     posterior, stacked (`ldm.modules.autoencoder.DiagonalGaussian` takes them), so training draws
-    z_0 anew each time. `tiles[index, seed]` is a view that the seed chooses, `tiles[index]` one
-    that is drawn from torch.
+    z_0 anew each time. The seed of an item chooses the view.
 
     Attributes:
-        classes, relative_paths, labels, groups: As for `ldm.data.tiles.Tiles`.
         paths: Where the tiles were stored.
 
     Args:
@@ -160,18 +164,24 @@ class LatentTiles(Dataset):
                 (Corpus(name, [], "folder", weight, None), np.flatnonzero(numbers == number))
                 for number, (name, weight) in enumerate(corpora)
             ]
-        self._open: dict[int, dict[str, np.ndarray]] = {}
+        self._views = shards.views
+        self._open: dict[int, OpenShard] = {}
         for number in range(len(shards)):
             shards.open(number)
-
-    def __len__(self) -> int:
-        return len(self.paths)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # each process maps the files itself
 
-    def _shard(self, index: int) -> tuple[dict[str, np.ndarray], int]:
-        """The arrays of the shard that holds a tile, and the tile's place in it."""
+    def path(self, index: int) -> str:
+        return self.paths[index]
+
+    def without_augmentation(self) -> "LatentTiles":
+        plain = copy.copy(self)
+        plain._views = 1  # view 0 is the tile as it is
+        return plain
+
+    def _shard(self, index: int) -> tuple[OpenShard, int]:
+        """The shard that holds a tile, and the tile's place in it."""
         number, place = divmod(index, self.shards.shard_tiles)
         if number not in self._open:
             self._open[number] = self.shards.open(number)
@@ -184,8 +194,8 @@ class LatentTiles(Dataset):
             UserError: They are not what was written.
         """
         shard, place = self._shard(index)
-        stored = shard["moments"][place, view]
-        if zlib.crc32(stored) != shard["crc"][place, view]:
+        stored = shard.moments[place, view]
+        if zlib.crc32(stored) != shard.crc[place, view]:
             path = self.shards.path(index // self.shards.shard_tiles)
             raise UserError(
                 f"{path} is damaged (checksum of {self.relative_paths[index]}); {AGAIN}"
@@ -195,29 +205,27 @@ class LatentTiles(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         index, seed = key if isinstance(key, tuple) else (key, None)
         view = 0
-        if self.shards.views > 1:
+        if self._views > 1:
             seed = int(torch.randint(2**62, ())) if seed is None else seed
-            view = seed % self.shards.views
+            view = seed % self._views
         moments = torch.from_numpy(self.moments(index, view).astype(np.float32))
         return {"moments": moments, "label": self.labels[index], "path": self.paths[index]}
 
     def latent_sums(self, indices: Sequence[int]) -> Tensor:
-        """See `ldm.models.diffusion.latent_sums`: (3,) float64, of view 0."""
+        """Count, sum and sum of squares of the latents of view 0, see the function of this name."""
         count = len(indices) * math.prod(self.shards.moments) / 2  # half are means
         sums = np.zeros(2)
         for index in indices:
             shard, place = self._shard(index)
-            sums += shard["sums"][place, 0]
+            sums += shard.sums[place, 0]
         return torch.tensor([count, *sums], dtype=torch.float64)
 
     def pass_length(self) -> int:
-        """How many tiles a pass draws."""
         if self._corpora is None:
             return len(self)
         return sum(corpus.pass_length(len(members)) for corpus, members in self._corpora)
 
     def drawn(self, seed: int, epoch: int) -> np.ndarray:
-        """As `ldm.data.tiles.Tiles.drawn`: by the weights of the corpora."""
         if self._corpora is None:
             return np.arange(len(self))
         parts = [
@@ -226,6 +234,60 @@ class LatentTiles(Dataset):
             if len(members)
         ]
         return np.concatenate(parts)
+
+
+class Posterior(Protocol):
+    """What an autoencoder's encoder says of images: mean and log-variance, (B, C, h, w)."""
+
+    mean: Tensor
+    logvar: Tensor
+
+
+@torch.no_grad()
+def latent_sums(
+    dataset: Dataset,
+    indices: Sequence[int],
+    encode: Callable[[Tensor], Posterior],
+    batch_size: int = 32,
+) -> Tensor:
+    """Count, sum and sum of squares of the latents of these tiles, (3,) float64 on the CPU.
+
+    Taken in expectation over the posterior, E[z^2] = mean^2 + variance, and without augmentation:
+    nothing is drawn, and the sums do not depend on how the tiles are divided into batches or among
+    processes. A cache of latents has stored its own.
+
+    Args:
+        dataset: A `TileSet`, or any set whose items have an `image`.
+        encode: From images, (B, 3, S, S), to their posterior.
+    """
+    if isinstance(dataset, LatentTiles):
+        return dataset.latent_sums(indices)
+    if isinstance(dataset, TileSet):
+        dataset = dataset.without_augmentation()
+    sums = torch.zeros(3, dtype=torch.float64)
+    for start in range(0, len(indices), batch_size):
+        batch = indices[start : start + batch_size]
+        posterior = encode(torch.stack([dataset[i]["image"] for i in batch]))
+        mean, variance = posterior.mean.double().cpu(), posterior.logvar.double().exp().cpu()
+        squares = mean.square() + variance
+        sums += torch.stack([torch.tensor(float(mean.numel())), mean.sum(), squares.sum()])
+    return sums
+
+
+def scale_from_sums(sums: Tensor) -> float:
+    """1 / std of the latents behind `latent_sums`.
+
+    Raises:
+        UserError: The latents do not vary (an untrained or broken autoencoder).
+    """
+    count, total, squares = sums.cpu().tolist()
+    variance = squares / count - (total / count) ** 2
+    if not variance > 1e-12:
+        raise UserError(
+            f"the autoencoder's latents have variance {variance:.3g} over {int(count)} values, so "
+            "they carry no image; train the autoencoder first, and check that the tiles differ"
+        )
+    return variance**-0.5
 
 
 @dataclass(frozen=True)

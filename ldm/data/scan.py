@@ -26,7 +26,7 @@ from ldm.data.images import UnsupportedImage
 from ldm.data.index import VERSION, CorpusIndex, content_hash, make_table
 from ldm.data.storage import Layout, Place, find_files, layout_of, path_order
 from ldm.errors import UserError
-from ldm.run import write_text
+from ldm.files import write_text
 
 UNREADABLE, TRUNCATED, UNSUPPORTED = "unreadable", "truncated", "unsupported"
 TOO_SMALL, DUPLICATE = "too small", "duplicate"

@@ -6,9 +6,7 @@ follows from the index and the size alone, and a shard appears whole or not at a
 run goes on with the shards that are missing.
 """
 
-import hashlib
 import io
-import json
 import logging
 import os
 import tarfile
@@ -17,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -25,11 +23,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ldm.checkpoint import free_space
 from ldm.data.index import COLUMNS, COMMAND, CorpusIndex, content_hash, make_table, place_of
 from ldm.data.storage import BLOCK, LAYOUTS, Layout, Place, path_order, top_folder
 from ldm.errors import UserError
-from ldm.run import write_json
+from ldm.files import atomic_file, digest_of_text, require_space
+from ldm.run import MadeFolder
 
 if TYPE_CHECKING:
     import pyarrow
@@ -108,9 +106,10 @@ class CorpusShards:
         self._tiles = _good_tiles(index)
         self._names = self._member_names()
         self.starts = self._divide(size)  # of each shard, in tiles, and the end
-        self._record = {"version": VERSION, "size": size, "tiles": len(self._tiles)}
-        self._record |= {"shards": len(self), "corpus": self._identity(index)}
-        self._check_out()
+        settings = {"version": VERSION, "size": size, "tiles": len(self._tiles)}
+        settings |= {"shards": len(self), "corpus": self._identity(index)}
+        self._made = MadeFolder(out, settings, RECORD, key=None)
+        self._made.exists()
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -124,31 +123,9 @@ class CorpusShards:
 
     def _identity(self, index: CorpusIndex) -> str:
         """Which tiles there are, with which labels; not where they are."""
-        digest = hashlib.sha256(index.layout.encode())
-        for name in ("root", "path", "label", "group", "hash"):
-            for part in self._tiles[name].to_pylist():
-                digest.update(f"{part}\0".encode())
-        return digest.hexdigest()
-
-    def _check_out(self) -> None:
-        if self.out.exists() and not self.out.is_dir():
-            raise UserError(f"--out {self.out} is a file; give a folder")
-        path = self.out / RECORD
-        if not path.is_file():
-            if self.out.is_dir() and any(self.out.iterdir()):
-                raise UserError(f"--out {self.out}: not empty and without {RECORD}; give another")
-            return
-        try:
-            known = json.loads(path.read_text())
-        except ValueError:
-            raise UserError(f"{path}: unreadable; give another --out") from None
-        differ = [name for name, value in self._record.items() if known.get(name) != value]
-        if differ:
-            said = ", ".join(f"{n} {known.get(n)} there, {self._record[n]} now" for n in differ)
-            raise UserError(
-                f"--out {self.out}: its shards are of another index or size ({said}); give another "
-                "folder, or the same index and --size"
-            )
+        columns = (self._tiles[n].to_pylist() for n in ("root", "path", "label", "group", "hash"))
+        parts = (f"{part}\0" for column in columns for part in column)
+        return digest_of_text(chain([index.layout], parts))
 
     def _member_names(self) -> list[str]:
         """Names in the shards: those below the roots, with one dot, since the first ends the key
@@ -196,13 +173,8 @@ class CorpusShards:
         return sum(_whole(int(sums[self.starts[n + 1]] - sums[self.starts[n]])) for n in numbers)
 
     def require_space(self, numbers: Iterable[int]) -> None:
-        """UserError where these shards do not fit on the disk."""
-        needed, free = self.bytes_of(numbers), free_space(self.out)
-        if needed > free:
-            raise UserError(
-                f"--out {self.out}: the shards need {needed / 2**30:.2f} GiB more and "
-                f"{free / 2**30:.2f} GiB are free; free some or give another --out"
-            )
+        """Check that these shards fit on the disk; UserError otherwise."""
+        require_space(self.out, self.bytes_of(numbers), "--out: tar shards")
 
     def write(self, workers: int, verify: bool = False) -> Report:
         """Write the shards that are missing or damaged, then their index.
@@ -214,9 +186,6 @@ class CorpusShards:
         Raises:
             UserError: A tile that is not what was indexed, or a full disk.
         """
-        self.out.mkdir(parents=True, exist_ok=True)
-        for path in self.out.glob(".*.part"):
-            path.unlink()
         present = {}
         for number in range(len(self)):
             if self.path(number).exists():
@@ -227,7 +196,7 @@ class CorpusShards:
                     present[number] = rows
         todo = [number for number in range(len(self)) if number not in present]
         self.require_space(todo)
-        write_json(self.out / RECORD, self._record)
+        self._made.begin()
         made = {}
         total = self.starts[-1]
         done = sum(len(rows) for rows in present.values())
@@ -280,20 +249,13 @@ class CorpusShards:
                     yield f"{os.path.splitext(name)[0]}.cls", row["label"].encode()
                 bar.update()
 
-        path = self.path(number)
-        temporary = path.with_name(f".{path.name}.part")
-        try:
-            with temporary.open("wb") as stream:
-                places = iter(write_tar(stream, members()))
-            found = []
-            for row in source:
-                found.append(next(places))
-                if row["label"] is not None:
-                    next(places)
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with atomic_file(self.path(number)) as stream:
+            places = iter(write_tar(stream, members()))
+        found = []
+        for row in source:
+            found.append(next(places))
+            if row["label"] is not None:
+                next(places)
         return self._rows(number, source, found, hashes)
 
     def _rows_of(self, number: int, verify: bool) -> "pyarrow.Table | None":

@@ -3,12 +3,13 @@
 A layout finds the files of a corpus, lists the tiles in one file, and reads one tile by its place
 (file, offset, length). Any tile is read directly, in any order, since a resumed run, several ranks
 and a weighted pass all depend on that. The readers of the webdataset library run through a shard
-from its start, so they are not used for this; shards that it writes are read here, keys and
-extensions are split by its own rule, and a test compares what both of them see.
+from its start, so they are not used for this. Keys and extensions of members are split by that
+library's rule, shards that it writes are read here, and a test compares what both of them see.
 """
 
 import io
 import os
+import re
 import tarfile
 from functools import lru_cache
 from pathlib import Path
@@ -37,6 +38,16 @@ class Place(NamedTuple):
 def top_folder(path: str) -> str | None:
     """The first folder of a name below a root; None for one that lies in the root itself."""
     return path.split("/", 1)[0] if "/" in path else None
+
+
+def split_member(name: str) -> tuple[str | None, str | None]:
+    """Key and extension of a member of a tar shard; the first dot of its base name ends the key.
+
+    Returns:
+        (None, None) for a name without an extension, or one that begins with the dot.
+    """
+    match = re.match(r"^((?:.*/|)[^.]+)[.]([^/]*)$", name)
+    return (match[1], match[2]) if match else (None, None)
 
 
 class FolderLayout:
@@ -107,7 +118,7 @@ class ArrayLayout:
 
 
 class ShardLayout:
-    """Tar shards as webdataset has them: every uncompressed .tar below the root.
+    """Tar shards in the layout of WebDataset: every uncompressed .tar file below the root.
 
     The label of KEY.png is the text of KEY.cls beside it, or else the first folder in its name.
     """
@@ -118,8 +129,6 @@ class ShardLayout:
         return name.lower().endswith(".tar") and not name.startswith(".")
 
     def places(self, root: Path, file: str) -> list[Place]:
-        from webdataset.tariterators import base_plus_ext
-
         path = root / file
         found: dict[str, Place] = {}
         classes: dict[str, str] = {}
@@ -130,7 +139,7 @@ class ShardLayout:
                     end = member.offset_data + -(-member.size // BLOCK) * BLOCK
                     if not member.isreg():
                         continue
-                    key, extension = base_plus_ext(member.name)
+                    key, extension = split_member(member.name)
                     if extension == "cls":
                         content = archive.extractfile(member).read()
                         classes[key] = content.decode(errors="replace").strip()
@@ -150,7 +159,7 @@ class ShardLayout:
         if not whole:
             raise UserError(f"{path}: no whole tar file (its end is missing); write it again")
         return [
-            place._replace(label=classes.get(base_plus_ext(name)[0], place.label))
+            place._replace(label=classes.get(split_member(name)[0], place.label))
             for name, place in found.items()
         ]
 

@@ -2,12 +2,26 @@
 
 import csv
 import io
+import json
+import logging
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
+from pathlib import Path
+from typing import Any
 
+from ldm.data.folders import build_folder
+from ldm.data.groups import Grouping
 from ldm.data.storage import top_folder
+from ldm.data.tile_files import TileFiles
+from ldm.errors import UserError
+from ldm.files import digest_of_text, file_sha256
+from ldm.run import MadeFolder, git_revision, versions
+
+log = logging.getLogger(__name__)
 
 LIST, RECORD = "subset.csv", "subset.json"
 SUBSET, REST, UNUSED = "subset", "rest", "unused"
@@ -126,6 +140,193 @@ def _divide(
     return chosen
 
 
+@dataclass(frozen=True)
+class Amount:
+    """How many tiles of each class a subset has; one of the three is given.
+
+    Attributes:
+        fraction: Share of the tiles of each class.
+        per_class: The same number of each class.
+        ratio: Further tiles, in percent of those that are included.
+    """
+
+    fraction: float | None = None
+    per_class: int | None = None
+    ratio: int | None = None
+
+    def wanted(self, tiles: Sequence[Labelled], included: Mapping[str, int]) -> dict[str, int]:
+        """Tiles to draw of each class, beside those that are included."""
+        if self.ratio is not None:
+            return percent_of(included, self.ratio)
+        if self.per_class is not None:
+            total = {tile.label: self.per_class for tile in tiles}
+        else:
+            total = wanted_per_class(tiles, self.fraction)
+        return {name: max(0, number - included.get(name, 0)) for name, number in total.items()}
+
+
+@dataclass(frozen=True)
+class Subset:
+    """A drawn subset of a labelled folder, to be made as a folder of its own.
+
+    Attributes:
+        data: The labelled folder.
+        tiles: All its tiles.
+        decisions: What becomes of each, see `draw`.
+        wanted: Tiles of each class that should be drawn.
+        grouped: Whether the groups of the tiles are known.
+        by_group: Whether no group is both in the subset and in the rest.
+        seed: Seed of the draw.
+        included: Tiles of another folder that are all in the subset.
+        held: Those of `tiles` whose contents are among the included ones.
+    """
+
+    data: Path
+    tiles: list[Labelled]
+    decisions: list[str]
+    wanted: dict[str, int]
+    grouped: bool
+    by_group: bool
+    seed: int
+    included: TileFiles | None
+    held: set[str]
+
+    @classmethod
+    def plan(
+        cls,
+        data: Path,
+        amount: Amount,
+        grouping: Grouping | None = None,
+        by_group: bool = False,
+        seed: int = 0,
+        include: Path | None = None,
+    ) -> "Subset":
+        """Draw a subset, without making it.
+
+        Raises:
+            UserError: The folder has no classes or an empty one, `include` has other classes, or a
+                tile has no group.
+        """
+        files = TileFiles.below(data)
+        tiles = [Labelled(n, n if grouping is None else grouping(n)) for n in files.names]
+        included, held = None, set()
+        if include is not None:
+            included = TileFiles.below(include, classes=files.classes)
+            held = _same_contents(files, included)
+            if by_group and len(held) < len(included):
+                log.warning(
+                    "%d of %d images of %s are not in %s: which groups they are of is unknown",
+                    *(len(included) - len(held), len(included), include, data),
+                )
+        wanted = amount.wanted(tiles, {} if included is None else included.counts)
+        decisions = draw(tiles, wanted, seed, by_group, held)
+        return cls(
+            data, tiles, decisions, wanted, grouping is not None, by_group, seed, included, held
+        )
+
+    @cached_property
+    def drawn(self) -> list[str]:
+        """Files of the subset that were not included already."""
+        pairs = zip(self.tiles, self.decisions, strict=True)
+        return [t.file for t, d in pairs if d == SUBSET and t.file not in self.held]
+
+    @cached_property
+    def table(self) -> str:
+        """What becomes of each tile, as CSV: class, file, group, decision."""
+        return to_csv(self.tiles, self.decisions)
+
+    def settings(self, link: str) -> dict[str, Any]:
+        """What decides the content of the folder."""
+        settings: dict[str, Any] = {
+            "wanted": self.wanted,
+            "by_group": self.by_group,
+            "seed": self.seed,
+            "link": link,
+            "tiles": digest_of_text([self.table]),
+        }
+        if self.included is not None:
+            settings["include"] = self.included.inclusion
+        return settings
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """For each class its tiles by decision and, where they are known, its groups."""
+        counts = count(self.tiles, self.decisions)
+        if not self.grouped:
+            for row in counts.values():
+                del row["groups"]  # each tile is its own
+        return counts
+
+    def make(self, out: Path, link: str) -> bool:
+        """Make the folder of the subset.
+
+        Args:
+            link: See `ldm.data.folders.build_folder`.
+
+        Returns:
+            False where it was there already.
+
+        Raises:
+            UserError: There is something else at `out`, or two files would have one name.
+        """
+        made = MadeFolder(out, self.settings(link), RECORD)
+        if made.exists():
+            return False
+        drawn = Counter(file.split("/")[0] for file in self.drawn)
+        record = {
+            "settings": dict(made.settings),
+            "counts": self.counts(),
+            "included": {} if self.included is None else self.included.counts,
+            "drawn": dict(drawn),
+            "command": sys.argv,
+            "versions": versions(),
+            "revision": git_revision(),
+        }
+        notes = {LIST: self.table, RECORD: json.dumps(record, indent=2) + "\n"}
+        build_folder(out, self._sources(), notes, link)
+        self._report_shortage(drawn)
+        return True
+
+    def _sources(self) -> dict[str, Path]:
+        """Where each file of the folder comes from; a drawn one makes way for an included one."""
+        there = {}
+        if self.included is not None:
+            there = dict(zip(self.included.names, self.included.paths, strict=True))
+        found: dict[str, Path] = {}
+        for file in self.drawn:
+            folder, _, name = file.rpartition("/")
+            target = f"{folder}/more_{name}" if file in there else file
+            if target in there or target in found:
+                raise UserError(
+                    f"include: its files {file} and {target} are other images than {file} of"
+                    f" {self.data}; rename them"
+                )
+            found[target] = self.data / file
+        return found | there
+
+    def _report_shortage(self, drawn: Mapping[str, int]) -> None:
+        short = [
+            f"{name} {drawn.get(name, 0)} of {number}"
+            for name, number in self.wanted.items()
+            if drawn.get(name, 0) < number
+        ]
+        if short:
+            log.warning("fewer tiles than wanted: %s", ", ".join(short))
+        if REST not in self.decisions:
+            log.warning("no tile is left for the rest; ask for fewer tiles to have one")
+
+
+def _same_contents(files: TileFiles, others: TileFiles) -> set[str]:
+    """Names of those files whose contents are among the others, whatever these are called."""
+    sizes = {path.stat().st_size for path in others.paths}
+    digests = set(others.digests)
+    # Hashing is slow on large sets, and only a file of one of these sizes can be the same.
+    return {
+        name
+        for name, path in zip(files.names, files.paths, strict=True)
+        if path.stat().st_size in sizes and file_sha256(path) in digests
+    }
+
+
 def count(tiles: Sequence[Labelled], decisions: Sequence[str]) -> dict[str, dict[str, int]]:
     """For each class, its tiles by decision and its groups in the subset."""
     rows: dict[str, dict[str, int]] = {}
@@ -134,6 +335,16 @@ def count(tiles: Sequence[Labelled], decisions: Sequence[str]) -> dict[str, dict
         rows[name] = {kind: sum(d == kind for _, d in mine) for kind in DECISIONS}
         rows[name]["groups"] = len({t.group for t, d in mine if d == SUBSET})
     return rows
+
+
+def describe(counts: dict[str, dict[str, int]]) -> str:
+    """The counts of `Subset.counts` as a table for people, a row per class."""
+    columns = list(next(iter(counts.values())))
+    width = max(len("class"), *map(len, counts))
+    lines = [f"{'class':{width}}  " + "  ".join(f"{column:>7}" for column in columns)]
+    for name, row in counts.items():
+        lines.append(f"{name:{width}}  " + "  ".join(f"{row[column]:>7}" for column in columns))
+    return "\n".join(lines)
 
 
 def to_csv(tiles: Sequence[Labelled], decisions: Sequence[str]) -> str:

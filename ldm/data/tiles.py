@@ -1,4 +1,4 @@
-"""Tiles as training sets: preprocess, crop, augment, cache; and tiles as tensors and PNG files.
+"""Tiles as training sets: preprocess, crop, augment, cache; and tiles as tensors.
 
 Letters: B batch, H W pixels of a file, S side of a tile in pixels.
 
@@ -10,7 +10,6 @@ import copy
 import logging
 import os
 import random
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,29 +19,19 @@ import cv2
 import numpy as np
 import torch
 from albumentations.augmentations.crops.transforms import CropSizeError
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.config import instantiate_from_config
-from ldm.data.images import (
-    EXTENSIONS,
-    check_tiles,
-    class_folders,
-    decode_tiles,
-    is_image,
-    list_images,
-    read_tile,
-)
+from ldm.data.images import check_tiles, decode_tiles, read_tile
 from ldm.data.index import CorpusIndex
 from ldm.data.stain import jitter_stains
-from ldm.data.storage import top_folder
+from ldm.data.tile_files import TileFiles, require_tile_folder
 from ldm.errors import UserError
 
 log = logging.getLogger(__name__)
 
 AUGMENTATIONS = ("d4", "stain")
-OVERVIEW = "grid.png"  # what sample_diffusion.py draws beside its class folders
 CROPS = ("center", "random")
 # Transforms of albumentations that may come before the crop: those that draw no random numbers.
 PREPROCESSING = ("CenterCrop", "LongestMaxSize", "PadIfNeeded", "Resize", "SmallestMaxSize")
@@ -64,23 +53,6 @@ def to_uint8(x: Tensor) -> np.ndarray:
     assert x.ndim in (3, 4) and x.shape[-3] == 3, tuple(x.shape)
     levels = x.detach().float().add(1.0).mul(127.5).round().clamp(0, 255)
     return levels.to(torch.uint8).movedim(-3, -1).cpu().contiguous().numpy()
-
-
-def write_png(path: str | os.PathLike, array: np.ndarray) -> None:
-    """Write uint8 (H, W, 3) as PNG; the file appears whole or not at all."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=".", suffix=".png.part", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            Image.fromarray(array).save(stream, format="PNG")
-        # mkstemp makes files private; a data set should get the permissions of any other file.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _resize(size: int) -> A.SmallestMaxSize:
@@ -174,26 +146,55 @@ def _preprocessing(nodes: Sequence[Mapping[str, Any]]) -> list[A.BasicTransform]
     return transforms
 
 
-class Tiles(Dataset):
-    """What every set of tiles has in common, wherever its pixels are stored.
+class TileSet(Dataset):
+    """What every training set of tiles has in common, of images or of cached latents.
 
-    An item is `dict(image=(3, S, S) float32 in [-1, 1], label=int, path=str)`; the label is -1 when
-    the set is unlabelled. A tile goes through `preprocess`, has its shorter side resized to `size`,
-    is cropped to a square and augmented.
-
-    Random crops and augmentation are a function of one integer per item: `tiles[index, seed]` uses
-    the given one (see `ldm.data.datamodule.ResumableSampler`), `tiles[index]` draws it from torch,
-    whose seed a DataLoader sets in each worker.
-
-    A subclass fills in the attributes, says what a tile's pixels and name are (`read`, `path`), and
-    calls `_finish`.
+    Items and passes are functions of a seed: `tiles[index, seed]` uses the given one (see
+    `ldm.data.datamodule.ResumableSampler`), `tiles[index]` draws one from torch, whose seed a
+    DataLoader sets in each worker.
 
     Attributes:
         classes: Class names in label order; empty when unlabelled.
         relative_paths: Names of the tiles below their root, with `/`.
-        labels: One int per tile.
+        labels: One int per tile; -1 when unlabelled.
         groups: Patient, slide or region of each tile (its own name where unknown), from an index;
             None without one.
+    """
+
+    classes: list[str]
+    relative_paths: list[str]
+    labels: list[int]
+    groups: list[str] | None
+
+    def path(self, index: int) -> str:
+        """Where a tile is stored, for messages and records."""
+        raise NotImplementedError
+
+    def without_augmentation(self) -> "TileSet":
+        """The same tiles in the same order, as validation sees them."""
+        raise NotImplementedError
+
+    def pass_length(self) -> int:
+        """How many tiles a pass draws."""
+        return len(self)
+
+    def drawn(self, seed: int, epoch: int) -> np.ndarray:
+        """Indices of the tiles that a pass draws, (pass_length,) int64, to be shuffled."""
+        return np.arange(len(self))
+
+    def __len__(self) -> int:
+        return len(self.relative_paths)
+
+
+class Tiles(TileSet):
+    """A set of images, wherever its pixels are stored.
+
+    An item is `dict(image=(3, S, S) float32 in [-1, 1], label=int, path=str)`. A tile goes through
+    `preprocess`, has its shorter side resized to `size`, is cropped to a square and augmented.
+    Random crops and augmentation are a function of one integer per item, see `TileSet`.
+
+    A subclass fills in the attributes, says what a tile's pixels and name are (`read`, `path`), and
+    calls `_finish`.
 
     Args:
         size: S, pixels.
@@ -204,7 +205,7 @@ class Tiles(Dataset):
         resize: Whether the shorter side becomes `size`. False crops at the tile's own resolution.
 
     Raises:
-        UserError: A bad value.
+        UserError: A value is not allowed.
     """
 
     _PER_TILE = ("relative_paths", "labels", "groups")  # what `subset` takes a part of
@@ -275,10 +276,6 @@ class Tiles(Dataset):
         """The stored pixels of a tile, uint8 (H, W, 3)."""
         raise NotImplementedError
 
-    def path(self, index: int) -> str:
-        """Where a tile is stored, for messages and records."""
-        raise NotImplementedError
-
     def _finish(self, check: bool | str, cache: bool) -> None:
         """Fill the cache or check the files, as `check` and `cache` of a subclass say."""
         if check not in (True, False, "auto"):
@@ -322,13 +319,8 @@ class Tiles(Dataset):
         """Whether an item depends on a seed."""
         return bool(self.augment) or self.crop == "random"
 
-    def pass_length(self) -> int:
-        """How many tiles a pass draws."""
-        return len(self)
-
-    def drawn(self, seed: int, epoch: int) -> np.ndarray:
-        """Indices of the tiles that a pass draws, (pass_length,) int64, to be shuffled."""
-        return np.arange(len(self))
+    def without_augmentation(self) -> "Tiles":
+        return self.subset(range(len(self)), random=False)
 
     def subset(self, indices: Sequence[int], random: bool = True) -> "Tiles":
         """The tiles at `indices`; `random=False` also drops augmentation and crops the centre."""
@@ -346,9 +338,6 @@ class Tiles(Dataset):
             part._build_transform()
         return part
 
-    def __len__(self) -> int:
-        return len(self.relative_paths)
-
     def __getitem__(self, key: int | tuple[int, int]) -> dict:
         index, seed = key if isinstance(key, tuple) else (key, None)
         image = self._cached[index] if self._cached is not None else self._prepare(index)
@@ -359,11 +348,6 @@ class Tiles(Dataset):
             self._transform.set_random_state(np.random.default_rng(seed), random.Random(seed))
         image = self._transform(image=image)["image"]
         return {"image": to_tensor(image), "label": self.labels[index], "path": self.path(index)}
-
-
-def _report_loose(root: Path, count: int) -> None:
-    if count:
-        log.warning("%s: %d images beside the class folders are not used", root, count)
 
 
 class TileFolder(Tiles):
@@ -409,77 +393,27 @@ class TileFolder(Tiles):
         if classes is not None and not labelled:
             raise UserError(f"classes={list(classes)}: classes need labelled=true")
         super().__init__(size, augment, crop, preprocess, resize)
+        folders = [Path(folder).expanduser() for folder in roots]
+        known = None
+        if index is not None:
+            for folder in folders:
+                require_tile_folder(folder)
+            known = CorpusIndex.read(index)
+            known.require_layout("folder")
+            known.check(folders)
+            check = False if check == "auto" else check  # the scan has decoded every tile
         self.classes = list(classes or [])
         self.paths: list[Path] = []
-        folders = [Path(folder).expanduser() for folder in roots]
-        for folder in folders:
-            if not folder.is_dir():
-                reason = "is not a folder" if folder.exists() else "does not exist"
-                raise UserError(f"tile folder {folder} {reason}; check the path")
-        if index is None:
-            for folder in folders:
-                self._add_root(folder, labelled)
-        else:
-            self._add_index(CorpusIndex.read(index), folders, labelled)
-            check = False if check == "auto" else check  # the scan has decoded every tile
+        groups: list[str] = []
+        for number, folder in enumerate(folders):
+            files = TileFiles.below(folder, labelled, self.classes or None, known, number)
+            self.classes = files.classes
+            self.paths += files.paths
+            self.relative_paths += files.names
+            self.labels += files.labels
+            groups += files.groups or []
+        self.groups = groups if known else None
         self._finish(check, cache)
-
-    def _add_root(self, root: Path, labelled: bool) -> None:
-        def below(folder: Path) -> list[str]:
-            return [path.relative_to(root).as_posix() for path in list_images(folder)]
-
-        if not labelled:
-            self._add(root, root, below(root), label=-1)
-            return
-        self._take_classes(root, class_folders(root))
-        loose = [p for p in root.iterdir() if is_image(p.name) and p.is_file()]
-        _report_loose(root, sum(1 for p in loose if p.name != OVERVIEW))
-        for label, name in enumerate(self.classes):
-            self._add(root, root / name, below(root / name), label)
-
-    def _add_index(self, index: CorpusIndex, roots: list[Path], labelled: bool) -> None:
-        index.require_layout("folder")
-        index.check(roots)
-        self.groups = []
-        for number, root in enumerate(roots):
-            table = index.tiles(number)
-            group_of = dict(zip(table["path"], table["group"], strict=True))
-            if labelled:
-                members: dict[str, list[str]] = {}
-                for name in table["path"]:
-                    members.setdefault(top_folder(name) or "", []).append(name)
-                _report_loose(root, len(members.pop("", [])))
-                self._take_classes(root, sorted(members))
-                for label, name in enumerate(self.classes):
-                    self._add(root, root / name, members[name], label)
-            else:
-                self._add(root, root, table["path"], label=-1)
-            first = len(self.groups)
-            self.groups += [group_of[name] or name for name in self.relative_paths[first:]]
-
-    def _take_classes(self, root: Path, found: list[str]) -> None:
-        """Make these the classes, or see that they are the ones there must be."""
-        if not found:
-            raise UserError(f"{root}: no class folders; a labelled set is {root}/CLASS/image files")
-        if not self.classes:
-            self.classes = found
-        missing = sorted(set(self.classes) - set(found))
-        extra = sorted(set(found) - set(self.classes))
-        if missing or extra:
-            raise UserError(
-                f"{root}: class folders {found} differ from the classes {self.classes}"
-                f" (missing {missing}, extra {extra}); rename, add or remove folders"
-            )
-
-    def _add(self, root: Path, folder: Path, names: list[str], label: int) -> None:
-        if not names:
-            what = "tile folder" if label < 0 else "class folder"
-            raise UserError(
-                f"{what} {folder} has no images ({' '.join(sorted(EXTENSIONS))}); add some"
-            )
-        self.paths += [root / name for name in names]
-        self.relative_paths += names
-        self.labels += [label] * len(names)
 
     def read(self, index: int) -> np.ndarray:
         return read_tile(self.paths[index])

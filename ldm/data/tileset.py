@@ -4,7 +4,6 @@ File names carry the slide, `slide00003_000017.png`, so tiles can be grouped by 
 two splits, and a split holds the same tiles whatever the size of the others.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -13,8 +12,9 @@ from functools import partial
 from pathlib import Path
 
 from ldm.data.procedural import CLASSES, SIZES, TILES_PER_SLIDE, VERSION, render_tile, slide_of
-from ldm.data.tiles import write_png
 from ldm.errors import UserError
+from ldm.files import atomic_file, write_png
+from ldm.run import MadeFolder
 
 RECORD = "tiles.json"
 # Index of the first tile of each split, per class.
@@ -39,31 +39,9 @@ def _render(out: Path, size: int, seed: int, task: tuple[str, str, int]) -> None
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy a file; the copy appears whole or not at all."""
-    temporary = target.with_name(f".{target.name}.part")
-    shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
-
-
-def _claim(out: Path, settings: dict) -> None:
-    """Make `out` the folder of these settings, or say that it is another's."""
-    record = out / RECORD
-    if record.is_file():
-        try:
-            found = json.loads(record.read_text())
-        except (ValueError, UnicodeDecodeError):
-            raise UserError(f"{record} is damaged; remove {out} or give another --out") from None
-        if found != settings:
-            differing = [k for k in settings if found.get(k) != settings[k]]
-            shown = ", ".join(f"{k}={found.get(k)} (now {settings[k]})" for k in differing)
-            raise UserError(f"--out {out} holds tiles made with {shown}; give another --out")
-        return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out} exists and was not made by this command; give another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    temporary = out / f".{RECORD}.part"
-    temporary.write_text(json.dumps(settings, indent=1) + "\n")
-    os.replace(temporary, record)
+    """Copy a file; the copy appears completely or not at all."""
+    with source.open("rb") as original, atomic_file(target) as copy:
+        shutil.copyfileobj(original, copy)
 
 
 def make_tileset(
@@ -109,11 +87,11 @@ def make_tileset(
         raise UserError(f"--train5 {train5} must be in [0, {train}] (--train)")
     if seed < 0:
         raise UserError(f"--seed {seed} must be at least 0")
-    _claim(
-        out,
-        {"version": VERSION, "size": size, **counts, "train5": train5}
-        | {"seed": seed, "classes": list(classes)},
-    )
+    settings = {"version": VERSION, "size": size, **counts, "train5": train5}
+    settings |= {"seed": seed, "classes": list(classes)}
+    made = MadeFolder(out, settings, RECORD, key=None)
+    made.exists()
+    made.begin()
 
     tasks = [
         (split, name, FIRST[split] + i)

@@ -10,13 +10,16 @@ import torch
 
 from ldm import __version__
 from ldm.checkpoint import load_model
-from ldm.data.tiles import TileFolder, list_images, read_tile, to_uint8
-from ldm.demo.plan import RANDOM, REAL, SELECTED, Plan, mean_probability, read_csv, read_json
+from ldm.data.images import list_images, read_tile
+from ldm.data.tiles import TileFolder, to_uint8
 from ldm.evaluation.baselines import colour_histogram_baseline
 from ldm.evaluation.metrics import HEADLINE
 from ldm.evaluation.report import Page, Series, Tile, bar_chart, line_chart
-from ldm.run import git_revision, hardware, versions, write_text
-from ldm.stages import Finished
+from ldm.experiment.demo import LABELLED, RANDOM, REAL, SELECTED, Demo
+from ldm.experiment.jobs import Record
+from ldm.experiment.numbers import mean_probability, read_csv, read_json
+from ldm.files import write_text
+from ldm.run import git_revision, hardware, versions
 
 SIDE = 64  # pixels of a tile on the screen
 DEVIATIONS = tuple(f"{name}_std" for name in HEADLINE)
@@ -28,7 +31,7 @@ NAMES = {
 }
 
 
-def write_report(plan: Plan, stages: Mapping[str, Finished]) -> str:
+def write_report(plan: Demo, stages: Mapping[str, Record]) -> str:
     """Write OUT/report.html and OUT/table.csv; returns the headline of the table."""
     rows = table_rows(plan)
     page = Page("HistoDiffusion: the whole method in one run")
@@ -49,11 +52,11 @@ def write_report(plan: Plan, stages: Mapping[str, Finished]) -> str:
 # The table
 
 
-def table_rows(plan: Plan) -> list[dict[str, Any]]:
+def table_rows(plan: Demo) -> list[dict[str, Any]]:
     """A row per arm, and one of what colour alone is worth."""
     counts = {kind: plan.selection(kind)["counts"] for kind in (RANDOM, SELECTED)}
     split = plan.summary(REAL)["split"]
-    baseline = colour_histogram_baseline(plan.data / REAL, plan.data / split)
+    baseline = colour_histogram_baseline(plan.data / LABELLED, plan.data / split)
     labelled = plan.summary(REAL)["n_train"]
     rows = [
         {
@@ -91,7 +94,7 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return stream.getvalue()
 
 
-def _table(page: Page, plan: Plan, rows: Sequence[Mapping[str, Any]]) -> None:
+def _table(page: Page, plan: Demo, rows: Sequence[Mapping[str, Any]]) -> None:
     summary = plan.summary(REAL)
     split, images = summary["split"], summary[f"n_{summary['split']}"]
 
@@ -128,7 +131,7 @@ def _table(page: Page, plan: Plan, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _opening(
-    page: Page, plan: Plan, stages: Mapping[str, Finished], rows: Sequence[Mapping[str, Any]]
+    page: Page, plan: Demo, stages: Mapping[str, Record], rows: Sequence[Mapping[str, Any]]
 ) -> None:
     minutes = sum(stage.seconds for stage in stages.values()) / 60
     machine = hardware()
@@ -157,7 +160,7 @@ def _opening(
     )
 
 
-def _training(page: Page, plan: Plan) -> None:
+def _training(page: Page, plan: Demo) -> None:
     page.heading("Training")
     charts = []
     for title, run, name in (
@@ -171,7 +174,7 @@ def _training(page: Page, plan: Plan) -> None:
     page.charts(charts)
 
 
-def _reconstructions(page: Page, plan: Plan) -> None:
+def _reconstructions(page: Page, plan: Demo) -> None:
     page.heading("Reconstructions")
     tiles = TileFolder(plan.data / "val", plan.size, labelled=True, check=False)
     chosen = [tiles.labels.index(label) for label in range(len(tiles.classes))]
@@ -191,7 +194,7 @@ def _reconstructions(page: Page, plan: Plan) -> None:
     )
 
 
-def _classifier(page: Page, plan: Plan) -> None:
+def _classifier(page: Page, plan: Demo) -> None:
     page.heading("The classifier of noisy latents, and what it does")
     last = read_json(plan.classifier.root / "result.json")["last"]
     quarters = {
@@ -249,10 +252,10 @@ def _classifier(page: Page, plan: Plan) -> None:
     )
 
 
-def _samples(page: Page, plan: Plan) -> None:
+def _samples(page: Page, plan: Demo) -> None:
     page.heading("Samples")
     sampling = plan.settings["sampling"]
-    real = TileFolder(plan.data / REAL, plan.size, labelled=True, check=False)
+    real = TileFolder(plan.data / LABELLED, plan.size, labelled=True, check=False)
     rows = []
     for label, name in enumerate(real.classes):
         first = [i for i, of in enumerate(real.labels) if of == label][:3]
@@ -272,7 +275,7 @@ def _samples(page: Page, plan: Plan) -> None:
     )
 
 
-def _selection(page: Page, plan: Plan) -> None:
+def _selection(page: Page, plan: Demo) -> None:
     page.heading("Selection")
     page.picture(
         (plan.features / "umap.png").read_bytes(),
@@ -318,7 +321,7 @@ def _selection(page: Page, plan: Plan) -> None:
     )
 
 
-def _stages(page: Page, stages: Mapping[str, Finished]) -> None:
+def _stages(page: Page, stages: Mapping[str, Record]) -> None:
     page.heading("What ran")
     total = sum(stage.seconds for stage in stages.values())
     page.table(
@@ -340,9 +343,9 @@ def _stages(page: Page, stages: Mapping[str, Finished]) -> None:
     )
 
 
-def _classes(plan: Plan) -> list[str]:
+def _classes(plan: Demo) -> list[str]:
     return list(plan.selection(SELECTED)["counts"])
 
 
-def _unlabelled(plan: Plan) -> int:
+def _unlabelled(plan: Demo) -> int:
     return len(list_images(plan.data / "train"))

@@ -14,8 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ldm.diffusion.process import Process
 from ldm.diffusion.samplers import EpsFn
-from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 
 GradFn = Callable[[Tensor, Tensor], Tensor]
@@ -48,7 +48,7 @@ def classifier_log_prob_grad(
 def z_0_log_prob_grad(
     net: Callable[[Tensor, Tensor], Tensor],
     eps_fn: EpsFn,
-    schedule: NoiseSchedule,
+    schedule: Process,
     y: Tensor,
     temperature: float = 1.0,
     on_log_prob: ReportFn | None = None,
@@ -70,20 +70,76 @@ def z_0_log_prob_grad(
     return _log_prob_grad(on_prediction, y, temperature, on_log_prob)
 
 
+def shared_pass(
+    eps_and_logits: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    y: Tensor,
+    temperature: float = 1.0,
+    interval: tuple[int, int] | None = None,
+    on_log_prob: ReportFn | None = None,
+) -> tuple[EpsFn, GradFn]:
+    """A noise predictor and a classifier's gradient from one pass of the network that both read.
+
+    Readout guidance (Luo et al. 2024): the classifier reads features of the noise predictor. The
+    gradient must be asked for at the latents that were predicted last, as `classifier_guidance`
+    does.
+
+    Args:
+        eps_and_logits: (z_t, t) -> eps, shaped like z_t, and logits (B, K).
+        interval: Where the gradient will be asked for, as in `classifier_guidance`; elsewhere
+            nothing is kept for it.
+        Others as `classifier_log_prob_grad`.
+    """
+    kept: list[tuple[Tensor, Tensor, Tensor]] = []  # z_t as given, its leaf, logits
+
+    def eps_fn(z_t: Tensor, t: Tensor) -> Tensor:
+        kept.clear()
+        if interval is not None and not ((t >= interval[0]) & (t <= interval[1])).any():
+            with torch.no_grad():
+                return eps_and_logits(z_t, t)[0]
+        with torch.enable_grad():
+            leaf = z_t.detach().requires_grad_()
+            eps_pred, logits = eps_and_logits(leaf, t)
+        kept.append((z_t, leaf, logits))
+        return eps_pred.detach()
+
+    def grad(z_t: Tensor, t: Tensor) -> Tensor:
+        (seen, leaf, logits), *_ = kept
+        assert seen is z_t, "the gradient belongs to the last prediction"
+        kept.clear()
+        with torch.enable_grad():
+            wanted = _wanted(logits, y, temperature)
+            gradient = torch.autograd.grad(wanted.sum(), leaf)[0]
+        if on_log_prob is not None:
+            on_log_prob(t, wanted.detach()[:, 0])
+        return gradient
+
+    _check_temperature(temperature)
+    return eps_fn, grad
+
+
+def _check_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise UserError(f"temperature={temperature} of the classifier must be above 0")
+
+
+def _wanted(logits: Tensor, y: Tensor, temperature: float) -> Tensor:
+    """log p(y), (B, 1)."""
+    log_p = (logits.float() / temperature).log_softmax(dim=1)
+    return log_p.gather(1, y.view(-1, 1).to(logits.device))
+
+
 def _log_prob_grad(
     logits_fn: Callable[[Tensor, Tensor], Tensor],
     y: Tensor,
     temperature: float,
     on_log_prob: ReportFn | None,
 ) -> GradFn:
-    if not temperature > 0:
-        raise UserError(f"temperature={temperature} of the classifier must be above 0")
+    _check_temperature(temperature)
 
     def grad(z_t: Tensor, t: Tensor) -> Tensor:
         with torch.enable_grad():
             z_t = z_t.detach().requires_grad_()
-            logits = logits_fn(z_t, t).float() / temperature
-            wanted = logits.log_softmax(dim=1).gather(1, y.view(-1, 1).to(z_t.device))  # (B, 1)
+            wanted = _wanted(logits_fn(z_t, t), y, temperature)
             gradient = torch.autograd.grad(wanted.sum(), z_t)[0]
         if on_log_prob is not None:
             on_log_prob(t, wanted.detach()[:, 0])
@@ -95,7 +151,7 @@ def _log_prob_grad(
 def classifier_guidance(
     eps_fn: EpsFn,
     log_prob_grad: GradFn,
-    schedule: NoiseSchedule,
+    schedule: Process,
     scale: float,
     interval: tuple[int, int] | None = None,
     normalise: bool = False,

@@ -1,7 +1,8 @@
 """Samplers: from noise to clean latents, as functions over a noise predictor.
 
-Contract: `eps_fn(z_t, t) -> eps_pred` with z_t (B, C, H, W) and t (B,) int64. All noise comes from
-the caller (`noise_fn(j)` for step j = 0..S-1, noisiest first): a sampler draws nothing by itself.
+Contract: `eps_fn(z_t, t) -> eps_pred` with z_t (B, C, H, W) and t (B,), int64 for a noise schedule
+and float32 for a rectified flow. All noise comes from the caller (`noise_fn(j)` for step
+j = 0..S-1, noisiest first): a sampler draws nothing by itself.
 
 | variable | in the DDIM paper (Song et al. 2021) |
 |---|---|
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.diffusion.process import Process
 from ldm.diffusion.schedule import NoiseSchedule, time_pairs
 from ldm.errors import UserError
 
@@ -29,8 +31,8 @@ class Step(NamedTuple):
     """What a sampler reports after each step."""
 
     j: int  # step of the sampler, 0 = noisiest
-    t: int  # training time step that the network saw
-    t_prev: int  # time step of `z`
+    t: float  # training time step that the network saw
+    t_prev: float  # time step of `z`
     z: Tensor  # latents after the step, (B, C, H, W)
     z_0_pred: Tensor  # clean latents as predicted at t, (B, C, H, W)
 
@@ -196,6 +198,94 @@ def dpm_solver_pp_2m(
         if on_step is not None:
             on_step(Step(j, t, t_prev, z, z_0_pred))
     return z
+
+
+def euler(
+    eps_fn: EpsFn,
+    process: Process,
+    z_T: Tensor,
+    pairs: Sequence[tuple[float, float]],
+    limit: float | None = None,
+    on_step: Callable[[Step], None] | None = None,
+) -> Tensor:
+    """Euler's method along a rectified flow, deterministic: z moves by (s_prev - s) (eps - z_0).
+
+    Args: as `ddim`, without noise, and
+        limit: The predicted clean latents are kept within [-limit, limit]; the noise is then what
+            z_t and they imply. None for no limit.
+    """
+    z = z_T
+    for j, (t, t_prev) in enumerate(pairs):
+        z_0_pred, eps_pred = _limited(eps_fn, process, z, t, limit)
+        z = process.q_sample(z_0_pred, process.times(t_prev, len(z), z.device), eps_pred)
+        if on_step is not None:
+            on_step(Step(j, t, t_prev, z, z_0_pred))
+    return z
+
+
+def heun(
+    eps_fn: EpsFn,
+    process: Process,
+    z_T: Tensor,
+    pairs: Sequence[tuple[float, float]],
+    limit: float | None = None,
+    on_step: Callable[[Step], None] | None = None,
+) -> Tensor:
+    """Heun's method along a rectified flow: two evaluations a step, of second order, deterministic.
+
+    The mean of the velocities at both ends of a step is followed. The last step, whose end is
+    clean, is Euler's (as in Karras et al. 2022, algorithm 1).
+
+    Args: as `euler`.
+    """
+    z = z_T
+    for j, (t, t_prev) in enumerate(pairs):
+        z_0_pred, eps_pred = _limited(eps_fn, process, z, t, limit)
+        end = process.times(t_prev, len(z), z.device)
+        z_next = process.q_sample(z_0_pred, end, eps_pred)
+        if j < len(pairs) - 1:
+            z_0_end, eps_end = _limited(eps_fn, process, z_next, t_prev, limit)
+            velocity = ((eps_pred - z_0_pred) + (eps_end - z_0_end)) / 2
+            z_next = z + (t_prev - t) / process.T * velocity
+        z = z_next
+        if on_step is not None:
+            on_step(Step(j, t, t_prev, z, z_0_pred))
+    return z
+
+
+def _limited(
+    eps_fn: EpsFn, process: Process, z: Tensor, t: float, limit: float | None
+) -> tuple[Tensor, Tensor]:
+    """The predicted clean latents, within the limit, and the noise that goes with them."""
+    steps = process.times(t, len(z), z.device)  # (B,)
+    eps_pred = eps_fn(z, steps)
+    z_0_pred = process.predict_z_0(z, steps, eps_pred)
+    if limit is None:
+        return z_0_pred, eps_pred
+    z_0_pred = z_0_pred.clamp(-limit, limit)
+    return z_0_pred, process.predict_eps(z, steps, z_0_pred)
+
+
+def sample(
+    name: str,
+    eps_fn: EpsFn,
+    process: Process,
+    z_T: Tensor,
+    pairs: Sequence[tuple[float, float]],
+    eta: float = 0.0,
+    noise_fn: NoiseFn | None = None,
+    limit: float | None = None,
+    on_step: Callable[[Step], None] | None = None,
+) -> Tensor:
+    """Run the sampler of this name, one of `process.samplers`; see the functions above."""
+    common = (eps_fn, process, z_T)
+    if name == "ddim":
+        return ddim(*common, pairs, eta, noise_fn, on_step)
+    if name == "ddpm":
+        return ddpm(*common, noise_fn, pairs, on_step)
+    if name == "dpm++2m":
+        return dpm_solver_pp_2m(*common, pairs, on_step)
+    return {"euler": euler, "heun": heun}[name](*common, pairs, limit, on_step)
 
 
 def _alpha_bars(schedule: NoiseSchedule, t: int, t_prev: int) -> tuple[float, float]:

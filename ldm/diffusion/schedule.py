@@ -6,13 +6,19 @@ what is gathered from them has the type and device of the latents it multiplies.
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from ldm.diffusion.process import DrawFn, Process
 from ldm.errors import UserError
 
 NAMES = ("scaled_linear", "linear", "cosine")
+# alpha_bar of the last step where it should be 0: small enough to show nothing of the image, large
+# enough to divide by (its root, 2^-13, costs float32 half of its digits).
+TERMINAL_ALPHA_BAR = 2.0**-26
+SMALLEST_GUIDED_SIGNAL = 0.05  # with zero terminal SNR
 
 
 def make_betas(
@@ -54,13 +60,20 @@ def make_betas(
     return torch.linspace(*ends, timesteps, dtype=torch.float64) ** 2
 
 
-class NoiseSchedule:
+class NoiseSchedule(Process):
     """q(z_t | z_0) = N(sqrt(alpha_bar_t) z_0, (1 - alpha_bar_t) I) (Ho et al. 2020, eq. 4).
 
-    Not an nn.Module: the tables follow from four numbers, so checkpoints store those (`settings`).
+    Args: as `make_betas`, and
+        rescale_zero_terminal_snr: Stretch sqrt(alpha_bar) so that the last step is noise alone (Lin
+            et al. 2024, algorithm 1). Without it a trace of the image is left at t = T - 1, which a
+            sampler that starts from noise lacks: it cannot make very bright or very dark images.
 
-    Args: as `make_betas`.
+    Raises:
+        UserError: See `make_betas`.
     """
+
+    samplers = ("ddim", "ddpm", "dpm++2m")
+    predictions = ("eps", "v")
 
     def __init__(
         self,
@@ -68,6 +81,7 @@ class NoiseSchedule:
         timesteps: int = 1000,
         linear_start: float = 0.0015,
         linear_end: float = 0.0155,
+        rescale_zero_terminal_snr: bool = False,
     ):
         self.settings = {
             "name": name,
@@ -78,6 +92,11 @@ class NoiseSchedule:
         self.T = timesteps
         self.betas = make_betas(name, timesteps, linear_start, linear_end)  # (T,)
         self.alphas_cumprod = (1 - self.betas).cumprod(0)  # (T,)
+        self.largest_guided = float(timesteps)
+        self._trailing = rescale_zero_terminal_snr
+        if rescale_zero_terminal_snr:
+            self.settings["rescale_zero_terminal_snr"] = True
+            self._rescale()
         # t = -1 gathers the last entry, the clean end. Roots are taken in float64, since
         # 1 - alpha_bar of the first steps would lose digits in float32.
         padded = torch.cat([self.alphas_cumprod, torch.ones(1, dtype=torch.float64)])
@@ -87,6 +106,20 @@ class NoiseSchedule:
             "noise": (1 - padded).sqrt(),
         }
         self._cache: dict[tuple, Tensor] = {}
+
+    def _rescale(self) -> None:
+        """Make the last alpha_bar at most `TERMINAL_ALPHA_BAR`, and keep the first."""
+        if self.T < 2:
+            raise UserError("rescale_zero_terminal_snr needs at least 2 timesteps")
+        root = self.alphas_cumprod.sqrt()
+        root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+        self.alphas_cumprod = root.square()
+        # Half of the one before where the table is so fine that this is less.
+        last = min(TERMINAL_ALPHA_BAR, float(self.alphas_cumprod[-2]) / 2)
+        self.alphas_cumprod[-1] = last
+        before = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
+        self.betas = 1 - self.alphas_cumprod / before
+        self.largest_guided = float((root >= SMALLEST_GUIDED_SIGNAL).nonzero().max())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, NoiseSchedule) and torch.equal(self.betas, other.betas)
@@ -116,28 +149,37 @@ class NoiseSchedule:
         """sqrt(1 - alpha_bar_t), shaped as `alpha_bar`."""
         return self._gather("noise", t, like)
 
-    def q_sample(self, z_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """Sample q(z_t | z_0) (Ho et al. 2020, eq. 4).
+    def draw_times(self, draw: DrawFn, count: int) -> Tensor:
+        """Time steps (count,) int64, uniform in [0, T)."""
+        return draw(partial(torch.randint, self.T), (count,))
 
-        Args:
-            z_0: Clean scaled latents, (B, C, H, W).
-            t: Time steps, (B,) int64 in [-1, T).
-            eps: Standard normal noise shaped like z_0.
+    def uniform_times(self, draw: DrawFn, count: int) -> Tensor:
+        return self.draw_times(draw, count)
+
+    def times(self, t: float, count: int, device: torch.device | str) -> Tensor:
+        return torch.full((count,), t, dtype=torch.int64, device=device)
+
+    def time_pairs(self, steps: int, start: float | None = None) -> list[tuple[int, int]]:
+        """See `time_pairs`; a `start` leaves out the steps above it.
+
+        With zero terminal SNR the steps are counted from the end, since only the last one of the
+        table is the noise that sampling starts from (Lin et al. 2024, section 3.3).
         """
-        return self.signal(t, z_0) * z_0 + self.noise(t, z_0) * eps
-
-    def predict_z_0(self, z_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """The clean latent that z_t and its noise imply (inverse of `q_sample` in z_0)."""
-        return (z_t - self.noise(t, z_t) * eps) / self.signal(t, z_t)
-
-    def predict_eps(self, z_t: Tensor, t: Tensor, z_0: Tensor) -> Tensor:
-        """The noise that z_t and its clean latent imply (inverse of `q_sample` in eps), t >= 0."""
-        return (z_t - self.signal(t, z_t) * z_0) / self.noise(t, z_t)
+        pairs = time_pairs(self.T, steps)
+        if self._trailing:
+            times = [self.T - 1 - k * self.T // steps for k in range(steps)]
+            pairs = list(zip(times, [*times[1:], -1], strict=True))
+        if start is None:
+            return pairs
+        pairs = [pair for pair in pairs if pair[0] <= start]
+        if not pairs:
+            raise UserError(f"start={start} of {steps} sampling steps leaves none; raise either")
+        return pairs
 
     def v(self, z_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) z_0 (Salimans & Ho 2022, appendix D).
 
-        Args: as `q_sample`.
+        Args: as `Process.q_sample`.
         """
         return self.signal(t, z_0) * eps - self.noise(t, z_0) * z_0
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ldm.run import write_bytes, write_text
+from ldm.files import write_bytes, write_text
 
 MATRIX, PER_CLASS, PICTURE = "confusion.csv", "per_class.csv", "confusion.png"
 METRICS = ("precision", "sensitivity", "specificity", "f1")

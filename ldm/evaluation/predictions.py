@@ -14,7 +14,7 @@ import numpy as np
 
 from ldm.errors import UserError
 from ldm.evaluation.metrics import calibration_error, confusion_matrix, scores
-from ldm.run import write_text
+from ldm.files import write_text
 
 COLUMNS = ("path", "group", "label", "predicted")
 PROBABILITY = "p_"

@@ -5,9 +5,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ldm.data.tile_files import TileFiles
 from ldm.errors import UserError
 from ldm.features.extractor import Extractor
-from ldm.features.sets import FeatureSet, TileFiles
+from ldm.features.sets import FeatureSet
 from ldm.selection.training_folder import DECISIONS, PREFIX, RECORD
 
 log = logging.getLogger(__name__)

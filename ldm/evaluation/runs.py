@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ldm.checkpoint import read_checkpoint, write_checkpoint
+from ldm.devices import Devices
 from ldm.errors import UserError
 from ldm.evaluation.bootstrap import intervals
 from ldm.evaluation.confusion import write_confusion
@@ -29,8 +30,8 @@ from ldm.evaluation.training import (
     predictions_of,
 )
 from ldm.evaluation.vit import load_vit
-from ldm.run import git_revision, hardware, versions, write_json
-from ldm.synthesis.ranks import Layout
+from ldm.files import write_json
+from ldm.run import git_revision, hardware, versions
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def train_and_report(
     resume: str | Path | None = None,
     overwrite: bool = False,
     groups: GroupTable | None = None,
-    layout: Layout | None = None,
+    devices: Devices | None = None,
 ) -> dict[str, Any]:
     """Train one network per seed, choose its epoch on val, report test once.
 
@@ -83,7 +84,7 @@ def train_and_report(
         resume: A checkpoint to go on from instead; for a single seed.
         overwrite: Discard results that belong to other settings or files.
         groups: Patients, slides or regions of val and test, over which intervals are taken.
-        layout: The processes that share the work, started once all is checked. Batches are divided
+        devices: The processes that share the work, started once all is checked. Batches are divided
             among them, the first one writes.
 
     Returns:
@@ -135,21 +136,15 @@ def train_and_report(
         # What a user can get wrong comes first, then the images, then the earlier results go.
         build_optimizer(settings, build_network(settings, splits.classes), settings.lr)
         splits.load()
-    if layout is None or len(results) == len(seeds):
+    if devices is None or len(results) == len(seeds):
         return _run(
             train_folder, settings, seeds, folder, compute, splits, results, checkpoints, stale
         )
-    ranks, device = layout.launch(backend=None)
-    compute = replace(compute, device=device, ranks=ranks)
-    try:
+    with devices.launch(backend=None) as (ranks, device):
+        compute = replace(compute, device=device, ranks=ranks)
         return _run(
             train_folder, settings, seeds, folder, compute, splits, results, checkpoints, stale
         )
-    except BaseException:
-        ranks.stop_others()
-        raise
-    finally:
-        ranks.close()
 
 
 def _run(

@@ -4,6 +4,7 @@ Letters: S side in pixels.
 """
 
 import csv
+import hashlib
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -20,15 +21,15 @@ from timm.data import create_transform
 from torch import Tensor
 from torchvision.transforms import Compose
 
-from ldm.checkpoint import file_sha256
 from ldm.cli import existing_path
 from ldm.data.groups import by_csv
-from ldm.data.images import class_folders, listing_sha256
+from ldm.data.images import class_folders
 from ldm.data.stain import jitter_stains
 from ldm.data.tiles import TileFolder, check_tiles, decode_tiles, read_tile
 from ldm.errors import UserError
 from ldm.evaluation.settings import NO_AUGMENT, Settings
 from ldm.evaluation.vit import eval_transform
+from ldm.files import file_sha256
 
 log = logging.getLogger(__name__)
 
@@ -277,6 +278,12 @@ def open_evaluation_sets(
         for name, tiles in found.items():
             tiles.groups = groups.groups(name, tiles.relative_paths)
     return found
+
+
+def listing_sha256(digests: Sequence[str], names: Sequence[str]) -> str:
+    """SHA-256 that tells a set of files, from their own and their paths below the set's folder."""
+    lines = (f"{digest} {name}\n" for digest, name in zip(digests, names, strict=True))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def open_splits(

@@ -3,18 +3,21 @@
 Imports nothing heavy, so that `eval.py --help` answers at once.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from ldm.errors import UserError
+from pydantic import Field
 
-PRECISIONS = ("auto", "32", "bf16-mixed", "16-mixed")
-SCHEDULES = ("cosine", "tanh", "constant")
+from ldm.cli import Count, NotNegative, Share, Whole, option
+from ldm.errors import Problems
+
+NETWORK, OPTIMISATION, AUGMENTATION = "network", "optimisation", "augmentation"
 NO_AUGMENT = "none"
 MATCHED_VALIDATIONS = 40  # of a run whose length is given in updates
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """What decides a trained classifier beside its data and seed. Fields are named as the options.
 
@@ -27,53 +30,170 @@ class Settings:
     updates, the same schedule and equally many chances to be selected.
     """
 
-    # Network
-    arch: str = "vit_small"
-    patch_size: int | None = None  # None: 16 for the short names, else the architecture's own
-    input_size: int = 224
-    avgpool_patchtokens: int = 0
-    finetune: str | None = None
-    checkpoint_key: str | None = None
-    drop: float = 0.0
-    attn_drop_rate: float = 0.0
-    drop_path: float = 0.1
+    arch: str = option(
+        default="vit_small",
+        group=NETWORK,
+        help="vit_tiny, vit_small, vit_base, vit_large or any timm name",
+    )
+    patch_size: Count | None = option(
+        default=None,
+        group=NETWORK,
+        help="pixels; if omitted 16 with the four names above, else the architecture's own",
+    )
+    input_size: Annotated[int, Field(ge=8)] = option(default=224, group=NETWORK, help="pixels")
+    avgpool_patchtokens: Annotated[int, Field(ge=0, le=1)] = option(
+        default=0,
+        group=NETWORK,
+        help="1: mean of the patch tokens instead of the class token",
+    )
+    finetune: str | None = option(
+        default=None,
+        group=NETWORK,
+        metavar="FILE",
+        published=("--pretrained_weights",),
+        help="local weights to start from; if omitted, training starts from scratch",
+    )
+    checkpoint_key: str | None = option(
+        default=None,
+        group=NETWORK,
+        metavar="ENTRY",
+        help="entry of FILE that holds the weights, for example teacher; if omitted, it is found",
+    )
+    drop: Share = option(default=0.0, group=NETWORK, help="dropout before the head")
+    attn_drop_rate: Share = option(default=0.0, group=NETWORK, help="dropout of attention weights")
+    drop_path: Share = option(default=0.1, group=NETWORK, help="stochastic depth")
 
-    # Optimisation
-    epochs: int = 300
-    batch_size: int = 256
-    opt: str = "adamw"
-    lr: float = 5e-4  # at a batch of 512
-    min_lr: float = 1e-5
-    warmup_lr: float = 1e-6
-    warmup_epochs: int | None = None
-    cooldown_epochs: int = 0
-    match_steps: int | None = None
-    validations: int | None = None  # None: 40, or as many as there are updates
-    warmup_updates: int | None = None  # None: a tenth of match_steps
-    sched: str = "cosine"
-    weight_decay: float = 0.05
-    momentum: float = 0.9
-    clip_grad: float | None = None
-    model_ema: bool = True
-    model_ema_decay: float = 0.99996
-    precision: str = "auto"
+    epochs: Count = option(default=300, group=OPTIMISATION, help="passes over the training set")
+    batch_size: Count = option(
+        default=256,
+        group=OPTIMISATION,
+        help="images per step, of all devices together; a smaller set makes one smaller batch",
+    )
+    opt: str = option(default="adamw", group=OPTIMISATION, help="any timm optimizer")
+    lr: NotNegative = option(
+        default=5e-4,
+        group=OPTIMISATION,
+        help="learning rate at a batch of 512, scaled to the batch",
+    )
+    min_lr: NotNegative = option(
+        default=1e-5, group=OPTIMISATION, help="least learning rate of the schedule"
+    )
+    warmup_lr: NotNegative = option(
+        default=1e-6, group=OPTIMISATION, help="learning rate at which the warm-up starts"
+    )
+    warmup_epochs: Whole | None = option(
+        default=None,
+        group=OPTIMISATION,
+        help="if omitted 5, or a tenth of the epochs where that is less",
+    )
+    cooldown_epochs: Whole = option(
+        default=0, group=OPTIMISATION, help="further epochs at the least learning rate"
+    )
+    match_steps: Count | None = option(
+        default=None,
+        group=OPTIMISATION,
+        metavar="N",
+        help="exactly N updates instead of --epochs, whatever the set's size, so that training "
+        "sets of different sizes compare",
+    )
+    validations: Count | None = option(
+        default=None,
+        group=OPTIMISATION,
+        metavar="V",
+        help=f"with --match_steps: validate V times at equal distances; if omitted "
+        f"{MATCHED_VALIDATIONS}, or as many times as there are updates",
+    )
+    warmup_updates: Whole | None = option(
+        default=None,
+        group=OPTIMISATION,
+        metavar="W",
+        help="with --match_steps: updates of warm-up; if omitted a tenth",
+    )
+    sched: Literal["cosine", "tanh", "constant"] = option(
+        default="cosine", group=OPTIMISATION, help="learning rate schedule"
+    )
+    weight_decay: NotNegative = option(default=0.05, group=OPTIMISATION, help="weight decay")
+    momentum: Share = option(
+        default=0.9,
+        group=OPTIMISATION,
+        help="momentum of the optimizers that have one, for example sgd",
+    )
+    clip_grad: NotNegative | None = option(
+        default=None,
+        group=OPTIMISATION,
+        metavar="NORM",
+        help="largest gradient norm; if omitted, gradients are not clipped",
+    )
+    model_ema: bool = option(
+        default=True,
+        group=OPTIMISATION,
+        off=("--no_model_ema",),
+        help="evaluate the moving average of the weights",
+    )
+    model_ema_decay: Annotated[float, Field(ge=0, le=0.9999999)] = option(
+        default=0.99996,
+        group=OPTIMISATION,
+        help="decay of the moving average per step, after a warm-up of (1 + n) / (10 + n)",
+    )
+    precision: Literal["auto", "32", "bf16-mixed", "16-mixed"] = option(
+        default="auto",
+        group="run",
+        help="auto: bf16-mixed on GPUs that have it, else 32",
+    )
 
-    # Augmentation
-    crop_flip: bool = True
-    d4: bool = False
-    stain_jitter: float = 0.0
-    smoothing: float = 0.1
-    aa: str = "rand-m9-mstd0.5-inc1"
-    color_jitter: float = 0.4
-    train_interpolation: str = "bicubic"
-    reprob: float = 0.25
-    remode: str = "pixel"
-    recount: int = 1
-    mixup: float = 0.8
-    cutmix: float = 1.0
-    mixup_prob: float = 1.0
-    mixup_switch_prob: float = 0.5
-    mixup_mode: str = "batch"
+    crop_flip: bool = option(
+        default=True,
+        group=AUGMENTATION,
+        off=("--no_crop_flip",),
+        help="random resized crops and mirroring; without: the centre, as in the evaluation",
+    )
+    d4: bool = option(
+        default=False,
+        group=AUGMENTATION,
+        help="turn by quarters and mirror both ways, as suits tissue",
+    )
+    stain_jitter: Annotated[float, Field(ge=0, le=0.99)] = option(
+        default=0.0,
+        group=AUGMENTATION,
+        metavar="S",
+        help="multiply haematoxylin, eosin and the rest by random numbers in [1 - S, 1 + S], as "
+        "other laboratories would; 0 for none",
+    )
+    smoothing: Annotated[float, Field(ge=0, le=0.99)] = option(
+        default=0.1, group=AUGMENTATION, help="label smoothing"
+    )
+    aa: str = option(
+        default="rand-m9-mstd0.5-inc1",
+        group=AUGMENTATION,
+        metavar="POLICY",
+        help="timm augmentation policy, or none",
+    )
+    color_jitter: NotNegative = option(
+        default=0.4,
+        group=AUGMENTATION,
+        help="strength, with --aa none (a policy jitters colours itself)",
+    )
+    train_interpolation: Literal["random", "bilinear", "bicubic"] = option(
+        default="bicubic", group=AUGMENTATION, help="interpolation of random resized crops"
+    )
+    reprob: Share = option(default=0.25, group=AUGMENTATION, help="probability of random erasing")
+    remode: Literal["const", "rand", "pixel"] = option(
+        default="pixel", group=AUGMENTATION, help="what random erasing fills in"
+    )
+    recount: Count = option(default=1, group=AUGMENTATION, help="most areas erased in an image")
+    mixup: NotNegative = option(default=0.8, group=AUGMENTATION, help="mixup alpha; 0 for none")
+    cutmix: NotNegative = option(default=1.0, group=AUGMENTATION, help="cutmix alpha; 0 for none")
+    mixup_prob: Share = option(
+        default=1.0, group=AUGMENTATION, help="share of the batches that are mixed"
+    )
+    mixup_switch_prob: Share = option(
+        default=0.5,
+        group=AUGMENTATION,
+        help="share of the mixed batches that cutmix takes when both are on",
+    )
+    mixup_mode: Literal["batch", "pair", "elem"] = option(
+        default="batch", group=AUGMENTATION, help="what shares one mixing ratio"
+    )
 
     @property
     def mixes(self) -> bool:
@@ -91,53 +211,68 @@ class Settings:
         return self.warmup_epochs
 
     def check(self) -> None:
-        """UserError for values that contradict each other or would have no effect."""
-        self._check_length()
+        """Refuse values that contradict each other or would have no effect.
+
+        Raises:
+            Problems: All of them.
+        """
+        found = dict(self.problems())
+        if found:
+            raise Problems(found)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Settings that contradict others or have no effect, and why."""
+        if self.match_steps is None:
+            yield from self._problems_of_epochs()
+        else:
+            yield from self._problems_of_updates(self.match_steps)
         if self.mixes and self.batch_size % 2:
-            raise UserError(
-                f"--batch-size {self.batch_size} must be even, as mixup and cutmix pair images;"
-                " change it or add --mixup 0 --cutmix 0"
+            yield (
+                "batch_size",
+                f"{self.batch_size} must be even, as mixup and cutmix pair images; change it, or "
+                "set mixup and cutmix to 0",
             )
         if self.color_jitter != Settings.color_jitter and self.aa != NO_AUGMENT:
-            raise UserError(
-                f"--color-jitter {self.color_jitter} has no effect under --aa {self.aa}, which"
-                " jitters colours itself; add --aa none"
+            yield (
+                "color_jitter",
+                f"{self.color_jitter} has no effect with aa {self.aa}, which jitters colours "
+                "itself; set aa to none",
             )
         if self.checkpoint_key and not self.finetune:
-            raise UserError("--checkpoint_key names an entry of the file that --finetune gives")
+            yield "checkpoint_key", "names an entry of the file finetune; give that too"
 
-    def _check_length(self) -> None:
-        if self.match_steps is not None:
-            for name in ("epochs", "warmup_epochs", "cooldown_epochs"):
-                if getattr(self, name) != getattr(Settings, name):
-                    instead = " and --warmup_updates" if name == "warmup_epochs" else ""
-                    raise UserError(
-                        f"--{name.replace('_', '-')} {getattr(self, name)}: --match_steps"
-                        f" {self.match_steps} counts updates{instead}; leave one of them out"
-                    )
-            if (self.validations or 0) > self.match_steps:
-                raise UserError(
-                    f"--validations {self.validations} must be at most --match_steps"
-                    f" {self.match_steps}; lower it"
-                )
-            if self.warmup >= self.match_steps:
-                raise UserError(
-                    f"--warmup_updates {self.warmup} must be less than --match_steps"
-                    f" {self.match_steps}; lower it"
-                )
-            return
+    def _problems_of_epochs(self) -> Iterator[tuple[str, str]]:
         for name in ("validations", "warmup_updates"):
-            if getattr(self, name) is not None:
-                raise UserError(
-                    f"--{name} {getattr(self, name)} belongs to --match_steps; give that, or leave"
-                    " it out"
-                )
+            value = getattr(self, name)
+            if value is not None:
+                yield name, f"{value} belongs to match_steps; give that, or leave it out"
         if self.warmup >= self.epochs:
-            raise UserError(
-                f"--warmup-epochs {self.warmup} must be less than --epochs {self.epochs}; lower it"
+            yield (
+                "warmup_epochs",
+                f"{self.warmup} must be less than epochs {self.epochs}; lower it",
             )
         if self.cooldown_epochs and self.sched == "constant":
-            raise UserError("--cooldown-epochs needs a --sched that decays: cosine or tanh")
+            yield "cooldown_epochs", "needs a sched that decays: cosine or tanh"
+
+    def _problems_of_updates(self, steps: int) -> Iterator[tuple[str, str]]:
+        for name in ("epochs", "warmup_epochs", "cooldown_epochs"):
+            if getattr(self, name) != getattr(Settings, name):
+                instead = " and warmup_updates" if name == "warmup_epochs" else ""
+                yield (
+                    name,
+                    f"{getattr(self, name)}: match_steps {steps} counts updates{instead}; leave "
+                    "one of them out",
+                )
+        if (self.validations or 0) > steps:
+            yield (
+                "validations",
+                f"{self.validations} must be at most match_steps {steps}; lower it",
+            )
+        if self.warmup >= steps:
+            yield (
+                "warmup_updates",
+                f"{self.warmup} must be less than match_steps {steps}; lower it",
+            )
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -7,7 +7,7 @@ from typing import Any
 from ldm.evaluation.bootstrap import FEW_GROUPS, intervals
 from ldm.evaluation.metrics import VAL_WARNING, mean_and_std
 from ldm.evaluation.predictions import Predictions, predictions_name
-from ldm.run import write_json
+from ldm.files import write_json
 
 SUMMARY = "summary.json"
 SPLITS = ("val", "test")

@@ -16,15 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.data.tile_files import TileFiles
+from ldm.devices import Devices
 from ldm.errors import UserError
 from ldm.evaluation.fidelity import FEWEST_TILES, fidelity
 from ldm.features.extractor import Extractor
-from ldm.features.sets import TileFiles, cached_features
+from ldm.features.sets import cached_features
 from ldm.synthesis import (
     Models,
     SampleFolder,
     Sampling,
-    Speed,
     Synthesiser,
     make_settings,
     synthesise,
@@ -197,7 +198,7 @@ class Row:
 def measure(
     sampling: Sampling,
     models: Models,
-    speed: Speed,
+    devices: Devices,
     judge_net: Extractor,
     real: JudgedTiles,
     out: Path,
@@ -215,9 +216,9 @@ def measure(
     """
     by_classifier, classes = models.classifier is not None, models.classes
     root = out / "tiles" / sampling.label
-    folder = SampleFolder(root, make_settings(sampling, models, speed), models.facts)
+    folder = SampleFolder(root, make_settings(sampling, models, devices), models.facts)
     counts = dict.fromkeys(classes, per_class)
-    synthesise(Synthesiser(models, sampling, speed), folder, counts, batch_size)
+    synthesise(Synthesiser(models, sampling, devices), folder, counts, batch_size)
     cache = out / "features" / f"{sampling.label}.safetensors"
     synthetic = judge(root, judge_net, cache, classes)
     rows = folder.rows.values()

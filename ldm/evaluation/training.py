@@ -30,15 +30,15 @@ from tqdm import tqdm
 
 from ldm.checkpoint import KEY, write_checkpoint
 from ldm.data.datamodule import ResumableSampler
+from ldm.devices import Ranks
 from ldm.errors import UserError
 from ldm.evaluation.metrics import HEADLINE
 from ldm.evaluation.predictions import Predictions
 from ldm.evaluation.sets import Splits, TransformedTiles, seed_generators
 from ldm.evaluation.settings import MATCHED_VALIDATIONS, Settings
 from ldm.evaluation.vit import TileClassifier, load_pretrained
+from ldm.files import write_text
 from ldm.modules.ema import EMA
-from ldm.run import write_text
-from ldm.synthesis.ranks import Ranks
 
 log = logging.getLogger(__name__)
 

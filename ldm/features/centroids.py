@@ -65,7 +65,7 @@ class Centroids:
         values: (K, D) float32.
         classes: K names in label order.
         extractor: SHA-256 that names the network the features come from.
-        tiles: SHA-256 over the labelled images, see `ldm.features.sets.tiles_digest`.
+        tiles: SHA-256 over the labelled images, see `TileFiles.digest`.
     """
 
     values: Tensor

@@ -1,17 +1,13 @@
-"""Sets of tiles: their files, their features, and the safetensors files that keep features.
+"""Features of sets of tiles, and the safetensors files that keep them.
 
 Letters: N images, V views of an image, D features, K classes.
 """
 
-import hashlib
 import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ldm.data.images import class_folders, is_image, list_images, listing_sha256
-from ldm.data.tiles import OVERVIEW, TileFolder
+from ldm.data.tile_files import TileFiles
 from ldm.errors import UserError
 from ldm.features.extractor import (
     FEATURES,
@@ -32,136 +27,13 @@ from ldm.features.extractor import (
     directions,
     require_finite,
 )
-from ldm.files import file_sha256, write_bytes
+from ldm.files import write_bytes
 
 log = logging.getLogger(__name__)
 
 FORMAT = "histodiffusion features 1"
 REFERENCE_FORMAT = "histodiffusion fidelity reference 1"  # of earlier versions, which are read
 SUFFIX = ".safetensors"
-
-
-@dataclass(frozen=True)
-class TileFiles:
-    """The image files of a set, in an order of their own.
-
-    Attributes:
-        root: Folder of the set.
-        paths: N files.
-        names: Their paths below the folder, with `/`.
-        labels: Class of each in [0, K); -1 in a set without classes.
-        classes: K names in label order; none in a set without classes.
-        part: Which of the tiles in the folder these are, for people; as a rule "all" of them.
-    """
-
-    root: Path
-    paths: list[Path]
-    names: list[str]
-    labels: list[int]
-    classes: list[str]
-    part: str = "all"
-
-    @classmethod
-    def below(cls, root: Path, labelled: bool, classes: Sequence[str] | None = None) -> "TileFiles":
-        """All images below a folder.
-
-        Args:
-            labelled: Folders of `root` are classes, and images beside them do not count.
-            classes: The classes there must be; None for those of the folder.
-
-        Raises:
-            UserError: Other classes, or a folder without images.
-        """
-        index = TileFolder(root, 1, labelled=labelled, classes=classes, check=False)
-        return cls(root, index.paths, index.relative_paths, index.labels, index.classes)
-
-    @classmethod
-    def if_classes(cls, root: Path, what: str) -> "TileFiles":
-        """Images of root/CLASS/** where there are folders, else those in the folder itself.
-
-        Args:
-            what: How error messages call the folder, for example `--fake`.
-
-        Raises:
-            UserError: There are no images.
-        """
-        classes = class_folders(root)
-        found = [(path, k) for k, name in enumerate(classes) for path in list_images(root / name)]
-        loose = sorted(
-            path
-            for path in root.iterdir()
-            if is_image(path.name) and path.name != OVERVIEW and path.is_file()
-        )
-        if not classes:
-            found = [(path, -1) for path in loose]
-        elif loose:
-            log.warning("%s: %d images beside the class folders are not used", root, len(loose))
-        if not found:
-            raise UserError(f"{what}: {root} has no images; give a folder of tiles")
-        paths, labels = [path for path, _ in found], [label for _, label in found]
-        names = [path.relative_to(root).as_posix() for path in paths]
-        return cls(root, paths, names, labels, classes)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    @property
-    def class_names(self) -> list[str]:
-        """Class of each file; empty names in a set without classes."""
-        return [self.classes[label] if label >= 0 else "" for label in self.labels]
-
-    @cached_property
-    def digests(self) -> list[str]:
-        """SHA-256 of each file."""
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            return list(pool.map(file_sha256, self.paths))
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 over names and contents, whatever the order, see `tiles_digest`."""
-        return _digest(self.names, self.digests)
-
-    @property
-    def listing(self) -> str:
-        """SHA-256 over contents and names in this order, as eval.py records it of a set."""
-        return listing_sha256(self.digests, self.names)
-
-    def stamp(self) -> str:
-        """SHA-256 over names, sizes and times of the files: when it is the same, so are they."""
-        digest = hashlib.sha256()
-        for name, path in zip(self.names, self.paths, strict=True):
-            # With the time of the last change of status, which no program can set back.
-            s = os.stat(path)
-            digest.update(f"{name}\0{s.st_size}\0{s.st_mtime_ns}\0{s.st_ctime_ns}\n".encode())
-        return digest.hexdigest()
-
-    def select(self, rows: Sequence[int], part: str | None = None) -> "TileFiles":
-        """The files at some places, with their digests where these are known."""
-        lists = ([values[i] for i in rows] for values in (self.paths, self.names, self.labels))
-        chosen = TileFiles(self.root, *lists, self.classes, part or self.part)
-        if "digests" in vars(self):
-            vars(chosen)["digests"] = [self.digests[i] for i in rows]
-        return chosen
-
-    def distinct(self) -> "TileFiles":
-        """The files without byte-identical repetitions."""
-        first = {digest: i for i, digest in reversed(list(enumerate(self.digests)))}
-        return self.select(sorted(first.values()))
-
-
-def tiles_digest(paths: Sequence[Path], names: Sequence[str]) -> str:
-    """SHA-256 over names and contents of files, to tell a set from one made anew in its place.
-
-    Args:
-        paths: Files.
-        names: Their paths below the set's folder, with `/`.
-    """
-    return _digest(names, [file_sha256(path) for path in paths])
-
-
-def _digest(names: Sequence[str], digests: Sequence[str]) -> str:
-    lines = (f"{name}\0{digest}\n" for name, digest in sorted(zip(names, digests, strict=True)))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -174,7 +46,7 @@ class FeatureSet:
         files: N paths below the folder, with `/`.
         classes: K names in label order.
         extractor: SHA-256 that names the network, see `Extractor.identity`.
-        tiles: SHA-256 over the images, see `tiles_digest`.
+        tiles: SHA-256 over the images, see `TileFiles.digest`.
         network: Name of the network, for people.
         trained_on: Which tiles the network was trained on, see `Extractor`.
         others: Further values by name, (N, ...): "logits", (N, K), of a classifier of `classes`.

@@ -8,7 +8,9 @@ from torch import Tensor
 from ldm.config import instantiate_from_config
 from ldm.errors import UserError
 from ldm.models.base import HistoModule
+from ldm.models.lpips import read_backbone
 from ldm.modules.autoencoder import AutoencoderKL as AutoencoderNet
+from ldm.modules.autoencoder import psnr
 
 
 class AutoencoderKL(HistoModule):
@@ -54,6 +56,8 @@ class AutoencoderKL(HistoModule):
         self.accumulate_grad_batches = accumulate_grad_batches
         self.net = AutoencoderNet(ddconfig, embed_dim)
         self.loss = instantiate_from_config(lossconfig) if lossconfig else None
+        if getattr(self.loss, "perceptual_weight", 0) > 0:
+            self.loss.use_backbone(read_backbone(self.loss.perceptual_weights))
         if ckpt_path:
             self.start_from(ckpt_path)
 
@@ -132,8 +136,7 @@ class AutoencoderKL(HistoModule):
         x = batch["image"]
         x_rec, posterior = self.net(x, sample=False)  # the mean, so that the number has no noise
         _, log = self.loss.generator_loss(x, x_rec, posterior, self.global_step)
-        mse = (x.clamp(-1, 1) - x_rec.clamp(-1, 1)).square().mean(dim=(1, 2, 3))
-        log["psnr"] = (10 * torch.log10(4.0 / mse.clamp(min=1e-10))).mean()  # dB, images span 2
+        log["psnr"] = psnr(x, x_rec)
         bar = {"val/rec_loss": log.pop("rec_loss")}
         self.log_dict(bar, prog_bar=True, batch_size=len(x), sync_dist=True)
         self.log_dict({f"val/{k}": v for k, v in log.items()}, batch_size=len(x), sync_dist=True)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ldm.errors import UserError
 from ldm.models.base import HistoModule
+from ldm.models.lpips import read_backbone
 from ldm.modules.autoencoder import AutoencoderKL as AutoencoderNet
 from ldm.modules.losses import PerceptualLoss
 
@@ -60,6 +61,11 @@ class DecoderFinetune(HistoModule):
                 "model.params.autoencoder_ckpt=CKPT"
             )
         source = load_model(autoencoder_ckpt, "autoencoder", what="model.params.autoencoder_ckpt")
+        if not isinstance(source.net, AutoencoderNet):
+            raise UserError(
+                f"model.params.autoencoder_ckpt: {autoencoder_ckpt} holds a "
+                f"{type(source.net).__name__}, whose decoder cannot be tuned; give an autoencoder"
+            )
         self.source_config = source.rebuild_config()
         self.net: AutoencoderNet = source.net
         self.net.decoder.requires_grad_(True)
@@ -67,7 +73,9 @@ class DecoderFinetune(HistoModule):
         self.aux_arch = aux_arch
         self.aux_weight, self.aux_start, self.rec_weight = aux_weight, aux_start, rec_weight
         self.perceptual_weight = perceptual_weight
-        self.perceptual = PerceptualLoss(perceptual_weights) if perceptual_weight > 0 else None
+        self.perceptual = None
+        if perceptual_weight > 0:
+            self.perceptual = PerceptualLoss(read_backbone(perceptual_weights))
         self.weight_decay = weight_decay
         self.monitor = monitor
         self.aux_classifier = None  # built when the data says how many classes there are

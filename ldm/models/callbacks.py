@@ -11,10 +11,11 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from torch import Tensor
 
-from ldm.data.tiles import to_uint8, write_png
+from ldm.data.tiles import to_uint8
+from ldm.devices import follow_layout
 from ldm.errors import Stopped
+from ldm.files import write_png
 from ldm.models.sharding import is_sharded
-from ldm.speed import follow_layout
 
 
 def image_grid(images: Tensor, columns: int = 4):

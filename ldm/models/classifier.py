@@ -18,11 +18,13 @@ from torch.utils.data import Dataset
 
 from ldm.checkpoint import KEY, load_model
 from ldm.config import instantiate_from_config
+from ldm.data.latents import latent_sums, scale_from_sums
+from ldm.diffusion import make_process
 from ldm.diffusion.samplers import IndexedNoise
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 from ldm.models.base import HistoModule
-from ldm.models.diffusion import latent_sums, posterior_of, scale_from_sums
+from ldm.models.diffusion import LatentDiffusion, posterior_of, scale_record, scale_tensor
 from ldm.modules.autoencoder import AutoencoderKL as AutoencoderNet
 from ldm.modules.lr_schedule import LinearAnneal
 
@@ -93,20 +95,21 @@ class LatentSpace:
 
     Attributes:
         first_stage: The frozen autoencoder.
-        schedule: Settings of the noise schedule.
-        scale_factor: Latent scale; None when the checkpoint does not know it (an autoencoder's).
+        schedule: Settings of the noise schedule or flow, see `ldm.diffusion.make_process`.
+        scale_factor: Latent scale, one or one per channel; None when the checkpoint does not know
+            it (an autoencoder's).
     """
 
     first_stage: AutoencoderNet
     schedule: dict[str, Any]
-    scale_factor: float | None
+    scale_factor: float | list[float] | None
 
     @classmethod
     def load(cls, path: str, what: str = "--first_stage") -> "LatentSpace":
         """Of a diffusion checkpoint, or of an autoencoder checkpoint with the paper's schedule."""
         model = load_model(path, ("diffusion", "autoencoder"), what=what)
         if model.kind == "diffusion":
-            settings, scale = model.schedule.settings, float(model.scale_factor)
+            settings, scale = model.schedule.settings, scale_record(model.scale_factor)
             return cls(model.first_stage_model, settings, scale)
         return cls(model.net, NoiseSchedule().settings, None)
 
@@ -117,7 +120,8 @@ class LatentSpace:
         if self.scale_factor is not None:
             return self
         chosen = torch.linspace(0, len(tiles) - 1, min(count, len(tiles))).long().unique().tolist()
-        sums = latent_sums(self.first_stage.to(device), tiles, chosen, device)
+        first_stage = self.first_stage.to(device)
+        sums = latent_sums(tiles, chosen, lambda x: first_stage.encode(x.to(device)))
         # Six digits, so that measuring it again on another machine gives the same number.
         return replace(self, scale_factor=float(f"{scale_from_sums(sums):.6g}"))
 
@@ -203,7 +207,166 @@ def network_config(
     return {"target": "ldm.modules.unet.EncoderUNetModel", "params": params}
 
 
-class NoisyLatentClassifier(HistoModule):
+def process_params(settings: dict[str, Any]) -> dict[str, Any]:
+    """Parameters of `NoisyLatentClassifier` for a process of these settings.
+
+    Schedules that earlier versions know are written as these wrote them.
+    """
+    known = {"timesteps", "linear_start", "linear_end"}
+    if settings.keys() != known | {"name"}:
+        return {"process": settings}
+    return {"beta_schedule": settings["name"], **{name: settings[name] for name in known}}
+
+
+class GuidingClassifier(HistoModule):
+    """Classifier p(y | z_t, t) that guides sampling: what it fits, its validation and calibration.
+
+    Args:
+        autoencoder_fingerprint: Names the latent space.
+        scale_factor: The latents are multiplied by it; the diffusion model's.
+        process: Settings of the diffusion model's process, see `ldm.diffusion.make_process`.
+        weight_decay: AdamW's.
+        anneal_steps: The learning rate falls linearly to 0 over so many steps; None keeps it.
+
+    Attributes:
+        net: What is trained.
+        temperature: Scalar buffer; logits / temperature are calibrated. Fitted at each validation
+            to the logits that `val/accuracy` is made of, 1 before the first; a checkpoint holds
+            that of the last validation before it. It takes no part in training.
+    """
+
+    kind = "classifier"
+    noised = True
+    net: nn.Module
+
+    def __init__(
+        self,
+        autoencoder_fingerprint: str,
+        scale_factor: float | list[float],
+        process: dict,
+        weight_decay: float,
+        anneal_steps: int | None,
+    ):
+        super().__init__()
+        self.automatic_optimization = False
+        self.schedule = make_process(process)
+        self.autoencoder_fingerprint = autoencoder_fingerprint
+        self.weight_decay, self.anneal_steps = weight_decay, anneal_steps
+        self.monitor = "val/accuracy"
+        self.register_buffer("scale_factor", scale_tensor(scale_factor))
+        self.register_buffer("temperature", torch.ones(()))
+        self._validated: list[tuple[Tensor, Tensor]] = []  # logits (n, K) and labels (n,)
+
+    def attach(self, diffusion: LatentDiffusion, where: str) -> None:
+        """Take over what sampling shares with the diffusion model; a network of its own needs none.
+
+        Raises:
+            UserError: `where` (for example --classifier CKPT) does not go with the model.
+        """
+
+    def logits_model(self) -> nn.Module:
+        """(z_t (B, C, H, W), t (B,)) -> logits (B, K)."""
+        return self.net
+
+    def shared_model(self) -> nn.Module | None:
+        """(z_t, t) -> noise (B, C, H, W) and logits (B, K) from one pass, where there is one."""
+        return None
+
+    @property
+    def quarters(self) -> list[tuple[int, int]]:
+        """The ranges [low, high) of t whose accuracy is reported."""
+        T = self.schedule.T
+        bounds = [q * T // QUARTERS for q in range(QUARTERS + 1)]
+        return [(low, max(high, low + 1)) for low, high in pairwise(bounds)]
+
+    @property
+    def quarter_metrics(self) -> list[str]:
+        return [f"val/accuracy_t{low}-{high - 1}" for low, high in self.quarters]
+
+    def metrics(self) -> set[str]:
+        calibration = {"val/temperature", "val/loss_calibrated"}
+        accuracies = {"val/accuracy", "val/accuracy_clean", *self.quarter_metrics}
+        return {"val/loss", *accuracies, *calibration}
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = torch.optim.AdamW(
+            self.net.parameters(),
+            lr=self.learning_rate,
+            weight_decay=self.weight_decay,
+            fused=self.fused or None,
+        )
+        if self.anneal_steps is None:
+            return {"optimizer": optimizer}
+        factor = LinearAnneal(self.anneal_steps)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
+        }
+
+    def on_validation_epoch_start(self) -> None:
+        self._validated.clear()
+
+    def log_validation(
+        self, clean_logits: Tensor, noisy_logits: Sequence[Tensor], y: Tensor
+    ) -> None:
+        """Log the scores of a batch.
+
+        Args:
+            clean_logits: (B, K) without noise at t = 0.
+            noisy_logits: (B, K) in each quarter, see `validation_point`.
+        """
+        clean = _scores(clean_logits, y)
+        quarters = [_scores(logits, y) for logits in noisy_logits]
+        # What training sees decides which checkpoint is best, and is calibrated.
+        seen = quarters if self.noised else [clean]
+        seen_logits = noisy_logits if self.noised else [clean_logits]
+        self._validated += [(logits, y) for logits in seen_logits]
+        values = {
+            "val/loss": sum(loss for loss, _ in seen) / len(seen),
+            "val/accuracy": sum(accuracy for _, accuracy in seen) / len(seen),
+        }
+        self.log_dict(values, prog_bar=True, batch_size=len(y), sync_dist=True)
+        ranges = {
+            name: accuracy
+            for name, (_, accuracy) in zip(self.quarter_metrics, quarters, strict=True)
+        }
+        ranges["val/accuracy_clean"] = clean[1]
+        self.log_dict(ranges, batch_size=len(y), sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        if self.trainer.sanity_checking:
+            return  # a few tiles, before anything is learnt
+        logits, y = (torch.cat(parts) for parts in zip(*self._validated, strict=True))
+        # (ranks, N, K) from several ranks; every one then finds the same temperature.
+        logits, y = self.all_gather(logits).flatten(0, -2), self.all_gather(y).flatten()
+        self.temperature.fill_(fit_temperature(logits, y))
+        values = {
+            "val/temperature": self.temperature,
+            "val/loss_calibrated": F.cross_entropy(logits / self.temperature, y),
+        }
+        self.log_dict(values, sync_dist=True)
+
+    def validation_point(
+        self, names: Sequence[str], quarter: int, z_0: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Time step (B,) within a quarter of the process, and noise, for each image.
+
+        Both follow from the image's name, so that the numbers of two evaluations compare, whatever
+        the batch size, the number of ranks or the order.
+        """
+        low, high = self.quarters[quarter]
+        keys = [zlib.crc32(name.encode()) for name in names]
+        spread = [zlib.crc32(f"{quarter}/{name}".encode()) % (high - low) for name in names]
+        t = torch.tensor([low + s for s in spread], device=z_0.device)  # (B,)
+        return t, IndexedNoise(0, quarter, keys, z_0.shape[1:], z_0.device).initial()
+
+
+def tile_names(paths: Sequence[str]) -> list[str]:
+    """CLASS/file of each path."""
+    return ["/".join(PurePath(path).parts[-2:]) for path in paths]
+
+
+class NoisyLatentClassifier(GuidingClassifier):
     """p(y | z_t, t): trained on latents of a frozen autoencoder with noise of the whole schedule.
 
     The autoencoder is not part of the checkpoint: its fingerprint and the latent scale are, and a
@@ -214,7 +377,8 @@ class NoisyLatentClassifier(HistoModule):
         autoencoder_fingerprint: Names the latent space.
         scale_factor: The latents are multiplied by it; the diffusion model's.
         timesteps, beta_schedule, linear_start, linear_end: The diffusion model's, see
-            `ldm.diffusion.schedule.NoiseSchedule`.
+            `ldm.diffusion.schedule.NoiseSchedule`; not used where there is a `process`.
+        process: Settings of any process, see `ldm.diffusion.make_process`.
         noised: Train on z_t with t over the whole schedule. False trains on clean latents at t = 0,
             as the code published with the paper does.
         t_sampler: "uniform" or "stratified", see `sample_time_steps`.
@@ -223,26 +387,20 @@ class NoisyLatentClassifier(HistoModule):
         anneal_steps: The learning rate falls linearly to 0 over so many steps; None keeps it.
         first_stage: The frozen autoencoder, needed to train.
 
-    Attributes:
-        temperature: Scalar buffer; logits / temperature are calibrated. Fitted at each validation
-            to the logits that `val/accuracy` is made of, 1 before the first; a checkpoint holds
-            that of the last validation before it. It takes no part in training.
-
     Raises:
         UserError: Settings out of range, or an autoencoder that does not fit the network.
     """
-
-    kind = "classifier"
 
     def __init__(
         self,
         net_config: dict,
         autoencoder_fingerprint: str,
-        scale_factor: float,
+        scale_factor: float | list[float],
         timesteps: int = 1000,
         beta_schedule: str = "scaled_linear",
         linear_start: float = 0.0015,
         linear_end: float = 0.0155,
+        process: dict | None = None,
         noised: bool = True,
         t_sampler: str = "uniform",
         microbatch: int | None = None,
@@ -250,27 +408,20 @@ class NoisyLatentClassifier(HistoModule):
         anneal_steps: int | None = None,
         first_stage: AutoencoderNet | None = None,
     ):
-        super().__init__()
-        # Micro-batches need several backward passes per step.
-        self.automatic_optimization = False
         if t_sampler not in T_SAMPLERS:
             raise UserError(
                 f"schedule_sampler={t_sampler!r} must be one of {', '.join(T_SAMPLERS)}"
             )
-        self.schedule = NoiseSchedule(beta_schedule, timesteps, linear_start, linear_end)
+        if process is None:
+            schedule = NoiseSchedule(beta_schedule, timesteps, linear_start, linear_end)
+            process = schedule.settings
+        super().__init__(autoencoder_fingerprint, scale_factor, process, weight_decay, anneal_steps)
         self.net_config = net_config
-        self.autoencoder_fingerprint = autoencoder_fingerprint
         self.noised = noised
         self.t_sampler = t_sampler
-        self.microbatch = microbatch
-        self.weight_decay = weight_decay
-        self.anneal_steps = anneal_steps
-        self.monitor = "val/accuracy"
-        self.net: nn.Module = instantiate_from_config(net_config)
+        self.microbatch = microbatch  # several backward passes per step, hence optimised by hand
+        self.net = instantiate_from_config(net_config)
         self.latent_shape = (self.net.in_channels, self.net.image_size, self.net.image_size)
-        self.register_buffer("scale_factor", torch.tensor(float(scale_factor)))
-        self.register_buffer("temperature", torch.ones(()))
-        self._validated: list[tuple[Tensor, Tensor]] = []  # logits (n, K) and labels (n,)
         if first_stage is not None:
             self._check_first_stage(first_stage)
         # Around nn.Module's bookkeeping: the frozen autoencoder stays out of the checkpoint.
@@ -289,15 +440,11 @@ class NoisyLatentClassifier(HistoModule):
             )
 
     def rebuild_config(self) -> dict[str, Any]:
-        schedule = self.schedule.settings
         params = {
             "net_config": self.net_config,
             "autoencoder_fingerprint": self.autoencoder_fingerprint,
-            "scale_factor": float(self.scale_factor),
-            "timesteps": schedule["timesteps"],
-            "beta_schedule": schedule["name"],
-            "linear_start": schedule["linear_start"],
-            "linear_end": schedule["linear_end"],
+            "scale_factor": scale_record(self.scale_factor),
+            **process_params(self.schedule.settings),
             "noised": self.noised,
         }
         return {"target": "ldm.models.classifier.NoisyLatentClassifier", "params": params}
@@ -327,22 +474,6 @@ class NoisyLatentClassifier(HistoModule):
                 "give the options that it was started with"
             )
 
-    @property
-    def quarters(self) -> list[tuple[int, int]]:
-        """The ranges [low, high) of t whose accuracy is reported."""
-        T = self.schedule.T
-        bounds = [q * T // QUARTERS for q in range(QUARTERS + 1)]
-        return [(low, max(high, low + 1)) for low, high in pairwise(bounds)]
-
-    @property
-    def quarter_metrics(self) -> list[str]:
-        return [f"val/accuracy_t{low}-{high - 1}" for low, high in self.quarters]
-
-    def metrics(self) -> set[str]:
-        calibration = {"val/temperature", "val/loss_calibrated"}
-        accuracies = {"val/accuracy", "val/accuracy_clean", *self.quarter_metrics}
-        return {"val/loss", *accuracies, *calibration}
-
     def forward(self, z_t: Tensor, t: Tensor) -> Tensor:
         """Logits (B, K) of noisy latents (B, C, H, W) at time steps (B,)."""
         return self.net(z_t, t)
@@ -367,21 +498,6 @@ class NoisyLatentClassifier(HistoModule):
     def networks(self) -> list[nn.Module]:
         first_stage = [] if self.first_stage is None else [self.first_stage.encoder]
         return [self.net, *first_stage]
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = torch.optim.AdamW(
-            self.net.parameters(),
-            lr=self.learning_rate,
-            weight_decay=self.weight_decay,
-            fused=self.fused or None,
-        )
-        if self.anneal_steps is None:
-            return {"optimizer": optimizer}
-        factor = LinearAnneal(self.anneal_steps)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
-        }
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         optimizer, y = self.optimizers(), batch["label"]
@@ -423,59 +539,17 @@ class NoisyLatentClassifier(HistoModule):
             hits += (logits.argmax(dim=1) == y[part]).sum()
         return loss, hits / len(y)
 
-    # Validation
-
-    def on_validation_epoch_start(self) -> None:
-        self._validated.clear()
-
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         y = batch["label"]
         z_0 = self.latents(batch, sample=False)
-        names = ["/".join(PurePath(path).parts[-2:]) for path in batch["path"]]  # CLASS/file
+        names = tile_names(batch["path"])
         clean_logits = self.net(z_0, torch.zeros_like(y)).float()  # (B, K)
         noisy_logits = [self.noisy_logits(z_0, names, q) for q in range(QUARTERS)]
-        clean = _scores(clean_logits, y)
-        quarters = [_scores(logits, y) for logits in noisy_logits]
-        # What training sees decides which checkpoint is best, and is calibrated.
-        seen = quarters if self.noised else [clean]
-        seen_logits = noisy_logits if self.noised else [clean_logits]
-        self._validated += [(logits, y) for logits in seen_logits]
-        values = {
-            "val/loss": sum(loss for loss, _ in seen) / len(seen),
-            "val/accuracy": sum(accuracy for _, accuracy in seen) / len(seen),
-        }
-        self.log_dict(values, prog_bar=True, batch_size=len(y), sync_dist=True)
-        ranges = {
-            name: accuracy
-            for name, (_, accuracy) in zip(self.quarter_metrics, quarters, strict=True)
-        }
-        ranges["val/accuracy_clean"] = clean[1]
-        self.log_dict(ranges, batch_size=len(y), sync_dist=True)
-
-    def on_validation_epoch_end(self) -> None:
-        if self.trainer.sanity_checking:
-            return  # a few tiles, before anything is learnt
-        logits, y = (torch.cat(parts) for parts in zip(*self._validated, strict=True))
-        # (ranks, N, K) from several ranks; every one then finds the same temperature.
-        logits, y = self.all_gather(logits).flatten(0, -2), self.all_gather(y).flatten()
-        self.temperature.fill_(fit_temperature(logits, y))
-        values = {
-            "val/temperature": self.temperature,
-            "val/loss_calibrated": F.cross_entropy(logits / self.temperature, y),
-        }
-        self.log_dict(values, sync_dist=True)
+        self.log_validation(clean_logits, noisy_logits, y)
 
     def noisy_logits(self, z_0: Tensor, names: Sequence[str], quarter: int) -> Tensor:
-        """Logits (B, K) at one t per image within a quarter of the schedule.
-
-        Time step and noise follow from the image's name, so that the numbers of two evaluations
-        compare, whatever the batch size, the number of ranks or the order.
-        """
-        low, high = self.quarters[quarter]
-        keys = [zlib.crc32(name.encode()) for name in names]
-        spread = [zlib.crc32(f"{quarter}/{name}".encode()) % (high - low) for name in names]
-        t = torch.tensor([low + s for s in spread], device=z_0.device)  # (B,)
-        eps = IndexedNoise(0, quarter, keys, z_0.shape[1:], z_0.device).initial()
+        """Logits (B, K) at one t per image within a quarter of the schedule."""
+        t, eps = self.validation_point(names, quarter, z_0)
         return self.net(self.schedule.q_sample(z_0, t, eps), t).float()
 
 

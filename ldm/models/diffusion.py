@@ -9,39 +9,25 @@ from torch import Tensor, nn
 
 from ldm.checkpoint import KEY
 from ldm.config import instantiate_from_config
-from ldm.data.latents import LatentTiles
-from ldm.data.tiles import Tiles
-from ldm.diffusion.samplers import EpsFn, IndexedNoise, ddim
-from ldm.diffusion.schedule import NoiseSchedule, time_pairs
+from ldm.data.latents import latent_sums, scale_from_sums
+from ldm.data.tiles import TileSet
+from ldm.diffusion.flow import RectifiedFlow
+from ldm.diffusion.prediction import PREDICTIONS, NoisePredictor
+from ldm.diffusion.samplers import EpsFn, IndexedNoise, sample
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 from ldm.models.base import HistoModule
+from ldm.models.patch_pca import fit_first_stage
 from ldm.models.sharding import is_sharded, shard
 from ldm.modules.autoencoder import AutoencoderKL as AutoencoderNet
 from ldm.modules.autoencoder import DiagonalGaussian
 from ldm.modules.ema import EMA
+from ldm.modules.patch_pca import PatchPCA
 
 log = logging.getLogger(__name__)
 
 LOSSES = {"l1": lambda error: error.abs(), "l2": lambda error: error.square()}
-PARAMETERIZATIONS = ("eps", "v")
 WEIGHTINGS = ("none", "min_snr")
-
-
-class EpsFromV(nn.Module):
-    """The noise predictor that a network of v is (Salimans & Ho 2022, appendix D).
-
-    Args:
-        net: (z_t (B, C, H, W), t (B,), y (B,) or None) -> v, (B, C, H, W).
-        schedule: The one that `net` was trained with.
-    """
-
-    def __init__(self, net: nn.Module, schedule: NoiseSchedule):
-        super().__init__()
-        self.net = net
-        self.schedule = schedule
-
-    def forward(self, z_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        return self.schedule.eps_of_v(z_t, t, self.net(z_t, t, y))
 
 
 class LatentDiffusion(HistoModule):
@@ -58,8 +44,15 @@ class LatentDiffusion(HistoModule):
         timesteps, beta_schedule, linear_start, linear_end: See
             `ldm.diffusion.schedule.NoiseSchedule`.
         loss_type: "l1" (the paper's) or "l2", on what the network predicts.
-        parameterization: What the network predicts: "eps", the noise, or "v" (Salimans & Ho 2022),
-            see `ldm.diffusion.schedule.NoiseSchedule.v`. `eps_model` gives the noise either way.
+        parameterization: What the network predicts, see `ldm.diffusion.prediction`: "eps", the
+            noise, or "v" (Salimans & Ho 2022), both of a noise schedule; or "flow", the velocity of
+            a rectified flow, for which `beta_schedule` and its ends say nothing. `eps_model` gives
+            the noise whatever it is.
+        rescale_zero_terminal_snr: See `ldm.diffusion.schedule.NoiseSchedule`; needs
+            `parameterization: v`, as the noise says nothing of the image where there is only noise.
+        time_sampling, time_mean, time_std, time_shift: Of a rectified flow, see
+            `ldm.diffusion.flow.RectifiedFlow`. `time_shift: auto` is the side of the latent / 16,
+            and at least 1.
         loss_weighting: "none", or "min_snr" (Hang et al. 2023), which multiplies the mean error of
             each image by `ldm.diffusion.schedule.NoiseSchedule.min_snr_weight` of its time step.
             The weights are those of the squared error, "l1" is multiplied by the same. Only what
@@ -68,10 +61,11 @@ class LatentDiffusion(HistoModule):
         image_size: Height and width of the latent.
         channels: Channels of the latent.
         scheduler_config: target/params of the learning-rate factor by step.
-        scale_factor: Fixed scale; None to measure it.
+        scale_factor: Fixed scale, one for all channels or one each; None to measure it.
+        channel_scale: Measure a scale for each channel, so that every channel has unit deviation.
         scale_images: Number of tiles to measure it on.
         use_ema, ema_decay: Moving average of the UNet's weights, per optimiser step.
-        weight_decay: AdamW's.
+        weight_decay, betas: AdamW's.
         ckpt_path: Diffusion checkpoint to start from.
         monitor: Validation metric that chooses the best checkpoint.
 
@@ -91,6 +85,11 @@ class LatentDiffusion(HistoModule):
         beta_schedule: str = "scaled_linear",
         linear_start: float = 0.0015,
         linear_end: float = 0.0155,
+        rescale_zero_terminal_snr: bool = False,
+        time_sampling: str = "logit_normal",
+        time_mean: float = 0.0,
+        time_std: float = 1.0,
+        time_shift: float | str = 1.0,
         loss_type: str = "l1",
         parameterization: str = "eps",
         loss_weighting: str = "none",
@@ -98,36 +97,56 @@ class LatentDiffusion(HistoModule):
         image_size: int = 64,
         channels: int = 3,
         scheduler_config: dict | None = None,
-        scale_factor: float | None = None,
+        scale_factor: float | list[float] | None = None,
+        channel_scale: bool = False,
         scale_images: int = 2048,
         use_ema: bool = True,
         ema_decay: float = 0.9999,
         weight_decay: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.999),
         ckpt_path: str | None = None,
         monitor: str | None = None,
     ):
         super().__init__()
-        if loss_type not in LOSSES:
+        for name, value, allowed in (
+            ("loss_type", loss_type, LOSSES),
+            ("parameterization", parameterization, PREDICTIONS),
+            ("loss_weighting", loss_weighting, WEIGHTINGS),
+        ):
+            if value not in allowed:
+                raise UserError(
+                    f"model.params.{name}={value!r} must be one of {', '.join(allowed)}"
+                )
+        if loss_weighting == "min_snr" and parameterization == "flow":
             raise UserError(
-                f"model.params.loss_type={loss_type!r} must be one of {', '.join(LOSSES)}"
+                "model.params.loss_weighting=min_snr weighs the steps of a noise schedule; a flow "
+                "chooses its times by model.params.time_sampling: set loss_weighting=none"
             )
-        if parameterization not in PARAMETERIZATIONS:
+        if rescale_zero_terminal_snr and parameterization != "v":
             raise UserError(
-                f"model.params.parameterization={parameterization!r} must be one of "
-                f"{', '.join(PARAMETERIZATIONS)}"
+                f"model.params.rescale_zero_terminal_snr=true needs parameterization=v, not "
+                f"{parameterization}"
             )
-        if loss_weighting not in WEIGHTINGS:
-            raise UserError(
-                f"model.params.loss_weighting={loss_weighting!r} must be one of "
-                f"{', '.join(WEIGHTINGS)}"
-            )
+        if isinstance(time_shift, str) and time_shift != "auto":
+            raise UserError(f"model.params.time_shift={time_shift!r} must be auto or a number")
         if not min_snr_gamma > 0:
             raise UserError(f"model.params.min_snr_gamma={min_snr_gamma} must be above 0")
-        if scale_factor is not None and not scale_factor > 0:
+        if scale_factor is not None and not (scale_tensor(scale_factor) > 0).all():
             raise UserError(
                 f"model.params.scale_factor={scale_factor} must be above 0 (or null to measure it)"
             )
-        self.schedule = NoiseSchedule(beta_schedule, timesteps, linear_start, linear_end)
+        if isinstance(scale_factor, list) and len(scale_factor) != channels:
+            raise UserError(
+                f"model.params.scale_factor has {len(scale_factor)} values for {channels} channels"
+            )
+        if parameterization == "flow":
+            shift = max(1.0, image_size / 16) if time_shift == "auto" else time_shift
+            self.schedule = RectifiedFlow(time_sampling, time_mean, time_std, shift, timesteps)
+        else:
+            self.schedule = NoiseSchedule(
+                beta_schedule, timesteps, linear_start, linear_end, rescale_zero_terminal_snr
+            )
+        self.prediction = PREDICTIONS[parameterization](self.schedule)
         self.loss_type = loss_type
         self.parameterization = parameterization
         self.loss_weighting, self.min_snr_gamma = loss_weighting, min_snr_gamma
@@ -136,7 +155,7 @@ class LatentDiffusion(HistoModule):
         self.scheduler_config = scheduler_config
         self.scale_images = scale_images
         self.ema_decay = ema_decay
-        self.weight_decay = weight_decay
+        self.weight_decay, self.betas = weight_decay, tuple(betas)
         self.monitor = monitor
         self._sharded = False
         self.first_stage_model, self.first_stage_config = self._first_stage(
@@ -152,9 +171,9 @@ class LatentDiffusion(HistoModule):
         self._check_sizes()
         self.ema = EMA(self.unet, ema_decay) if use_ema else None
         # NaN until it is measured, so that a use before that cannot pass unseen.
-        self.register_buffer(
-            "scale_factor", torch.tensor(float("nan") if scale_factor is None else scale_factor)
-        )
+        unknown = [float("nan")] * channels if channel_scale else float("nan")
+        scale = scale_tensor(unknown if scale_factor is None else scale_factor)
+        self.register_buffer("scale_factor", scale)
         if ckpt_path:
             self.start_from(ckpt_path)
 
@@ -211,20 +230,20 @@ class LatentDiffusion(HistoModule):
 
     def rebuild_config(self) -> dict[str, Any]:
         channels, size, _ = self.latent_shape
-        schedule = self.schedule.settings
+        process = dict(self.schedule.settings)
+        name = process.pop("name")
         params = {
             "unet_config": self.unet_config,
             "first_stage_config": self.first_stage_config,
-            "timesteps": schedule["timesteps"],
-            "beta_schedule": schedule["name"],
-            "linear_start": schedule["linear_start"],
-            "linear_end": schedule["linear_end"],
+            **process,
+            **({} if name == "flow" else {"beta_schedule": name}),
             "loss_type": self.loss_type,
             "parameterization": self.parameterization,
             "loss_weighting": self.loss_weighting,
             "min_snr_gamma": self.min_snr_gamma,
             "image_size": size,
             "channels": channels,
+            **({"channel_scale": True} if self.scale_factor.ndim else {}),
             "use_ema": self.ema is not None,
             "ema_decay": self.ema_decay,
         }
@@ -305,23 +324,28 @@ class LatentDiffusion(HistoModule):
                 f"model.params.image_size={self.latent_shape[1]}, but the autoencoder turns tiles "
                 f"of {self.first_stage_model.resolution} pixels into latents of {size}"
             )
-        if torch.isnan(self.scale_factor):
-            self.scale_factor.fill_(self._measure_scale())
+        if isinstance(self.first_stage_model, PatchPCA) and not self.first_stage_model.is_fitted:
+            fit_first_stage(self.first_stage_model, self.trainer)
+        if torch.isnan(self.scale_factor).all():
+            self.scale_factor.copy_(self._measure_scale())
 
-    def _measure_scale(self) -> float:
+    def _measure_scale(self) -> Tensor:
         device = self.trainer.strategy.root_device
-        self.first_stage_model.to(device)
+        first_stage = self.first_stage_model.to(device)
         dataset = self.trainer.datamodule.train_dataset
-        if isinstance(dataset, Tiles):
-            dataset = dataset.subset(range(len(dataset)), random=False)  # without augmentation
         # The same tiles whatever the number of ranks: every rank takes its share of them.
         count = min(self.scale_images, len(dataset))
         chosen = torch.linspace(0, len(dataset) - 1, count).long().unique().tolist()
         mine = chosen[self.trainer.global_rank :: self.trainer.world_size]
-        sums = latent_sums(self.first_stage_model, dataset, mine, device)
-        sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
-        scale = scale_from_sums(sums)
-        log.info("latent scale factor %.6f, from %d tiles", scale, len(chosen))
+        if self.scale_factor.ndim:
+            sums = channel_sums(dataset, mine, first_stage, device)
+            sums = self.trainer.strategy.reduce(sums.to(device), reduce_op="sum")
+            scale = scale_tensor([scale_from_sums(one) for one in sums.unbind(dim=1)])
+        else:
+            sums = latent_sums(dataset, mine, lambda x: first_stage.encode(x.to(device)))
+            sums = self.trainer.strategy.reduce(sums.to(device), reduce_op="sum")
+            scale = scale_tensor(scale_from_sums(sums))
+        log.info("latent scale factor %s, from %d tiles", scale_text(scale), len(chosen))
         return scale
 
     # Training
@@ -345,6 +369,7 @@ class LatentDiffusion(HistoModule):
             self.parameter_groups(),
             lr=self.learning_rate,
             weight_decay=self.weight_decay,
+            betas=self.betas,
             fused=self.fused or None,
         )
         if self.scheduler_config is None:
@@ -367,41 +392,43 @@ class LatentDiffusion(HistoModule):
         super().on_before_optimizer_step(optimizer)
         self.log("train/grad_norm", self.gradient_norm)
 
-    def eps_loss(
-        self, eps_fn: nn.Module, z_0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None = None
+    def simple_loss(
+        self, net: nn.Module, z_0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None = None
     ) -> Tensor:
-        """Mean error of the noise that `eps_fn` predicts, per image, (B,) (Ho et al. 2020, eq. 14).
+        """Mean error per image, (B,), that `loss_simple` logs (Ho et al. 2020, eq. 14).
+
+        Of the noise where the process is a noise schedule, whatever the network predicts, so that
+        these losses compare; of the velocity where it is a rectified flow.
 
         Args:
-            eps_fn: See `eps_model`; whatever the network predicts, these losses compare.
+            net: See `network`.
         """
-        error = eps_fn(self.schedule.q_sample(z_0, t, eps), t, y) - eps
+        z_t = self.schedule.q_sample(z_0, t, eps)
+        error = self.prediction.validation_error(net(z_t, t, y), z_0, z_t, t, eps)
         return LOSSES[self.loss_type](error.float()).mean(dim=(1, 2, 3))
 
     def training_losses(
         self, z_0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Per image, (B,) each: the loss to minimise, and `eps_loss` without gradient.
+        """Per image, (B,) each: the loss to minimise, and `simple_loss` without gradient.
 
         The first is the weighted error of what the network predicts, see `loss_weighting`.
         """
         z_t = self.schedule.q_sample(z_0, t, eps)
-        is_v = self.parameterization == "v"
-        error = (self.unet(z_t, t, y) - (self.schedule.v(z_0, t, eps) if is_v else eps)).float()
+        error = (self.unet(z_t, t, y) - self.prediction.target(z_0, t, eps)).float()
         loss = LOSSES[self.loss_type](error).mean(dim=(1, 2, 3))
-        # An error of v is one of eps times sqrt(alpha_bar_t), see `NoiseSchedule.eps_of_v`.
-        eps_error = (self.schedule.signal(t, error) * error if is_v else error).detach()
+        simple = self.prediction.simple_error(t, error).detach()
         if self.loss_weighting == "min_snr":
             gamma = self.min_snr_gamma
             loss = self.schedule.min_snr_weight(t, loss, gamma, self.parameterization) * loss
-        return loss, LOSSES[self.loss_type](eps_error).mean(dim=(1, 2, 3))
+        return loss, LOSSES[self.loss_type](simple).mean(dim=(1, 2, 3))
 
     @torch.no_grad()
     def draw_training(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """z_0 (B, C, h, w) of a batch, its time steps t (B,) and noise eps, drawn by `draw`."""
         posterior = posterior_of(batch, self.first_stage_model)
         z_0 = self.scale_factor * posterior.sample(draw=partial(self.draw, torch.randn))
-        t = self.draw(partial(torch.randint, self.schedule.T), (len(z_0),))
+        t = self.schedule.draw_times(self.draw, len(z_0))
         return z_0, t, self.draw(torch.randn, z_0.shape, dtype=z_0.dtype)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -424,7 +451,8 @@ class LatentDiffusion(HistoModule):
             batch_idx * self.trainer.world_size + self.global_rank
         )
         z_0 = self.latents(batch, generator)
-        t = torch.randint(self.schedule.T, (len(z_0),), generator=generator).to(z_0.device)
+        draw = partial(_drawn, generator=generator)
+        t = self.schedule.draw_times(draw, len(z_0)).to(z_0.device)
         eps = torch.randn(z_0.shape, generator=generator).to(z_0.device)
         values = self.validation_losses(z_0, t, eps, self.labels(batch))
         self.log_dict(values, prog_bar=True, batch_size=len(z_0), sync_dist=True)
@@ -433,10 +461,10 @@ class LatentDiffusion(HistoModule):
         self, z_0: Tensor, t: Tensor, eps: Tensor, y: Tensor | None
     ) -> dict[str, Tensor]:
         """What a validation logs of one batch."""
-        eps_fn = self.eps_model(use_ema=False)
-        values = {"val/loss_simple": self.eps_loss(eps_fn, z_0, t, eps, y).mean()}
+        values = {"val/loss_simple": self.simple_loss(self.unet, z_0, t, eps, y).mean()}
         if self.ema is not None:
-            values["val/loss_simple_ema"] = self.eps_loss(self.eps_model(), z_0, t, eps, y).mean()
+            loss = self.simple_loss(self.network(), z_0, t, eps, y).mean()
+            values["val/loss_simple_ema"] = loss
         return values
 
     # Sampling
@@ -451,10 +479,10 @@ class LatentDiffusion(HistoModule):
     def eps_model(self, use_ema: bool = True) -> nn.Module:
         """The noise predictor eps(z_t, t), with averaged weights where there are any.
 
-        The network itself, or an adapter around one that predicts v.
+        The network itself, or an adapter around one that predicts something else.
         """
         net = self.network(use_ema)
-        return EpsFromV(net, self.schedule) if self.parameterization == "v" else net
+        return net if self.parameterization == "eps" else NoisePredictor(net, self.prediction)
 
     def preview_eps(self, count: int) -> EpsFn:
         """The noise predictor of the `count` samples that `log_images` shows."""
@@ -462,23 +490,28 @@ class LatentDiffusion(HistoModule):
 
     @torch.no_grad()
     def log_images(self, batch: dict[str, Any], count: int) -> dict[str, Tensor]:
-        """Inputs, reconstructions and samples of 50 DDIM steps, (count, 3, H, W) each.
+        """Inputs, reconstructions and samples of 50 steps, (count, 3, H, W) each.
 
         Cached latents have no inputs to show.
         """
         shown = {name: batch[name][:count] for name in ("image", "moments") if name in batch}
         z_0_real = self.latents(shown, sample=False)
-        pairs = time_pairs(self.schedule.T, min(50, self.schedule.T))
+        pairs = self.schedule.time_pairs(min(50, self.schedule.T))
         # The same noise every time, so that successive grids show the same images getting better.
         noise = IndexedNoise(0, -1, range(len(z_0_real)), self.latent_shape, self.device)
         eps_fn = self.preview_eps(len(z_0_real))
-        z_0 = ddim(eps_fn, self.schedule, noise.initial(), pairs, eta=1.0, noise_fn=noise)
+        sampler = self.schedule.samplers[0]
+        z_0 = sample(sampler, eps_fn, self.schedule, noise.initial(), pairs, 1.0, noise)
         inputs = {"inputs": shown["image"]} if "image" in shown else {}
         return {
             **inputs,
             "reconstructions": self.decode_first_stage(z_0_real),
             "samples": self.decode_first_stage(z_0),
         }
+
+
+def _drawn(fn, size: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return fn(size, generator=generator)
 
 
 def _lasting(settings: Any) -> Any:
@@ -499,39 +532,40 @@ def posterior_of(batch: dict[str, Any], first_stage: AutoencoderNet) -> Diagonal
     return first_stage.encode(batch["image"])
 
 
+def scale_tensor(scale: float | list[float]) -> Tensor:
+    """A latent scale as a tensor that multiplies latents: (), or (C, 1, 1) for one per channel."""
+    return torch.tensor(scale).view(-1, 1, 1) if isinstance(scale, list) else torch.tensor(scale)
+
+
+def scale_record(scale: Tensor) -> float | list[float]:
+    """What `scale_tensor` makes the same latent scale of."""
+    return scale.flatten().tolist() if scale.ndim else float(scale)
+
+
+def scale_text(scale: Tensor) -> str:
+    """A latent scale for people."""
+    return ", ".join(f"{value:.4f}" for value in scale.flatten().tolist())
+
+
 @torch.no_grad()
-def latent_sums(
-    net: AutoencoderNet, dataset, indices: list[int], device, batch_size: int = 32
+def channel_sums(
+    dataset,
+    indices: list[int],
+    first_stage: AutoencoderNet,
+    device: torch.device,
+    batch_size: int = 32,
 ) -> Tensor:
-    """Count, sum and sum of squares of the latents of these tiles, (3,) float64 on `device`.
-
-    Taken in expectation over the posterior, E[z^2] = mean^2 + var, so nothing is drawn and the sums
-    do not depend on how the tiles are divided. A cache of latents knows its own.
-    """
-    if isinstance(dataset, LatentTiles):
-        return dataset.latent_sums(indices).to(device)
-    sums = torch.zeros(3, dtype=torch.float64)
+    """As `ldm.data.latents.latent_sums` for each channel, (3, C) float64 on the CPU."""
+    if isinstance(dataset, TileSet):
+        dataset = dataset.without_augmentation()
+    sums = torch.zeros(3, first_stage.embed_dim, dtype=torch.float64)
     for start in range(0, len(indices), batch_size):
-        batch = indices[start : start + batch_size]
-        x = torch.stack([dataset[i]["image"] for i in batch]).to(device)
-        posterior = net.encode(x)
+        items = [dataset[i] for i in indices[start : start + batch_size]]
+        name = "moments" if "moments" in items[0] else "image"
+        batch = {name: torch.stack([item[name] for item in items]).to(device)}
+        posterior = posterior_of(batch, first_stage)
         mean, variance = posterior.mean.double().cpu(), posterior.logvar.double().exp().cpu()
-        squares = mean.square() + variance
-        sums += torch.stack([torch.tensor(float(mean.numel())), mean.sum(), squares.sum()])
-    return sums.to(device)
-
-
-def scale_from_sums(sums: Tensor) -> float:
-    """1 / std of the latents behind `latent_sums`.
-
-    Raises:
-        UserError: The latents do not vary (an untrained or broken autoencoder).
-    """
-    count, total, squares = sums.cpu().tolist()
-    variance = squares / count - (total / count) ** 2
-    if not variance > 1e-12:
-        raise UserError(
-            f"the autoencoder's latents have variance {variance:.3g} over {int(count)} values, so "
-            "they carry no image; train the autoencoder first, and check that the tiles differ"
-        )
-    return variance**-0.5
+        sums[0] += mean.numel() / mean.shape[1]
+        sums[1] += mean.sum(dim=(0, 2, 3))
+        sums[2] += (mean.square() + variance).sum(dim=(0, 2, 3))
+    return sums

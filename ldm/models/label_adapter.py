@@ -134,7 +134,7 @@ class LabelAdapter(LatentDiffusion):
         """
         values = super().validation_losses(z_0, t, eps, y)
         with_label = values["val/loss_simple" if self.ema is None else "val/loss_simple_ema"]
-        without_label = self.eps_loss(self.eps_model(), z_0, t, eps).mean()
+        without_label = self.simple_loss(self.network(), z_0, t, eps).mean()
         return {**values, "val/label_gain": without_label - with_label}
 
     def conditional_eps(self, use_ema: bool = True) -> nn.Module:

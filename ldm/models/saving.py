@@ -6,7 +6,8 @@ from typing import Any
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import nn
 
-from ldm.checkpoint import require_space, write_checkpoint
+from ldm.checkpoint import write_checkpoint
+from ldm.files import require_space
 
 MARGIN = 1.1  # room asked for, in sizes of the last checkpoint
 MOMENTS = 2  # numbers that Adam keeps of each trained weight

@@ -343,9 +343,20 @@ class AutoencoderKL(nn.Module):
         It names the latent space: tuning the decoder keeps it, while a diffusion model or a
         classifier of another latent space can be told apart.
         """
-        digest = hashlib.sha256()
-        for part in (self.encoder, self.quant_conv):
-            for name, tensor in sorted(part.state_dict().items()):
-                digest.update(name.encode())
-                digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return weights_digest([self.encoder, self.quant_conv])
+
+
+def weights_digest(parts: Sequence[nn.Module]) -> str:
+    """SHA-256 of the weights of networks, hexadecimal."""
+    digest = hashlib.sha256()
+    for part in parts:
+        for name, tensor in sorted(part.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def psnr(x: Tensor, x_rec: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of images in [-1, 1] after clamping, the mean over images, dB."""
+    mse = (x.clamp(-1, 1) - x_rec.clamp(-1, 1)).square().mean(dim=(1, 2, 3))
+    return (10 * torch.log10(4.0 / mse.clamp(min=1e-10))).mean()  # images span 2

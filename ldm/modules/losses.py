@@ -1,60 +1,41 @@
 """The autoencoder's loss: pixels, LPIPS, KL and a PatchGAN (Rombach et al. 2022, appendix G)."""
 
-from pathlib import Path
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.checkpoint import load_tensors
 from ldm.errors import UserError
 from ldm.modules.autoencoder import DiagonalGaussian
 from ldm.modules.discriminator import NLayerDiscriminator
 
 
-def find_vgg16_weights(path: str | None) -> Path:
-    """Where the LPIPS backbone's weights lie: the given file, or torchvision's download cache.
-
-    Raises:
-        UserError: There is no such file. Nothing is ever downloaded.
-    """
-    from torchvision.models import VGG16_Weights
-
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(VGG16_Weights.IMAGENET1K_V1.url).name
-    found = Path(path).expanduser() if path else cached
-    if not found.is_file():
-        raise UserError(
-            f"perceptual_weight is above 0, but the LPIPS backbone weights are not at {found}; "
-            "where there is internet, run python scripts/fetch_weights.py lpips (TORCH_HOME says "
-            "where to), or set "
-            "lossconfig.params.perceptual_weights=FILE, "
-            "or train without LPIPS with lossconfig.params.perceptual_weight=0"
-        )
-    return found
-
-
-def build_lpips(weights: str | None) -> nn.Module:
+def build_lpips(backbone: Mapping[str, Tensor]) -> nn.Module:
     """LPIPS with the VGG-16 backbone (Zhang et al. 2018), frozen, for images in [-1, 1].
 
-    The network and the trained linear heads are torchmetrics'; the backbone's weights are a local
-    torchvision file.
+    The network and the trained linear heads are torchmetrics'.
 
     Args:
-        weights: File of torchvision's VGG-16 state dictionary; None for torchvision's cache.
+        backbone: State dictionary of torchvision's VGG-16.
+
+    Raises:
+        UserError: A weight of the backbone is missing.
     """
     from torchmetrics.functional.image.lpips import _LPIPS
 
-    path = find_vgg16_weights(weights)
-    state = load_tensors(path, "LPIPS backbone (torchvision's vgg16)")
     lpips = _LPIPS(net="vgg", pnet_rand=True)
     # torchmetrics cuts VGG into slices but keeps the numbers: features.5.bias, slice2.5.bias.
-    backbone = {}
+    state = {}
     for name in lpips.net.state_dict():
         source = "features." + name.split(".", 1)[1]
-        if source not in state:
-            raise UserError(f"{path} lacks {source}: give torchvision's vgg16 state dictionary")
-        backbone[name] = state[source]
-    lpips.net.load_state_dict(backbone, strict=True)
+        if source not in backbone:
+            raise UserError(
+                f"the LPIPS backbone lacks the weight {source}; give the file of torchvision's "
+                "vgg16 state dictionary"
+            )
+        state[name] = backbone[source]
+    lpips.net.load_state_dict(state, strict=True)
     return lpips.eval().requires_grad_(False)
 
 
@@ -65,8 +46,8 @@ class PerceptualLoss:
     in the optimiser's or DDP's list of parameters.
     """
 
-    def __init__(self, weights: str | None):
-        self._net = build_lpips(weights)
+    def __init__(self, backbone: Mapping[str, Tensor]):
+        self._net = build_lpips(backbone)
 
     def __call__(self, x: Tensor, x_rec: Tensor) -> Tensor:
         """Distance of each pair of images (B, 3, H, W) in [-1, 1]: (B, 1, 1, 1)."""
@@ -103,10 +84,11 @@ class LPIPSWithDiscriminator(nn.Module):
         disc_adaptive_max: Upper clamp of the adaptive weight.
         disc_factor: Further factor of both adversarial losses.
         perceptual_weight: Weight of LPIPS; 0 needs no backbone weights.
-        perceptual_weights: File of the backbone's weights; None for torchvision's cache.
+        perceptual_weights: File of the backbone's weights; None for torchvision's cache. Whoever
+            builds this loss reads it and hands the weights to `use_backbone`.
 
     Raises:
-        UserError: An unknown `disc_loss`, a negative weight, or missing backbone weights.
+        UserError: An unknown `disc_loss`, a negative weight.
     """
 
     def __init__(
@@ -152,10 +134,15 @@ class LPIPSWithDiscriminator(nn.Module):
         self.perceptual_weight = perceptual_weight
         self.d_loss = D_LOSSES[disc_loss]
         self.register_buffer("logvar", torch.tensor(float(logvar_init)))
-        self.perceptual = PerceptualLoss(perceptual_weights) if perceptual_weight > 0 else None
+        self.perceptual_weights = perceptual_weights
+        self.perceptual: PerceptualLoss | None = None
         self.discriminator = None
         if disc_weight > 0 and disc_factor > 0:
             self.discriminator = NLayerDiscriminator(disc_in_channels, n_layers=disc_num_layers)
+
+    def use_backbone(self, backbone: Mapping[str, Tensor]) -> None:
+        """Take the weights of LPIPS's backbone, which a `perceptual_weight` above 0 needs."""
+        self.perceptual = PerceptualLoss(backbone)
 
     def disc_scale(self, step: int) -> float:
         """Factor of the adversarial losses: 0 before generator step `disc_start`, then ramped."""
@@ -191,7 +178,8 @@ class LPIPSWithDiscriminator(nn.Module):
         l1 = (x - x_rec).abs()
         distance = self.pixelloss_weight * l1
         log = {"rec_loss": l1.detach().mean()}
-        if self.perceptual is not None:
+        if self.perceptual_weight > 0:
+            assert self.perceptual is not None, "call use_backbone before training with LPIPS"
             p_loss = self.perceptual(x, x_rec)
             distance = distance + self.perceptual_weight * p_loss
             log["p_loss"] = p_loss.detach().mean()

@@ -1,5 +1,6 @@
 """Learning-rate factors by optimiser step."""
 
+import math
 from collections.abc import Sequence
 
 from ldm.errors import UserError
@@ -53,3 +54,39 @@ class LinearAnneal:
 
     def __call__(self, step: int) -> float:
         return max(0.0, 1.0 - step / self.total_steps)
+
+
+class WarmupCosine:
+    """Linear warm-up, a plateau at 1, then half a cosine down to `f_min`.
+
+    Args:
+        warm_up_steps: Optimiser steps until the factor is 1.
+        total_steps: Optimiser steps of the whole training; later ones stay at `f_min`.
+        plateau: Share of `total_steps` before the descent begins, in [0, 1).
+        f_min: Last factor, in [0, 1].
+
+    Raises:
+        UserError: Values out of range.
+    """
+
+    def __init__(
+        self, warm_up_steps: int, total_steps: int, plateau: float = 0.0, f_min: float = 0.0
+    ):
+        if not 0 <= warm_up_steps <= total_steps or total_steps < 1:
+            raise UserError(
+                f"scheduler_config: warm_up_steps={warm_up_steps} must be in [0, total_steps="
+                f"{total_steps}], and total_steps above 0"
+            )
+        if not 0 <= plateau < 1 or not 0 <= f_min <= 1:
+            raise UserError(
+                f"scheduler_config: plateau={plateau} must be in [0, 1), f_min={f_min} in [0, 1]"
+            )
+        self.warm_up_steps, self.total_steps = warm_up_steps, total_steps
+        self.plateau, self.f_min = plateau, f_min
+
+    def __call__(self, step: int) -> float:
+        """Factor of the base learning rate at optimiser step `step`, counted from 0."""
+        warm_up = min(1.0, (step + 1) / self.warm_up_steps) if self.warm_up_steps else 1.0
+        done = (min(step / self.total_steps, 1.0) - self.plateau) / (1 - self.plateau)
+        fall = (1 + math.cos(math.pi * max(0.0, done))) / 2
+        return warm_up * (self.f_min + (1 - self.f_min) * fall)

@@ -217,18 +217,56 @@ class UNetModel(_Encoder):
             y: Labels, (B,) int64, for a network with `num_classes`; -1 (or None for all) is no
                 label, to which no embedding is added.
         """
+        return self._pass(z_t, t, y, ())[0]
+
+    def with_features(
+        self, z_t: Tensor, t: Tensor, blocks: Sequence[int], y: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The prediction, and what some of the blocks say of each image.
+
+        Args:
+            blocks: 0 for the middle, 1, 2, ... for the up-blocks in the order of use, see
+                `feature_widths`.
+            Others as `forward`.
+
+        Returns:
+            (B, out_channels, H, W), and (B, D): mean, then deviation over space of every channel,
+            block by block.
+        """
+        output, features = self._pass(z_t, t, y, blocks)
+        return output, torch.cat(features, dim=1)
+
+    @property
+    def feature_widths(self) -> list[int]:
+        """Channels of the middle and of each up-block; each gives twice as many features."""
+        blocks = [self.middle_block[-1], *(block[0] for block in self.output_blocks)]
+        return [block.out_layers[-1].out_channels for block in blocks]
+
+    def _pass(
+        self, z_t: Tensor, t: Tensor, y: Tensor | None, blocks: Sequence[int]
+    ) -> tuple[Tensor, list[Tensor]]:
         emb = self._embed(t, z_t.dtype)
         if y is not None:
             assert self.num_classes is not None, "labels need num_classes"
             emb = emb + torch.where((y >= 0)[:, None], self.label_emb(y.clamp(min=0)), 0)
-        h, skips = z_t, []
+        h, skips, features = z_t, [], []
         for block in self.input_blocks:
             h = block(h, emb)
             skips.append(h)
         h = self.middle_block(h, emb)
-        for block in self.output_blocks:
+        if 0 in blocks:
+            features.append(_over_space(h))
+        for number, block in enumerate(self.output_blocks, start=1):
             h = block(torch.cat([h, skips.pop()], dim=1), emb)
-        return self.out(h)  # (B, out_channels, H, W)
+            if number in blocks:
+                features.append(_over_space(h))
+        return self.out(h), features  # (B, out_channels, H, W)
+
+
+def _over_space(h: Tensor) -> Tensor:
+    """Mean and deviation over H and W of every channel, (B, 2C) float32."""
+    h = h.float()
+    return torch.cat([h.mean(dim=(2, 3)), h.std(dim=(2, 3))], dim=1)
 
 
 class EncoderUNetModel(_Encoder):
@@ -236,8 +274,9 @@ class EncoderUNetModel(_Encoder):
 
     Args: as for `UNetModel`, and
         out_channels: Number of classes K.
-        pool: "attention" (needs `num_head_channels`), "adaptive" (mean), "spatial" or "spatial_v2"
-            (means of every block's output, then two linear layers).
+        pool: "attention" (needs `num_head_channels` or `pool_head_channels`), "adaptive" (mean),
+            "spatial" or "spatial_v2" (means of every block's output, then two linear layers).
+        pool_head_channels: Width of a head of the attention pool; None for `num_head_channels`.
     """
 
     def __init__(
@@ -258,6 +297,7 @@ class EncoderUNetModel(_Encoder):
         resblock_updown: bool = False,
         use_new_attention_order: bool = False,
         pool: str = "adaptive",
+        pool_head_channels: int | None = None,
     ):
         if pool not in POOLS:
             raise UserError(f"pool={pool!r} must be one of {', '.join(POOLS)}")
@@ -291,7 +331,10 @@ class EncoderUNetModel(_Encoder):
             )
         elif pool == "attention":
             head = AttentionPool2d(
-                image_size // self._factor, channels, num_head_channels, out_channels
+                image_size // self._factor,
+                channels,
+                num_head_channels if pool_head_channels is None else pool_head_channels,
+                out_channels,
             )
             self.out = nn.Sequential(group_norm(channels), nn.SiLU(), head)
         elif pool == "spatial":

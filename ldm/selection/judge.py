@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm.cli import resolve_device
+from ldm.data.tile_files import TileFiles
+from ldm.devices import resolve_device
 from ldm.errors import UserError
 from ldm.features.centroids import Centroids
 from ldm.features.extractor import Extractor
-from ldm.features.sets import FeatureSet, TileFiles, cached_features
+from ldm.features.sets import FeatureSet, cached_features
 from ldm.features.source import parse_features
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class NetworkOptions:
-    """How features are computed, as `ldm.selection.options.add_network_options` takes it.
+    """How features are computed, as `ldm.settings.FeatureOptions` has it.
 
     Attributes:
         cache: Folder of computed features.

@@ -7,21 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ldm.data import folders
+from ldm.data.tile_files import TileFiles
 from ldm.errors import UserError
-from ldm.features.sets import TileFiles
 from ldm.selection.select import KINDS, REMOVED, Selection
 
 PREFIX = "synthetic_"  # of file names; real tiles keep theirs
 DECISIONS, RECORD = "selection.csv", "selection.json"
-
-
-def same_folder_exists(out: Path, settings: dict[str, Any]) -> bool:
-    """Whether `out` was made with the same settings already; False when it can be made.
-
-    Raises:
-        UserError: There is something else at `out`.
-    """
-    return folders.same_folder_exists(out, settings, RECORD)
 
 
 def build_training_folder(

@@ -7,9 +7,9 @@ report = synthesise(Synthesiser(models, sampling), folder, {"ADI": 500}, batch_s
 """
 
 from ldm.synthesis.folder import SampleFolder
-from ldm.synthesis.models import Models, load_models
+from ldm.synthesis.models import Models, load_models, make_settings
 from ldm.synthesis.production import SampleReport, synthesise
-from ldm.synthesis.settings import UNCONDITIONAL, Sampling, Speed, choose_precision, make_settings
+from ldm.synthesis.settings import UNCONDITIONAL, Sampling
 from ldm.synthesis.synthesiser import Synthesiser
 
 __all__ = [
@@ -18,9 +18,7 @@ __all__ = [
     "SampleFolder",
     "SampleReport",
     "Sampling",
-    "Speed",
     "Synthesiser",
-    "choose_precision",
     "load_models",
     "make_settings",
     "synthesise",

@@ -73,7 +73,7 @@ def balance(
         UserError: `folder` is no such set, has other classes, or needs no images.
     """
     from ldm.cli import existing_path
-    from ldm.data.tiles import class_folders, list_images
+    from ldm.data.images import class_folders, list_images
 
     root = existing_path(folder, "--balance", "dir")
     found = {name: len(list_images(root / name)) for name in class_folders(root)}

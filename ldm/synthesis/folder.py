@@ -23,19 +23,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ldm.data.tiles import read_tile, resize_tile, write_png
+from ldm.data.tiles import read_tile, resize_tile
 from ldm.errors import UserError
-from ldm.run import write_bytes, write_json, write_text
+from ldm.files import remove_leftovers, write_bytes, write_png, write_text
+from ldm.run import MadeFolder
 from ldm.synthesis.card import make_card
 from ldm.synthesis.guidance_log import GuidanceLog
 
+SETTINGS = "settings.json"
 GRID_COLUMNS = 8
 GRID_ROWS = 8  # of a grid without classes
 JOURNAL = ".parts"
-# What a killed run may leave of files that it was writing: images, then those beside the classes.
-PARTIAL = ("*/.*.png.part", *(f".{name}.*" for name in ("settings.json", "manifest.csv")))
-PARTIAL += tuple(f".{name}.*" for name in ("manifest.parquet", "guidance.csv", "grid.png"))
-PARTIAL += (".README.md.*", ".shard-*.tar.*")
 
 # Manifest columns and their Arrow types. What stands in a row of the journal, then what is the
 # same for all images of a folder, from its settings.
@@ -96,35 +94,9 @@ class SampleFolder:
         self.rows: dict[tuple[str, int], Row] = {}
         self.runs: list[dict[str, Any]] = []
         self.guidance_log = GuidanceLog()
-        if (root / "settings.json").exists():
-            self._check_settings()
+        self.made = MadeFolder(root, self.settings, SETTINGS, key="images", name="outdir")
+        if self.made.exists():
             self.read()
-        elif root.is_dir() and not all(
-            p.name.startswith(".settings.json.") for p in root.iterdir()
-        ):
-            raise UserError(
-                f"--outdir {root}: not empty and without settings.json; give a new folder"
-            )
-        elif root.exists() and not root.is_dir():
-            raise UserError(f"--outdir {root} is a file; give a folder")
-
-    def _check_settings(self) -> None:
-        path = self.root / "settings.json"
-        try:
-            known = json.loads(path.read_text())["images"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}: unreadable; give another --outdir") from None
-        keys = sorted(known.keys() | self.settings.keys())
-        changed = [
-            f"{key} {known.get(key)} there, {self.settings.get(key)} now"
-            for key in keys
-            if known.get(key) != self.settings.get(key)
-        ]
-        if changed:
-            raise UserError(
-                f"--outdir {self.root}: its images were made with other settings "
-                f"({'; '.join(changed)}); give another folder"
-            )
 
     # What is there
 
@@ -179,17 +151,13 @@ class SampleFolder:
         Args:
             alone: False leaves unfinished files there: other runs may be writing them.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
-        if not (self.root / "settings.json").exists():
-            content = {"images": self.settings, "models": self.facts}
-            write_json(self.root / "settings.json", content)
+        self.made.begin({"models": self.facts}, alone)
         if alone:
             self._remove_partial()
 
     def _remove_partial(self) -> None:
-        for pattern in PARTIAL:
-            for path in self.root.glob(pattern):
-                path.unlink(missing_ok=True)
+        for folder in (self.root, *(path for path in self.root.iterdir() if path.is_dir())):
+            remove_leftovers(folder)
 
     def journal(self, stamp: str, rank: int, run: dict[str, Any] | None) -> "Journal":
         """A new journal of this start and process; `run` describes the start, once for all."""
@@ -290,14 +258,9 @@ def image_row(
 
 
 def write_if_changed(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, unless it holds this already."""
+    """Write a file atomically, unless it has this content already."""
     if not path.is_file() or path.read_bytes() != content:
         write_bytes(path, content)
-
-
-def _being_set(path: Path) -> bool:
-    """Whether it is settings.json while another run of the same images writes it."""
-    return path.name.startswith(".settings.json.") or path.name == "settings.json"
 
 
 def _cell(key: str, value: Any) -> str:

@@ -23,7 +23,7 @@ QUANTITIES = ("guidance_to_noise", "probability", "extrapolation_to_noise")
 class Means(NamedTuple):
     """Means over images at one time step; None where that kind of guidance did not act."""
 
-    t: int
+    t: float
     guidance_to_noise: float | None  # |classifier guidance| / |eps|
     probability: float | None  # p(y | z_t, t) of the wanted class
     extrapolation_to_noise: float | None  # of classifier-free guidance or autoguidance
@@ -39,17 +39,17 @@ class GuidanceLog:
         images: t -> number of images.
     """
 
-    sums: dict[int, list[float | None]] = field(default_factory=dict)
-    images: dict[int, int] = field(default_factory=dict)
+    sums: dict[float, list[float | None]] = field(default_factory=dict)
+    images: dict[float, int] = field(default_factory=dict)
 
-    def add(self, times: Sequence[int], sums: Sequence[Sequence[float]], images: int) -> None:
+    def add(self, times: Sequence[float], sums: Sequence[Sequence[float]], images: int) -> None:
         """Add a batch: per time step the three sums over its images, NaN for none."""
         for t, values in zip(times, sums, strict=True):
             known = [None if math.isnan(value) else value for value in values]
             if any(value is not None for value in known):
                 self._add(t, known, images)
 
-    def _add(self, t: int, values: Sequence[float | None], images: int) -> None:
+    def _add(self, t: float, values: Sequence[float | None], images: int) -> None:
         before = self.sums.get(t, [None] * len(QUANTITIES))
         pairs = zip(before, values, strict=True)
         self.sums[t] = [b if a is None else a + (b or 0.0) for a, b in pairs]
@@ -75,7 +75,7 @@ class GuidanceLog:
         lines = [",".join(("t", *QUANTITIES, "images"))]
         for t, *means, images in self:
             cells = ["" if value is None else f"{value:.6f}" for value in means]
-            lines.append(",".join((str(t), *cells, str(images))))
+            lines.append(",".join((f"{t:g}", *cells, str(images))))
         return "\n".join(lines) + "\n"
 
     def warnings(self, sampling: Sampling) -> list[str]:
@@ -87,7 +87,7 @@ class GuidanceLog:
             *self._judge_solver(sampling),
         ]
 
-    def _largest(self, quantity: str) -> tuple[float, int] | None:
+    def _largest(self, quantity: str) -> tuple[float, float] | None:
         """Largest mean of a quantity and its time step."""
         means = [(getattr(row, quantity), row.t) for row in self]
         return max(((ratio, t) for ratio, t in means if ratio is not None), default=None)
@@ -100,11 +100,11 @@ class GuidanceLog:
         if ratio < WEAKEST_RATIO:
             return [
                 f"{option}: guidance does almost nothing, at most {ratio:.4f} of the predicted "
-                f"noise (at t={t}); raise it"
+                f"noise (at t={t:g}); raise it"
             ]
         if ratio > STRONGEST_RATIO:
             return [
-                f"{option}: guidance dominates, {ratio:.2f} times the predicted noise at t={t}; "
+                f"{option}: guidance dominates, {ratio:.2f} times the predicted noise at t={t:g}; "
                 f"lower it{clip}, or leave such t out with --guidance_interval"
             ]
         return []
@@ -118,6 +118,6 @@ class GuidanceLog:
             return []
         return [
             f"--sampler dpm++2m: guidance is {largest[0]:.2f} times the predicted noise at "
-            f"t={largest[1]}, where a second-order solver may be worse than DDIM; compare with "
+            f"t={largest[1]:g}, where a second-order solver may be worse than DDIM; compare with "
             "--sampler ddim, take more steps or guide less"
         ]

@@ -1,17 +1,19 @@
 """Models that belong together, from their checkpoints."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ldm.checkpoint import KEY, checkpoint_path, file_sha256, load_model, read_checkpoint
+from ldm.checkpoint import KEY, checkpoint_path, load_model, read_checkpoint
+from ldm.devices import Devices
 from ldm.errors import UserError
-from ldm.models.classifier import NoisyLatentClassifier
-from ldm.models.diffusion import LatentDiffusion
-from ldm.synthesis.settings import UNCONDITIONAL
+from ldm.files import file_sha256
+from ldm.models.classifier import GuidingClassifier
+from ldm.models.diffusion import LatentDiffusion, scale_text
+from ldm.synthesis.settings import UNCONDITIONAL, Sampling
 
 SCALE_TOLERANCE = 0.05  # relative difference of latent scales that models bear
 
@@ -29,7 +31,7 @@ class Models:
     """
 
     diffusion: LatentDiffusion
-    classifier: NoisyLatentClassifier | None = None
+    classifier: GuidingClassifier | None = None
     weak: LatentDiffusion | None = None
     files: dict[str, str] = field(default_factory=dict)
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -78,7 +80,7 @@ def load_models(
         UserError: A wrong kind, or models that were not made for one another: another latent space,
             latent scale, noise schedule or class list.
     """
-    diffusion = load_model(diffusion_path, "diffusion", device, what="--resume")
+    diffusion = load_model(diffusion_path, "diffusion", device, what="--model")
     files = {"diffusion": file_sha256(checkpoint_path(diffusion_path))}
     facts = {"diffusion": _facts(diffusion.record)}
     classifier = weak = None
@@ -89,6 +91,7 @@ def load_models(
         where = f"--classifier {classifier_path}"
         remedy = f"train it with --first_stage {diffusion_path}"
         _check_latents(diffusion, diffusion_path, classifier, where, remedy)
+        classifier.attach(diffusion, where)
         if diffusion.conditional:
             _check_classes(diffusion, diffusion_path, classifier, where)
     if autoguidance_path is not None:
@@ -121,7 +124,7 @@ def load_models(
 def _check_latents(
     diffusion: LatentDiffusion,
     path: str | Path,
-    other: NoisyLatentClassifier | LatentDiffusion,
+    other: GuidingClassifier | LatentDiffusion,
     where: str,
     remedy: str,
 ) -> None:
@@ -133,11 +136,11 @@ def _check_latents(
     ours, theirs = tuple(diffusion.latent_shape), tuple(other.latent_shape)
     if theirs != ours:
         raise UserError(f"{where} takes latents {theirs}, {path} makes {ours}; {remedy}")
-    scale, other_scale = float(diffusion.scale_factor), float(other.scale_factor)
-    if abs(other_scale / scale - 1) > SCALE_TOLERANCE:
+    scale, other_scale = diffusion.scale_factor, other.scale_factor
+    if ((other_scale / scale - 1).abs() > SCALE_TOLERANCE).any():
         raise UserError(
-            f"{where} has latent scale {other_scale:.4f}, {path} has {scale:.4f} (allowed: "
-            f"{SCALE_TOLERANCE:.0%} apart); {remedy}"
+            f"{where} has latent scale {scale_text(other_scale)}, {path} has {scale_text(scale)} "
+            f"(allowed: {SCALE_TOLERANCE:.0%} apart); {remedy}"
         )
     if other.schedule != diffusion.schedule:
         raise UserError(
@@ -148,7 +151,7 @@ def _check_latents(
 def _check_classes(
     diffusion: LatentDiffusion,
     path: str | Path,
-    other: NoisyLatentClassifier | LatentDiffusion,
+    other: GuidingClassifier | LatentDiffusion,
     where: str,
 ) -> None:
     ours: Sequence[str] | None = diffusion.classes
@@ -166,4 +169,25 @@ def _facts(record: dict[str, Any]) -> dict[str, Any]:
         "classes": record["classes"],
         "seed": record["seed"],
         "revision": record["revision"],
+    }
+
+
+def make_settings(
+    sampling: Sampling,
+    models: Models,
+    devices: Devices | None = None,
+    out_size: int | None = None,
+) -> dict[str, Any]:
+    """What decides the images of a folder, as `SampleFolder` compares it.
+
+    Args:
+        devices: How the networks are run.
+        out_size: Pixels that the images are resized to; None keeps the model's size.
+    """
+    return {
+        **asdict(sampling),
+        **{f"{role}_sha256": digest for role, digest in models.files.items()},
+        "classes": models.classes,
+        **(devices or Devices()).record(),
+        "out_size": out_size,
     }

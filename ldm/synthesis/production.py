@@ -4,9 +4,9 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -16,11 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm import __version__
+from ldm.devices import Ranks, one_thread
 from ldm.diffusion.samplers import Step
 from ldm.run import git_revision, versions
 from ldm.synthesis.folder import Journal, SampleFolder, image_row
 from ldm.synthesis.guidance_log import GuidanceLog
-from ldm.synthesis.ranks import Ranks
 from ldm.synthesis.synthesiser import Confidence, Synthesiser
 
 log = logging.getLogger(__name__)
@@ -189,22 +189,6 @@ def synthesise(
         folder.read()
         folder.finish()
     return SampleReport(len(jobs), present, seconds)
-
-
-@contextmanager
-def one_thread(device: torch.device) -> Iterator[None]:
-    """Compute with one thread on a CPU, also in threads started meanwhile.
-
-    How a kernel divides its sums among threads decides their rounding, so an image would depend on
-    the machine's cores and on how many processes share them. More cores are used by more processes.
-    """
-    before = torch.get_num_threads()
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _start(synthesiser: Synthesiser, ranks: Ranks) -> dict[str, Any] | None:

@@ -1,20 +1,12 @@
-"""What decides the images of a sample folder: sampling, models, and how the networks are run."""
+"""What decides a sampled image, beside the models."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
 
 from ldm.errors import UserError
 
-if TYPE_CHECKING:
-    import torch
-
-    from ldm.synthesis.models import Models
-
 UNCONDITIONAL = "unconditional"  # folder of images that were made without a class
-SAMPLERS = ("ddim", "ddpm", "dpm++2m")
+SAMPLERS = ("ddim", "ddpm", "dpm++2m", "euler", "heun")
 GUIDED_ON = ("z_t", "z_0")
-PRECISIONS = ("auto", "32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -22,9 +14,10 @@ class Sampling:
     """What decides an image, beside the models.
 
     Attributes:
-        sampler: One of `SAMPLERS`.
+        sampler: One of `SAMPLERS`; the last two are for rectified flows, the others for noise
+            schedules.
         steps: Sampler steps, in [1, T].
-        eta: DDIM noise, in [0, 1]; DDPM has the noise of eta 1, DPM-Solver++ none.
+        eta: DDIM noise, in [0, 1]; DDPM has the noise of eta 1, all others none.
         scale: Scale of classifier guidance; 0 without a classifier.
         seed: Run seed of the noise.
         interval: Training time steps (lowest, highest) that are guided in any way; None for all.
@@ -36,6 +29,10 @@ class Sampling:
         cfg_scale: Of classifier-free guidance, for a model that takes labels; 1 is the labelled
             prediction itself.
         autoguidance_scale: Of the extrapolation from a weaker model; 1 is none.
+        limit: Predicted clean latents are kept within [-limit, limit], for the samplers of flows;
+            None for no limit.
+        strength: Images start from real tiles that are noised to this share of the way to pure
+            noise, in (0, 1]; None starts from noise.
     """
 
     sampler: str
@@ -51,10 +48,16 @@ class Sampling:
     temperature: float = 1.0
     cfg_scale: float = 1.0
     autoguidance_scale: float = 1.0
+    limit: float | None = None
+    strength: float | None = None
 
     def __post_init__(self):
         if self.sampler not in SAMPLERS:
             raise UserError(f"sampler={self.sampler!r} must be one of {', '.join(SAMPLERS)}")
+        if self.limit is not None and self.sampler not in ("euler", "heun"):
+            raise UserError(f"limit={self.limit:g} is for euler and heun, not for {self.sampler}")
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise UserError(f"strength={self.strength} must be above 0 and at most 1")
         if self.guidance_on not in GUIDED_ON:
             raise UserError(f"guidance_on={self.guidance_on!r} must be one of z_t, z_0")
         if self.cfg_scale != 1 and self.autoguidance_scale != 1:
@@ -79,52 +82,11 @@ class Sampling:
         for name in ("temperature", "cfg_scale", "autoguidance_scale"):
             if getattr(self, name) != 1:
                 parts.append(f"{name.removesuffix('_scale')}{getattr(self, name):g}")
+        if self.limit is not None:
+            parts.append(f"limit{self.limit:g}")
+        if self.strength is not None:
+            parts.append(f"strength{self.strength:g}")
         parts.append(f"seed{self.seed}")
         if self.interval is not None:
             parts.append(f"t{self.interval[0]}-{self.interval[1]}")
         return "-".join(parts if self.ema else [*parts, "noema"])
-
-
-@dataclass(frozen=True)
-class Speed:
-    """How the networks are run. Each of these changes an image by rounding.
-
-    Attributes:
-        precision: "32", or "bf16" for autocast.
-        channels_last: Memory layout of convolutions.
-        compile: torch.compile of the noise predictors and the classifier.
-    """
-
-    precision: str = "32"
-    channels_last: bool = False
-    compile: bool = False
-
-
-def choose_precision(name: str, device: "torch.device") -> str:
-    """The precision that `name`, one of `PRECISIONS`, means on a device."""
-    import torch
-
-    if name != "auto":
-        return name
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "32"
-
-
-def make_settings(
-    sampling: Sampling,
-    models: "Models",
-    speed: Speed | None = None,
-    out_size: int | None = None,
-) -> dict[str, Any]:
-    """What decides the images of a folder, as `SampleFolder` compares it.
-
-    Args:
-        out_size: Pixels that the images are resized to; None keeps the model's size.
-    """
-    classes: Sequence[str] | None = models.classes
-    return {
-        **asdict(sampling),
-        **{f"{role}_sha256": digest for role, digest in models.files.items()},
-        "classes": classes,
-        **asdict(speed or Speed()),
-        "out_size": out_size,
-    }

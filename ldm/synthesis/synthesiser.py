@@ -3,7 +3,7 @@
 Letters: B batch, C channels, H W latent size, K classes, S sampler steps. An image depends on its
 class, its index within the class, the models and the settings, and on nothing else: not on the
 batch it was made in, nor on how many processes shared the work. On a CPU that is exact (see
-`fixed_batches` and `ldm.synthesis.production.one_thread`); on a GPU, up to the rounding of kernels
+`fixed_batches` and `ldm.devices.one_thread`); on a GPU, up to the rounding of kernels
 chosen by batch size.
 """
 
@@ -15,19 +15,21 @@ import torch
 from torch import Tensor
 
 from ldm.data.tiles import to_uint8
+from ldm.devices import Devices
 from ldm.diffusion.guidance import (
     classifier_guidance,
     classifier_log_prob_grad,
     extrapolate,
+    shared_pass,
     z_0_log_prob_grad,
 )
-from ldm.diffusion.samplers import EpsFn, IndexedNoise, Step, ddim, ddpm, dpm_solver_pp_2m
-from ldm.diffusion.schedule import time_pairs
+from ldm.diffusion.samplers import EpsFn, IndexedNoise, Step, sample
 from ldm.errors import UserError
+from ldm.models.classifier import GuidingClassifier
 from ldm.models.diffusion import LatentDiffusion
 from ldm.synthesis.guidance_log import GuidanceLog
 from ldm.synthesis.models import Models
-from ldm.synthesis.settings import Sampling, Speed
+from ldm.synthesis.settings import Sampling
 
 CPU_BATCH = 8  # images per forward pass on a CPU, see `fixed_batches`
 
@@ -60,20 +62,21 @@ def fixed_batches(fn: Callable, size: int = CPU_BATCH) -> Callable:
 
 
 def accelerated(
-    fn: Callable[..., Tensor], speed: Speed, device: torch.device, network: bool = True
-) -> Callable[..., Tensor]:
-    """`fn` of latents and more, run as `speed` says; gives float32.
+    fn: Callable, devices: Devices, device: torch.device, network: bool = True
+) -> Callable:
+    """`fn` of latents and more, run as `devices` says; its tensor or tensors become float32.
 
     Args:
         network: Whether it is one of the networks that are compiled, if any are.
     """
-    call = torch.compile(fn) if speed.compile and network else fn
+    call = torch.compile(fn) if devices.compile and network else fn
 
-    def evaluate(z: Tensor, *others: Tensor) -> Tensor:
-        if speed.channels_last:
+    def evaluate(z: Tensor, *others: Tensor) -> Tensor | tuple[Tensor, ...]:
+        if devices.channels_last:
             z = z.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=speed.precision == "bf16"):
-            return call(z, *others).float()
+        with devices.autocast(device):
+            result = call(z, *others)
+        return result.float() if isinstance(result, Tensor) else tuple(x.float() for x in result)
 
     return evaluate
 
@@ -96,41 +99,59 @@ class Synthesiser:
     Args:
         models: On the device to use.
         sampling: What decides the images.
-        speed: How the networks are run.
+        devices: How the networks are run.
 
     Attributes:
         guidance_log: What guidance did at each time step, over all images so far.
     """
 
-    def __init__(self, models: Models, sampling: Sampling, speed: Speed | None = None):
+    def __init__(self, models: Models, sampling: Sampling, devices: Devices | None = None):
         self.models = models
         self.sampling = sampling
-        self.speed = speed or Speed()
-        self.pairs = time_pairs(models.diffusion.schedule.T, sampling.steps)
+        self.devices = devices or Devices()
+        process = models.diffusion.schedule
+        if sampling.sampler not in process.samplers:
+            raise UserError(
+                f"sampler={sampling.sampler} does not suit the diffusion model "
+                f"({type(process).__name__}); choose {' or '.join(process.samplers)}"
+            )
+        start = None if sampling.strength is None else sampling.strength * process.T
+        self.pairs = process.time_pairs(sampling.steps, start)
         self.device = models.diffusion.scale_factor.device
         self.guidance_log = GuidanceLog()
         in_parts = fixed_batches if self.device.type == "cpu" else lambda fn: fn
-        if self.speed.channels_last:
+        if self.devices.channels_last:
             for model in (models.diffusion, models.classifier, models.weak):
                 if model is not None:
                     model.to(memory_format=torch.channels_last)
         self._eps = self._noise_predictor(models.diffusion)
         self._weak_eps = None if models.weak is None else self._noise_predictor(models.weak)
-        self._classify = None
+        self._classify = self._shared = None
         if models.classifier is not None:
-            self._classify = accelerated(models.classifier.net, self.speed, self.device)
+            net = models.classifier.logits_model()
+            self._classify = accelerated(net, self.devices, self.device)
+            self._shared = self._shared_pass(models.classifier)
         self._predict = in_parts(self._guided)
         self._judge = in_parts(self._distribution)
         decode = models.diffusion.decode_first_stage
-        self._decode = in_parts(accelerated(decode, self.speed, self.device, network=False))
+        self._decode = in_parts(accelerated(decode, self.devices, self.device, network=False))
 
     def _noise_predictor(
         self, model: LatentDiffusion
     ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """eps(z_t, t, y); a model without labels does not look at y."""
         net = model.conditional_eps if model.conditional else model.eps_model
-        eps = accelerated(net(use_ema=self.sampling.ema), self.speed, self.device)
+        eps = accelerated(net(use_ema=self.sampling.ema), self.devices, self.device)
         return eps if model.conditional else lambda z_t, t, y: eps(z_t, t)
+
+    def _shared_pass(self, classifier: GuidingClassifier) -> Callable | None:
+        """Noise and logits from one pass of the UNet, where the classifier reads it."""
+        shared = classifier.shared_model()
+        if shared is None or self.sampling.guidance_on != "z_t" or self.sampling.scale == 0:
+            return None
+        if not self.sampling.ema:
+            raise UserError("ema=False: the readout reads the averaged weights; leave --ema out")
+        return accelerated(shared, self.devices, self.device)
 
     def _guided(self, z_t: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Guided noise prediction, and what guidance did: (B, 3), NaN where it did not act.
@@ -146,6 +167,14 @@ class Synthesiser:
         def own(z_t: Tensor, t: Tensor) -> Tensor:
             return self._eps(z_t, t, y)
 
+        def on_log_prob(t: Tensor, log_prob: Tensor) -> None:
+            note(1)(t, log_prob.exp())
+
+        temperature, gradient = sampling.temperature, None
+        if self._shared is not None:
+            own, gradient = shared_pass(
+                self._shared, y, temperature, sampling.interval, on_log_prob
+            )
         eps_fn: EpsFn = own
         if sampling.cfg_scale != 1:
             nothing = torch.full_like(y, -1)
@@ -165,17 +194,12 @@ class Synthesiser:
                 note(2),
             )
         if self._classify is not None and sampling.scale != 0:
-
-            def on_log_prob(t: Tensor, log_prob: Tensor) -> None:
-                note(1)(t, log_prob.exp())
-
-            temperature = sampling.temperature
             if sampling.guidance_on == "z_0":
                 # Through the model's own prediction: extrapolating it would double the cost.
                 gradient = z_0_log_prob_grad(
                     self._classify, own, schedule, y, temperature, on_log_prob
                 )
-            else:
+            elif gradient is None:
                 gradient = classifier_log_prob_grad(self._classify, y, temperature, on_log_prob)
             eps_fn = classifier_guidance(
                 eps_fn,
@@ -200,8 +224,12 @@ class Synthesiser:
         labels: Sequence[int],
         indices: Sequence[int],
         on_step: Callable[[Step], None] | None = None,
+        sources: Tensor | None = None,
     ) -> Tensor:
         """Clean scaled latents (B, C, H, W) of images `indices` of classes `labels` (-1: no class).
+
+        Args:
+            sources: Clean scaled latents to start from where there is a `Sampling.strength`.
 
         Raises:
             UserError: The latents are not finite.
@@ -210,20 +238,30 @@ class Synthesiser:
         shape = self.models.diffusion.latent_shape
         noise = IndexedNoise(sampling.seed, labels, indices, shape, self.device)
         y = torch.tensor(labels, dtype=torch.int64, device=self.device)  # (B,)
-        seen = []  # per step, (B, 3)
+        seen, times = [], []  # per evaluation, (B, 3) and ()
 
         def eps_fn(z_t: Tensor, t: Tensor) -> Tensor:
             eps_pred, done = self._predict(z_t, t, y)
             seen.append(done)
+            times.append(t[0])
             return eps_pred
 
         z_T = noise.initial()
-        if sampling.sampler == "ddim":
-            z_0 = ddim(eps_fn, schedule, z_T, self.pairs, sampling.eta, noise, on_step)
-        elif sampling.sampler == "ddpm":
-            z_0 = ddpm(eps_fn, schedule, z_T, noise, self.pairs, on_step)
-        else:
-            z_0 = dpm_solver_pp_2m(eps_fn, schedule, z_T, self.pairs, on_step)
+        assert (sources is None) == (sampling.strength is None)
+        if sources is not None:
+            t = schedule.times(self.pairs[0][0], len(labels), self.device)
+            z_T = schedule.q_sample(sources.to(self.device), t, z_T)
+        z_0 = sample(
+            sampling.sampler,
+            eps_fn,
+            schedule,
+            z_T,
+            self.pairs,
+            sampling.eta,
+            noise,
+            sampling.limit,
+            on_step,
+        )
         if not z_0.isfinite().all():
             raise UserError(
                 f"sampling gave latents that are not finite (scale={sampling.scale:g}, "
@@ -231,7 +269,8 @@ class Synthesiser:
             )
         # One transfer for all steps: asking at each would make a GPU wait.
         sums = torch.stack(seen).double().sum(dim=1).tolist()  # (S, 3)
-        self.guidance_log.add([t for t, _ in self.pairs], sums, len(labels))
+        visited = [round(t, 3) for t in torch.stack(times).tolist()]
+        self.guidance_log.add(visited, sums, len(labels))
         return z_0
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from ldm.evaluation.metrics import HEADLINE, mean_and_std
-from ldm.table.results import Row, Table
+from ldm.experiment.results import Row, Table
 from ldm.table.statistics import (
     FEWEST_SEEDS,
     METRICS,

@@ -24,7 +24,8 @@ from ldm.evaluation.report import (
     error_chart,
     matrix_chart,
 )
-from ldm.run import write_text
+from ldm.experiment.results import Row, Table
+from ldm.files import write_text
 from ldm.table.render import (
     Layout,
     Results,
@@ -38,7 +39,6 @@ from ldm.table.render import (
     to_latex,
     to_markdown,
 )
-from ldm.table.results import Row, Table
 
 SIDE = 64  # pixels of a tile on the screen
 SOURCE = 96  # pixels of a tile in the page, at most

@@ -53,7 +53,7 @@ import numpy as np
 from ldm.errors import UserError
 from ldm.evaluation.metrics import confusion_matrix
 from ldm.evaluation.predictions import Predictions
-from ldm.table.results import Row, Table
+from ldm.experiment.results import Row, Table
 
 METRICS = ("accuracy", "macro_f1")
 FEWEST_SEEDS = 3  # below, nothing is known about the scatter of trainings

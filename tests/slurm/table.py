@@ -1,15 +1,14 @@
-"""Jobs of every fate, submitted as those of a table; run by table.sh on its cluster."""
+"""Jobs of every fate, as those of a table, on SLURM; run by table.sh on its cluster."""
 
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ldm.stages import Ledger, Stage
-from ldm.table.config import Slurm
-from ldm.table.scheduler import State, survey
-from ldm.table.submit import submit
+from ldm.experiment import engine
+from ldm.experiment.jobs import Job, Records, State
+from ldm.experiment.progress import Progress
+from ldm.experiment.settings import Slurm
 
 WRITE = "import pathlib, sys; pathlib.Path(sys.argv[1]).open('a').write('x')"
 FAIL = "print('disk is full'); raise SystemExit(3)"
@@ -24,52 +23,35 @@ print('started', 'again' if again else '', flush=True)
 time.sleep(0 if again else 600)
 """
 ALONE = STOPS.replace("time.sleep(0 if again else 600)", "sys.exit(0 if again else 75)")
-MINUTES = 4  # SLURM's limit; submitit's signal comes three minutes before
+MINUTES = 4  # SLURM's limit; the signal comes three minutes before
 
 
 def main(work: Path) -> None:
-    def job(name: str, kind: str, *after: str, code: str = WRITE) -> Stage:
+    def job(name: str, *after: str, code: str = WRITE) -> Job:
         out = work / name
-        command = ("-c", code, str(out))
-        return Stage(name, name, command, after, output=(out,), kind=kind, gpus=0)
+        return Job(name, name, ("-c", code, str(out)), after, output=(out,), gpus=0)
 
-    stages = [
-        job("first", "a"),
-        job("left", "b", "first"),
-        job("right", "b", "first"),
-        job("bad", "c", "left", code=FAIL),
-        job("after-bad", "d", "bad"),
-        job("limit", "e", "right", code=STOPS),
-        job("stops", "f", "right", code=ALONE),
-        job("last", "g", "left", "limit", "stops"),
+    jobs = [
+        job("first"),
+        job("left", "first"),
+        job("bad", "left", code=FAIL),
+        job("after-bad", "bad"),
+        job("limit", "first", code=STOPS),
+        job("stops", "first", code=ALONE),
+        job("last", "left", "limit", "stops"),
     ]
-    ledger = Ledger(work / "jobs")
-    settings = Slurm(
-        partition="low", cpus=1, hours=MINUTES / 60, gpus=False, parallel=2,
-        parameters={"slurm_additional_parameters": {"requeue": True}},
-    )  # fmt: skip
-    jobs = submit(ledger, stages, settings, work / "submitit", ["--help"])
-    names = [job.job_id for job in jobs]
-    print("jobs", *names)
-    assert names[1].split("_")[0] == names[2].split("_")[0], "left and right are no array"
-    assert submit(ledger, stages, settings, work / "submitit", ["--help"]) == [], "submitted twice"
-    wanted = {stage.name: State.DONE for stage in stages}
+    records = Records(work / "jobs")
+    slurm = Slurm(partition="low", cpus=1, hours=MINUTES / 60, gpus=False, parallel=4)
+    machine = engine.Machine(slurm.parallel, slurm=slurm)
+    standing = engine.run(records, jobs, machine, Progress(records, slurm.parallel))
+    wanted = {job.name: State.DONE for job in jobs}
     wanted |= {"bad": State.FAILED, "after-bad": State.BLOCKED}
-    end, before = time.monotonic() + 900, None
-    while True:
-        now = {name: one.state for name, one in survey(ledger, stages).items()}
-        if now != before:
-            states = ", ".join(f"{n} {s.value}" for n, s in now.items())
-            print(time.strftime("%X"), states, flush=True)
-        if now == wanted:
-            break
-        assert time.monotonic() < end, "too slow"
-        before = now
-        time.sleep(2)
+    assert {name: one.state for name, one in standing.items()} == wanted, standing
+    assert records.read("bad").reason == "disk is full"
     assert (work / "limit").read_text() == "xx", "not stopped and started again"
     assert (work / "stops").read_text() == "xx", "not requeued after status 75"
     assert (work / "left").read_text() == "x", "started twice"
-    print("passed: an array, a failure that stayed local, a time limit and a stop, both requeued")
+    print("passed: a failure that stayed local, a time limit and a stop, both requeued")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,225 @@
+"""Measure how fast training tiles are read, decoded, augmented and put into batches.
+
+    python -m benchmarks.loading --workers 0 8 16 --needed 300
+
+compares files, tar shards and cached latents. Tiles are procedural, so that anyone can measure.
+They are few and lie in the page cache: the work of the processor is measured, not the disk.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.common import SIZES, make_parser, print_result, rounded, spread
+from ldm.cli import number, run_command
+
+if TYPE_CHECKING:
+    from benchmarks.networks import Networks
+    from ldm.data.datamodule import DataModuleFromConfig
+
+KINDS = ("png", "jpeg", "webp", "shards", "latents")
+QUALITY = 90  # of the formats that lose something
+PASS = 100_000  # images of a pass, more than are measured
+PREFETCH = 2  # batches per worker, as in training
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser("loading", __doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--size", choices=SIZES, default="paper", help="size of the tiles (paper: 256 pixels)")
+    add("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help="of files")
+    add("--workers", nargs="+", type=number(int, 0), default=[0, 1, 2], help="loader processes")
+    add("--batch_size", type=number(int, 1), default=32, help="images of a batch")
+    add("--tiles", type=number(int, 1), default=64, help="files that are read again and again")
+    add("--needed", type=number(float, 1e-3), help="images per second that training would take")
+    return parser.parse_args(argv)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where training data comes from.
+
+    Attributes:
+        root: Folder of tiles, of tar shards or of cached latents.
+        kind: One of `KINDS`.
+        tiles: How many there are.
+        pixels: Side of a tile.
+        batch_size: Tiles per batch.
+        workers: Loader processes.
+    """
+
+    root: Path
+    kind: str
+    tiles: int
+    pixels: int
+    batch_size: int
+    workers: int = 0
+
+    def module(self) -> "DataModuleFromConfig":
+        """The data module that a training would have."""
+        from ldm.data.datamodule import DataModuleFromConfig
+
+        common = {"num_workers": self.workers, "prefetch": PREFETCH, "val_fraction": 0.0}
+        if self.kind == "latents":
+            return DataModuleFromConfig(self.batch_size, latents=str(self.root), **common)
+        # Its weight lets a few tiles make a pass of many.
+        corpus = {"root": str(self.root), "weight": max(1.0, PASS / self.tiles)}
+        if self.kind == "shards":
+            corpus |= {"layout": "shards", "index": f"{self.root}.parquet"}
+        params = {"corpora": {"tiles": corpus}, "size": self.pixels, "augment": ["d4"]}
+        node = {"target": "ldm.data.corpora.Corpora", "params": params}
+        return DataModuleFromConfig(self.batch_size, node, **common)
+
+    def batches(self) -> Iterator[dict[str, Any]]:
+        """Batches without end."""
+        loader = self.module().train_dataloader()
+        while True:
+            yield from loader
+
+
+def write_tiles(root: Path, kind: str, count: int, pixels: int) -> None:
+    """Write tiles as files of an image format."""
+    from PIL import Image
+
+    from ldm.data.procedural import CLASSES, render_tile
+
+    root.mkdir()
+    options = {} if kind == "png" else {"quality": QUALITY}
+    for i in range(count):
+        tile = render_tile(CLASSES[i % len(CLASSES)], i // len(CLASSES), pixels)
+        Image.fromarray(tile).save(root / f"{i:06d}.{kind}", **options)
+
+
+def write_latents(root: Path, tiles: Path, networks: "Networks") -> None:
+    """Write a cache of latents of the shape of `networks`.
+
+    The time to read latents does not depend on what they say, so the autoencoder is a small one.
+    """
+    from ldm.checkpoint import write_checkpoint
+    from ldm.models.autoencoder import AutoencoderKL
+    from scripts import cache_latents
+
+    ddconfig = {
+        "ch": 32,
+        "ch_mult": [1] * len(networks.ddconfig["ch_mult"]),
+        "num_res_blocks": 1,
+        "z_channels": networks.embed_dim,
+        "resolution": networks.image[1],
+    }
+    module = AutoencoderKL(ddconfig=ddconfig, embed_dim=networks.embed_dim)
+    payload: dict[str, Any] = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(payload)
+    checkpoint = root.with_suffix(".ckpt")
+    write_checkpoint(checkpoint, payload)
+    words = ["-r", checkpoint, "--data", tiles, "--out", root, "--val_fraction", 0]
+    cache_latents.main([str(w) for w in [*words, "--num_workers", 0, "--device", "cpu"]])
+
+
+def make_source(folder: Path, kind: str, networks: "Networks", tiles: int, batch: int) -> Source:
+    """Write tiles of a kind below `folder`; shards and latents are those of PNG files."""
+    from scripts import index_corpus, write_shards
+
+    root = folder / kind
+    pixels = networks.image[1]
+    files = folder / (kind if kind in ("png", "jpeg", "webp") else "png")
+    if not files.exists():
+        write_tiles(files, files.name, tiles, pixels)
+    with redirect_stdout(sys.stderr):  # the output is one line of JSON
+        if kind == "shards":
+            index = f"{files}.parquet"
+            index_corpus.main([str(files), "--out", index])
+            write_shards.main([index, "--out", str(root)])
+        elif kind == "latents":
+            write_latents(root, files, networks)
+    return Source(root, kind, tiles, pixels, batch)
+
+
+def measure_rates(sources: Sequence[Source], repeats: int, seconds: float) -> dict[str, Any]:
+    """Images per second by kind, in turns. What was prepared between turns is thrown away."""
+    from torch.utils.benchmark import Timer
+
+    streams = {source.kind: source.batches() for source in sources}
+    rates: dict[str, list[float]] = {source.kind: [] for source in sources}
+    for _ in range(repeats):
+        for source in sources:
+            stream = streams[source.kind]
+            for _ in range(source.workers * PREFETCH + 1):
+                next(stream)
+            timer = Timer("next(stream)", globals={"stream": stream})
+            took = timer.blocked_autorange(min_run_time=seconds).mean
+            rates[source.kind].append(source.batch_size / took)
+    return {kind: spread(values) for kind, values in rates.items()}
+
+
+def cpu_milliseconds(source: Source, seconds: float) -> dict[str, float]:
+    """Processor time per image by part, ms: decode (or read), transform, collate."""
+    from torch.utils.benchmark import Timer
+    from torch.utils.data import default_collate
+
+    data = source.module().train_dataset
+    items = [data[i % source.tiles] for i in range(source.batch_size)]
+
+    def milliseconds(statement: str) -> float:
+        names = {"data": data, "items": items, "collate": default_collate}
+        names["numbers"] = cycle(range(source.tiles))
+        timer = Timer(statement, timer=time.process_time, globals=names)
+        return 1e3 * timer.blocked_autorange(min_run_time=seconds).mean
+
+    item = milliseconds("data[next(numbers)]")
+    collate = milliseconds("collate(items)") / source.batch_size
+    if source.kind == "latents":
+        return {"read": rounded(item), "collate": rounded(collate)}
+    decode = milliseconds("data.read(next(numbers))")
+    parts = {"decode": decode, "transform": item - decode, "collate": collate}
+    return {name: rounded(value) for name, value in parts.items()}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+
+    from benchmarks.networks import Networks
+
+    networks = Networks.of(args.size)
+    with tempfile.TemporaryDirectory(prefix="benchmark") as folder:
+        sources = [
+            make_source(Path(folder), kind, networks, args.tiles, args.batch_size)
+            for kind in dict.fromkeys(args.kinds)
+        ]
+        rates = {
+            workers: measure_rates(
+                [replace(source, workers=workers) for source in sources],
+                args.repeats,
+                args.min_run_time,
+            )
+            for workers in dict.fromkeys(args.workers)
+        }
+        cpu = {source.kind: cpu_milliseconds(source, args.min_run_time) for source in sources}
+        bytes_per_tile = {
+            source.kind: round(
+                sum(f.stat().st_size for f in source.root.rglob("*") if f.is_file()) / args.tiles
+            )
+            for source in sources
+        }
+    facts = {"shape": [args.batch_size, *networks.image], "latent": networks.latent}
+    facts |= {"images_per_s": rates, "cpu_ms_per_image": cpu, "bytes_per_tile": bytes_per_tile}
+    if args.needed is not None:
+        # As if processes did not hinder one another.
+        facts["cores_needed"] = {
+            kind: rounded(args.needed * sum(parts.values()) / 1e3) for kind, parts in cpu.items()
+        }
+        facts["share_of_needed"] = {
+            kind: rounded(max(rate[kind]["median"] for rate in rates.values()) / args.needed)
+            for kind in cpu
+        }
+    print_result(args, bench="loading", **facts)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,174 @@
+"""Measure a step of diffusion training by part, beside the same step of other libraries.
+
+    python -m benchmarks.train --size paper --batch_size 32 --compile --channels_last
+    python -m benchmarks.train --size paper --from latents images --peers
+
+A step takes a batch (data), draws latents (encode), predicts the noise (forward), computes the
+gradients (backward) and updates the weights and their average (optimiser). diffusers adds noise and
+averages weights with its own functions; MONAI's network is trained with ours. Only ours tests for
+numbers that are not finite, as its training does.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.common import (
+    Contestant,
+    Lap,
+    Ready,
+    add_network_options,
+    compared,
+    compete,
+    make_parser,
+    print_result,
+)
+from benchmarks.loading import Source, make_source
+from ldm.cli import number, run_command
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from benchmarks.networks import Encode, Execution, Networks
+
+KINDS = {"latents": "latents", "images": "png"}  # of `benchmarks.loading`
+TILES = 32
+# The schedule of the paper's configuration. Time does not depend on these numbers.
+SCHEDULE = {
+    "name": "scaled_linear",
+    "timesteps": 1000,
+    "linear_start": 1.5e-3,
+    "linear_end": 1.55e-2,
+}
+LEARNING_RATE, WEIGHT_DECAY, EMA_DECAY = 5e-5, 0.01, 0.9999
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser("train", __doc__.splitlines()[0])
+    add_network_options(parser, size="small", batch_size=4)
+    parser.add_argument(
+        "--from",
+        dest="sources",
+        nargs="+",
+        choices=KINDS,
+        default=["latents"],
+        metavar="SOURCE",
+        help="train from cached latents, from images that are encoded, or one beside the other",
+    )
+    parser.add_argument("--workers", type=number(int, 0), default=0, help="loader processes")
+    return parser.parse_args(argv)
+
+
+def noise_and_average(
+    library: str, net: "nn.Module", device: Any
+) -> tuple[Callable[["Tensor", "Tensor", "Tensor"], "Tensor"], Callable[["nn.Module"], None]]:
+    """The functions of a library that add noise (z_0, t, eps) and average weights."""
+    from ldm.diffusion.schedule import NoiseSchedule
+    from ldm.modules.ema import EMA
+
+    if library != "diffusers":
+        return NoiseSchedule(**SCHEDULE).q_sample, EMA(net, EMA_DECAY).update
+    from diffusers import DDPMScheduler
+    from diffusers.training_utils import EMAModel
+
+    scheduler = DDPMScheduler(
+        SCHEDULE["timesteps"], SCHEDULE["linear_start"], SCHEDULE["linear_end"], SCHEDULE["name"]
+    )
+    average = EMAModel(net.parameters(), decay=EMA_DECAY, foreach=True)
+    average.to(device)
+    return (
+        lambda z_0, t, eps: scheduler.add_noise(z_0, eps, t),
+        lambda net: average.step(net.parameters()),
+    )
+
+
+def build_encode(library: str, networks: "Networks", execution: "Execution") -> "Encode":
+    """What draws latents of images."""
+    from benchmarks.networks import build_autoencoder, randomise
+
+    net, encode = build_autoencoder(library, networks)
+    execution.place(randomise(net)).eval().requires_grad_(False)
+    execution.maybe_compile(net.encoder)
+    return encode
+
+
+def build(library: str, networks: "Networks", execution: "Execution", source: Source) -> Ready:
+    """A contestant that trains with the L1 error of the noise, AdamW and an average of weights."""
+    import torch
+
+    from benchmarks.networks import autoencoder_flops, build_unet, count, randomise, unet_flops
+    from ldm.modules.autoencoder import DiagonalGaussian
+
+    device, batch_size = execution.device, source.batch_size
+    torch.manual_seed(0)
+    torch.backends.cudnn.benchmark = True  # as in the configurations
+    net, predict = build_unet(library, networks.unet)
+    execution.place(randomise(net)).train()
+    optimizer = torch.optim.AdamW(
+        net.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=device.type == "cuda"
+    )
+    add_noise, average = noise_and_average(library, net, device)
+    execution.maybe_compile(net)  # not before: the average is a copy
+    flops = unet_flops(library, networks, batch_size, train=True)
+    key, draw = "moments", lambda moments: DiagonalGaussian(moments).sample()
+    if source.kind != "latents":
+        key, draw = "image", build_encode(library, networks, execution)
+        flops += autoencoder_flops(library, networks, batch_size)
+    batches = source.batches()
+
+    def step(lap: Lap) -> None:
+        x = next(batches)[key].to(device, non_blocking=True)
+        lap("data")
+        with execution.autocast():
+            with torch.no_grad():
+                z_0 = draw(x).float()  # (B, C, h, w)
+            lap("encode")
+            t = torch.randint(SCHEDULE["timesteps"], (len(z_0),), device=device)
+            eps = torch.randn_like(z_0)
+            z_t = execution.place(add_noise(z_0, t, eps))
+            loss = (predict(z_t, t) - eps).float().abs().mean()
+        assert library != "ours" or torch.isfinite(loss)
+        lap("forward")
+        loss.backward()
+        lap("backward")
+        if library == "ours":
+            gradients = [p.grad for p in net.parameters() if p.grad is not None]
+            assert torch.isfinite(torch.nn.utils.get_total_norm(gradients))
+        optimizer.step()
+        optimizer.zero_grad()
+        average(net)
+        lap("optimiser")
+
+    return Ready(step, count(net), flops)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+
+    from benchmarks.networks import Execution, Networks
+
+    execution, networks = Execution.of(args), Networks.of(args.size)
+    libraries, sources = ["ours", *args.peers], list(dict.fromkeys(args.sources))
+    contestants, pairs = {}, []
+    with tempfile.TemporaryDirectory(prefix="benchmark") as folder:
+        for name in sources:
+            made = make_source(Path(folder), KINDS[name], networks, TILES, args.batch_size)
+            source = Source(**{**vars(made), "workers": args.workers})
+            for library in libraries:
+                contestants[f"{library}_from_{name}"] = Contestant(
+                    partial(build, library, networks, execution, source), execution.device, library
+                )
+            pairs += [(f"ours_from_{name}", f"{peer}_from_{name}") for peer in args.peers]
+        if len(sources) == 2:
+            pairs += [(f"{lib}_from_latents", f"{lib}_from_images") for lib in libraries]
+        turns = compete(contestants, args)
+    shape = [args.batch_size, *networks.latent]
+    numbers = compared(turns, pairs, args.batch_size)
+    print_result(args, bench="train", shape=shape, dtype=execution.dtype, **numbers)
+
+
+if __name__ == "__main__":
+    run_command(main)

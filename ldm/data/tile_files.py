@@ -1,0 +1,258 @@
+"""The image files of a set of tiles, with their classes: listed, compared and told apart.
+
+Nothing is decoded, and torch is not imported: a command that only looks at files starts at once.
+
+Letters: N files, K classes.
+"""
+
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm.data.images import EXTENSIONS, class_folders, is_image, list_images
+from ldm.data.storage import top_folder
+from ldm.errors import UserError
+from ldm.files import digest_of_text, file_sha256
+
+if TYPE_CHECKING:
+    from ldm.data.index import CorpusIndex
+
+log = logging.getLogger(__name__)
+
+OVERVIEW = "grid.png"  # what sample_diffusion.py draws beside its class folders
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class TileFiles:
+    """The image files of a set.
+
+    They are sorted within each class, and classes follow in label order: the order that every
+    training set, table and file of features has them in.
+
+    Attributes:
+        root: Folder of the set.
+        names: Paths of the N files below the folder, with `/`.
+        labels: Class of each file, an index into `classes`; -1 in a set without classes.
+        classes: K class names in label order; empty for a set without classes.
+        part: Which of the tiles in the folder these are, for people.
+        groups: Patient, slide or region of each file (its own path where unknown), from an index;
+            None without one.
+    """
+
+    root: Path
+    names: list[str]
+    labels: list[int]
+    classes: list[str]
+    part: str = ALL
+    groups: list[str] | None = None
+
+    @classmethod
+    def below(
+        cls,
+        root: str | os.PathLike,
+        labelled: bool = True,
+        classes: Sequence[str] | None = None,
+        index: "CorpusIndex | None" = None,
+        number: int = 0,
+    ) -> "TileFiles":
+        """List the images of a folder.
+
+        Args:
+            root: Folder of the set; of a labelled one, ROOT/CLASS/** holds the images, and images
+                beside the classes are reported and left out.
+            classes: The classes there must be, in label order. Default: the folders' names, sorted.
+            index: Index of the folder, which is then not walked; tiles with a problem are left out.
+            number: Number of the folder among the roots of the index.
+
+        Raises:
+            UserError: The folder, its classes or the images of a class are missing, or the classes
+                are not those that there must be.
+        """
+        root = Path(root).expanduser()
+        require_tile_folder(root)
+        group_of = None
+        if index is None:
+            names, loose = _found(root, labelled)
+        else:
+            table = index.tiles(number)
+            group_of = dict(zip(table["path"], table["group"], strict=True))
+            names, loose = _by_class(table["path"], labelled)
+        if loose:
+            _report_loose(root, loose)
+        chosen = _matching_classes(root, sorted(names), classes) if labelled else [""]
+        for name in chosen:
+            if not names[name]:
+                raise UserError(
+                    f"{'class' if labelled else 'tile'} folder {root / name} has no images"
+                    f" ({' '.join(sorted(EXTENSIONS))}); add some"
+                )
+        files = cls._of(root, {name: names[name] for name in chosen}, labelled)
+        groups = group_of and [group_of[name] or name for name in files.names]
+        return replace(files, groups=groups)
+
+    @classmethod
+    def if_classes(cls, root: Path, what: str) -> "TileFiles":
+        """List the images of the class folders where there are any, else those in the folder.
+
+        Args:
+            what: How errors call the folder.
+
+        Raises:
+            UserError: There are no images.
+        """
+        labelled = bool(class_folders(root))
+        names, loose = _found(root, labelled)
+        if labelled and loose:
+            _report_loose(root, loose)
+        if not labelled:
+            names[""] = [name for name in names[""] if name != OVERVIEW]
+        names = {name: paths for name, paths in names.items() if paths}
+        if not names:
+            raise UserError(f"{what}: {root} has no images; give a folder of tiles")
+        return cls._of(root, names, labelled)
+
+    @classmethod
+    def _of(cls, root: Path, names: Mapping[str, list[str]], labelled: bool) -> "TileFiles":
+        """The set of these paths by class, in label order."""
+        labels = [k if labelled else -1 for k, paths in enumerate(names.values()) for _ in paths]
+        return cls(root, list(chain(*names.values())), labels, list(names) if labelled else [])
+
+    @cached_property
+    def paths(self) -> list[Path]:
+        """The N files."""
+        return [self.root / path for path in self.names]
+
+    @property
+    def class_names(self) -> list[str]:
+        """Class of each file by name; empty for a set without classes."""
+        return [self.classes[label] for label in self.labels] if self.classes else []
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of files of each class."""
+        return {name: self.labels.count(label) for label, name in enumerate(self.classes)}
+
+    @cached_property
+    def digests(self) -> list[str]:
+        """SHA-256 of the content of each file; files are read when this is first asked for."""
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            return list(pool.map(file_sha256, self.paths))
+
+    # Three SHA-256 of the same facts, paths and contents, since each is recorded in files of its
+    # own: with a changed line, none that was recorded before would be that of the same tiles.
+
+    @property
+    def listing(self) -> str:
+        """Digest of the set as results of eval.py, copy checks and fidelity record it."""
+        rows = zip(self.names, self.digests, strict=True)
+        return digest_of_text(f"{digest} {name}\n" for name, digest in rows)
+
+    @property
+    def digest(self) -> str:
+        """Digest of the set in any order, as features, centroids and selections record it."""
+        rows = sorted(zip(self.names, self.digests, strict=True))
+        return digest_of_text(f"{name}\0{digest}\n" for name, digest in rows)
+
+    @property
+    def inclusion(self) -> str:
+        """Digest of the set as a subset that includes it records it."""
+        rows = zip(self.names, self.digests, strict=True)
+        return digest_of_text(f"{name} {digest}\n" for name, digest in rows)
+
+    def stamp(self, with_status: bool = True) -> str:
+        """SHA-256 over paths, sizes and times of the files, which are not read.
+
+        As long as it is the same, so are the files.
+
+        Args:
+            with_status: Include the time of the last change of status, which no program can set
+                back. A new hard link to a file changes it too.
+        """
+        lines = []
+        for name, path in zip(self.names, self.paths, strict=True):
+            state = os.stat(path)
+            line = f"{name}\0{state.st_size}\0{state.st_mtime_ns}"
+            lines.append(f"{line}\0{state.st_ctime_ns}\n" if with_status else f"{line}\n")
+        return digest_of_text(lines)
+
+    def select(self, rows: Iterable[int], part: str | None = None) -> "TileFiles":
+        """The files at some places, with their digests where these are known.
+
+        Args:
+            part: Which of the tiles in the folder they are, for people; by default as these.
+        """
+        rows = list(rows)
+        chosen = replace(
+            self,
+            names=[self.names[i] for i in rows],
+            labels=[self.labels[i] for i in rows],
+            groups=None if self.groups is None else [self.groups[i] for i in rows],
+            part=self.part if part is None else part,
+        )
+        if "digests" in vars(self):
+            vars(chosen)["digests"] = [self.digests[i] for i in rows]
+        return chosen
+
+    def distinct(self) -> "TileFiles":
+        """These files without byte-identical repetitions; the first of each is kept."""
+        first = {digest: i for i, digest in reversed(list(enumerate(self.digests)))}
+        return self.select(sorted(first.values()))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def require_tile_folder(root: Path) -> None:
+    """Check that a folder exists; UserError otherwise."""
+    if not root.is_dir():
+        reason = "is not a folder" if root.exists() else "does not exist"
+        raise UserError(f"tile folder {root} {reason}; check the path")
+
+
+def _report_loose(root: Path, count: int) -> None:
+    log.warning("%s: %d images beside the class folders are not used", root, count)
+
+
+def _found(root: Path, labelled: bool) -> tuple[dict[str, list[str]], int]:
+    """Paths of the images below a folder by class ("" without classes), and how many lie beside."""
+
+    def below(folder: Path) -> list[str]:
+        return [path.relative_to(root).as_posix() for path in list_images(folder)]
+
+    if not labelled:
+        return {"": below(root)}, 0
+    loose = [path for path in root.iterdir() if is_image(path.name) and path.is_file()]
+    names = {name: below(root / name) for name in class_folders(root)}
+    return names, sum(path.name != OVERVIEW for path in loose)
+
+
+def _by_class(paths: list[str], labelled: bool) -> tuple[dict[str, list[str]], int]:
+    """As `_found`, of the paths that an index lists."""
+    if not labelled:
+        return {"": paths}, 0
+    names: dict[str, list[str]] = {}
+    for path in paths:
+        names.setdefault(top_folder(path) or "", []).append(path)
+    return names, len(names.pop("", []))
+
+
+def _matching_classes(root: Path, found: list[str], wanted: Sequence[str] | None) -> list[str]:
+    """The classes in label order, if the class folders are those that there must be."""
+    if not found:
+        raise UserError(f"{root}: no class folders; a labelled set is {root}/CLASS/image files")
+    classes = list(wanted or found)
+    missing = sorted(set(classes) - set(found))
+    extra = sorted(set(found) - set(classes))
+    if missing or extra:
+        raise UserError(
+            f"{root}: class folders {found} differ from the classes {classes}"
+            f" (missing {missing}, extra {extra}); rename, add or remove folders"
+        )
+    return classes

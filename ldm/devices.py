@@ -1,0 +1,461 @@
+"""How a command uses the machine: devices, precision, memory layout, threads and ranks.
+
+Nothing here decides a result, except by the rounding of floating-point numbers. Importing this
+module imports no torch.
+"""
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from ldm.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+log = logging.getLogger(__name__)
+
+BACKEND = "inductor"  # of torch.compile
+# Ranks have equal shares, but one may wait for the others on a slower machine.
+TIMEOUT = timedelta(days=1)
+
+
+@dataclass(frozen=True)
+class Devices:
+    """The devices of a command, and how networks are computed on them.
+
+    Attributes:
+        accelerator: Kind of device, in Lightning's words: "cpu", "gpu" or "mps".
+        devices: Number of devices of each machine, or the indices of those to use.
+        num_nodes: Number of machines.
+        precision: "32", "64", "bf16-true", or autocast: "bf16-mixed", "16-mixed".
+        channels_last: Memory layout of convolutions that suits tensor cores.
+        compile: Whether networks are compiled with torch.compile.
+        tf32: Whether float32 products use tensor cores; None keeps PyTorch's setting.
+        fused: Whether optimisers step in one kernel: auto, true or false.
+        strategy: How several devices share a training: auto, ddp, fsdp or deepspeed.
+    """
+
+    accelerator: str = "cpu"
+    devices: int | Sequence[int] = 1
+    num_nodes: int = 1
+    precision: str = "32"
+    channels_last: bool = False
+    compile: bool = False
+    tf32: bool | None = None
+    fused: str = "auto"
+    strategy: str = "auto"
+
+    @property
+    def count(self) -> int:
+        """Number of devices of each machine."""
+        return self.devices if isinstance(self.devices, int) else len(self.devices)
+
+    @property
+    def ranks(self) -> int:
+        """Number of processes, one per device of all machines."""
+        return self.count * self.num_nodes
+
+    @property
+    def device(self) -> "torch.device":
+        """The torch device of a command that runs in one process."""
+        import torch
+
+        kind = "cuda" if self.accelerator == "gpu" else self.accelerator
+        return torch.device(kind if isinstance(self.devices, int) else f"{kind}:{self.devices[0]}")
+
+    def with_precision(self, name: str, **others: Any) -> "Devices":
+        """The same devices with a precision by name.
+
+        Args:
+            name: As the attribute; "bf16" stands for "bf16-mixed", and "auto" for it on GPUs that
+                compute in bfloat16 and for "32" elsewhere.
+            others: Further attributes to replace.
+        """
+        if name == "auto":
+            name = "32"
+            if self.accelerator == "gpu":
+                import torch
+
+                if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
+                    name = "bf16-mixed"
+        return replace(self, precision="bf16-mixed" if name == "bf16" else name, **others)
+
+    def autocast(self, device: "torch.device") -> "torch.autocast":
+        """Context in which networks compute in the chosen precision on `device`."""
+        import torch
+
+        dtype = torch.float16 if self.precision == "16-mixed" else torch.bfloat16
+        return torch.autocast(device.type, dtype, enabled=self.precision.endswith("-mixed"))
+
+    def describe(self) -> str:
+        """One line for the summary of a run."""
+        return (
+            f"devices      {self.count} x {self.accelerator} x {self.num_nodes} machines, "
+            f"{self.precision}"
+        )
+
+    def record(self) -> dict[str, Any]:
+        """What may change an image or a latent by rounding, as made folders record it."""
+        return {
+            "precision": self.precision.removesuffix("-mixed"),
+            "channels_last": self.channels_last,
+            "compile": self.compile,
+        }
+
+    def fuses(self, clips: bool = False) -> bool:
+        """Whether optimisers take a step in one kernel.
+
+        Args:
+            clips: Whether gradients are clipped.
+
+        Raises:
+            UserError: `fused` is "true" where gradients have to be unscaled or clipped before it.
+        """
+        # Lightning refuses to clip in mixed precision before an optimiser that could unscale the
+        # gradients by itself, as fused ones can.
+        why = "float16 with its gradient scaling" if self.precision == "16-mixed" else None
+        if clips and self.precision.endswith("-mixed"):
+            why = f"gradient clipping in {self.precision}"
+        if self.fused == "true" and why:
+            raise UserError(f"--fused true does not go with {why}; leave it out")
+        automatic = self.fused == "auto" and self.accelerator == "gpu" and why is None
+        return self.fused == "true" or automatic
+
+    def prepare(self, model: "nn.Module", networks: "Sequence[nn.Module]") -> None:
+        """Lay out a model, compile its networks, and set the float32 mode of this process.
+
+        Names of parameters stay as they are: modules are compiled in place, so that checkpoints
+        are the same with and without.
+
+        Args:
+            networks: The parts of `model` that training calls.
+        """
+        import torch
+
+        if self.tf32 is not None:
+            torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+            torch.backends.cudnn.allow_tf32 = self.tf32
+        if self.channels_last:
+            for module in (model, *networks):
+                module.to(memory_format=torch.channels_last)
+        if self.compile:
+            # The autoencoder's adaptive weight goes through the decoder's graph twice, which
+            # buffers that the first pass may overwrite would forbid.
+            from torch._functorch import config as functorch_config
+
+            functorch_config.donated_buffer = False
+            for network in networks:
+                network.compile(backend=BACKEND)
+
+    @contextlib.contextmanager
+    def launch(self, backend: str | None = "gloo") -> "Iterator[tuple[Ranks, torch.device]]":
+        """Start the other processes, or join them; gives this one's place and device.
+
+        Args:
+            backend: How tensors travel: gloo where nothing goes between GPUs, which spares NCCL and
+                its timeouts; None for what suits the devices.
+
+        Raises:
+            UserError: The environment of the cluster does not fit the devices.
+        """
+        if self.ranks == 1:
+            yield Ranks(), self.device
+            return
+        ranks = self._join(backend)
+        try:
+            yield ranks, ranks.fabric.device
+        except BaseException:
+            ranks.stop_others()
+            raise
+        finally:
+            ranks.close()
+
+    def _join(self, backend: str | None) -> "Ranks":
+        from lightning_fabric import Fabric
+        from lightning_fabric.strategies import DDPStrategy
+
+        for name in ("lightning_fabric", "pytorch_lightning"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        warnings.filterwarnings("ignore", "The `srun` command is available")
+        try:
+            fabric = Fabric(
+                accelerator=self.accelerator,
+                devices=self.devices,
+                num_nodes=self.num_nodes,
+                strategy=DDPStrategy(process_group_backend=backend, timeout=TIMEOUT),
+            )
+            fabric.launch()
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"--devices {self.count}: {error}") from None
+        return Ranks(fabric.global_rank, fabric.world_size, fabric)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that share a run, one per device; by default this one is alone.
+
+    Lightning Fabric starts them on one machine, or joins those that torchrun or srun started.
+
+    Attributes:
+        rank: Number of this process, in [0, size).
+        fabric: Connects the processes; None for one that is alone.
+    """
+
+    rank: int = 0
+    size: int = 1
+    fabric: Any = None
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def broadcast(self, value: Any) -> Any:
+        """The first process's value."""
+        return value if self.fabric is None else self.fabric.broadcast(value)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes in the order of the ranks; anything that can be pickled."""
+        if self.size == 1:
+            return [value]
+        from torch import distributed
+
+        found: list[Any] = [None] * self.size
+        distributed.all_gather_object(found, value)
+        return found
+
+    def mean(self, value: "torch.Tensor") -> "torch.Tensor":
+        """The mean of a tensor over all processes, in each of them."""
+        if self.size == 1:
+            return value
+        from torch import distributed
+
+        total = value.detach().clone()
+        distributed.all_reduce(total)
+        return total / self.size
+
+    def barrier(self) -> None:
+        """Wait until all processes are here.
+
+        Raises:
+            UserError: One of them has stopped.
+        """
+        if self.fabric is None:
+            return
+        try:
+            self.fabric.barrier()
+        except RuntimeError as error:
+            log.debug("barrier: %s", error)
+            raise UserError(
+                "another process of this run has stopped, see its message; the same command goes "
+                "on with what is missing"
+            ) from None
+
+    def close(self) -> None:
+        """Leave the group; the processes that this one started end with it, whatever they do."""
+        leave_group()
+
+    def stop_others(self) -> None:
+        """End the processes that this one started, which would otherwise wait for it forever."""
+        launcher = getattr(self.fabric, "strategy", None) and self.fabric.strategy.launcher
+        for process in getattr(launcher, "procs", ()):
+            process.terminate()
+
+
+def leave_group() -> None:
+    """Close the connection to the other processes, where there is one."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def usable_cores() -> int:
+    """Number of CPU cores that this process may use, which may be a share of the machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def one_thread(device: "torch.device") -> Iterator[None]:
+    """Compute on a CPU in one thread: how work is split among threads decides how sums are rounded.
+
+    More processes use more cores, with equal images.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def resolve_device(name: str | None) -> "torch.device":
+    """The torch device for `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
+
+    Raises:
+        UserError: An unknown name, or a device that this machine does not have.
+    """
+    import torch
+
+    if name in (None, "", "auto"):
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name}: use auto, cpu, cuda, cuda:INDEX or mps")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UserError(f"--device {name}: this machine has {count} CUDA devices; use auto or cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"--device {name}: this machine has no MPS device; use auto or cpu")
+    return device
+
+
+def one_device(name: str | None) -> Devices:
+    """The devices of a command that runs in one process, for its option `--device`."""
+    device = resolve_device(name)
+    kind = "gpu" if device.type == "cuda" else device.type
+    return Devices(kind, 1 if device.index is None else [device.index])
+
+
+def shared_devices(device: str, devices: int | None, num_nodes: int | None) -> Devices:
+    """The devices of a command with the options --device, --devices and --num_nodes.
+
+    Where the options say nothing, what torchrun or srun started is taken from their variables.
+
+    Raises:
+        UserError: There are too few devices, or the options contradict one another.
+    """
+    started, nodes = _started_outside()
+    if started is not None and devices not in (None, started):
+        raise UserError(
+            f"--devices {devices}: {started} processes were started on this machine; leave "
+            "--devices out, or start as many"
+        )
+    count, num_nodes = devices or started or 1, num_nodes or nodes
+    if count * num_nodes == 1:
+        return one_device(device)
+    kind, _, index = device.partition(":")
+    if index:
+        raise UserError(f"--device {device}: one device; leave its number out with --devices")
+    if kind not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {device}: several processes need auto, cpu or cuda")
+    chosen = Devices("cpu", count) if kind == "cpu" else training_devices(None, count)
+    if chosen.accelerator != "gpu":
+        if kind == "cuda":
+            resolve_device("cuda")  # says that there is none
+        _require_cores(count, f"--devices {count}: there is no GPU to use here, and ")
+    return replace(chosen, num_nodes=num_nodes)
+
+
+def _require_cores(count: int, start: str) -> None:
+    cores = os.cpu_count() or 1
+    if count > cores:
+        raise UserError(f"{start}{cores} CPU cores; give at most {cores}")
+
+
+def _started_outside() -> tuple[int | None, int]:
+    """Processes per machine that torchrun or srun started (None: neither did), and machines."""
+    environment = os.environ
+    if "TORCHELASTIC_RUN_ID" in environment:
+        local, world = (int(environment[key]) for key in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+        return local, max(1, world // local)
+    interactive = environment.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    if "SLURM_STEP_ID" in environment and not interactive:
+        nodes = int(environment.get("SLURM_NNODES", 1))
+        tasks = int(environment.get("SLURM_NTASKS", 1))
+        return max(1, tasks // nodes), nodes
+    return None, 1
+
+
+def parse_gpus(text: str) -> list[int] | int:
+    """`0,1` is a list of indices, `2` a count, `0,` one index, `-1` all (Lightning 1)."""
+    try:
+        if "," in text:
+            indices = [int(part) for part in text.split(",") if part.strip()]
+            if not indices or min(indices) < 0 or len(set(indices)) != len(indices):
+                raise ValueError
+            return indices
+        count = int(text)
+        if count < -1:
+            raise ValueError
+        return count
+    except ValueError:
+        raise UserError(
+            f"--gpus {text}: give a list of distinct GPUs ('0,1' or '0,') or a count ('2')"
+        ) from None
+
+
+def training_devices(
+    gpus: str | None, devices: int | None, num_nodes: int = 1, dry_run: bool = False
+) -> Devices:
+    """The devices of a training with the options --gpus, --devices and --num_nodes.
+
+    If neither GPUs nor devices are given, one device of the best kind is used.
+
+    Args:
+        dry_run: Do not ask whether the devices are there (a dry run on a login node).
+
+    Raises:
+        UserError: Both are given, or there are too few devices.
+    """
+    import torch
+
+    if gpus is not None and devices is not None:
+        raise UserError("--gpus and --devices both say where to train; give one of them")
+    found = torch.cuda.device_count()
+    if gpus is not None:
+        if gpus.strip() in ("0", ""):
+            return Devices("cpu", 1, num_nodes)  # `--gpus 0` is a count of none
+        return Devices("gpu", _existing_gpus(gpus, found, dry_run), num_nodes)
+    if found:
+        if devices is not None and devices > found and not dry_run:
+            raise UserError(f"--devices {devices}: this machine has {found} CUDA GPUs; name fewer")
+        return Devices("gpu", devices or 1, num_nodes)
+    if torch.backends.mps.is_available() and devices in (None, 1):
+        return Devices("mps", 1, num_nodes)
+    if devices is not None and not dry_run:
+        _require_cores(devices, f"--devices {devices}: this machine has no CUDA GPU and ")
+    return Devices("cpu", devices or 1, num_nodes)
+
+
+def _existing_gpus(text: str, found: int, dry_run: bool) -> list[int] | int:
+    """What `--gpus` asks for, if the machine has it."""
+    wanted = parse_gpus(text)
+    wanted = found if wanted == -1 else wanted
+    needed = max(wanted) + 1 if isinstance(wanted, list) else wanted
+    if (needed > found or wanted == 0) and not dry_run:
+        raise UserError(
+            f"--gpus {text}: this machine has {found} CUDA GPUs; leave --gpus out to train on the "
+            "best available device, or name fewer"
+        )
+    return wanted
+
+
+def follow_layout(optimizer: Any) -> None:
+    """Give the states of an optimiser the strides of the parameters that they belong to.
+
+    Fused kernels walk through both in the order of memory, whatever their strides: with the states
+    of a run that began in another layout they would silently mix up the weights.
+    """
+    import torch
+
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter).copy_(value)

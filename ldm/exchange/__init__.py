@@ -1,0 +1,1 @@
+"""Checkpoints of other libraries: import into this toolkit, and export to diffusers."""

@@ -1,0 +1,511 @@
+"""Import of checkpoints written by latent diffusion and by the code published with the method.
+
+There are three kinds of files (Rombach et al. 2022; Ye et al. 2023), told by the names of their
+weights:
+
+    autoencoder   encoder.*, decoder.*, quant_conv.*, post_quant_conv.*, and loss.* of training
+    diffusion     model.diffusion_model.* (the UNet), model_ema.* (its average; names without dots),
+                  first_stage_model.* (the autoencoder), scale_factor, betas and other tables
+    classifier    the bare weights of a half UNet, `model_010000.pt`
+
+Such a file does not describe its network, so the architecture comes from a configuration, native or
+published.
+"""
+
+import logging
+import pickle
+import types
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.cli import existing_path
+from ldm.errors import UserError
+from ldm.files import file_sha256
+
+if TYPE_CHECKING:
+    import torch
+
+    from ldm.models.base import HistoModule
+
+log = logging.getLogger(__name__)
+
+# Files and training settings in a published model node, which importing weights does not need.
+UNNEEDED = ("ckpt_path", "first_stage_ckpt", "lossconfig", "scheduler_config", "monitor")
+BETAS_TOLERANCE = 1e-4  # relative; tables are stored in float32, other schedules differ by more
+
+State = dict[str, "torch.Tensor"]
+
+
+# --- Reading -------------------------------------------------------------------------------------
+
+
+class _Placeholder:
+    """Takes the place of an object that a pickle asks for, whose class is never called."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "_Placeholder":
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, item: Any) -> None:
+        pass
+
+    def extend(self, items: Iterable[Any]) -> None:
+        pass
+
+
+# What a pickle may call: these rebuild tensors. torch itself resolves the names of storage types.
+ALLOWED = {
+    ("collections", "OrderedDict"),
+    ("torch", "Size"),
+    ("torch._utils", "_rebuild_tensor"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch._utils", "_rebuild_parameter"),
+    *(("torch", name) for name in ("float16", "bfloat16", "float32", "float64", "int64")),
+}
+
+
+def _unpickling_module(met: set[str]) -> types.ModuleType:
+    """A `pickle_module` for `torch.load` that builds only `ALLOWED`; other names go to `met`."""
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            if (module, name) in ALLOWED:
+                return super().find_class(module, name)
+            met.add(f"{module}.{name}")
+            return type(name.rpartition(".")[2], (_Placeholder,), {})
+
+    module = types.ModuleType("unpickling")
+    module.Unpickler = Unpickler
+    module.load = lambda file, **options: Unpickler(file, **options).load()
+    return module
+
+
+def read_foreign(path: str | Path, allow_pickle: bool = False) -> tuple[State, dict[str, Any]]:
+    """Read the weights in a file of other code onto the CPU, and the plain values beside them.
+
+    Args:
+        allow_pickle: Also read files that hold other objects beside tensors and plain data, as
+            those of Lightning 1 do (callbacks, settings). Such objects are never built.
+
+    Raises:
+        UserError: The file does not exist, is not a checkpoint, is one of this toolkit already, or
+            needs `allow_pickle`.
+    """
+    import torch
+
+    from ldm.checkpoint import KEY, load_tensors
+
+    path = existing_path(path, "FILE", "file")
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if not _is_pickle_of_more(error):
+            load_tensors(path, "FILE")  # says what is wrong with it
+        if not allow_pickle:
+            raise UserError(
+                f"{path} holds pickled objects beside its weights, and a pickle may ask for any "
+                "code to be run; if you know where it comes from, set allow_pickle, which reads "
+                "the weights and leaves the objects unbuilt"
+            ) from None
+        payload = _load_without_objects(path)
+    except (RuntimeError, EOFError, ValueError, LookupError):
+        payload = load_tensors(path, "FILE")
+    if not isinstance(payload, dict):
+        raise UserError(f"{path} holds a {type(payload).__name__}; needed is a state dictionary")
+    if KEY in payload:
+        raise UserError(f"{path} was written by this toolkit: it can be used as it is")
+    inner = next(
+        (payload[k] for k in ("state_dict", "model") if isinstance(payload.get(k), dict)), payload
+    )
+    state = {k.removeprefix("module."): v for k, v in inner.items() if isinstance(v, torch.Tensor)}
+    if not state:
+        raise UserError(f"{path} holds no weights by name; give a checkpoint with a state_dict")
+    beside = {k: v for k, v in payload.items() if isinstance(v, int | float | str)}
+    return state, beside
+
+
+def _is_pickle_of_more(error: pickle.UnpicklingError) -> bool:
+    # Words of torch.load(weights_only=True) for a readable file that asks for other classes.
+    return any(word in str(error) for word in ("Unsupported global", "Unsupported class", "GLOBAL"))
+
+
+def _load_without_objects(path: Path) -> Any:
+    import torch
+
+    met: set[str] = set()
+    try:
+        payload = torch.load(
+            path, map_location="cpu", weights_only=False, pickle_module=_unpickling_module(met)
+        )
+    except (pickle.UnpicklingError, RuntimeError, TypeError, AttributeError, EOFError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} cannot be read even with allow_pickle ({reason[:120]})") from None
+    log.warning(
+        "%s holds pickled objects, which could run any code if they were built; they are not: %s",
+        path,
+        ", ".join(sorted(met)),
+    )
+    return payload
+
+
+def read_model_node(path: str | Path) -> dict[str, Any]:
+    """Read the `model` section of a configuration, native or published, in native names.
+
+    Settings of training (files, loss, learning-rate schedule) are dropped and the data section is
+    not read: importing needs neither, and both may refer to files that this machine does not have.
+
+    Raises:
+        UserError: The file has no model section, or a setting that is not supported.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from ldm.config import read_yaml, upgrade_config
+
+    config = read_yaml(path)
+    node = config.get("model")
+    if not OmegaConf.is_dict(node) or "target" not in node:
+        raise UserError(f"config: {path} has no model: section with a target:")
+    params = node.get("params") or {}
+    for part in (params, (params.get("first_stage_config") or {}).get("params") or {}):
+        for name in UNNEEDED:
+            if name in list(part):  # without resolving it
+                del part[name]
+    try:
+        node = OmegaConf.to_container(node, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"config: {path}: {str(error).splitlines()[0]}") from None
+    return upgrade_config({"model": node})["model"]
+
+
+# --- Matching names ------------------------------------------------------------------------------
+
+
+@dataclass
+class Report:
+    """The weights of a file by what happened to them; names are those of the file."""
+
+    used: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """Lines for the user, with the names in groups."""
+        return [
+            f"used         {len(self.used)} tensors",
+            f"not used     {_grouped(self.unused)}",
+            f"missing      {_grouped(self.missing)}",
+            *(f"note         {note}" for note in self.notes),
+        ]
+
+
+def _grouped(names: list[str]) -> str:
+    """Shorten a list of names by their part before the first dot: `loss.* (64), betas`."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name.split(".", 1)[0], []).append(name)
+    shown = [f"{g}.* ({len(n)})" if len(n) > 1 else n[0] for g, n in sorted(groups.items())]
+    return ", ".join(shown) or "none"
+
+
+class _Matcher:
+    """Assigns the weights of a foreign file to networks and keeps count of them."""
+
+    def __init__(self, state: State):
+        self.state = state
+        self.report = Report(unused=sorted(state))
+
+    def take(self, name: str) -> "torch.Tensor | None":
+        """The tensor of that name, marked as used; None if the file does not have it."""
+        if name not in self.state:
+            return None
+        if name in self.report.unused:
+            self.report.unused.remove(name)
+            self.report.used.append(name)
+        return self.state[name]
+
+    def fill(self, module: "torch.nn.Module", names: dict[str, str], where: str) -> None:
+        """Load a network from the file's names of its weights.
+
+        Args:
+            names: Name in `module` -> name in the file.
+
+        Raises:
+            UserError: A weight of another shape: the configuration describes another network.
+        """
+        own, wrong, found = module.state_dict(), [], {}
+        for name, theirs in names.items():
+            value = self.take(theirs)
+            if value is None:
+                self.report.missing.append(theirs)
+            elif value.shape != own[name].shape:
+                wrong.append(f"{theirs} is {tuple(value.shape)}, here {tuple(own[name].shape)}")
+            else:
+                found[name] = value
+        if wrong:
+            raise UserError(
+                f"{where}: {len(wrong)} weights have other shapes than the configuration says "
+                f"({'; '.join(wrong[:3])}); give the configuration that the file was trained with"
+            )
+        module.load_state_dict({**own, **found})
+
+
+def _require_target(node: dict[str, Any], name: str) -> None:
+    if node["target"].rpartition(".")[2] != name:
+        raise UserError(f"config: model.target is {node['target']}; needed is a {name}")
+
+
+def _identical_names(module: "torch.nn.Module", prefix: str = "") -> dict[str, str]:
+    return {name: prefix + name for name in module.state_dict()}
+
+
+# --- The three kinds -----------------------------------------------------------------------------
+
+
+def import_autoencoder(state: State, node: dict[str, Any]) -> "tuple[HistoModule, Report]":
+    """Build an autoencoder from its own file, or from the first stage in a diffusion model's file.
+
+    Args:
+        state: From `read_foreign`.
+        node: From `read_model_node`: an autoencoder's, or a diffusion model's.
+    """
+    from ldm.models.autoencoder import AutoencoderKL
+
+    params = node.get("params") or {}
+    node = params.get("first_stage_config") or node
+    params = node.get("params") or {}
+    wanted = {k: params[k] for k in ("ddconfig", "embed_dim") if k in params}
+    if len(wanted) < 2:
+        raise UserError("config: the model section describes no autoencoder (ddconfig, embed_dim)")
+    module = AutoencoderKL(**wanted)
+    prefix = "first_stage_model." if any(k.startswith("first_stage_model.") for k in state) else ""
+    matcher = _Matcher(state)
+    matcher.fill(module.net, _identical_names(module.net, prefix), "autoencoder")
+    return module, matcher.report
+
+
+def import_diffusion(
+    state: State,
+    node: dict[str, Any],
+    autoencoder: str | None = None,
+    scale_factor: float | None = None,
+) -> "tuple[HistoModule, Report]":
+    """Build an unconditional latent diffusion model.
+
+    Args:
+        state, node: As for `import_autoencoder`.
+        autoencoder: Autoencoder checkpoint of this toolkit, for a file without first stage.
+        scale_factor: Latent scale, for a file that does not hold it.
+
+    Raises:
+        UserError: The weights have other shapes or another noise schedule than the configuration
+            says; or the latent scale or the autoencoder is missing or given twice and different.
+    """
+    import torch
+
+    from ldm.checkpoint import load_model
+    from ldm.models.diffusion import LatentDiffusion
+
+    _require_target(node, "LatentDiffusion")
+    matcher = _Matcher(state)
+    params = dict(node.get("params") or {})
+    stated = params.pop("scale_factor", None)
+    other = None
+    if autoencoder is not None:
+        other = load_model(autoencoder, "autoencoder", what="autoencoder")
+    in_file = any(k.startswith("first_stage_model.") for k in state)
+    params["first_stage_config"] = _first_stage_config(params, in_file, other)
+    params["use_ema"] = any(k.startswith("model_ema.") for k in state)
+    if not params["use_ema"]:
+        matcher.report.notes.append("no averaged weights (model_ema.*): samples come from the UNet")
+    scale = _scale(matcher, stated, scale_factor)
+    module = LatentDiffusion(**params, scale_factor=scale)
+    net = module.first_stage_model
+    if in_file:
+        matcher.fill(net, _identical_names(net, "first_stage_model."), "first stage")
+        if other is not None and other.net.fingerprint() != net.fingerprint():
+            raise UserError(
+                f"autoencoder: {autoencoder} is not the autoencoder in the file; leave it out"
+            )
+    else:
+        net.load_state_dict(other.net.state_dict())
+    matcher.fill(module.unet, _identical_names(module.unet, "model.diffusion_model."), "UNet")
+    if params["use_ema"]:
+        _fill_average(matcher, module)
+    _check_schedule(matcher, module.schedule)
+    module.scale_factor = torch.tensor(scale)
+    return module, matcher.report
+
+
+def _first_stage_config(
+    params: dict[str, Any], in_file: bool, other: "HistoModule | None"
+) -> dict[str, Any]:
+    """The configuration of the autoencoder: that of the file's own, or of `other`.
+
+    Args:
+        params: Of the diffusion model's configuration.
+        in_file: Whether the file holds an autoencoder.
+        other: The autoencoder that the user names, if any.
+    """
+    described = params.get("first_stage_config") or {}
+    if in_file and described.get("params"):
+        return described
+    if other is not None:
+        return other.rebuild_config()
+    if in_file:
+        raise UserError(
+            "config: model.params.first_stage_config does not describe the autoencoder in the "
+            "file; add its ddconfig and embed_dim, or name an autoencoder checkpoint"
+        )
+    raise UserError(
+        "the file holds no autoencoder (first_stage_model.*); import that first and name it as "
+        "autoencoder"
+    )
+
+
+def _fill_average(matcher: _Matcher, module: "HistoModule") -> None:
+    """Fill the average of the UNet's weights, its count of updates and its decay."""
+    ema = module.ema
+    names = {
+        name: "model_ema." + f"diffusion_model.{name}".replace(".", "")
+        for name in ema.net.state_dict()
+    }
+    matcher.fill(ema.net, names, "averaged UNet")
+    if (updates := matcher.take("model_ema.num_updates")) is not None:
+        ema.num_updates.fill_(int(updates))
+    if (decay := matcher.take("model_ema.decay")) is not None:
+        module.ema_decay = ema.decay = round(float(decay), 6)
+
+
+def _scale(matcher: _Matcher, stated: float | None, given: float | None) -> float:
+    """The latent scale: from the file, else as given, else from the configuration."""
+    stored = matcher.take("scale_factor")
+    if stored is not None:
+        if given is not None and abs(float(stored) - given) > 1e-5 * given:
+            raise UserError(
+                f"scale_factor={given}: the file holds {float(stored):.6g}; leave it out"
+            )
+        return float(stored)
+    if given is not None:
+        return given
+    if stated is None:
+        raise UserError(
+            "the file holds no scale_factor, and the configuration says none: give scale_factor "
+            "(1 / standard deviation of the latents that it was trained on)"
+        )
+    matcher.report.notes.append(f"scale_factor {stated} from the configuration")
+    return float(stated)
+
+
+def _check_schedule(matcher: _Matcher, schedule) -> None:
+    """Compare the file's noise schedule with the configuration's."""
+    import torch
+
+    known = {"betas": schedule.betas, "alphas_cumprod": schedule.alphas_cumprod}
+    seen = False
+    for name, ours in known.items():
+        theirs = matcher.take(name)
+        if theirs is None:
+            continue
+        seen = True
+        theirs = theirs.double()
+        if theirs.shape != ours.shape or not torch.allclose(
+            theirs, ours, rtol=BETAS_TOLERANCE, atol=1e-7
+        ):
+            raise UserError(
+                f"the file's noise schedule is not the configuration's: {name} goes from "
+                f"{theirs[0]:.6g} to {theirs[-1]:.6g} in {len(theirs)} steps there, from "
+                f"{ours[0]:.6g} to {ours[-1]:.6g} in {len(ours)} here; correct timesteps, "
+                "beta_schedule, linear_start and linear_end in the configuration"
+            )
+    if not seen:
+        matcher.report.notes.append("no table of betas to compare the schedule with")
+
+
+def import_classifier(
+    state: State,
+    first_stage: str,
+    classes: list[str],
+    node: dict[str, Any] | None = None,
+    scale_factor: float | None = None,
+    noised: bool = False,
+) -> "tuple[HistoModule, Report]":
+    """Build a noisy-latent classifier.
+
+    Args:
+        state: From `read_foreign`.
+        first_stage: Checkpoint of the diffusion model that is guided, or of its autoencoder
+            (with `scale_factor`), of this toolkit.
+        classes: Names, in the order of the classifier's outputs.
+        node: `EncoderUNetModel` with its parameters; None for the published classifier's.
+        noised: Whether it was trained on noisy latents; the published code trains at t = 0.
+    """
+    from ldm.models.classifier import LatentSpace, NoisyLatentClassifier, network_config
+
+    space = LatentSpace.load(first_stage, what="autoencoder")
+    scale = scale_factor if space.scale_factor is None else space.scale_factor
+    if scale is None:
+        raise UserError(
+            f"autoencoder: {first_stage} holds no latent scale; give the diffusion checkpoint, "
+            "or a scale_factor"
+        )
+    if node is not None:
+        _require_target(node, "EncoderUNetModel")
+    net = (
+        network_config(space.first_stage, len(classes))
+        if node is None
+        else {"target": node["target"], "params": node["params"]}
+    )
+    if net["params"]["out_channels"] != len(classes):
+        raise UserError(
+            f"classes: {len(classes)} names, but the configuration says "
+            f"{net['params']['out_channels']} outputs"
+        )
+    outputs = {k: len(v) for k, v in state.items() if k in ("out.2.c_proj.bias", "out.3.bias")}
+    for name, count in outputs.items():
+        if count != len(classes):
+            raise UserError(f"classes: {len(classes)} names, the file has {count} outputs ({name})")
+    schedule = space.schedule
+    module = NoisyLatentClassifier(
+        net_config=net,
+        autoencoder_fingerprint=space.first_stage.fingerprint(),
+        scale_factor=scale,
+        timesteps=schedule["timesteps"],
+        beta_schedule=schedule["name"],
+        linear_start=schedule["linear_start"],
+        linear_end=schedule["linear_end"],
+        noised=noised,
+    )
+    module.classes = list(classes)
+    matcher = _Matcher(state)
+    matcher.fill(module.net, _identical_names(module.net), "classifier")
+    return module, matcher.report
+
+
+def write_imported(
+    module: "HistoModule", report: Report, source: Path, out: Path, beside: dict[str, Any]
+) -> None:
+    """Write the imported model as a checkpoint that records its source file."""
+    from ldm.checkpoint import KEY, write_checkpoint
+
+    payload: dict[str, Any] = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(payload)
+    payload[KEY]["source"] = {
+        "file": source.name,
+        "sha256": file_sha256(source),
+        "unused": report.unused,
+        "missing": report.missing,
+    }
+    payload |= {k: v for k, v in beside.items() if k in ("epoch", "global_step")}
+    write_checkpoint(out, payload)

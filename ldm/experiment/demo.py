@@ -1,0 +1,235 @@
+"""The demo: an experiment with few settings, those of configs/demo/demo.yaml."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ldm.errors import UserError
+from ldm.experiment.inputs import Split
+from ldm.experiment.jobs import ROOT
+from ldm.experiment.numbers import read_json
+from ldm.experiment.plan import Arm, Plan
+from ldm.experiment.settings import check_settings
+from ldm.run import RunFolder
+
+CONFIGS = "configs/demo"
+SETTINGS = f"{CONFIGS}/demo.yaml"
+REAL, SELECTED, RANDOM = "real", "selected", "random"  # arms
+LABELLED = "train5"
+GUIDED, UNGUIDED = "guided", "unguided"  # generators
+
+
+def read_settings(overrides: Sequence[str] = (), fast: bool = False) -> dict[str, Any]:
+    """The settings of configs/demo/demo.yaml, with overrides such as `sampling.scale=5`.
+
+    Args:
+        fast: Merge its `fast` section over the rest.
+
+    Raises:
+        UserError: An override that is malformed or names nothing that is there.
+    """
+    config = OmegaConf.load(ROOT / SETTINGS)
+    quick = config.pop("fast")
+    OmegaConf.set_struct(config, True)
+    if fast:
+        config = OmegaConf.merge(config, quick)
+    for word in overrides:
+        key, equals, _ = word.partition("=")
+        if not equals or key.startswith("-"):
+            raise UserError(f"{word}: overrides have the form section.key=value, see {SETTINGS}")
+        try:
+            before = OmegaConf.select(config, key, throw_on_missing=True)
+            config = OmegaConf.merge(config, OmegaConf.from_dotlist([word]))
+            after = OmegaConf.select(config, key)
+        except (OmegaConfBaseException, TypeError, ValueError) as error:
+            raise UserError(f"{word}: {str(error).splitlines()[0]}; see {SETTINGS}") from None
+        if before is None:
+            raise UserError(f"{word}: there is no such setting; see {SETTINGS}")
+        if _kind(before) not in ("text", _kind(after)):
+            raise UserError(f"{word}: must be {_kind(before)}, as {before} in {SETTINGS}")
+    return OmegaConf.to_container(config)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, DictConfig):
+        return "a section"
+    if isinstance(value, ListConfig):
+        return "a list"
+    return "a number" if isinstance(value, int | float) else "text"
+
+
+class Demo:
+    """The plan of the demo, and where its results are.
+
+    Args:
+        out: Folder of all results.
+        source: A user's folder with train, train5, val and test; None for procedural tiles.
+        settings: See `read_settings`.
+
+    Attributes:
+        plan: Its rows and jobs.
+        size: Side of a tile in pixels.
+        per_class: Tiles of each class that are sampled under guidance.
+        ratio: Synthetic tiles in percent of the labelled ones; lowered where too few are sampled.
+
+    Raises:
+        UserError: Something is missing in `source`, or `out` holds other files.
+    """
+
+    def __init__(self, out: Path, source: Path | None, settings: dict[str, Any]):
+        self.out, self.settings = out.absolute(), settings
+        self.source = source.absolute() if source else None
+        self.size: int = OmegaConf.load(ROOT / CONFIGS / "autoencoder.yaml").vars.size
+        self._choose_amounts()
+        self.plan = Plan(check_settings(self._experiment(), SETTINGS))
+
+    def _choose_amounts(self) -> None:
+        sampling = self.settings["sampling"]
+        labelled = self.settings["tiles"]["train5"]
+        if self.source is not None and (self.source / LABELLED).is_dir():
+            labelled = max(Split(self.source / LABELLED).counts.values())
+        self.ratio: int = self.settings["selection"]["ratio"]
+        wanted = (labelled * self.ratio + 50) // 100
+        self.per_class: int = sampling["per_wanted"] * max(1, wanted)
+        if self.per_class > sampling["most_per_class"]:
+            self.per_class = sampling["most_per_class"]
+            affordable = self.per_class / sampling["per_wanted"]
+            self.ratio = max(1, int(100 * affordable / labelled))
+
+    def _experiment(self) -> dict[str, Any]:
+        """The settings of the experiment that the demo is, see `ldm.experiment.settings`."""
+        settings, sampling = self.settings, self.settings["sampling"]
+        evaluation = settings["evaluation"]
+        data: dict[str, Any] = {"root": str(self.source), "labelled": LABELLED}
+        if self.source is None:
+            tiles = {"size": self.size, **settings["tiles"]}
+            data |= {"root": str(self.out / "tiles"), "tiles": tiles}
+        models = {"diffusion": "diffusion", "classifier": "classifier", "decoder": "decoder"}
+        return {
+            "name": "demo",
+            "out": str(self.out),
+            "data": data,
+            "models": self._models(),
+            "generators": {
+                UNGUIDED: {
+                    **models,
+                    "label": "the diffusion model without guidance",
+                    "amount": sampling["unguided"],
+                    "sampling": {"classifier_scale": 0},
+                },
+                GUIDED: {
+                    **models,
+                    "label": "guidance to a class",
+                    "amount": self.per_class,
+                    "sampling": {"classifier_scale": sampling["scale"]},
+                },
+            },
+            "sampling": {
+                "options": {
+                    "custom_steps": sampling["steps"],
+                    "eta": sampling["eta"],
+                    "batch_size": sampling["batch_size"],
+                }
+            },
+            "judge": {"seed": evaluation["seeds"][0], "options": settings["features"]},
+            "selection": {
+                RANDOM: {"strategy": "random"},
+                SELECTED: {"strategy": "centroid"},
+            },
+            "grid": {
+                "generators": [GUIDED],
+                "selection": [RANDOM, SELECTED],
+                "ratios": [self.ratio],
+            },
+            "evaluation": {
+                "seeds": evaluation["seeds"],
+                "arguments": {
+                    "input-size": self.size,
+                    "match_steps": evaluation["steps"],
+                    **evaluation["arguments"],
+                },
+            },
+            "link": "copy",
+        }
+
+    def _models(self) -> dict[str, Any]:
+        labels = {
+            "autoencoder": "autoencoder on unlabelled tiles",
+            "diffusion": "latent diffusion on unlabelled tiles",
+            "decoder": "decoder tuned on few labels",
+        }
+        models: dict[str, Any] = {
+            name: {
+                "config": f"{CONFIGS}/{name}.yaml",
+                "overrides": self.settings["overrides"][name],
+                "label": label,
+                "needs": {} if name == "autoencoder" else {"HISTO_AUTOENCODER": "autoencoder"},
+            }
+            for name, label in labels.items()
+        }
+        models["classifier"] = {
+            "classifier": self.settings["classifier"],
+            "label": "noisy-latent classifier on few labels",
+            "needs": {"first_stage": "diffusion"},
+        }
+        return models
+
+    # Where the results are
+
+    @property
+    def data(self) -> Path:
+        """The four splits (links) and the training folders that are made."""
+        return self.plan.data
+
+    @property
+    def autoencoder(self) -> RunFolder:
+        return self._run("autoencoder")
+
+    @property
+    def diffusion(self) -> RunFolder:
+        return self._run("diffusion")
+
+    @property
+    def classifier(self) -> RunFolder:
+        return self._run("classifier")
+
+    @property
+    def decoder(self) -> RunFolder:
+        return self._run("decoder")
+
+    def _run(self, name: str) -> RunFolder:
+        return RunFolder(self.out / "models" / name)
+
+    @property
+    def guided(self) -> Path:
+        return self.plan.samples(GUIDED)
+
+    @property
+    def unguided(self) -> Path:
+        return self.plan.samples(UNGUIDED)
+
+    @property
+    def features(self) -> Path:
+        return self.plan.features(GUIDED)
+
+    def arm(self, kind: str) -> Arm:
+        """The row of the real tiles alone, or of a strategy of selection."""
+        key = REAL if kind == REAL else f"{GUIDED}-{kind}-{self.ratio}"
+        return next(row for row in self.plan.rows if row.key == key)
+
+    def training_folder(self, kind: str) -> str:
+        """Name of a training folder, as eval.py takes it."""
+        return next(iter(self.arm(kind).folders.values()))
+
+    def selection(self, kind: str) -> dict[str, Any]:
+        """selection.json of a training folder."""
+        return read_json(self.data / self.training_folder(kind) / "selection.json")
+
+    def summary(self, kind: str) -> dict[str, Any]:
+        """summary.json of an evaluation, as `ldm.experiment.gather` has written it."""
+        results = self.arm(kind).results
+        assert results is not None
+        return read_json(results / "summary.json")

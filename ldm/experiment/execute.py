@@ -1,0 +1,286 @@
+"""Run one job of an experiment: `python -m ldm.experiment.execute FOLDER NAME`.
+
+This process stands between Snakemake and a command. It keeps the record and the log, holds the
+job's lock, chooses GPUs, and stops the command when it is told to stop or when Snakemake is gone.
+Snakemake would call a command that saved a checkpoint and stopped a failure, and start the next.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from ldm.cli import STOPPED
+from ldm.experiment.jobs import ROOT, Job, JobBusy, Record, Records, lock_file
+from ldm.experiment.numbers import key_number
+from ldm.files import write_json, write_text
+
+PLAN = "plan.json"
+GRACE = 60.0  # seconds in which a stopped command has to end by itself, its checkpoint written
+POLL = 0.2  # seconds between attempts to get a lock
+
+# Statuses of a command that somebody stopped: it goes on later, and has not failed.
+INTERRUPTED = (STOPPED, 128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)
+
+# Variables that Snakemake sets for its jobs. A command gets them as they were before.
+THREADS = "OMP_NUM_THREADS"
+SET_BY_SNAKEMAKE = (
+    *(THREADS, "GOTO_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"),
+    *("VECLIB_MAXIMUM_THREADS", "NUMEXPR_NUM_THREADS", "TMPDIR", "TMP", "TEMPDIR", "TEMP"),
+)
+
+# A command, its log, its variables, and the descriptor of a lock that it is to hold until it ends;
+# returns the exit status.
+Launch = Callable[[Sequence[str], Path, Mapping[str, str], int], int]
+
+
+def save_plan(folder: Path, jobs: Sequence[Job], keys: Mapping[str, str], **facts: Any) -> None:
+    """Write FOLDER/plan.json for the Snakefile and the processes of the jobs."""
+    rows = [{**dataclasses.asdict(job), "key": keys[job.name]} for job in jobs]
+    for row in rows:
+        row |= {name: [str(path) for path in row[name]] for name in ("output", "files")}
+    write_json(folder / PLAN, {"jobs": rows, **facts})
+
+
+def load_plan(folder: Path) -> dict[str, Any]:
+    """What `save_plan` wrote, with the jobs as (Job, key) by name."""
+    content = json.loads((folder / PLAN).read_text())
+    jobs = {}
+    for row in content["jobs"]:
+        key = row.pop("key")
+        row |= {name: tuple(map(Path, row[name])) for name in ("output", "files")}
+        row |= {name: tuple(row[name]) for name in ("command", "after")}
+        jobs[row["name"]] = (Job(**row), key)
+    return {**content, "jobs": jobs}
+
+
+def end_process(process: subprocess.Popen) -> None:
+    """Ask a process to end, and kill it with its children when it has not after `GRACE` seconds."""
+    process.terminate()
+    try:
+        process.wait(timeout=GRACE)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def launch(
+    command: Sequence[str], log_path: Path, environment: Mapping[str, str], lock: int
+) -> int:
+    """Run a script of this repository as a process, its output added to a file.
+
+    Any exception, a signal for example, ends the process. So does the end of our parent.
+    """
+    parent = os.getppid()
+    with log_path.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            pass_fds=(lock,),  # a command whose starter was killed still counts as running
+            start_new_session=True,  # it gets one signal, from here
+        )
+    try:
+        while True:
+            try:
+                return process.wait(timeout=1.0)
+            except subprocess.TimeoutExpired:
+                if os.getppid() != parent:
+                    sys.exit(STOPPED)
+    except BaseException:
+        end_process(process)
+        raise
+
+
+def execute(
+    records: Records,
+    job: Job,
+    key: str,
+    variables: Mapping[str, str] | None = None,
+    launch: Launch = launch,
+) -> int:
+    """Run a job, or take what another process has finished.
+
+    Args:
+        variables: Environment of the command, but for the job's own; this process's if omitted.
+
+    Returns:
+        Exit status: that of the command, 1 when it wrote less than it should, 75 when it was
+        stopped by somebody else.
+
+    Raises:
+        JobBusy: Another process is running it.
+    """
+    with records.locked(job.name) as lock:
+        if records.finished(job, key) is None:
+            environment = {**(os.environ if variables is None else variables), **job.environment}
+            status = _execute(records, job, key, environment, launch, lock)
+            if status != 0:
+                return status
+        write_text(records.marker(job.name), "")
+        return 0
+
+
+def _execute(
+    records: Records,
+    job: Job,
+    key: str,
+    environment: Mapping[str, str],
+    launch: Launch,
+    lock: int,
+) -> int:
+    log_path, known = records.log(job.name), records.read(job.name)
+    records.marker(job.name).unlink(missing_ok=True)
+    if known and known.key == key and not known.done:
+        before = known.seconds  # it goes on
+    else:
+        before = 0.0
+        for path in (records.path(job.name), *job.output, log_path):
+            remove(path)
+    start = time.monotonic()
+
+    def note(**facts: Any) -> None:
+        seconds = round(before + time.monotonic() - start, 1)
+        records.write(job.name, Record(key, job.title, job.shown, seconds, **facts))
+
+    # Written first: whatever is found later beside this key may be gone on with.
+    note()
+    try:
+        status = launch(job.command, log_path, environment, lock)
+    except BaseException:
+        note()
+        raise
+    missing = [path for path in job.output if not path.exists()]
+    if status == 0 and missing:
+        with log_path.open("a") as stream:
+            stream.write(f"{missing[0]} was not written\n")
+        status = 1
+    if status == 0:
+        note(done=True, number=key_number(job))
+    elif status in INTERRUPTED:
+        note()
+        status = STOPPED
+    else:
+        note(failed=status, reason=explain_failure(records, job.name, status))
+    return status
+
+
+def explain_failure(records: Records, name: str, status: int) -> str:
+    """Why a job failed, on one line: the end of its log, and a signal by its name."""
+    words = " ".join(records.tail(name, 1))
+    if status < 0:
+        ended = f"killed by {signal.Signals(-status).name}"
+        if -status == signal.SIGKILL:
+            ended += ", perhaps for its memory"
+        words = f"{ended}; last line: {words}" if words else ended
+    return words.strip()[:300] or f"exit status {status}"
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def take_gpus(folder: Path, gpus: Sequence[str], share: int, count: int) -> Iterator[list[str]]:
+    """Wait for GPUs and hold them for the block. Snakemake counts resources but names none.
+
+    Args:
+        folder: Folder of the locks.
+        gpus: Numbers or UUIDs of all GPUs; where there are none, nothing is taken.
+        share: Jobs on one GPU at most; a job of several GPUs has each of them to itself.
+        count: How many this job wants.
+    """
+    with ExitStack() as held:
+        chosen: list[str] = []
+        while gpus and len(chosen) < count:
+            with lock_file(folder / "gpus.lock") as turn, ExitStack() as attempt:
+                chosen = _try_gpus(attempt, folder, gpus, share, count) if turn else []
+                if len(chosen) == count:
+                    held.enter_context(attempt.pop_all())
+                    break
+            time.sleep(POLL)
+        yield chosen
+
+
+def _try_gpus(
+    attempt: ExitStack, folder: Path, gpus: Sequence[str], share: int, count: int
+) -> list[str]:
+    """The GPUs that are free now, at most `count`; their locks are held by `attempt`."""
+    chosen: list[str] = []
+    for place in range(share):  # the first place of every GPU, then the second: evenly
+        for gpu in gpus:
+            if gpu in chosen or len(chosen) == count:
+                continue
+            places = range(share) if count > 1 else (place,)
+            files = [folder / f"gpu-{gpu.replace('/', '_')}.{i}.lock" for i in places]
+            with ExitStack() as locks:
+                if all(locks.enter_context(lock_file(file)) is not None for file in files):
+                    attempt.enter_context(locks.pop_all())
+                    chosen.append(gpu)
+    return chosen
+
+
+def requeue() -> None:
+    """Put this SLURM job back into the queue: its command was stopped at the time limit."""
+    command = ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]]
+    subprocess.run(command, check=False, timeout=60)
+
+
+def main(folder: Path, name: str) -> int:
+    """Run a job of FOLDER/plan.json; returns its exit status."""
+    plan, received = load_plan(folder), []
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def stop(number: int, _) -> None:
+        for one in signals:
+            signal.signal(one, signal.SIG_IGN)
+        received.append(number)
+        sys.exit(STOPPED)
+
+    for one in signals:
+        signal.signal(one, stop)
+    status = 0
+    try:
+        status = run_when_free(plan, folder, name)
+    finally:
+        # SIGUSR1 comes before the time limit; SIGTERM of a job that is cancelled or preempted.
+        if plan["slurm"] and (signal.SIGUSR1 in received or status == STOPPED):
+            requeue()
+    return status
+
+
+def run_when_free(plan: Mapping[str, Any], folder: Path, name: str) -> int:
+    """Run a job as soon as its GPUs are free and no command of an earlier run is at it."""
+    (job, key), parent = plan["jobs"][name], os.getppid()
+    variables = {k: v for k, v in os.environ.items() if k not in SET_BY_SNAKEMAKE}
+    variables |= plan["variables"]
+    with take_gpus(folder, plan["gpus"], plan["share"], job.gpus) as gpus:
+        if plan["gpus"]:
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+        while os.getppid() == parent:
+            try:
+                return execute(Records(folder), job, key, variables)
+            except JobBusy:
+                time.sleep(POLL)
+    return STOPPED
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2]))

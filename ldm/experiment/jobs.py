@@ -1,0 +1,311 @@
+"""The jobs of an experiment: one command each, and the record of what became of it.
+
+What decides the result of a job (its command, the content of its configurations, the tiles and
+checkpoints that it reads, the jobs before it) makes its key. A job that finished under its present
+key is not run again; one that was interrupted under it goes on as far as its command can; under
+another key, what it wrote is removed first.
+
+Snakemake decides when a job runs (`ldm.experiment.engine`). The keys are ours, because Snakemake
+knows a job's parameters only from its metadata folder, which a copied experiment may lack, and
+because the comments of a configuration, or the device, are no reason to train again.
+"""
+
+import fcntl
+import json
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ldm.files import digest_of, write_json
+
+ROOT = Path(__file__).resolve().parents[2]  # folder of the entry points
+
+# Options that say how something is computed, not what: another value makes nothing anew.
+NEUTRAL = ("--device", "--num_workers", "--workers")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command.
+
+    Attributes:
+        name: Name of its log and record.
+        title: What it does, in a few words.
+        command: Script and arguments.
+        after: Names of the jobs whose results it uses.
+        output: What it writes; removed when it has to be made anew.
+        files: Configurations that it reads; their content is part of the key.
+        environment: Variables that it needs; part of the key.
+        data: Further facts that decide the result, such as digests of tiles and checkpoints.
+        kind: What sort of work it is; decides which number is shown of its result.
+        gpus: How many GPUs it is to be given, where there are any.
+    """
+
+    name: str
+    title: str
+    command: tuple[str, ...]
+    after: tuple[str, ...] = ()
+    output: tuple[Path, ...] = ()
+    files: tuple[Path, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    data: str = ""
+    kind: str = ""
+    gpus: int = 1
+
+    @property
+    def shown(self) -> str:
+        """The command as one types it in a shell in the repository's folder."""
+        variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return " ".join([*variables, "python", *map(shlex.quote, self.command)])
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is remembered of a job that was begun.
+
+    Attributes:
+        key: Key that it was begun under.
+        title: Its title at that time.
+        command: The command as one types it.
+        seconds: Wall-clock time of all attempts under this key.
+        done: Whether it ended well.
+        number: Key number of its result, in words.
+        failed: Exit status of a command that failed; None of one that was stopped or goes on.
+        reason: Why it failed, on one line.
+    """
+
+    key: str
+    title: str
+    command: str
+    seconds: float = 0.0
+    done: bool = False
+    number: str = ""
+    failed: int | None = None
+    reason: str = ""
+
+
+class State(Enum):
+    """Where a job stands, as far as files tell."""
+
+    DONE = "done"
+    RUNNING = "running"
+    FAILED = "failed"
+    STOPPED = "stopped"  # interrupted; the next run goes on where it was
+    BLOCKED = "blocked"  # a job that it needs failed
+    WAITING = "waiting"  # not begun, or to be made anew
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A job's state, with what is known of it.
+
+    Attributes:
+        record: None of a job that was never begun, or has to be made anew.
+        blocked_by: Name of the failed job.
+    """
+
+    job: Job
+    state: State
+    record: Record | None = None
+    blocked_by: str = ""
+
+
+class JobBusy(Exception):
+    """Another process is running the job."""
+
+
+class Records:
+    """NAME.json, NAME.log, NAME.lock and NAME.done of every job, in one folder.
+
+    NAME.done is the file that Snakemake waits for. It stands for the record and is made from it.
+
+    A lock belongs to whoever runs the job, and goes when that process and its command are gone:
+    there is none to clean up after a crash.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def path(self, name: str) -> Path:
+        """Path of a job's record."""
+        return self.folder / f"{name}.json"
+
+    def log(self, name: str) -> Path:
+        """Path of a job's log."""
+        return self.folder / f"{name}.log"
+
+    def marker(self, name: str) -> Path:
+        """Path of the empty file that tells Snakemake that a job is done."""
+        return self.folder / f"{name}.done"
+
+    def read(self, name: str) -> Record | None:
+        """What is known of a job; None where it was never begun."""
+        try:
+            return Record(**json.loads(self.path(name).read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def write(self, name: str, record: Record) -> None:
+        write_json(self.path(name), vars(record))
+
+    def finished(self, job: Job, key: str) -> Record | None:
+        """The record of a job that ended well under this key and whose output is still there."""
+        record = self.read(job.name)
+        if record and record.done and record.key == key:
+            return record if all(path.exists() for path in job.output) else None
+        return None
+
+    @contextmanager
+    def locked(self, name: str) -> Iterator[int]:
+        """Hold the lock of a job; yields its file descriptor.
+
+        Raises:
+            JobBusy: Another process holds it.
+        """
+        with lock_file(self.folder / f"{name}.lock") as descriptor:
+            if descriptor is None:
+                raise JobBusy(name)
+            yield descriptor
+
+    def is_running(self, name: str) -> bool:
+        """Whether a process, here or on another machine, holds the job."""
+        path = self.folder / f"{name}.lock"
+        if not path.is_file():
+            return False
+        with lock_file(path) as descriptor:
+            return descriptor is None
+
+    def survey(self, jobs: Sequence[Job]) -> dict[str, Standing]:
+        """Where every job stands, by name.
+
+        Args:
+            jobs: Each after those that it needs.
+        """
+        keys, found = keys_of(jobs), {}
+        for job in jobs:
+            found[job.name] = self._standing(job, keys[job.name], found)
+        return found
+
+    def _standing(self, job: Job, key: str, before: Mapping[str, Standing]) -> Standing:
+        needed = [before[name] for name in job.after]
+        for one in needed:
+            if one.state in (State.FAILED, State.BLOCKED):
+                return Standing(job, State.BLOCKED, blocked_by=one.blocked_by or one.job.name)
+        ready = all(one.state is State.DONE for one in needed)
+        if ready and (done := self.finished(job, key)):
+            return Standing(job, State.DONE, done)
+        record = self.read(job.name)
+        known = record if record and record.key == key and not record.done else None
+        if self.is_running(job.name):
+            return Standing(job, State.RUNNING, known)
+        if known is None or not ready:
+            return Standing(job, State.WAITING)
+        return Standing(job, State.STOPPED if known.failed is None else State.FAILED, known)
+
+    def forget_failures(self, jobs: Sequence[Job]) -> None:
+        """Let those of the jobs that failed be run again, going on with what they wrote."""
+        for job in jobs:
+            record = self.read(job.name)
+            if record is not None and record.failed is not None:
+                self.write(job.name, Record(record.key, job.title, job.shown, record.seconds))
+
+    def tail(self, name: str, lines: int) -> list[str]:
+        """The last lines of a job's log that are not empty, without colours."""
+        try:
+            text = self.log(name).read_text(errors="replace").replace("\r", "\n")
+        except OSError:
+            return []
+        text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)
+        return [row for row in text.splitlines() if row.strip()][-lines:]
+
+
+@contextmanager
+def lock_file(path: Path) -> Iterator[int | None]:
+    """Lock a file for the block; yields its descriptor, or None where another process holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+            return
+        try:
+            yield file.fileno()
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def keys_of(jobs: Sequence[Job]) -> dict[str, str]:
+    """The key of every job by name; a job's key contains those of the jobs before it."""
+    keys: dict[str, str] = {}
+    for job in jobs:
+        facts: list[Any] = [without_neutral(job.command), dict(job.environment), job.data]
+        facts += [content_of(path) for path in job.files]
+        facts += [keys[name] for name in job.after]
+        keys[job.name] = digest_of(facts)
+    return keys
+
+
+def needed_by(jobs: Sequence[Job], names: Sequence[str]) -> list[Job]:
+    """The named jobs and all that they need, in the order of `jobs`."""
+    by_name = {job.name: job for job in jobs}
+    wanted: set[str] = set()
+    stack = list(names)
+    while stack:
+        name = stack.pop()
+        if name not in wanted:
+            wanted.add(name)
+            stack += by_name[name].after
+    return [job for job in jobs if job.name in wanted]
+
+
+def arguments(options: Mapping[str, Any]) -> list[str]:
+    """Options as words: `{"n": 3}` is `--n 3`, a list several words, None nothing.
+
+    True is a flag, `--n`; False is `--n=False`, for options that take True or False.
+    """
+    words: list[str] = []
+    for name, value in options.items():
+        if value is False:
+            words.append(f"--{name}=False")
+        elif value is not None:
+            values = value if isinstance(value, list | tuple) else [value]
+            words += [f"--{name}", *([] if value is True else map(str, values))]
+    return words
+
+
+def show_path(path: Path) -> str:
+    """The path, relative to the repository's folder where it is in it."""
+    path = path.absolute()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def without_neutral(command: Sequence[str]) -> list[str]:
+    """The words of a command that decide its result."""
+    words, skip = [], False
+    for word in command:
+        if skip:
+            skip = False
+        elif word in NEUTRAL:
+            skip = True
+        elif word.split("=")[0] not in NEUTRAL:
+            words.append(word)
+    return words
+
+
+def content_of(path: Path) -> str:
+    """What a configuration says: another comment is no change."""
+    text = path.read_text()
+    if path.suffix not in (".yaml", ".yml"):
+        return text
+    try:
+        return json.dumps(yaml.safe_load(text), default=str)
+    except yaml.YAMLError:
+        return text

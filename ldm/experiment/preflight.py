@@ -1,0 +1,48 @@
+"""Every command of a plan, checked by its own options before the first one runs."""
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
+
+from ldm.errors import UserError
+from ldm.experiment.jobs import ROOT, Job
+
+
+def check_commands(jobs: Sequence[Job]) -> None:
+    """Parse all command lines, as the commands will.
+
+    Raises:
+        UserError: Options that a command does not have, or values that it does not take; all
+            problems at once, each option once.
+    """
+    problems: dict[str, str] = {}
+    for job in jobs:
+        script, *words = job.command
+        message = _complaint(script, words)
+        if message:
+            problems.setdefault(message, job.name)
+    if problems:
+        listed = "; ".join(f"{name}: {message}" for message, name in problems.items())
+        raise UserError(listed)
+
+
+def _complaint(script: str, words: Sequence[str]) -> str | None:
+    """The complaint of a script about these words, on one line; None if it accepts them."""
+    try:
+        _load(script).parse_arguments(list(words))
+    except UserError as error:
+        return f"{script}: {error}"
+    return None
+
+
+@cache
+def _load(script: str) -> ModuleType:
+    """The module of a script of the checkout, which need not be on the import path."""
+    spec = importlib.util.spec_from_file_location(script.removesuffix(".py"), ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    # The dataclass of the options looks its own module up by name.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,131 @@
+"""What is printed while an experiment runs: a line for every job that ended."""
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import TextIO
+
+from ldm.experiment.jobs import Record, Records, Standing, State
+
+TAIL = 15  # lines of a failed job's log that are shown
+STOPPED_WORDS = "stopped; the same command goes on here"
+
+
+class Progress:
+    """Follows the records of jobs.
+
+    On a terminal, the seconds of a job that runs alone count up.
+
+    Args:
+        at_once: How many jobs run at once; of several, the start is shown too.
+        extra: Steps after the jobs, for the count.
+        tails: Whether the end of a failed job's log is shown.
+        stream: Standard output if omitted.
+    """
+
+    def __init__(
+        self,
+        records: Records,
+        at_once: int = 1,
+        extra: int = 0,
+        tails: bool = False,
+        stream: TextIO | None = None,
+    ):
+        self.records, self.at_once, self.extra, self.tails = records, at_once, extra, tails
+        self.stream = sys.stdout if stream is None else stream
+        self.live = self.stream.isatty()
+        self.jobs: dict[str, Standing] = {}
+        self._seen: dict[str, int] = {}  # time of a record when it was looked at last
+        self._started: dict[str, float] = {}
+        self._settled = 0
+        self._open = False  # the line on the terminal is not complete
+
+    def begin(self, standing: Mapping[str, Standing]) -> None:
+        """Tell what was done before."""
+        done = [one for one in standing.values() if one.state is State.DONE]
+        self._settled = len(done)
+        if done:
+            seconds = sum(one.record.seconds for one in done if one.record)
+            self._say(f"{len(done)} of {len(standing)} jobs were done before ({seconds:.0f} s)")
+        for name, one in standing.items():
+            if one.state is State.FAILED and one.record:
+                self._settled += 1
+                self._say(f"failed before: {one.job.title}: {one.record.reason}")
+            if one.state in (State.WAITING, State.STOPPED, State.RUNNING):
+                self.jobs[name] = one
+                self._seen[name] = self._time(name)
+        self.total = len(standing) + self.extra
+
+    def look(self) -> None:
+        """Print what has changed."""
+        for name in list(self.jobs):
+            now = self._time(name)
+            if now != self._seen[name]:
+                self._seen[name] = now
+                record = self.records.read(name)
+                if record is not None:
+                    self._changed(name, record)
+        if self.live and self.at_once == 1:
+            for name, start in list(self._started.items())[:1]:
+                self.stream.write(
+                    f"\r{self._head(name, self._settled + 1)} {time.monotonic() - start:7.0f} s"
+                )
+                self.stream.flush()
+                self._open = True
+
+    def end(self, standing: Mapping[str, Standing]) -> None:
+        """Print what has changed since the last look, and what was stopped by somebody else."""
+        self.look()
+        for name in self._started:
+            if name in standing and standing[name].state is State.STOPPED:
+                seconds = standing[name].record.seconds if standing[name].record else 0.0
+                self._line(name, seconds, STOPPED_WORDS)
+
+    def stop(self) -> None:
+        """Tell that this run was told to stop."""
+        self.look()
+        for name in self._started:
+            record = self.records.read(name)
+            self._line(name, record.seconds if record else 0.0, STOPPED_WORDS)
+
+    def step(self, title: str, seconds: float, words: str) -> None:
+        """Print the line of a step after the jobs."""
+        self._settled += 1
+        self._say(f"{self._count(self._settled)} {title:52} {seconds:7.0f} s  {words}")
+
+    def _changed(self, name: str, record: Record) -> None:
+        if record.done or record.failed is not None:
+            self._settled += 1
+            words = record.number
+            if record.failed is not None:
+                words = f"failed: {record.reason} ({self.records.log(name)})"
+            self._line(name, record.seconds, words)
+            del self.jobs[name]
+            self._started.pop(name, None)
+            if record.failed is not None and self.tails:
+                for row in self.records.tail(name, TAIL):
+                    self._say(f"    {row}")
+        elif name not in self._started:
+            self._started[name] = time.monotonic() - record.seconds
+            if self.at_once > 1:
+                self._say(f"started: {self.jobs[name].job.title}")
+
+    def _time(self, name: str) -> int:
+        try:
+            return self.records.path(name).stat().st_mtime_ns
+        except OSError:
+            return 0
+
+    def _count(self, number: int) -> str:
+        return f"[{number:{len(str(self.total))}}/{self.total}]"
+
+    def _head(self, name: str, number: int) -> str:
+        return f"{self._count(number)} {self.jobs[name].job.title:52}"
+
+    def _line(self, name: str, seconds: float, words: str) -> None:
+        self._say(f"{self._head(name, self._settled)} {seconds:7.0f} s  {words}".rstrip())
+
+    def _say(self, text: str) -> None:
+        self.stream.write(f"{chr(13) if self._open else ''}{text}\n")
+        self.stream.flush()
+        self._open = False

@@ -1,0 +1,49 @@
+"""What a table of experiments consists of, for everything that prints, plots or tests it.
+
+`ldm.experiment.plan` decides which rows there are, `ldm.experiment.gather` reads their files, and
+`ldm.table.report` writes them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm: a training set, and what classifiers trained on it reached."""
+
+    key: str  # "in_domain-tuned-centroid-100"
+    label: str  # for people
+    factors: dict[str, str | int]  # generator, decoder, guidance, selection, ratio; {} of baselines
+    kind: str  # "real", "synthetic", "baseline", "ceiling"
+    status: str  # "done", "partial", "failed", "missing"
+    failures: list[str]  # one line per failed job
+    images: int | None  # training images, all of them
+    synthetic: int | None  # of these, synthetic
+    wanted: int | None  # synthetic ones that were asked for
+    seeds: int  # networks that were asked for
+    summary: dict | None  # summary.json of eval.py, over the seeds that are done
+    predictions: dict[int, dict[str, Path]]  # seed -> split -> CSV of predictions
+    fidelity: dict | None  # JSON of scripts/fidelity.py
+    copies: dict | None  # JSON of scripts/copy_check.py, of the whole pool
+    chosen_copies: dict | None  # of the synthetic tiles in the folder: tiles, flagged
+    samples: Path | None  # pool that it was drawn from (folder of sample_diffusion.py)
+    selection: Path | None  # training folder (selection.json, contact sheets)
+
+
+@dataclass(frozen=True)
+class Table:
+    """All arms of one table, and what they were made with."""
+
+    name: str
+    title: str
+    rows: list[Row]
+    reference: str  # key of the row that differences are taken to (real tiles only)
+    splits: list[str]  # ["val", "test"]
+    classes: list[str]
+    settings: dict  # resolved configuration
+    paper: dict  # row key, or "selected - real" -> {metric: value}, as published
+    umap: Path | None  # folder of scripts/vis.py
+    record: dict  # versions, hardware, revision, seconds by job

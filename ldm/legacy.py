@@ -1,0 +1,364 @@
+"""Published configurations in native names: targets, parameters, and what has no counterpart here.
+
+YAML written for the code that was published with the paper, or for latent diffusion (Rombach et al.
+2022), names other classes and parameters. `Translation` collects what was met on the way.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ldm.cli import join_keys, shown
+
+logger = logging.getLogger(__name__)
+
+DATA_VARIABLE = "HISTO_DATA"
+
+# Targets of sections that may leave theirs out, as they may in the published code.
+DEFAULT_TARGETS = {
+    "lightning.callbacks.image_logger": "ldm.models.callbacks.ImageLogger",
+    "lightning.modelcheckpoint": "pytorch_lightning.callbacks.ModelCheckpoint",
+}
+
+# Published target -> native target. A name that both code bases use stands here as well, since its
+# published parameters may need translation.
+_OPENAI = "ldm.modules.diffusionmodules.openaimodel"
+_LOSS = "LPIPSWithDiscriminator"
+LEGACY_TARGETS = {
+    "ldm.models.diffusion.ddpm.LatentDiffusion": "ldm.models.diffusion.LatentDiffusion",
+    "ldm.models.autoencoder.AutoencoderKL": "ldm.models.autoencoder.AutoencoderKL",
+    f"{_OPENAI}.UNetModel": "ldm.modules.unet.UNetModel",
+    f"{_OPENAI}.EncoderUNetModel": "ldm.modules.unet.EncoderUNetModel",
+    f"ldm.modules.losses.{_LOSS}": f"ldm.modules.losses.{_LOSS}",
+    f"ldm.modules.losses.contperceptual.{_LOSS}": f"ldm.modules.losses.{_LOSS}",
+    "ldm.lr_scheduler.LambdaLinearScheduler": "ldm.modules.lr_schedule.LambdaLinearScheduler",
+    "ldm.data.histo.HistoTrain": "ldm.data.tiles.TileFolder",
+    "main.DataModuleFromConfig": "ldm.data.datamodule.DataModuleFromConfig",
+    "main.ImageLogger": "ldm.models.callbacks.ImageLogger",
+}
+
+_VQ = "vector-quantised first stages are not supported; use ldm.models.autoencoder.AutoencoderKL"
+_PIXELS = "diffusion in pixel space is not supported; use ldm.models.diffusion.LatentDiffusion"
+_CLASSIFIER = "train it with classifier_train.py"
+_WARM_UP = "not supported; use ldm.modules.lr_schedule.LambdaLinearScheduler"
+UNSUPPORTED_TARGETS = {
+    "ldm.models.autoencoder.VQModel": _VQ,
+    "ldm.models.autoencoder.VQModelInterface": _VQ,
+    "ldm.modules.losses.vqperceptual.VQLPIPSWithDiscriminator": _VQ,
+    "ldm.models.autoencoder.IdentityFirstStage": _PIXELS,
+    "ldm.models.diffusion.ddpm.DDPM": _PIXELS,
+    "ldm.models.diffusion.classifier.NoisyLatentImageClassifier": _CLASSIFIER,
+    "ldm.lr_scheduler.LambdaWarmUpCosineScheduler": _WARM_UP,
+    "ldm.lr_scheduler.LambdaWarmUpCosineScheduler2": _WARM_UP,
+}
+
+_ANYTHING = object()
+
+
+@dataclass(frozen=True)
+class WithoutEffect:
+    """A published parameter that means nothing here, as long as it has one of `values`."""
+
+    values: tuple = (_ANYTHING,)
+    remedy: str = "remove it"
+
+    def covers(self, value: Any) -> bool:
+        # True == 1 in Python; a flag written where a number belongs is another value.
+        return any(
+            known is _ANYTHING
+            or (known == value and isinstance(known, bool) == isinstance(value, bool))
+            for known in self.values
+        )
+
+
+# --- Parameters of the published classes that have no counterpart, by native target --------------
+
+_UNCONDITIONAL = (
+    "the diffusion model is unconditional and classes come from classifier guidance "
+    "(sample_diffusion.py --classifier); set it to"
+)
+_NO_TEXT = WithoutEffect((None,), "there is no text conditioning; remove it")
+_KEY = WithoutEffect(("image",), "tiles come as `image`; set it to image")
+_STRICT = WithoutEffect((None, []), "checkpoints are loaded in full; remove it")
+_UNET_NAMES = {
+    "dims": WithoutEffect((2,), "only images are; set it to 2"),
+    "use_fp16": WithoutEffect((False,), "set it to False and give --precision bf16-mixed"),
+    "use_spatial_transformer": WithoutEffect(
+        (False,), "there is no text conditioning; set it to False"
+    ),
+    "transformer_depth": WithoutEffect(),  # read by the spatial transformer only
+    "context_dim": _NO_TEXT,
+    "n_embed": WithoutEffect((None,), "latents are not quantised; remove it"),
+    "legacy": WithoutEffect(),  # read by the spatial transformer only
+}
+WITHOUT_EFFECT = {
+    "ldm.models.diffusion.LatentDiffusion": {
+        "num_timesteps_cond": WithoutEffect((None, 1), "set it to 1"),
+        "log_every_t": WithoutEffect(),  # logging of intermediate samples
+        "cond_stage_config": WithoutEffect(
+            (None, "__is_unconditional__"), f"{_UNCONDITIONAL} __is_unconditional__"
+        ),
+        # How a condition would be read and fed: without effect, since there is none.
+        "cond_stage_key": WithoutEffect(),
+        "concat_mode": WithoutEffect(),
+        "cond_stage_trainable": WithoutEffect((False,), f"{_UNCONDITIONAL} False"),
+        "cond_stage_forward": _NO_TEXT,
+        "conditioning_key": WithoutEffect((None,), f"{_UNCONDITIONAL} null"),
+        "first_stage_key": _KEY,
+        "ignore_keys": _STRICT,
+        "clip_denoised": WithoutEffect(),  # of pixel-space sampling; latents were never clipped
+        "given_betas": WithoutEffect((None,), "use beta_schedule, linear_start and linear_end"),
+        "cosine_s": WithoutEffect((0.008,), "set it to 0.008"),
+        "original_elbo_weight": WithoutEffect((0,), "set it to 0"),
+        "v_posterior": WithoutEffect((0,), "set it to 0"),
+        "l_simple_weight": WithoutEffect((1,), "set it to 1 and scale the learning rate"),
+        "use_positional_encodings": WithoutEffect((False,), "set it to False"),
+        "learn_logvar": WithoutEffect((False,), "set it to False"),
+        "logvar_init": WithoutEffect((0,), "set it to 0"),
+        "load_only_unet": WithoutEffect((False,), "set it to False"),
+    },
+    "ldm.models.autoencoder.AutoencoderKL": {
+        "colorize_nlabels": WithoutEffect((None,), "images have three channels; remove it"),
+        "image_key": _KEY,
+        "ignore_keys": _STRICT,
+    },
+    "ldm.modules.unet.UNetModel": _UNET_NAMES,
+    "ldm.modules.unet.EncoderUNetModel": {
+        **_UNET_NAMES,
+        "num_heads_upsample": WithoutEffect(),  # a half UNet has no up-sampling path
+    },
+    "ldm.modules.losses.LPIPSWithDiscriminator": {
+        "use_actnorm": WithoutEffect((False,), "set it to False"),
+        "disc_conditional": WithoutEffect(
+            (False,), "the discriminator sees the image alone; set it to False"
+        ),
+    },
+    "ldm.modules.lr_schedule.LambdaLinearScheduler": {"verbosity_interval": WithoutEffect()},
+    "ldm.data.datamodule.DataModuleFromConfig": {
+        "wrap": WithoutEffect(),  # wraps a dataset in itself
+        "test": WithoutEffect((None,), "evaluation has its own command, eval.py; remove it"),
+        "predict": WithoutEffect(
+            (None,), "sampling has its own command, sample_diffusion.py; remove it"
+        ),
+        "shuffle_test_loader": WithoutEffect(),
+        "shuffle_val_dataloader": WithoutEffect(
+            (False,), "validation keeps its order; set it to False"
+        ),
+        "use_worker_init_fn": WithoutEffect(),  # of iterable datasets
+    },
+    "ldm.models.callbacks.ImageLogger": {
+        "clamp": WithoutEffect(
+            (True,), "images are always clamped before they are written; set it to True"
+        ),
+        "rescale": WithoutEffect((True,), "images are always written in [0, 255]; set it to True"),
+        "disabled": WithoutEffect((False,), "set lightning.callbacks.image_logger=null instead"),
+        "log_on_batch_idx": WithoutEffect((False,), "steps are optimiser steps; set it to False"),
+        "log_first_step": WithoutEffect(),
+        "log_images_kwargs": WithoutEffect((None, {}), "remove it"),
+    },
+}
+_DDCONFIG = {
+    "attn_type": WithoutEffect(("vanilla",), "set it to vanilla"),
+    "use_linear_attn": WithoutEffect((False,), "set it to False"),
+    "resamp_with_conv": WithoutEffect((True,), "set it to True"),
+    "tanh_out": WithoutEffect((False,), "set it to False"),
+    "give_pre_end": WithoutEffect((False,), "set it to False"),
+}
+
+
+# --- Translation ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Translation:
+    """Translates configurations, and collects what it meets for one log line and one error.
+
+    Attributes:
+        problems: Dotted path of a setting, and what is wrong with it and what to do.
+    """
+
+    renamed: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    problems: dict[str, str] = field(default_factory=dict)
+
+    def log(self) -> None:
+        """One line that says which names were translated and which are without effect."""
+        parts = []
+        if self.renamed:
+            names = ", ".join(dict.fromkeys(self.renamed))
+            parts.append(f"published names read as native ones: {names}")
+        if self.dropped:
+            parts.append(f"without effect here, ignored: {', '.join(self.dropped)}")
+        if parts:
+            logger.info("configuration: %s", "; ".join(parts))
+
+    def tree(self, value: Any, path: str = "") -> Any:
+        """A copy of a whole configuration, or of what stands at `path` in it, in native names."""
+        if isinstance(value, list):
+            return [self.tree(item, f"{path}[{i}]") for i, item in enumerate(value)]
+        if not isinstance(value, dict):
+            return value
+        value = dict(value)
+        if path in ("lightning", "lightning.callbacks"):
+            value = {key: item for key, item in value.items() if item is not None}
+        if path == "lightning":
+            unused = WithoutEffect(
+                (False,), "set lightning.trainer.strategy=ddp_find_unused_parameters_true instead"
+            )
+            self.drop_without_effect(value, path, {"find_unused_parameters": unused})
+        if path in DEFAULT_TARGETS:
+            value.setdefault("target", DEFAULT_TARGETS[path])
+        # The node itself first: a nested node that it drops needs no translation of its own.
+        if isinstance(value.get("target"), str):
+            value = self.node(value, path)
+        return {
+            key: item if path == "vars" else self.tree(item, join_keys(path, key))
+            for key, item in value.items()
+        }
+
+    def node(self, node: dict, path: str, defaults: bool = True) -> dict:
+        """A copy of one `{target, params}` node in native names; nodes within it stay as they are.
+
+        Args:
+            defaults: Also write down the defaults of the published class where ours are others.
+                False for a file that only changes a native node.
+        """
+        published = node["target"]
+        if published in UNSUPPORTED_TARGETS:
+            problem = f"{published}: {UNSUPPORTED_TARGETS[published]}"
+            self.problems[join_keys(path, "target")] = problem
+        if published not in LEGACY_TARGETS:
+            return node
+        native = LEGACY_TARGETS[published]
+        if native != published:
+            self.renamed.append(f"{published} as {native}")
+        if not isinstance(node.get("params"), dict | None):
+            return {**node, "target": native}
+        params = dict(node.get("params") or {})
+        where = join_keys(path, "params")
+        self.drop_without_effect(params, where, WITHOUT_EFFECT.get(native, {}))
+        if published in _TRANSLATIONS:
+            _TRANSLATIONS[published](params, where, self, defaults)
+        return {**node, "target": native, "params": params}
+
+    def drop_without_effect(
+        self, params: dict, path: str, table: Mapping[str, WithoutEffect]
+    ) -> None:
+        """Remove the names of `table` from `params`; a value that means something is a problem."""
+        for name in [name for name in params if name in table]:
+            value = params.pop(name)
+            if table[name].covers(value):
+                self.dropped.append(f"{path}.{name}")
+            else:
+                remedy = table[name].remedy
+                self.problems[f"{path}.{name}"] = f"{shown(value)} is not supported; {remedy}"
+
+    def in_one_language(self, earlier: Any, later: Any, path: str = "") -> tuple[Any, Any]:
+        """Two trees, before they are merged, in which nodes that meet have the same names.
+
+        Where a published node meets a native one, the published one is translated. A node without a
+        target continues in the names of what it is merged with. Where `later` names another class,
+        the parameters of `earlier` are left out, since another class has its own.
+        """
+        if not (isinstance(earlier, dict) and isinstance(later, dict)):
+            return earlier, later
+        old, new = earlier.get("target"), later.get("target")
+        if isinstance(old, str) and isinstance(new, str):
+            if native_name(old) != native_name(new):
+                earlier = {key: value for key, value in earlier.items() if key != "params"}
+            elif is_published(old) and not is_published(new):
+                earlier = self.node(earlier, path)
+            elif is_published(new) and not is_published(old):
+                later = self.node(later, path, defaults=False)
+        earlier, later = dict(earlier), dict(later)
+        for key in earlier.keys() & later.keys():
+            earlier[key], later[key] = self.in_one_language(
+                earlier[key], later[key], join_keys(path, key)
+            )
+        return earlier, later
+
+
+def environment_remedy(variable: str, key: str) -> str:
+    """What to say where a setting comes from an environment variable that is not set."""
+    return (
+        f"the environment variable {variable} is not set; export {variable}=DIR or give {key}=DIR"
+    )
+
+
+def native_name(target: str) -> str:
+    """The native target that a target, published or native, stands for."""
+    return LEGACY_TARGETS.get(target, target)
+
+
+def is_published(target: str) -> bool:
+    """Whether a target is a name that only published configurations have."""
+    return native_name(target) != target
+
+
+# Defaults of the published constructor, which need not be ours.
+_DIFFUSION_DEFAULTS = {
+    "timesteps": 1000,
+    "beta_schedule": "linear",
+    "linear_start": 1e-4,
+    "linear_end": 2e-2,
+    "loss_type": "l2",
+}
+
+
+def _translate_diffusion(params: dict, path: str, translation: Translation, defaults: bool) -> None:
+    if defaults:
+        for name, value in _DIFFUSION_DEFAULTS.items():
+            params.setdefault(name, value)
+    # What is called "linear" there is linear in sqrt(beta), and "sqrt_linear" is linear in beta.
+    if "beta_schedule" in params:
+        schedule = params["beta_schedule"]
+        native = {"linear": "scaled_linear", "sqrt_linear": "linear"}
+        params["beta_schedule"] = native.get(schedule, schedule)
+    if not (defaults or "scale_by_std" in params or "scale_factor" in params):
+        return
+    # scale_by_std measures the scale of the latents, which is what a scale_factor of None asks for.
+    by_std, scale = params.pop("scale_by_std", False), params.pop("scale_factor", None)
+    if not isinstance(by_std, bool):
+        translation.problems[f"{path}.scale_by_std"] = f"{shown(by_std)} must be true or false"
+    if by_std and scale not in (None, 1.0):
+        translation.problems[f"{path}.scale_factor"] = (
+            f"{shown(scale)} contradicts scale_by_std=True, which measures it; remove one of them"
+        )
+    if by_std or defaults or scale is not None:
+        params["scale_factor"] = None if by_std else 1.0 if scale is None else scale
+
+
+def _translate_autoencoder(
+    params: dict, path: str, translation: Translation, defaults: bool
+) -> None:
+    loss = params.get("lossconfig")
+    if isinstance(loss, dict) and loss.get("target") == "torch.nn.Identity":
+        params["lossconfig"] = None  # a first stage that is not trained
+    if isinstance(params.get("ddconfig"), dict):
+        params["ddconfig"] = dict(params["ddconfig"])
+        translation.drop_without_effect(params["ddconfig"], f"{path}.ddconfig", _DDCONFIG)
+
+
+def _translate_data(params: dict, path: str, translation: Translation, defaults: bool) -> None:
+    if params.get("num_workers", 0) is None:
+        del params["num_workers"]
+
+
+def _translate_histo_train(
+    params: dict, path: str, translation: Translation, defaults: bool
+) -> None:
+    # The published class holds private paths; here an override or the environment names the folder.
+    if params.get("root") is None and defaults:
+        params["root"] = os.environ.get(DATA_VARIABLE) or None
+        if params["root"] is None:
+            translation.problems[f"{path}.root"] = environment_remedy(DATA_VARIABLE, f"{path}.root")
+
+
+_TRANSLATIONS: dict[str, Callable[[dict, str, Translation, bool], None]] = {
+    "ldm.models.diffusion.ddpm.LatentDiffusion": _translate_diffusion,
+    "ldm.models.autoencoder.AutoencoderKL": _translate_autoencoder,
+    "main.DataModuleFromConfig": _translate_data,
+    "ldm.data.histo.HistoTrain": _translate_histo_train,
+}

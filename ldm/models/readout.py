@@ -1,0 +1,349 @@
+"""A classifier that reads a frozen diffusion UNet, to guide its sampling.
+
+Letters: B batch, C channels, H W latent size, D features, K classes, N tiles.
+
+What the UNet learned without labels is in its middle and up-blocks; a hidden layer on top of them
+needs few labels. Features of some draws of (augmentation, t, noise) of each tile are made once, so
+training takes seconds. Guidance shares the UNet's pass with the noise prediction.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from ldm.checkpoint import KEY
+from ldm.data.datamodule import ResumableSampler
+from ldm.devices import Devices
+from ldm.errors import UserError
+from ldm.models.classifier import QUARTERS, GuidingClassifier, tile_names
+from ldm.models.diffusion import LatentDiffusion, scale_record
+from ldm.modules.autoencoder import weights_digest
+from ldm.modules.readout import Readout
+
+log = logging.getLogger(__name__)
+
+FEATURE_PASSES = 8000  # passes of the UNet over training tiles, unless the draws are given
+LEAST_DRAWS = 8
+
+
+class ReadoutPass(nn.Module):
+    """One pass of a UNet that gives the noise and the logits of a readout.
+
+    Args:
+        diffusion: Its averaged network is read.
+        blocks: See `ldm.modules.unet.UNetModel.with_features`.
+        head: The readout.
+    """
+
+    def __init__(self, diffusion: LatentDiffusion, blocks: Sequence[int], head: Readout):
+        super().__init__()
+        self.net, self.prediction = diffusion.network(), diffusion.prediction
+        self.blocks, self.head = list(blocks), head
+
+    def forward(self, z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The noise (B, C, H, W) and logits (B, K) of z_t at t (B,)."""
+        output, features = self.net.with_features(z_t, t, self.blocks)
+        return self.prediction.eps(z_t, t, output), self.head(features, t)
+
+
+class _Logits(nn.Module):
+    """A `ReadoutPass` of which the logits are wanted alone."""
+
+    def __init__(self, both: ReadoutPass):
+        super().__init__()
+        self.both = both
+
+    def forward(self, z_t: Tensor, t: Tensor) -> Tensor:
+        return self.both(z_t, t)[1]
+
+
+class ReadoutClassifier(GuidingClassifier):
+    """p(y | z_t, t) from the features of a frozen diffusion UNet.
+
+    The UNet is not part of the checkpoint: the digest of its averaged weights is, and `attach`
+    refuses another one.
+
+    Args:
+        head: Arguments of `ldm.modules.readout.Readout`.
+        blocks: See `ldm.modules.unet.UNetModel.with_features`.
+        diffusion_digest: SHA-256 of the weights of the UNet that is read.
+        latent_shape: (C, H, W).
+        label_smoothing: Of the training loss.
+        Others as `ldm.models.classifier.GuidingClassifier`.
+    """
+
+    def __init__(
+        self,
+        head: dict,
+        blocks: list[int],
+        diffusion_digest: str,
+        latent_shape: list[int],
+        autoencoder_fingerprint: str,
+        scale_factor: float | list[float],
+        process: dict,
+        label_smoothing: float = 0.05,
+        weight_decay: float = 0.05,
+        anneal_steps: int | None = None,
+    ):
+        super().__init__(autoencoder_fingerprint, scale_factor, process, weight_decay, anneal_steps)
+        self.head_settings, self.blocks = dict(head), list(blocks)
+        self.diffusion_digest = diffusion_digest
+        self.latent_shape = tuple(latent_shape)
+        self.label_smoothing = label_smoothing
+        self.net = Readout(**head)
+        object.__setattr__(self, "_both", None)  # its UNet stays out of the checkpoint
+
+    @classmethod
+    def of(
+        cls,
+        diffusion: LatentDiffusion,
+        classes: Sequence[str],
+        blocks: Sequence[int] | None = None,
+        width: int = 256,
+        dropout: float = 0.3,
+        **params: Any,
+    ) -> "ReadoutClassifier":
+        """A fresh one for a diffusion model, attached to it.
+
+        Args:
+            blocks: None for the middle and all up-blocks.
+            params: Further ones of the class.
+
+        Raises:
+            UserError: The model takes labels, or has no such block.
+        """
+        if diffusion.conditional:
+            raise UserError(
+                "--readout: the diffusion model takes labels already; give the unlabelled one that "
+                "it started from"
+            )
+        widths = diffusion.network().feature_widths
+        blocks = list(range(len(widths))) if blocks is None else sorted(set(blocks))
+        if not blocks or min(blocks) < 0 or max(blocks) >= len(widths):
+            raise UserError(
+                f"--readout_blocks {','.join(map(str, blocks))}: the UNet has the middle, 0, and "
+                f"up-blocks 1 to {len(widths) - 1}"
+            )
+        features = sum(2 * widths[b] for b in blocks)
+        head = {"features": features, "classes": len(classes), "width": width, "dropout": dropout}
+        model = cls(
+            head=head,
+            blocks=blocks,
+            diffusion_digest=weights_digest([diffusion.network()]),
+            latent_shape=list(diffusion.latent_shape),
+            autoencoder_fingerprint=diffusion.autoencoder_fingerprint,
+            scale_factor=scale_record(diffusion.scale_factor),
+            process=diffusion.schedule.settings,
+            **params,
+        )
+        model.classes = list(classes)
+        model.attach(diffusion, "--readout")
+        return model
+
+    def attach(self, diffusion: LatentDiffusion, where: str) -> None:
+        """Read the averaged network of this model from now on.
+
+        Raises:
+            UserError: It is not the one that the readout was trained on.
+        """
+        if weights_digest([diffusion.network()]) != self.diffusion_digest:
+            raise UserError(
+                f"{where} reads the features of another diffusion model than the one given; a "
+                "readout goes with one checkpoint: give that one, or train another readout"
+            )
+        object.__setattr__(self, "_both", ReadoutPass(diffusion, self.blocks, self.net))
+
+    def shared_model(self) -> ReadoutPass:
+        assert self._both is not None, "attach a diffusion model first"
+        return self._both
+
+    def logits_model(self) -> nn.Module:
+        return _Logits(self.shared_model())
+
+    def rebuild_config(self) -> dict[str, Any]:
+        params = {
+            "head": self.head_settings,
+            "blocks": self.blocks,
+            "diffusion_digest": self.diffusion_digest,
+            "latent_shape": list(self.latent_shape),
+            "autoencoder_fingerprint": self.autoencoder_fingerprint,
+            "scale_factor": scale_record(self.scale_factor),
+            "process": self.schedule.settings,
+        }
+        return {"target": "ldm.models.readout.ReadoutClassifier", "params": params}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        stored = checkpoint[KEY]["model"]
+        different = [
+            key
+            for key, value in self.rebuild_config()["params"].items()
+            if stored["params"].get(key) != value
+        ]
+        if different:
+            raise UserError(
+                f"the checkpoint to resume holds another readout ({', '.join(different)} differ); "
+                "give the options that it was started with"
+            )
+
+    def check_data(self, data: pl.LightningDataModule) -> None:
+        """Features are made from images or cached latents before training starts."""
+
+    # Training, on features
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        optimizer, y = self.optimizers(), batch["label"]
+        logits = self.net(batch["features"], batch["t"]).float()  # (B, K)
+        loss = F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
+        self.check_finite(loss, batch, batch_idx)
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        if self.anneal_steps is not None:
+            self.lr_schedulers().step()
+        accuracy = (logits.argmax(dim=1) == y).float().mean()
+        bar = {"train/loss": loss.detach(), "train/accuracy": accuracy}
+        self.log_dict(bar, prog_bar=True, batch_size=len(y))
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        features, t = batch["features"], batch["t"]  # (B, 1 + QUARTERS, D), (B, 1 + QUARTERS)
+        clean, *noisy = (
+            self.net(features[:, i], t[:, i]).float() for i in range(features.shape[1])
+        )
+        self.log_validation(clean, noisy, batch["label"])
+
+
+class FeatureSet(Dataset):
+    """Features of tiles as a training or validation set.
+
+    Attributes:
+        features, t: (N, ...) of each item.
+        labels, paths: Of each item.
+    """
+
+    def __init__(self, features: Tensor, t: Tensor, labels: Sequence[int], paths: Sequence[str]):
+        self.features, self.t = features, t
+        self.labels, self.paths = list(labels), list(paths)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {
+            "features": self.features[i],
+            "t": self.t[i],
+            "label": self.labels[i],
+            "path": self.paths[i],
+        }
+
+
+class FeatureMaker:
+    """Makes the features that a readout is trained and validated on.
+
+    Args:
+        model: Attached to its diffusion model.
+        diffusion: Gives the latents.
+        device, devices: Where and how the UNet is computed.
+        batch_size: Tiles per pass.
+    """
+
+    def __init__(
+        self,
+        model: ReadoutClassifier,
+        diffusion: LatentDiffusion,
+        devices: Devices,
+        batch_size: int = 64,
+    ):
+        self.model, self.diffusion = model, diffusion.to(devices.device)
+        self.devices, self.device = devices, devices.device
+        self.batch_size = batch_size
+
+    def _features(self, z_t: Tensor, t: Tensor) -> Tensor:
+        net = self.diffusion.network()
+        with self.devices.autocast(self.device):
+            return net.with_features(z_t, t, self.model.blocks)[1].float().cpu()
+
+    def _batches(self, tiles: Dataset, seeds: np.ndarray | None):
+        for start in range(0, len(tiles), self.batch_size):
+            chosen = range(start, min(start + self.batch_size, len(tiles)))
+            items = [tiles[i] if seeds is None else tiles[i, int(seeds[i])] for i in chosen]
+            name = "moments" if "moments" in items[0] else "image"
+            batch = {name: torch.stack([item[name] for item in items]).to(self.device)}
+            yield batch, [str(item["path"]) for item in items], list(chosen)
+
+    @torch.no_grad()
+    def training(self, tiles: Dataset, draws: int, seed: int) -> FeatureSet:
+        """`draws` augmentations, times and noises of each tile, functions of the seed.
+
+        Times are uniform over the process.
+        """
+        process, parts, times = self.diffusion.schedule, [], []
+        for draw in range(draws):
+            seeds = np.random.default_rng((seed, draw)).integers(2**62, size=len(tiles))
+            generator = torch.Generator().manual_seed(int(seeds[0]))
+            for batch, _, chosen in self._batches(tiles, seeds):
+                z_0 = self.diffusion.latents(batch, generator)
+                t = process.uniform_times(
+                    lambda fn, size, g=generator: fn(size, generator=g), len(chosen)
+                ).to(self.device)
+                eps = torch.randn(z_0.shape, generator=generator).to(self.device)
+                parts.append(self._features(process.q_sample(z_0, t, eps), t))
+                times.append(t.cpu())
+        labels, paths = list(tiles.labels) * draws, [str(p) for p in tiles.paths] * draws
+        return FeatureSet(torch.cat(parts), torch.cat(times).float(), labels, paths)
+
+    @torch.no_grad()
+    def validation(self, tiles: Dataset) -> FeatureSet:
+        """Each tile without noise at t = 0, and noised at one t in each quarter of the process."""
+        process, parts, times = self.diffusion.schedule, [], []
+        for batch, paths, _ in self._batches(tiles, None):
+            z_0 = self.diffusion.latents(batch, sample=False)
+            zero = torch.zeros(len(paths), dtype=torch.int64, device=self.device)
+            points = [(z_0, zero)]
+            for quarter in range(QUARTERS):
+                t, eps = self.model.validation_point(tile_names(paths), quarter, z_0)
+                points.append((process.q_sample(z_0, t, eps), t))
+            parts.append(torch.stack([self._features(*point) for point in points], dim=1))
+            times.append(torch.stack([t for _, t in points], dim=1).cpu())
+        paths = [str(path) for path in tiles.paths]
+        return FeatureSet(torch.cat(parts), torch.cat(times).float(), tiles.labels, paths)
+
+
+class FeatureData(pl.LightningDataModule):
+    """The features of training and validation tiles.
+
+    Args:
+        train, validation: See `FeatureMaker`.
+        batch_size: Of training.
+        seed: Of the order.
+    """
+
+    def __init__(self, train: FeatureSet, validation: FeatureSet, batch_size: int, seed: int):
+        super().__init__()
+        self.train_dataset, self.val_dataset = train, validation
+        self.batch_size, self.seed = batch_size, seed
+
+    def train_dataloader(self) -> DataLoader:
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        sampler = ResumableSampler(
+            self.train_dataset,
+            self.batch_size,
+            self.seed,
+            position=lambda: progress.total.ready,
+        )
+        return DataLoader(self.train_dataset, batch_size=self.batch_size, sampler=sampler)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(self.val_dataset, batch_size=1024)
+
+
+def choose_draws(tiles: int) -> int:
+    """Draws per tile where none are given: few tiles need more, each is seen in more ways."""
+    return max(LEAST_DRAWS, FEATURE_PASSES // tiles)

@@ -1,0 +1,203 @@
+"""Groups of options that several commands share; each stands here once. Imports nothing heavy."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ldm.cli import Count, Seed, Whole, option
+
+DEVICE_HELP = "auto, cpu, cuda, cuda:INDEX or mps"
+DEVICES = "devices, memory and speed"
+MACHINE = "machine"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedOptions:
+    """How training uses its devices: several of them, compiled networks, layouts, fused steps."""
+
+    strategy: Literal["auto", "ddp", "fsdp", "deepspeed"] = option(
+        default="auto",
+        group=DEVICES,
+        help="of several devices: ddp keeps the model on each, fsdp shards the diffusion UNet, its "
+        "average and its optimiser; auto is ddp",
+    )
+    compile: bool = option(
+        default=False, group=DEVICES, help="compile the networks: a slow start, then faster"
+    )
+    channels_last: bool = option(
+        default=False, group=DEVICES, help="memory layout that suits tensor cores"
+    )
+    tf32: bool | None = option(
+        default=None,
+        group=DEVICES,
+        takes_value=True,
+        help="True: matrix products and convolutions of float32 on tensor cores, with 10 bits of "
+        "mantissa; False: neither; if omitted, as PyTorch does: convolutions only",
+    )
+    fused: Literal["auto", "true", "false"] = option(
+        default="auto",
+        group=DEVICES,
+        help="optimiser steps in one kernel; auto: on GPUs, without gradient clipping and float16",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(SpeedOptions):
+    """A training run: where it writes, what it resumes, on which devices it trains."""
+
+    name: str | None = option(
+        "-n",
+        default=None,
+        group="run",
+        help="name of the run: it writes to LOGDIR/NAME, and goes on where it stopped",
+    )
+    resume: str | None = option(
+        "-r",
+        default=None,
+        group="run",
+        metavar="RUN",
+        help="run folder or checkpoint to go on from",
+    )
+    seed: Seed = option("-s", default=23, group="run", help="seed of all randomness")
+    logdir: str = option(
+        "-l", default="logs", group="run", metavar="DIR", help="folder of all runs"
+    )
+    dry_run: bool = option(default=False, group="run", help="print what would be trained, and exit")
+    gpus: str | None = option(
+        default=None,
+        group=DEVICES,
+        metavar="LIST",
+        help="GPUs as in Lightning 1: '0,1' these two, '2' any two, '0,' number 0 alone, '-1' all",
+    )
+    devices: Count | None = option(
+        default=None, group=DEVICES, help="number of devices of the best available kind"
+    )
+    num_nodes: Count = option(default=1, group=DEVICES, help="number of machines")
+    precision: Literal["auto", "32", "bf16-mixed", "16-mixed", "bf16-true", "64"] = option(
+        default="auto", group=DEVICES, help="auto: bf16-mixed on GPUs that have it, else 32"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOption:
+    """The one device that a command computes on."""
+
+    device: str = option(default="auto", group=MACHINE, help=DEVICE_HELP)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderOptions:
+    """Reading images: how many at a time, by how many processes."""
+
+    batch_size: Count = option(default=64, group=MACHINE, help="images per pass of the network")
+    workers: Whole = option(
+        default=2, group=MACHINE, published=("--num_workers",), help="loader processes"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessOptions(DeviceOption):
+    """Several processes that share the work of a command which runs networks without training."""
+
+    devices: Count | None = option(
+        default=None,
+        group=MACHINE,
+        help="processes on this machine, one per GPU, or per CPU core (each computes with one "
+        "thread there); if omitted 1, or what torchrun or srun started",
+    )
+    num_nodes: Count | None = option(
+        default=None, group=MACHINE, help="machines, with torchrun or srun on each"
+    )
+    precision: Literal["auto", "32", "bf16"] = option(
+        default="auto", group=MACHINE, help="auto: bf16 on GPUs that have it, else 32"
+    )
+    channels_last: bool = option(
+        default=False, group=MACHINE, help="memory layout that suits tensor cores"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupOptions:
+    """Which patient, slide or region a tile belongs to; read by `ldm.data.groups.grouping_of`."""
+
+    group_level: Count | None = option(
+        default=None,
+        group="groups of tiles",
+        metavar="N",
+        help="the group (patient, slide, region) is the folder N levels below the root; an array "
+        "or a shard counts as a folder",
+    )
+    group_regex: str | None = option(
+        default=None,
+        group="groups of tiles",
+        metavar="REGEX",
+        help="the group is the first parenthesis of this expression, searched in the path below "
+        "the root",
+    )
+    group_csv: str | None = option(
+        default=None,
+        group="groups of tiles",
+        metavar="FILE",
+        help="the groups are in a CSV with a column path (or file), below the root",
+    )
+    group_column: str | None = option(
+        default=None,
+        group="groups of tiles",
+        metavar="NAME",
+        help="column of --group_csv that names the group; if omitted: group",
+    )
+    group_rows: str | None = option(
+        default=None,
+        group="groups of tiles",
+        metavar="COLUMN=VALUE",
+        help="read only these rows of --group_csv, such as split=train",
+    )
+
+    def problems(self):
+        given = [
+            name
+            for name in ("group_level", "group_regex", "group_csv")
+            if getattr(self, name) is not None
+        ]
+        for name in given[1:]:
+            yield name, f"not allowed with --{given[0]}; give one of them"
+        for name in ("group_column", "group_rows"):
+            if getattr(self, name) is not None and self.group_csv is None:
+                yield name, "belongs to --group_csv; give that too, or leave it out"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """A timm network that makes features, where no checkpoint of eval.py does."""
+
+    pretrained_weights: str | None = option(
+        default=None,
+        group="features",
+        metavar="FILE",
+        help="local weights of the timm network; if omitted, those in the cache of timm (nothing "
+        "is downloaded)",
+    )
+    input_size: Annotated[int, Field(ge=8)] | None = option(
+        default=None,
+        group="features",
+        help="pixels that the timm network sees; if omitted, its own size",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureOptions(ModelOptions):
+    """How features are computed; None where features may exist already and nothing was said."""
+
+    batch_size: Count | None = option(
+        default=None, group="features", help="images per pass of the network; if omitted 64"
+    )
+    workers: Whole | None = option(
+        default=None,
+        group="features",
+        published=("--num_workers",),
+        help="loader processes for large sets; if omitted 2",
+    )
+    device: str | None = option(
+        default=None, group="features", help=f"{DEVICE_HELP}; if omitted auto"
+    )

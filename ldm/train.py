@@ -1,0 +1,444 @@
+"""One way to train: every stage goes through `fit`."""
+
+import importlib.util
+import inspect
+import logging
+import os
+import sys
+import uuid
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ldm.devices import Devices, leave_group, training_devices
+from ldm.errors import UserError
+from ldm.files import remove_leftovers, require_space, write_text
+from ldm.settings import RunOptions
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pytorch_lightning as pl
+
+    from ldm.models.base import HistoModule
+    from ldm.run import RunFolder
+
+log = logging.getLogger(__name__)
+
+CLIP = "gradient_clip_val"
+CHECKPOINT_EVERY = 1000  # optimiser steps
+# Hints for people who tune, and a deprecation inside Lightning: not for every run's log.
+IGNORED_WARNINGS = (
+    ".*does not have many workers.*",
+    ".*is smaller than the logging interval.*",
+    ".*LeafSpec.*",
+    "Using ModelCheckpoint with manual optimization.*",  # it saves after a step, as wanted
+    ".*module.* in eval mode at the start.*",  # the frozen first stage, on purpose
+    "Checkpoint directory .* exists and is not empty.*",  # a resumed run
+    "You're resuming from a checkpoint that ended before",  # our samplers find their place
+)
+
+
+def devices_of(args: RunOptions) -> Devices:
+    """The devices that the options of a training ask for."""
+    chosen = training_devices(args.gpus, args.devices, args.num_nodes, args.dry_run)
+    return chosen.with_precision(
+        args.precision,
+        strategy=args.strategy,
+        compile=args.compile,
+        channels_last=args.channels_last,
+        tf32=args.tf32,
+        fused=args.fused,
+    )
+
+
+def fit(
+    model: "HistoModule",
+    data: "pl.LightningDataModule",
+    run: "RunFolder",
+    devices: Devices,
+    *,
+    checkpoint: "Path | None" = None,
+    callbacks: Sequence["pl.Callback"] = (),
+    settings: dict[str, Any] | None = None,
+    loggers: Any = None,
+    config: dict[str, Any] | None = None,
+    summary: str = "",
+) -> "pl.Trainer":
+    """Train a model in a run's folder, and leave `last.ckpt`.
+
+    Args:
+        checkpoint: Where to go on from; None for a new run.
+        callbacks: See `checkpoint_callbacks`.
+        settings: Arguments of Lightning's trainer; they take precedence.
+        loggers: `lightning.logger` of the configuration, see `build_loggers`.
+        config: Resolved configuration, for the record of this start; None keeps no record.
+        summary: What is trained, shown at the start.
+
+    Returns:
+        The trainer, after the last step.
+
+    Raises:
+        UserError: The settings contradict each other, the disk is too small, a number is not
+            finite, or the checkpoint holds another model.
+        KeyboardInterrupt: Training was interrupted; all checkpoints that exist are complete.
+        Stopped: A signal asked the run to stop; `last.ckpt` is of its last step.
+    """
+    import torch
+
+    from ldm.checkpoint import read_checkpoint
+
+    trainer = build_trainer(model, run, devices, callbacks, settings or {}, loggers)
+    if checkpoint is not None:
+        # A checkpoint that does not fit is refused before anything is written.
+        model.on_load_checkpoint(read_checkpoint(checkpoint, (model.kind,), "--resume"))
+    _prepare_disk(trainer, model, run)
+    _start_loggers(trainer)
+    if trainer.is_global_zero:
+        if config is not None:
+            run.record(config, model.seed)
+        log.info("%s\nwriting to    %s", summary, run.root)
+    joined = torch.distributed.is_initialized()
+    # Older Lightning has no such argument; its own default then is to load everything.
+    takes_it = "weights_only" in inspect.signature(trainer.fit).parameters
+    safe = {"weights_only": True} if checkpoint and takes_it else {}
+    trainer.fit(model, datamodule=data, ckpt_path=checkpoint, **safe)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    trainer.save_checkpoint(run.last)
+    if trainer.is_global_zero:
+        log.info("done at step %d: %s", trainer.global_step, run.last)
+    if not joined:
+        leave_group()
+    return trainer
+
+
+def build_trainer(
+    model: "HistoModule",
+    run: "RunFolder",
+    devices: Devices,
+    callbacks: Sequence["pl.Callback"],
+    settings: dict[str, Any],
+    loggers: Any = None,
+) -> "pl.Trainer":
+    """A Lightning trainer for a model, which is prepared for the devices.
+
+    It logs to CSV in the run's folder and shows a progress bar. The arguments are those of `fit`.
+
+    Raises:
+        UserError: The settings contradict each other, or Lightning refuses them.
+    """
+    import pytorch_lightning as pl
+    from pytorch_lightning.callbacks import LearningRateMonitor
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+    from ldm.models.callbacks import FollowLayout, ProgressBar, Throughput
+    from ldm.models.saving import CheckpointFiles
+
+    _quieten_lightning()
+    settings = dict(settings)
+    settings["strategy"] = choose_strategy(settings.get("strategy"), devices, model)
+    model.fused = devices.fuses(clips=bool(settings.get(CLIP)))
+    devices.prepare(model, model.networks())
+    if not model.automatic_optimization:
+        # Lightning leaves accumulation and clipping to modules that step by themselves.
+        for name in ("accumulate_grad_batches", CLIP, "gradient_clip_algorithm"):
+            if name in settings:
+                setattr(model, name, settings.pop(name))
+    bar = settings.get("enable_progress_bar", True)
+    refresh = 1 if sys.stderr.isatty() else 50
+    plugins = settings.pop("plugins", None) or []
+    plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
+    arguments = {
+        "accelerator": devices.accelerator,
+        "devices": devices.devices,
+        "num_nodes": devices.num_nodes,
+        "precision": devices.precision,
+        "default_root_dir": run.root,
+        "log_every_n_steps": 10,
+        "enable_model_summary": False,
+        **settings,
+        "logger": [
+            # One version per start: a resumed run does not overwrite what was logged before.
+            pl.loggers.CSVLogger(run.root, name="metrics"),
+            *build_loggers(loggers, run),
+        ],
+        "plugins": [*plugins, *cluster_plugins(), CheckpointFiles()],
+        "callbacks": [
+            Throughput(),
+            FollowLayout(),
+            LearningRateMonitor("step"),
+            *([ProgressBar(refresh_rate=refresh)] if bar else []),
+            *callbacks,
+        ],
+    }
+    try:
+        return pl.Trainer(**arguments)
+    except (MisconfigurationException, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise UserError(f"lightning.trainer: {said}; change these settings") from None
+
+
+def _quieten_lightning() -> None:
+    """Keep Lightning's remarks (no TPU, a tip for another product) out of a run's log."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for pattern in IGNORED_WARNINGS:
+        warnings.filterwarnings("ignore", pattern)
+
+
+def cluster_plugins() -> list[Any]:
+    """What Lightning is to know of the cluster that started this process.
+
+    Raises:
+        UserError: SLURM's variables do not say how many tasks each machine has.
+    """
+    from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+
+    # Said to everyone on a login node; it is no mistake to run a command there.
+    warnings.filterwarnings("ignore", "The `srun` command is available")
+    if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
+        return []
+    try:
+        # Signals are for StopOnSignal: Lightning would requeue by itself, from a file of its own.
+        return [SLURMEnvironment(auto_requeue=False)]
+    except RuntimeError as error:
+        raise UserError(" ".join(str(error).split())) from None
+
+
+def choose_strategy(configured: Any, devices: Devices, model: "HistoModule") -> Any:
+    """Lightning's strategy for `--strategy` or `lightning.trainer.strategy`.
+
+    Args:
+        configured: `lightning.trainer.strategy`, a name or an object; None when it is not given.
+
+    Raises:
+        UserError: Both are given, or the strategy does not go with the model or the devices.
+    """
+    if configured not in (None, "auto") and devices.strategy != "auto":
+        raise UserError(
+            f"--strategy {devices.strategy} and lightning.trainer.strategy={configured} both say "
+            "how devices share the work; give one of them"
+        )
+    name = devices.strategy if configured in (None, "auto") else configured
+    if not isinstance(name, str):
+        return name
+    if name.startswith("deepspeed"):
+        missing = importlib.util.find_spec("deepspeed") is None
+        reason = "the package is not installed, and it" if missing else "it"
+        raise UserError(
+            f"--strategy deepspeed: {reason} writes checkpoints that no other command here can "
+            "read; use --strategy fsdp, which shards weights, gradients and optimiser as ZeRO does"
+        )
+    if name == "fsdp":
+        return _sharded(devices, model)
+    if name not in ("auto", "ddp"):
+        return name
+    if devices.ranks == 1:
+        return "auto"
+    # A discriminator is unused by the generator's pass and the other way round.
+    return "ddp" if model.automatic_optimization else "ddp_find_unused_parameters_true"
+
+
+def _sharded(devices: Devices, model: "HistoModule") -> Any:
+    from ldm.models.diffusion import LatentDiffusion
+    from ldm.models.sharding import ShardedStrategy
+
+    if not isinstance(model, LatentDiffusion):
+        raise UserError(
+            f"--strategy fsdp shards the diffusion UNet, and {type(model).__name__} has none; use "
+            "--strategy ddp"
+        )
+    if devices.ranks == 1:
+        raise UserError("--strategy fsdp shards over several devices; give --devices or --gpus")
+    if devices.precision not in ("32", "bf16-mixed"):
+        raise UserError(
+            f"--strategy fsdp: --precision {devices.precision} must be 32 or bf16-mixed"
+        )
+    if devices.compile or devices.channels_last:
+        option = "--compile" if devices.compile else "--channels_last"
+        raise UserError(f"--strategy fsdp: {option} is for whole networks; leave one of them out")
+    return ShardedStrategy(devices.ranks)
+
+
+def checkpoint_callbacks(
+    run: "RunFolder", model: "HistoModule", has_validation: bool, node: dict[str, Any] | None = None
+) -> list["pl.Callback"]:
+    """`last.ckpt` every so many steps and on a signal to stop, `best.ckpt` by the monitored metric.
+
+    Args:
+        node: `lightning.modelcheckpoint` of the configuration. `every_n_train_steps`, `monitor`
+            and `mode` change these two; `keep_last: k` keeps the last k of every so many steps as
+            well. With other ModelCheckpoint parameters one more kind is kept: by the monitored
+            metric where both `monitor` and `save_top_k` are given, else by step.
+
+    Raises:
+        UserError: The monitored metric cannot exist.
+    """
+    from pytorch_lightning.callbacks import ModelCheckpoint
+
+    from ldm.models.callbacks import LastCheckpoint, RecentCheckpoints, StopOnSignal
+
+    target = "pytorch_lightning.callbacks.ModelCheckpoint"
+    if node and node.get("target", target) != target:
+        raise UserError(
+            f"lightning.modelcheckpoint.target={node['target']}: only params may be given here; "
+            "put another callback under lightning.callbacks"
+        )
+    settings = dict((node or {}).get("params") or {})
+    by_metric = settings.get("monitor") is not None and settings.get("save_top_k", -1) > 0
+    monitor = settings.pop("monitor", getattr(model, "monitor", None))
+    mode = settings.pop("mode", None)
+    every = settings.pop("every_n_train_steps", CHECKPOINT_EVERY)
+    keep = settings.pop("keep_last", None)
+    common = {
+        "dirpath": run.checkpoints,
+        "enable_version_counter": False,
+        "auto_insert_metric_name": False,
+    }
+    stepwise = {"filename": "step_{step:08d}", "every_n_train_steps": every, **common}
+    callbacks: list[pl.Callback] = [LastCheckpoint(every, **common), StopOnSignal(run.last)]
+    if keep is not None:
+        callbacks.append(RecentCheckpoints(keep, **stepwise))
+    best = {}
+    if monitor:
+        _check_monitor(monitor, model, has_validation)
+        best = {"monitor": monitor, "mode": mode or _better(monitor), **common}
+        callbacks.append(ModelCheckpoint(filename="best", **best))
+    if settings:
+        callbacks.append(_further_checkpoints(settings, stepwise, best if by_metric else None))
+    return callbacks
+
+
+def _check_monitor(monitor: str, model: "HistoModule", has_validation: bool) -> None:
+    if not has_validation:
+        raise UserError(
+            f"model.params.monitor={monitor!r} needs validation tiles: give "
+            "data.params.validation, or data.params.val_fraction above 0, or set "
+            "model.params.monitor=null"
+        )
+    if monitor not in model.metrics():
+        raise UserError(
+            f"model.params.monitor={monitor!r} is never logged; this model logs "
+            f"{', '.join(sorted(model.metrics()))}"
+        )
+
+
+def _better(monitor: str) -> str:
+    """Whether more or less of a metric is better, by its name."""
+    return "max" if any(word in monitor for word in ("accuracy", "psnr", "gain")) else "min"
+
+
+def _further_checkpoints(
+    settings: dict[str, Any], stepwise: dict[str, Any], best: dict[str, Any] | None
+) -> "pl.Callback":
+    """The kind of checkpoint that a configuration adds (save_top_k, train_time_interval ...).
+
+    Args:
+        settings: Parameters of ModelCheckpoint.
+        stepwise: Parameters of checkpoints by step.
+        best: Parameters of checkpoints by the monitored metric; None for those by step.
+    """
+    from ldm.models.callbacks import BestCheckpoints, RegularCheckpoint
+
+    if best is not None:
+        return BestCheckpoints(**{"filename": "best_{step:08d}", **best, **settings})
+    if settings.get("save_top_k", -1) > 0:
+        raise UserError(
+            f"lightning.modelcheckpoint.params.save_top_k={settings['save_top_k']} needs a "
+            "monitor to tell the best by; give one, or keep_last to keep the last ones"
+        )
+    extra = {**stepwise, "save_top_k": -1, **settings}
+    if {"train_time_interval", "every_n_epochs"} & settings.keys():
+        del extra["every_n_train_steps"]
+    return RegularCheckpoint(**extra)
+
+
+def build_loggers(node: Any, run: "RunFolder") -> list[Any]:
+    """The loggers beside the CSV files.
+
+    Args:
+        node: `lightning.logger`: `tensorboard`, `wandb`, a target/params node, or a list of such;
+            None is TensorBoard.
+
+    Raises:
+        UserError: A package is not installed, or W&B has no account or no connection.
+    """
+    import pytorch_lightning as pl
+
+    from ldm.config import instantiate_from_config
+
+    nodes = ["tensorboard"] if node is None else node if isinstance(node, list) else [node]
+    loggers: list[Any] = []
+    for each in nodes:
+        if each == "tensorboard":
+            loggers.append(pl.loggers.TensorBoardLogger(run.root, name="", version="tensorboard"))
+        elif each == "wandb":
+            loggers.append(_wandb_logger(run))
+        else:
+            loggers.append(instantiate_from_config(each))
+    return loggers
+
+
+def _wandb_logger(run: "RunFolder") -> Any:
+    from pytorch_lightning.loggers import WandbLogger
+
+    # A run that goes on is the same run at W&B, too.
+    name = run.root / "wandb" / "run_id.txt"
+    identity = name.read_text().strip() if name.is_file() else uuid.uuid4().hex[:12]
+    try:
+        logger = WandbLogger(
+            name=run.root.name,
+            save_dir=run.root,
+            id=identity,
+            resume="allow",
+            project=os.environ.get("WANDB_PROJECT", "histodiffusion"),
+        )
+    except ModuleNotFoundError:
+        raise UserError(
+            "lightning.logger=wandb needs the package wandb, which is not installed; run `pip "
+            "install wandb`, or leave lightning.logger out"
+        ) from None
+    if not name.is_file():
+        write_text(name, identity + "\n")
+    return logger
+
+
+def _start_loggers(trainer: "pl.Trainer") -> None:
+    """Connect to W&B now: whether that is possible is better known before the data is read.
+
+    Raises:
+        UserError: W&B has no account or no connection.
+    """
+    from pytorch_lightning.loggers import WandbLogger
+
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            import wandb
+
+            try:
+                _ = logger.experiment
+            except wandb.errors.Error as error:
+                raise UserError(
+                    f"lightning.logger=wandb: {str(error).splitlines()[0]}; run `wandb login`, or "
+                    "export WANDB_MODE=offline"
+                ) from None
+
+
+def _prepare_disk(trainer: "pl.Trainer", model: "HistoModule", run: "RunFolder") -> None:
+    """Clear away what a killed run left, and see that the disk has room for the checkpoints.
+
+    Raises:
+        UserError: The disk has too little room.
+    """
+    from pytorch_lightning.callbacks import ModelCheckpoint
+
+    from ldm.models.saving import MARGIN, expected_size
+
+    if trainer.is_global_zero:
+        for path in remove_leftovers(run.checkpoints):
+            log.info("removed %s, which a killed run had not finished", path)
+    size = run.last.stat().st_size if run.last.is_file() else expected_size(model)
+    kinds = sum(isinstance(c, ModelCheckpoint) for c in trainer.checkpoint_callbacks)
+    there = len(list(run.checkpoints.glob("*.ckpt")))
+    # One more than is kept: a checkpoint is replaced once the new one is written.
+    require_space(run.last, int(MARGIN * size * (1 + max(kinds - there, 0))), "before the start")

@@ -1,0 +1,343 @@
+"""ldm.cli: options of a dataclass on the command line, in mappings and in errors."""
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, ClassVar, Literal
+
+import pytest
+
+import main as main_py
+from ldm.cli import (
+    Commas,
+    Count,
+    NotNegative,
+    Seed,
+    checked,
+    like,
+    option,
+    options_of,
+    parse,
+    run_command,
+)
+from ldm.errors import Problems, UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    seed: Seed = option("-s", default=23, help="seed", group="run")
+    workers: Count = option(default=2, help="processes", published=("--num_workers",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Shared):
+    """Do a thing."""
+
+    program: ClassVar = "thing.py"
+    example: ClassVar = "  thing.py a.png"
+
+    files: tuple[str, ...] = option(positional=True, metavar="FILE", help="5% of images")
+    base: tuple[str, ...] = option("-b", default=(), metavar="YAML", help="files")
+    train: bool = option("-t", default=False, takes_value=True, help="train")
+    keep_all: bool = option(default=False, help="keep")
+    crop: bool = option(default=True, off=("--no_crop",), help="crop")
+    mode: Literal["fast", "slow"] | None = option(default=None, help="mode")
+    sizes: Annotated[tuple[Count, ...], Commas] = option(default=(1, 2), help="sizes")
+    span: tuple[int, int] | None = option(default=None, nargs=2, metavar=("A", "B"), help="span")
+    rate: NotNegative = option(default=0.5, help="rate")
+    more: tuple[str, ...] = option(default=(), repeats=True, help="more")
+    seed: Seed = like(Shared, "seed", default=0)
+
+    def problems(self):
+        if self.keep_all and self.train:
+            yield "keep_all", "does not go with train"
+
+
+def options(words: str) -> Options:
+    return parse(Options, words.split())
+
+
+def complaint(capsys, settings: type, words: list[str]) -> str:
+    """The one line that a command says against its words."""
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: parse(settings, words), settings)
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and said.out == "" and said.err.count("\n") == 1
+    return said.err
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("a b", {"files": ("a", "b"), "seed": 0, "workers": 2, "crop": True}),
+        ("a -s 4 --num_workers 3", {"seed": 4, "workers": 3}),
+        ("a --num-workers=3", {"workers": 3}),
+        ("a --keep-all", {"keep_all": True}),
+        ("--keep_all a", {"keep_all": True, "files": ("a",)}),
+        ("--keep_all y", {"keep_all": True, "files": ("y",)}),
+        ("--keep_all False a", {"keep_all": False, "files": ("a",)}),
+        ("--keep_all=no a", {"keep_all": False}),
+        ("a -t", {"train": True}),
+        ("a -t y", {"train": True, "files": ("a",)}),
+        ("a -t 0", {"train": False}),
+        ("a --no-crop", {"crop": False}),
+        ("a --crop False", {"crop": False}),
+        ("a --sizes 3,4,3", {"sizes": (3, 4, 3)}),
+        ("a --span -1 2", {"span": (-1, 2)}),
+        ("a -b x y -t b", {"base": ("x", "y"), "files": ("a", "b")}),
+        ("a --more x y --more z", {"more": ("x", "y", "z")}),
+        ("a -b x --base y", {"base": ("y",)}),
+    ],
+)
+def test_forms(words, expected):
+    found = options(words)
+    assert {name: getattr(found, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        ("", ["FILE", "missing"]),
+        ("a --rate nan", ["--rate", "'nan'"]),
+        ("a --rate inf", ["--rate", "'inf'"]),
+        ("a --rate -1", ["--rate", "-1", "at least 0"]),
+        ("a --seed -1", ["--seed", "-1", "[0, 4294967295]"]),
+        ("a --num_workers 1.5", ["--workers", "'1.5'"]),
+        ("a --sizes 1,x", ["--sizes", "'x'"]),
+        ("a --mode fasst", ["--mode", "'fasst'", "fast, slow", "did you mean fast?"]),
+        ("a --crop=maybe", ["--crop", "maybe", "True"]),
+        ("a --sede 3", ["--sede", "--seed"]),
+        ("a --span 1", ["--span", "2"]),
+        ("a --train=2", ["--train", "'2'"]),
+        ("a --seed", ["--seed"]),
+        ("a --keep_all -t", ["--keep_all", "train"]),
+        ("a --rate x --mode y --seed z", ["--rate", "--mode", "--seed", "3 problems"]),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(capsys, words, parts):
+    said = complaint(capsys, Options, words.split())
+    assert all(part in said for part in parts), said
+
+
+def test_help_shows_what_the_fields_say(capsys):
+    with pytest.raises(SystemExit) as stop:
+        options("--help")
+    said = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0 and said.startswith("usage: thing.py FILE ... [options]")
+    for part in (
+        "Do a thing.",
+        "5% of images (required)",
+        "-s, --seed N seed (default: 0)",
+        "processes (default: 2; published: --num_workers)",
+        "--sizes SIZES sizes (default: 1,2)",
+        "crop (default: True; switch off: --no_crop)",
+        "--mode fast|slow mode",
+        "--span A B span",
+    ):
+        assert part in said
+    assert said.endswith("example: thing.py a.png")
+
+
+def test_a_mapping_is_checked_as_the_command_line_is():
+    assert checked(Options, {"files": ["a"], "sizes": [3], "rate": 1}).sizes == (3,)
+    wrong = {"files": ["a"], "rate": -1, "sede": 3, "workers": "3", "crop": 1, "mode": "fats"}
+    with pytest.raises(Problems) as error:
+        checked(Options, wrong)
+    assert error.value.found.keys() == wrong.keys() - {"files"}
+    assert "did you mean seed?" in error.value.found["sede"]
+    with pytest.raises(Problems) as error:
+        checked(Options, {"files": ["a"], "keep_all": True, "train": True})
+    assert error.value.found == {"keep_all": "does not go with train"}
+
+
+@pytest.mark.parametrize(
+    ("key", "settings", "start"),
+    [
+        ("keep_all", Options, "--keep_all: text"),
+        ("model.rate", Options, "model.rate: text"),
+        ("keep_all", None, "keep_all: text"),
+        (None, Options, "text"),
+    ],
+)
+def test_only_commands_show_a_key_as_an_option(capsys, key, settings, start):
+    def main():
+        raise UserError("text", key)
+
+    with pytest.raises(SystemExit) as stop:
+        run_command(main, settings)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.partition("error: ")[2] == f"{start}\n"
+
+
+# --- Commands ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--base C D -t k.a=1",
+        "--base C D -t True k.a=1",
+        "--base C D k.a=1 -t",
+        "--base C D k.a=1 --train=yes",
+        "-t --base C D k.a=1",
+        "-t 1 --base C D k.a=1",
+        "k.a=1 --base C D -t",
+        "--train k.a=1 -b C D",
+    ],
+)
+def test_an_override_may_follow_a_bare_flag(words):
+    args = main_py.parse_arguments(words.split())
+    assert (args.base, args.train, args.overrides) == (("C", "D"), True, ("k.a=1",))
+    assert main_py.parse_arguments(["--scale_lr", "k.a=1"]).scale_lr
+    assert not main_py.parse_arguments(["--scale_lr", "False", "k.a=1"]).scale_lr
+
+
+def test_words_that_are_no_overrides_are_named(capsys):
+    said = complaint(capsys, main_py.Options, ["--base", "C", "-t", "nonsense", "--no-test"])
+    assert "nonsense" in said and "--no-test" in said
+
+
+COMMANDS = {
+    "main": "",
+    "classifier_train": "--data_dir D",
+    "sample_diffusion": "-r M",
+    "eval": "--data_path D --output_dir S",
+    "scripts.baselines": "--data_path D --output_dir S",
+    "scripts.cache_latents": "-r M --data D --out O",
+    "scripts.copy_check": "--synthetic S --train T --holdout H --out O",
+    "scripts.demo": "",
+    "scripts.distance": "--real R --synthetic S --features F --out O",
+    "scripts.export_diffusers": "--checkpoint M --out O",
+    "scripts.fetch_weights": "",
+    "scripts.fidelity": "--real R --fake F --out O",
+    "scripts.guidance_sweep": "-r M --judge J --real R --out O",
+    "scripts.import_checkpoint": "F --kind autoencoder --config C --out O",
+    "scripts.index_corpus": "R --out O",
+    "scripts.make_subset": "--data D --out O --per_class 2",
+    "scripts.make_tiles": "--out O",
+    "scripts.reproduce_table": "--config C",
+    "scripts.vis": "--real R --synthetic S --out O --weights W",
+    "scripts.write_shards": "I --out O",
+}
+
+
+def published_forms() -> list[tuple[str, str]]:
+    """Command and form, for example `--num_workers 3`."""
+    text = (ROOT / "tests" / "published_options.txt").read_text().partition("\n\n")[2]
+    found = []
+    for part in text.split("["):
+        command, _, forms = part.partition("]")
+        found += [(command, " ".join(form.split())) for form in forms.split("|") if form.strip()]
+    return found
+
+
+@pytest.fixture
+def options_of_command(monkeypatch):
+    """The settings class of a command, with values judged one by one only."""
+
+    def find(command: str) -> type:
+        settings = importlib.import_module(command).Options
+        monkeypatch.setattr(settings, "problems", lambda self: (), raising=False)
+        return settings
+
+    return find
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_published_form_of_an_option_still_works(options_of_command, command):
+    settings, needed = options_of_command(command), COMMANDS[command].split()
+    forms = [form for name, form in published_forms() if name == command]
+    assert forms or command == "scripts.fetch_weights"
+    for form in forms:
+        words = needed.copy()
+        name = form.split()[0]
+        if name in words:  # is given by the form instead
+            del words[words.index(name) : words.index(name) + 2]
+        changed = parse(settings, [*words, *form.split()]) != parse(settings, needed)
+        assert changed or re.search(r"(True|no|auto|--model-ema)$", form), f"{form} does nothing"
+
+
+# By type of the annotation: values that no option of this type takes.
+BAD_VALUES = {
+    int: ["x", "1.5", "nan", "-9", "9" * 5000],
+    float: ["x", "nan", "inf", "-9"],
+    bool: ["maybe", "2"],
+    Literal: ["neither"],
+}
+
+
+def kinds_of(annotation) -> set:
+    """The types in an annotation, however deep."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return {Literal}
+    if isinstance(annotation, type) and not arguments:
+        return {annotation} - {NoneType}
+    return {kind for argument in arguments for kind in kinds_of(argument)}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_refuses_values_of_the_wrong_kind(command):
+    """By its name and the value; and all of them at once."""
+    settings, needed = importlib.import_module(command).Options, COMMANDS[command].split()
+    together = []
+    for name, field in options_of(settings).items():
+        kinds = kinds_of(field.type)
+        if len(kinds) != 1 or not kinds <= BAD_VALUES.keys():
+            continue
+        several = field.metadata["option"]["nargs"] == 2
+        for value in BAD_VALUES[kinds.pop()]:
+            words = [f"--{name}", value, value] if several else [f"--{name}={value}"]
+            with pytest.raises(UserError) as error:
+                parse(settings, [*needed, *words])
+            said = str(error.value)
+            assert f"--{name}: " in said and value[:40] in said and "\n" not in said, said
+            assert len(said) < 300
+        together += words
+    if len(together) > 3:
+        with pytest.raises(Problems) as error:
+            parse(settings, [*needed, *together])
+        names = {word.partition("=")[0] for word in together if word.startswith("--")}
+        assert set(error.value.found) >= names
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command(command, capsys):
+    """Says what each option does, and ends with an example that the command understands."""
+    settings = importlib.import_module(command).Options
+    with pytest.raises(SystemExit) as stop:
+        parse(settings, ["--help"])
+    said = capsys.readouterr().out
+    assert stop.value.code == 0
+    for name, field in options_of(settings).items():
+        facts = field.metadata["option"]
+        assert facts["help"][0] != " " and len(facts["help"]) > 5
+        assert (facts["metavar"] or name if facts["positional"] else f"--{name}") in said
+    example = settings.example.replace("\\\n", " ")
+    assert said.rstrip().endswith(settings.example.rstrip())
+    python, script, *words = shlex.split(example)
+    assert python == "python" and script == f"{command.replace('.', '/')}.py"
+    parse(settings, words)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_answers_at_once(command):
+    """No command imports a library that takes long before its options are right."""
+    code = f"import sys, {command} as c; c.parse_arguments({COMMANDS[command].split()}); "
+    loaded = subprocess.run(
+        [sys.executable, "-c", code + "print(*sys.modules)"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    heavy = {"torch", "omegaconf", "pandas", "numpy", "pyarrow", "PIL", "timm", "matplotlib"}
+    assert "pydantic" in loaded and not heavy & set(loaded)

@@ -1,0 +1,72 @@
+"""Devices, precision and arguments of a run."""
+
+import argparse
+
+import pytest
+
+from ldm import cli
+from ldm.devices import Devices, parse_gpus, training_devices
+from ldm.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("text", "meaning"),
+    [("0,1", [0, 1]), ("2", 2), ("0,", [0]), ("3,", [3]), ("-1", -1), ("1,0,2", [1, 0, 2])],
+)
+def test_gpus_mean_what_they_meant_in_lightning_1(text, meaning):
+    assert parse_gpus(text) == meaning
+
+
+@pytest.mark.parametrize("text", ["a", "0,0", ",", "-2", "1.5", "0,-1"])
+def test_bad_gpus(text):
+    with pytest.raises(UserError, match="--gpus"):
+        parse_gpus(text)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "devices", "expected"),
+    [
+        ("0,1", None, Devices("gpu", [0, 1])),
+        ("2", None, Devices("gpu", 2)),
+        ("-1", None, Devices("gpu", 4)),
+        ("0", None, Devices("cpu", 1)),
+        (None, 3, Devices("gpu", 3)),
+        (None, None, Devices("gpu", 1)),
+    ],
+)
+def test_devices_where_there_are_four_gpus(monkeypatch, gpus, devices, expected):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert training_devices(gpus, devices) == expected
+
+
+@pytest.mark.parametrize(("gpus", "devices"), [("0,4", None), ("5", None), (None, 5), ("1", 1)])
+def test_more_devices_than_there_are(monkeypatch, gpus, devices):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    with pytest.raises(UserError, match="--(gpus|devices)"):
+        training_devices(gpus, devices)
+
+
+def test_a_count_of_devices(monkeypatch):
+    assert Devices("gpu", [0, 3]).count == 2 and Devices("cpu", 3).count == 3
+
+
+@pytest.mark.parametrize("text", ["nan", "2", "-0.1", "x"])
+def test_numbers_out_of_range(text):
+    with pytest.raises(argparse.ArgumentTypeError):
+        cli.number(float, 0, 1)(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("True", True), ("false", False), ("1", True), ("no", False)]
+)
+def test_booleans(text, value):
+    assert cli.boolean(text) is value
+
+
+def test_worker_errors_become_one_line():
+    error = UserError(
+        "Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call "
+        "last):\n"
+        '  File "x.py", line 1\nldm.errors.UserError: tile a.png cannot be read'
+    )
+    assert cli._one_line(error) == "tile a.png cannot be read"
