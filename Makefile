@@ -31,6 +31,7 @@ test-slow: $(STAMP)
 lint: $(STAMP)
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
+	@$(VENV)/bin/lint-imports
 
 setup: $(STAMP)
 

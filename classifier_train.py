@@ -14,7 +14,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -41,12 +41,25 @@ log = logging.getLogger("classifier_train")
 FIRST_STAGE_VARIABLE = "HISTO_FIRST_STAGE"
 AUGMENT = "d4"
 VAL_FRACTION = 0.1
-DATA, TRAINING, NETWORK = "data", "training", "network"
+DATA, TRAINING, NETWORK, READOUT = "data", "training", "network", "readout of a diffusion model"
+# Where they are omitted: of the published encoder, and of a readout, which has 8,000 vectors to
+# learn from instead of images.
+DEFAULTS = {"iterations": (300_000, 1500), "batch_size": (32, 128), "lr": (5e-5, 1e-3)}
+# Options of an encoder's training or network, which a readout has not.
+OF_ENCODER = ("noised", "microbatch", "schedule_sampler", "first_stage", "init_from")
+
+
+def default_of(name: str) -> str:
+    encoder, readout = DEFAULTS[name]
+    return f"if omitted {encoder:g}, or {readout:g} with --readout"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(RunOptions):
     """Train the noisy-latent classifier that guides sampling, on labelled tiles.
+
+    With --readout it reads the features of a frozen diffusion model, which takes few labels and
+    seconds; otherwise it is an encoder of its own, from scratch or from --init_from.
 
     --image_size and the attention resolutions are in pixels, as in guided diffusion; the network
     works on the latents of --first_stage.
@@ -83,6 +96,13 @@ class Options(RunOptions):
         help="diffusion (best) or autoencoder checkpoint that gives the latents; if omitted, the "
         f"environment variable {FIRST_STAGE_VARIABLE}",
     )
+    init_from: str | None = option(
+        default=None,
+        group=DATA,
+        metavar="CKPT",
+        help="diffusion checkpoint whose encoder and middle the classifier starts from, and whose "
+        "latents it takes; its network is then that of the checkpoint",
+    )
     image_size: Annotated[int, Field(ge=8)] | None = option(
         default=None, group=DATA, help="pixels of a tile; must be the autoencoder's"
     )
@@ -101,12 +121,20 @@ class Options(RunOptions):
         takes_value=True,
         help="train on noisy latents; False trains at t = 0 only, on clean latents, as published",
     )
-    iterations: Count = option(default=300_000, group=TRAINING, help="optimiser steps")
-    batch_size: Count = option(default=32, group=TRAINING, help="images per step and device")
+    iterations: Count | None = option(
+        default=None, group=TRAINING, help=f"optimiser steps; {default_of('iterations')}"
+    )
+    batch_size: Count | None = option(
+        default=None,
+        group=TRAINING,
+        help=f"images per step and device; {default_of('batch_size')}",
+    )
     microbatch: Annotated[int, Field(ge=-1)] = option(
         default=-1, group=TRAINING, help="images per pass; -1 for all at once"
     )
-    lr: NotNegative = option(default=5e-5, group=TRAINING, help="learning rate")
+    lr: NotNegative | None = option(
+        default=None, group=TRAINING, help=f"learning rate; {default_of('lr')}"
+    )
     anneal_lr: bool = option(
         default=True,
         group=TRAINING,
@@ -168,9 +196,35 @@ class Options(RunOptions):
     classifier_dropout: Annotated[float, Field(ge=0, le=0.9)] = option(
         default=0.0, group=NETWORK, help="dropout in every block"
     )
+    readout: str | None = option(
+        default=None,
+        group=READOUT,
+        metavar="CKPT",
+        help="diffusion checkpoint whose averaged UNet is read, frozen; one device trains",
+    )
+    readout_blocks: Annotated[tuple[Whole, ...], Commas] | None = option(
+        default=None,
+        group=READOUT,
+        metavar="0,1,2",
+        help="blocks that are read: 0 the middle, 1, 2, ... the up-blocks in the order of use; if "
+        "omitted, all",
+    )
+    readout_width: Count | None = option(
+        default=None, group=READOUT, help="hidden units; if omitted 256"
+    )
+    readout_dropout: Annotated[float, Field(ge=0, le=0.9)] | None = option(
+        default=None, group=READOUT, help="dropout of features and hidden units; if omitted 0.3"
+    )
+    readout_draws: Count | None = option(
+        default=None,
+        group=READOUT,
+        help="draws of augmentation, time and noise of each training tile; if omitted, as many as "
+        "make 8,000 in all, and at least 8",
+    )
     resume: str | None = like(RunOptions, "resume", None, published=("--resume_checkpoint",))
 
     def problems(self) -> Iterator[tuple[str, str]]:
+        yield from self._problems_of_readout()
         if self.microbatch == 0:
             yield "microbatch", "0 must be -1 (all at once) or above 0"
         if self.latents is None:
@@ -185,6 +239,40 @@ class Options(RunOptions):
                     "with; leave it out",
                 )
 
+    def _problems_of_readout(self) -> Iterator[tuple[str, str]]:
+        own = [field.name for field in fields(self)]
+        if self.readout is None:
+            for name in own:
+                if name.startswith("readout_") and getattr(self, name) is not None:
+                    yield name, "needs --readout CKPT; give it or leave this out"
+        network = [name for name in own if name.startswith("classifier_")]
+        if self.readout is not None:
+            for field in fields(self):
+                name = field.name
+                if name == "first_stage" and self.first_stage == os.environ.get(
+                    FIRST_STAGE_VARIABLE
+                ):
+                    continue
+                if name in (*OF_ENCODER, *network) and getattr(self, name) != field.default:
+                    yield name, "is an option of an encoder; leave it out with --readout"
+        elif self.init_from is not None:
+            kept = ("classifier_pool", "classifier_dropout", "classifier_use_checkpoint")
+            for field in fields(self):
+                given = getattr(self, field.name) != field.default
+                if field.name in network and field.name not in kept and given:
+                    yield field.name, "follows from --init_from; leave it out"
+
+    def with_defaults(self) -> "Options":
+        """Numbers that depend on the kind of classifier resolved."""
+        kind = 0 if self.readout is None else 1
+        chosen = {name: values[kind] for name, values in DEFAULTS.items()}
+        given = {name: getattr(self, name) for name in DEFAULTS}
+        return replace(
+            self.with_tile_defaults(),
+            **{name: chosen[name] if value is None else value for name, value in given.items()},
+            first_stage=self.readout or self.first_stage or self.init_from,
+        )
+
     def with_tile_defaults(self) -> "Options":
         """Augmentation and hold-out resolved, where tiles are read; a cache has its own."""
         if self.latents is not None:
@@ -197,7 +285,7 @@ class Options(RunOptions):
 
 
 def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv).with_tile_defaults()
+    return parse(Options, argv).with_defaults()
 
 
 def data_config(args: Options, size: int) -> dict[str, Any]:
@@ -231,7 +319,10 @@ def check_paths(args: Options) -> None:
             "--first_stage is missing: give a diffusion or autoencoder checkpoint, or export "
             f"{FIRST_STAGE_VARIABLE}=CKPT"
         )
-    existing_path(args.first_stage, "--first_stage")
+    name = "--readout" if args.readout else "--first_stage"
+    existing_path(args.first_stage, name)
+    if args.init_from:
+        existing_path(args.init_from, "--init_from")
     if args.latents:
         existing_path(args.latents, "--latents", "dir")
     else:
@@ -259,24 +350,43 @@ def _list(values: tuple[int, ...] | None) -> list[int] | None:
     return None if values is None else list(values)
 
 
-def build_model(args: Options, space, classes: list[str]):
-    """The classifier of `args` for a measured `LatentSpace`."""
-    from ldm.models.classifier import NoisyLatentClassifier, network_config, process_params
+def net_config(args: Options, space, classes: list[str], source) -> dict[str, Any]:
+    """target/params of the encoder; `source` is the diffusion model of --init_from, or None."""
+    from ldm.models.classifier import network_config, network_config_of
 
-    model = NoisyLatentClassifier(
-        net_config=network_config(
-            space.first_stage,
+    if source is not None:
+        return network_config_of(
+            source,
             len(classes),
-            width=args.classifier_width,
-            depth=args.classifier_depth,
-            channel_mult=_list(args.classifier_channel_mult),
-            attention_resolutions=_list(args.classifier_attention_resolutions),
             pool=args.classifier_pool,
-            resblock_updown=args.classifier_resblock_updown,
-            use_scale_shift_norm=args.classifier_use_scale_shift_norm,
             dropout=args.classifier_dropout,
             use_checkpoint=args.classifier_use_checkpoint,
-        ),
+        )
+    return network_config(
+        space.first_stage,
+        len(classes),
+        width=args.classifier_width,
+        depth=args.classifier_depth,
+        channel_mult=_list(args.classifier_channel_mult),
+        attention_resolutions=_list(args.classifier_attention_resolutions),
+        pool=args.classifier_pool,
+        resblock_updown=args.classifier_resblock_updown,
+        use_scale_shift_norm=args.classifier_use_scale_shift_norm,
+        dropout=args.classifier_dropout,
+        use_checkpoint=args.classifier_use_checkpoint,
+    )
+
+
+def build_model(args: Options, space, classes: list[str]):
+    """The classifier of `args` for a measured `LatentSpace`."""
+    from ldm.checkpoint import load_model
+    from ldm.models.classifier import NoisyLatentClassifier, process_params, start_from_unet
+
+    source = None
+    if args.init_from:
+        source = load_model(args.init_from, "diffusion", what="--init_from")
+    model = NoisyLatentClassifier(
+        net_config=net_config(args, space, classes, source),
         autoencoder_fingerprint=space.first_stage.fingerprint(),
         scale_factor=space.scale_factor,
         **process_params(space.schedule),
@@ -287,8 +397,39 @@ def build_model(args: Options, space, classes: list[str]):
         anneal_steps=args.iterations if args.anneal_lr else None,
         first_stage=space.first_stage,
     )
+    if source is not None:
+        start_from_unet(model, source, f"--init_from {args.init_from}")
     model.classes, model.seed, model.learning_rate = list(classes), args.seed, args.lr
     return model
+
+
+def build_readout(args: Options, data, devices):
+    """The readout of `args`, and the features that it is trained and validated on."""
+    from ldm.checkpoint import load_model
+    from ldm.models.readout import FeatureData, FeatureMaker, ReadoutClassifier, choose_draws
+
+    if devices.ranks > 1:
+        raise UserError("--readout trains on one device; leave --devices, --gpus, --num_nodes out")
+    diffusion = load_model(args.readout, "diffusion", what="--readout")
+    model = ReadoutClassifier.of(
+        diffusion,
+        data.classes,
+        blocks=_list(args.readout_blocks),
+        width=args.readout_width or 256,
+        dropout=0.3 if args.readout_dropout is None else args.readout_dropout,
+        weight_decay=args.weight_decay,
+        anneal_steps=args.iterations if args.anneal_lr else None,
+    )
+    model.seed, model.learning_rate = args.seed, args.lr
+    if args.dry_run:
+        return model, data
+    tiles = data.train_dataset
+    draws = args.readout_draws or choose_draws(len(tiles))
+    log.info("reading %d draws of %d tiles", draws, len(tiles))
+    maker = FeatureMaker(model, diffusion, devices)
+    train, validation = maker.training(tiles, draws, args.seed), maker.validation(data.val_dataset)
+    model.net.standardise(train.features)
+    return model, FeatureData(train, validation, args.batch_size, args.seed)
 
 
 def describe(args: Options, model, data, devices) -> str:
@@ -301,7 +442,7 @@ def describe(args: Options, model, data, devices) -> str:
     scale = scale_text(model.scale_factor)
     t = "over the whole schedule" if model.noised else "0 only, on clean latents"
     ranks = devices.ranks
-    passes = math.ceil(args.batch_size / (model.microbatch or args.batch_size))
+    passes = math.ceil(args.batch_size / (getattr(model, "microbatch", None) or args.batch_size))
     return "\n".join(
         [
             f"parameters   {sum(p.numel() for p in model.net.parameters()):,}",
@@ -347,6 +488,31 @@ def write_result(trainer: "pl.Trainer", run) -> None:
     )
 
 
+def prepare(args: Options, devices):
+    """The labelled tiles with their configuration, the classifier, and what it is trained on."""
+    from ldm.config import instantiate_from_config
+    from ldm.models.classifier import LatentSpace
+
+    space = LatentSpace.load(args.first_stage, "--readout" if args.readout else "--first_stage")
+    pixels = space.first_stage.resolution
+    if args.image_size not in (None, pixels):
+        raise UserError(
+            f"--image_size {args.image_size}: {args.first_stage} works on tiles of {pixels} "
+            f"pixels; give --image_size {pixels}"
+        )
+    node = data_config(args, pixels)
+    data = instantiate_from_config(node)
+    data.setup()
+    if data.cache is not None:
+        check_cache(data.cache, space)
+    if args.readout:
+        model, features = build_readout(args, data, devices)
+    else:
+        space = space.measured(data.train_dataset.without_augmentation())
+        model, features = build_model(args, space, data.classes), data
+    return node, data, model, features
+
+
 def train(args: Options) -> "tuple[pl.Trainer, pl.LightningModule] | None":
     """Build everything and train; returns the trainer and the model, or None after a dry run."""
     check_paths(args)
@@ -355,33 +521,16 @@ def train(args: Options) -> "tuple[pl.Trainer, pl.LightningModule] | None":
     from omegaconf import OmegaConf
     from pytorch_lightning.callbacks import EarlyStopping
 
-    from ldm.config import instantiate_from_config
-    from ldm.models.classifier import LatentSpace
     from ldm.run import RunFolder
     from ldm.train import checkpoint_callbacks, devices_of, fit
 
     devices = devices_of(args)
     pl.seed_everything(args.seed, workers=True, verbose=False)
 
-    space = LatentSpace.load(args.first_stage)
-    pixels = space.first_stage.resolution
-    if args.image_size not in (None, pixels):
-        raise UserError(
-            f"--image_size {args.image_size}: {args.first_stage} works on tiles of {pixels} "
-            f"pixels; give --image_size {pixels}"
-        )
-    data = instantiate_from_config(data_config(args, pixels))
-    data.setup()
-    tiles = data.train_dataset
-    if data.cache is None:
-        tiles = tiles.subset(range(len(tiles)), random=False)
-    else:
-        check_cache(data.cache, space)
-    space = space.measured(tiles)
-    model = build_model(args, space, data.classes)
+    node, data, model, features = prepare(args, devices)
     config = {
         "model": {**model.rebuild_config(), "base_learning_rate": args.lr},
-        "data": data_config(args, pixels),
+        "data": node,
         "arguments": vars(args),
     }
     text = describe(args, model, data, devices)
@@ -407,7 +556,7 @@ def train(args: Options) -> "tuple[pl.Trainer, pl.LightningModule] | None":
     }
     trainer = fit(
         model,
-        data,
+        features,
         run,
         devices,
         checkpoint=checkpoint,

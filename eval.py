@@ -17,7 +17,8 @@ from pydantic import Field
 
 from ldm.cli import Count, Whole, existing_path, option, parse, run_command
 from ldm.devices import one_device, shared_devices
-from ldm.evaluation.settings import Settings
+from ldm.errors import UserError
+from ldm.models.vit_settings import Settings
 from ldm.settings import DEVICE_HELP
 
 
@@ -134,6 +135,12 @@ def main(argv: list[str] | None = None) -> int:
         devices = one_device(args.device)
     else:
         devices = shared_devices(args.device, args.devices, args.num_nodes)
+    devices = devices.with_precision(settings.precision)
+    if devices.precision == "16-mixed" and devices.accelerator != "gpu":
+        raise UserError(
+            f"--precision 16-mixed needs a CUDA device, not {devices.accelerator}; use 32"
+        )
+
     from ldm.evaluation.metrics import (
         HEADLINE,
         format_intervals,
@@ -142,20 +149,18 @@ def main(argv: list[str] | None = None) -> int:
     )
     from ldm.evaluation.runs import evaluate_checkpoint, train_and_report
     from ldm.evaluation.sets import GroupTable
-    from ldm.evaluation.training import Compute
 
     groups = None
     if args.groups is not None:
         table = existing_path(args.groups, "--groups", "file")
         groups = GroupTable(table, args.group_column or "group")
-    compute = Compute(devices.device, settings.precision, args.workers)
     folder = Path(args.logdir) / args.subset
     if args.eval:
         checkpoint = existing_path(
             resume or folder / f"seed{seeds[0]}",
             "--resume" if resume else "--eval (of a trained network; or give --resume CKPT)",
         )
-        report = evaluate_checkpoint(checkpoint, data_path, compute, folder, groups)
+        report = evaluate_checkpoint(checkpoint, data_path, devices, folder, args.workers, groups)
         for name in ("val", "test"):
             if name in report:
                 headline = ", ".join(f"{k} {report[name][k]:.4f}" for k in HEADLINE)
@@ -170,12 +175,12 @@ def main(argv: list[str] | None = None) -> int:
         settings,
         seeds,
         Path(args.logdir),
-        compute,
+        devices,
+        args.workers,
         num_classes=args.num_classes,
         resume=resume,
         overwrite=args.overwrite,
         groups=groups,
-        devices=devices,
     )
     if "notes" not in summary:
         return 0  # another process than the first, which reports

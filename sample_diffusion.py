@@ -8,7 +8,18 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from ldm.cli import Count, NotNegative, Share, Whole, like, option, parse, run_command
+from ldm.cli import (
+    Count,
+    NotNegative,
+    Share,
+    Whole,
+    existing_path,
+    like,
+    option,
+    parse,
+    run_command,
+    shown,
+)
 from ldm.devices import shared_devices
 from ldm.errors import UserError
 from ldm.settings import MACHINE, LoaderOptions, ProcessOptions
@@ -16,6 +27,7 @@ from ldm.settings import MACHINE, LoaderOptions, ProcessOptions
 DEFAULT_STEPS = 50
 DEFAULT_SCALE = 10.0
 DEFAULT_COUNT = 10
+DEFAULT_STRENGTH = 0.6
 MODELS, IMAGES, SAMPLER, GUIDANCE = "models", "images", "sampler", "guidance"
 
 
@@ -30,10 +42,10 @@ def part_of(text: str | tuple) -> tuple[int, int]:
         return tuple(text)
     words = text.split("/")
     if len(words) != 2 or not all(word.isdecimal() for word in words):
-        raise ValueError(f"{text[:40]!r} is not of the form I/N, such as 0/16")
+        raise ValueError(f"{shown(text)} is not of the form I/N, such as 0/16")
     part, count = map(int, words)
     if part >= count:
-        raise ValueError(f"{text}: parts go from 0/{count} to {count - 1}/{count}")
+        raise ValueError(f"{shown(text)}: parts go from 0/{count} to {count - 1}/{count}")
     return part, count
 
 
@@ -114,12 +126,34 @@ class Options(ProcessOptions):
     out_size: Count | None = option(
         default=None, group=IMAGES, metavar="PIXELS", help="resize the images to this side"
     )
+    start_from: str | None = option(
+        default=None,
+        group=IMAGES,
+        metavar="DIR",
+        help="start from these real training tiles instead of noise: class folders, or tiles that "
+        "--classifier labels",
+    )
+    strength: Annotated[float, Field(gt=0, le=1)] | None = option(
+        default=None,
+        group=IMAGES,
+        metavar="S",
+        help="share of the way to noise that --start_from is noised to; if omitted 0.6",
+    )
+    start_confidence: Share | None = option(
+        default=None,
+        group=IMAGES,
+        metavar="P",
+        help="least probability of a tile's class where --classifier labels --start_from",
+    )
     tar: Count | None = option(
         default=None, group=IMAGES, metavar="N", help="also pack them, N to a tar shard"
     )
 
-    sampler: Literal["ddim", "ddpm", "dpm++2m"] | None = option(
-        default=None, group=SAMPLER, help="if omitted ddim"
+    sampler: Literal["ddim", "ddpm", "dpm++2m", "euler", "heun"] | None = option(
+        default=None,
+        group=SAMPLER,
+        help="euler and heun are for rectified flows, the others for noise schedules; if omitted "
+        "ddim, or euler for a flow",
     )
     vanilla_sample: bool = option(
         "-v", default=False, group=SAMPLER, help="the same as --sampler ddpm"
@@ -132,6 +166,14 @@ class Options(ProcessOptions):
     )
     eta: Share | None = option(
         "-e", default=None, group=SAMPLER, help="DDIM noise, 0 is deterministic; if omitted 1"
+    )
+
+    latent_limit: Annotated[float, Field(gt=0)] | None = option(
+        default=None,
+        group=SAMPLER,
+        metavar="X",
+        help="with euler and heun: keep predicted clean latents within +-X, which strong guidance "
+        "would leave",
     )
 
     classifier_scale: NotNegative | None = option(
@@ -182,7 +224,8 @@ class Options(ProcessOptions):
         group=GUIDANCE,
         nargs=2,
         metavar=("LOW", "HIGH"),
-        help="guide only at training time steps in [LOW, HIGH]",
+        help="guide only at training time steps in [LOW, HIGH]; of a flow, thousandths of the way "
+        "to noise; if omitted everywhere, or up to 950 for a flow",
     )
 
     batch_size: Count = like(
@@ -199,9 +242,9 @@ class Options(ProcessOptions):
         default=False, group=MACHINE, help="compile the networks: a slow start, then faster"
     )
 
-    @property
-    def chosen_sampler(self) -> str:
-        return "ddpm" if self.vanilla_sample else self.sampler or "ddim"
+    def sampler_for(self, process) -> str:
+        """The sampler for a model's process; the process's usual one if none is given."""
+        return "ddpm" if self.vanilla_sample else self.sampler or process.samplers[0]
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Options that exclude one another."""
@@ -209,8 +252,13 @@ class Options(ProcessOptions):
             yield "sampler", f"{self.sampler}: --vanilla_sample means ddpm; leave one out"
         if self.part is not None and self.tar is not None:
             yield "tar", "packs all images; leave it out with --part, and give it without"
-        if self.chosen_sampler != "ddim" and self.eta is not None:
-            yield "eta", f"{self.eta:g} belongs to DDIM; leave it out with {self.chosen_sampler}"
+        other = "ddpm" if self.vanilla_sample else self.sampler
+        if other not in (None, "ddim") and self.eta is not None:
+            yield "eta", f"{self.eta:g} belongs to DDIM; leave it out with {other}"
+        if self.start_from is None:
+            for name in ("strength", "start_confidence"):
+                if getattr(self, name) is not None:
+                    yield name, "needs --start_from DIR; give it or leave this out"
         if self.counts is not None:
             for name, value in (("-n", self.n_samples), ("--classes", self.classes)):
                 if value is not None:
@@ -285,8 +333,15 @@ def choose_sampling(args: Options, models):
     """The `Sampling` that the options mean for these models."""
     from ldm.synthesis import Sampling
 
-    T = models.diffusion.schedule.T
-    steps = args.custom_steps or (T if args.chosen_sampler == "ddpm" else min(DEFAULT_STEPS, T))
+    process = models.diffusion.schedule
+    T, sampler = process.T, args.sampler_for(process)
+    if sampler not in process.samplers:
+        raise UserError(
+            f"--sampler {sampler} does not suit {args.model}; choose {', '.join(process.samplers)}"
+        )
+    if args.eta is not None and sampler != "ddim":
+        raise UserError(f"--eta {args.eta:g} belongs to DDIM; leave it out with {sampler}")
+    steps = args.custom_steps or (T if sampler == "ddpm" else min(DEFAULT_STEPS, T))
     if steps > T:
         raise UserError(f"--custom_steps {steps} must be in [1, {T}], the training time steps")
     scale, heat = 0.0, 1.0
@@ -294,14 +349,17 @@ def choose_sampling(args: Options, models):
         scale = DEFAULT_SCALE if args.classifier_scale is None else args.classifier_scale
         heat = args.temperature or float(models.classifier.temperature)
     # What each sampler is, in DDIM's terms: ancestral sampling has the noise of eta 1.
-    eta = {"ddim": 1.0 if args.eta is None else args.eta, "ddpm": 1.0, "dpm++2m": 0.0}
+    eta = {"ddim": 1.0 if args.eta is None else args.eta, "ddpm": 1.0}
+    interval = tuple(args.guidance_interval) if args.guidance_interval else None
+    if interval is None and scale > 0:
+        interval = process.guided_interval
     return Sampling(
-        sampler=args.chosen_sampler,
+        sampler=sampler,
         steps=steps,
-        eta=eta[args.chosen_sampler],
+        eta=eta.get(sampler, 0.0),
         scale=scale,
         seed=args.seed,
-        interval=tuple(args.guidance_interval) if args.guidance_interval else None,
+        interval=interval,
         ema=args.ema,
         guidance_on=args.guidance_on or "z_t",
         normalise=args.guidance_norm,
@@ -309,7 +367,33 @@ def choose_sampling(args: Options, models):
         temperature=heat,
         cfg_scale=1.0 if args.cfg_scale is None else args.cfg_scale,
         autoguidance_scale=1.0 if args.autoguidance_scale is None else args.autoguidance_scale,
+        limit=args.latent_limit,
+        strength=(args.strength or DEFAULT_STRENGTH) if args.start_from else None,
     )
+
+
+def choose_sources(args: Options, models, counts: dict[str, int]):
+    """The tiles of --start_from, which `models` then records; None without it."""
+    if args.start_from is None:
+        return None
+    from ldm.synthesis.sources import Sources
+
+    if models.classes is None:
+        raise UserError(
+            "--start_from needs --classifier, or a model that takes labels as -r: a variation is "
+            "made for a class"
+        )
+    existing_path(args.start_from, "--start_from", "dir")
+    sources = Sources(
+        args.start_from,
+        models.diffusion,
+        models.classes,
+        models.classifier,
+        args.start_confidence or 0.0,
+    )
+    sources.require([name for name, count in counts.items() if count])
+    models.files["start_from"] = sources.digest
+    return sources
 
 
 def default_outdir(checkpoint: Path, label: str) -> Path:
@@ -342,6 +426,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     check_models(args, models)
     sampling, counts = choose_sampling(args, models), choose_counts(args, models)
+    sources = choose_sources(args, models, counts)
     checkpoint = checkpoint_path(args.model, "--model")
     outdir = Path(args.out) if args.out else default_outdir(checkpoint, sampling.label)
     settings = make_settings(sampling, models, devices, args.out_size)
@@ -350,7 +435,7 @@ def main(argv: list[str] | None = None) -> int:
 
     with devices.launch() as (ranks, device):
         synthesiser = Synthesiser(models.to(device), sampling, devices)
-        report = synthesise(synthesiser, folder, counts, args.batch_size, ranks, part)
+        report = synthesise(synthesiser, folder, counts, args.batch_size, ranks, part, sources)
     if not ranks.is_first:
         return 0
     for warning in folder.guidance_log.warnings(sampling):

@@ -5,7 +5,6 @@ other work on the machine falls on all of them alike, ratios are taken between r
 turn, and the memory of one is not counted as that of another.
 """
 
-import argparse
 import gc
 import json
 import statistics
@@ -20,13 +19,12 @@ from importlib.metadata import version
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from ldm.cli import ArgumentParser, number
+from ldm.cli import Count, NotNegative, option
 from ldm.errors import UserError
+from ldm.settings import DEVICE_HELP
 
-SIZES = ("demo", "small", "paper")
-PEERS = ("diffusers", "monai")
 # Imported before the memory of a contestant is measured: libraries are not what is compared.
 IMPORTS = {
     "all": (
@@ -49,35 +47,32 @@ Lap = Callable[[str], None]  # called at the end of each part of a step, with th
 Turns = Mapping[str, Sequence[Mapping[str, Any]]]  # by contestant, what `run_turn` returns
 
 
-def make_parser(name: str, description: str) -> ArgumentParser:
-    """A parser with the options of every benchmark."""
-    parser = ArgumentParser(prog=f"benchmarks.{name}", description=description)
-    parser.add_argument("--repeats", type=number(int, 1), default=5, help="turns of each")
-    parser.add_argument(
-        "--min_run_time", type=number(float, 0), default=1.0, help="shortest time of a turn, s"
-    )
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkOptions:
+    """Options of every benchmark."""
+
+    repeats: Count = option(default=5, help="turns of each contestant")
+    min_run_time: NotNegative = option(default=1.0, help="shortest time of a turn, in seconds")
 
 
-def add_network_options(
-    parser: ArgumentParser, size: str, batch_size: int, peers: tuple[str, ...] = PEERS
-) -> None:
-    """Add the options of the benchmarks that run networks."""
-    add = parser.add_argument
-    add("--size", choices=SIZES, default=size, help="size of the networks")
-    add("--batch_size", type=number(int, 1), default=batch_size, help="images of a step")
-    add(
-        "--peers",
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions(BenchmarkOptions):
+    """Options of the benchmarks that run networks."""
+
+    size: Literal["demo", "small", "paper"] = option(default="small", help="size of the networks")
+    batch_size: Count = option(default=8, help="images of a step")
+    peers: tuple[Literal["diffusers", "monai"], ...] = option(
+        default=("diffusers",),
         nargs="*",
-        choices=peers,
-        default=["diffusers"],
         metavar="LIBRARY",
-        help=f"libraries to compare with ({', '.join(peers)}); without a name: ours alone",
+        help="libraries to compare with, diffusers or monai; without a name: ours alone",
     )
-    add("--precision", choices=("auto", "32", "bf16"), default="auto", help="auto: bf16 on GPUs")
-    add("--channels_last", action="store_true", help="memory layout that suits tensor cores")
-    add("--compile", action="store_true", help="compile the networks")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:INDEX or mps")
+    precision: Literal["auto", "32", "bf16"] = option(
+        default="auto", help="auto: bf16 on GPUs that have it, else 32"
+    )
+    channels_last: bool = option(default=False, help="memory layout that suits tensor cores")
+    compile: bool = option(default=False, help="compile the networks")
+    device: str = option(default="auto", help=DEVICE_HELP)
 
 
 @dataclass(frozen=True)
@@ -221,7 +216,7 @@ def call_in(pool: Executor, name: str, call: Callable, *args: Any) -> Any:
         ) from None
 
 
-def compete(contestants: Mapping[str, Contestant], args: argparse.Namespace) -> Turns:
+def compete(contestants: Mapping[str, Contestant], args: BenchmarkOptions) -> Turns:
     """Let the contestants run in turn, `args.repeats` times, each built and warmed up before.
 
     Raises:
@@ -300,7 +295,7 @@ def compared(turns: Turns, pairs: Sequence[tuple[str, str]], images: int) -> dic
     }
 
 
-def print_result(args: argparse.Namespace, **facts: Any) -> None:
+def print_result(args: BenchmarkOptions, **facts: Any) -> None:
     """Print one line of JSON: the options, what was measured, and where and when."""
     from ldm.run import git_revision, hardware, versions
 

@@ -3,30 +3,35 @@
 python -m benchmarks.encode --size paper --batch_size 1 --peers diffusers monai
 """
 
-import argparse
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from benchmarks.common import (
     Contestant,
     Lap,
+    NetworkOptions,
     Ready,
-    add_network_options,
     compared,
     compete,
-    make_parser,
     print_result,
 )
-from ldm.cli import run_command
+from ldm.cli import parse, run_command
 
 if TYPE_CHECKING:
     from benchmarks.networks import Execution, Networks
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("encode", __doc__.splitlines()[0])
-    add_network_options(parser, size="small", batch_size=8)
-    return parser.parse_args(argv)
+@dataclass(frozen=True, kw_only=True)
+class Options(NetworkOptions):
+    """Measure how fast the autoencoder encodes images, beside those of other libraries."""
+
+    program: ClassVar = "benchmarks.encode"
+    example: ClassVar = "  python -m benchmarks.encode --size paper --batch_size 1"
+
+
+def parse_arguments(argv: list[str] | None = None) -> Options:
+    return parse(Options, argv)
 
 
 def build(library: str, networks: "Networks", execution: "Execution", batch_size: int) -> Ready:
@@ -71,4 +76,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, Options)

@@ -6,7 +6,6 @@ compares files, tar shards and cached latents. Tiles are procedural, so that any
 They are few and lie in the page cache: the work of the processor is measured, not the disk.
 """
 
-import argparse
 import sys
 import tempfile
 import time
@@ -15,10 +14,12 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from benchmarks.common import SIZES, make_parser, print_result, rounded, spread
-from ldm.cli import number, run_command
+from pydantic import Field
+
+from benchmarks.common import BenchmarkOptions, print_result, rounded, spread
+from ldm.cli import Count, Whole, option, parse, run_command
 
 if TYPE_CHECKING:
     from benchmarks.networks import Networks
@@ -30,16 +31,31 @@ PASS = 100_000  # images of a pass, more than are measured
 PREFETCH = 2  # batches per worker, as in training
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("loading", __doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--size", choices=SIZES, default="paper", help="size of the tiles (paper: 256 pixels)")
-    add("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help="of files")
-    add("--workers", nargs="+", type=number(int, 0), default=[0, 1, 2], help="loader processes")
-    add("--batch_size", type=number(int, 1), default=32, help="images of a batch")
-    add("--tiles", type=number(int, 1), default=64, help="files that are read again and again")
-    add("--needed", type=number(float, 1e-3), help="images per second that training would take")
-    return parser.parse_args(argv)
+@dataclass(frozen=True, kw_only=True)
+class Options(BenchmarkOptions):
+    """Measure how fast training tiles are read, decoded, augmented and put into batches."""
+
+    program: ClassVar = "benchmarks.loading"
+    example: ClassVar = "  python -m benchmarks.loading --workers 0 8 16 --needed 300"
+
+    size: Literal["demo", "small", "paper"] = option(
+        default="paper", help="size of the tiles (paper: 256 pixels)"
+    )
+    kinds: tuple[Literal["png", "jpeg", "webp", "shards", "latents"], ...] = option(
+        default=KINDS, metavar="KIND", help="kinds of files: png, jpeg, webp, shards, latents"
+    )
+    workers: tuple[Whole, ...] = option(
+        default=(0, 1, 2), metavar="N", help="loader processes, one number after the other"
+    )
+    batch_size: Count = option(default=32, help="images of a batch")
+    tiles: Count = option(default=64, help="files that are read again and again")
+    needed: Annotated[float, Field(ge=1e-3, allow_inf_nan=False)] | None = option(
+        default=None, help="images per second that training would take"
+    )
+
+
+def parse_arguments(argv: list[str] | None = None) -> Options:
+    return parse(Options, argv)
 
 
 @dataclass(frozen=True)
@@ -222,4 +238,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, Options)

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.common import NetworkOptions
+from ldm.devices import one_device
+
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 # Configurations of the autoencoder and the diffusion model.
 FILES = {
@@ -78,14 +81,11 @@ class Execution:
     compile: bool = False
 
     @classmethod
-    def of(cls, args: Any) -> "Execution":
-        """Read the options of `benchmarks.common.add_network_options`."""
-        from ldm.cli import resolve_device
-        from ldm.synthesis.settings import choose_precision
-
-        device = resolve_device(args.device)
-        precision = choose_precision(args.precision, device)
-        return cls(device, precision, args.channels_last, args.compile)
+    def of(cls, args: NetworkOptions) -> "Execution":
+        """How the options say."""
+        devices = one_device(args.device).with_precision(args.precision)
+        precision = devices.record()["precision"]
+        return cls(devices.device, precision, args.channels_last, args.compile)
 
     @property
     def dtype(self) -> str:

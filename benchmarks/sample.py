@@ -3,21 +3,22 @@
 python -m benchmarks.sample --size paper --batch_size 32 -c 50 --precision bf16 --compile
 """
 
-import argparse
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
 
 from benchmarks.common import (
     Contestant,
     Lap,
+    NetworkOptions,
     Ready,
-    add_network_options,
     compared,
     compete,
-    make_parser,
     print_result,
 )
-from ldm.cli import number, run_command
+from ldm.cli import like, option, parse, run_command
 
 if TYPE_CHECKING:
     from benchmarks.networks import Execution, Networks
@@ -32,13 +33,27 @@ CLASSIFIERS = {
 }
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("sample", __doc__.splitlines()[0])
-    add_network_options(parser, size="demo", batch_size=8, peers=("diffusers",))
-    parser.add_argument(
-        "-c", "--custom_steps", type=number(int, 1, 1000), default=10, help="sampling steps"
+@dataclass(frozen=True, kw_only=True)
+class Options(NetworkOptions):
+    """Measure how fast DDIM samples images, beside diffusers, and what guidance costs."""
+
+    program: ClassVar = "benchmarks.sample"
+    example: ClassVar = "  python -m benchmarks.sample --size paper --batch_size 32 -c 50"
+
+    size: Literal["demo", "small", "paper"] = like(NetworkOptions, "size", "demo")
+    peers: tuple[Literal["diffusers"], ...] = like(
+        NetworkOptions,
+        "peers",
+        ("diffusers",),
+        help="diffusers, to compare with; without a name: ours alone",
     )
-    return parser.parse_args(argv)
+    custom_steps: Annotated[int, Field(ge=1, le=1000)] = option(
+        "-c", default=10, help="sampling steps"
+    )
+
+
+def parse_arguments(argv: list[str] | None = None) -> Options:
+    return parse(Options, argv)
 
 
 def random_models(networks: "Networks", classifier: dict[str, Any] | None) -> "Models":
@@ -141,4 +156,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, Options)

@@ -9,25 +9,24 @@ averages weights with its own functions; MONAI's network is trained with ours. O
 numbers that are not finite, as its training does.
 """
 
-import argparse
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from benchmarks.common import (
     Contestant,
     Lap,
+    NetworkOptions,
     Ready,
-    add_network_options,
     compared,
     compete,
-    make_parser,
     print_result,
 )
 from benchmarks.loading import Source, make_source
-from ldm.cli import number, run_command
+from ldm.cli import Count, Whole, like, option, parse, run_command
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -46,20 +45,25 @@ SCHEDULE = {
 LEARNING_RATE, WEIGHT_DECAY, EMA_DECAY = 5e-5, 0.01, 0.9999
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("train", __doc__.splitlines()[0])
-    add_network_options(parser, size="small", batch_size=4)
-    parser.add_argument(
-        "--from",
-        dest="sources",
-        nargs="+",
-        choices=KINDS,
-        default=["latents"],
+@dataclass(frozen=True, kw_only=True)
+class Options(NetworkOptions):
+    """Measure the steps of diffusion training, beside those of other libraries."""
+
+    program: ClassVar = "benchmarks.train"
+    example: ClassVar = "  python -m benchmarks.train --size paper --batch_size 1 --peers"
+
+    batch_size: Count = like(NetworkOptions, "batch_size", 4)
+    sources: tuple[Literal["latents", "images"], ...] = option(
+        default=("latents",),
         metavar="SOURCE",
+        published=("--from",),
         help="train from cached latents, from images that are encoded, or one beside the other",
     )
-    parser.add_argument("--workers", type=number(int, 0), default=0, help="loader processes")
-    return parser.parse_args(argv)
+    workers: Whole = option(default=0, help="loader processes")
+
+
+def parse_arguments(argv: list[str] | None = None) -> Options:
+    return parse(Options, argv)
 
 
 def noise_and_average(
@@ -171,4 +175,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, Options)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 KEY = "histodiffusion"
 FORMAT = 1
+# Classes that have moved since checkpoints that name them were written.
+MOVED = {"ldm.evaluation.vit.TileClassifier": "ldm.models.vit.TileClassifier"}
 KINDS = ("autoencoder", "diffusion", "classifier", "vit")
 
 
@@ -92,10 +94,10 @@ def checkpoint_path(path: str | os.PathLike, what: str = "checkpoint") -> Path:
 
 
 def load_tensors(path: Path, what: str) -> Any:
-    """What torch saved in a file, on the CPU, provided that it is tensors and plain data only.
+    """Content of a file that torch saved, on the CPU, if it is tensors and plain data only.
 
     Raises:
-        UserError: It is not, or it is no such file.
+        UserError: The file holds anything else, or was not saved by torch.
     """
     import torch
 
@@ -124,10 +126,11 @@ def read_checkpoint(
     Args:
         path: A checkpoint file, or a run folder (its last checkpoint).
         kinds: Accepted kinds; None for any.
-        what: How messages call it, for example `--classifier`.
+        what: How errors call the checkpoint.
 
     Raises:
-        UserError: No such file, not one of ours, or of another kind.
+        UserError: The file does not exist, is no checkpoint of this toolkit, or holds a model of
+            another kind.
     """
     found = checkpoint_path(path, what)
     payload = load_tensors(found, what)
@@ -136,7 +139,11 @@ def read_checkpoint(
 
 
 def check_record(payload: Any, found: Path, kinds: tuple[str, ...] | None, what: str) -> None:
-    """UserError unless `payload`, read from `found`, is a checkpoint of ours of one of `kinds`."""
+    """Check that `payload`, read from `found`, is a checkpoint of ours and of one of `kinds`.
+
+    Raises:
+        UserError: It is something else, of a later format, or of another kind.
+    """
     if not isinstance(payload, dict) or KEY not in payload:
         raise UserError(
             f"{what}: {found} was not written by this toolkit (it has no {KEY!r} entry); "
@@ -174,7 +181,8 @@ def load_model(
     record = payload[KEY]
     # weights_only keeps code out of the tensors; this keeps it out of the classes to build.
     require_own_targets(record["model"], path)
-    model = instantiate_from_config(record["model"])
+    target = record["model"]["target"]
+    model = instantiate_from_config({**record["model"], "target": MOVED.get(target, target)})
     training_only = tuple(record["training_only"])
     state = {k: v for k, v in payload["state_dict"].items() if not k.startswith(training_only)}
     load_strictly(model, state, f"{what}: {path}")
@@ -184,7 +192,7 @@ def load_model(
 
 
 def load_strictly(model, state: dict, where: str) -> None:
-    """`load_state_dict` whose mismatches are one line that names the first few."""
+    """Load weights by `load_state_dict`; mismatches become one line that names the first few."""
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:

@@ -24,6 +24,7 @@ Imports nothing heavy, so that `--help` answers at once.
 import argparse
 import dataclasses
 import difflib
+import functools
 import json
 import logging
 import os
@@ -133,11 +134,10 @@ def checked(settings: type, values: Mapping[str, Any], strict: bool = True) -> A
     values = {name: value for name, value in values.items() if name in known}
     result = None
     try:
-        adapter = TypeAdapter(settings)
         if strict:
-            result = adapter.validate_json(json.dumps(values), strict=True)
+            result = _adapter(settings).validate_json(json.dumps(values), strict=True)
         else:
-            result = adapter.validate_python(values)
+            result = _adapter(settings).validate_python(values)
     except ValidationError as error:
         hints = typing.get_type_hints(settings, include_extras=True)
         for one in error.errors(include_url=False):
@@ -149,6 +149,11 @@ def checked(settings: type, values: Mapping[str, Any], strict: bool = True) -> A
     if found:
         raise Problems(found)
     return result
+
+
+@functools.cache
+def _adapter(settings: type) -> TypeAdapter:
+    return TypeAdapter(settings)
 
 
 def reason(error: Mapping[str, Any], annotation: Any = None) -> str:
@@ -271,6 +276,7 @@ def parse(settings: type, argv: Sequence[str] | None = None) -> Any:
     return result
 
 
+@functools.cache
 def _parser(settings: type) -> _Parser:
     description, _, more = (settings.__doc__ or "").partition("\n\n")
     example = getattr(settings, "example", "")
@@ -455,7 +461,7 @@ def _unindented(text: str) -> str:
     return re.sub(r"^    ", "", text, flags=re.MULTILINE).strip()
 
 
-# --- Running ---
+# --- Running -------------------------------------------------------------------------------------
 
 
 def existing_path(text: str | os.PathLike, what: str, kind: str = "any") -> Path:
@@ -535,56 +541,3 @@ def run_command(main: Callable[[], int | None], settings: type | None = None) ->
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(status)
-
-
-# --- OLD ---
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, where there is something to show."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False:
-            return action.help
-        return super()._get_help_string(action)
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line (no usage block) with exit status 2."""
-
-    def __init__(self, *args, **kwargs):
-        kwargs.setdefault("formatter_class", HelpFormatter)
-        kwargs.setdefault("allow_abbrev", False)
-        super().__init__(*args, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
-
-
-def boolean(text: str) -> bool:
-    """Parse `True`/`False` as the published scripts take them (`--anneal_lr True`)."""
-    value = text.strip().lower()
-    if value in ("true", "yes", "y", "1", "t"):
-        return True
-    if value in ("false", "no", "n", "0", "f"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
-
-
-def number(kind: type, low: float | None = None, high: float | None = None) -> Callable:
-    """An argparse type for an int or float within [low, high]."""
-
-    def parse(text: str) -> int | float:
-        try:
-            value = kind(text)
-        except ValueError:
-            word = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {word}") from None
-        # Written so that nan, for which every comparison is false, is refused too.
-        inside = (low is None or value >= low) and (high is None or value <= high)
-        if not inside or value != value:
-            bounds = f"[{'-inf' if low is None else low}, {'inf' if high is None else high}]"
-            raise argparse.ArgumentTypeError(f"{text} must be in {bounds}")
-        return value
-
-    return parse

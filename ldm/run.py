@@ -212,7 +212,7 @@ class MadeFolder:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where one run writes: checkpoints/, configs/, images/, logs beside them."""
+    """The folder of one run: checkpoints/, configs/, images/, and logs beside them."""
 
     root: Path
 
@@ -258,7 +258,7 @@ class RunFolder:
         A named run that exists goes on where it stopped, if its `model` section is the same.
 
         Raises:
-            UserError: There is nothing to resume, or another model under this name.
+            UserError: There is no checkpoint to resume from, or the run has another model.
         """
         from omegaconf import OmegaConf
 

@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 CLIP = "gradient_clip_val"
 CHECKPOINT_EVERY = 1000  # optimiser steps
+# Checkpoints are called as we say, and overwritten.
+OWN_NAMES = {"enable_version_counter": False, "auto_insert_metric_name": False}
 # Hints for people who tune, and a deprecation inside Lightning: not for every run's log.
 IGNORED_WARNINGS = (
     ".*does not have many workers.*",
@@ -71,7 +73,8 @@ def fit(
         checkpoint: Where to go on from; None for a new run.
         callbacks: See `checkpoint_callbacks`.
         settings: Arguments of Lightning's trainer; they take precedence.
-        loggers: `lightning.logger` of the configuration, see `build_loggers`.
+        loggers: `lightning.logger` of the configuration, see `build_loggers`; False for none, not
+            even the CSV files.
         config: Resolved configuration, for the record of this start; None keeps no record.
         summary: What is trained, shown at the start.
 
@@ -102,7 +105,11 @@ def fit(
     # Older Lightning has no such argument; its own default then is to load everything.
     takes_it = "weights_only" in inspect.signature(trainer.fit).parameters
     safe = {"weights_only": True} if checkpoint and takes_it else {}
-    trainer.fit(model, datamodule=data, ckpt_path=checkpoint, **safe)
+    try:
+        trainer.fit(model, datamodule=data, ckpt_path=checkpoint, **safe)
+    except SystemExit:  # what Lightning makes of Ctrl-C; older ones return
+        if not trainer.interrupted:
+            raise
     if trainer.interrupted:
         raise KeyboardInterrupt
     trainer.save_checkpoint(run.last)
@@ -149,6 +156,10 @@ def build_trainer(
     refresh = 1 if sys.stderr.isatty() else 50
     plugins = settings.pop("plugins", None) or []
     plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
+    kept: list[Any] = []
+    if loggers is not False:
+        # One version per start: a resumed run does not overwrite what was logged before.
+        kept = [pl.loggers.CSVLogger(run.root, name="metrics"), *build_loggers(loggers, run)]
     arguments = {
         "accelerator": devices.accelerator,
         "devices": devices.devices,
@@ -158,16 +169,12 @@ def build_trainer(
         "log_every_n_steps": 10,
         "enable_model_summary": False,
         **settings,
-        "logger": [
-            # One version per start: a resumed run does not overwrite what was logged before.
-            pl.loggers.CSVLogger(run.root, name="metrics"),
-            *build_loggers(loggers, run),
-        ],
+        "logger": kept,
         "plugins": [*plugins, *cluster_plugins(), CheckpointFiles()],
         "callbacks": [
             Throughput(),
             FollowLayout(),
-            LearningRateMonitor("step"),
+            *([LearningRateMonitor("step")] if kept else []),
             *([ProgressBar(refresh_rate=refresh)] if bar else []),
             *callbacks,
         ],
@@ -290,13 +297,10 @@ def checkpoint_callbacks(
     mode = settings.pop("mode", None)
     every = settings.pop("every_n_train_steps", CHECKPOINT_EVERY)
     keep = settings.pop("keep_last", None)
-    common = {
-        "dirpath": run.checkpoints,
-        "enable_version_counter": False,
-        "auto_insert_metric_name": False,
-    }
+    common = {"dirpath": run.checkpoints, **OWN_NAMES}
     stepwise = {"filename": "step_{step:08d}", "every_n_train_steps": every, **common}
-    callbacks: list[pl.Callback] = [LastCheckpoint(every, **common), StopOnSignal(run.last)]
+    last = LastCheckpoint(every_n_train_steps=every, **common)
+    callbacks: list[pl.Callback] = [last, StopOnSignal(run.last)]
     if keep is not None:
         callbacks.append(RecentCheckpoints(keep, **stepwise))
     best = {}

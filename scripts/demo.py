@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from ldm.experiment import engine
     from ldm.experiment.demo import Demo, read_settings
-    from ldm.experiment.gather import gather
+    from ldm.experiment.gather import gather, write_json_table
     from ldm.experiment.jobs import Records, State, show_path
     from ldm.experiment.preflight import check_commands
     from ldm.experiment.progress import Progress
@@ -74,11 +74,12 @@ def main(argv: list[str] | None = None) -> int:
     if any(one.state is not State.DONE for one in standing.values()):
         return STOPPED
 
-    from ldm.demo.report import write_report
+    from ldm.experiment.demo_report import write_report
 
     before = time.monotonic()
-    gather(plan, standing)
-    headline = write_report(demo, {name: one.record for name, one in standing.items()})
+    table = gather(plan, standing)
+    write_json_table(table, plan.out / "table.json")
+    headline = write_report(demo, table)
     progress.step("report and table", time.monotonic() - before, headline)
     print(f"{show_path(plan.out / 'report.html')} and table.csv, {time.monotonic() - start:.0f} s")
     return 0

@@ -83,13 +83,22 @@ class Options(DeviceOption):
     intervals: Annotated[
         tuple[Annotated[tuple[int, int] | None, BeforeValidator(interval)], ...], Commas
     ] = option(
-        default=(None,), metavar="SPANS", help="guided time steps, LOW:HIGH or all; if omitted all"
+        default=(None,),
+        metavar="SPANS",
+        help="guided time steps, LOW:HIGH or all; if omitted all, for a flow up to 950",
     )
     steps: Annotated[tuple[Count, ...], Commas] = option(
         default=(25,), metavar="N,N", help="sampling steps"
     )
-    samplers: Annotated[tuple[Literal["ddim", "ddpm", "dpm++2m"], ...], Commas] = option(
-        default=("ddim",), metavar="NAME,NAME", help="among ddim, ddpm, dpm++2m"
+    samplers: (
+        Annotated[tuple[Literal["ddim", "ddpm", "dpm++2m", "euler", "heun"], ...], Commas] | None
+    ) = option(
+        default=None,
+        metavar="NAME,NAME",
+        help="among ddim, ddpm, dpm++2m, or euler, heun for a flow; if omitted ddim or euler",
+    )
+    latent_limit: NotNegative | None = option(
+        default=None, help="with euler and heun: keep predicted clean latents within +-X"
     )
     eta: Share = option(default=1.0, help="DDIM noise, 0 is deterministic")
     guidance_on: Literal["z_t", "z_0"] = option(default="z_t", help="what the classifier sees")
@@ -114,19 +123,20 @@ def parse_arguments(argv: list[str] | None = None) -> Options:
     return parse(Options, argv)
 
 
-def settings_of(args: Options, guided_by_classifier: bool, temperature: float) -> list:
+def settings_of(args: Options, guided_by_classifier: bool, temperature: float, process) -> list:
     """The settings to try: every combination, but an unguided one once for all intervals."""
     from ldm.synthesis import Sampling
 
-    grid = []
+    grid, usual = [], process.guided_interval if guided_by_classifier else None
     for sampler, steps, span, scale in product(
-        args.samplers, args.steps, args.intervals, args.scales
+        args.samplers or process.samplers[:1], args.steps, args.intervals, args.scales
     ):
         common = {
             "sampler": sampler,
             "steps": steps,
             "eta": {"ddim": args.eta, "ddpm": 1.0}.get(sampler, 0.0),
             "seed": args.seed,
+            "limit": args.latent_limit,
         }
         if not guided_by_classifier:
             unguided = scale == 1
@@ -142,7 +152,7 @@ def settings_of(args: Options, guided_by_classifier: bool, temperature: float) -
                 "clip": args.guidance_clip,
                 "temperature": temperature,
             }
-        grid.append(Sampling(**common, **values, interval=None if unguided else span))
+        grid.append(Sampling(**common, **values, interval=None if unguided else span or usual))
     return list(dict.fromkeys(grid))
 
 
@@ -157,7 +167,8 @@ def main(argv: list[str] | None = None) -> None:
     from ldm.data.tiles import read_tile
     from ldm.evaluation import sweep
     from ldm.features.source import VIT, FeatureSource
-    from ldm.files import write_bytes, write_json, write_text
+    from ldm.files import write_bytes, write_csv, write_json, write_text
+    from ldm.report.grids import contact_sheet
     from ldm.run import git_revision, hardware, versions
     from ldm.synthesis import load_models
 
@@ -174,7 +185,7 @@ def main(argv: list[str] | None = None) -> None:
     temperature = args.temperature
     if temperature is None:
         temperature = float(models.classifier.temperature) if by_classifier else 1.0
-    grid = settings_of(args, by_classifier, temperature)
+    grid = settings_of(args, by_classifier, temperature, models.diffusion.schedule)
     extractor = FeatureSource(VIT, args.judge).open(device)
     if extractor.classes != classes:
         raise UserError(
@@ -197,10 +208,11 @@ def main(argv: list[str] | None = None) -> None:
 
     agreement = real.agreement(len(classes)).mean().item()
     chosen = sweep.best(rows)
-    write_text(out / "sweep.csv", sweep.to_csv(rows))
-    write_text(out / "sweep.md", sweep.to_markdown(rows, agreement))
+    markdown = sweep.markdown(rows, agreement)
+    write_csv(out / "sweep.csv", sweep.csv_rows(rows), list(rows[0].cells()))
+    write_text(out / "sweep.md", markdown)
     write_bytes(out / "sweep.png", sweep.draw(rows, agreement))
-    write_bytes(out / "tiles.png", sweep.contact_sheet(sheet, [name for name, _ in columns]))
+    write_bytes(out / "tiles.png", contact_sheet(sheet, [name for name, _ in columns]))
     record = {
         "command": sys.argv,
         "models": models.files,
@@ -214,7 +226,7 @@ def main(argv: list[str] | None = None) -> None:
         "revision": git_revision(),
     }
     write_json(out / "sweep.json", record)
-    print(sweep.to_markdown(rows, agreement), end="")
+    print(markdown, end="")
     option = "--classifier_scale" if by_classifier else "--cfg_scale"
     print(
         f"best by these numbers: {option} {chosen.scale:g} ({chosen.series}); a judge overlooks "

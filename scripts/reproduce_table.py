@@ -99,7 +99,7 @@ def show_status(standing, rows) -> str:
 def write_table(plan, standing) -> str:
     """Write all results; returns the headline."""
     from ldm.experiment.gather import gather, write_json_table
-    from ldm.table.report import write_results
+    from ldm.experiment.report import write_results
 
     table = gather(plan, standing)
     write_json_table(table, plan.out / "table.json")
@@ -172,7 +172,9 @@ def report_failures(standing) -> int:
     if failed:
         print("--retry runs what failed again", file=sys.stderr)
         return 1
-    return STOPPED if any(one.state is State.STOPPED for one in standing) else 0
+    # A command that still runs has lost the process that started it.
+    unfinished = State.STOPPED, State.RUNNING
+    return STOPPED if any(one.state in unfinished for one in standing) else 0
 
 
 if __name__ == "__main__":

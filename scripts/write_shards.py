@@ -17,7 +17,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator
 
-from ldm.cli import Count, existing_path, option, parse, run_command
+from ldm.cli import Count, existing_path, option, parse, run_command, shown
 from ldm.devices import usable_cores
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -31,7 +31,7 @@ def size_in_bytes(text: str | int) -> int:
     match = re.fullmatch(r"(\d{1,15}|\d{1,6}\.\d{1,9}(?=[KMGT]))([KMGT]?)B?", text.strip().upper())
     size = int(float(match[1]) * UNITS[match[2]]) if match else 0
     if size < 1:
-        raise ValueError(f"{text[:40]!r} is not a size; give one such as 500M or 1G")
+        raise ValueError(f"{shown(text)} is not a size; give one such as 500M or 1G")
     return size
 
 

@@ -18,7 +18,7 @@ from ldm.checkpoint import KEY, write_checkpoint
 from ldm.errors import UserError
 from ldm.evaluation.baselines import STRENGTHS, colour_histogram_baseline, colour_mean
 from ldm.evaluation.metrics import HEADLINE
-from ldm.evaluation.vit import TileClassifier
+from ldm.models.vit import TileClassifier
 from scripts import baselines
 
 CLASSES = sorted(tiny.CLASSES)

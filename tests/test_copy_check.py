@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 
@@ -28,10 +29,10 @@ from ldm.data.images import list_images, read_tile
 from ldm.data.procedural import render_tile
 from ldm.data.stain import jitter_stains
 from ldm.errors import UserError
-from ldm.evaluation.vit import TileClassifier
 from ldm.features import pixels
 from ldm.features.sets import FeatureSet
 from ldm.files import write_png
+from ldm.models.vit import TileClassifier
 from scripts import copy_check
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -235,7 +236,7 @@ def sets(tmp_path_factory) -> dict[str, Path]:
     net = TileClassifier("test_vit", 3, input_size=32, patch_size=8)
     net.classes = list(CLASSES)
     weights = root / "vit.ckpt"
-    write_checkpoint(weights, {"state_dict": net.state_dict(), "histodiffusion": net.record(0)})
+    write_checkpoint(weights, tiny.vit_checkpoint(net))
     paths = {"root": root, "train": train, "holdout": holdout, "synthetic": synthetic}
     paths |= {"weights": weights, "report": root / "report"}
     run(paths, "--weights", str(weights), "--quantile", "0.02")

@@ -361,7 +361,7 @@ def test_bad_transforms(stored, options, text):
         ({"root": "arrays", "index": "files.parquet"}, "does not fit arrays"),
         ({"root": ["files", "files"], "index": "files.parquet"}, "is of 1 roots, not 2"),
         ({"root": "hollow", "layout": "shards"}, "corpus hollow: its tar shards hold no tiles"),
-        ({"root": "corrupt", "layout": "shards"}, "cut.tar: no whole tar file"),
+        ({"root": "corrupt", "layout": "shards"}, "cut.tar: not a complete tar file"),
         ({"root": "bad"}, "bad.png: unreadable or truncated image"),
     ],
 )
@@ -384,8 +384,8 @@ def test_bad_corpora(stored, tmp_path, monkeypatch, settings, text):
 @pytest.mark.parametrize(
     ("nodes", "options", "text"),
     [
-        ({}, {}, "corpora: there is none"),
-        ({"x": None}, {}, "corpora: there is none"),
+        ({}, {}, "corpora: no corpus is given"),
+        ({"x": None}, {}, "corpora: no corpus is given"),
         ({"x": "files"}, {}, "corpora.x='files' must be a mapping"),
         ({"x/y": {"root": "files"}}, {}, "without slashes"),
         ({"x": {"root": "files"}}, {"classes": ["A"]}, "classes need labelled=true"),

@@ -1,7 +1,5 @@
 """Devices, precision and arguments of a run."""
 
-import argparse
-
 import pytest
 
 from ldm import cli
@@ -48,19 +46,6 @@ def test_more_devices_than_there_are(monkeypatch, gpus, devices):
 
 def test_a_count_of_devices(monkeypatch):
     assert Devices("gpu", [0, 3]).count == 2 and Devices("cpu", 3).count == 3
-
-
-@pytest.mark.parametrize("text", ["nan", "2", "-0.1", "x"])
-def test_numbers_out_of_range(text):
-    with pytest.raises(argparse.ArgumentTypeError):
-        cli.number(float, 0, 1)(text)
-
-
-@pytest.mark.parametrize(
-    ("text", "value"), [("True", True), ("false", False), ("1", True), ("no", False)]
-)
-def test_booleans(text, value):
-    assert cli.boolean(text) is value
 
 
 def test_worker_errors_become_one_line():

@@ -5,10 +5,13 @@ import csv
 import json
 import logging
 import math
+import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,22 +26,25 @@ from timm.data.auto_augment import AugmentOp
 
 import eval as command
 from ldm.checkpoint import KEY, read_checkpoint, write_checkpoint
+from ldm.data.seeds import seed_generators
 from ldm.data.stain import from_density, stain_matrix
 from ldm.data.tiles import read_tile
-from ldm.devices import Ranks
-from ldm.errors import UserError
-from ldm.evaluation import runs, training
+from ldm.devices import Devices, Ranks
+from ldm.errors import Stopped, UserError
+from ldm.evaluation import runs
 from ldm.evaluation.baselines import colour_histogram, colour_histogram_baseline
 from ldm.evaluation.metrics import confusion_matrix, scores
 from ldm.evaluation.predictions import Predictions
-from ldm.evaluation.sets import TransformedTiles, open_splits, seed_generators, train_transform
-from ldm.evaluation.settings import Settings
-from ldm.evaluation.training import Compute, SharedBatches, Trainer, build_network
-from ldm.evaluation.vit import TileClassifier, eval_transform, load_pretrained, load_vit
+from ldm.evaluation.runs import Arm, build_training, train_to_the_end
+from ldm.evaluation.sets import TransformedTiles, open_splits, train_transform
+from ldm.evaluation.training import Predictor, RunBatches
+from ldm.models.vit import TileClassifier, eval_transform, load_pretrained, load_vit
+from ldm.models.vit_settings import Settings
+from ldm.models.vit_training import Course, Validation, VitTraining, build_network
+from ldm.run import RunFolder
 
 ROOT = Path(command.__file__).parent
 NETWORK = dict(arch="test_vit", patch_size=16, input_size=tiny.PIXELS)
-CPU = Compute(torch.device("cpu"), "32", num_workers=0)
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +78,22 @@ def loaded_splits(data, settings):
     splits = open_splits(data, "train5+fake50%", settings)
     splits.load()
     return splits
+
+
+def prepared(data, settings, seed=0, subset="train5+fake50%", workers=0, splits=None):
+    """The arm of an evaluation, and the network and the batches of a seed."""
+    if splits is None:
+        splits = open_splits(data, subset, settings)
+        splits.load()
+    arm = Arm(subset, data / "logs" / subset, settings, splits, Devices(), workers)
+    return arm, *build_training(arm, seed, Ranks())
+
+
+def trained(data, settings, seed=0, **options):
+    """The network of a seed after its training."""
+    arm, model, batches = prepared(data, settings, seed, **options)
+    train_to_the_end(arm, model, batches, RunFolder(data / "run"), None)
+    return model
 
 
 def same(a, b):
@@ -147,7 +169,7 @@ def test_the_test_set_is_read_once(data, monkeypatch):
 
 def test_the_same_command_again_trains_nothing(data, monkeypatch):
     first = run(data)
-    monkeypatch.setattr(runs, "Trainer", None)  # to build one would be a TypeError
+    monkeypatch.setattr(runs, "build_training", None)  # a call would be a TypeError
     assert run(data) == first
 
 
@@ -159,7 +181,7 @@ def test_more_seeds_keep_those_that_are_finished(data):
 
 def test_other_settings_or_files_do_not_mix_with_earlier_results(data):
     first = run(data)
-    with pytest.raises(UserError, match=r"lr was 0\.05, is 0\.01; add --overwrite"):
+    with pytest.raises(UserError, match=r"lr 0\.05 there, 0\.01 now; add --overwrite"):
         run(data, "--lr", "0.01")
     second = run(data, "--lr", "0.01", "--overwrite")
     assert second["settings"]["lr"] == 0.01 and second["per_seed"] != first["per_seed"]
@@ -218,17 +240,22 @@ def test_a_warning_when_an_evaluated_image_was_trained_on(data, caplog):
 # --- Resume and randomness -----------------------------------------------------------------------
 
 
-def interrupt_after(monkeypatch, rounds):
-    """Save after every validation and stop like Ctrl-C after `rounds` of them."""
-    original = Trainer.run_round
+@contextmanager
+def stopped_at(update, by=KeyboardInterrupt):
+    """Save after every update, and stop a run during one, by Ctrl-C or by a scheduler's signal."""
+    original = VitTraining.training_step
 
-    def run_round(self):
-        if len(self.history) == rounds:
-            raise KeyboardInterrupt
-        return original(self)
+    def training_step(self, *args):
+        if self.updates == update:
+            if by is KeyboardInterrupt:
+                raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return original(self, *args)
 
-    monkeypatch.setattr(training, "SAVE_SECONDS", -1)
-    monkeypatch.setattr(Trainer, "run_round", run_round)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(by):
+        patch.setattr(runs, "SAVE_SECONDS", 1e-6)
+        patch.setattr(VitTraining, "training_step", training_step)
+        yield
 
 
 TIMES = ("seconds", "images_per_second")
@@ -240,57 +267,85 @@ def rows_without_times(folder):
     return [[row[i] for i in kept] for row in rows]
 
 
-@pytest.mark.parametrize("options", [(), ("--no-model-ema", "--drop", "0.1", "--opt", "sgd")])
+EVERYTHING = ("--no-model-ema", "--drop", "0.1", "--opt", "sgd", "--clip-grad", "0.1")
+
+
+@pytest.mark.parametrize("options", [(), EVERYTHING])
 def test_resumed_equals_uninterrupted(data, tmp_path, options):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     command.main(argv(data, *options, "--logdir", straight, epochs=4))
-    with pytest.MonkeyPatch.context() as patch:
-        interrupt_after(patch, 2)
-        with pytest.raises(KeyboardInterrupt):
-            command.main(argv(data, *options, "--logdir", stopped, epochs=4))
+    with stopped_at(2):
+        command.main(argv(data, *options, "--logdir", stopped, epochs=4))
     run_folder = stopped / "train5+fake50%" / "seed0"
     assert read_checkpoint(run_folder)["training"]["updates"] == 2
     assert not (run_folder / "result.json").exists()
     torch.manual_seed(123)  # what other code does with random numbers must not matter
     command.main(argv(data, *options, "--logdir", stopped, epochs=4))
+    assert_equal_runs(straight / "train5+fake50%" / "seed0", run_folder)
 
-    reference = straight / "train5+fake50%" / "seed0"
+
+def assert_equal_runs(reference, run_folder):
     a, b = (read_checkpoint(f / "checkpoints/best.ckpt") for f in (reference, run_folder))
     assert same(a["state_dict"], b["state_dict"])
     assert rows_without_times(reference) == rows_without_times(run_folder)
     assert len(rows_without_times(reference)) == 4
+    for name in ("predictions_val.csv", "predictions_test.csv"):
+        assert (reference / name).read_text() == (run_folder / name).read_text()
 
 
 MATCHED = ("--epochs", 300, "--match_steps", 11, "--validations", 4, "--batch-size", 8)
 
 
-@pytest.mark.parametrize("stop", [1, 3])
-def test_resumed_in_the_middle_of_a_pass_equals_uninterrupted(data, tmp_path, stop):
+@pytest.mark.parametrize(
+    ("stop", "by"), [(3, KeyboardInterrupt), (4, KeyboardInterrupt), (7, Stopped)]
+)
+def test_resumed_in_the_middle_of_a_pass_equals_uninterrupted(data, tmp_path, stop, by):
     """Two batches of 8 are a pass of 21 images; validations come after 3, 6, 9 and 11 updates."""
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     command.main(argv(data, *MATCHED, "--logdir", straight))
-    with pytest.MonkeyPatch.context() as patch:
-        interrupt_after(patch, stop)
-        with pytest.raises(KeyboardInterrupt):
-            command.main(argv(data, *MATCHED, "--logdir", stopped))
+    with stopped_at(stop, by):
+        command.main(argv(data, *MATCHED, "--logdir", stopped))
     run_folder = stopped / "train5+fake50%" / "seed0"
-    assert read_checkpoint(run_folder)["training"]["updates"] == 3 * stop
+    # A signal lets the update end in which it comes.
+    assert read_checkpoint(run_folder)["training"]["updates"] == stop + (by is Stopped)
+    best, _ = load_vit(run_folder / "checkpoints" / "last.ckpt")
+    assert best.classes == sorted(tiny.CLASSES), "an unfinished run can be evaluated"
     torch.manual_seed(123)
     command.main(argv(data, *MATCHED, "--logdir", stopped))
-
-    reference = straight / "train5+fake50%" / "seed0"
-    a, b = (read_checkpoint(f / "checkpoints/best.ckpt") for f in (reference, run_folder))
-    assert same(a["state_dict"], b["state_dict"])
-    assert rows_without_times(reference) == rows_without_times(run_folder)
-    for name in ("predictions_val.csv", "predictions_test.csv"):
-        assert (reference / name).read_text() == (run_folder / name).read_text()
+    assert_equal_runs(straight / "train5+fake50%" / "seed0", run_folder)
 
 
-def test_an_interrupted_run_of_an_earlier_version_is_refused(data):
-    with pytest.MonkeyPatch.context() as patch:
-        interrupt_after(patch, 1)
-        with pytest.raises(KeyboardInterrupt):
-            command.main(argv(data))
+def as_written_earlier(path):
+    """Rewrite a checkpoint as it was before `fit` trained this network."""
+    payload = read_checkpoint(path)
+    training, record = payload["training"], payload[KEY]
+    weights = training.pop("weights")
+    for part, name in (("net.", "model"), ("ema.", "ema")):
+        found = {k.removeprefix(part): v for k, v in weights.items() if k.startswith(part)}
+        training[name] = found or None
+    del training["loss_sum"], training["since_validation"]
+    training |= {"optimizer": payload["optimizer_states"][0], "scaler": {}}
+    record["model"]["target"] = "ldm.evaluation.vit.TileClassifier"
+    state = payload["state_dict"]
+    write_checkpoint(path, {KEY: record, "state_dict": state, "training": training})
+
+
+@pytest.mark.parametrize("options", [(), EVERYTHING])
+def test_an_interrupted_run_of_the_last_version_goes_on(data, tmp_path, options):
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    command.main(argv(data, *options, "--logdir", straight, epochs=4))
+    with stopped_at(2):
+        command.main(argv(data, *options, "--logdir", stopped, epochs=4))
+    run_folder = stopped / "train5+fake50%" / "seed0"
+    as_written_earlier(run_folder / "checkpoints" / "last.ckpt")
+    load_vit(run_folder / "checkpoints" / "last.ckpt")
+    command.main(argv(data, *options, "--logdir", stopped, epochs=4))
+    assert_equal_runs(straight / "train5+fake50%" / "seed0", run_folder)
+
+
+def test_an_interrupted_run_that_counted_epochs_is_refused(data):
+    with stopped_at(1):
+        command.main(argv(data))
     last = data / "logs/train5+fake50%/seed0/checkpoints/last.ckpt"
     payload = read_checkpoint(last)
     payload["training"]["epoch"] = payload["training"].pop("updates")
@@ -307,9 +362,9 @@ def test_results_without_the_later_options_still_count(data, monkeypatch):
     for name in ("match_steps", "crop_flip", "d4"):
         del earlier["settings"][name]
     path.write_text(json.dumps(earlier))
-    monkeypatch.setattr(runs, "Trainer", None)
+    monkeypatch.setattr(runs, "build_training", None)
     assert run(data)["mean"] == first["mean"]
-    with pytest.raises(UserError, match=r"d4 was False, is True"):
+    with pytest.raises(UserError, match=r"d4 False there, True now"):
         run(data, "--d4")
 
 
@@ -340,28 +395,25 @@ def test_two_processes_make_the_network_of_one(data, tmp_path):
     assert losses[0] == pytest.approx(losses[1], abs=1e-3) and len(losses[0]) == 4
 
 
-def test_shares_of_a_batch_keep_the_pairs_that_mixup_makes():
+def test_shares_of_a_batch_keep_the_pairs_that_mixup_makes(data):
     """Three processes, batches of 12: opposite images of a share are opposite in the batch."""
-    items = list(range(100, 130))
-    shares = [SharedBatches(items[:24], 12, Ranks(rank, 3)) for rank in range(3)]
-    for batch in range(2):
-        parts = [list(share)[batch] for share in shares]
-        whole = items[12 * batch : 12 * batch + 12]
-        assert sorted(sum(parts, [])) == whole and {len(part) for part in parts} == {4}
+    splits = loaded_splits(data, Settings(**NETWORK))
+    course = Course(12, 1, (1, 2, 3))
+    ranks = [Ranks(), *(Ranks(rank, 3) for rank in range(3))]
+    drawn = [list(RunBatches(splits.train, course, 0, each, lambda: 0)) for each in ranks]
+    for batch, *parts in zip(*drawn, strict=True):
+        assert sorted(sum(parts, [])) == sorted(batch) and {len(part) for part in parts} == {4}
         for part in parts:
             for mine, other in zip(part, part[::-1], strict=True):
-                assert whole.index(mine) + whole.index(other) == 11
-    assert len(shares[0]) == 2
+                assert batch.index(mine) + batch.index(other) == 11
     # The bad version, every third image: its opposites are others.
-    strided = whole[::3]
-    assert whole.index(strided[0]) + whole.index(strided[-1]) != 11
+    strided = batch[::3]
+    assert batch.index(strided[0]) + batch.index(strided[-1]) != 11
 
 
-def test_too_few_images_for_the_devices(data):
-    settings = Settings(**NETWORK)
-    compute = Compute(torch.device("cpu"), "32", 0, Ranks(0, 11))
+def test_too_few_images_for_the_devices():
     with pytest.raises(UserError, match="21 training images.* too few for 11 devices"):
-        Trainer(settings, 0, loaded_splits(data, settings), compute)
+        Course.of(Settings(**NETWORK), 21, ranks=11)
 
 
 def test_predictions_do_not_depend_on_the_batch(data):
@@ -369,23 +421,20 @@ def test_predictions_do_not_depend_on_the_batch(data):
     splits = loaded_splits(data, settings)
     torch.manual_seed(0)
     model = build_network(settings, splits.classes)
+    predictor = Predictor(Devices(), workers=0)
     found = [
-        training.predict(model, CPU.evaluation_loader(splits.test, size), CPU)
-        for size in (1, 4, 18, 100)
+        predictor.logits(model, predictor.loader(splits.test, size)) for size in (1, 4, 18, 100)
     ]
-    for logits, labels in found:
-        assert torch.allclose(logits, found[0][0], atol=1e-5)
-        assert labels.tolist() == splits.test.labels
+    for logits in found:
+        assert logits.shape == (18, 3) and torch.allclose(logits, found[0], atol=1e-5)
 
 
 def test_resume_by_name_and_its_refusals(data, tmp_path, monkeypatch):
-    with pytest.MonkeyPatch.context() as patch:
-        interrupt_after(patch, 1)
-        with pytest.raises(KeyboardInterrupt):
-            command.main(argv(data))
+    with stopped_at(1):
+        command.main(argv(data))
     last = data / "logs/train5+fake50%/seed0/checkpoints/last.ckpt"
     elsewhere = ("--logdir", tmp_path / "elsewhere", "--resume", last)
-    with pytest.raises(UserError, match="epochs was 2, is 3"):
+    with pytest.raises(UserError, match="epochs 2 there, 3 now"):
         command.main(argv(data, *elsewhere, epochs=3))
     with pytest.raises(UserError, match="is of seed 0, not 1"):
         command.main(argv(data, *elsewhere, "--seed", 1))
@@ -399,30 +448,19 @@ def test_resume_by_name_and_its_refusals(data, tmp_path, monkeypatch):
 
 def test_batches_do_not_depend_on_loader_processes(data):
     settings = Settings(**NETWORK, epochs=2, batch_size=8)
-    splits = loaded_splits(data, settings)
     found = []
     for workers in (0, 2):
-        trainer = Trainer(settings, 5, splits, Compute(CPU.device, "32", workers))
+        _, _, batches = prepared(data, settings, 5, workers=workers)
         torch.manual_seed(workers)
-        found.append([images for epoch in range(2) for images, _ in batches(trainer, epoch)])
+        found.append([batch["image"] for batch in batches.train_dataloader()])
     assert len(found[0]) == 2 * (21 // 8)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert not torch.equal(found[0][0], found[0][2]), "another epoch, other images"
 
 
-def batches(trainer, epoch):
-    trainer.updates = epoch * trainer.steps
-    return list(trainer.loader)
-
-
 def test_seeds_differ_and_repeat(data):
     settings = Settings(**NETWORK, epochs=1)
-    splits = loaded_splits(data, settings)
-    states = []
-    for seed in (0, 0, 1):
-        trainer = Trainer(settings, seed, splits, CPU)
-        trainer.run_round()
-        states.append(trainer.best_state)
+    states = [trained(data, settings, seed).best_state for seed in (0, 0, 1)]
     assert same(states[0], states[1]) and not same(states[0], states[2])
 
 
@@ -434,12 +472,14 @@ def test_seeds_differ_and_repeat(data):
     [(256, 0.8, 20, 1), (256, 0.0, 21, 1), (8, 0.8, 8, 2), (7, 0.0, 7, 3), (20, 0.8, 20, 1)],
 )
 def test_no_epoch_is_empty_and_mixed_batches_are_even(data, batch_size, mixup, batch, steps):
-    settings = Settings(**NETWORK, batch_size=batch_size, mixup=mixup, cutmix=mixup)
-    trainer = Trainer(settings, 0, loaded_splits(data, settings), CPU)
-    assert (trainer.batch_size, trainer.steps) == (batch, steps)
-    assert [len(y) for _, y in batches(trainer, 0)] == [batch] * steps
-    assert trainer.lr == pytest.approx(5e-4 * batch / 512)
-    trainer.run_round()
+    settings = Settings(**NETWORK, epochs=1, batch_size=batch_size, mixup=mixup, cutmix=mixup)
+    arm, model, batches = prepared(data, settings)
+    assert (model.course.batch_size, model.course.steps) == (batch, steps)
+    labels = [len(found["label"]) for found in batches.train_dataloader()]
+    assert labels == [batch] * steps
+    assert model.learning_rate == pytest.approx(5e-4 * batch / 512)
+    train_to_the_end(arm, model, batches, RunFolder(data / "run"), None)
+    assert len(model.history) == 1
 
 
 def test_matched_arms_get_the_same_updates_schedule_and_validations(data):
@@ -450,13 +490,12 @@ def test_matched_arms_get_the_same_updates_schedule_and_validations(data):
     for subset in ("train5+fake50%", "small"):
         settings = Settings(**NETWORK, batch_size=8, match_steps=21, validations=4, lr=0.05)
         settings.check()
-        splits = open_splits(data, subset, settings)
-        splits.load()
-        trainer = Trainer(settings, 0, splits, CPU)
-        rows = [trainer.run_round() for _ in trainer.marks]
-        count = trainer.optimizer.state[trainer.model.net.head.bias]["step"].item()
+        model = trained(data, settings, subset=subset)
+        count = model.optimizers(False).state[model.net.net.head.bias]["step"].item()
+        rows = model.history
         found[subset] = ([row["updates"] for row in rows], [row["lr"] for row in rows], count)
-        assert rows[-1]["epoch"] == round(21 / (len(splits.train) // 8), 2)
+        images = 21 if subset != "small" else 9
+        assert rows[-1]["epoch"] == round(21 / (images // 8), 2)
     assert found["small"] == found["train5+fake50%"]
     updates, rates, count = found["small"]
     assert updates == [6, 11, 16, 21] and count == 21
@@ -466,10 +505,7 @@ def test_matched_arms_get_the_same_updates_schedule_and_validations(data):
     )
     # The bad version: equal epochs, and the larger set gets twice the updates.
     settings = Settings(**NETWORK, batch_size=8, epochs=4)
-    lengths = [
-        Trainer(settings, 0, open_splits(data, subset, settings), CPU).marks[-1]
-        for subset in ("train5+fake50%", "small")
-    ]
+    lengths = [Course.of(settings, images).updates for images in (21, 9)]
     assert lengths == [8, 4]
 
 
@@ -617,52 +653,59 @@ def test_defaults_are_the_published_settings():
     assert settings.warmup == 5 and Settings(epochs=20).warmup == 2
 
 
+def scheduled_rates(model):
+    """The learning rate of every update, and the optimizer."""
+    optimizer, rates = model.configure_optimizers(), []
+    for update in range(model.course.updates):
+        model.schedule.step_update(update)
+        rates.append(optimizer.param_groups[0]["lr"])
+    return rates, optimizer
+
+
 def test_learning_rate_warms_up_and_falls_to_its_floor(data):
     settings = Settings(
         **NETWORK, epochs=10, batch_size=10, warmup_epochs=2, cooldown_epochs=2, lr=0.05
     )
-    trainer = Trainer(settings, 0, loaded_splits(data, settings), CPU)
-    assert trainer.marks == list(range(2, 25, 2)) and trainer.steps == 2
-    rates = []
-    for update in range(trainer.marks[-1]):
-        trainer.schedule.step_update(update)
-        rates.append(trainer.optimizer.param_groups[0]["lr"])
+    _, model, _ = prepared(data, settings)
+    assert model.course.marks == tuple(range(2, 25, 2)) and model.course.steps == 2
+    rates, optimizer = scheduled_rates(model)
     top = 0.05 * 10 / 512
     assert rates[:3] == pytest.approx([1e-6, 1e-6 + (top - 1e-6) / 4, 1e-6 + (top - 1e-6) / 2])
     # timm's cosine counts the warm-up as part of its length.
     assert rates[10] == pytest.approx(1e-5 + (top - 1e-5) * (1 + math.cos(math.pi / 2)) / 2)
     assert rates[20:] == pytest.approx([1e-5] * 4)
     # Biases, norms and embeddings are not decayed.
-    decays = {group["weight_decay"] for group in trainer.optimizer.param_groups}
+    decays = {group["weight_decay"] for group in optimizer.param_groups}
     assert decays == {0.0, 0.05}
 
 
 def test_a_floor_above_the_rate_of_a_tiny_batch_is_lowered(data):
     settings = Settings(**NETWORK, epochs=10, batch_size=2)
-    trainer = Trainer(settings, 0, loaded_splits(data, settings), CPU)
-    rates = []
-    for update in range(trainer.marks[-1]):
-        trainer.schedule.step_update(update)
-        rates.append(trainer.optimizer.param_groups[0]["lr"])
-    assert max(rates) <= trainer.lr * (1 + 1e-9) < 1e-5
+    _, model, _ = prepared(data, settings)
+    rates, _ = scheduled_rates(model)
+    assert max(rates) <= model.learning_rate * (1 + 1e-9) < 1e-5
 
 
 def test_the_average_is_what_counts_and_does_not_stay_at_its_start(data):
     settings = Settings(**NETWORK, epochs=8, batch_size=10, lr=0.05, mixup=0.0, cutmix=0.0)
-    trainer = Trainer(settings, 0, loaded_splits(data, settings), CPU)
-    start = trainer.model.net.blocks[0].mlp.fc1.weight.detach().clone()
+    arm, model, batches = prepared(data, settings)
+    start = model.net.net.blocks[0].mlp.fc1.weight.detach().clone()
     published = start.clone()  # the published script's average: a fixed decay from the start on
-    moved = []
-    for _ in range(8):
-        trainer.run_round()
-        now = trainer.model.net.blocks[0].mlp.fc1.weight.detach()
-        published.lerp_(now, 1 - 0.99996**trainer.steps)
+    judge, moved = model.judge, []
+
+    def watching(net):
+        now = model.net.net.blocks[0].mlp.fc1.weight.detach()
+        published.lerp_(now, 1 - 0.99996**model.course.steps)
         moved.append((now - start).norm())
-    average = trainer.ema.net.net.blocks[0].mlp.fc1.weight
-    assert (average - start).norm() > 0.5 * moved[-1]
+        return judge(net)
+
+    model.judge = watching
+    train_to_the_end(arm, model, batches, RunFolder(data / "run"), None)
+    average = model.ema.net.net.blocks[0].mlp.fc1.weight
+    assert len(moved) == 8 and (average - start).norm() > 0.5 * moved[-1]
     assert (published - start).norm() < 0.01 * moved[-1], "the bad version, which learns nothing"
-    assert not torch.equal(average, trainer.model.net.blocks[0].mlp.fc1.weight)
-    assert trainer.evaluated is trainer.ema.net
+    assert not torch.equal(average, model.net.net.blocks[0].mlp.fc1.weight)
+    assert model.evaluated is model.ema.net
 
 
 def test_a_network_of_shuffled_labels_is_worth_chance(data):
@@ -674,9 +717,7 @@ def test_a_network_of_shuffled_labels_is_worth_chance(data):
     labels = list(splits.train.labels)
 
     def accuracy(seed: int) -> float:
-        trainer = Trainer(settings, seed, splits, CPU)
-        trainer.run_round()
-        return trainer.best["val_accuracy"]
+        return trained(data, settings, seed, splits=splits).best["val_accuracy"]
 
     assert accuracy(0) > 0.9
     found = []
@@ -687,30 +728,25 @@ def test_a_network_of_shuffled_labels_is_worth_chance(data):
     assert np.mean(found) == pytest.approx(1 / 3, abs=3 * (1 / 3) / 16**0.5)
 
 
-def test_ties_on_val_go_to_the_lower_loss(data, monkeypatch):
-    settings = Settings(**NETWORK, epochs=4)
-    trainer = Trainer(settings, 0, loaded_splits(data, settings), CPU)
+def test_ties_on_val_go_to_the_lower_loss(data):
+    arm, model, batches = prepared(data, Settings(**NETWORK, epochs=4))
     offered = iter([(5, 1.0), (5, 0.8), (5, 0.9), (4, 0.1)])
 
-    def fake(*_):
+    def judge(_):
         right, loss = next(offered)
-        wanted = torch.tensor([y if i < right else (y + 1) % 3 for i, y in enumerate(labels)])
-        return torch.nn.functional.one_hot(wanted, 3).float(), loss
+        return Validation(torch.zeros(15, 3), loss, {"accuracy": right / 15})
 
-    labels = trainer.splits.val.labels
-    monkeypatch.setattr(training, "evaluate", fake)
-    for _ in range(4):
-        trainer.run_round()
-    assert trainer.best["updates"] == 2
+    model.judge = judge
+    train_to_the_end(arm, model, batches, RunFolder(data / "run"), None)
+    assert model.best["updates"] == 2
 
 
 def test_a_loss_that_is_no_number_stops_the_run(data):
-    settings = Settings(**NETWORK, epochs=1)
-    trainer = Trainer(settings, 0, loaded_splits(data, settings), CPU)
+    arm, model, batches = prepared(data, Settings(**NETWORK, epochs=1))
     with torch.no_grad():
-        trainer.model.net.head.bias.fill_(math.nan)
-    with pytest.raises(UserError, match="loss is nan at epoch 1, step 1"):
-        trainer.run_round()
+        model.net.net.head.bias.fill_(math.nan)
+    with pytest.raises(UserError, match="the loss is nan at step 0"):
+        train_to_the_end(arm, model, batches, RunFolder(data / "run"), None)
 
 
 def test_posterize_keeps_a_bit():
@@ -890,7 +926,10 @@ def save_vit(path, classes, seed=0):
     torch.manual_seed(seed)
     model = TileClassifier(**NETWORK, num_classes=len(classes))
     model.classes = classes
-    write_checkpoint(path, {KEY: model.record(0), "state_dict": model.state_dict()})
+    write_checkpoint(
+        path,
+        tiny.vit_checkpoint(model),
+    )
     return path
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
+import tiny
 import torch
 from PIL import Image
 from tiny import tiles as make_tiles
@@ -33,9 +34,9 @@ from ldm.evaluation.fidelity import (
     kid_subset_size,
     measure,
 )
-from ldm.evaluation.vit import TileClassifier
 from ldm.features.sets import FeatureSet
 from ldm.features.source import VIT, FeatureSource, published_source
+from ldm.models.vit import TileClassifier
 from scripts import fidelity as command
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -159,7 +160,7 @@ def vit(tmp_path_factory) -> Path:
     net = TileClassifier("vit_tiny", 3, input_size=32, patch_size=8)
     net.classes = ["ADI", "LYM", "TUM"]
     path = tmp_path_factory.mktemp("vit") / "vit.ckpt"
-    write_checkpoint(path, {"state_dict": net.state_dict(), "histodiffusion": net.record(0)})
+    write_checkpoint(path, tiny.vit_checkpoint(net))
     return path
 
 
@@ -494,7 +495,7 @@ def test_reference_file_is_read_when_it_belongs_and_refused_when_not(tile_sets, 
     net = TileClassifier("vit_tiny", 3, input_size=32, patch_size=8)
     net.classes = ["ADI", "LYM", "TUM"]
     other = tmp_path / "other.ckpt"
-    write_checkpoint(other, {"state_dict": net.state_dict(), "histodiffusion": net.record(0)})
+    write_checkpoint(other, tiny.vit_checkpoint(net))
     with pytest.raises(UserError, match=r"another extractor.*--overwrite"):
         run(tmp_path, real, tile_sets["fake"], weights=other, options=options)
     with pytest.raises(UserError, match="another extractor"):

@@ -17,6 +17,8 @@ from ldm.diffusion.samplers import ddim, sample
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 from ldm.models.diffusion import LatentDiffusion
+from ldm.models.label_adapter import LabelAdapter
+from ldm.modules.lr_schedule import WarmupCosine
 
 FLOW = RectifiedFlow()
 
@@ -254,3 +256,38 @@ def test_checkpoints_record_no_paths(autoencoder_ckpt, tmp_path):
     model = tiny.diffusion(autoencoder_ckpt, parameterization="flow")
     payload = read_checkpoint(tiny.save(model, tmp_path / "flow.ckpt"))
     assert str(tmp_path) not in str(payload["histodiffusion"])
+
+
+def test_a_label_adapter_of_a_flow(autoencoder_ckpt, tmp_path):
+    """Starts as the flow, stays one, and trains on its velocity."""
+    path = tiny.save(tiny.diffusion(autoencoder_ckpt, parameterization="flow"), tmp_path / "f.ckpt")
+    adapter = LabelAdapter(str(path))
+    adapter.use_classes(tiny.CLASSES)
+    z, t = torch.randn(3, *adapter.latent_shape), torch.tensor([100.0, 500.0, 900.0])
+    y = torch.tensor([0, 1, -1])
+    source = load_model(path, "diffusion")
+    with torch.no_grad():
+        assert torch.equal(adapter.conditional_eps()(z, t, y), source.eps_model()(z, t))
+        values = adapter.validation_losses(z, t, torch.randn(z.shape), y.clamp(min=0))
+    assert values["val/label_gain"] == 0
+    loaded = load_model(tiny.save(adapter, tmp_path / "a.ckpt"), "diffusion")
+    assert loaded.schedule.settings == source.schedule.settings and loaded.conditional
+
+
+def test_a_flow_is_not_exported(autoencoder_ckpt, tmp_path):
+    from ldm.exchange.diffusers_export import scheduler_settings
+
+    model = tiny.diffusion(autoencoder_ckpt, parameterization="flow")
+    with pytest.raises(UserError, match="cannot be exported"):
+        scheduler_settings(model)
+    model = tiny.diffusion(autoencoder_ckpt, parameterization="v", rescale_zero_terminal_snr=True)
+    settings = scheduler_settings(model)
+    assert settings["rescale_betas_zero_snr"] and settings["timestep_spacing"] == "trailing"
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"), [(0, 0.1), (9, 1.0), (30, 1.0), (65, 0.55), (100, 0.1), (200, 0.1)]
+)
+def test_warm_up_plateau_and_cosine(step, expected):
+    factor = WarmupCosine(warm_up_steps=10, total_steps=100, plateau=0.3, f_min=0.1)
+    assert factor(step) == pytest.approx(expected)

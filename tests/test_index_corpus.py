@@ -318,7 +318,7 @@ def test_shards(tmp_path):
 
 def test_one_bad_file_is_named_when_there_is_no_index(tmp_path):
     (tmp_path / "images.npy").write_bytes(b"\x93NUMPY nonsense")
-    with pytest.raises(UserError, match="images.npy: no whole numpy array"):
+    with pytest.raises(UserError, match="images.npy: no complete numpy array"):
         LAYOUTS["array"].places(tmp_path, "images.npy")
     np.save(tmp_path / "flat.npy", np.zeros((4, 4)))
     with pytest.raises(UserError, match=r"flat.npy: shape \(4, 4\) must be"):

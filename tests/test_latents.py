@@ -698,7 +698,7 @@ def test_values_that_float16_cannot_hold_are_refused(folder, tmp_path):
     with torch.no_grad():
         large.net.quant_conv.weight.mul_(1e7)
     ckpt = tiny.save(large, tmp_path / "large.ckpt")
-    with pytest.raises(UserError, match="which float16 cannot hold; use --dtype float32"):
+    with pytest.raises(UserError, match="which float16 cannot hold; use dtype=float32"):
         cache(folder, tmp_path / "c", r=ckpt)
 
 

@@ -349,9 +349,9 @@ def test_a_foreign_folder_is_left_alone(tmp_path):
     ("arguments", "text"),
     [
         (["--classes", "ADI", "ADI"], "distinct names"),
-        (["--classes", "LUNG"], "--classes LUNG"),
-        (["--train5", "8"], "--train5 8 must be in [0, 7]"),
-        (["--val", "60000"], "--val 60000"),
+        (["--classes", "LUNG"], "classes=LUNG"),
+        (["--train5", "8"], "train5=8 must be in [0, 7]"),
+        (["--val", "60000"], "val=60000"),
         (["--size", "16"], "16 must be in [32, 512]"),
         (["--train", "many"], "'many' is not a whole number"),
     ],

@@ -168,17 +168,17 @@ def set_key(key: str, value):
         ("generators.tuned.decoder", "tunned", "decoder: unknown tunned; did you mean tuned"),
         ("grid.selection", ["centroids"], "grid.selection: unknown centroids; did you mean"),
         ("grid.without", [{"generator": "x"}], r"grid.without\[0\].generator: unknown x"),
-        ("grid.ratios", [0], "ratio 0 must be a whole number from 1"),
+        ("grid.ratios", [0], r"grid.ratios\[0\] 0 must be greater than or equal to 1"),
         ("models.guide.config", "x.yaml", "models.guide must have one of run, config"),
         ("models.guide.needs", {"first_stage": "tuned"}, "belongs to a model that is trained here"),
         ("selection.centroid.redraw", True, "redraw belongs to strategy random"),
         ("evaluation.seeds", [1, 1], "seeds must be different"),
         ("evaluation.seeds", "many", "evaluation.seeds"),
-        ("sampling.per_wanted", 0.5, "per_wanted 0.5 must be at least 1"),
+        ("sampling.per_wanted", 0.5, "per_wanted 0.5 must be greater"),
         ("judge.run", "x", "judge must have one of"),
         ("judge.network", "wide", "judge.network: unknown wide"),
-        ("link", "hardly", "link hardly must be copy"),
-        ("slurm.cluster", "pbs", "slurm.cluster pbs must be"),
+        ("link", "hardly", "link 'hardly' must be 'copy'"),
+        ("slurm.cluster", "pbs", "slurm.cluster 'pbs' must be"),
         ("data.root", "${oc.env:HISTO_NOWHERE}", "variable HISTO_NOWHERE is not set"),
         ("baselines.kinds", ["real"], "the name real is taken"),
         ("generators", {"a b": {"diffusion": "pretrained"}}, "'a b' must be letters"),
@@ -191,12 +191,22 @@ def test_wrong_settings_are_one_line(small, key, value, expected):
 
 
 def test_all_problems_are_told_at_once(small):
-    def change(settings):
+    def wrong_values(settings):
         settings["grid"]["ratios"] = [-1]
-        settings["grid"]["generators"] = ["tunde"]
+        settings["grid"]["generator"] = ["tuned"]
+        settings["evaluation"]["seeds"] = "many"
 
-    with pytest.raises(UserError, match="did you mean tuned.*ratio -1"):
-        read_settings(small(change))
+    with pytest.raises(UserError) as caught:
+        read_settings(small(wrong_values))
+    for words in ("grid.ratios[0] -1", "grid.generator; did you mean generators", "seeds 'many'"):
+        assert words in str(caught.value)
+
+    def wrong_names(settings):
+        settings["grid"]["generators"] = ["tunde"]
+        settings["judge"]["run"] = "x"
+
+    with pytest.raises(UserError, match="did you mean tuned.*judge must have one of"):
+        read_settings(small(wrong_names))
 
 
 def test_a_circle_of_models(small):

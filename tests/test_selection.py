@@ -25,11 +25,11 @@ from ldm.data.images import class_folders, list_images
 from ldm.data.tiles import TileFolder
 from ldm.errors import UserError
 from ldm.evaluation.sets import open_splits
-from ldm.evaluation.settings import Settings
-from ldm.evaluation.vit import TileClassifier
 from ldm.features.centroids import Centroids, centroid_distances, class_centroids
 from ldm.features.sets import FeatureSet
 from ldm.features.weights import cached_weights
+from ldm.models.vit import TileClassifier
+from ldm.models.vit_settings import Settings
 from ldm.selection.judge import Judged, read_judged
 from ldm.selection.select import KINDS, USED, Selection, select, wanted_per_class
 from ldm.selection.sheets import COLOURS, Sheets
@@ -589,7 +589,7 @@ DISTANCE = ["distance", "--real", "{real}", "--synthetic", "{fake}", "--out", "{
 @pytest.mark.parametrize(
     "words, expected",
     [
-        (VIS, "--weights --model is required"),
+        (VIS, "--weights: is missing"),
         ([*VIS, "--weights", "{fake}/none"], "none does not exist"),
         ([*VIS, "--weights", "{fake}/ADI/1_0.png"], "is no checkpoint"),
         ([*VIS, "--model", "resnet19x"], "--model resnet19x"),
@@ -598,17 +598,23 @@ DISTANCE = ["distance", "--real", "{real}", "--synthetic", "{fake}", "--out", "{
             [*VIS, "--weights", "{weights}", "--input_size", "64"],
             "--input_size: belongs to --model",
         ),
-        ([*VIS, "--weights", "{weights}", "--batch_size", "0"], "--batch_size: 0 must be in [1"),
+        (
+            [*VIS, "--weights", "{weights}", "--batch_size", "0"],
+            "--batch_size: 0 must be",
+        ),
         ([*VIS, "--weights", "{weights}", "--synthetic", "{two}"], "'LYM'"),
         ([*DISTANCE, "--features", "{real}"], "make it with scripts/vis.py"),
         (
             [*DISTANCE, "--features", "{vis}", "--ratio", "50", "--per_class", "3"],
             "not allowed with",
         ),
-        ([*DISTANCE, "--features", "{vis}", "--ratio", "0"], "0 must be in [1"),
+        ([*DISTANCE, "--features", "{vis}", "--ratio", "0"], "--ratio: 0 must be at least 1"),
         ([*DISTANCE, "--features", "{vis}", "--seed", "1"], "belongs to --strategy random"),
         ([*DISTANCE, "--features", "{vis}", "--random", "--strategy", "knn"], "--random: not"),
-        ([*DISTANCE, "--features", "{vis}", "--strategy", "best"], "invalid choice: 'best'"),
+        (
+            [*DISTANCE, "--features", "{vis}", "--strategy", "best"],
+            "--strategy: 'best' must be",
+        ),
         ([*DISTANCE, "--features", "{vis}", "--neighbors", "2"], "belongs to --strategy knn"),
         (
             [*DISTANCE, "--features", "{vis}", "--confidence", "judge"],

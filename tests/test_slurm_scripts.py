@@ -106,7 +106,7 @@ def test_the_guide_runs_and_parses(site, tmp_path, monkeypatch):
             assert args.augment or config["train"]["params"]["augment"]
         if command[0] == "eval.py":
             seeds = getattr(args, "seeds", None) or [getattr(args, "seed", 0)]
-            trained += [f"logs/eval/{args.output_dir}/seed{seed}" for seed in seeds]
+            trained += [f"logs/eval/{args.subset}/seed{seed}" for seed in seeds]
         for word in command:
             assert not word.startswith("logs/eval/") or word in trained, f"{word} comes later"
     assert {"main.py", "classifier_train.py", "sample_diffusion.py", "eval.py"} <= used

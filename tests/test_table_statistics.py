@@ -4,19 +4,21 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.special import polygamma
 from tables import CLASSES, predictions, row
 
 from ldm.errors import UserError
 from ldm.evaluation.metrics import confusion_matrix, scores
 from ldm.evaluation.predictions import Predictions
 from ldm.experiment.results import Table
-from ldm.table.statistics import (
+from ldm.experiment.statistics import (
     METRICS,
     Arm,
-    _of_split,
+    compare_pairs,
     differences,
     holm,
     influence,
+    inverse_trigamma,
     prior_of,
     random_pairs,
     read_arm,
@@ -57,7 +59,7 @@ def arms(
 def compare(reference: Arm, arm: Arm, resamples: int = 2000, seed: int = 0):
     """Differences in accuracy and in macro F1."""
     both = {"real": reference, "arm": arm}
-    return _of_split([("reference", "arm", "real")], both, "test", resamples, seed)
+    return compare_pairs([("reference", "arm", "real")], both, "test", resamples, seed)
 
 
 def table_of(tmp_path, made: dict[str, Arm], kinds: dict[str, str] | None = None, **values):
@@ -162,8 +164,8 @@ def test_the_arms_of_a_table_lend_one_another_their_deviation():
     p, narrower, found, found_alone = [], [], 0, 0
     for i in range(80):
         same, better = (many_arms(rng, 8, 3, effect) for effect in (0.0, 0.5))
-        p.append(_of_split(pairs, same, "test", 400, i)[0].p)
-        with_others = _of_split(pairs, better, "test", 400, i)[0]
+        p.append(compare_pairs(pairs, same, "test", 400, i)[0].p)
+        with_others = compare_pairs(pairs, better, "test", 400, i)[0]
         alone = compare(better["real"], better["arm"], 400, i)[0]
         assert with_others.mean == alone.mean
         narrower.append((with_others.high - with_others.low) / (alone.high - alone.low))
@@ -216,6 +218,24 @@ def test_holm_worked_by_hand():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.7, 0.6]) == [1.0, 1.0]
     assert holm([]) == []
+
+
+def test_holm_is_the_greatest_of_the_products_so_far():
+    """The definition of Holm (1979), which the library has to agree with."""
+    p = np.random.default_rng(0).random(20) ** 3
+    expected, largest = [0.0] * 20, 0.0
+    for rank, i in enumerate(np.argsort(p)):
+        largest = max(largest, min(1.0, (20 - rank) * p[i]))
+        expected[i] = largest
+    np.testing.assert_allclose(holm(p.tolist()), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("y", [1e-6, 0.01, 0.5, 1.0, 3.0, 100.0, 1e6])
+def test_inverse_trigamma(y):
+    assert polygamma(1, inverse_trigamma(y)) == pytest.approx(y, rel=1e-12)
+
+
+def test_stars():
     assert [stars(p) for p in (None, 0.05, 0.049, 0.01, 0.009)] == ["", "", "*", "*", "**"]
 
 

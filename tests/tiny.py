@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ldm.checkpoint import write_checkpoint
+from ldm.checkpoint import KEY, make_record, write_checkpoint
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.classifier import NoisyLatentClassifier, network_config
 from ldm.models.diffusion import LatentDiffusion
@@ -121,3 +121,9 @@ def tiles(root: Path, per_class: int, seed: int = 0, pixels: int = PIXELS) -> Pa
             image = (np.array(colour) + checks + noise).clip(0, 255).astype(np.uint8)
             Image.fromarray(image).save(root / name / f"{seed}_{i}.png")
     return root
+
+
+def vit_checkpoint(net) -> dict:
+    """What eval.py stores of a TileClassifier."""
+    record = make_record("vit", net.rebuild_config(), net.classes, 0)
+    return {KEY: record, "state_dict": net.state_dict()}

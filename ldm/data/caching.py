@@ -48,7 +48,7 @@ from ldm.run import MadeFolder, git_revision, hardware, versions
 log = logging.getLogger(__name__)
 
 SHARD_BYTES = 64 * 2**20  # a shard is held in memory until it is written
-SCALE_TILES = 2048  # as `ldm.models.diffusion.LatentDiffusion` measures its scale
+SCALE_TILES = 2048  # over which the scale of the latents is measured, as training does
 SYMMETRIES = 8
 
 
@@ -59,15 +59,15 @@ def symmetry(x: Tensor, number: int) -> Tensor:
 
 
 class Views(Dataset):
-    """Images of tiles by (index, view): 0 without augmentation, others as the set augments.
+    """Images of tiles by (index, view): view 0 is the tile as it is, others are augmented.
 
-    A view is a function of the seed, the tile's name and its number. Where augmentation is the 8
-    symmetries of the square alone, the views of a tile are distinct ones, all 8 for 8 views.
+    A view is a function of the seed, the tile's name and its number. If the 8 symmetries of the
+    square are the only augmentation, the views of a tile are distinct, all 8 of them for 8 views.
     """
 
     def __init__(self, tiles: Tiles, seed: int):
         self.tiles = tiles
-        self.plain = tiles.subset(range(len(tiles)), random=False)
+        self.plain = tiles.without_augmentation()
         self.seed = seed
 
     @property
@@ -114,17 +114,17 @@ class CachePlan:
     """What a cache will hold, and how far it is made.
 
     Args:
-        root: Its folder.
-        net: The autoencoder.
+        root: Folder of the cache.
+        net: The autoencoder that encodes the tiles.
         data: The tiles; its `validation`, or what it holds out, is cached too.
-        views: Of the training tiles; validation tiles have one.
+        views: Number of views of each training tile; validation tiles have one.
         dtype: "float16" or "float32".
-        seed: Of the views.
+        seed: Seed of the views.
         encoding: How the autoencoder is run.
         shard_tiles: Tiles per shard; None for about 64 MiB.
 
     Raises:
-        UserError: Tiles that cannot be cached, or a folder that holds something else.
+        UserError: The tiles cannot be cached, or the folder holds something else.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class CachePlan:
         self.root, self.net, self.seed = root, net, seed
         self.encoding = encoding or Encoding()
         if data.latents is not None:
-            raise UserError(f"--data: its tiles are a cache already (latents={data.latents})")
+            raise UserError(f"data: its tiles are a cache already (latents={data.latents})")
         self.sets = {"train": data.train_dataset}
         if data.val_dataset is not None:
             self.sets["validation"] = data.val_dataset
@@ -152,11 +152,11 @@ class CachePlan:
         train = Views(self.sets["train"], seed)
         if views > 1 and not train.tiles.is_random:
             raise UserError(
-                f"--views {views}: the training tiles have no augmentation, so all views are alike;"
-                " give one (--augment d4, or data.params.train.params.augment) or --views 1"
+                f"views={views}: the training tiles have no augmentation, so all views are alike;"
+                " give one (augment=d4, or data.params.train.params.augment), or views=1"
             )
         if views > SYMMETRIES and train.is_symmetric:
-            raise UserError(f"--views {views}: augment=[d4] has {SYMMETRIES} views; give fewer")
+            raise UserError(f"views={views}: augment=[d4] has {SYMMETRIES} views; give fewer")
         corpora = None
         if isinstance(train.tiles, Corpora):
             corpora = [[corpus.name, corpus.weight] for corpus in train.tiles.corpora]
@@ -189,12 +189,12 @@ class CachePlan:
     def _check(self, split: str, tiles: Dataset) -> None:
         if not isinstance(tiles, Tiles):
             raise UserError(
-                f"--data: {split} is a {type(tiles).__name__}; only ldm.data.tiles.TileFolder and "
+                f"data: {split} is a {type(tiles).__name__}; only ldm.data.tiles.TileFolder and "
                 "ldm.data.corpora.Corpora can be cached"
             )
         if tiles.size != self.net.resolution:
             raise UserError(
-                f"--data: {split} has tiles of size={tiles.size}, the autoencoder works on "
+                f"data: {split} has tiles of size={tiles.size}, the autoencoder works on "
                 f"{self.net.resolution} pixels; set it to that"
             )
 
@@ -234,12 +234,12 @@ class CachePlan:
         }
 
     def remove_unfinished(self) -> None:
-        """Delete what killed processes had not finished; none may be writing."""
+        """Delete files that killed processes had not finished; no process may be writing."""
         for folder in (self.root, *(shards.folder for shards in self.shards.values())):
             remove_leftovers(folder)
 
     def missing(self) -> list[tuple[str, int]]:
-        """Shards (split, number) that are not there; damaged ones are named, not counted.
+        """Shards (split, number) that are still to be made.
 
         Raises:
             UserError: A shard is damaged.
@@ -333,8 +333,8 @@ class CacheReport:
 
     Attributes:
         made: Images encoded, by all processes together.
-        seconds: Wall-clock time of it.
-        statistics: Of the cache, in the first process.
+        seconds: Wall-clock time of encoding them.
+        statistics: Statistics of the cache; empty in all processes but the first.
     """
 
     made: int
@@ -369,7 +369,7 @@ def make_cache(plan: CachePlan, device: torch.device, ranks: Ranks | None = None
     seconds = time.perf_counter() - start
     if not ranks.is_first:
         return CacheReport(plan.images(jobs), seconds, {})
-    manifest = read_manifest(plan.root, "--out")
+    manifest = read_manifest(plan.root, "out")
     if jobs or not manifest["complete"]:
         manifest = plan.finish(seconds, plan.images(jobs))
     return CacheReport(plan.images(jobs), seconds, manifest["statistics"])
@@ -449,7 +449,7 @@ def _write_shard(shards: Shards, number: int, moments: Tensor, sums: Tensor) -> 
         largest = float(moments.abs().max())
         raise UserError(
             f"the autoencoder's latents reach {largest:.3g}, which {shards.dtype} cannot hold; use "
-            "--dtype float32, and check that the autoencoder is a trained one"
+            "dtype=float32, and check that the autoencoder is a trained one"
         )
     crc = [zlib.crc32(view) for view in stored.reshape(-1, *shards.moments)]
     arrays = {

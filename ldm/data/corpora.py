@@ -23,11 +23,11 @@ SETTINGS = ("root", "layout", "weight", "index")
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a configuration says of one corpus."""
+    """Settings of one corpus."""
 
     name: str
     roots: list[Path]
-    layout: str | None  # None: that of the index, "folder" without one
+    layout: str | None  # None: the layout of the index, or "folder" if there is no index
     weight: float
     index: Path | None
 
@@ -36,7 +36,7 @@ class Corpus:
         """Check what stands under `corpora.NAME`.
 
         Raises:
-            UserError: An unknown name, or a value that is not allowed.
+            UserError: A name is unknown, or a value is not allowed.
         """
         where = f"corpora.{name}"
         if not name or "/" in name:
@@ -64,7 +64,7 @@ class Corpus:
         return cls(name, roots, layout, float(weight), Path(index) if index else None)
 
     def drawn(self, count: int, seed: int, epoch: int) -> np.ndarray:
-        """Which of its `count` tiles a pass draws, sorted; see `Corpora`."""
+        """Indices of the tiles, of `count`, that a pass draws, sorted; see `Corpora`."""
         number = self.pass_length(count)
         start = epoch * number
         parts = []
@@ -94,23 +94,28 @@ class Corpora(Tiles):
     tiles of one group of an index are held out together.
 
     Attributes:
-        corpora: Their settings, in the order of the configuration.
+        corpora: Settings of the corpora, in the order of the configuration.
 
     Args:
-        corpora: By name, a mapping of `root` (a folder or several), `layout` ("folder", "array" or
-            "shards"; when not given that of the index, "folder" without one), `weight` (1), and
-            `index` (what scripts/index_corpus.py wrote for the same roots; None walks the folders
-            and reads the headers of shards at every start). A corpus that is null is left out.
+        corpora: By name, a mapping of
+            `root`: a folder or several;
+            `layout`: "folder", "array" or "shards"; if omitted, the layout of the index, or
+                "folder" without an index;
+            `weight`: 1 if omitted;
+            `index`: file that scripts/index_corpus.py wrote for the same roots; None walks the
+                folders and reads the headers of shards at every start.
+            A corpus that is null is left out.
         size, augment, crop, preprocess, resize: See `Tiles`.
         labelled: Whether tiles have a class: their first folder, the `.cls` member of a shard or
             the types.npy of an array.
-        classes: The classes there must be, in label order. Default: those found, sorted.
+        classes: The classes there must be, in label order. Default: the classes found, sorted.
         check: "auto" decodes every tile at construction when there are at most 20,000, unless all
             corpora have an index; True or False.
         cache: Keep decoded tiles in memory, as uint8 after resizing (at most 4 GiB).
 
     Raises:
-        UserError: A bad value, a missing or empty corpus, a stale index, a damaged file.
+        UserError: A value is not allowed, a corpus is missing or empty, an index no longer fits its
+            folders, or a file is damaged.
     """
 
     _PER_TILE = (*Tiles._PER_TILE, "_root", "_file", "_offset", "_length")
@@ -137,7 +142,7 @@ class Corpora(Tiles):
             if settings is not None
         ]
         if not self.corpora:
-            raise UserError("corpora: there is none; give at least one, NAME: {root: DIR}")
+            raise UserError("corpora: no corpus is given; give at least one, NAME: {root: DIR}")
         # Arrays, not objects: there may be millions of tiles.
         self._roots: list[tuple[Path, Layout]] = []
         self._corpus_of_root: list[int] = []

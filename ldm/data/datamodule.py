@@ -39,7 +39,7 @@ class ResumableSampler(DistributedSampler):
         position: Batches (per rank) drawn so far. Default: whole passes, counted by `set_epoch`.
 
     Raises:
-        UserError: Fewer tiles than ranks.
+        UserError: There are fewer tiles than ranks.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class ResumableSampler(DistributedSampler):
 
 
 def start_worker(worker_id: int) -> None:
+    """Set up a loader process."""
     cv2.setNumThreads(0)  # a pool of threads per worker only fights over the cores
 
 
@@ -97,12 +98,13 @@ def split_by_group(
     Args:
         names: Relative paths, or the groups themselves.
         labels: Classes of the tiles; the same number everywhere when there are none.
-        fraction: Share to hold out, in (0, 1).
+        fraction: Share of the tiles to hold out, in (0, 1).
         pattern: Regular expression searched in the name; its group 1 is the patient, slide or
             region. None makes each name a group.
 
     Raises:
-        UserError: The pattern is bad or does not match, or there are too few groups.
+        UserError: The pattern is no regular expression or does not match a name, or there are too
+            few groups.
     """
     members: dict[str, list[int]] = defaultdict(list)
     grouping = None if pattern is None else by_regex(pattern)
@@ -155,15 +157,15 @@ class DataModuleFromConfig(pl.LightningDataModule):
         val_fraction: Share held out, in [0, 0.5]; 0 for none. Not used with `validation`.
         group_regex: See `split_by_group`: tiles of one patient, slide or region stay together.
             Without it, those of one group of a corpus index do.
-        seed: Of the hold-out, the order and the augmentation.
+        seed: Seed of the hold-out, the order and the augmentation.
         latents: Folder of a cache that scripts/cache_latents.py made.
 
     Attributes:
         cache: The open cache, once the data sets are built; None without `latents`.
 
     Raises:
-        UserError: A value out of range, classes of the two sets that differ, bad tiles, or a
-            damaged cache.
+        UserError: A value is out of range, the classes of the two sets differ, tiles are bad, or a
+            cache is damaged.
     """
 
     def __init__(
@@ -243,14 +245,14 @@ class DataModuleFromConfig(pl.LightningDataModule):
 
     @property
     def train_dataset(self) -> Dataset:
-        """Built on first use."""
+        """The training tiles, built on first use."""
         self.setup()
         assert self._train is not None
         return self._train
 
     @property
     def val_dataset(self) -> Dataset | None:
-        """The given or held-out tiles; None when there are none."""
+        """The given or held-out validation tiles; None when there are none."""
         self.setup()
         return self._validation
 

@@ -1,4 +1,4 @@
-"""Patients, slides and regions: which group a tile belongs to, told by its path or by a table."""
+"""The patient, slide or region (group) that a tile belongs to, from its path or from a table."""
 
 import csv
 import re
@@ -13,10 +13,11 @@ Grouping = Callable[[str], str]  # from a tile's path below its root to the name
 
 
 def by_regex(pattern: str) -> Grouping:
-    """The first parenthesis of a regular expression that is searched in the path.
+    """Groups are the first parenthesis of a regular expression that is searched in the path.
 
     Raises:
-        UserError: No such expression; or, later, a path that it does not match.
+        UserError: The pattern is no regular expression or has no parenthesis; or, when the grouping
+            is used, it does not match a path.
     """
     try:
         regex = re.compile(pattern)
@@ -37,7 +38,7 @@ def by_regex(pattern: str) -> Grouping:
 
 
 def by_level(level: int) -> Grouping:
-    """The folder `level` levels below the root, 1 for the first."""
+    """Groups are the folders `level` levels below the root, 1 for the first level."""
 
     def group(path: str) -> str:
         folders = path.split("/")[:-1]
@@ -49,13 +50,15 @@ def by_level(level: int) -> Grouping:
 
 
 def by_csv(table: Path, column: str, rows: str | None = None) -> Grouping:
-    """A CSV with a column `path` or `file` (below the root, with `/`) and one of groups.
+    """Groups stand in a CSV with a column `path` or `file` (below the root, with `/`).
 
     Args:
-        rows: `COLUMN=VALUE`: only these, of a table of several splits. None for all.
+        column: Name of the column of groups.
+        rows: `COLUMN=VALUE` reads only these rows, of a table of several splits. None reads all.
 
     Raises:
-        UserError: A column is missing, or a tile has two groups; or, later, none.
+        UserError: A column is missing, or a tile has two groups; or, when the grouping is used, a
+            tile has none.
     """
     with table.open(newline="", encoding="utf-8-sig", errors="replace") as stream:
         reader = csv.DictReader(stream)
@@ -64,7 +67,7 @@ def by_csv(table: Path, column: str, rows: str | None = None) -> Grouping:
         if name is None or column not in found:
             raise UserError(
                 f"group_csv={table}: columns {found} must have path (or file) and {column};"
-                " name another with group_column"
+                " name the right one with group_column"
             )
         only, equals, only_value = (rows or "").partition("=")
         if rows is not None and (not equals or only not in found):

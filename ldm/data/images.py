@@ -29,7 +29,7 @@ class UnsupportedImage(UserError):
 
 
 class Folder(NamedTuple):
-    """What one folder holds, of interest here."""
+    """The wanted files and the subfolders of one folder."""
 
     path: Path
     modified: int  # st_mtime_ns, read before the names: a later change has a later time
@@ -88,7 +88,7 @@ def float_to_uint8(values: np.ndarray, white: float, name: str) -> np.ndarray:
     """Levels of a float image in [0, white], rounded to 0 .. 255.
 
     Raises:
-        UnsupportedImage: Values outside, or not finite.
+        UnsupportedImage: Values are outside that range, or not finite.
     """
     levels = np.rint(values * (255 / white))
     if not (levels.min() >= 0 and levels.max() <= 255):  # also false for nan
@@ -175,7 +175,7 @@ def decode_tiles(
     """`decode(tile)` of every tile in threads (Pillow decodes outside the interpreter's lock).
 
     Raises:
-        UserError: Some files are bad: how many, and the first few by name.
+        UserError: Some files are bad; the message counts them and names the first few.
     """
 
     def attempt(tile: Any):
@@ -198,7 +198,7 @@ def check_tiles(
     """Decode every tile once, so that a bad one is known now and not after hours of training.
 
     Raises:
-        UserError: How many files are bad, with the first few by name.
+        UserError: Some files are bad; the message counts them and names the first few.
     """
 
     def decode(tile: Any) -> None:

@@ -41,11 +41,11 @@ def content_hash(content: Any) -> str:
 
 @dataclass(frozen=True)
 class CorpusIndex:
-    """What a scan found.
+    """The index of a corpus, as one scan found it.
 
     Attributes:
-        path: Of the Parquet file.
-        layout: Name of the layout of all roots.
+        path: Path of the Parquet file.
+        layout: Name of the layout that all roots have.
         scanned: Where the roots were when they were scanned, for a later scan only: whoever reads
             the index gives the roots, since a corpus may be moved or mounted elsewhere.
         folders: For each root, the folders below it with their times of change (nanoseconds).
@@ -63,7 +63,7 @@ class CorpusIndex:
         """Read an index.
 
         Raises:
-            UserError: Missing, or no index of this version.
+            UserError: The file does not exist, or is not an index of this version.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -81,7 +81,7 @@ class CorpusIndex:
         return cls(path, record["layout"], record["scanned"], record["folders"], table)
 
     def write(self) -> None:
-        """Write the file whole or not at all."""
+        """Write the file atomically."""
         import pyarrow.parquet as pq
 
         record = {
@@ -111,7 +111,7 @@ class CorpusIndex:
         return {name: found[name].to_pylist() for name in columns}
 
     def require_layout(self, layout: str) -> None:
-        """UserError when the index is of another layout."""
+        """Check the layout of the corpus; UserError if it is another one."""
         if self.layout != layout:
             raise UserError(
                 f"index {self.path} is of layout {self.layout}, not {layout}; correct the layout or"
@@ -119,7 +119,7 @@ class CorpusIndex:
             )
 
     def check(self, roots: Sequence[Path]) -> None:
-        """See that the index still tells the truth about these folders.
+        """Check that these folders are still as they were when they were indexed.
 
         Every folder's time of change is compared, and where it differs, its listing; so files that
         were added, removed or renamed are noticed. Of some tiles, spread evenly, the file's size is
@@ -127,7 +127,7 @@ class CorpusIndex:
         elsewhere.
 
         Raises:
-            UserError: What differs.
+            UserError: Something differs; the message says what.
         """
         if len(roots) != len(self.folders):
             raise UserError(
@@ -151,7 +151,7 @@ class CorpusIndex:
     def _changed_folders(
         self, root: Path, known: dict[str, int], rows: "pyarrow.Table", layout: Layout
     ) -> str | None:
-        """What was added to or removed from the folders; None when nothing was."""
+        """What was added to or removed from the folders, in words; None if nothing was."""
         touched = []
         for name, modified in known.items():
             try:
@@ -182,7 +182,7 @@ class CorpusIndex:
 
 
 def _changed_tiles(root: Path, rows: "pyarrow.Table", layout: Layout) -> str | None:
-    """Which of some tiles is not what it was; None when all are."""
+    """Which of some tiles is not what it was, in words; None if all are."""
     import pyarrow.compute as pc
 
     rows = rows.filter(pc.is_null(rows["problem"]))

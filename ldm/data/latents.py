@@ -19,7 +19,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,8 +31,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.data.corpora import Corpus
-from ldm.data.tiles import TileSet
+from ldm.data.tiles import TileSet, without_augmentation
 from ldm.errors import UserError
+from ldm.modules.autoencoder import DiagonalGaussian
 
 COMMAND = "scripts/cache_latents.py"
 MANIFEST = "manifest.json"
@@ -44,13 +45,13 @@ AGAIN = f"delete it and run {COMMAND} again as before, which makes what is missi
 
 @dataclass(frozen=True)
 class Shards:
-    """Where the latents of a split lie.
+    """Files that hold the latents of a split.
 
     Attributes:
-        folder: Of the shards.
-        tiles: N.
-        views: V.
-        moments: (2C, h, w).
+        folder: Folder of the shards.
+        tiles: N, number of tiles.
+        views: V, number of views of a tile.
+        moments: (2C, h, w), shape of a view.
         dtype: "float16" or "float32".
         shard_tiles: Tiles per shard; the last one may have fewer.
     """
@@ -82,7 +83,7 @@ class Shards:
         """Open a shard for reading, any number of its latents at a time.
 
         Raises:
-            UserError: It is missing, cut short or of another shape.
+            UserError: The file is missing or cut short, or its arrays have another shape or type.
         """
         path = self.path(number)
         try:
@@ -135,10 +136,10 @@ class LatentTiles(TileSet):
         paths: Where the tiles were stored.
 
     Args:
-        shards: Of the split.
+        shards: Files of the split.
         table: Columns of the split's Parquet file.
         classes: Class names in label order.
-        corpora: (name, weight) of the corpora it was made of; None for a plain set.
+        corpora: (name, weight) of the corpora that the cache was made of; None for a plain set.
 
     Raises:
         UserError: A shard is missing or damaged.
@@ -191,7 +192,7 @@ class LatentTiles(TileSet):
         """The stored moments of a view, (2C, h, w).
 
         Raises:
-            UserError: They are not what was written.
+            UserError: The file is damaged: they are not what was written.
         """
         shard, place = self._shard(index)
         stored = shard.moments[place, view]
@@ -243,7 +244,6 @@ class Posterior(Protocol):
     logvar: Tensor
 
 
-@torch.no_grad()
 def latent_sums(
     dataset: Dataset,
     indices: Sequence[int],
@@ -262,16 +262,45 @@ def latent_sums(
     """
     if isinstance(dataset, LatentTiles):
         return dataset.latent_sums(indices)
-    if isinstance(dataset, TileSet):
-        dataset = dataset.without_augmentation()
     sums = torch.zeros(3, dtype=torch.float64)
-    for start in range(0, len(indices), batch_size):
-        batch = indices[start : start + batch_size]
-        posterior = encode(torch.stack([dataset[i]["image"] for i in batch]))
-        mean, variance = posterior.mean.double().cpu(), posterior.logvar.double().exp().cpu()
+    for mean, variance in _posteriors(dataset, indices, encode, batch_size):
         squares = mean.square() + variance
         sums += torch.stack([torch.tensor(float(mean.numel())), mean.sum(), squares.sum()])
     return sums
+
+
+def channel_sums(
+    dataset: Dataset,
+    indices: Sequence[int],
+    encode: Callable[[Tensor], Posterior],
+    channels: int,
+    batch_size: int = 32,
+) -> Tensor:
+    """As `latent_sums`, for each of C `channels` of its own, (3, C) float64 on the CPU."""
+    sums = torch.zeros(3, channels, dtype=torch.float64)
+    for mean, variance in _posteriors(dataset, indices, encode, batch_size):
+        sums[0] += mean.numel() / mean.shape[1]
+        sums[1] += mean.sum(dim=(0, 2, 3))
+        sums[2] += (mean.square() + variance).sum(dim=(0, 2, 3))
+    return sums
+
+
+@torch.no_grad()
+def _posteriors(
+    dataset: Dataset,
+    indices: Sequence[int],
+    encode: Callable[[Tensor], Posterior],
+    batch_size: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Mean and variance of the latents of tiles, each (B, C, h, w) float64, batch by batch."""
+    dataset = without_augmentation(dataset)
+    for start in range(0, len(indices), batch_size):
+        items = [dataset[i] for i in indices[start : start + batch_size]]
+        if "moments" in items[0]:
+            posterior = DiagonalGaussian(torch.stack([item["moments"] for item in items]))
+        else:
+            posterior = encode(torch.stack([item["image"] for item in items]))
+        yield posterior.mean.double().cpu(), posterior.logvar.double().exp().cpu()
 
 
 def scale_from_sums(sums: Tensor) -> float:
@@ -295,7 +324,7 @@ class LatentCache:
     """A finished cache.
 
     Attributes:
-        root: Its folder.
+        root: Folder of the cache.
         settings: What decides the latents: `autoencoder` (fingerprint), `latent` (C, h, w), `dtype`
             `precision`, `views`, `seed`, `shard_tiles`, `classes`, `corpora` and `splits`.
         statistics: `scale_factor` = 1 / std over `tiles` tiles, and what it was computed from.
@@ -313,10 +342,11 @@ class LatentCache:
         """Open a cache.
 
         Args:
-            what: How messages call it, for example `--latents`.
+            what: How errors call the cache.
 
         Raises:
-            UserError: There is none, it is unfinished or of another version, or a file is damaged.
+            UserError: The folder holds no cache, an unfinished one, or one of another version; or a
+                file is damaged.
         """
         root = Path(root).expanduser()
         manifest = read_manifest(root, what)
@@ -338,10 +368,10 @@ class LatentCache:
         )
 
     def require(self, fingerprint: str, what: str = "latents") -> None:
-        """See that the latents are of the autoencoder with this fingerprint.
+        """Check that the latents were made by the autoencoder with this fingerprint.
 
         Raises:
-            UserError: They are of another one.
+            UserError: They are latents of another autoencoder.
         """
         own = self.settings["autoencoder"]
         if own != fingerprint:
@@ -368,7 +398,7 @@ def read_manifest(root: Path, what: str) -> dict[str, Any] | None:
     """The manifest of a cache; None without one.
 
     Raises:
-        UserError: It cannot be read, or is of another version.
+        UserError: The manifest cannot be read, or is of another version.
     """
     path = root / MANIFEST
     try:

@@ -5,7 +5,6 @@ a finished file goes to a journal beside the index at once, so an interrupted sc
 stopped; an earlier index serves the same way, so only new and changed files are looked at again.
 """
 
-import csv
 import io
 import json
 import os
@@ -26,7 +25,7 @@ from ldm.data.images import UnsupportedImage
 from ldm.data.index import VERSION, CorpusIndex, content_hash, make_table
 from ldm.data.storage import Layout, Place, find_files, layout_of, path_order
 from ldm.errors import UserError
-from ldm.files import write_text
+from ldm.files import write_csv
 
 UNREADABLE, TRUNCATED, UNSUPPORTED = "unreadable", "truncated", "unsupported"
 TOO_SMALL, DUPLICATE = "too small", "duplicate"
@@ -56,26 +55,26 @@ class Scan:
 
 
 def journal_of(out: Path) -> Path:
-    """Where an unfinished scan keeps what it knows."""
+    """Path of the journal in which an unfinished scan keeps what it has found."""
     return out.with_name(f".{out.name}.scan")
 
 
 def problems_of(out: Path) -> Path:
-    """The table of problems that belongs to an index."""
+    """Path of the table of problems that belongs to an index."""
     return out.with_name(f"{out.stem}.problems.csv")
 
 
 def scan_corpora(roots: Sequence[Path], layout_name: str, out: Path, workers: int) -> Scan:
-    """Look at every tile of the roots; only what has changed since an earlier scan is read.
+    """Decode and hash every tile of the roots; files known from an earlier scan are not read again.
 
     Args:
-        out: Path of the index: an earlier one there, and the journal beside it, are made use of.
-        workers: Threads.
+        out: Path of the index; an earlier index there and the journal beside it are used.
+        workers: Number of threads.
 
     Raises:
-        UserError: A root that is missing or empty.
+        UserError: A root is missing or empty.
     """
-    layout = layout_of(layout_name, "--layout")
+    layout = layout_of(layout_name, "layout")
     found = [find_files(root, layout) for root in roots]
     stamps: list[Stamp] = []
     for number, (root, (files, _)) in enumerate(zip(roots, found, strict=True)):
@@ -173,7 +172,7 @@ def _row(place: Place, digest: str | None = None, **values: Any) -> Row:
 
 
 def _starts_as_image(content: Any) -> bool:
-    """Whether the header can be read, of a tile whose pixels cannot."""
+    """Whether a tile whose pixels cannot be read has a readable header."""
     if not isinstance(content, bytes):
         return False
     try:
@@ -184,19 +183,19 @@ def _starts_as_image(content: Any) -> bool:
 
 
 def where(roots: Sequence[Path]) -> list[str]:
-    """What tells a scan that it looks at the same folders as an earlier one."""
+    """Absolute paths of the roots, by which a scan knows the folders of an earlier one."""
     return [str(root.resolve()) for root in roots]
 
 
 def _header(layout: str, scanned: list[str]) -> dict[str, Any]:
-    """What stands in the journal before what a scan has found."""
+    """Line of the journal that stands before the rows of a scan."""
     return {"version": VERSION, "layout": layout, "scanned": scanned}
 
 
 def _earlier_rows(layout: str, scanned: list[str], out: Path) -> dict[Stamp, list[Row]]:
-    """What an earlier index and an unfinished scan know of these folders, by file.
+    """Rows that an earlier index and an unfinished scan have of these folders, by file.
 
-    What was found by comparing tiles with each other or with an option is taken out again.
+    Problems that depend on other tiles or on an option are taken out of them again.
     """
     earlier: dict[Stamp, list[Row]] = {}
     try:
@@ -236,7 +235,7 @@ def find_problems(rows: Sequence[Row], min_size: int, keep_duplicates: bool) -> 
     Rows must be in the order of the index. Of tiles with the same bytes the first is kept.
 
     Args:
-        min_size: Pixels; the least shorter side.
+        min_size: Pixels that the shorter side of a tile must have.
         keep_duplicates: Report them in `reason` only.
 
     Returns:
@@ -247,7 +246,7 @@ def find_problems(rows: Sequence[Row], min_size: int, keep_duplicates: bool) -> 
     for row in rows:
         if row["problem"] is None and min(row["width"], row["height"]) < min_size:
             row["problem"] = TOO_SMALL
-            row["reason"] = f"{row['width']} x {row['height']} pixels, --min_size is {min_size}"
+            row["reason"] = f"{row['width']} x {row['height']} pixels, min_size is {min_size}"
         if row["problem"] is None:
             original = first.setdefault(row["hash"], row)
             if original is not row:
@@ -260,15 +259,14 @@ def find_problems(rows: Sequence[Row], min_size: int, keep_duplicates: bool) -> 
 
 
 def write_problems(path: Path, rows: Sequence[Row], roots: Sequence[Path]) -> None:
-    """The table of every tile with a problem, kept duplicates included."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(PROBLEM_COLUMNS)
-    for row in rows:
-        if row["reason"] is not None:
-            shown = row | {"root": roots[row["root"]], "problem": row["problem"] or DUPLICATE}
-            writer.writerow([shown[name] for name in PROBLEM_COLUMNS])
-    write_text(path, stream.getvalue())
+    """Write the table of all tiles with a problem, kept duplicates included."""
+    shown = (
+        row | {"root": roots[row["root"]], "problem": row["problem"] or DUPLICATE}
+        for row in rows
+        if row["reason"] is not None
+    )
+    columns = [{name: row[name] for name in PROBLEM_COLUMNS} for row in shown]
+    write_csv(path, columns, PROBLEM_COLUMNS)
 
 
 def index_corpora(

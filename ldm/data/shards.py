@@ -2,8 +2,8 @@
 
 Millions of small files wear out a cluster's file system; a few thousand tar files do not, and
 `ldm.data.storage.ShardLayout` reads any tile in them directly. Which tile goes into which shard
-follows from the index and the size alone, and a shard appears whole or not at all: an interrupted
-run goes on with the shards that are missing.
+follows from the index and the size alone, and a shard appears completely or not at all: an
+interrupted run goes on with the shards that are missing.
 """
 
 import io
@@ -65,10 +65,10 @@ class Report:
     """What a call of `CorpusShards.write` did.
 
     Attributes:
-        written: Shards made now.
-        present: Shards that were there.
-        tiles: In all shards.
-        bytes: Of all shards.
+        written: Number of shards made now.
+        present: Number of shards that were there.
+        tiles: Number of tiles in all shards.
+        bytes: Size of all shards.
     """
 
     written: int
@@ -78,26 +78,26 @@ class Report:
 
 
 class CorpusShards:
-    """The tar shards that an index's tiles make; tiles with a problem are left out.
+    """The tar shards of the tiles of an index; tiles with a problem are left out.
 
     Bytes are stored as they are; a row of an array becomes a PNG of the pixels that training would
     see. Labels are stored in KEY.cls, groups in the index of the shards.
 
     Args:
-        index: Of the corpus.
-        roots: Where it is, in the order of the index.
+        index: Index of the corpus.
+        roots: Folders of the corpus, in the order of the index.
         out: Folder of the shards; their index is written beside it, as OUT.parquet.
-        size: Bytes of a shard, at most, unless a single tile is larger.
+        size: Most bytes of a shard, unless a single tile is larger.
 
     Raises:
-        UserError: The index is stale, or `out` holds other shards or other files.
+        UserError: The index no longer fits the corpus, or `out` holds other shards or files.
     """
 
     def __init__(self, index: CorpusIndex, roots: Sequence[Path], out: Path, size: int):
         index.check(roots)
         if index.path.resolve() == out.with_name(f"{out.name}.parquet").resolve():
             raise UserError(
-                f"--out {out}: the index of the shards would replace {index.path}; give another"
+                f"out={out}: the index of the shards would replace {index.path}; give another"
             )
         self.roots = list(roots)
         self.out = out
@@ -122,7 +122,7 @@ class CorpusShards:
         return self.out / NAME.format(number)
 
     def _identity(self, index: CorpusIndex) -> str:
-        """Which tiles there are, with which labels; not where they are."""
+        """SHA-256 over the tiles with their labels, wherever these are stored."""
         columns = (self._tiles[n].to_pylist() for n in ("root", "path", "label", "group", "hash"))
         parts = (f"{part}\0" for column in columns for part in column)
         return digest_of_text(chain([index.layout], parts))
@@ -161,16 +161,16 @@ class CorpusShards:
     def _divide(self, size: int) -> list[int]:
         starts, used = [0], 0
         for i, needed in enumerate(self._sizes.tolist()):
-            if used and _whole(used + needed) > size:
+            if used and _tar_size(used + needed) > size:
                 starts.append(i)
                 used = 0
             used += needed
         return [*starts, len(self._sizes)]
 
     def bytes_of(self, numbers: Iterable[int]) -> int:
-        """What these shards take on the disk, at most."""
+        """Most bytes that these shards take on the disk."""
         sums = np.concatenate([[0], np.cumsum(self._sizes)])
-        return sum(_whole(int(sums[self.starts[n + 1]] - sums[self.starts[n]])) for n in numbers)
+        return sum(_tar_size(int(sums[self.starts[n + 1]] - sums[self.starts[n]])) for n in numbers)
 
     def require_space(self, numbers: Iterable[int]) -> None:
         """Check that these shards fit on the disk; UserError otherwise."""
@@ -180,11 +180,11 @@ class CorpusShards:
         """Write the shards that are missing or damaged, then their index.
 
         Args:
-            workers: Threads that read.
-            verify: Read what is there already whole, not only its list of members.
+            workers: Number of threads that read.
+            verify: Read all of the shards that are there, not only their lists of members.
 
         Raises:
-            UserError: A tile that is not what was indexed, or a full disk.
+            UserError: A tile is not what was indexed, or the disk is full.
         """
         present = {}
         for number in range(len(self)):
@@ -225,7 +225,7 @@ class CorpusShards:
         if content_hash(content) != row["hash"]:
             raise UserError(
                 f"{root / place.path} is not what was indexed; run {COMMAND} again, then this "
-                "command with another --out"
+                "command with another folder out"
             )
         if not self._re_encodes:
             return content
@@ -335,7 +335,7 @@ def _good_tiles(index: CorpusIndex) -> "pyarrow.Table":
     return index.table.filter(pc.is_null(index.table["problem"])).select(list(COLUMNS))
 
 
-def _whole(size: int) -> int:
+def _tar_size(size: int) -> int:
     """Bytes of a tar file whose members take so many: two empty blocks, then up to a record."""
     return -(-(size + 2 * BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
 

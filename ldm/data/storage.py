@@ -26,7 +26,7 @@ ARRAY_NAME, TYPES_NAME = "images.npy", "types.npy"  # of PanNuke
 
 
 class Place(NamedTuple):
-    """Where a tile is stored."""
+    """The place where a tile is stored."""
 
     path: str  # the tile's name below the root of its corpus, with `/`
     file: str  # the file below the root that holds it
@@ -152,12 +152,12 @@ class ShardLayout:
                         )
             with path.open("rb") as stream:
                 stream.seek(end)
-                # tarfile takes a file that ends between members for a whole one.
-                whole = stream.read(BLOCK) == bytes(BLOCK)
+                # tarfile takes a file that ends between two members for a complete one.
+                complete = stream.read(BLOCK) == bytes(BLOCK)
         except (tarfile.TarError, EOFError) as error:
-            raise UserError(f"{path}: no whole tar file ({error}); write it again") from None
-        if not whole:
-            raise UserError(f"{path}: no whole tar file (its end is missing); write it again")
+            raise UserError(f"{path}: not a complete tar file ({error}); write it again") from None
+        if not complete:
+            raise UserError(f"{path}: not a complete tar file (its end is missing); write it again")
         return [
             place._replace(label=classes.get(split_member(name)[0], place.label))
             for name, place in found.items()
@@ -185,7 +185,7 @@ def layout_of(name: str, what: str) -> Layout:
     """The layout of that name.
 
     Raises:
-        UserError: There is none; `what` is how the message calls the setting.
+        UserError: There is no such layout; `what` is how the message calls the setting.
     """
     if name not in LAYOUTS:
         raise UserError(f"{what}={name!r}: choose among {', '.join(LAYOUTS)}")
@@ -201,7 +201,7 @@ def find_files(root: Path, layout: Layout) -> tuple[list[str], dict[str, int]]:
     """The files below `root` that hold tiles, sorted, and the time of change of every folder.
 
     Raises:
-        UserError: No such folder, or nothing in it.
+        UserError: The folder does not exist, or holds no tiles.
     """
     if not root.is_dir():
         reason = "is not a folder" if root.exists() else "does not exist"
@@ -221,7 +221,7 @@ def read_place(root: Path, layout: Layout, place: Place) -> np.ndarray:
     """One tile, uint8 (H, W, 3).
 
     Raises:
-        UserError: It is missing or damaged.
+        UserError: The tile is missing or damaged.
     """
     try:
         content = layout.content(root, place)
@@ -240,7 +240,7 @@ class _Array:
             self.rows = np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError) as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"{path}: no whole numpy array ({reason}); write it again") from None
+            raise UserError(f"{path}: no complete numpy array ({reason}); write it again") from None
         shape, kind = self.rows.shape, self.rows.dtype
         if len(shape) != 4 or shape[3] != 3 or 0 in shape:
             raise UserError(f"{path}: shape {shape} must be (tiles, height, width, 3)")

@@ -166,20 +166,17 @@ class TileFiles:
         rows = zip(self.names, self.digests, strict=True)
         return digest_of_text(f"{name} {digest}\n" for name, digest in rows)
 
-    def stamp(self, with_status: bool = True) -> str:
+    def stamp(self) -> str:
         """SHA-256 over paths, sizes and times of the files, which are not read.
 
-        As long as it is the same, so are the files.
-
-        Args:
-            with_status: Include the time of the last change of status, which no program can set
-                back. A new hard link to a file changes it too.
+        As long as it is the same, so are the files: the time of the last change of status, which no
+        program can set back, is included. A new hard link to a file changes it too.
         """
         lines = []
         for name, path in zip(self.names, self.paths, strict=True):
             state = os.stat(path)
-            line = f"{name}\0{state.st_size}\0{state.st_mtime_ns}"
-            lines.append(f"{line}\0{state.st_ctime_ns}\n" if with_status else f"{line}\n")
+            times = f"{state.st_mtime_ns}\0{state.st_ctime_ns}"
+            lines.append(f"{name}\0{state.st_size}\0{times}\n")
         return digest_of_text(lines)
 
     def select(self, rows: Iterable[int], part: str | None = None) -> "TileFiles":

@@ -104,7 +104,8 @@ def _build_transform(node: Mapping[str, Any], where: str) -> A.BasicTransform:
     """The transform of a `{target, params}` node.
 
     Raises:
-        UserError: Not a transform of albumentations or `StainJitter`, or values it does not take.
+        UserError: The node is no transform of albumentations or `StainJitter`, or has values that
+            the transform does not take.
     """
     target = node.get("target") if isinstance(node, Mapping) else None
     own = f"{__name__}.StainJitter"
@@ -184,6 +185,11 @@ class TileSet(Dataset):
 
     def __len__(self) -> int:
         return len(self.relative_paths)
+
+
+def without_augmentation(dataset: Dataset) -> Dataset:
+    """The tiles of a training set as validation sees them; a set of another kind as it is."""
+    return dataset.without_augmentation() if isinstance(dataset, TileSet) else dataset
 
 
 class Tiles(TileSet):
@@ -363,12 +369,12 @@ class TileFolder(Tiles):
         check: "auto" decodes every file at construction in sets of at most 20,000 without an
             index; True or False.
         cache: Keep decoded tiles in memory, as uint8 after resizing (at most 4 GiB).
-        index: What scripts/index_corpus.py wrote for the same root or roots. The folders are then
-            not walked, and tiles with problems are left out.
+        index: Index that scripts/index_corpus.py wrote for the same root or roots. The folders are
+            then not walked, and tiles with problems are left out.
 
     Raises:
-        UserError: A missing or empty folder, classes that differ, an unreadable image, a stale
-            index, a bad value.
+        UserError: A folder is missing or empty, classes differ, an image is unreadable, an index no
+            longer fits its folder, or a value is not allowed.
     """
 
     _PER_TILE = (*Tiles._PER_TILE, "paths")

@@ -6,14 +6,14 @@ two splits, and a split holds the same tiles whatever the size of the others.
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
 from ldm.data.procedural import CLASSES, SIZES, TILES_PER_SLIDE, VERSION, render_tile, slide_of
 from ldm.errors import UserError
-from ldm.files import atomic_file, write_png
+from ldm.files import atomic_file, remove_leftovers, write_png
 from ldm.run import MadeFolder
 
 RECORD = "tiles.json"
@@ -44,6 +44,25 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfileobj(original, copy)
 
 
+def _check(
+    size: int, counts: Mapping[str, int], train5: int, seed: int, classes: Sequence[str]
+) -> None:
+    """Check the arguments of `make_tileset`; UserError for a value that is not allowed."""
+    unknown = [name for name in classes if name not in CLASSES]
+    if unknown or not classes or len(set(classes)) != len(classes):
+        raise UserError(f"classes={' '.join(classes)}: give distinct names of {' '.join(CLASSES)}")
+    if not SIZES[0] <= size <= SIZES[1]:
+        raise UserError(f"size={size} must be in [{SIZES[0]}, {SIZES[1]}]")
+    for split, count in counts.items():
+        least = 1 if split == "train" else 0
+        if not least <= count <= MOST:
+            raise UserError(f"{split}={count} must be in [{least}, {MOST}]")
+    if not 0 <= train5 <= counts["train"]:
+        raise UserError(f"train5={train5} must be in [0, {counts['train']}] (train)")
+    if seed < 0:
+        raise UserError(f"seed={seed} must be at least 0")
+
+
 def make_tileset(
     out: str | os.PathLike,
     size: int = 64,
@@ -61,32 +80,18 @@ def make_tileset(
         out: New or empty folder, or one that an interrupted call with the same values left.
         size: Pixels.
         train, val, test: Tiles per class; a split of 0 tiles has no folder.
-        train5: Of the training tiles, how many per class are copied to the few-label subset.
+        train5: Number of training tiles per class that are copied to the few-label subset.
         workers: Processes.
 
     Returns:
         How many files were written: 0 when all were there.
 
     Raises:
-        UserError: A value that is not allowed, or a folder with other contents.
+        UserError: A value is not allowed, or the folder has other contents.
     """
     out = Path(out).expanduser()
-    unknown = [name for name in classes if name not in CLASSES]
-    if unknown or not classes or len(set(classes)) != len(classes):
-        raise UserError(
-            f"--classes {' '.join(classes)}: give distinct names of {' '.join(CLASSES)}"
-        )
-    if not SIZES[0] <= size <= SIZES[1]:
-        raise UserError(f"--size {size} must be in [{SIZES[0]}, {SIZES[1]}]")
     counts = {"train": train, "val": val, "test": test}
-    for split, count in counts.items():
-        least = 1 if split == "train" else 0
-        if not least <= count <= MOST:
-            raise UserError(f"--{split} {count} must be in [{least}, {MOST}]")
-    if not 0 <= train5 <= train:
-        raise UserError(f"--train5 {train5} must be in [0, {train}] (--train)")
-    if seed < 0:
-        raise UserError(f"--seed {seed} must be at least 0")
+    _check(size, counts, train5, seed, classes)
     settings = {"version": VERSION, "size": size, **counts, "train5": train5}
     settings |= {"seed": seed, "classes": list(classes)}
     made = MadeFolder(out, settings, RECORD, key=None)
@@ -101,7 +106,7 @@ def make_tileset(
     ]
     tasks = [t for t in tasks if not (out / t[0] / t[1] / tile_name(t[2])).exists()]
     for split, name in {(split, name) for split, name, _ in tasks}:
-        (out / split / name).mkdir(parents=True, exist_ok=True)
+        remove_leftovers(out / split / name)
     render = partial(_render, out, size, seed)
     if workers > 1 and len(tasks) >= POOL_FROM:
         with ProcessPoolExecutor(workers) as pool:

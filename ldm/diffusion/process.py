@@ -36,6 +36,11 @@ class Process(ABC):
     predictions: ClassVar[tuple[str, ...]]
     largest_guided: float
 
+    @property
+    def guided_interval(self) -> tuple[int, int] | None:
+        """The times that are guided unless a user says otherwise; None for all."""
+        return (0, int(self.largest_guided)) if self.largest_guided < self.T else None
+
     @abstractmethod
     def signal(self, t: Tensor, like: Tensor) -> Tensor:
         """Factor of the clean latent at times t (B,), shaped to multiply `like`: (B, 1, 1, 1)."""

@@ -24,10 +24,10 @@ from ldm.evaluation.metrics import confusion_matrix, scores
 from ldm.evaluation.predictions import Predictions, predictions_name
 from ldm.evaluation.runs import RESULT, differences
 from ldm.evaluation.sets import GroupTable, Splits, TransformedTiles, open_splits
-from ldm.evaluation.settings import Settings
 from ldm.evaluation.summary import write_summary
 from ldm.features.extractor import Extractor, directions
 from ldm.files import write_json
+from ldm.models.vit_settings import Settings
 from ldm.run import git_revision, hardware, versions
 
 log = logging.getLogger(__name__)

@@ -3,52 +3,55 @@
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ldm.checkpoint import read_checkpoint, write_checkpoint
-from ldm.devices import Devices
+from ldm.data.seeds import seed_generators
+from ldm.devices import Devices, Ranks
 from ldm.errors import UserError
 from ldm.evaluation.bootstrap import intervals
 from ldm.evaluation.confusion import write_confusion
 from ldm.evaluation.predictions import predictions_name
 from ldm.evaluation.sets import GroupTable, Splits, open_evaluation_sets, open_splits
-from ldm.evaluation.settings import Settings
 from ldm.evaluation.summary import summarise, write_summary
-from ldm.evaluation.training import (
-    BEST,
-    LAST,
-    Compute,
-    Trainer,
+from ldm.evaluation.training import Predictor, RunBatches, TrainingData, predictions_of
+from ldm.files import write_json
+from ldm.models.callbacks import LastCheckpoint, StopOnSignal
+from ldm.models.vit import load_vit
+from ldm.models.vit_settings import Settings
+from ldm.models.vit_training import (
+    Course,
+    ValidateAtMarks,
+    VitTraining,
     build_network,
     build_optimizer,
-    evaluate,
-    predictions_of,
 )
-from ldm.evaluation.vit import load_vit
-from ldm.files import write_json
-from ldm.run import git_revision, hardware, versions
+from ldm.run import RunFolder, git_revision, hardware, versions
+from ldm.run import differences as settings_differences
+from ldm.train import OWN_NAMES, fit
 
 log = logging.getLogger(__name__)
 
 __all__ = ["differences", "evaluate_checkpoint", "summarise", "train_and_report"]
 
 RESULT = "result.json"
+LAST, BEST = Path("checkpoints", "last.ckpt"), Path("checkpoints", "best.ckpt")
+SAVE_SECONDS = 60.0  # between writes of last.ckpt; a run that is killed loses at most this much
 EVAL_BATCH = 256  # of networks that are only evaluated
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What differs between the settings and data of two runs, in words."""
-    found = []
-    for name, value in new["settings"].items():
-        # An option that came later does by default what was done without it.
-        before = old["settings"].get(name, getattr(Settings, name, None))
-        if before != value:
-            found.append(f"{name} was {before}, is {value}")
+    # An option that came later does by default what was done without it.
+    defaults = {name: getattr(Settings, name, None) for name in new["settings"]}
+    found = settings_differences(old["settings"], new["settings"], defaults)
     for name in sorted({*old["data"], *new["data"]}):
         before, now = old["data"].get(name), new["data"].get(name)
         if before is None or now is None:
@@ -58,137 +61,76 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return found
 
 
-def train_and_report(
-    data_path: Path,
-    train_folder: str,
-    settings: Settings,
-    seeds: Sequence[int],
-    logdir: Path,
-    compute: Compute,
-    num_classes: int | None = None,
-    resume: str | Path | None = None,
-    overwrite: bool = False,
-    groups: GroupTable | None = None,
-    devices: Devices | None = None,
-) -> dict[str, Any]:
-    """Train one network per seed, choose its epoch on val, report test once.
+@dataclass
+class Earlier:
+    """What earlier starts of the same command left.
 
-    Without a test set val is reported, and the summary says so in `split`.
-
-    Results are in `logdir`/`train_folder`: in seed<k> its result.json, metrics.csv,
-    predictions_val.csv, predictions_test.csv and checkpoints/best.ckpt; of all seeds summary.json,
-    confusion.csv, per_class.csv and confusion.png. A finished seed is not trained again and an
-    unfinished one goes on from its last.ckpt, if settings and files are the same.
-
-    Args:
-        resume: A checkpoint to go on from instead; for a single seed.
-        overwrite: Discard results that belong to other settings or files.
-        groups: Patients, slides or regions of val and test, over which intervals are taken.
-        devices: The processes that share the work, started once all is checked. Batches are divided
-            among them, the first one writes.
-
-    Returns:
-        The content of summary.json.
-
-    Raises:
-        UserError: Anything wrong with settings, folders, images or earlier results, before the
-            first step.
+    Attributes:
+        results: Content of result.json by finished seed.
+        checkpoints: File to go on from, by unfinished seed.
+        stale: Folders of runs with other settings, to be replaced.
     """
-    settings.check()
-    splits = open_splits(data_path, train_folder, settings, num_classes, groups)
-    current = {"settings": settings.as_dict(), "data": splits.identity}
-    folder = logdir / train_folder
 
-    results: dict[int, dict[str, Any]] = {}
-    checkpoints: dict[int, dict[str, Any]] = {}
-    stale: list[Path] = []
-    for seed in seeds:
-        run = folder / f"seed{seed}"
-        if resume is not None:
+    results: dict[int, dict[str, Any]] = field(default_factory=dict)
+    checkpoints: dict[int, Path] = field(default_factory=dict)
+    stale: list[Path] = field(default_factory=list)
+
+    @classmethod
+    def find(
+        cls,
+        folder: Path,
+        seeds: Sequence[int],
+        current: dict[str, Any],
+        resume: str | Path | None,
+        overwrite: bool,
+    ) -> "Earlier":
+        """Look into the folders of all seeds.
+
+        Args:
+            current: The settings and data of now.
+
+        Raises:
+            UserError: A run was made with other settings or files, and is not to be overwritten.
+        """
+        found = cls()
+        for seed in seeds:
+            run = folder / f"seed{seed}"
+            if resume is not None:
+                found._take(run, resume, seed, current)
+                continue
             if (run / RESULT).is_file():
-                raise UserError(f"--resume {resume}: {run} is finished; choose another --logdir")
-            checkpoints[seed] = _read_training(resume, "--resume", seed)
-            changed = differences(checkpoints[seed]["training"], current)
+                earlier = json.loads((run / RESULT).read_text())
+            elif (run / LAST).is_file():
+                earlier = _read_training(run / LAST, "earlier run", seed)["training"]
+            else:
+                continue
+            changed = differences(earlier, current)
+            if changed and not overwrite:
+                raise UserError(
+                    f"{run} holds a run with other settings: {'; '.join(changed)}; add --overwrite"
+                    " to replace it, or choose another --logdir"
+                )
             if changed:
-                raise UserError(f"--resume {resume}: {'; '.join(changed)}; give the same as then")
-            continue
+                found.stale.append(run)
+            elif (run / RESULT).is_file():
+                found.results[seed] = earlier
+                log.info("%s is finished: not trained again", run)
+            else:
+                found.checkpoints[seed] = run / LAST
+        return found
+
+    def _take(self, run: Path, resume: str | Path, seed: int, current: dict[str, Any]) -> None:
+        """Go on from a checkpoint that the user names."""
         if (run / RESULT).is_file():
-            earlier = json.loads((run / RESULT).read_text())
-        elif (run / LAST).is_file():
-            checkpoints[seed] = _read_training(run / LAST, "earlier run", seed)
-            earlier = checkpoints[seed]["training"]
-        else:
-            continue
-        changed = differences(earlier, current)
-        if changed and not overwrite:
-            raise UserError(
-                f"{run} holds a run with other settings: {'; '.join(changed)}; add --overwrite to"
-                " replace it, or choose another --logdir"
-            )
+            raise UserError(f"--resume {resume}: {run} is finished; choose another --logdir")
+        training = _read_training(resume, "--resume", seed)["training"]
+        changed = differences(training, current)
         if changed:
-            stale.append(run)
-            checkpoints.pop(seed, None)
-        elif seed not in checkpoints:
-            results[seed] = earlier
-            log.info("%s is finished: not trained again", run)
-
-    if len(results) < len(seeds):
-        # What a user can get wrong comes first, then the images, then the earlier results go.
-        build_optimizer(settings, build_network(settings, splits.classes), settings.lr)
-        splits.load()
-    if devices is None or len(results) == len(seeds):
-        return _run(
-            train_folder, settings, seeds, folder, compute, splits, results, checkpoints, stale
-        )
-    with devices.launch(backend=None) as (ranks, device):
-        compute = replace(compute, device=device, ranks=ranks)
-        return _run(
-            train_folder, settings, seeds, folder, compute, splits, results, checkpoints, stale
-        )
+            raise UserError(f"--resume {resume}: {'; '.join(changed)}; give the same as then")
+        self.checkpoints[seed] = Path(resume)
 
 
-def _run(
-    train_folder: str,
-    settings: Settings,
-    seeds: Sequence[int],
-    folder: Path,
-    compute: Compute,
-    splits: Splits,
-    results: dict[int, dict[str, Any]],
-    checkpoints: dict[int, dict[str, Any]],
-    stale: Sequence[Path],
-) -> dict[str, Any]:
-    """Train what is not in `results` yet and write the summary."""
-    is_first = compute.ranks.is_first
-    current = {"settings": settings.as_dict(), "data": splits.identity}
-    if is_first:
-        for run in stale:
-            shutil.rmtree(run)
-    for seed in seeds:
-        if seed not in results:
-            trainer = Trainer(settings, seed, splits, compute)
-            if seed in checkpoints:
-                trainer.restore(checkpoints.pop(seed))
-                log.info("seed %d goes on after update %d", seed, trainer.updates)
-            results[seed] = _train_one(trainer, folder / f"seed{seed}", train_folder, current)
-        done = {s: results[s] for s in seeds if s in results}
-        if not is_first:
-            summary = summarise(train_folder, list(done.values()))
-            continue
-        summary = write_summary(
-            folder,
-            train_folder,
-            list(done.values()),
-            [folder / f"seed{s}" for s in done],
-            splits.groups,
-            splits.notes,
-        )
-    if is_first:
-        write_confusion(folder, summary)
-    return summary
-
-
-def _read_training(path: Path, what: str, seed: int) -> dict[str, Any]:
+def _read_training(path: str | Path, what: str, seed: int) -> dict[str, Any]:
     checkpoint = read_checkpoint(path, ("vit",), what)
     training = checkpoint.get("training")
     if training is None:
@@ -205,86 +147,237 @@ def _read_training(path: Path, what: str, seed: int) -> dict[str, Any]:
     return checkpoint
 
 
-def _train_one(
-    trainer: Trainer, run: Path, train_folder: str, current: dict[str, Any]
-) -> dict[str, Any]:
-    """Train to the end, load the selected network, evaluate it, write everything."""
-    splits, compute = trainer.splits, trainer.compute
-    log.log(
-        logging.INFO if compute.ranks.is_first else logging.DEBUG,
-        "%s seed %d: %s, %.2f million weights %s, %d images of %d classes, batch %d%s, learning"
-        " rate %.3g, %d updates (%s passes), %d validations, %d x %s %s",
-        train_folder,
-        trainer.seed,
-        trainer.settings.arch,
-        sum(p.numel() for p in trainer.model.parameters()) / 1e6,
-        trainer.model.origin,
-        len(splits.train),
-        len(splits.classes),
-        trainer.batch_size,
-        "" if trainer.batch_size == trainer.settings.batch_size else
-        f" (of {trainer.settings.batch_size} asked for)",
-        trainer.lr,
-        trainer.marks[-1],
-        trainer.passes(trainer.marks[-1]),
-        len(trainer.marks),
-        compute.ranks.size,
-        compute.device.type,
-        compute.precision,
-    )  # fmt: skip
-    trainer.fit(run, f"{train_folder} seed {trainer.seed}")
+@dataclass(frozen=True)
+class Arm:
+    """What the networks of all seeds of an evaluation have in common.
 
-    best = trainer.best
+    Attributes:
+        name: Training folder, which also names the results.
+        folder: Where the results go.
+        workers: Loader processes.
+        loggers: See `ldm.train.fit`.
+    """
+
+    name: str
+    folder: Path
+    settings: Settings
+    splits: Splits
+    devices: Devices
+    workers: int
+    loggers: Any = False
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The settings and data that a result holds for."""
+        return {"settings": self.settings.as_dict(), "data": self.splits.identity}
+
+
+def train_and_report(
+    data_path: Path,
+    train_folder: str,
+    settings: Settings,
+    seeds: Sequence[int],
+    logdir: Path,
+    devices: Devices,
+    workers: int = 0,
+    num_classes: int | None = None,
+    resume: str | Path | None = None,
+    overwrite: bool = False,
+    groups: GroupTable | None = None,
+    loggers: Any = False,
+) -> dict[str, Any]:
+    """Train one network per seed, choose its epoch on val, report test once.
+
+    Without a test set val is reported, and the summary says so in `split`.
+
+    Results are in `logdir`/`train_folder`: in seed<k> its result.json, metrics.csv,
+    predictions_val.csv, predictions_test.csv and checkpoints/best.ckpt; of all seeds summary.json,
+    confusion.csv, per_class.csv and confusion.png. A finished seed is not trained again and an
+    unfinished one goes on from its last.ckpt, if settings and files are the same.
+
+    Args:
+        devices: They share each batch; other processes are started once all is checked, and the
+            first one writes.
+        workers: Loader processes.
+        resume: A checkpoint to go on from instead; for a single seed.
+        overwrite: Discard results that belong to other settings or files.
+        groups: Patients, slides or regions of val and test, over which intervals are taken.
+        loggers: See `ldm.train.fit`; metrics.csv is always written.
+
+    Returns:
+        The content of summary.json.
+
+    Raises:
+        UserError: Settings, folders, images or earlier results are wrong; this is found before the
+            first step.
+    """
+    settings.check()
+    splits = open_splits(data_path, train_folder, settings, num_classes, groups)
+    arm = Arm(train_folder, logdir / train_folder, settings, splits, devices, workers, loggers)
+    earlier = Earlier.find(arm.folder, seeds, arm.facts, resume, overwrite)
+    if len(earlier.results) == len(seeds):
+        return _report(arm, seeds, earlier, Ranks())
+    # What a user can get wrong comes first, then the images, then the earlier results go.
+    build_optimizer(settings, build_network(settings, splits.classes), settings.lr)
+    splits.load()
+    with devices.launch(backend=None) as (ranks, _):
+        return _report(arm, seeds, earlier, ranks)
+
+
+def _report(arm: Arm, seeds: Sequence[int], earlier: Earlier, ranks: Ranks) -> dict[str, Any]:
+    """Train the seeds that have no result yet, and write the summary after each."""
+    results = earlier.results
+    if ranks.is_first:
+        for run in earlier.stale:
+            shutil.rmtree(run)
+    for seed in seeds:
+        if seed not in results:
+            results[seed] = train_one(arm, seed, ranks, earlier.checkpoints.get(seed))
+        done = {s: results[s] for s in seeds if s in results}
+        if not ranks.is_first:
+            summary = summarise(arm.name, list(done.values()))
+            continue
+        summary = write_summary(
+            arm.folder,
+            arm.name,
+            list(done.values()),
+            [arm.folder / f"seed{s}" for s in done],
+            arm.splits.groups,
+            arm.splits.notes,
+        )
+    if ranks.is_first:
+        write_confusion(arm.folder, summary)
+    return summary
+
+
+def build_training(arm: Arm, seed: int, ranks: Ranks) -> tuple[VitTraining, TrainingData]:
+    """The network of a seed, ready to be trained, and its batches."""
+    settings, splits = arm.settings, arm.splits
+    course = Course.of(settings, len(splits.train), ranks.size)
+    predictor = Predictor(arm.devices, arm.workers, ranks)
+    judge = predictor.judge(splits.val, settings.batch_size)
+    seed_generators(seed)
+    network = build_network(settings, splits.classes)
+    model = VitTraining(network, settings, course, seed, judge, arm.facts)
+    batches = RunBatches(splits.train, course, seed, ranks, lambda: model.updates)
+    return model, TrainingData(splits.train, batches, arm.workers)
+
+
+def train_one(arm: Arm, seed: int, ranks: Ranks, checkpoint: Path | None = None) -> dict[str, Any]:
+    """Train to the end, evaluate the selected network on test, and write everything.
+
+    Returns:
+        The content of result.json.
+    """
+    model, data = build_training(arm, seed, ranks)
+    run = RunFolder(arm.folder / f"seed{seed}")
+    if checkpoint is not None:
+        payload = _read_training(checkpoint, "earlier run", seed)
+        log.info("seed %d goes on after update %d", seed, payload["training"]["updates"])
+        if "model" in payload["training"]:
+            model.resume_earlier_version(payload)
+            checkpoint = None
+    if model.updates < model.course.updates:
+        train_to_the_end(arm, model, data, run, checkpoint)
+    result, predictions = _results(arm, model, ranks)
+    if ranks.is_first:
+        for split, found in predictions.items():
+            found.write(run.root / predictions_name(split))
+        write_checkpoint(run.root / BEST, model.best_checkpoint())
+        write_json(run.root / RESULT, result)  # last: its presence says that the seed is finished
+        run.last.unlink(missing_ok=True)
+    return result
+
+
+def train_to_the_end(
+    arm: Arm, model: VitTraining, data: TrainingData, run: RunFolder, checkpoint: Path | None
+) -> None:
+    """Train a network in its run folder, going on from a checkpoint if there is one."""
+    show = f"{arm.name} seed {model.seed}"
+    interval = timedelta(seconds=SAVE_SECONDS)
+    fit(
+        model,
+        data,
+        run,
+        arm.devices,
+        checkpoint=checkpoint,
+        callbacks=[
+            ValidateAtMarks(show),
+            LastCheckpoint(train_time_interval=interval, dirpath=run.checkpoints, **OWN_NAMES),
+            StopOnSignal(run.last),
+        ],
+        settings={
+            # All updates are one epoch for Lightning: passes are those of `RunBatches`.
+            "max_epochs": 1,
+            "max_steps": model.course.updates,
+            "limit_val_batches": 0,
+            "use_distributed_sampler": False,
+            "sync_batchnorm": arm.devices.ranks > 1 and arm.devices.accelerator == "gpu",
+            "enable_progress_bar": sys.stderr.isatty(),
+        },
+        loggers=arm.loggers,
+        summary=f"{show}: {_described(arm, model)}",
+    )
+
+
+def _described(arm: Arm, model: VitTraining) -> str:
+    """What is trained, in one line."""
+    course, settings, splits = model.course, arm.settings, arm.splits
+    weights = sum(p.numel() for p in model.net.parameters()) / 1e6
+    asked = settings.batch_size
+    batch = f"{course.batch_size}{'' if course.batch_size == asked else f' (of {asked} asked for)'}"
+    return (
+        f"{settings.arch}, {weights:.2f} million weights {model.net.origin},"
+        f" {len(splits.train)} images of {len(splits.classes)} classes, batch {batch}, learning"
+        f" rate {model.learning_rate:.3g}, {course.updates} updates"
+        f" ({course.passes(course.updates)} passes), {len(course.marks)} validations,"
+        f" {arm.devices.ranks} x {arm.devices.device.type} {arm.devices.precision}"
+    )
+
+
+def _results(arm: Arm, model: VitTraining, ranks: Ranks) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The content of result.json, and the predictions of val and test."""
+    settings, splits, course, best = arm.settings, arm.splits, model.course, model.best
     assert best is not None
-    val = predictions_of(splits.val, best["logits"])
-    is_first = compute.ranks.is_first
-    if is_first:
-        val.write(run / predictions_name("val"))
-    result = {
-        "train_folder": train_folder,
-        "arch": trainer.settings.arch,
-        "weights": trainer.model.origin,
-        "seed": trainer.seed,
-        "split": splits.reported,
-        "best_epoch": trainer.passes(best["updates"]),
-        "best_update": best["updates"],
-        "updates": trainer.updates,
-        "epochs": trainer.passes(trainer.updates),
-        "validations": len(trainer.history),
-        "batch_size": trainer.batch_size,
-        "notes": trainer.notes,
-        "seconds": round(trainer.seconds, 3),
-        "images_per_second": float(np.median([h["images_per_second"] for h in trainer.history])),
-        "val": val.scores(),
-    }
+    predictions = {"val": predictions_of(splits.val, best["logits"])}
     if splits.test is not None:
-        trainer.evaluated.load_state_dict(trainer.best_state)
-        loader = compute.evaluation_loader(splits.test, trainer.settings.batch_size)
-        test = predictions_of(splits.test, evaluate(trainer.evaluated, loader, compute)[0])
-        if is_first:
-            test.write(run / predictions_name("test"))
-        result["test"] = test.scores()
-    result |= {
-        **current,
-        "precision": compute.precision,
-        "devices": compute.ranks.size,
+        predictor = Predictor(arm.devices, arm.workers, ranks)
+        network = model.evaluated.to(predictor.device)
+        network.load_state_dict(model.best_state)
+        loader = predictor.loader(splits.test, settings.batch_size)
+        predictions["test"] = predictor.predictions(network, loader)
+    speeds = [row["images_per_second"] for row in model.history]
+    return {
+        "train_folder": arm.name,
+        "arch": settings.arch,
+        "weights": model.net.origin,
+        "seed": model.seed,
+        "split": splits.reported,
+        "best_epoch": course.passes(best["updates"]),
+        "best_update": best["updates"],
+        "updates": model.updates,
+        "epochs": course.passes(model.updates),
+        "validations": len(model.history),
+        "batch_size": course.batch_size,
+        "notes": list(course.notes),
+        "seconds": round(model.seconds, 3),
+        "images_per_second": float(np.median(speeds)),
+        **{split: found.scores() for split, found in predictions.items()},
+        **arm.facts,
+        "precision": arm.devices.precision,
+        "devices": ranks.size,
         "versions": versions(),
         "revision": git_revision(),
         "hardware": hardware(),
-    }
-    if not is_first:
-        return result
-    write_checkpoint(run / BEST, trainer.best_checkpoint())
-    write_json(run / RESULT, result)  # last of all: its presence says that the seed is finished
-    (run / LAST).unlink(missing_ok=True)
-    return result
+    }, predictions
 
 
 def evaluate_checkpoint(
     checkpoint: Path,
     data_path: Path,
-    compute: Compute,
+    devices: Devices,
     out: Path,
+    workers: int = 0,
     groups: GroupTable | None = None,
 ) -> dict[str, Any]:
     """Metrics of a trained network on those of `val` and `test` that are below `data_path`.
@@ -292,9 +385,10 @@ def evaluate_checkpoint(
     Writes evaluation.json and evaluation_val.csv, evaluation_test.csv (predictions) in `out`.
 
     Raises:
-        UserError: Not a checkpoint of eval.py, neither folder is there, or classes differ.
+        UserError: The file is not a checkpoint of eval.py, neither folder exists, or classes
+            differ.
     """
-    model, record = load_vit(checkpoint, compute.device, "--resume")
+    model, record = load_vit(checkpoint, devices.device, "--resume")
     sets = open_evaluation_sets(data_path, record["classes"], model.input_size, groups)
     if not sets:
         raise UserError(f"--data_path {data_path} has neither a val nor a test folder")
@@ -303,10 +397,10 @@ def evaluate_checkpoint(
         "arch": record["model"]["params"]["arch"],
         "bootstrap": {},
     }
+    predictor = Predictor(devices, workers)
     for name, tiles in sets.items():
         tiles.load()
-        logits = evaluate(model, compute.evaluation_loader(tiles, EVAL_BATCH), compute)[0]
-        predictions = predictions_of(tiles, logits)
+        predictions = predictor.predictions(model, predictor.loader(tiles, EVAL_BATCH))
         predictions.write(out / f"evaluation_{name}.csv")
         report[name] = predictions.scores()
         report["bootstrap"][name] = intervals([predictions])

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
@@ -24,12 +23,14 @@ from torchvision.transforms import Compose
 from ldm.cli import existing_path
 from ldm.data.groups import by_csv
 from ldm.data.images import class_folders
+from ldm.data.seeds import seed_generators
 from ldm.data.stain import jitter_stains
-from ldm.data.tiles import TileFolder, check_tiles, decode_tiles, read_tile
+from ldm.data.tile_files import TileFiles
+from ldm.data.tiles import TileSet, check_tiles, decode_tiles, read_tile
 from ldm.errors import UserError
-from ldm.evaluation.settings import NO_AUGMENT, Settings
-from ldm.evaluation.vit import eval_transform
 from ldm.files import file_sha256
+from ldm.models.vit import eval_transform
+from ldm.models.vit_settings import NO_AUGMENT, Settings
 
 log = logging.getLogger(__name__)
 
@@ -38,21 +39,13 @@ IMBALANCE = 3  # times the smallest class that the largest may be without a note
 CACHE_LIMIT = 2 * 2**30  # bytes of decoded tiles that one set may hold in memory
 
 
-def seed_generators(*entropy: int, accelerators: bool = True) -> None:
-    """Seed Python's, NumPy's and torch's global generators: timm draws from all three.
-
-    Args:
-        accelerators: Torch's generators of GPUs too, which takes a hundred times as long.
-    """
-    words = np.random.SeedSequence(entropy).generate_state(3)
-    random.seed(int(words[0]))
-    np.random.seed(words[1])
-    seed_torch = torch.manual_seed if accelerators else torch.default_generator.manual_seed
-    seed_torch(int(words[2]))
-
-
-class TransformedTiles(TileFolder):
+class TransformedTiles(TileSet):
     """Labelled tiles as a timm transform gives them: items are (image, label).
+
+    Attributes:
+        files: The files of the set.
+        paths: Paths of the files, in the order of `files`.
+        is_random: Whether the transform draws random numbers.
 
     Args:
         root: Folder of class folders.
@@ -63,7 +56,7 @@ class TransformedTiles(TileFolder):
         classes: The classes there must be; None for those of the folder.
 
     Raises:
-        UserError: A missing or empty folder, or other classes.
+        UserError: The folder is missing or empty, or has other classes.
     """
 
     def __init__(
@@ -74,17 +67,21 @@ class TransformedTiles(TileFolder):
         random: bool,
         classes: Sequence[str] | None = None,
     ):
-        super().__init__(root, size, labelled=True, classes=classes, check=False)
-        self._timm_transform = transform
-        self._random = random
-
-    @property
-    def is_random(self) -> bool:
-        return self._random
+        self.files = TileFiles.below(root, classes=classes)
+        self.classes, self.labels = self.files.classes, self.files.labels
+        self.relative_paths, self.paths = self.files.names, self.files.paths
+        self.groups = None
+        self.size = size
+        self.is_random = random
+        self._transform = transform
+        self._cached: list[np.ndarray | Tensor] | None = None
 
     @property
     def in_memory(self) -> bool:
         return self._cached is not None
+
+    def path(self, index: int) -> str:
+        return str(self.paths[index])
 
     def load(self) -> None:
         """Decode every tile, so that a bad file is known before training, and keep what fits.
@@ -94,7 +91,7 @@ class TransformedTiles(TileFolder):
         Raises:
             UserError: Naming the unreadable images.
         """
-        each = read_tile(self.paths[0]).nbytes if self._random else 3 * self.size * self.size
+        each = read_tile(self.paths[0]).nbytes if self.is_random else 3 * self.size * self.size
         if each * len(self) <= CACHE_LIMIT:
             self._cached = decode_tiles(self.paths, self._prepare)
         else:
@@ -102,20 +99,16 @@ class TransformedTiles(TileFolder):
 
     def _prepare(self, path: Path) -> np.ndarray | Tensor:
         pixels = read_tile(path)
-        return pixels if self._random else self._timm_transform(Image.fromarray(pixels))
+        return pixels if self.is_random else self._transform(Image.fromarray(pixels))
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
         index, seed = key if isinstance(key, tuple) else (key, None)
         item = self._cached[index] if self.in_memory else self._prepare(self.paths[index])
-        if self._random:
+        if self.is_random:
             if seed is not None:
                 seed_generators(seed, accelerators=False)
-            item = self._timm_transform(Image.fromarray(item))
+            item = self._transform(Image.fromarray(item))
         return item, self.labels[index]
-
-    def digests(self) -> list[str]:
-        """SHA-256 of each file."""
-        return [file_sha256(path) for path in self.paths]
 
 
 class RandomD4:
@@ -202,7 +195,7 @@ class GroupTable:
     Attributes:
         path: A CSV as `ldm.data.groups.by_csv` reads it, of paths below the folder of a set. Where
             it has a column `split`, a set takes the rows of its own name.
-        column: Of the groups.
+        column: Name of the column of groups.
     """
 
     path: Path
@@ -221,7 +214,7 @@ class GroupTable:
             return [grouping(name) for name in names]
         except UserError as error:
             # Rows are chosen by the column `split` here, not by an option.
-            message = str(error).replace("choose rows with --group_rows", "add a column split")
+            message = str(error).replace("choose rows with group_rows", "add a column split")
             raise UserError(f"--groups, {split} set: {message}") from None
 
 
@@ -298,25 +291,13 @@ def open_splits(
     Args:
         train_folder: Name of the training folder, which also names the results.
         num_classes: What the user believes; checked, never used instead of the folders.
-        groups: Of val and test.
+        groups: Patients, slides or regions of val and test.
 
     Raises:
         UserError: A folder is missing or empty, classes differ, the name leaves `data_path` or a
             tile has no group.
     """
-    # By name, not resolved: a training folder may well be a link to another disk.
-    relative = Path(train_folder)
-    if relative.is_absolute() or ".." in relative.parts or not relative.parts:
-        raise UserError(
-            f"--output_dir {train_folder}: must name a folder below --data_path {data_path}; it is"
-            " the training subset, and its results go to LOGDIR under the same name"
-        )
-    if relative.parts[0] in EVALUATED:
-        raise UserError(
-            f"--output_dir {train_folder} is what the network is evaluated on; name the folder"
-            " of the training images"
-        )
-    root = data_path / relative
+    root = _training_root(data_path, train_folder)
     train = TransformedTiles(root, settings.input_size, train_transform(settings), random=True)
     if num_classes not in (None, len(train.classes)):
         raise UserError(
@@ -328,36 +309,59 @@ def open_splits(
     existing_path(data_path / "val", "--data_path (val, which chooses the epoch)", "dir")
     _refuse_untrained_classes(root, data_path, train.classes)
     evaluation = open_evaluation_sets(data_path, train.classes, settings.input_size, groups)
-    notes = [*_imbalance(train)]
-    sets = {"train": train, **evaluation}
-
-    digests = {name: tiles.digests() for name, tiles in sets.items()}
-    for name in evaluation:
-        shared = set(digests["train"]) & set(digests[name])
-        if shared:
-            example = train.relative_paths[digests["train"].index(min(shared))]
-            number = sum(digest in shared for digest in digests[name])
-            notes.append(
-                f"{number} images of {name} are in the training set too ({example}): results are"
-                " too good to be true"
-            )
+    notes = [*_imbalance(train), *(_shared(train, name, evaluation[name]) for name in evaluation)]
+    notes = [note for note in notes if note]
     for note in notes:
         log.warning("%s: %s", train_folder, note)
-    identity = {}
-    for name, tiles in sets.items():
-        counts = np.bincount(tiles.labels).tolist()
-        identity[name] = {
-            "images": len(tiles),
-            "per_class": dict(zip(tiles.classes, counts, strict=True)),
-            "sha256": listing_sha256(digests[name], tiles.relative_paths),
-        }
+    identity = {name: _identity(tiles) for name, tiles in {"train": train, **evaluation}.items()}
     if settings.finetune:
         identity["finetune"] = {"sha256": file_sha256(settings.finetune)}
     return Splits(train, evaluation["val"], evaluation.get("test"), identity, notes)
 
 
+def _training_root(data_path: Path, name: str) -> Path:
+    """The folder of the training set, which its name may not leave `data_path` for.
+
+    The name is not resolved: a training folder may well be a link to another disk.
+    """
+    relative = Path(name)
+    if relative.is_absolute() or ".." in relative.parts or not relative.parts:
+        raise UserError(
+            f"--output_dir {name}: must name a folder below --data_path {data_path}; it is"
+            " the training subset, and its results go to LOGDIR under the same name"
+        )
+    if relative.parts[0] in EVALUATED:
+        raise UserError(
+            f"--output_dir {name} is what the network is evaluated on; name the folder"
+            " of the training images"
+        )
+    return data_path / relative
+
+
+def _identity(tiles: TransformedTiles) -> dict[str, Any]:
+    """Facts that tell whether the files of a set changed."""
+    return {
+        "images": len(tiles),
+        "per_class": tiles.files.counts,
+        "sha256": tiles.files.listing,
+    }
+
+
+def _shared(train: TransformedTiles, name: str, tiles: TransformedTiles) -> str | None:
+    """A note where images of an evaluated set are in the training set too."""
+    shared = set(train.files.digests) & set(tiles.files.digests)
+    if not shared:
+        return None
+    example = train.relative_paths[train.files.digests.index(min(shared))]
+    number = sum(digest in shared for digest in tiles.files.digests)
+    return (
+        f"{number} images of {name} are in the training set too ({example}): results are too good"
+        " to be true"
+    )
+
+
 def _refuse_untrained_classes(root: Path, data_path: Path, classes: Sequence[str]) -> None:
-    """UserError for classes that are evaluated and have no training folder."""
+    """Check that every class that is evaluated has a training folder; UserError otherwise."""
     for name in EVALUATED:
         folder = data_path / name
         there = class_folders(folder) if folder.is_dir() else []

@@ -28,12 +28,12 @@ def write_summary(
     """Write summary.json.
 
     Args:
-        folder: Where it is written.
-        train_folder: What the summary calls the training set.
-        results: Content of the result.json of each seed.
-        seed_folders: Where each of these lies, beside its predictions_SPLIT.csv.
-        groups: Of the images of each set; without, those that the predictions have.
-        notes: About the sets.
+        folder: Folder of the new file.
+        train_folder: Name of the training set in the summary.
+        results: Contents of result.json, one per seed.
+        seed_folders: Folder of each seed, which holds its predictions_SPLIT.csv.
+        groups: Group of each image by split; if omitted, the groups in the predictions are used.
+        notes: Remarks on the sets.
 
     Returns:
         The content of summary.json.
@@ -71,7 +71,7 @@ def write_summary(
 
 
 def _length(result: Mapping[str, Any]) -> str:
-    """How the length of a run was given, which decides whether arms compare."""
+    """How long networks were trained, in words: it decides whether arms can be compared."""
     if result["settings"].get("match_steps") is not None:
         return (
             f"{result['updates']} updates ({result['epochs']} passes) and {result['validations']}"
@@ -84,10 +84,10 @@ def _length(result: Mapping[str, Any]) -> str:
 
 
 def read_predictions(paths: Sequence[Path], groups: list[str] | None) -> list[Predictions] | None:
-    """The predictions of all seeds, with the groups written into those that have others.
+    """Read the predictions of all seeds; write the groups into files that have other ones.
 
     Returns:
-        None where a seed has none.
+        The predictions, or None if the file of a seed is missing.
     """
     if not all(path.is_file() for path in paths):
         return None

@@ -5,8 +5,6 @@ guidance, says which class a synthetic tile looks like; held-out real tiles say 
 each class are from tissue.
 """
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -22,6 +20,8 @@ from ldm.errors import UserError
 from ldm.evaluation.fidelity import FEWEST_TILES, fidelity
 from ldm.features.extractor import Extractor
 from ldm.features.sets import cached_features
+from ldm.report import plots
+from ldm.report.tables import TextTable, to_markdown
 from ldm.synthesis import (
     Models,
     SampleFolder,
@@ -254,41 +254,35 @@ def best(rows: Sequence[Row]) -> Row:
     return max(close, key=lambda row: row.scores.agreement)
 
 
-def to_csv(rows: Sequence[Row]) -> str:
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, rows[0].cells(), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        cells = row.cells().items()
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in cells})
-    return stream.getvalue()
+def csv_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows of sweep.csv, numbers with six digits."""
+    return [
+        {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.cells().items()}
+        for row in rows
+    ]
 
 
-def to_markdown(rows: Sequence[Row], real_agreement: float) -> str:
+def markdown(rows: Sequence[Row], real_agreement: float) -> str:
     """The table for people, the best setting in bold, real tiles in the last line."""
-    head = (
-        "scale | sampler | steps | guided t | agreement | class KID x 1000 | KID x 1000 | "
-        "precision | recall | diversity | guidance / noise | images/s"
-    )
-    lines = [f"| {head} |", "|---" * (head.count("|") + 1) + "|"]
+    heads = ["scale", "sampler", "steps", "guided t", "agreement", "class KID x 1000", "KID x 1000"]
+    heads += ["precision", "recall", "diversity", "guidance / noise", "images/s"]
     chosen = best(rows)
+    lines = []
     for row in rows:
         s = row.scores
-        ratio = "" if row.guidance_to_noise is None else f"{row.guidance_to_noise:.3f}"
         error = 1000 * s.class_kernel_distance_error
-        cells = [
+        lines.append([
             f"{row.scale:g}", row.sampler, str(row.steps), row.interval,
             f"{s.agreement:.3f} ± {s.agreement_error:.3f}",
             f"{1000 * s.class_kernel_distance:.1f} ± {error:.1f}",
             f"{1000 * s.kernel_distance:.1f}",
             f"{s.precision:.2f}", f"{s.recall:.2f}", f"{s.diversity:.2f}",
-            ratio, f"{row.images_per_s:.2f}",
-        ]  # fmt: skip
-        if row is chosen:
-            cells = [f"**{cell}**" if cell else cell for cell in cells]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines.append(f"| real tiles | | | | {real_agreement:.3f} |" + " |" * 7)
-    return "\n".join(lines) + "\n"
+            "" if row.guidance_to_noise is None else f"{row.guidance_to_noise:.3f}",
+            f"{row.images_per_s:.2f}",
+        ])  # fmt: skip
+    lines.append(["real tiles", "", "", "", f"{real_agreement:.3f}", *[""] * 7])
+    kinds = ["best" if row is chosen else "" for row in rows] + [""]
+    return to_markdown(TextTable("", heads, lines, kinds=kinds)) + "\n"
 
 
 PANELS = (
@@ -301,71 +295,43 @@ PANELS = (
 
 def draw(rows: Sequence[Row], real_agreement: float) -> bytes:
     """PNG of the scores over the guidance scale, a line per sampler, steps and interval."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12.0, 3.6), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = plots.new_figure(12.0, 3.6)
     panels = figure.subplots(1, len(PANELS))
-    series = dict.fromkeys(row.series for row in rows)
+    names = dict.fromkeys(row.series for row in rows)
+    colours = [f"C{i}" for i in range(len(names))]
     scales = sorted({row.scale for row in rows})
-    least = min((scale for scale in scales if scale > 0), default=1.0)
     for axes, (name, title) in zip(panels, PANELS, strict=True):
-        for i, label in enumerate(series):
-            line = sorted((r for r in rows if r.series == label), key=lambda row: row.scale)
-            x = [row.scale for row in line]
-            y = [getattr(row.scores, name) for row in line]
-            error = [getattr(row.scores, f"{name}_error", 0.0) for row in line]
-            axes.errorbar(x, y, error, color=f"C{i}", marker="o", ms=4, capsize=2, label=label)
-            if name == "recall":
-                dashes = [row.scores.precision for row in line]
-                axes.plot(x, dashes, color=f"C{i}", ls="--", marker="o", ms=3)
+        plots.draw_series(axes, [_line(rows, label, name) for label in names], colours)
+        if name == "recall":
+            for label, colour in zip(names, colours, strict=True):
+                dashed = _line(rows, label, "precision")
+                axes.plot(dashed.x, dashed.y, color=colour, ls="--", marker="o", ms=3)
         if name == "agreement":
             axes.axhline(real_agreement, color="0.5", lw=1, ls=":")
             axes.annotate("real tiles", (0.02, real_agreement), xycoords=("axes fraction", "data"),
                           fontsize=8, color="0.4", va="bottom")  # fmt: skip
-        # Scales are tried in multiples, and 0, which is unguided, among them.
-        axes.set_xscale("symlog", linthresh=least)
-        axes.set_xlim(-0.5 * least, 1.5 * max(scales[-1], least))
-        axes.set_xticks(scales, [f"{scale:g}" for scale in scales])
-        axes.minorticks_off()
-        axes.set_xlabel("guidance scale")
+        _scale_axis(axes, scales)
         axes.set_title(title, fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
-    if len(series) > 1:
+    if len(names) > 1:
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center",
-                      ncols=min(4, len(series)), frameon=False, fontsize=8)  # fmt: skip
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", metadata={"Software": None})
-    return stream.getvalue()
+                      ncols=min(4, len(names)), frameon=False, fontsize=8)  # fmt: skip
+    return plots.to_png(figure)
 
 
-def contact_sheet(
-    rows: Sequence[tuple[str, Sequence[np.ndarray]]], columns: Sequence[str]
-) -> bytes:
-    """PNG with a row of tiles per setting: the same noise down each column.
+def _line(rows: Sequence[Row], label: str, score: str) -> plots.Series:
+    """A score over the scale, for the settings that differ in nothing else."""
+    line = sorted((row for row in rows if row.series == label), key=lambda row: row.scale)
+    values = [getattr(row.scores, score) for row in line]
+    errors = [getattr(row.scores, f"{score}_error", 0.0) for row in line]
+    return plots.Series(label, [row.scale for row in line], values, errors)
 
-    Args:
-        rows: Caption and uint8 tiles (H, W, 3) of each setting.
-        columns: Caption of each column.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    figure = Figure(
-        figsize=(1.6 + 0.85 * len(columns), 0.4 + 0.85 * len(rows)), dpi=120, layout="constrained"
-    )
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(len(rows), len(columns), squeeze=False)
-    for i, (caption, tiles) in enumerate(rows):
-        for j, tile in enumerate(tiles):
-            axes = grid[i, j]
-            axes.imshow(tile)
-            axes.set(xticks=[], yticks=[])
-            axes.spines[:].set_visible(False)
-            if i == 0:
-                axes.set_title(columns[j], fontsize=8)
-        grid[i, 0].set_ylabel(caption, fontsize=8, rotation=0, ha="right", va="center", labelpad=6)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", metadata={"Software": None})
-    return stream.getvalue()
+def _scale_axis(axes, scales: Sequence[float]) -> None:
+    # Scales are tried in multiples, and 0, which is unguided, among them.
+    least = min((scale for scale in scales if scale > 0), default=1.0)
+    axes.set_xscale("symlog", linthresh=least)
+    axes.set_xlim(-0.5 * least, 1.5 * max(scales[-1], least))
+    axes.set_xticks(scales, [f"{scale:g}" for scale in scales])
+    axes.minorticks_off()
+    axes.set_xlabel("guidance scale")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 State = dict[str, "torch.Tensor"]
+PREDICTIONS = {"eps": "epsilon", "v": "v_prediction"}
 SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2"}
 TOLERANCE = 1e-4  # largest difference between the two libraries, of values about 1, float32
 
@@ -285,7 +286,13 @@ def scheduler_settings(model: "LatentDiffusion") -> dict[str, Any]:
     floor(k T / S) + 1, theirs k floor(T / S) + 1, and both end at time step 0.
     """
     settings = model.schedule.settings
-    parameterization = {"eps": "epsilon", "v": "v_prediction"}[model.parameterization]
+    if model.parameterization not in PREDICTIONS:
+        raise UserError(
+            f"the diffusion model predicts {model.parameterization}: diffusers' LDMPipeline has no "
+            "scheduler for a rectified flow, so it cannot be exported"
+        )
+    parameterization = PREDICTIONS[model.parameterization]
+    terminal = settings.get("rescale_zero_terminal_snr", False)
     return {
         "num_train_timesteps": settings["timesteps"],
         "beta_schedule": SCHEDULES[settings["name"]],
@@ -293,9 +300,10 @@ def scheduler_settings(model: "LatentDiffusion") -> dict[str, Any]:
         "beta_end": settings["linear_end"],
         "prediction_type": parameterization,
         "clip_sample": False,
-        "set_alpha_to_one": False,
+        "rescale_betas_zero_snr": terminal,
+        "set_alpha_to_one": terminal,
         "steps_offset": 1,
-        "timestep_spacing": "leading",
+        "timestep_spacing": "trailing" if terminal else "leading",
     }
 
 

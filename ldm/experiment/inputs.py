@@ -5,11 +5,10 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 
 from ldm.errors import UserError
-from ldm.files import file_sha256, write_json
+from ldm.files import digest_of_text, file_sha256, write_json
 
 log = logging.getLogger(__name__)
 
@@ -27,14 +26,15 @@ class Split:
         """Digest of names, sizes and times of all tiles, without reading them."""
         from ldm.data.images import is_image, walk
 
-        digest = sha256()
+        lines = []
         for folder in walk(self.root, is_image):
             for name in folder.files:
                 path = folder.path / name
                 status = path.stat()
-                line = f"{path.relative_to(self.root)} {status.st_size} {status.st_mtime_ns}\n"
-                digest.update(line.encode())
-        return digest.hexdigest()
+                lines.append(
+                    f"{path.relative_to(self.root)} {status.st_size} {status.st_mtime_ns}\n"
+                )
+        return digest_of_text(lines)
 
     @property
     def is_empty(self) -> bool:

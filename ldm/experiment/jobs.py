@@ -277,8 +277,13 @@ def arguments(options: Mapping[str, Any]) -> list[str]:
             words.append(f"--{name}=False")
         elif value is not None:
             values = value if isinstance(value, list | tuple) else [value]
-            words += [f"--{name}", *([] if value is True else map(str, values))]
+            dashes = "-" if len(name) == 1 else "--"
+            words += [dashes + name, *([] if value is True else map(_word, values))]
     return words
+
+
+def _word(value: Any) -> str:
+    return show_path(value) if isinstance(value, Path) else str(value)
 
 
 def show_path(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 import json
 import math
@@ -50,6 +49,22 @@ class Arm:
     wanted: int | None = None
     generator: str | None = None
     fidelity: Path | None = None
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a job uses.
+
+    Attributes:
+        after: Jobs before it.
+        data: Digests of tiles and checkpoints from elsewhere.
+    """
+
+    after: tuple[str, ...] = ()
+    data: str = ""
+
+    def __add__(self, other: Needs) -> Needs:
+        return Needs(tuple(dict.fromkeys(self.after + other.after)), self.data + other.data)
 
 
 class Plan:
@@ -211,12 +226,18 @@ class Plan:
                     " names of their class folders must be equal"
                 )
 
-    def _on_tiles(self, *splits: str, after: Sequence[str] = ()) -> dict[str, Any]:
-        """What a job depends on that reads these splits."""
+    def _tiles(self, *splits: str) -> Needs:
+        """What a job needs that reads these splits."""
         if self.settings.data.tiles is not None:
-            return {"after": (TILES, *after)}
-        facts = {name: self._splits[name].identity for name in splits}
-        return {"after": tuple(after), "data": json.dumps(facts)}
+            return Needs((TILES,))
+        return Needs(data=json.dumps({name: self._splits[name].identity for name in splits}))
+
+    def _folder(self, name: str, key: str) -> tuple[Path, Needs]:
+        """A split by its name, or a folder from elsewhere, and what a job needs that reads it."""
+        if name in self._splits:
+            return self.data / name, self._tiles(name)
+        path = existing_path(name, key, "dir").absolute()
+        return path, Needs(data=Split(path).identity)
 
     def _class_counts(self) -> dict[str, int]:
         """Labelled tiles by class; of procedural ones, which may not be there yet, as many."""
@@ -233,9 +254,28 @@ class Plan:
 
     # Jobs
 
-    def _add(self, job: Job) -> str:
-        self._jobs.setdefault(job.name, job)
-        return job.name
+    def _add(
+        self,
+        name: str,
+        title: str,
+        command: tuple[str, dict[str, Any]],
+        output: Path | tuple[Path, ...],
+        needs: Needs,
+        gpus: int = 1,
+        **more: Any,
+    ) -> str:
+        """Add a job, unless one of that name is there; returns the name.
+
+        Args:
+            command: Script and options.
+            more: Further attributes of `Job`.
+        """
+        script, options = command
+        outputs = output if isinstance(output, tuple) else (output,)
+        words = (script, *arguments(options), *more.pop("words", ()))
+        more |= {"after": needs.after, "data": needs.data, "output": outputs, "gpus": gpus}
+        self._jobs.setdefault(name, Job(name, title, words, **more))
+        return name
 
     def _plan(self) -> None:
         settings = self.settings
@@ -253,42 +293,28 @@ class Plan:
             raise UserError(f"two rows are named {', '.join(twice)}; rename one of their parts")
 
     def _add_tiles(self) -> None:
-        tiles = self.settings.data.tiles or {}
-        command = ("scripts/make_tiles.py", *arguments({"out": show_path(self.root), **tiles}))
-        self._add(
-            Job(TILES, "procedural tiles", command, output=(self.root,), kind="tiles", gpus=0)
-        )
+        options = {"out": self.root, **(self.settings.data.tiles or {})}
+        command = ("scripts/make_tiles.py", options)
+        self._add(TILES, "procedural tiles", command, self.root, Needs(), gpus=0, kind="tiles")
 
-    def _model_jobs(self, name: str) -> tuple[str, ...]:
-        """The job that trains a model, in a tuple; empty for one from elsewhere."""
-        model = self.settings.models[name]
-        if model.run is not None:
-            return ()
-        if f"train-{name}" not in self._jobs:
-            needed = [job for other in model.needs.values() for job in self._model_jobs(other)]
-            make = self._training if model.config is not None else self._classifier
-            self._add(make(name, model, needed))
-        return (f"train-{name}",)
-
-    def _used(self, *names: str) -> dict[str, str]:
-        """Digests of the checkpoints from elsewhere among these models."""
-        found = {}
+    def _models(self, *names: str) -> Needs:
+        """What a job needs that uses these models: those trained here, digests of the others."""
+        after, digests = [], {}
         for name in names:
             model = self.settings.models[name]
             if model.run is not None:
                 path = checkpoint_path(self.model(name), f"models.{name}.run")
-                found[name] = self.checkpoints.digest(path)
-        return found
+                digests[name] = self.checkpoints.digest(path)
+            else:
+                make = self._training if model.config is not None else self._classifier
+                after.append(make(name, model))
+        return Needs(tuple(after), json.dumps(digests) if digests else "")
 
-    def _with_models(self, depends: dict[str, Any], *names: str) -> dict[str, Any]:
-        """Adds the identity of models from elsewhere to what a job depends on."""
-        used = self._used(*names)
-        if not used:
-            return depends
-        return {**depends, "data": depends.get("data", "") + json.dumps(used)}
-
-    def _training(self, name: str, model: Model, needed: list[str]) -> Job:
-        files = [self._config_file(path, name) for path in as_list(model.config)]
+    def _training(self, name: str, model: Model) -> str:
+        data = self.settings.data
+        needs = self._tiles(data.unlabelled, data.labelled, "val")
+        needs += self._models(*model.needs.values())
+        files = tuple(self._config_file(path, name) for path in as_list(model.config))
         environment = {DATA_VARIABLE: show_path(self.data), **model.env}
         environment |= {key: show_path(self.model(o)) for key, o in model.needs.items()}
         for file in files:
@@ -296,21 +322,18 @@ class Plan:
                 # Its value decides the result, too.
                 if variable not in environment and variable in os.environ:
                     environment[variable] = os.environ[variable]
-        command = ["main.py", "--base", *map(show_path, files), "-t", "--name", name]
-        command += ["--logdir", show_path(self.out / "models"), *arguments(model.arguments)]
-        command += model.overrides
-        data = self.settings.data
-        on_tiles = self._on_tiles(data.unlabelled, data.labelled, "val", after=needed)
-        return Job(
+        options = {"base": files, "t": True, "name": name, "logdir": self.out / "models"}
+        return self._add(
             f"train-{name}",
             model.label or f"training of {name}",
-            tuple(command),
-            **self._with_models(on_tiles, *model.needs.values()),
-            output=(self.out / "models" / name,),
-            files=tuple(files),
+            ("main.py", {**options, **model.arguments}),
+            self.out / "models" / name,
+            needs,
+            model.gpus,
+            words=model.overrides,
+            files=files,
             environment=environment,
             kind="train",
-            gpus=model.gpus,
         )
 
     def _config_file(self, path: Any, name: str) -> Path:
@@ -319,27 +342,25 @@ class Plan:
                 return file
         raise UserError(f"models.{name}.config: no file {path}; check the path")
 
-    def _classifier(self, name: str, model: Model, needed: list[str]) -> Job:
-        data, options = self.settings.data, dict(model.classifier or {})
+    def _classifier(self, name: str, model: Model) -> str:
+        data = self.settings.data
         options = {
-            "data_dir": show_path(self.data / data.labelled),
-            "val_data_dir": show_path(self.data / "val"),
-            **{key: show_path(self.model(other)) for key, other in model.needs.items()},
+            "data_dir": self.data / data.labelled,
+            "val_data_dir": self.data / "val",
+            **{key: self.model(other) for key, other in model.needs.items()},
             "name": name,
-            "logdir": show_path(self.out / "models"),
-            **options,
+            "logdir": self.out / "models",
+            **(model.classifier or {}),
         }
-
-        on_tiles = self._on_tiles(data.labelled, "val", after=needed)
-        return Job(
+        return self._add(
             f"train-{name}",
             model.label or f"training of {name}",
-            ("classifier_train.py", *arguments(options)),
-            **self._with_models(on_tiles, *model.needs.values()),
-            output=(self.out / "models" / name,),
+            ("classifier_train.py", options),
+            self.out / "models" / name,
+            self._tiles(data.labelled, "val") + self._models(*model.needs.values()),
+            model.gpus,
             environment=dict(model.env),
             kind="train",
-            gpus=model.gpus,
         )
 
     def _sampling(self, name: str, largest: int) -> str:
@@ -354,70 +375,57 @@ class Plan:
         else:
             amount = {"counts": ",".join(f"{c}={n}" for c, n in amounts.items())}
         options = {
-            "resume": show_path(self.model(generator.diffusion)),
-            "classifier": generator.classifier and show_path(self.model(generator.classifier)),
-            "first_stage": generator.decoder and show_path(self.model(generator.decoder)),
+            "resume": self.model(generator.diffusion),
+            "classifier": generator.classifier and self.model(generator.classifier),
+            "first_stage": generator.decoder and self.model(generator.decoder),
             **amount,
-            "outdir": show_path(self.samples(name)),
+            "outdir": self.samples(name),
             **sampling.options,
             **generator.sampling,
         }
-
-        needed = dict.fromkeys(job for model in models for job in self._model_jobs(model))
         return self._add(
-            Job(
-                f"sample-{name}",
-                f"sampling by {generator.label or name}",
-                ("sample_diffusion.py", *arguments(options)),
-                **self._with_models({"after": tuple(needed)}, *models),
-                output=(self.samples(name),),
-                kind="sample",
-                gpus=sampling.gpus,
-            )
+            f"sample-{name}",
+            f"sampling by {generator.label or name}",
+            ("sample_diffusion.py", options),
+            self.samples(name),
+            self._models(*models),
+            sampling.gpus,
+            kind="sample",
         )
 
-    def _judge(self) -> tuple[dict[str, str], tuple[str, ...], str]:
-        """The judge as an option (`weights` or `model`), the jobs before it, and a digest of it."""
+    def _judge(self) -> tuple[dict[str, Any], Needs]:
+        """The judge as an option (`weights` or `model`), and what a job needs that uses it."""
         judge = self.settings.judge
         if judge.run is not None:
             path = existing_path(judge.run, "judge.run").absolute()
             file = path / "checkpoints" / "best.ckpt" if path.is_dir() else path
             existing_path(file, "judge.run", "file")
-            return {"weights": show_path(path)}, (), self.checkpoints.digest(file)
+            return {"weights": path}, Needs(data=self.checkpoints.digest(file))
         if judge.model is not None:
-            return {"model": judge.model}, (), ""
+            return {"model": judge.model}, Needs()
         seed = self.settings.evaluation.seeds[0] if judge.seed is None else judge.seed
         labelled = self.settings.data.labelled
         key, label, overrides = self._network(judge.network)
         job = self._evaluation(key, label, labelled, seed, overrides)
-        weights = self.out / "eval" / key / labelled / f"seed{seed}"
-        return {"weights": show_path(weights)}, (job,), ""
-
-    def _judged(self, depends: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
-        """The judge as an option, and `depends` of a job that uses it."""
-        option, jobs, digest = self._judge()
-        data = depends.get("data", "") + digest
-        return option, {**depends, "after": (*depends["after"], *jobs), "data": data}
+        return {"weights": self.out / "eval" / key / labelled / f"seed{seed}"}, Needs((job,))
 
     def _feature_job(self, name: str, sample_job: str) -> str:
         labelled = self.settings.data.labelled
-        judge, depends = self._judged(self._on_tiles(labelled, after=(sample_job,)))
+        judge, needs = self._judge()
         options = {
-            "real": show_path(self.data / labelled),
-            "synthetic": show_path(self.samples(name)),
-            "out": show_path(self.features(name)),
+            "real": self.data / labelled,
+            "synthetic": self.samples(name),
+            "out": self.features(name),
             **judge,
             **self.settings.judge.options,
         }
         return self._add(
-            Job(
-                f"features-{name}",
-                f"features and UMAP of {name}",
-                ("scripts/vis.py", *arguments(options)),
-                **depends,
-                output=(self.features(name),),
-                kind="features",
-            )
+            f"features-{name}",
+            f"features and UMAP of {name}",
+            ("scripts/vis.py", options),
+            self.features(name),
+            self._tiles(labelled) + Needs((sample_job,)) + needs,
+            kind="features",
         )
 
     def _selection(
@@ -425,34 +433,30 @@ class Plan:
     ) -> str:
         labelled = self.settings.data.labelled
         options: dict[str, Any] = {
-            "real": show_path(self.data / labelled),
-            "synthetic": show_path(self.samples(generator)),
-            "features": show_path(self.features(generator)),
+            "real": self.data / labelled,
+            "synthetic": self.samples(generator),
+            "features": self.features(generator),
             "ratio": ratio,
             "strategy": strategy.strategy,
             "link": self.settings.link,
-            "out": show_path(self.data / folder),
+            "out": self.data / folder,
         }
         output = [self.data / folder]
         if strategy.strategy == "random":
             options["seed"] = seed
         if strategy.sheets and strategy.strategy != "random":
-            options["sheets"] = show_path(self.sheets(key))
+            options["sheets"] = self.sheets(key)
             output.append(self.sheets(key))
         else:
             options["no-sheets"] = True
-        options |= strategy.options
-
         return self._add(
-            Job(
-                f"select-{folder}",
-                f"selection of {folder}",
-                ("scripts/distance.py", *arguments(options)),
-                **self._on_tiles(labelled, after=(f"features-{generator}",)),
-                output=tuple(output),
-                kind="select",
-                gpus=0,
-            )
+            f"select-{folder}",
+            f"selection of {folder}",
+            ("scripts/distance.py", {**options, **strategy.options}),
+            tuple(output),
+            self._tiles(labelled) + Needs((f"features-{generator}",)),
+            gpus=0,
+            kind="select",
         )
 
     def _evaluation(
@@ -462,53 +466,48 @@ class Plan:
         folder: str,
         seed: int,
         overrides: dict[str, Any],
-        after: Sequence[str] = (),
+        needs: Needs | None = None,
     ) -> str:
         evaluation, data = self.settings.evaluation, self.settings.data
         logdir = self.out / "eval" / key
         options = {
-            "data_path": show_path(self.data),
+            "data_path": self.data,
             "output_dir": folder,
-            "logdir": show_path(logdir),
+            "logdir": logdir,
             **evaluation.arguments,
             **overrides,
         }
-        words = ["eval.py", *arguments(options), "--seed", str(seed)]
-        result = logdir / folder / f"seed{seed}"
         return self._add(
-            Job(
-                f"eval-{key}-seed{seed}",
-                f"ViT on {title}, seed {seed}",
-                tuple(words),
-                **self._on_tiles(data.labelled, "val", "test", after=after),
-                output=(result,),
-                kind="eval",
-                gpus=evaluation.gpus,
-            )
+            f"eval-{key}-seed{seed}",
+            f"ViT on {title}, seed {seed}",
+            ("eval.py", options),
+            logdir / folder / f"seed{seed}",
+            self._tiles(data.labelled, "val", "test") + (needs or Needs()),
+            evaluation.gpus,
+            words=("--seed", str(seed)),
+            kind="eval",
         )
 
     # Rows
 
     def _baseline(self, kind: str) -> Arm:
         data, results = self.settings.data, self.out / "eval" / kind
+        label = kind.replace("_", " ")
         options = {
-            "data_path": show_path(self.data),
+            "data_path": self.data,
             "output_dir": data.labelled,
             "kind": kind,
-            "logdir": show_path(results.parent),
+            "logdir": results.parent,
             **self.settings.baselines.options.get(kind, {}),
         }
         job = self._add(
-            Job(
-                f"baseline-{kind}",
-                kind.replace("_", " "),
-                ("scripts/baselines.py", *arguments(options)),
-                **self._on_tiles(data.labelled, "val", "test"),
-                output=(results,),
-                kind="baseline",
-            )
+            f"baseline-{kind}",
+            label,
+            ("scripts/baselines.py", options),
+            results,
+            self._tiles(data.labelled, "val", "test"),
+            kind="baseline",
         )
-        label = kind.replace("_", " ")
         folders = {0: data.labelled}
         return Arm(kind, label, "baseline", jobs={0: job}, folders=folders, results=results)
 
@@ -531,11 +530,11 @@ class Plan:
         folder: str,
         title: str,
         overrides: dict[str, Any] | None = None,
-        after: Sequence[str] = (),
+        needs: Needs | None = None,
     ) -> None:
         arm.results = self.out / "eval" / arm.key
         for seed in self.settings.evaluation.seeds:
-            job = self._evaluation(arm.key, title, folder, seed, overrides or {}, after)
+            job = self._evaluation(arm.key, title, folder, seed, overrides or {}, needs)
             arm.jobs[seed], arm.folders[seed] = job, folder
 
     def combinations(self) -> list[tuple[str, str, int]]:
@@ -605,110 +604,89 @@ class Plan:
             job = self._selection(key, folder, name, strategy, ratio, first)
             if strategy.redraw:
                 arm.results = self.out / "eval" / key
-                arm.jobs[seed] = self._evaluation(key, label, folder, seed, {}, (job,))
+                arm.jobs[seed] = self._evaluation(key, label, folder, seed, {}, Needs((job,)))
                 arm.folders[seed] = folder
             else:
-                self._add_seeds(arm, folder, label, after=(job,))
+                self._add_seeds(arm, folder, label, needs=Needs((job,)))
         self._add_fidelity(arm)
         return arm
 
     def _add_fidelity(self, arm: Arm) -> None:
-        """Of the first draw, where there are several."""
+        """Add the fidelity of an arm: of its first draw, where there are several."""
         fidelity = self.settings.fidelity
         if fidelity is None:
             return
         folder = next(iter(arm.folders.values()))
         arm.fidelity = self.out / "fidelity" / f"{arm.key}.json"
-        real, depends = self._folder(fidelity.real, "fidelity.real", (f"select-{folder}",))
+        real, needs = self._folder(fidelity.real, "fidelity.real")
+        needs += Needs((f"select-{folder}",))
         options = {
-            "real": show_path(real),
-            "fake": show_path(self.data / folder),
-            "out": show_path(arm.fidelity),
+            "real": real,
+            "fake": self.data / folder,
+            "out": arm.fidelity,
             **fidelity.options,
         }
         if fidelity.judge:
-            judge, depends = self._judged(depends)
+            judge, judged = self._judge()
             model = judge.get("model")
             options |= {"extractor": f"timm:{model}"} if model else judge
-        job = Job(
-            f"fidelity-{arm.key}",
-            f"fidelity of {arm.key}",
-            ("scripts/fidelity.py", *arguments(options)),
-            **depends,
-            output=(arm.fidelity,),
-            kind="fidelity",
-        )
-        arm.other_jobs.append(self._add(job))
+            needs += judged
+        title = f"fidelity of {arm.key}"
+        command = ("scripts/fidelity.py", options)
+        job = self._add(f"fidelity-{arm.key}", title, command, arm.fidelity, needs, kind="fidelity")
+        arm.other_jobs.append(job)
 
     def _copy_job(self, name: str, sample_job: str) -> str | None:
-        copies = self.settings.copies
+        copies, data = self.settings.copies, self.settings.data
         if copies is None:
             return None
-        data = self.settings.data
-        holdout, depends = self._folder(copies.holdout, "copies.holdout", (sample_job,))
-        train = self._on_tiles(data.unlabelled)
-        depends["data"] = depends.get("data", "") + train.get("data", "")
+        holdout, needs = self._folder(copies.holdout, "copies.holdout")
+        needs += Needs((sample_job,)) + self._tiles(data.unlabelled)
         options = {
-            "synthetic": show_path(self.samples(name)),
-            "train": show_path(self.data / data.unlabelled),
-            "holdout": show_path(holdout),
-            "out": show_path(self.copies(name)),
+            "synthetic": self.samples(name),
+            "train": self.data / data.unlabelled,
+            "holdout": holdout,
+            "out": self.copies(name),
             **copies.options,
         }
         if copies.judge:
-            judge, depends = self._judged(depends)
+            judge, judged = self._judge()
             options |= judge
-
-        return self._add(
-            Job(
-                f"copies-{name}",
-                f"copy check of {name}",
-                ("scripts/copy_check.py", *arguments(options)),
-                **depends,
-                output=(self.copies(name),),
-                kind="copies",
-            )
-        )
-
-    def _folder(self, name: str, key: str, after: Sequence[str]) -> tuple[Path, dict[str, Any]]:
-        """A split by its name, or a folder from elsewhere, and what a job depends on with it."""
-        if name in self._splits:
-            return self.data / name, self._on_tiles(name, after=after)
-        path = existing_path(name, key, "dir").absolute()
-        return path, {"after": tuple(after), "data": Split(path).identity}
+            needs += judged
+        command = ("scripts/copy_check.py", options)
+        title = f"copy check of {name}"
+        return self._add(f"copies-{name}", title, command, self.copies(name), needs, kind="copies")
 
     def _ceiling_arms(self) -> list[Arm]:
         ceiling, data, arms = self.settings.baselines.ceiling, self.settings.data, []
         for ratio in ceiling.ratios if ceiling else ():
             key = f"ceiling-{ratio}"
             options = {
-                "data": show_path(self.data / data.unlabelled),
-                "include": show_path(self.data / data.labelled),
+                "data": self.data / data.unlabelled,
+                "include": self.data / data.labelled,
                 "ratio": ratio,
                 "link": self.settings.link,
-                "out": show_path(self.data / key),
+                "out": self.data / key,
                 **ceiling.options,
             }
             job = self._add(
-                Job(
-                    f"subset-{key}",
-                    f"{ratio}% more real tiles",
-                    ("scripts/make_subset.py", *arguments(options)),
-                    **self._on_tiles(data.unlabelled, data.labelled),
-                    output=(self.data / key,),
-                    kind="select",
-                    gpus=0,
-                )
+                f"subset-{key}",
+                f"{ratio}% more real tiles",
+                ("scripts/make_subset.py", options),
+                self.data / key,
+                self._tiles(data.unlabelled, data.labelled),
+                gpus=0,
+                kind="subset",
             )
             label = f"real tiles instead, {ratio}%"
             arm = Arm(key, label, "ceiling", {"selection": REAL, "ratio": ratio})
-            self._add_seeds(arm, key, label, after=(job,))
+            self._add_seeds(arm, key, label, needs=Needs((job,)))
             arms.append(arm)
         return arms
 
     def describe(self) -> dict[str, Any]:
         """The resolved settings."""
-        return dataclasses.asdict(self.settings)
+        return self.settings.model_dump()
 
 
 def _guidance(options: dict[str, Any], generator: Generator) -> str:

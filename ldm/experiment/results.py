@@ -1,7 +1,7 @@
 """What a table of experiments consists of, for everything that prints, plots or tests it.
 
 `ldm.experiment.plan` decides which rows there are, `ldm.experiment.gather` reads their files, and
-`ldm.table.report` writes them.
+`ldm.experiment.report` writes them.
 """
 
 from __future__ import annotations

@@ -5,32 +5,40 @@ Imports nothing heavy: `--status` and `--dry-run` answer at once.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ldm.cli import existing_path
 from ldm.errors import UserError
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.]*(?:[-+][A-Za-z0-9_.]+)*")  # of folders and jobs
 RESERVED = ("train", "val", "test", "real")
+# Parts of pydantic's place of an error that name a member of a union, not a key.
+UNION_PARTS = ("constrained-int", "list[constrained-int]")
 
 Options = dict[str, Any]  # of an entry point: names without dashes
+Ratio = Annotated[int, Field(ge=1, strict=True)]  # synthetic tiles in percent of the labelled ones
 
 
-@dataclass
-class Data:
+class Section(BaseModel):
+    """A mapping of the file: another key than these is an error."""
+
+    model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
+
+
+class Data(Section):
     """Where the tiles are. `root` holds `val`, `test` and the two folders that are named here."""
 
-    root: str = MISSING
+    root: str
     labelled: str = "train5"  # the few labels
     unlabelled: str = "train"  # what the generators saw
     groups: str | None = None  # CSV of patients or slides, for intervals (see eval.py)
@@ -38,8 +46,7 @@ class Data:
     tiles: Options | None = None  # make procedural ones in `root`: arguments of make_tiles.py
 
 
-@dataclass
-class Model:
+class Model(Section):
     """A trained model: `run`, or what it is trained with.
 
     `needs` hands another model over: to a `config` as environment variable, to a `classifier` as
@@ -48,40 +55,37 @@ class Model:
 
     run: str | None = None  # run folder or checkpoint, from elsewhere; never written to
     config: Any = None  # of main.py: a file or several, relative to the repository
-    overrides: list[str] = field(default_factory=list)  # of `config`
+    overrides: list[str] = []  # of `config`
     classifier: Options | None = None  # options of classifier_train.py, on the labelled tiles
-    arguments: Options = field(default_factory=dict)  # of main.py, such as precision
-    env: dict[str, str] = field(default_factory=dict)
-    needs: dict[str, str] = field(default_factory=dict)
-    checkpoint: str = "last"  # or best: which one of a model trained here is used
+    arguments: Options = {}  # of main.py, such as precision
+    env: dict[str, str] = {}
+    needs: dict[str, str] = {}
+    checkpoint: Literal["last", "best"] = "last"  # which one of a model trained here is used
     label: str | None = None  # what its training does, for people
     gpus: int = 1
 
 
-@dataclass
-class Generator:
+class Generator(Section):
     """What makes a pool of synthetic tiles; the names are those of `models`."""
 
-    diffusion: str = MISSING
+    diffusion: str
     classifier: str | None = None  # that guides
     decoder: str | None = None  # fine-tuned; its own without
     label: str | None = None  # for people; the name if omitted
     amount: int | None = (
         None  # tiles per class, also where no arm uses them; else as many as needed
     )
-    factors: Options = field(default_factory=dict)  # columns of the table
-    sampling: Options = field(default_factory=dict)  # over those of the section `sampling`
+    factors: Options = {}  # columns of the table
+    sampling: Options = {}  # over those of the section `sampling`
 
 
-@dataclass
-class Sampling:
-    per_wanted: float = 2.0  # tiles made for one that the largest ratio wants
-    options: Options = field(default_factory=dict)  # of sample_diffusion.py
+class Sampling(Section):
+    per_wanted: float = Field(2.0, ge=1)  # tiles made for one that the largest ratio wants
+    options: Options = {}  # of sample_diffusion.py
     gpus: int = 1
 
 
-@dataclass
-class Judge:
+class Judge(Section):
     """Whose features choose: the classifier of a seed on the labelled tiles, a run of eval.py, or a
     timm network."""
 
@@ -89,124 +93,114 @@ class Judge:
     network: str | None = None  # that classifier: one of `baselines.networks`, not the arms' own
     run: str | None = None
     model: str | None = None
-    options: Options = field(default_factory=dict)  # of scripts/vis.py
+    options: Options = {}  # of scripts/vis.py
 
 
-@dataclass
-class Strategy:
+class Strategy(Section):
     """How synthetic tiles are chosen: options of scripts/distance.py."""
 
-    strategy: str = MISSING
+    strategy: str
     redraw: bool = False  # another draw for every seed of the evaluation (random only)
     sheets: bool = True  # contact sheets
-    options: Options = field(default_factory=dict)
+    options: Options = {}
 
 
-@dataclass
-class Cells:
+class Cells(Section):
     """Arms that are left out or added: names or lists of them; all where nothing is given."""
 
     generator: Any = None
     selection: Any = None
-    ratio: Any = None
+    ratio: Ratio | list[Ratio] | None = None
 
 
-@dataclass
-class Grid:
+class Grid(Section):
     """All combinations, less those of `without`, and those of `also`."""
 
-    generators: list[str] = field(default_factory=list)
-    selection: list[str] = field(default_factory=list)
-    ratios: list[int] = field(default_factory=list)  # synthetic tiles, percent of the labelled
-    without: list[Cells] = field(default_factory=list)
-    also: list[Cells] = field(default_factory=list)
+    generators: list[str] = []
+    selection: list[str] = []
+    ratios: list[Ratio] = []  # synthetic tiles, percent of the labelled
+    without: list[Cells] = []
+    also: list[Cells] = []
 
 
-@dataclass
-class Evaluation:
-    seeds: list[int] = MISSING
-    arguments: Options = field(default_factory=dict)  # of eval.py
+class Evaluation(Section):
+    seeds: list[int]
+    arguments: Options = {}  # of eval.py
     gpus: int = 1
 
 
-@dataclass
-class Network:
+class Network(Section):
     """A further network on the labelled tiles alone: options of eval.py over those of the arms."""
 
     label: str | None = None
-    arguments: Options = field(default_factory=dict)
+    arguments: Options = {}
 
 
-@dataclass
-class Ceiling:
+class Ceiling(Section):
     """Real tiles instead of synthetic ones, in the same amount."""
 
-    ratios: list[int] = field(default_factory=list)
-    options: Options = field(default_factory=dict)  # of scripts/make_subset.py
+    ratios: list[Ratio] = []
+    options: Options = {}  # of scripts/make_subset.py
 
 
-@dataclass
-class Baselines:
-    kinds: list[str] = field(default_factory=list)  # of scripts/baselines.py
-    options: dict[str, Options] = field(default_factory=dict)  # by kind
-    networks: dict[str, Network] = field(default_factory=dict)
+class Baselines(Section):
+    kinds: list[str] = []  # of scripts/baselines.py
+    options: dict[str, Options] = {}  # by kind
+    networks: dict[str, Network] = {}
     ceiling: Ceiling | None = None
 
 
-@dataclass
-class Fidelity:
+class Fidelity(Section):
     """Distances of the chosen synthetic tiles to real ones, arm by arm."""
 
     real: str = "val"  # a folder of `data`, or a path
     judge: bool = False  # in the features of the judge
-    options: Options = field(default_factory=dict)  # of scripts/fidelity.py
+    options: Options = {}  # of scripts/fidelity.py
 
 
-@dataclass
-class Copies:
+class Copies(Section):
     """Copies of training tiles, pool by pool."""
 
     holdout: str = "val"  # a folder of `data`, or a path
     judge: bool = False  # in the features of the judge, too
-    options: Options = field(default_factory=dict)  # of scripts/copy_check.py
+    options: Options = {}  # of scripts/copy_check.py
 
 
-@dataclass
-class Slurm:
+class Slurm(Section):
     """What SLURM is asked for, with `--slurm`."""
 
-    cluster: str = "slurm"  # or local: processes of this machine, to try it out
+    cluster: Literal["slurm", "local"] = "slurm"  # local: processes of this machine, to try it out
     partition: str | None = None
     hours: float = 24.0  # time limit of a job; one that needs longer is requeued and goes on
     cpus: int = 8
     memory_gb: float | None = None
     gpus: bool = True  # False on a cluster without any
     parallel: int = 16  # jobs in the queue at once
-    parameters: Options = field(default_factory=dict)  # further ones, such as slurm_account
+    parameters: Options = {}  # further ones, such as slurm_account
 
 
-@dataclass
-class Settings:
+class Settings(Section):
     """A complete file of configs/tables."""
 
-    name: str = MISSING
+    name: str
     title: str = ""
-    out: str = MISSING
+    out: str
     paper: str | None = None  # YAML with the numbers of the paper
-    vars: Options = field(default_factory=dict)  # for interpolation only
-    data: Data = field(default_factory=Data)
-    models: dict[str, Model] = field(default_factory=dict)
-    generators: dict[str, Generator] = field(default_factory=dict)
-    sampling: Sampling = field(default_factory=Sampling)
-    judge: Judge = field(default_factory=Judge)
-    selection: dict[str, Strategy] = field(default_factory=dict)
-    grid: Grid = field(default_factory=Grid)
-    evaluation: Evaluation = field(default_factory=Evaluation)
-    baselines: Baselines = field(default_factory=Baselines)
+    vars: Options = {}  # for interpolation only
+    data: Data
+    models: dict[str, Model] = {}
+    generators: dict[str, Generator] = {}
+    sampling: Sampling = Sampling()
+    judge: Judge = Judge()
+    selection: dict[str, Strategy] = {}
+    grid: Grid = Grid()
+    evaluation: Evaluation
+    baselines: Baselines = Baselines()
     fidelity: Fidelity | None = None
     copies: Copies | None = None
-    link: str = "symbolic"  # how tiles come into training folders, see scripts/distance.py
-    slurm: Slurm = field(default_factory=Slurm)
+    # How tiles come into training folders, see scripts/distance.py.
+    link: Literal["copy", "hard", "symbolic"] = "symbolic"
+    slurm: Slurm = Slurm()
 
 
 def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
@@ -246,20 +240,11 @@ def check_settings(raw: Mapping[str, Any], source: str) -> Settings:
     Raises:
         UserError: Anything wrong, all problems in one line.
     """
-    unknown = list(_unknown_keys(raw, Settings, ""))
-    if unknown:
-        raise UserError(f"{source}: {'; '.join(unknown)}")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Settings), raw)
-        settings = OmegaConf.to_object(merged)
-    except MissingMandatoryValue as error:
-        key = getattr(error, "full_key", None) or _first_line(error)
-        raise UserError(f"{source}: {key} is missing; add it") from None
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None)
-        where = f"{key}: " if key else ""
-        raise UserError(f"{source}: {where}{_first_line(error)}") from None
-    assert isinstance(settings, Settings)
+        settings = Settings.model_validate(raw)
+    except ValidationError as error:
+        found = dict.fromkeys(_describe(one) for one in error.errors())
+        raise UserError(f"{source}: {'; '.join(found)}") from None
     problems = list(_problems(settings))
     if problems:
         raise UserError(f"{source}: {'; '.join(problems)}")
@@ -293,25 +278,27 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"known are {', '.join(known)}" if known else "there is none"
 
 
-def _unknown_keys(value: Any, kind: Any, path: str) -> Iterable[str]:
-    """Keys that no setting has, with the nearest one that exists."""
-    if type(None) in get_args(kind):  # Optional: its other half
-        (kind,) = [one for one in get_args(kind) if one is not type(None)]
-    arguments = get_args(kind)
-    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
-        hints = get_type_hints(kind)
-        for key, inner in value.items():
-            where = f"{path}.{key}" if path else str(key)
-            if key in hints:
-                yield from _unknown_keys(inner, hints[key], where)
-            else:
-                yield f"unknown key {where}; {nearest(str(key), hints)}"
-    elif get_origin(kind) is dict and isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _unknown_keys(inner, arguments[1], f"{path}.{key}")
-    elif get_origin(kind) is list and isinstance(value, list):
-        for index, inner in enumerate(value):
-            yield from _unknown_keys(inner, arguments[0], f"{path}[{index}]")
+def _describe(problem: Mapping[str, Any]) -> str:
+    """An error of pydantic in words: key, value, what is allowed."""
+    place = [part for part in problem["loc"] if part not in UNION_PARTS]
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)[1:]
+    if problem["type"] == "extra_forbidden":
+        known = _kind_at(place[:-1]).model_fields
+        return f"unknown key {where}; {nearest(str(place[-1]), known)}"
+    if problem["type"] == "missing":
+        return f"{where} is missing; add it"
+    words = problem["msg"].replace("Input should be", "must be")
+    return f"{where} {problem['input']!r} {words}"
+
+
+def _kind_at(place: Sequence[str | int]) -> Any:
+    """The section that stands at a place of the file."""
+    kind: Any = Settings
+    for part in place:
+        known = getattr(kind, "model_fields", None)
+        kind = known[part].annotation if known else get_args(kind)[-1]
+        kind = next((one for one in get_args(kind) if NoneType in get_args(kind)), kind)
+    return kind
 
 
 def _problems(settings: Settings) -> Iterable[str]:
@@ -328,13 +315,9 @@ def _problems(settings: Settings) -> Iterable[str]:
                     yield f"{where}.{extra} belongs to a model that is trained here; remove it"
         elif given == ["classifier"] and (model.overrides or model.arguments):
             yield f"{where}: overrides and arguments belong to a config; use classifier"
-        if model.checkpoint not in ("last", "best"):
-            yield f"{where}.checkpoint {model.checkpoint} must be last or best"
         for key, other in model.needs.items():
             yield from _unknown(f"{where}.needs.{key}", other, settings.models)
     for name, generator in settings.generators.items():
-        if generator.amount is not None and generator.amount < 1:
-            yield f"generators.{name}.amount {generator.amount} must be at least 1"
         for part in ("diffusion", "classifier", "decoder"):
             other = getattr(generator, part)
             if other is not None:
@@ -356,9 +339,6 @@ def _problems(settings: Settings) -> Iterable[str]:
             ):
                 for name in as_list(getattr(cells, key) or []):
                     yield from _unknown(f"{where}.{key}", name, known)
-    for ratio in _ratios(settings):
-        if isinstance(ratio, bool) or not isinstance(ratio, int) or ratio < 1:
-            yield f"ratio {ratio} must be a whole number from 1, percent of the labelled tiles"
     for name, strategy in settings.selection.items():
         if strategy.redraw and strategy.strategy != "random":
             yield f"selection.{name}.redraw belongs to strategy random; remove it"
@@ -371,12 +351,6 @@ def _problems(settings: Settings) -> Iterable[str]:
     seeds = settings.evaluation.seeds
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         yield "evaluation.seeds must be different whole numbers from 0, such as [0, 1, 2]"
-    if settings.sampling.per_wanted < 1:
-        yield f"sampling.per_wanted {settings.sampling.per_wanted} must be at least 1"
-    if settings.slurm.cluster not in ("slurm", "local"):
-        yield f"slurm.cluster {settings.slurm.cluster} must be slurm or local"
-    if settings.link not in ("copy", "hard", "symbolic"):
-        yield f"link {settings.link} must be copy, hard or symbolic"
 
 
 def _bad_names(settings: Settings) -> Iterable[str]:
@@ -413,11 +387,3 @@ def _circles(models: Mapping[str, Model]) -> Iterable[str]:
                 stack += models[other].needs.values()
         if name in seen:
             yield f"models.{name} needs itself; break the circle"
-
-
-def _ratios(settings: Settings) -> list:
-    grid, ceiling = settings.grid, settings.baselines.ceiling
-    found: list = [*grid.ratios, *(ceiling.ratios if ceiling else ())]
-    for cells in (*grid.without, *grid.also):
-        found += as_list(cells.ratio) if cells.ratio is not None else []
-    return found

@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 from ldm.checkpoint import load_tensors
 from ldm.errors import UserError
-from ldm.evaluation.vit import (
+from ldm.features.extractor import FEATURES, LOGITS, Extractor, record_identity
+from ldm.features.source import DINOV2, INCEPTION, FeatureSource
+from ldm.features.weights import WEIGHTS, cached_weights
+from ldm.files import digest_of, file_sha256
+from ldm.models.vit import (
     SHORT_NAMES,
     TileClassifier,
     eval_transform,
     load_pretrained,
     load_vit,
 )
-from ldm.features.extractor import FEATURES, LOGITS, Extractor, record_identity
-from ldm.features.source import DINOV2, INCEPTION, FeatureSource
-from ldm.features.weights import WEIGHTS, cached_weights
-from ldm.files import digest_of, file_sha256
 
 DINOV2_SIZE = 224  # pixels, as published Frechet distances in DINOv2 have it (16 x 16 patches)
 RUN_RESULT = "result.json"  # what eval.py writes in the folder of a seed

@@ -85,15 +85,18 @@ class HistoModule(pl.LightningModule):
         return set()
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        if self._stepped:
+            self._files, self._stepped = [], False
+        self._files += map(str, batch.get("path", ()))
+        self.seed_batch()
+
+    def seed_batch(self) -> None:
         """Seed the noise of each batch by (seed, batch number, rank).
 
         So a resumed run draws what the uninterrupted one would have drawn, without a random state
         in the checkpoint, and no two ranks draw the same. What is drawn with `draw` depends on the
         seed and the batch number alone.
         """
-        if self._stepped:
-            self._files, self._stepped = [], False
-        self._files += map(str, batch.get("path", ()))
         batches = self.trainer.fit_loop.total_batch_idx
         if self.trainer.world_size == 1:
             torch.manual_seed(self._batch_seed(batches, 0))

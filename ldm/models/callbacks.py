@@ -146,14 +146,14 @@ class RegularCheckpoint(ModelCheckpoint):
 
 
 class LastCheckpoint(RegularCheckpoint):
-    """`last.ckpt`, overwritten every so many steps.
+    """`last.ckpt`, overwritten every so many steps or seconds.
 
     A class of its own, since Lightning tells checkpoint callbacks apart by class and settings, and
     another one may be asked for at the same interval.
     """
 
-    def __init__(self, every_n_train_steps: int, **kwargs: Any):
-        super().__init__(filename="last", every_n_train_steps=every_n_train_steps, **kwargs)
+    def __init__(self, **kwargs: Any):
+        super().__init__(filename="last", **kwargs)
 
 
 class RecentCheckpoints(RegularCheckpoint):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ldm.checkpoint import KEY, load_model
+from ldm.checkpoint import KEY, load_model, load_strictly
 from ldm.config import instantiate_from_config
 from ldm.data.latents import latent_sums, scale_from_sums
 from ldm.diffusion import make_process
@@ -205,6 +205,64 @@ def network_config(
     if use_checkpoint:
         params["use_checkpoint"] = True
     return {"target": "ldm.modules.unet.EncoderUNetModel", "params": params}
+
+
+def network_config_of(
+    diffusion: LatentDiffusion,
+    num_classes: int,
+    pool: str = "attention",
+    dropout: float = 0.0,
+    use_checkpoint: bool = False,
+) -> dict[str, Any]:
+    """target/params of the half UNet that is the encoder and middle of a diffusion model's.
+
+    Args:
+        pool, use_checkpoint: See `ldm.modules.unet.EncoderUNetModel`.
+    """
+    shared = (
+        "image_size",
+        "in_channels",
+        "model_channels",
+        "num_res_blocks",
+        "attention_resolutions",
+        "channel_mult",
+        "conv_resample",
+        "num_heads",
+        "num_head_channels",
+        "use_scale_shift_norm",
+        "resblock_updown",
+        "use_new_attention_order",
+    )
+    unet = diffusion.unet_config["params"]
+    params = {name: unet[name] for name in shared if name in unet}
+    params |= {"out_channels": num_classes, "pool": pool, "dropout": dropout}
+    # The blocks' heads must stay the UNet's, by number or by width; the pool is new.
+    params["pool_head_channels"] = math.gcd(64, params["model_channels"])
+    if use_checkpoint:
+        params["use_checkpoint"] = True
+    return {"target": "ldm.modules.unet.EncoderUNetModel", "params": params}
+
+
+def start_from_unet(model: "NoisyLatentClassifier", diffusion: LatentDiffusion, where: str) -> None:
+    """Copy the averaged weights of a diffusion model's encoder and middle into a classifier.
+
+    Raises:
+        UserError: `where`: other latents, or another network.
+    """
+    if diffusion.autoencoder_fingerprint != model.autoencoder_fingerprint:
+        raise UserError(
+            f"{where} was trained on latents of another autoencoder than --first_stage; leave "
+            "--first_stage out"
+        )
+    if diffusion.schedule != model.schedule:
+        raise UserError(
+            f"{where} was trained for {diffusion.schedule}, --first_stage says {model.schedule}; "
+            "leave --first_stage out"
+        )
+    unet = diffusion.network()
+    for name in ("time_embed", "input_blocks", "middle_block"):
+        state = getattr(unet, name).state_dict()
+        load_strictly(getattr(model.net, name), state, f"{where}: {name}")
 
 
 def process_params(settings: dict[str, Any]) -> dict[str, Any]:

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoint import KEY
 from ldm.config import instantiate_from_config
-from ldm.data.latents import latent_sums, scale_from_sums
-from ldm.data.tiles import TileSet
+from ldm.data.latents import channel_sums, latent_sums, scale_from_sums
 from ldm.diffusion.flow import RectifiedFlow
 from ldm.diffusion.prediction import PREDICTIONS, NoisePredictor
 from ldm.diffusion.samplers import EpsFn, IndexedNoise, sample
@@ -337,12 +336,16 @@ class LatentDiffusion(HistoModule):
         count = min(self.scale_images, len(dataset))
         chosen = torch.linspace(0, len(dataset) - 1, count).long().unique().tolist()
         mine = chosen[self.trainer.global_rank :: self.trainer.world_size]
+
+        def encode(x: Tensor) -> DiagonalGaussian:
+            return first_stage.encode(x.to(device))
+
         if self.scale_factor.ndim:
-            sums = channel_sums(dataset, mine, first_stage, device)
+            sums = channel_sums(dataset, mine, encode, len(self.scale_factor))
             sums = self.trainer.strategy.reduce(sums.to(device), reduce_op="sum")
             scale = scale_tensor([scale_from_sums(one) for one in sums.unbind(dim=1)])
         else:
-            sums = latent_sums(dataset, mine, lambda x: first_stage.encode(x.to(device)))
+            sums = latent_sums(dataset, mine, encode)
             sums = self.trainer.strategy.reduce(sums.to(device), reduce_op="sum")
             scale = scale_tensor(scale_from_sums(sums))
         log.info("latent scale factor %s, from %d tiles", scale_text(scale), len(chosen))
@@ -545,27 +548,3 @@ def scale_record(scale: Tensor) -> float | list[float]:
 def scale_text(scale: Tensor) -> str:
     """A latent scale for people."""
     return ", ".join(f"{value:.4f}" for value in scale.flatten().tolist())
-
-
-@torch.no_grad()
-def channel_sums(
-    dataset,
-    indices: list[int],
-    first_stage: AutoencoderNet,
-    device: torch.device,
-    batch_size: int = 32,
-) -> Tensor:
-    """As `ldm.data.latents.latent_sums` for each channel, (3, C) float64 on the CPU."""
-    if isinstance(dataset, TileSet):
-        dataset = dataset.without_augmentation()
-    sums = torch.zeros(3, first_stage.embed_dim, dtype=torch.float64)
-    for start in range(0, len(indices), batch_size):
-        items = [dataset[i] for i in indices[start : start + batch_size]]
-        name = "moments" if "moments" in items[0] else "image"
-        batch = {name: torch.stack([item[name] for item in items]).to(device)}
-        posterior = posterior_of(batch, first_stage)
-        mean, variance = posterior.mean.double().cpu(), posterior.logvar.double().exp().cpu()
-        sums[0] += mean.numel() / mean.shape[1]
-        sums[1] += mean.sum(dim=(0, 2, 3))
-        sums[2] += (mean.square() + variance).sum(dim=(0, 2, 3))
-    return sums

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ldm.data.latents import LatentTiles
-from ldm.data.tiles import TileSet
+from ldm.data.tiles import without_augmentation
 from ldm.errors import UserError
 from ldm.models.base import HistoModule
 from ldm.modules.autoencoder import psnr
@@ -83,13 +82,12 @@ def fit_first_stage(net: PatchPCANet, trainer: "pl.Trainer", batch_size: int = 6
         UserError: The training set is a cache of latents, whose tiles cannot be seen.
     """
     dataset, device = trainer.datamodule.train_dataset, trainer.strategy.root_device
-    if isinstance(dataset, LatentTiles):
+    if trainer.datamodule.cache is not None:
         raise UserError(
             "model.params.first_stage_config: components are found on images, and data.params."
             "latents holds none; give model.params.first_stage_ckpt, whose latents were cached"
         )
-    if isinstance(dataset, TileSet):
-        dataset = dataset.without_augmentation()
+    dataset = without_augmentation(dataset)
     chosen = torch.linspace(0, len(dataset) - 1, min(FIT_TILES, len(dataset))).long().unique()
     mine = chosen.tolist()[trainer.global_rank :: trainer.world_size]
     values = net.encoder.weight.shape[1]

@@ -1,4 +1,4 @@
-"""How many images of which class: what --classes, --counts and --balance mean."""
+"""Numbers of images by class: the meaning of the options classes, counts and balance."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ def choose_classes(text: str, known: Sequence[str]) -> list[str]:
     """The classes of `--classes ADI,3`, in the model's order.
 
     Raises:
-        UserError: An unknown class, one that is given twice, or none.
+        UserError: A class is unknown or given twice, or the list is empty.
     """
     words = [word.strip() for word in text.split(",") if word.strip()]
     option = f"--classes {text}"
@@ -39,8 +39,7 @@ def parse_counts(text: str, known: Sequence[str]) -> dict[str, int]:
     """Images per class of `--counts ADI=500,3=200`, in the model's order.
 
     Raises:
-        UserError: An unknown class, one that is given twice, or a count that is no whole number
-            from 1.
+        UserError: A class is unknown or given twice, or a count is not a whole number from 1.
     """
     option, counts = f"--counts {text}", {}
     names = []

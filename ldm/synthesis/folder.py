@@ -7,9 +7,9 @@
     OUT/grid.png, README.md   the first images of each class; the data set's card
     OUT/.parts/               the journal: a file per start and process, a line per finished batch
 
-Every file appears whole or not at all, and an image before the line that lists it. So whatever
-moment a run is killed at, the next one finds what is finished and makes the rest. Journals are
-never rewritten: everything but the images can be made from them at any time.
+Every file appears completely or not at all, and an image before the line that lists it. So at
+whatever moment a run is killed, the next one finds what is finished and makes the rest. Journals
+are never rewritten: everything but the images can be made from them at any time.
 """
 
 import csv
@@ -43,6 +43,7 @@ OF_IMAGE = {
     "file": "string",
     "prob": "float64",
     "entropy": "float64",
+    "source": "string",
     "made": "timestamp",
     "seconds": "float64",
 }
@@ -60,31 +61,36 @@ OF_FOLDER = {
     "temperature": "float64",
     "cfg_scale": "float64",
     "autoguidance_scale": "float64",
+    "limit": "float64",
+    "strength": "float64",
     "diffusion_sha256": "string",
     "classifier_sha256": "string",
     "autoguidance_sha256": "string",
     "first_stage_sha256": "string",
+    "start_from_sha256": "string",
 }
-COLUMNS = ("class", "index", "file", *OF_FOLDER, "prob", "entropy", "made", "seconds")
+COLUMNS = ("class", "index", "file", *OF_FOLDER, "prob", "entropy", "source", "made", "seconds")
+# Columns that manifests of earlier versions lack.
+LATER = ("limit", "strength", "start_from_sha256", "source")
 DECIMALS = {"prob": 6, "entropy": 6, "seconds": 3}
 
 Row = dict[str, Any]
 
 
 class SampleFolder:
-    """OUT, as described in this module.
+    """The folder OUT that this module describes.
 
     Args:
-        root: OUT.
+        root: Path of OUT.
         settings: What decides the images, see `ldm.synthesis.settings.make_settings`; compared with
             those in an existing OUT.
-        facts: What is known of each model, by role, for the card.
+        facts: Facts about each model, by role, for the card.
 
     Attributes:
         rows: The finished images by (class, index).
 
     Raises:
-        UserError: OUT holds images made with other settings, or files that are not ours.
+        UserError: OUT holds images made with other settings, or files of something else.
     """
 
     def __init__(self, root: Path, settings: dict[str, Any], facts: dict[str, Any] | None = None):
@@ -101,7 +107,7 @@ class SampleFolder:
     # What is there
 
     def read(self) -> None:
-        """Take in the manifest and all journals; a row counts if its image is there."""
+        """Read the manifest and all journals; a row counts if its image is there."""
         self.rows, self.runs, self.guidance_log = {}, [], GuidanceLog()
         self._read_manifest()
         for path in sorted((self.root / JOURNAL).glob("*.jsonl")):
@@ -113,14 +119,15 @@ class SampleFolder:
             return
         with path.open(newline="") as stream:
             reader = csv.DictReader(stream)
-            if tuple(reader.fieldnames or ()) != COLUMNS:
+            columns = tuple(reader.fieldnames or ())
+            if columns not in (COLUMNS, tuple(key for key in COLUMNS if key not in LATER)):
                 raise UserError(f"{path}: columns {reader.fieldnames} are not {list(COLUMNS)}")
             for cells in reader:
-                row: Row = {key: cells[key] or None for key in OF_IMAGE}
+                row: Row = {key: cells.get(key) or None for key in OF_IMAGE}
                 row["index"] = int(row["index"])
                 for key in DECIMALS:
                     row[key] = None if row[key] is None else float(row[key])
-                self._take(row)
+                self._add(row)
 
     def _read_journal(self, path: Path) -> None:
         # A run that was killed while it wrote leaves a last line without its end.
@@ -132,10 +139,11 @@ class SampleFolder:
                 self.runs.append(entry["run"])
                 continue
             for row in entry["rows"]:
-                self._take(row)
+                self._add(row)
             self.guidance_log.merge(entry["guidance"])
 
-    def _take(self, row: Row) -> None:
+    def _add(self, row: Row) -> None:
+        row = {"source": None} | row  # journals of earlier versions know of none
         if (self.root / row["file"]).is_file():
             self.rows[row["class"], row["index"]] = row
 
@@ -188,7 +196,7 @@ class SampleFolder:
         return {key: known.get(key) for key in OF_FOLDER}
 
     def finish(self) -> None:
-        """Write all that is made from the journals; a file that would not change is left alone."""
+        """Write all files that are made from the journals, except those that would not change."""
         self._remove_partial()
         self.write_manifest()
         if self.guidance_log.sums:
@@ -231,7 +239,7 @@ class Journal:
 
     Args:
         path: New file.
-        run: What is known of this start; None in all processes but the first.
+        run: Facts about this start; None in all processes but the first.
     """
 
     def __init__(self, path: Path, run: dict[str, Any] | None):
@@ -247,10 +255,21 @@ class Journal:
 
 
 def image_row(
-    name: str, index: int, file: str, prob: float | None, entropy: float | None, seconds: float
+    name: str,
+    index: int,
+    file: str,
+    prob: float | None,
+    entropy: float | None,
+    seconds: float,
+    source: str | None = None,
 ) -> Row:
-    """A row of the journal for an image that was just written."""
+    """A row of the journal for an image that was just written.
+
+    Args:
+        source: The real tile that it started from, relative to --start_from.
+    """
     row = {"class": name, "index": index, "file": file, "prob": prob, "entropy": entropy}
+    row["source"] = source
     row |= {"made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "seconds": seconds}
     # As the manifest will say it, so that both ways to read a row give the same.
     digits = {key: row[key] for key in DECIMALS if row[key] is not None}

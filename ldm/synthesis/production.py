@@ -21,6 +21,7 @@ from ldm.diffusion.samplers import Step
 from ldm.run import git_revision, versions
 from ldm.synthesis.folder import Journal, SampleFolder, image_row
 from ldm.synthesis.guidance_log import GuidanceLog
+from ldm.synthesis.sources import Sources
 from ldm.synthesis.synthesiser import Confidence, Synthesiser
 
 log = logging.getLogger(__name__)
@@ -41,14 +42,14 @@ class Part:
 
     @property
     def suffix(self) -> str:
-        """Of the journals, so that parts that start together do not share one."""
+        """Ending of the names of journals, so that parts that start together do not share one."""
         return "" if self.is_whole else f"-{self.number:04d}"
 
     def of(self, jobs: list[tuple[str, int]]) -> list[tuple[str, int]]:
         return jobs[self.number :: self.count]
 
 
-WHOLE = Part()
+EVERYTHING = Part()
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Batch:
         jobs: (class, index) of each image.
         z_0: Latents, (B, C, H, W).
         seconds: Time it took so far.
+        sources: The real tile that each image started from.
     """
 
     jobs: list[tuple[str, int]]
@@ -85,6 +87,7 @@ class Batch:
     confidences: list[Confidence | None]
     guidance: GuidanceLog
     seconds: float
+    sources: list[str | None]
 
 
 class Writer:
@@ -131,8 +134,10 @@ class Writer:
         ]
         seconds = (batch.seconds + time.perf_counter() - start) / len(files)
         rows = [
-            image_row(*job, file, *(confidence or (None, None)), seconds)
-            for job, file, confidence in zip(batch.jobs, files, batch.confidences, strict=True)
+            image_row(*job, file, *(confidence or (None, None)), seconds, source)
+            for job, file, confidence, source in zip(
+                batch.jobs, files, batch.confidences, batch.sources, strict=True
+            )
         ]
         self._journal.add(rows, batch.guidance)
 
@@ -143,7 +148,8 @@ def synthesise(
     counts: Mapping[str, int],
     batch_size: int,
     ranks: Ranks | None = None,
-    part: Part = WHOLE,
+    part: Part = EVERYTHING,
+    sources: Sources | None = None,
 ) -> SampleReport:
     """Make the images 0..count-1 of each class that `folder` does not hold yet.
 
@@ -151,11 +157,12 @@ def synthesise(
         counts: Images per class, of `synthesiser.models.names`.
         batch_size: Images sampled together, of several classes where one does not fill the batch.
         ranks: Processes that share the work; this one alone by default.
-        part: Of the images, to make no others. Other runs may be making theirs in the same folder,
-            so what is made of all of them (manifest, card) is left to a run for the whole.
+        part: Share of the images to make. Other runs may be making theirs in the same folder, so
+            what is made of all images (manifest, card) is left to a run without parts.
+        sources: Real tiles to start from, where there is a `Sampling.strength`.
 
     Raises:
-        UserError: Sampling went wrong; what was finished before is in the folder.
+        UserError: Sampling failed; images that were finished before are in the folder.
     """
     ranks = ranks or Ranks()
     wanted = part.of([(name, index) for name, count in counts.items() for index in range(count)])
@@ -177,7 +184,8 @@ def synthesise(
     try:
         mine = jobs[ranks.rank :: ranks.size]
         with one_thread(synthesiser.device):
-            _sample(synthesiser, folder, journal, mine, batch_size, quiet=not ranks.is_first)
+            quiet = not ranks.is_first
+            _sample(synthesiser, folder, journal, mine, batch_size, quiet, sources)
         ranks.barrier()
     except BaseException:
         if ranks.is_first and part.is_whole:
@@ -213,9 +221,10 @@ def _sample(
     jobs: list[tuple[str, int]],
     batch_size: int,
     quiet: bool,
+    sources: Sources | None,
 ) -> None:
     """This process's share, batch by batch."""
-    steps = synthesiser.sampling.steps
+    steps = len(synthesiser.pairs)
     # A terminal shows every sampler step; a log file gets a line now and then.
     live = sys.stderr.isatty()
     options = {"unit": "img", "dynamic_ncols": True, "mininterval": 0.1 if live else 10.0}
@@ -231,8 +240,12 @@ def _sample(
             start = time.perf_counter()
             labels = [synthesiser.models.label(name) for name, _ in batch]
             synthesiser.guidance_log = GuidanceLog()
-            z_0 = synthesiser.latents(labels, [index for _, index in batch], show)
+            indices = [index for _, index in batch]
+            starts = None if sources is None else sources.latents(batch)
+            z_0 = synthesiser.latents(labels, indices, show, starts)
             confidences = synthesiser.confidences(z_0, labels)
             seconds = time.perf_counter() - start
-            writer.put(Batch(batch, z_0, confidences, synthesiser.guidance_log, seconds))
+            files = [None if sources is None else sources.file(*job) for job in batch]
+            done = Batch(batch, z_0, confidences, synthesiser.guidance_log, seconds, files)
+            writer.put(done)
             bar.update(len(batch))

@@ -23,7 +23,6 @@ from ldm.checkpoint import (
     load_model,
     load_strictly,
     load_tensors,
-    make_record,
     read_checkpoint,
 )
 from ldm.errors import UserError
@@ -138,11 +137,9 @@ class TileClassifier(nn.Module):
         """Logits, (B, 3, S, S) -> (B, K)."""
         return self.net(self._normalised(images))
 
-    def record(self, seed: int | None) -> dict[str, Any]:
-        """The `histodiffusion` entry of this network's checkpoint."""
-        target = f"{type(self).__module__}.{type(self).__qualname__}"
-        model = {"target": target, "params": self.params}
-        return make_record("vit", model, self.classes, seed)
+    def rebuild_config(self) -> dict[str, Any]:
+        """Target and params that rebuild this network."""
+        return {"target": "ldm.models.vit.TileClassifier", "params": self.params}
 
 
 def _create(

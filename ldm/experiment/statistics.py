@@ -74,10 +74,10 @@ class Arm:
     """What the networks of one arm said about one set.
 
     Attributes:
-        key: Of its row.
+        key: Key of its row.
         seeds: S numbers.
         runs: Their predictions, in the same order.
-        deterministic: One run that stands for all seeds: its training draws no random numbers.
+        deterministic: Whether one run stands for all seeds: its training is not random.
     """
 
     key: str
@@ -134,7 +134,7 @@ def differences(table: Table, resamples: int = RESAMPLES, seed: int = 0) -> list
                 arms[key] = read_arm(row, split)
             except UserError as error:
                 arms[key] = str(error)
-        found += _of_split(pairs, arms, split, resamples, seed)
+        found += compare_pairs(pairs, arms, split, resamples, seed)
     return found
 
 
@@ -163,7 +163,8 @@ def read_arm(row: Row, split: str) -> Arm:
     """The predictions of all seeds of a row.
 
     Raises:
-        UserError: There are none, their images differ, or they are not those of summary.json.
+        UserError: No predictions of this split exist, those of two seeds are of different images,
+            or their accuracy is not the one in summary.json.
     """
     files = {seed: of[split] for seed, of in sorted(row.predictions.items()) if split in of}
     if not files:
@@ -196,7 +197,7 @@ def _check_summary(run: Predictions, row: Row, seed: int, split: str, path: Path
 
 
 def check_same_images(a: Predictions, b: Predictions, name_a: str, name_b: str) -> None:
-    """UserError where two tables are not of the same images in the same order."""
+    """Raise a UserError unless two sets of predictions are of the same images in the same order."""
     if a.classes != b.classes:
         raise UserError(f"{name_a} has classes {a.classes}, {name_b} {b.classes}; not comparable")
     if len(a.paths) != len(b.paths):
@@ -285,45 +286,48 @@ def prior_of(variances: Sequence[float], degrees: Sequence[int]) -> Prior:
         variances: s_a^2 of each arm, over its seeds.
         degrees: Their degrees of freedom, at least 1.
     """
+    from scipy.special import digamma, polygamma
+
     s2, d = np.array(variances, dtype=float), np.array(degrees, dtype=float)
     if len(s2) < FEWEST_ARMS or not np.median(s2) > 0:
         return Prior()
     # An arm whose seeds agree by chance would have log variance -inf.
-    e = np.log(np.maximum(s2, 1e-5 * np.median(s2))) - _polygamma(0, d / 2) + np.log(d / 2)
-    spread = float(e.var(ddof=1) - _polygamma(1, d / 2).mean())
+    e = np.log(np.maximum(s2, 1e-5 * np.median(s2))) - digamma(d / 2) + np.log(d / 2)
+    spread = float(e.var(ddof=1) - polygamma(1, d / 2).mean())
     if spread <= 0:  # they scatter no more than samples of one variance do
         return Prior(float((d * s2).sum() / d.sum()), np.inf, float(d.sum()))
-    half = _inverse_trigamma(spread)
-    variance = float(np.exp(e.mean() + _polygamma(0, half) - np.log(half)))
+    half = inverse_trigamma(spread)
+    variance = float(np.exp(e.mean() + digamma(half) - np.log(half)))
     return Prior(variance, 2 * half, float(d.sum()))
 
 
-def _polygamma(n: int, x: float | np.ndarray) -> np.ndarray:
-    """The n-th derivative of the digamma function."""
-    import torch
+def inverse_trigamma(y: float) -> float:
+    """x > 0 with trigamma(x) = y, for y > 0."""
+    from scipy.optimize import brentq
+    from scipy.special import polygamma
 
-    return torch.special.polygamma(n, torch.as_tensor(x, dtype=torch.float64)).numpy()
-
-
-def _inverse_trigamma(y: float) -> float:
-    """x > 0 with trigamma(x) = y (Smyth 2004, appendix: Newton's method on 1 / trigamma)."""
-    x = 0.5 + 1 / y
-    for _ in range(50):
-        value = float(_polygamma(1, x))
-        step = value * (1 - value / y) / float(_polygamma(2, x))
-        x += step
-        if -step / x < 1e-8:
-            break
-    return x
+    # 1 / x + 1 / (2 x^2) < trigamma(x) < 1 / x + 1 / x^2 encloses the root; widened, since for
+    # small y both bounds are 1 / y but for rounding.
+    low, high = (
+        widened * (1 + (1 + factor * y) ** 0.5) / (2 * y)
+        for factor, widened in ((2, 0.999), (4, 1.001))
+    )
+    return float(brentq(lambda x: polygamma(1, x) - y, low, high, xtol=1e-14 * low, rtol=1e-14))
 
 
-def _of_split(
+def compare_pairs(
     pairs: Sequence[tuple[str, str, str]],
     arms: dict[str, Arm | str],
     split: str,
     resamples: int,
     seed: int,
 ) -> list[Difference]:
+    """Differences of pairs of arms on one split, by pair and metric.
+
+    Args:
+        pairs: (family, key of the arm, key of its reference).
+        arms: By key; the reason in words where its predictions cannot be used.
+    """
     found: list[Difference] = []
     waiting: list[tuple[int, _Comparison]] = []
     priors = {metric: _prior_of_arms(arms.values(), metric) for metric in METRICS}
@@ -348,15 +352,17 @@ def _of_split(
         for m, (i, c) in enumerate(members):
             draws = deviations[:, m] + c.training * rng.standard_t(c.degrees, resamples)
             found[i] = _concluded(found[i], draws)
-    for family in ("reference", "random"):
-        for metric in METRICS:
-            rows = [
-                i
-                for i, d in enumerate(found)
-                if (d.family, d.metric) == (family, metric) and d.p is not None
-            ]
-            for i, p in zip(rows, holm([found[i].p for i in rows]), strict=True):
-                found[i] = replace(found[i], p_holm=p)
+    return _corrected(found)
+
+
+def _corrected(found: list[Difference]) -> list[Difference]:
+    """The same with p values corrected by Holm, for all rows of a family and metric."""
+    found = list(found)
+    tested = [i for i, d in enumerate(found) if d.p is not None]
+    for group in {(found[i].family, found[i].metric) for i in tested}:
+        members = [i for i in tested if (found[i].family, found[i].metric) == group]
+        for i, p in zip(members, holm([found[i].p for i in members]), strict=True):
+            found[i] = replace(found[i], p_holm=p)
     return found
 
 
@@ -481,7 +487,7 @@ def resample_means(u: np.ndarray, resamples: int, rng: np.random.Generator) -> n
 
 
 def _concluded(difference: Difference, draws: np.ndarray) -> Difference:
-    """With interval and p value; `draws` (R,) are deviations from the mean."""
+    """A difference with its interval and p value; `draws` (R,) are deviations from its mean."""
     mean = difference.mean
     assert mean is not None
     low, high = np.quantile(mean + draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
@@ -496,12 +502,9 @@ def holm(p: Sequence[float]) -> list[float]:
     In rising order the i-th is max over j <= i of (m - j + 1) p_j, at most 1: with all those below
     0.05 rejected, the chance of any false rejection is below 0.05.
     """
-    adjusted = [0.0] * len(p)
-    largest = 0.0
-    for rank, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
-        largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
-        adjusted[i] = largest
-    return adjusted
+    from statsmodels.stats.multitest import multipletests
+
+    return multipletests(p, method="holm")[1].tolist()
 
 
 def stars(p: float | None) -> str:

@@ -1,22 +1,17 @@
-"""A table of experiments as Markdown, LaTeX and CSV.
+"""What the tables of an experiment say, for Markdown, LaTeX, CSV and pages.
 
-Metrics are fractions here and in the CSV, percent in what people read. All tables are laid out once
-(`Layout`) and then written in each language.
+Metrics are fractions here and in the CSV, percent in what people read.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from ldm.evaluation.metrics import HEADLINE, mean_and_std
 from ldm.experiment.results import Row, Table
-from ldm.table.statistics import (
+from ldm.experiment.statistics import (
     FEWEST_SEEDS,
     METRICS,
     Difference,
@@ -25,9 +20,9 @@ from ldm.table.statistics import (
     random_pairs,
     stars,
 )
+from ldm.report.tables import MINUS, TextTable, escape_markdown, to_markdown
 
 PUBLISHED_GAIN = "selected - real"  # entry of the published numbers that belongs to no row
-MINUS = "\N{MINUS SIGN}"
 WORDS = {"macro_f1": "macro F1"}
 STATUS = {"failed": "failed", "missing": "not run"}
 LONGEST = 90  # characters of a reason within a cell
@@ -59,27 +54,6 @@ def plus_minus(mean: float | None, std: float | None) -> str:
 def shortened(text: str, longest: int = LONGEST) -> str:
     text = " ".join(text.split())
     return text if len(text) <= longest else text[: longest - 1] + "…"
-
-
-@dataclass
-class Layout:
-    """A table ready to be written in any language.
-
-    Attributes:
-        numbers: Columns that are aligned to the right.
-        kinds: "best", "failed" or "" of each row. A failed row ends with its reason, in the first
-            of the columns of numbers; the others are empty.
-        breaks: Rows that a line comes before.
-    """
-
-    name: str
-    title: str
-    heads: list[str]
-    rows: list[list[str]]
-    caption: list[str] = field(default_factory=list)
-    numbers: set[int] = field(default_factory=set)
-    kinds: list[str] = field(default_factory=list)
-    breaks: set[int] = field(default_factory=set)
 
 
 class Results:
@@ -120,7 +94,7 @@ class Results:
 
     @cached_property
     def notes(self) -> list[str]:
-        """What the evaluations remarked (imbalance, missing classes, ...), each once."""
+        """Notes of the evaluations (imbalance, missing classes, ...), each once with its arms."""
         found: dict[str, list[str]] = {}
         for row in self.table.rows:
             for note in (row.summary or {}).get("notes", ()):
@@ -180,6 +154,30 @@ class Results:
             " evaluation.arguments gives all the same)."
         )
 
+    def question_and_answer(self) -> tuple[str, str]:
+        """What the table asks, and what it answers with its interval, a sentence each."""
+        split, real, best = self.reported, self.reference, self.best
+        question = (
+            "Does a classifier become more accurate when selected synthetic tiles are added to its"
+            " labelled ones?"
+        )
+        before = self.mean(real, split, "accuracy") if real else None
+        after = self.mean(best, split, "accuracy") if best else None
+        found = best and self.difference(best, split, "accuracy")
+        if not (real and best and found) or None in (before, after, found.mean):
+            missing = real.label if real and before is None else "an arm with selected tiles"
+            return question, f"Not known yet: {missing} has no results on {split}."
+        text = (
+            f"{_verdict(found)}: accuracy on {split} is {percent(before)}% for “{real.label}” and"
+            f" {percent(after)}% for “{best.label}”, the selected arm that is best on"
+            f" {self.table.splits[0]}: {points(found.mean)} percent points"
+        )
+        if found.low is not None:
+            text += f", 95% interval {points(found.low)} to {points(found.high)}"
+        if found.p_holm is not None:
+            text += f", p = {p_value(found.p_holm)} after Holm's correction"
+        return question, text + (f" ({found.note})." if found.note else ".")
+
     def headline(self) -> str:
         """The table in one line."""
         broken = [row for row in self.table.rows if row.status != "done"]
@@ -199,6 +197,17 @@ class Results:
                 f", {points(found.mean)} with {best.label} (best on {self.table.splits[0]}){sure}"
             )
         return text + missing
+
+
+def _verdict(found: Difference) -> str:
+    """What a difference to the reference says, in a word or two."""
+    if found.low is None or found.high is None:
+        return "Not tested"
+    if found.low <= 0 <= found.high:
+        return "Not shown"
+    if found.p_holm is None or found.p_holm >= 0.05:
+        return "Perhaps"
+    return "Yes" if found.low > 0 else "No, it makes it worse"
 
 
 def p_value(p: float) -> str:
@@ -233,7 +242,7 @@ def tiles_cell(row: Row) -> str:
 
 
 def status_cell(row: Row) -> str:
-    """What stands in place of numbers that are not there; "" where they are."""
+    """Why a row has no numbers; empty where it has some."""
     if row.status not in STATUS:
         return ""
     if not row.failures:
@@ -266,15 +275,15 @@ def copies_numbers(row: Row) -> dict[str, Any]:
 # Tables
 
 
-def layouts(results: Results) -> list[Layout]:
+def text_tables(results: Results) -> list[TextTable]:
     """All tables, the split that counts first."""
     splits = [results.reported, *results.table.splits[-2::-1]]
-    found = [arms_layout(results, split) for split in splits]
-    against = [random_layout(results, split) for split in splits[:1]]
-    return [*found, *(one for one in (*against, fidelity_layout(results)) if one.rows)]
+    found = [arms_table(results, split) for split in splits]
+    against = [random_table(results, split) for split in splits[:1]]
+    return [*found, *(one for one in (*against, fidelity_table(results)) if one.rows)]
 
 
-def arms_layout(results: Results, split: str) -> Layout:
+def arms_table(results: Results, split: str) -> TextTable:
     """Every arm on one split."""
     table = results.table
     heads = ["trained on", "tiles", "seeds"]
@@ -316,13 +325,14 @@ def arms_layout(results: Results, split: str) -> Layout:
         rows.append([*cells, gain])
         kinds.append("")
     caption = arms_caption(results, split)
-    title = f"All arms, {split}"
     numbers = set(range(1, len(heads) - 1))
-    return Layout(f"arms-{split}", title, heads, rows, caption, numbers, kinds, breaks)
+    return TextTable(
+        f"All arms, {split}", heads, rows, caption, numbers, kinds, breaks, f"arms-{split}"
+    )
 
 
 def arms_caption(results: Results, split: str) -> list[str]:
-    """How to read the table of a split, a sentence or two per line; once for all splits."""
+    """How to read the table of a split, a sentence or two per line, in full for the first split."""
     table, real = results.table, results.reference
     runs = results.runs(real, split) if real else []
     images = f"{runs[0]['images']:,} images of {split}" if runs else f"images of {split}"
@@ -362,7 +372,7 @@ def arms_caption(results: Results, split: str) -> list[str]:
     return lines + refused
 
 
-def random_layout(results: Results, split: str) -> Layout:
+def random_table(results: Results, split: str) -> TextTable:
     """Selected arms against random choice from the same pool, in the same amount."""
     heads = ["selected", "against", *(f"Δ {word(metric)}" for metric in METRICS), "p (accuracy)"]
     rows = []
@@ -379,11 +389,12 @@ def random_layout(results: Results, split: str) -> Layout:
         " the same amount, paired as above; p after Holm's correction."
     ]
     numbers = set(range(2, len(heads)))
-    return Layout("random", f"Selected against random, {split}", heads, rows, caption, numbers)
+    title = f"Selected against random, {split}"
+    return TextTable(title, heads, rows, caption, numbers, name="random")
 
 
-def fidelity_layout(results: Results) -> Layout:
-    """What the synthetic tiles are like, arm by arm."""
+def fidelity_table(results: Results) -> TextTable:
+    """Fidelity and copies of the synthetic tiles, arm by arm."""
     heads = ["synthetic tiles of", "tiles", "FID", "KID × 1000", "precision", "recall"]
     heads += ["flagged as copies", "of the pool", "by chance"]
     rows, extractors, warnings = [], {}, {}
@@ -421,11 +432,11 @@ def fidelity_layout(results: Results) -> Layout:
         )
     caption += warnings
     numbers = set(range(1, len(heads)))
-    return Layout("fidelity", "The synthetic tiles", heads, rows, caption, numbers)
+    return TextTable("The synthetic tiles", heads, rows, caption, numbers, name="fidelity")
 
 
 def _failure_of(row: Row, job: str) -> str:
-    """`failed` where a job of this title did; what failed is told in full below the tables."""
+    """`failed` where a job of this title failed; the reason stands in full below the tables."""
     return "failed" if any(line.startswith(f"{job} of ") for line in row.failures) else ""
 
 
@@ -457,111 +468,21 @@ def failures(results: Results) -> list[str]:
     return lines
 
 
-# Languages
-
-
-def to_markdown(results: Results) -> str:
+def markdown(results: Results) -> str:
     """All tables, for GitHub."""
     title = results.table.title or results.table.name
-    lines = [f"# {_markdown(title)}", "", _markdown(results.headline()) + ".", ""]
-    for layout in layouts(results):
-        lines += [f"## {layout.title}", "", *_markdown_table(layout), ""]
-        lines += [f"- {_markdown(line)}" for line in layout.caption] + [""]
+    lines = [f"# {escape_markdown(title)}", "", escape_markdown(results.headline()) + ".", ""]
+    for table in text_tables(results):
+        lines += [f"## {table.title}", "", to_markdown(table), ""]
+        lines += [f"- {escape_markdown(line)}" for line in table.caption] + [""]
     for title, notes in (("What failed", failures(results)), ("Notes", results.notes)):
         if notes:
-            lines += [f"## {title}", "", *(f"- {_markdown(note)}" for note in notes), ""]
+            lines += [f"## {title}", "", *(f"- {escape_markdown(note)}" for note in notes), ""]
     return "\n".join(lines)
 
 
-def _markdown_table(layout: Layout) -> list[str]:
-    rule = ["--:" if i in layout.numbers else "---" for i in range(len(layout.heads))]
-    lines = [[_markdown(head) for head in layout.heads], rule]
-    for i, row in enumerate(layout.rows):
-        cells = [_markdown(cell) for cell in row]
-        if layout.kinds and layout.kinds[i] == "best":
-            cells = [f"**{cell}**" if cell else "" for cell in cells]
-        lines.append(cells)
-    return ["| " + " | ".join(line) + " |" for line in lines]
-
-
-def _markdown(text: str) -> str:
-    return re.sub(r"([\\|*_<>`\[\]])", r"\\\1", " ".join(text.split()))
-
-
-def to_latex(results: Results) -> str:
-    """All tables for a paper; they need the packages booktabs and graphicx."""
-    words = ["% Needs \\usepackage{booktabs} and \\usepackage{graphicx}."]
-    for layout in layouts(results):
-        words += ["", *_latex_table(layout, results.table.name)]
-    return "\n".join(words) + "\n"
-
-
-def _latex_table(layout: Layout, name: str) -> list[str]:
-    columns = "".join("r" if i in layout.numbers else "l" for i in range(len(layout.heads)))
-    lines = [
-        "\\begin{table}",
-        "\\centering",
-        f"\\caption{{{latex(layout.title)}. {latex(' '.join(layout.caption))}}}",
-        f"\\label{{tab:{re.sub('[^A-Za-z0-9-]', '-', f'{name}-{layout.name}')}}}",
-        "\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%",
-        f"\\begin{{tabular}}{{{columns}}}",
-        "\\toprule",
-        " & ".join(latex(head) for head in layout.heads) + " \\\\",
-        "\\midrule",
-    ]
-    for i, row in enumerate(layout.rows):
-        cells = [latex(cell) for cell in row]
-        if layout.kinds and layout.kinds[i] == "best":
-            cells = [f"\\textbf{{{cell}}}" if cell else "" for cell in cells]
-        if i in layout.breaks:
-            lines.append("\\midrule")
-        if layout.kinds and layout.kinds[i] == "failed":
-            at = min(layout.numbers) + 2
-            reason = f"\\multicolumn{{{len(row) - 1 - at}}}{{l}}{{{cells[at]}}}"
-            cells = [*cells[:at], reason, cells[-1]]
-        lines.append(" & ".join(cells) + " \\\\")
-    return [*lines, "\\bottomrule", "\\end{tabular}}", "\\end{table}"]
-
-
-SPECIAL = {
-    "\\": "\\textbackslash{}",
-    "~": "\\textasciitilde{}",
-    "^": "\\textasciicircum{}",
-    "<": "$<$",
-    ">": "$>$",
-    "*": "$^{*}$",
-    "|": "\\textbar{}",
-    "±": "$\\pm$",
-    MINUS: "$-$",
-    "Δ": "$\\Delta$",
-    "×": "$\\times$",
-    "†": "\\dag{}",
-    "…": "\\dots{}",
-    "“": "``",
-    "”": "''",
-    **{letter: f"\\{letter}" for letter in "&%$#_{}"},
-}
-
-
-def latex(text: str) -> str:
-    """Text with everything escaped that LaTeX would take for a command."""
-    # A row that starts with [ would be read as an argument of the line break before it.
-    text = "".join(SPECIAL.get(letter, letter) for letter in " ".join(text.split()))
-    return f"{{}}{text}" if text.startswith("[") else text
-
-
-def to_csv(results: Results) -> str:
-    """A row per arm and split: fractions in full precision, unknown values empty."""
-    rows = list(_csv_rows(results))
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return stream.getvalue()
-
-
-def _csv_rows(results: Results) -> Iterable[dict[str, Any]]:
+def csv_rows(results: Results) -> Iterable[dict[str, Any]]:
+    """A row per arm and split: fractions in full precision, unknown values None."""
     table = results.table
     factors = list(dict.fromkeys(name for row in table.rows for name in row.factors))
     for row in table.rows:

@@ -1,0 +1,133 @@
+"""A self-contained HTML page: one file that loads no other and needs no JavaScript."""
+
+import base64
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldm.report.grids import TileRow
+from ldm.report.tables import TextTable, environment
+
+
+class Page:
+    """A page that is put together from top to bottom; its template escapes all text.
+
+    Args:
+        wide: For tables with many columns.
+    """
+
+    def __init__(self, title: str, wide: bool = False):
+        self.title, self.wide = title, wide
+        self.blocks: list[dict[str, Any]] = []
+
+    def add(self, block: str, **values: Any) -> None:
+        """Append a block that the template `page.html` knows by this name."""
+        self.blocks.append({"block": block, **values})
+
+    def answer(self, question: str, answer: str) -> None:
+        """What the page is about and what it found, a sentence or two each."""
+        self.add("answer", question=question, answer=answer)
+
+    def heading(self, text: str) -> None:
+        self.add("heading", text=text)
+
+    def text(self, text: str, soft: bool = False) -> None:
+        self.add("text", text=text, soft=soft)
+
+    def bullets(self, lines: Iterable[str], soft: bool = False) -> None:
+        self.add("bullets", lines=list(lines), soft=soft)
+
+    def warning(self, text: str) -> None:
+        self.add("warning", text=text)
+
+    def facts(self, facts: Iterable[tuple[str, str]]) -> None:
+        """Large values with small descriptions: (value, description)."""
+        self.add("facts", facts=list(facts))
+
+    def links(self, links: Iterable[tuple[str, str]]) -> None:
+        """Files beside the page: (address relative to the page, what it is)."""
+        self.add("links", links=list(links))
+
+    def table(self, table: TextTable, wide: bool = False) -> None:
+        """A table without its title, its caption as a list below it.
+
+        Args:
+            wide: Smaller letters, for many columns.
+        """
+        self.add("table", table=table, wide=wide)
+
+    def folded(self, summary: str, text: str) -> None:
+        """Text as it is, such as commands or a YAML file, that can be unfolded."""
+        self.add("folded", summary=summary, text=text)
+
+    def picture(self, picture: bytes, caption: str) -> None:
+        """A PNG or JPEG file in full width."""
+        self.add("picture", address=image_address(picture), caption=caption)
+
+    def folded_pictures(self, summary: str, pictures: Iterable[tuple[bytes, str]]) -> None:
+        """Picture files with captions that can be unfolded."""
+        shown = [(image_address(data), caption) for data, caption in pictures]
+        self.add("folded_pictures", summary=summary, pictures=shown)
+
+    def grid(self, rows: Sequence[TileRow], heads: Sequence[str], caption: str, side: int) -> None:
+        """Rows of tiles in groups of columns.
+
+        Args:
+            heads: Title of each group.
+            side: Pixels of a tile on the screen.
+        """
+        widths = [max([1, *(len(row.groups[g]) for row in rows)]) for g in range(len(heads))]
+        shown = [
+            (row.name, [[(encode_png(t.pixels), t) for t in group] for group in row.groups])
+            for row in rows
+        ]
+        self.add("grid", rows=shown, heads=list(heads), widths=widths, caption=caption, side=side)
+
+    def charts(self, charts: Iterable[str]) -> None:
+        """SVG drawings side by side, see `ldm.report.plots`."""
+        self.add("charts", charts=list(charts))
+
+    def render(self) -> str:
+        """The page as HTML."""
+        template = environment(autoescape=True).get_template("page.html")
+        return template.render(title=self.title, wide=self.wide, blocks=self.blocks)
+
+
+def image_address(data: bytes) -> str:
+    """A PNG or JPEG file as an address that an <img> takes."""
+    kind = "jpeg" if data.startswith(b"\xff\xd8") else "png"
+    return f"data:image/{kind};base64," + base64.b64encode(data).decode()
+
+
+def encode_png(pixels: np.ndarray) -> str:
+    """uint8 (H, W, 3) as the address of a PNG."""
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, format="PNG", optimize=True)
+    return image_address(stream.getvalue())
+
+
+def embeddable(path: Path, width: int = 1600, largest: int = 400_000) -> bytes:
+    """A picture file for a page: unchanged if it is small, else narrower and as JPEG.
+
+    Args:
+        width: In pixels, at most.
+        largest: Bytes up to which a file is not changed.
+    """
+    from PIL import Image
+
+    data = path.read_bytes()
+    if len(data) <= largest:
+        return data
+    with Image.open(io.BytesIO(data)) as image:
+        picture = image.convert("RGB")
+    if picture.width > width:
+        height = max(1, round(picture.height * width / picture.width))
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    stream = io.BytesIO()
+    picture.save(stream, format="JPEG", quality=88)
+    return stream.getvalue()

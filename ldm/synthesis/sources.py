@@ -1,0 +1,143 @@
+"""Real tiles that sampling starts from: variations instead of images from noise.
+
+A tile is noised part of the way and denoised towards a class (SDEdit, Meng et al. 2022; DA-Fusion,
+Trabucco et al. 2023). What is left of it keeps layout and colour plausible where a model that
+starts from noise alone is not good enough yet.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.data.tiles import TileFolder
+from ldm.errors import UserError
+from ldm.files import digest_of, file_sha256
+from ldm.models.classifier import GuidingClassifier
+from ldm.models.diffusion import LatentDiffusion
+
+# Names of folders whose tiles are for measuring: what is made of them must not be trained on.
+HELD_OUT = ("val", "valid", "validation", "test", "testing", "holdout", "held_out")
+SYMMETRIES = 8
+BATCH = 64
+
+
+class Sources:
+    """The tiles of each class that images start from.
+
+    Image `index` of a class starts from tile index modulo their number; each time all have been
+    used, they are used in another of the eight flips and rotations. So a source depends on (class,
+    index) alone.
+
+    Args:
+        root: Class folders of the classes of the models, or tiles without labels.
+        diffusion: Gives the size of the tiles, and their latents.
+        classes: Class names in label order.
+        judge: Labels the tiles where the folder has no class folders: each tile counts for its
+            likeliest class, the surest ones first.
+        least: Tiles that the judge gives a smaller probability are left out.
+
+    Attributes:
+        by_class: Files of each class, in the order of use.
+        digest: SHA-256 of the files and of which class they are used for.
+
+    Raises:
+        UserError: A folder of validation or test tiles, one without tiles for some class, or
+            unlabelled tiles without a judge.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        diffusion: LatentDiffusion,
+        classes: Sequence[str],
+        judge: GuidingClassifier | None = None,
+        least: float = 0.0,
+    ):
+        self.root, self.diffusion = Path(root).expanduser(), diffusion
+        if self.root.resolve().name.lower() in HELD_OUT:
+            raise UserError(
+                f"--start_from {root}: the folder's name says that its tiles are for measuring; "
+                "variations of them would leak into training: give training tiles"
+            )
+        size = diffusion.first_stage_model.resolution
+        labelled = all((self.root / name).is_dir() for name in classes)
+        self._tiles = TileFolder(self.root, size, labelled, list(classes) if labelled else None)
+        if labelled:
+            chosen = {name: [] for name in classes}
+            for i, label in enumerate(self._tiles.labels):
+                chosen[classes[label]].append(i)
+        elif judge is None:
+            raise UserError(
+                f"--start_from {root} has no folders {', '.join(classes)}: unlabelled tiles need "
+                "--classifier, which says what they are"
+            )
+        else:
+            chosen = self._judged(classes, judge, least)
+        self._chosen = chosen
+        paths = {
+            name: [Path(self._tiles.paths[i]) for i in members] for name, members in chosen.items()
+        }
+        self.by_class = {
+            name: [path.relative_to(self.root).as_posix() for path in files]
+            for name, files in paths.items()
+        }
+        self.digest = digest_of(
+            {name: [file_sha256(path) for path in files] for name, files in paths.items()}
+        )
+
+    @torch.no_grad()
+    def _judged(
+        self, classes: Sequence[str], judge: GuidingClassifier, least: float
+    ) -> dict[str, list[int]]:
+        """Tiles of each class by falling probability, at t = 0."""
+        net, probabilities = judge.logits_model(), []
+        for start in range(0, len(self._tiles), BATCH):
+            z_0 = self._encode(range(start, min(start + BATCH, len(self._tiles))))
+            t = torch.zeros(len(z_0), dtype=torch.int64, device=z_0.device)
+            logits = net(z_0, t).float() / judge.temperature
+            probabilities.append(logits.softmax(dim=1).cpu())
+        p = torch.cat(probabilities).double().numpy()  # (N, K)
+        order = np.argsort(-p.max(axis=1), kind="stable")
+        return {
+            name: [int(i) for i in order if p[i].argmax() == k and p[i, k] >= least]
+            for k, name in enumerate(classes)
+        }
+
+    def require(self, names: Sequence[str]) -> None:
+        """UserError unless there are tiles for each of these classes."""
+        empty = [name for name in names if not self.by_class[name]]
+        if empty:
+            raise UserError(
+                f"--start_from {self.root}: no tile for {', '.join(empty)}; lower "
+                "--start_confidence, leave the class out, or give more tiles"
+            )
+
+    def file(self, name: str, index: int) -> str:
+        """The file, relative to the folder, that an image starts from."""
+        files = self.by_class[name]
+        return files[index % len(files)]
+
+    def latents(self, jobs: Sequence[tuple[str, int]]) -> Tensor:
+        """Clean scaled latents (B, C, H, W) of the sources of images (class, index)."""
+        members = [self._chosen[name][index % len(self._chosen[name])] for name, index in jobs]
+        turns = [index // len(self._chosen[name]) % SYMMETRIES for name, index in jobs]
+        return self._encode(members, turns)
+
+    @torch.no_grad()
+    def _encode(self, members: Sequence[int], turns: Sequence[int] | None = None) -> Tensor:
+        x = [self._tiles[i]["image"] for i in members]
+        if turns is not None:
+            x = [_turned(image, turn) for image, turn in zip(x, turns, strict=True)]
+        device = self.diffusion.scale_factor.device
+        # One at a time: an image must not depend on those that are made beside it.
+        encode = self.diffusion.encode_first_stage
+        return torch.cat([encode(image[None].to(device), sample=False) for image in x])
+
+
+def _turned(image: Tensor, turn: int) -> Tensor:
+    """One of the eight symmetries of the square, 0 being the image itself."""
+    image = torch.rot90(image, turn % 4, (1, 2))
+    return image.flip(2) if turn >= 4 else image
