@@ -9,7 +9,7 @@ learns from `D/train5`, chooses on `D/val` and reports `D/test` once, with the r
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -17,7 +17,7 @@ from pydantic import Field
 
 from ldm.cli import Commas, Whole, existing_path, like, option, parse, run_command
 from ldm.errors import UserError
-from ldm.settings import DeviceOption
+from ldm.settings import TIMM, DeviceOption
 
 PROBE = "linear_probe"
 
@@ -55,14 +55,20 @@ class Options(DeviceOption):
         default=None, metavar="NAME", help="column of --groups; if omitted group"
     )
     overwrite: bool = option(default=False, help="replace results of other settings or files")
+    features: str | None = option(
+        default=None,
+        group=PROBE,
+        metavar="RUN|timm:NAME",
+        help="network that is probed: a run of eval.py, or timm:NAME",
+    )
     weights: str | None = option(
         default=None,
         group=PROBE,
         metavar="RUN|FILE",
-        help="a run of eval.py, or with --arch a local file of weights",
+        help="the same as --features RUN; with a network of timm, a local file of weights",
     )
     arch: str | None = option(
-        default=None, group=PROBE, metavar="NAME", help="timm's name of a pre-trained network"
+        default=None, group=PROBE, metavar="NAME", help="the same as --features timm:NAME"
     )
     input_size: Annotated[int, Field(ge=8)] | None = option(
         default=None, group=PROBE, help="pixels, with --arch; if omitted the network's own"
@@ -80,25 +86,38 @@ class Options(DeviceOption):
         """Each kind once."""
         return tuple(dict.fromkeys(self.kind))
 
+    def with_network(self) -> "Options":
+        """What `features` says, in `arch` or `weights`."""
+        if self.features is None:
+            return self
+        if self.features.startswith(TIMM):
+            return replace(self, arch=self.features.removeprefix(TIMM), features=None)
+        return replace(self, weights=self.features, features=None)
+
     def problems(self) -> Iterator[tuple[str, str]]:
+        if self.features is not None:
+            if self.arch is not None:
+                yield "arch", "not allowed with --features; give one of them"
+            if self.weights is not None and not self.features.startswith(TIMM):
+                yield "weights", "not allowed with --features RUN; give one of them"
         if self.groups is None and self.group_column is not None:
             yield "group_column", "belongs to --groups; give that too, or leave it out"
-        for name in ("weights", "arch", "input_size"):
+        for name in ("features", "weights", "arch", "input_size"):
             if getattr(self, name) is not None and "linear_probe" not in self.kind:
                 yield name, "belongs to --kind linear_probe; add that, or leave it out"
 
 
 def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
+    return parse(Options, argv).with_network()
 
 
 def probe_source(args: Options):
     """The network of a linear probe, an `ldm.features.source.FeatureSource`."""
-    from ldm.features.source import TIMM, VIT, FeatureSource
+    from ldm.features import source
 
     if args.arch is not None:
         weights = args.weights and Path(args.weights).expanduser()
-        return FeatureSource(TIMM, args.arch, weights, args.input_size)
+        return source.FeatureSource(source.TIMM, args.arch, weights, args.input_size)
     if args.weights is None:
         raise UserError(
             "linear_probe needs a network: --weights RUN (of eval.py), or --arch NAME --weights"
@@ -108,7 +127,7 @@ def probe_source(args: Options):
         raise UserError(
             "--input_size belongs to --arch; a run of eval.py knows its own, leave it out"
         )
-    return FeatureSource(VIT, args.weights)
+    return source.FeatureSource(source.VIT, args.weights)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -245,6 +245,8 @@ def test_variations_of_labelled_tiles(kind, models, data, tmp_path):
     rows = sample(models, tmp_path / "a", *more, "--strength", "0.5", kind=kind)
     assert all(row["source"].split("/")[0] == row["class"] for row in rows)
     assert {row["strength"] for row in rows} == {"0.5"}
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert "variations of real tiles" in card and "belongs to a patient" not in card
     assert len({row["source"] for row in rows}) == 6
     again = ("--batch_size", "8", "--classes", tiny.CLASSES[2])
     other = sample(models, tmp_path / "b", *more, *again, "--strength", "0.5", kind=kind)

@@ -451,7 +451,12 @@ def import_classifier(
         node: `EncoderUNetModel` with its parameters; None for the published classifier's.
         noised: Whether it was trained on noisy latents; the published code trains at t = 0.
     """
-    from ldm.models.classifier import LatentSpace, NoisyLatentClassifier, network_config
+    from ldm.models.classifier import (
+        LatentSpace,
+        NoisyLatentClassifier,
+        network_config,
+        process_params,
+    )
 
     space = LatentSpace.load(first_stage, what="autoencoder")
     scale = scale_factor if space.scale_factor is None else space.scale_factor
@@ -476,15 +481,11 @@ def import_classifier(
     for name, count in outputs.items():
         if count != len(classes):
             raise UserError(f"classes: {len(classes)} names, the file has {count} outputs ({name})")
-    schedule = space.schedule
     module = NoisyLatentClassifier(
         net_config=net,
         autoencoder_fingerprint=space.first_stage.fingerprint(),
         scale_factor=scale,
-        timesteps=schedule["timesteps"],
-        beta_schedule=schedule["name"],
-        linear_start=schedule["linear_start"],
-        linear_end=schedule["linear_end"],
+        **process_params(space.schedule),
         noised=noised,
     )
     module.classes = list(classes)

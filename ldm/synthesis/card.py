@@ -55,9 +55,7 @@ def make_card(
         [
             "---\n" + yaml.safe_dump(front, sort_keys=False) + "---\n",
             "# Synthetic histopathology tiles\n",
-            f"**All {len(rows):,} images in this folder are synthetic.** They were sampled from a "
-            "latent diffusion model; none is a photograph of tissue, and none belongs to a "
-            "patient.\n",
+            f"**All {len(rows):,} images in this folder are synthetic.** {_origin(settings)}\n",
             "One folder per class; `manifest.csv` and `manifest.parquet` say of every image how it "
             "was made.\n",
             "## Images\n",
@@ -75,6 +73,21 @@ def make_card(
             "## How it was made\n",
             *(_run(run) for run in runs),
         ]
+    )
+
+
+def _origin(settings: Mapping[str, Any]) -> str:
+    """Where the images come from, and what they may still show of a patient."""
+    if settings.get("strength") is None:
+        return (
+            "They were sampled from a latent diffusion model; none is a photograph of tissue, and "
+            "none belongs to a patient."
+        )
+    return (
+        "They are variations of real tiles: each was noised to "
+        f"{settings['strength']:g} of the way to pure noise and denoised by a latent diffusion "
+        "model. Each keeps something of the tile that `manifest.csv` names as its `source`, and "
+        "with it of a patient: treat it like that tile."
     )
 
 
