@@ -11,15 +11,18 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
 from ldm.cli import Count, Whole, existing_path, option, parse, run_command
-from ldm.devices import one_device, shared_devices
+from ldm.devices import Devices, one_device, shared_devices
 from ldm.errors import UserError
 from ldm.models.vit_settings import Settings
 from ldm.settings import DEVICE_HELP
+
+if TYPE_CHECKING:
+    from ldm.evaluation.sets import GroupTable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,10 +126,28 @@ def parse_arguments(argv: list[str] | None = None) -> Options:
     return parse(Options, argv)
 
 
+def evaluate(args: Options, data_path: Path, devices: Devices, groups: "GroupTable | None") -> None:
+    """Evaluate a trained network on the sets below `data_path`, and print what was found."""
+    from ldm.evaluation.metrics import HEADLINE, format_intervals, format_per_class
+    from ldm.evaluation.runs import evaluate_checkpoint
+
+    folder = Path(args.logdir) / args.subset
+    checkpoint = existing_path(
+        args.resume or folder / f"seed{args.all_seeds[0]}",
+        "--resume" if args.resume else "--eval (of a trained network; or give --resume CKPT)",
+    )
+    report = evaluate_checkpoint(checkpoint, data_path, devices, folder, args.workers, groups)
+    for name in ("val", "test"):
+        if name in report:
+            headline = ", ".join(f"{k} {report[name][k]:.4f}" for k in HEADLINE)
+            print(f"{name}: {headline}\n{format_intervals(report['bootstrap'][name])}")
+            print(f"{format_per_class([report[name]])}\n")
+    print(f"{folder / 'evaluation.json'}")
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
-    seeds, resume = args.all_seeds, args.resume
     data_path = existing_path(args.data_path, "--data_path", "dir")
     if settings.finetune:
         existing_path(settings.finetune, "--finetune", "file")
@@ -141,51 +162,34 @@ def main(argv: list[str] | None = None) -> int:
             f"--precision 16-mixed needs a CUDA device, not {devices.accelerator}; use 32"
         )
 
-    from ldm.evaluation.metrics import (
-        HEADLINE,
-        format_intervals,
-        format_per_class,
-        format_summary,
-    )
-    from ldm.evaluation.runs import evaluate_checkpoint, train_and_report
+    from ldm.evaluation.metrics import format_summary
+    from ldm.evaluation.runs import train_and_report
     from ldm.evaluation.sets import GroupTable
 
     groups = None
     if args.groups is not None:
         table = existing_path(args.groups, "--groups", "file")
         groups = GroupTable(table, args.group_column or "group")
-    folder = Path(args.logdir) / args.subset
     if args.eval:
-        checkpoint = existing_path(
-            resume or folder / f"seed{seeds[0]}",
-            "--resume" if resume else "--eval (of a trained network; or give --resume CKPT)",
-        )
-        report = evaluate_checkpoint(checkpoint, data_path, devices, folder, args.workers, groups)
-        for name in ("val", "test"):
-            if name in report:
-                headline = ", ".join(f"{k} {report[name][k]:.4f}" for k in HEADLINE)
-                print(f"{name}: {headline}\n{format_intervals(report['bootstrap'][name])}")
-                print(f"{format_per_class([report[name]])}\n")
-        print(f"{folder / 'evaluation.json'}")
+        evaluate(args, data_path, devices, groups)
         return 0
-
     summary = train_and_report(
         data_path,
         args.subset,
         settings,
-        seeds,
+        args.all_seeds,
         Path(args.logdir),
         devices,
         args.workers,
         num_classes=args.num_classes,
-        resume=resume,
+        resume=args.resume,
         overwrite=args.overwrite,
         groups=groups,
     )
     if "notes" not in summary:
         return 0  # another process than the first, which reports
     print(format_summary(summary))
-    print(f"\n{folder / 'summary.json'}")
+    print(f"\n{Path(args.logdir) / args.subset / 'summary.json'}")
     return 0
 
 

@@ -246,7 +246,7 @@ class RunFolder:
         label = name or f"{time.strftime('%Y-%m-%dT%H-%M-%S')}_{stem}"
         root = Path(logdir) / label
         if Path(logdir).resolve() not in root.resolve().parents:
-            raise UserError(f"--name {name}: must be a folder below --logdir {logdir}")
+            raise UserError(f"name={name}: must be a folder below logdir={logdir}")
         return cls(root)
 
     @classmethod
@@ -270,7 +270,7 @@ class RunFolder:
         written = run.configs / "resolved.yaml"
         if OmegaConf.to_container(OmegaConf.load(written))["model"] != model:
             raise UserError(
-                f"--name {name}: {run.root} holds a run with another model section; give another "
+                f"name={name}: {run.root} holds a run with another model section; give another "
                 f"name, or repeat its command ({written} says how it was configured)"
             )
         log.info("%s exists: going on from its last checkpoint", run.root)
@@ -278,17 +278,16 @@ class RunFolder:
 
     @classmethod
     def of_resume(cls, target: str) -> tuple["RunFolder", Path]:
-        """The run and the checkpoint that `--resume TARGET` means."""
+        """The run and the checkpoint that `target` means, a run folder or a checkpoint in one."""
         path = Path(target)
         checkpoint = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
         if not checkpoint.is_file():
             raise UserError(
-                f"--resume {target}: no checkpoint at {checkpoint}; give a run folder or a .ckpt "
-                "file"
+                f"resume={target}: no checkpoint at {checkpoint}; give a run folder or a .ckpt file"
             )
         if checkpoint.parent.name != "checkpoints":
             raise UserError(
-                f"--resume {target}: a checkpoint to resume lies in RUN/checkpoints/; this one "
+                f"resume={target}: a checkpoint to resume lies in RUN/checkpoints/; this one "
                 "does not"
             )
         return cls(checkpoint.parent.parent), checkpoint

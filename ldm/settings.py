@@ -1,7 +1,8 @@
 """Groups of options that several commands share; each stands here once. Imports nothing heavy."""
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal, Self
 
 from pydantic import Field
 
@@ -10,6 +11,7 @@ from ldm.cli import Count, Seed, Whole, option
 DEVICE_HELP = "auto, cpu, cuda, cuda:INDEX or mps"
 DEVICES = "devices, memory and speed"
 MACHINE = "machine"
+TIMM = "timm:"  # begins the name of a network of timm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +185,41 @@ class ModelOptions:
         group="features",
         help="pixels that the timm network sees; if omitted, its own size",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkChoice(ModelOptions):
+    """The network that makes features: a run of eval.py, or one of timm."""
+
+    features: str | None = option(
+        default=None,
+        group="features",
+        metavar="RUN|timm:NAME",
+        help="network that makes the features: checkpoint or seed folder of eval.py, or timm:NAME",
+    )
+    weights: str | None = option(
+        default=None, group="features", metavar="CKPT", help="the same as --features CKPT"
+    )
+    model: str | None = option(
+        default=None, group="features", metavar="NAME", help="the same as --features timm:NAME"
+    )
+
+    def with_network(self) -> Self:
+        """What `features` says, in `weights` or `model`."""
+        if self.features is None:
+            return self
+        if self.features.startswith(TIMM):
+            return replace(self, model=self.features.removeprefix(TIMM), features=None)
+        return replace(self, weights=self.features, features=None)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        names = [n for n in ("features", "weights", "model") if getattr(self, n) is not None]
+        for name in names[1:]:
+            yield name, f"not allowed with --{names[0]}; give one of them"
+        of_timm = self.model is not None or (self.features or "").startswith(TIMM)
+        for name in ("pretrained_weights", "input_size"):
+            if getattr(self, name) is not None and not of_timm:
+                yield name, "belongs to --model (--features timm:NAME); a checkpoint has its own"
 
 
 @dataclass(frozen=True, kw_only=True)

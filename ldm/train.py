@@ -102,22 +102,31 @@ def fit(
             run.record(config, model.seed)
         log.info("%s\nwriting to    %s", summary, run.root)
     joined = torch.distributed.is_initialized()
-    # Older Lightning has no such argument; its own default then is to load everything.
-    takes_it = "weights_only" in inspect.signature(trainer.fit).parameters
-    safe = {"weights_only": True} if checkpoint and takes_it else {}
-    try:
-        trainer.fit(model, datamodule=data, ckpt_path=checkpoint, **safe)
-    except SystemExit:  # what Lightning makes of Ctrl-C; older ones return
-        if not trainer.interrupted:
-            raise
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    _run(trainer, model, data, checkpoint)
     trainer.save_checkpoint(run.last)
     if trainer.is_global_zero:
         log.info("done at step %d: %s", trainer.global_step, run.last)
     if not joined:
         leave_group()
     return trainer
+
+
+def _run(
+    trainer: "pl.Trainer",
+    model: "HistoModule",
+    data: "pl.LightningDataModule",
+    checkpoint: "Path | None",
+) -> None:
+    # Older Lightning has no such argument; its own default then is to load everything.
+    takes_it = "weights_only" in inspect.signature(trainer.fit).parameters
+    safe = {"weights_only": True} if checkpoint and takes_it else {}
+    try:
+        trainer.fit(model, datamodule=data, ckpt_path=checkpoint, **safe)
+    except SystemExit:  # what Lightning makes of Ctrl-C; older versions return
+        if not trainer.interrupted:
+            raise
+    if trainer.interrupted:
+        raise KeyboardInterrupt
 
 
 def build_trainer(
@@ -152,14 +161,16 @@ def build_trainer(
         for name in ("accumulate_grad_batches", CLIP, "gradient_clip_algorithm"):
             if name in settings:
                 setattr(model, name, settings.pop(name))
-    bar = settings.get("enable_progress_bar", True)
-    refresh = 1 if sys.stderr.isatty() else 50
     plugins = settings.pop("plugins", None) or []
     plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
+    watching: list[pl.Callback] = [Throughput(), FollowLayout()]
     kept: list[Any] = []
     if loggers is not False:
         # One version per start: a resumed run does not overwrite what was logged before.
         kept = [pl.loggers.CSVLogger(run.root, name="metrics"), *build_loggers(loggers, run)]
+        watching.append(LearningRateMonitor("step"))
+    if settings.get("enable_progress_bar", True):
+        watching.append(ProgressBar(refresh_rate=1 if sys.stderr.isatty() else 50))
     arguments = {
         "accelerator": devices.accelerator,
         "devices": devices.devices,
@@ -171,13 +182,7 @@ def build_trainer(
         **settings,
         "logger": kept,
         "plugins": [*plugins, *cluster_plugins(), CheckpointFiles()],
-        "callbacks": [
-            Throughput(),
-            FollowLayout(),
-            *([LearningRateMonitor("step")] if kept else []),
-            *([ProgressBar(refresh_rate=refresh)] if bar else []),
-            *callbacks,
-        ],
+        "callbacks": [*watching, *callbacks],
     }
     try:
         return pl.Trainer(**arguments)

@@ -9,14 +9,14 @@ learns from `D/train5`, chooses on `D/val` and reports `D/test` once, with the r
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from ldm.cli import Commas, Whole, existing_path, like, option, parse, run_command
-from ldm.settings import DeviceOption
+from ldm.settings import TIMM, DeviceOption
 
 PROBE = "linear_probe"
 
@@ -54,14 +54,20 @@ class Options(DeviceOption):
         default=None, metavar="NAME", help="column of --groups; if omitted group"
     )
     overwrite: bool = option(default=False, help="replace results of other settings or files")
+    features: str | None = option(
+        default=None,
+        group=PROBE,
+        metavar="RUN|timm:NAME",
+        help="network that is probed: a run of eval.py, or timm:NAME",
+    )
     weights: str | None = option(
         default=None,
         group=PROBE,
         metavar="RUN|FILE",
-        help="a run of eval.py, or with --arch a local file of weights",
+        help="the same as --features RUN; with a network of timm, a local file of weights",
     )
     arch: str | None = option(
-        default=None, group=PROBE, metavar="NAME", help="timm's name of a pre-trained network"
+        default=None, group=PROBE, metavar="NAME", help="the same as --features timm:NAME"
     )
     input_size: Annotated[int, Field(ge=8)] | None = option(
         default=None, group=PROBE, help="pixels, with --arch; if omitted the network's own"
@@ -79,16 +85,29 @@ class Options(DeviceOption):
         """Each kind once."""
         return tuple(dict.fromkeys(self.kind))
 
+    def with_network(self) -> "Options":
+        """What `features` says, in `arch` or `weights`."""
+        if self.features is None:
+            return self
+        if self.features.startswith(TIMM):
+            return replace(self, arch=self.features.removeprefix(TIMM), features=None)
+        return replace(self, weights=self.features, features=None)
+
     def problems(self) -> Iterator[tuple[str, str]]:
+        if self.features is not None:
+            if self.arch is not None:
+                yield "arch", "not allowed with --features; give one of them"
+            if self.weights is not None and not self.features.startswith(TIMM):
+                yield "weights", "not allowed with --features RUN; give one of them"
         if self.groups is None and self.group_column is not None:
             yield "group_column", "belongs to --groups; give that too, or leave it out"
-        for name in ("weights", "arch", "input_size"):
+        for name in ("features", "weights", "arch", "input_size"):
             if getattr(self, name) is not None and "linear_probe" not in self.kind:
                 yield name, "belongs to --kind linear_probe; add that, or leave it out"
 
 
 def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
+    return parse(Options, argv).with_network()
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -24,30 +24,28 @@ from pydantic import Field
 from ldm.cli import Count, existing_path, like, option, parse, run_command
 from ldm.devices import resolve_device
 from ldm.errors import UserError
-from ldm.settings import DeviceOption, LoaderOptions, ModelOptions
+from ldm.settings import DeviceOption, LoaderOptions, NetworkChoice
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(ModelOptions, DeviceOption):
+class Options(NetworkChoice, DeviceOption):
     """Did the generator copy training tiles? Compare synthetic tiles with its training set."""
 
     program: ClassVar = "copy_check.py"
     example: ClassVar = """\
   python scripts/copy_check.py --synthetic OUT --train D/train --holdout D/val --out REPORT \\
-      --weights logs/eval/train5/seed0"""
+      --features logs/eval/train5/seed0"""
 
     synthetic: str = option(metavar="DIR", help="what sample_diffusion.py wrote")
     train: str = option(metavar="DIR", help="real tiles that the generator saw")
     holdout: str = option(metavar="DIR", help="real tiles that it never saw, of other patients")
     out: str = option(metavar="REPORT", help="folder of the report")
-    weights: str | None = option(
-        default=None,
-        group="features",
-        metavar="CKPT",
-        help="compare in features of this checkpoint (or seed folder) of eval.py, too",
-    )
-    model: str | None = option(
-        default=None, group="features", metavar="NAME", help="a timm network instead"
+    features: str | None = like(
+        NetworkChoice,
+        "features",
+        None,
+        help="compare in features of this network too: checkpoint or seed folder of eval.py, or "
+        "timm:NAME; if omitted, in pixels only",
     )
     quantile: Annotated[float, Field(ge=1e-5, le=0.5)] = option(
         default=0.01, metavar="SHARE", help="share of new tiles that may be flagged by mistake"
@@ -68,18 +66,14 @@ class Options(ModelOptions, DeviceOption):
     batch_size: Count = like(LoaderOptions, "batch_size", 64)
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        if self.weights is not None and self.model is not None:
-            yield "model", "not allowed with --weights; give one of them"
-        for name in ("pretrained_weights", "input_size"):
-            if getattr(self, name) is not None and self.model is None:
-                yield name, "belongs to --model; give that too, or leave it out"
+        yield from super().problems()
         if (self.remove is None) != (self.removed_to is None):
             missing = "remove" if self.remove is None else "removed_to"
             yield missing, "is missing: --remove and --removed_to belong together"
 
 
 def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
+    return parse(Options, argv).with_network()
 
 
 def check_places(

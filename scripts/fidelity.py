@@ -15,16 +15,18 @@ Nothing is downloaded: scripts/fetch_weights.py gets weights where there is inte
 import logging
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
 from ldm.cli import Seed, existing_path, option, parse, run_command
 from ldm.devices import resolve_device
 from ldm.errors import UserError
-from ldm.settings import DeviceOption, LoaderOptions
+from ldm.settings import TIMM, DeviceOption, LoaderOptions
 
 log = logging.getLogger("fidelity")
+
+NETWORKS = ("inception", "dinov2", "dinov2_base", "dinov2_large", "dinov2_giant")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,7 @@ class Options(LoaderOptions, DeviceOption):
 
     program: ClassVar = "fidelity.py"
     example: ClassVar = """\
-  python scripts/fidelity.py --real D/test --fake OUT --extractor dinov2 --out fidelity.json"""
+  python scripts/fidelity.py --real D/test --fake OUT --features dinov2 --out fidelity.json"""
 
     real: str | None = option(
         default=None,
@@ -49,11 +51,16 @@ class Options(LoaderOptions, DeviceOption):
         help="synthetic tiles, for example what sample_diffusion.py wrote; several make one table",
     )
     out: str = option(metavar="FILE", help="JSON file to write")
+    features: str | None = option(
+        default=None,
+        metavar="NAME|RUN",
+        help="network that makes the features: inception, dinov2 (also dinov2_base, dinov2_large, "
+        "dinov2_giant), timm:NAME, or a run (seed's folder) of eval.py; if omitted inception",
+    )
     extractor: str | None = option(
         default=None,
         metavar="NAME",
-        help="inception, dinov2 (also dinov2_base, dinov2_large, dinov2_giant), vit (with "
-        "--weights RUN) or timm:NAME; if omitted vit for a run of eval.py, else inception",
+        help="the same as --features NAME; or vit, with --weights RUN",
     )
     weights: str | None = option(
         default=None,
@@ -69,7 +76,21 @@ class Options(LoaderOptions, DeviceOption):
     overwrite: bool = option(default=False, help="replace --stats that is of other tiles")
     seed: Seed = option(default=0, help="seed of the subsets of KID")
 
+    def with_network(self) -> "Options":
+        """What `features` says, in `extractor` or `weights`."""
+        if self.features is None:
+            return self
+        if self.features in NETWORKS or self.features.startswith(TIMM):
+            return replace(self, extractor=self.features, features=None)
+        return replace(self, weights=self.features, features=None)
+
     def problems(self) -> Iterator[tuple[str, str]]:
+        if self.features is not None:
+            if self.extractor is not None:
+                yield "extractor", "not allowed with --features; give one of them"
+            named = self.features in NETWORKS or self.features.startswith(TIMM)
+            if self.weights is not None and not named:
+                yield "weights", "not allowed with --features RUN; give one of them"
         if self.overwrite and not (self.stats and self.real):
             yield "overwrite", "belongs to --stats and --real; give them too, or leave it out"
         if self.real is None and self.stats is None:
@@ -77,7 +98,7 @@ class Options(LoaderOptions, DeviceOption):
 
 
 def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
+    return parse(Options, argv).with_network()
 
 
 def to_markdown(results: list[dict]) -> str:

@@ -172,7 +172,9 @@ def report_failures(standing) -> int:
     if failed:
         print("--retry runs what failed again", file=sys.stderr)
         return 1
-    return STOPPED if any(one.state is State.STOPPED for one in standing) else 0
+    # A command that still runs has lost the process that started it.
+    unfinished = State.STOPPED, State.RUNNING
+    return STOPPED if any(one.state in unfinished for one in standing) else 0
 
 
 if __name__ == "__main__":

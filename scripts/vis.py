@@ -19,13 +19,13 @@ from pydantic import Field
 from ldm.cli import Seed, Share, Whole, existing_path, option, parse, run_command
 from ldm.devices import resolve_device
 from ldm.errors import UserError
-from ldm.settings import FeatureOptions
+from ldm.settings import FeatureOptions, NetworkChoice
 
 TITLE = "UMAP of features"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(FeatureOptions):
+class Options(NetworkChoice, FeatureOptions):
     """Features, class centroids and a UMAP picture of real and synthetic tiles.
 
     With --selection, what scripts/distance.py decided is in the pictures. Features of images that
@@ -34,21 +34,12 @@ class Options(FeatureOptions):
 
     program: ClassVar = "vis.py"
     example: ClassVar = """\
-  python scripts/vis.py --real D/train5 --synthetic OUT --weights logs/eval/train5/seed0 \\
+  python scripts/vis.py --real D/train5 --synthetic OUT --features logs/eval/train5/seed0 \\
       --out VIS"""
 
     real: str = option(metavar="DIR", help="labelled real tiles, DIR/CLASS/images")
     synthetic: str = option(metavar="DIR", help="what sample_diffusion.py wrote")
     out: str = option(metavar="DIR", help="folder of the results")
-    weights: str | None = option(
-        default=None,
-        group="features",
-        metavar="CKPT",
-        help="checkpoint (or seed folder) that eval.py wrote; this or --model is needed",
-    )
-    model: str | None = option(
-        default=None, group="features", metavar="NAME", help="a timm network instead"
-    )
     selection: str | None = option(
         default=None,
         metavar="SELECTION",
@@ -65,17 +56,13 @@ class Options(FeatureOptions):
     umap_min_dist: Share = option(default=0.1, help="how closely UMAP packs")
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        if self.weights is None and self.model is None:
-            yield "weights", "is missing; give a checkpoint of eval.py, or --model NAME"
-        if self.weights is not None and self.model is not None:
-            yield "model", "not allowed with --weights; give one of them"
-        for name in ("pretrained_weights", "input_size"):
-            if getattr(self, name) is not None and self.model is None:
-                yield name, "belongs to --model; a checkpoint brings its own"
+        yield from super().problems()
+        if self.features is None and self.weights is None and self.model is None:
+            yield "features", "is missing; give a checkpoint of eval.py, or timm:NAME"
 
 
 def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
+    return parse(Options, argv).with_network()
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -270,6 +270,37 @@ def test_every_published_form_of_an_option_still_works(options_of_command, comma
         assert changed or re.search(r"(True|no|auto|--model-ema)$", form), f"{form} does nothing"
 
 
+@pytest.mark.parametrize(
+    ("command", "words", "published"),
+    [
+        ("scripts.vis", "--features RUN", "--weights RUN"),
+        ("scripts.vis", "--features timm:NET", "--model NET"),
+        ("scripts.copy_check", "--features RUN", "--weights RUN"),
+        ("scripts.copy_check", "--features timm:NET --input_size 8", "--model NET --input_size 8"),
+        ("scripts.fidelity", "--features RUN", "--weights RUN"),
+        ("scripts.fidelity", "--features dinov2 --weights F", "--extractor dinov2 --weights F"),
+        ("scripts.fidelity", "--features timm:NET", "--extractor timm:NET"),
+        (
+            "scripts.baselines",
+            "--kind linear_probe --features timm:N",
+            "--kind linear_probe --arch N",
+        ),
+        (
+            "scripts.baselines",
+            "--kind linear_probe --features R",
+            "--kind linear_probe --weights R",
+        ),
+    ],
+)
+def test_features_names_the_network_in_every_command(command, words, published):
+    needed = COMMANDS[command].replace("--weights W", "").split()
+    module = importlib.import_module(command)
+    found = module.parse_arguments([*needed, *words.split()])
+    assert found == module.parse_arguments([*needed, *published.split()])
+    with pytest.raises(UserError, match="not allowed with"):
+        module.parse_arguments([*needed, *words.split(), *published.split()])
+
+
 # By type of the annotation: values that no option of this type takes.
 BAD_VALUES = {
     int: ["x", "1.5", "nan", "-9", "9" * 5000],

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -292,11 +293,19 @@ def test_jobs_run_at_once_each_with_its_gpus(tmp_path, monkeypatch):
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "PATIENCE", 0.3)
-    expected = pytest.raises(UserError, match="another run is going on")
-    with lock_file(tmp_path / "jobs" / "run.lock"), expected as caught:
-        run(tmp_path, job(tmp_path, "a"))
-    assert len(str(caught.value).splitlines()) == 1
+    """At once, but for a run that was killed: its commands may save what they have."""
+    lock, expected = tmp_path / "jobs" / "run.lock", "another run is going on"
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    monkeypatch.setattr(engine, "GRACE", 1.0)
+    monkeypatch.setattr(engine, "PATIENCE", 0.5)
+    for owner, seconds in ((os.getpid(), 0.0), (dead.pid, 1.5)):
+        start = time.monotonic()
+        with lock_file(lock), pytest.raises(UserError, match=expected) as caught:
+            lock.write_text(f"{socket.gethostname()} {owner}")
+            run(tmp_path, job(tmp_path, "a"))
+        assert len(str(caught.value).splitlines()) == 1
+        assert time.monotonic() - start >= seconds
     assert not (tmp_path / "a").exists()
 
 

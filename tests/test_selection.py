@@ -588,7 +588,7 @@ DISTANCE = ["distance", "--real", "{real}", "--synthetic", "{fake}", "--out", "{
 @pytest.mark.parametrize(
     "words, expected",
     [
-        (VIS, "--weights: is missing"),
+        (VIS, "--features: is missing"),
         ([*VIS, "--weights", "{fake}/none"], "none does not exist"),
         ([*VIS, "--weights", "{fake}/ADI/1_0.png"], "is no checkpoint"),
         ([*VIS, "--model", "resnet19x"], "--model resnet19x"),

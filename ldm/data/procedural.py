@@ -660,7 +660,7 @@ def render_tile(class_name: str, index: int, size: int = 64, seed: int = 0) -> n
         class_name: One of `CLASSES`.
         index: Number of the tile in its class, from 0; `slide_of(index)` sets the stain.
         size: S, pixels, in [32, 512].
-        seed: Of the whole data set, from 0.
+        seed: Seed of the data set, from 0.
 
     Returns:
         uint8 (S, S, 3), RGB.

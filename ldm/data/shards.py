@@ -174,7 +174,7 @@ class CorpusShards:
 
     def require_space(self, numbers: Iterable[int]) -> None:
         """Check that these shards fit on the disk; UserError otherwise."""
-        require_space(self.out, self.bytes_of(numbers), "--out: tar shards")
+        require_space(self.out, self.bytes_of(numbers), "out: tar shards")
 
     def write(self, workers: int, verify: bool = False) -> Report:
         """Write the shards that are missing or damaged, then their index.
@@ -322,7 +322,7 @@ class CorpusShards:
     def _write_index(self, parts: "dict[int, pyarrow.Table]") -> None:
         import pyarrow as pa
 
-        # Shards are numbered in the order of their names, so the whole is sorted by path, too.
+        # Shards are numbered in the order of their names, so the table is sorted by path, too.
         table = pa.concat_tables([parts[number] for number in range(len(self))])
         folders = [{".": os.stat(self.out).st_mtime_ns}]
         scanned = [str(self.out.resolve())]

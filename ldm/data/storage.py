@@ -31,7 +31,7 @@ class Place(NamedTuple):
     path: str  # the tile's name below the root of its corpus, with `/`
     file: str  # the file below the root that holds it
     offset: int  # bytes into a shard, row of an array, 0 in a file of its own
-    length: int  # bytes; 0 in a file of its own, which is read whole
+    length: int  # bytes; 0 in a file of its own, all of which is read
     label: str | None  # class name, where the corpus tells
 
 

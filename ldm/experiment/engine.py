@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -29,7 +30,7 @@ from ldm.experiment.settings import Slurm
 from ldm.files import write_text
 
 POLL = 0.2  # seconds between looks at the records
-PATIENCE = 10.0  # seconds that a run that was killed has to be gone
+PATIENCE = 10.0  # seconds beyond `GRACE` that a stopped run has to be gone
 STOP_BEFORE = 180  # seconds before SLURM's time limit when a job is told to stop
 LOG = "snakemake.log"
 
@@ -145,23 +146,39 @@ def slurm_resources(slurm: Slurm, job: Job) -> dict[str, Any]:
 def only_run(folder: Path) -> Iterator[int]:
     """Be the only run of an experiment for the block; yields the descriptor of the lock.
 
-    A run that was killed has a few seconds to be gone.
+    Where the run before was killed, wait until its commands have saved what they have.
 
     Raises:
         UserError: Another run is going on in the folder.
     """
-    end = time.monotonic() + PATIENCE
+    path, end = folder / "run.lock", time.monotonic() + GRACE + PATIENCE
     while True:
-        with lock_file(folder / "run.lock") as descriptor:
+        with lock_file(path) as descriptor:
             if descriptor is not None:
+                path.write_text(f"{socket.gethostname()} {os.getpid()}")
                 yield descriptor
                 return
-        if time.monotonic() > end:
+        if time.monotonic() > end or not _was_killed(path):
             raise UserError(
-                f"another run is going on in {folder.parent}; wait for its end, or give another"
-                " folder for the results"
+                f"another run is going on in {folder.parent} (host and process:"
+                f" {path.read_text() or 'unknown'}); wait for its end, or give another folder for"
+                " the results"
             )
         time.sleep(POLL)
+
+
+def _was_killed(lock: Path) -> bool:
+    """Whether the run that wrote its host and process number into the lock is gone."""
+    host, _, number = lock.read_text().partition(" ")
+    if host != socket.gethostname() or not number:
+        return False
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass  # it is another user's
+    return False
 
 
 def run(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm.checkpoint import KEY, load_strictly, make_record, read_checkpoint, training_step_of
 from ldm.errors import UserError
-from ldm.models.sharding import whole
+from ldm.models.sharding import gather_shards
 
 # Optimiser steps in a row that float16's loss scaling may skip for gradients that are not finite.
 # It halves its scale at each, so that the first one of 65,536 is below 1 by then: smaller cannot
@@ -26,15 +26,15 @@ class HistoModule(pl.LightningModule):
 
     Class attributes:
         kind: Kind of the checkpoints.
-        training_only: Prefixes of weights that only training needs.
+        training_only: Prefixes of the names of weights that only training needs.
 
     Attributes:
-        learning_rate: Set by the command, from the configuration's `base_learning_rate`.
+        learning_rate: Learning rate; the command sets it from `base_learning_rate`.
         classes: Class names in label order, or None for a model without labels.
-        seed: Set by the command, for the record.
-        autoencoder_fingerprint: Names the latent space of a model that trains on latents; None for
-            one that needs images.
-        fused: Set by the command: whether optimisers take a step in one kernel.
+        seed: Seed of the run; the command sets it.
+        autoencoder_fingerprint: Name of the latent space of a model that trains on latents; None
+            for a model that needs images.
+        fused: Whether optimisers take a step in one kernel; `ldm.train.fit` sets it.
     """
 
     kind: str
@@ -54,17 +54,18 @@ class HistoModule(pl.LightningModule):
         self._skipped: Counter[int] = Counter()  # by optimiser: steps in a row, see SKIPPED_STEPS
 
     def networks(self) -> list[torch.nn.Module]:
-        """The networks that training calls: what is worth compiling."""
+        """The networks that training calls, which are worth compiling."""
         return []
 
     def use_classes(self, classes: list[str]) -> None:
-        """Called before training with the data's class names, none where it is unlabelled."""
+        """Take the class names of the data before training; none if it is unlabelled."""
 
     def check_data(self, data: pl.LightningDataModule) -> None:
-        """Called before training: see that the model can be trained on what `data` gives.
+        """Check, before training, that the model can be trained on what `data` gives.
 
         Raises:
-            UserError: Cached latents, and the model needs images or has another latent space.
+            UserError: `data` gives cached latents, but the model needs images or has another latent
+                space.
         """
         cache = getattr(data, "cache", None)
         if cache is None:
@@ -77,11 +78,11 @@ class HistoModule(pl.LightningModule):
         cache.require(self.autoencoder_fingerprint)
 
     def rebuild_config(self) -> dict[str, Any]:
-        """Target and params (plain containers, no paths) that rebuild this model for inference."""
+        """Target and params that rebuild this model for inference: plain values, no paths."""
         raise TypeError(f"{type(self).__name__} does not say how to rebuild itself")
 
     def metrics(self) -> set[str]:
-        """Names that `self.log` writes during validation: what a checkpoint can be chosen by."""
+        """Names that validation logs, by which the best checkpoint can be chosen."""
         return set()
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -93,9 +94,9 @@ class HistoModule(pl.LightningModule):
     def seed_batch(self) -> None:
         """Seed the noise of each batch by (seed, batch number, rank).
 
-        So a resumed run draws what the uninterrupted one would have drawn, without a random state
-        in the checkpoint, and no two ranks draw the same. What is drawn with `draw` depends on the
-        seed and the batch number alone.
+        A resumed run then draws what the uninterrupted one would have drawn, without a random state
+        in the checkpoint, and no two ranks draw the same. What `draw` gives depends on the seed and
+        the batch number alone.
         """
         batches = self.trainer.fit_loop.total_batch_idx
         if self.trainer.world_size == 1:
@@ -109,16 +110,16 @@ class HistoModule(pl.LightningModule):
         return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
     def draw(self, fn: Callable[..., Tensor], size: Sequence[int], **options: Any) -> Tensor:
-        """Random numbers for the images of a training batch, on the model's device.
+        """Draw random numbers for the images of a training batch, on the model's device.
 
-        Several ranks draw those of their batches together, and each takes its own, as the tiles are
+        Several ranks draw the numbers of all their batches, and each takes its own, as tiles are
         dealt (`ldm.data.datamodule.ResumableSampler`): R ranks with batches of B images see what
-        one with a batch of R B images does.
+        one rank with a batch of R B images sees.
 
         Args:
-            fn: torch.randn, or another that takes a size, a generator and a device.
-            size: The first is the number of images on this rank.
-            options: Such as dtype.
+            fn: torch.randn, or another function that takes a size, a generator and a device.
+            size: Shape; its first entry is the number of images on this rank.
+            options: Further arguments of `fn`, such as dtype.
         """
         ranks = 1 if self._trainer is None else self.trainer.world_size
         if ranks == 1:
@@ -128,10 +129,10 @@ class HistoModule(pl.LightningModule):
         return drawn[self.trainer.global_rank :: ranks]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the record.
+        """Add the record of the model.
 
         Raises:
-            UserError: A weight is not finite. So a checkpoint that exists is a good one.
+            UserError: A weight is not finite; every checkpoint that exists is therefore good.
         """
         for name, value in checkpoint["state_dict"].items():
             if value.is_floating_point() and not torch.isfinite(value).all():
@@ -153,7 +154,7 @@ class HistoModule(pl.LightningModule):
             )
 
     def check_start(self, params: dict[str, Any], where: str) -> None:
-        """UserError where weights of a model of these parameters mean something else here."""
+        """Raise a UserError if weights of a model of these parameters mean something else here."""
 
     def start_from(self, path: str, what: str = "ckpt_path") -> None:
         """Load the weights of a checkpoint of the same kind as a starting point for training.
@@ -184,7 +185,7 @@ class HistoModule(pl.LightningModule):
         )
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take the norm of the gradient, and stop where it is not finite, before it is used.
+        """Measure the norm of the gradient, and stop if it is not finite, before it is used.
 
         Lightning calls this once per step of each optimiser, also under manual optimisation, when
         the gradients of all accumulated batches and ranks are together.
@@ -197,7 +198,7 @@ class HistoModule(pl.LightningModule):
         self._stepped = True
         weights = (p for group in optimizer.param_groups for p in group["params"])
         gradients = [p.grad for p in weights if p.grad is not None]
-        self.gradient_norm = whole(torch.nn.utils.get_total_norm(gradients))
+        self.gradient_norm = gather_shards(torch.nn.utils.get_total_norm(gradients))
         if torch.isfinite(self.gradient_norm):
             self._skipped[id(optimizer)] = 0
             return
@@ -216,7 +217,7 @@ class HistoModule(pl.LightningModule):
         return 0 if self._trainer is None else self.global_step
 
     def _last_checkpoint(self) -> str:
-        """Where to go on after an error. What exists is good: see `on_save_checkpoint`."""
+        """Text that says where to go on after an error; see `on_save_checkpoint`."""
         root = None if self._trainer is None else Path(self.trainer.default_root_dir)
         found = [] if root is None else list((root / "checkpoints").glob("*.ckpt"))
         if not found:

@@ -1,4 +1,4 @@
-"""Lightning callbacks: image grids, throughput, checkpoints, stopping on a signal."""
+"""Lightning callbacks for image grids, throughput, checkpoints, and stopping on a signal."""
 
 import signal
 import threading
@@ -96,7 +96,7 @@ class ImageLogger(pl.Callback):
 
 
 class FollowLayout(pl.Callback):
-    """Optimiser states of a run that began in another memory layout follow their weights."""
+    """Gives optimiser states the memory layout of their weights, which a resumed run may change."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for optimizer in trainer.optimizers:
@@ -104,7 +104,7 @@ class FollowLayout(pl.Callback):
 
 
 class ProgressBar(TQDMProgressBar):
-    """Losses and images per second, without Lightning's version number of the log folder."""
+    """A progress bar with losses and images per second, but no version number of the log folder."""
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
@@ -119,11 +119,11 @@ def validation_is_due(trainer: pl.Trainer) -> bool:
 
 
 class RegularCheckpoint(ModelCheckpoint):
-    """Checkpoints by the number of steps (or the time), each after the validation of its step.
+    """Writes checkpoints by the number of steps (or the time), after the validation of their step.
 
-    Lightning's comes before the validation, and resuming from it leaves that validation out: what
-    a validation finds (the classifier's temperature) would be that of an earlier step until the
-    next one.
+    Lightning writes them before the validation, and a run that is resumed from one leaves that
+    validation out: what a validation finds (the classifier's temperature) would be that of an
+    earlier step until the next one.
     """
 
     def on_train_batch_end(
@@ -146,10 +146,10 @@ class RegularCheckpoint(ModelCheckpoint):
 
 
 class LastCheckpoint(RegularCheckpoint):
-    """`last.ckpt`, overwritten every so many steps or seconds.
+    """Writes `last.ckpt` every so many steps or seconds, over the one before.
 
-    A class of its own, since Lightning tells checkpoint callbacks apart by class and settings, and
-    another one may be asked for at the same interval.
+    This is a class of its own, since Lightning tells checkpoint callbacks apart by class and
+    settings, and a configuration may ask for another one at the same interval.
     """
 
     def __init__(self, **kwargs: Any):
@@ -157,14 +157,14 @@ class LastCheckpoint(RegularCheckpoint):
 
 
 class RecentCheckpoints(RegularCheckpoint):
-    """The last `keep` of the checkpoints that are written every so many steps."""
+    """Keeps the last `keep` of the checkpoints that are written every so many steps."""
 
     def __init__(self, keep: int, **kwargs: Any):
         super().__init__(monitor="step", mode="max", save_top_k=keep, **kwargs)
 
 
 class BestCheckpoints(ModelCheckpoint):
-    """The best `save_top_k` by a metric, beside the one that `best.ckpt` is."""
+    """Keeps the best `save_top_k` checkpoints by a metric, beside `best.ckpt`."""
 
 
 class StopOnSignal(pl.Callback):
@@ -174,12 +174,12 @@ class StopOnSignal(pl.Callback):
     checkpoint that is written inside a handler may catch the model in the middle of a step.
 
     Args:
-        path: Of the checkpoint.
-        every: Batches between two looks at the flag where there are several ranks, which have to
-            agree on the step they stop at.
+        path: File of the checkpoint.
+        every: Number of batches between two looks at the flag if there are several ranks, which
+            have to agree on the step to stop at.
 
     Raises:
-        Stopped: Out of `trainer.fit`, after the checkpoint was written.
+        Stopped: From `trainer.fit`, after the checkpoint was written.
     """
 
     SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
@@ -224,8 +224,8 @@ class StopOnSignal(pl.Callback):
         if not wanted or trainer.global_step == self._step:
             return
         trainer.save_checkpoint(self.path)
-        # A run that goes on from here would leave this step's validation out. What is written now
-        # counts if there is no time left for it.
+        # A run that goes on from here would leave out the validation of this step. This checkpoint
+        # counts if there is no time left for the validation.
         self._stopping = validation_is_due(trainer)
         if not self._stopping:
             self._stop(trainer)

@@ -9,23 +9,23 @@ from torch import nn
 from ldm.checkpoint import write_checkpoint
 from ldm.files import require_space
 
-MARGIN = 1.1  # room asked for, in sizes of the last checkpoint
-MOMENTS = 2  # numbers that Adam keeps of each trained weight
+MARGIN = 1.1  # room that is asked for, in sizes of the last checkpoint
+MOMENTS = 2  # numbers that Adam keeps for each trained weight
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """Writes checkpoints whole or not at all, after a look at the free space.
+    """Writes checkpoints completely or not at all, if the disk has room for them.
 
-    Lightning's own way writes to the system's temporary folder and moves the file. From another
-    file system that is a copy, and a run that is killed meanwhile leaves half a checkpoint.
+    Lightning itself writes to the system's temporary folder and moves the file. Between two file
+    systems that is a copy, and a run that is killed meanwhile leaves half a checkpoint.
 
     Raises:
-        UserError: From a save, where the disk is full; the checkpoint before it stays.
+        UserError: The disk is full while a checkpoint is saved; the one before it stays.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._size: int | None = None  # of the last one written, bytes
+        self._size: int | None = None  # bytes of the last checkpoint that was written
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
@@ -39,6 +39,6 @@ class CheckpointFiles(TorchCheckpointIO):
 
 
 def expected_size(model: nn.Module) -> int:
-    """Bytes of a training checkpoint of `model`: its weights, and what Adam keeps of each."""
+    """Bytes of a training checkpoint of `model`: its weights, and what Adam keeps for each."""
     weights = sum(value.nbytes for value in model.state_dict().values())
     return weights + MOMENTS * sum(p.nbytes for p in model.parameters() if p.requires_grad)

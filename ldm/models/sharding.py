@@ -11,9 +11,9 @@ from ldm.errors import UserError
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """Data parallel over all ranks, with what the model shards in `configure_model` in shards.
+    """Trains on all ranks, each of which holds a shard of what `configure_model` divides.
 
-    Checkpoints are whole: one file, as of one device.
+    A checkpoint is one file with complete tensors, as if one device had written it.
     """
 
     def __init__(self, world_size: int, **kwargs: Any):
@@ -25,10 +25,10 @@ class ShardedStrategy(ModelParallelStrategy):
         )
 
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As of the class above.
+        """Load a checkpoint onto all ranks.
 
         Raises:
-            UserError: The run began without shards, where optimisers number weights differently.
+            UserError: The run began without shards; optimisers number weights differently there.
         """
         try:
             return super().load_checkpoint(checkpoint_path, *args, **kwargs)
@@ -43,25 +43,25 @@ class ShardedStrategy(ModelParallelStrategy):
 
 
 def is_sharded(model: pl.LightningModule) -> bool:
-    """Whether calling the model's networks takes all ranks."""
+    """Whether the model's networks can only be called on all ranks together."""
     return getattr(model, "device_mesh", None) is not None
 
 
 def shard(net: nn.Module, mesh: DeviceMesh) -> None:
     """Divide the weights of a UNet among the ranks of a mesh of one dimension, block by block.
 
-    A block's weights are together on a device only while it computes. Names and sizes stay: a
-    parameter becomes a DTensor.
+    A device holds all weights of a block only while it computes that block. Parameters become
+    DTensors with the same names and sizes.
     """
     from torch.distributed.fsdp import fully_shard
 
     blocks = [*net.input_blocks, net.middle_block, *net.output_blocks]
     for part in (*blocks, net):
-        # Also after the forward pass of the outermost module, which would otherwise go on to hold
-        # whole weights: an average updated then would be thrown away with them.
+        # The outermost module must let go of complete weights after its forward pass, too: an
+        # average that is updated while it holds them would be thrown away with them.
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
 
 
-def whole(value: Tensor) -> Tensor:
-    """The same on every rank, of a tensor that may be a DTensor."""
+def gather_shards(value: Tensor) -> Tensor:
+    """A complete tensor, equal on every rank, from one that may be a DTensor."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value

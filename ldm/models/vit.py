@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 # The published script's names: each is timm's NAME_patch16_224 with the patch size asked for.
 SHORT_NAMES = ("vit_tiny", "vit_small", "vit_base", "vit_large")
 SHORT_NAME_PATCH = 16
-# Where training scripts put the weights in their checkpoints, in the order they are looked for.
+# Entries of checkpoints that hold the weights, in the order in which they are looked for.
 WEIGHT_ENTRIES = ("state_dict", "model", "teacher", "student")
 PREFIXES = ("module.", "backbone.", "_orig_mod.")
 
@@ -40,23 +40,23 @@ PREFIXES = ("module.", "backbone.", "_orig_mod.")
 class TileClassifier(nn.Module):
     """A timm network with its input normalisation.
 
-    Images go in as float32 that is normalised already (what `train_transform` gives) or as uint8
-    (what `eval_transform` gives), which is normalised here, on the device.
+    It takes normalised float32 images (as the training augmentation gives them) or uint8 images (as
+    `eval_transform` gives them), which it normalises itself, on the device.
 
     Args:
         arch: `vit_tiny`, `vit_small`, `vit_base`, `vit_large`, or any timm name.
         num_classes: K; 0 for features only.
         input_size: S.
-        patch_size: Pixels; None for 16 with the short names and the architecture's own else.
+        patch_size: Pixels; None for 16 with the short names, else for the architecture's own.
         avgpool_patchtokens: Pool the patch tokens instead of taking the class token.
         drop: Dropout rate before the head.
         attn_drop_rate: Dropout rate of attention weights.
-        drop_path: Stochastic depth; left out (and said so) where the architecture has none.
-        mean: Of the normalisation, per channel, of images in [0, 1].
-        std: Likewise.
+        drop_path: Stochastic depth; not used, with a line in the log, if the architecture has none.
+        mean: Mean of each channel of images in [0, 1], for the normalisation.
+        std: Standard deviation of each channel.
 
     Raises:
-        UserError: An unknown architecture, or one that does not take these values.
+        UserError: The architecture is unknown, or does not take these values.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class TileClassifier(nn.Module):
         self.classes: list[str] | None = None
         self.origin = "from scratch"
         self.input_size = input_size
-        # What a checkpoint records; dropout is nothing that the trained network needs.
+        # What a checkpoint records. A trained network needs no dropout.
         self.params: dict[str, Any] = {
             "arch": arch,
             "num_classes": num_classes,
@@ -105,7 +105,7 @@ class TileClassifier(nn.Module):
         self.feature_dim = self._dry_run(arch)
 
     def _dry_run(self, arch: str) -> int:
-        """D, from one black image, which also shows that the sizes go together."""
+        """Find D with one black image, which also shows that the sizes fit."""
         try:
             with torch.no_grad():
                 black = torch.zeros(1, 3, self.input_size, self.input_size)
@@ -129,7 +129,7 @@ class TileClassifier(nn.Module):
         return self.net.forward_head(tokens, pre_logits=True)  # (B, D)
 
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """What `forward_features` and `forward` give, from one pass: (B, D) and (B, K)."""
+        """Features (B, D) and logits (B, K) from one pass through the network."""
         tokens = self.net.forward_features(self._normalised(images))
         return self.net.forward_head(tokens, pre_logits=True), self.net.forward_head(tokens)
 
@@ -150,7 +150,7 @@ def _create(
     drop_path: float,
     required: dict[str, Any],
 ) -> nn.Module:
-    """The timm network, never with downloaded weights."""
+    """Build the timm network, with new weights: nothing is downloaded."""
     name = f"{arch}_patch16_224" if arch in SHORT_NAMES else arch
     if not timm.is_model(name):
         near = difflib.get_close_matches(arch, [*SHORT_NAMES, *timm.list_models()], n=3)
@@ -158,7 +158,7 @@ def _create(
         raise UserError(
             f"--arch {arch} is neither one of {', '.join(SHORT_NAMES)} nor in timm; {hint}"
         )
-    # Given where the architecture has them: no user asked for these.
+    # Left out if the architecture does not know them, since no user asked for these.
     optional: dict[str, Any] = {"img_size": input_size}
     if drop_path:
         optional["drop_path_rate"] = drop_path
@@ -191,7 +191,7 @@ def _create(
             raise UserError(f"--arch {arch} does not take {given}: {error}") from None
     patch = getattr(getattr(net, "patch_embed", None), "patch_size", (1, 1))
     if any(input_size % side for side in patch):
-        # timm would leave out the pixels at two borders without a word.
+        # timm would ignore the pixels at two borders without a word.
         raise UserError(
             f"--input-size {input_size} is not a multiple of the {patch[0]} px patches of {arch};"
             " change it or --patch_size"
@@ -200,9 +200,10 @@ def _create(
 
 
 def eval_transform(input_size: int, interpolation: str = "bicubic"):
-    """PIL image -> uint8 (3, S, S): resize the shorter side to S / 0.875, crop the centre.
+    """Make the transform of evaluation: PIL image -> uint8 (3, S, S).
 
-    The published evaluation (256 px resized, 224 px cropped); `TileClassifier` normalises.
+    It resizes the shorter side to S / 0.875 and crops the centre, as published (256 and 224 px).
+    `TileClassifier` normalises.
     """
     return create_transform(
         input_size, is_training=False, interpolation=interpolation, crop_pct=0.875, normalize=False
@@ -212,11 +213,11 @@ def eval_transform(input_size: int, interpolation: str = "bicubic"):
 def load_vit(
     path: str | os.PathLike, device: torch.device | str = "cpu", what: str = "--weights"
 ) -> tuple[TileClassifier, dict[str, Any]]:
-    """The classifier that eval.py trained, at its selected epoch, in evaluation mode.
+    """Load a classifier that eval.py trained, at its selected epoch, in evaluation mode.
 
     Args:
         path: A checkpoint, or the folder of one seed (`logs/eval/NAME/seed0`).
-        what: How error messages call it.
+        what: Name of the setting in error messages.
 
     Returns:
         The network (`forward_features`, `classes`, `input_size`) and its checkpoint record.
@@ -233,17 +234,18 @@ def load_pretrained(
     classes: list[str] | None = None,
     what: str = "--finetune",
 ) -> None:
-    """Load weights from a local file, every one of them accounted for; `model.origin` says what.
+    """Load weights from a local file; none may be missing or left over.
 
     Position embeddings and patch projections of a ViT are resampled to this network's grid (timm's
-    conversion). The head is loaded only where it is for the same classes; otherwise it stays new.
+    conversion). The head is loaded only if it is for the same classes. `model.origin` then says
+    what was loaded.
 
     Args:
         path: Safetensors, a PyTorch state dict (also within a training checkpoint), or a checkpoint
             of eval.py.
-        entry: Entry of the checkpoint that holds the weights; None looks for the usual ones.
-        classes: Classes that the head is for.
-        what: How error messages call the file.
+        entry: Entry of the checkpoint that holds the weights; None looks for the usual names.
+        classes: Classes of this network's head.
+        what: Name of the setting in error messages.
 
     Raises:
         UserError: The file cannot be read, or weights are missing or left over.
@@ -271,7 +273,7 @@ def load_pretrained(
 def read_weights(
     path: str | os.PathLike, entry: str | None = None, what: str = "--finetune"
 ) -> tuple[dict[str, Tensor], list[str] | None]:
-    """The state dict in a local file, and its class names where it is a checkpoint of eval.py."""
+    """Read the weights in a local file, and its class names if eval.py wrote it."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise UserError(f"{what}: no file {path}; give a local checkpoint, nothing is downloaded")

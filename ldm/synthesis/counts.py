@@ -21,13 +21,13 @@ def find_class(word: str, known: Sequence[str], option: str) -> str:
 
 
 def choose_classes(text: str, known: Sequence[str]) -> list[str]:
-    """The classes of `--classes ADI,3`, in the model's order.
+    """The classes that a text such as `ADI,3` means, in the model's order.
 
     Raises:
         UserError: A class is unknown or given twice, or the list is empty.
     """
     words = [word.strip() for word in text.split(",") if word.strip()]
-    option = f"--classes {text}"
+    option = f"classes={text}"
     if not words:
         raise UserError(f"{option}: empty list; the model knows {', '.join(known)}")
     chosen = [find_class(word, known, option) for word in words]
@@ -36,12 +36,12 @@ def choose_classes(text: str, known: Sequence[str]) -> list[str]:
 
 
 def parse_counts(text: str, known: Sequence[str]) -> dict[str, int]:
-    """Images per class of `--counts ADI=500,3=200`, in the model's order.
+    """Images per class that a text such as `ADI=500,3=200` means, in the model's order.
 
     Raises:
         UserError: A class is unknown or given twice, or a count is not a whole number from 1.
     """
-    option, counts = f"--counts {text}", {}
+    option, counts = f"counts={text}", {}
     names = []
     for part in (part.strip() for part in text.split(",") if part.strip()):
         word, equals, number = (piece.strip() for piece in part.rpartition("="))
@@ -79,7 +79,7 @@ def balance(
     different = sorted(found.keys() ^ set(known))
     if different:
         raise UserError(
-            f"--balance {folder}: its classes are {', '.join(found) or 'none'}, the model's "
+            f"balance={folder}: its classes are {', '.join(found) or 'none'}, the model's "
             f"{', '.join(known)} (different: {', '.join(different)}); give a training set with the "
             "model's classes"
         )
@@ -88,7 +88,7 @@ def balance(
     counts = {name: count for name, count in counts.items() if count > 0}
     if not counts:
         raise UserError(
-            f"--balance {folder}: its classes are balanced, with {largest} images each; give -n "
+            f"balance={folder}: its classes are balanced, with {largest} images each; give -n "
             "to add so many to each"
         )
     return counts
