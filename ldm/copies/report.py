@@ -12,6 +12,7 @@ from ldm.copies.pictures import histogram, sheet
 from ldm.copies.statistics import FEWEST_IN_CELL
 from ldm.features import pixels
 from ldm.files import write_bytes, write_json, write_text
+from ldm.report import tables
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75)
 ALL = "all"  # name of the row over all classes
@@ -209,8 +210,7 @@ def _space_section(name: str, space: dict[str, Any]) -> list[str]:
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines] + [""]
+    return [tables.to_markdown(tables.TextTable("", head, rows)), ""]
 
 
 NOTES = [
