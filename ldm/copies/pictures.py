@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ldm.copies.check import Comparison, CopyCheck
-from ldm.copies.pixels import centre_square, turned_back
 from ldm.data.tiles import read_tile
+from ldm.features.pixels import centre_square, turned_back
 
 SHOWN = 128  # S
 GAP = 6
