@@ -213,7 +213,7 @@ def test_bad_input(folder, tmp_path, options, message):
         (("--intervals", "9:1"), "'9:1' is neither all nor LOW:HIGH"),
         (("--guidance_norm",), "--guidance_norm: needs --classifier"),
         (("-n", "4"), "4 must be at least 8"),
-        (("--samplers", "euler"), "euler"),
+        (("--samplers", "leapfrog"), "leapfrog"),
     ],
 )
 def test_bad_options(folder, tmp_path, options, message):
