@@ -10,6 +10,7 @@ import numpy as np
 from ldm.copies.check import SCALE_NEIGHBOUR, Comparison, CopyCheck
 from ldm.copies.pictures import histogram, sheet
 from ldm.copies.statistics import FEWEST_IN_CELL
+from ldm.data.tile_files import TileFiles
 from ldm.features import pixels
 from ldm.files import write_bytes, write_json, write_text
 from ldm.report import tables
@@ -46,7 +47,7 @@ def to_csv(check: CopyCheck) -> str:
     spaces = [f"{c.name}_{column}" for c in check.comparisons for column in columns]
     writer.writerow(["class", "file", "structure", "flagged", "reason", "suspicion", *spaces])
     percentiles = [percentile(c) for c in check.comparisons]
-    flagged, suspicion, labels = check.flagged, check.suspicion, check.synthetic.class_names
+    flagged, suspicion, labels = check.flagged, check.suspicion, _labels(check.synthetic)
     for i in suspicious_first(check):
         row = [labels[i], check.synthetic.names[i], "yes"]
         row += ["yes" if flagged[i] else "no", check.reason(i), f"{suspicion[i]:.4f}"]
@@ -61,10 +62,15 @@ def to_csv(check: CopyCheck) -> str:
             ]
         writer.writerow(row)
     background = check.without_structure["synthetic"]
-    for label, name in zip(background.class_names, background.names, strict=True):
+    for label, name in zip(_labels(background), background.names, strict=True):
         row = [label, name, "no", "no", "background: not compared"]
         writer.writerow(row + [""] * (1 + len(spaces)))
     return stream.getvalue()
+
+
+def _labels(tiles: TileFiles) -> list[str]:
+    """Class name of each tile; empty texts for a set without classes."""
+    return tiles.class_names or [""] * len(tiles)
 
 
 def percentile(comparison: Comparison) -> np.ndarray:
@@ -76,7 +82,7 @@ def percentile(comparison: Comparison) -> np.ndarray:
 
 def summary(check: CopyCheck) -> dict[str, Any]:
     """All numbers, as they go into report.json."""
-    labels = np.array(check.synthetic.class_names)
+    labels = np.array(_labels(check.synthetic))
     classes = [name for name in np.unique(labels).tolist() if name]
     members = {ALL: np.ones(len(labels), bool)} | {name: labels == name for name in classes}
     flagged = check.flagged
