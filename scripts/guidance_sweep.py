@@ -10,7 +10,6 @@ sweep.md, sweep.json, sweep.png (scores over the scale), tiles.png (the same noi
 setting) and the tiles below SWEEP/tiles. The same command again makes what is missing.
 """
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -167,9 +166,8 @@ def main(argv: list[str] | None = None) -> None:
     from ldm.data.tiles import read_tile
     from ldm.evaluation import sweep
     from ldm.features.source import VIT, FeatureSource
-    from ldm.files import write_bytes, write_csv, write_json, write_text
+    from ldm.files import write_bytes
     from ldm.report.grids import contact_sheet
-    from ldm.run import git_revision, hardware, versions
     from ldm.synthesis import load_models
 
     devices = one_device(args.device).with_precision(args.precision)
@@ -207,26 +205,16 @@ def main(argv: list[str] | None = None) -> None:
         sheet.append((caption, [read_tile(files[key]) for key in columns]))
 
     agreement = real.agreement(len(classes)).mean().item()
-    chosen = sweep.best(rows)
-    markdown = sweep.markdown(rows, agreement)
-    write_csv(out / "sweep.csv", sweep.csv_rows(rows), list(rows[0].cells()))
-    write_text(out / "sweep.md", markdown)
-    write_bytes(out / "sweep.png", sweep.draw(rows, agreement))
-    write_bytes(out / "tiles.png", contact_sheet(sheet, [name for name, _ in columns]))
-    record = {
-        "command": sys.argv,
+    facts = {
         "models": models.files,
         "temperature": temperature,
         "judge": {"name": extractor.name, "identity": extractor.identity, "agreement": agreement},
         "real": {"folder": args.real, "tiles": len(real.labels)},
-        "best": chosen.cells(),
-        "settings": [row.cells() for row in rows],
-        "hardware": hardware(),
-        "versions": versions(),
-        "revision": git_revision(),
     }
-    write_json(out / "sweep.json", record)
-    print(markdown, end="")
+    write_bytes(out / "tiles.png", contact_sheet(sheet, [name for name, _ in columns]))
+    sweep.write_sweep(out, rows, agreement, facts)
+    print(sweep.markdown(rows, agreement), end="")
+    chosen = sweep.best(rows)
     option = "--classifier_scale" if by_classifier else "--cfg_scale"
     print(
         f"best by these numbers: {option} {chosen.scale:g} ({chosen.series}); a judge overlooks "

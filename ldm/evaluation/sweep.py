@@ -5,7 +5,8 @@ guidance, says which class a synthetic tile looks like; held-out real tiles say 
 each class are from tissue.
 """
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from ldm.errors import UserError
 from ldm.evaluation.fidelity import FEWEST_TILES, fidelity
 from ldm.features.extractor import Extractor
 from ldm.features.sets import cached_features
+from ldm.files import write_bytes, write_csv, write_json, write_text
 from ldm.report import plots
 from ldm.report.tables import TextTable, to_markdown
+from ldm.run import git_revision, hardware, versions
 from ldm.synthesis import (
     Models,
     SampleFolder,
@@ -105,7 +108,7 @@ def score(real: JudgedTiles, synthetic: JudgedTiles, num_classes: int, seed: int
 
     Args:
         num_classes: K; both sets have at least `FEWEST_TILES` tiles of each class.
-        seed: Of the subsets that kernel distances are averaged over.
+        seed: Seed of the subsets that kernel distances are averaged over.
 
     Raises:
         UserError: A class has too few tiles.
@@ -167,7 +170,7 @@ class Row:
         interval: Guided time steps, as "LOW:HIGH" or "all".
         probability: Mean p(y) of the guiding classifier at the end; None without one.
         guidance_to_noise: Largest mean |guidance| / |eps| over the steps; None without guidance.
-        folder: Of its tiles.
+        folder: Folder of its tiles.
     """
 
     guidance: str
@@ -254,12 +257,31 @@ def best(rows: Sequence[Row]) -> Row:
     return max(close, key=lambda row: row.scores.agreement)
 
 
-def csv_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The rows of sweep.csv, numbers with six digits."""
-    return [
-        {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.cells().items()}
-        for row in rows
+def write_sweep(
+    out: Path, rows: Sequence[Row], real_agreement: float, facts: Mapping[str, Any]
+) -> None:
+    """Write sweep.csv (numbers with six digits), sweep.md, sweep.png and sweep.json.
+
+    Args:
+        facts: What else sweep.json is to say of how the scores were made.
+    """
+    cells = [row.cells() for row in rows]
+    short = [
+        {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in one.items()} for one in cells
     ]
+    write_csv(out / "sweep.csv", short, list(cells[0]))
+    write_text(out / "sweep.md", markdown(rows, real_agreement))
+    write_bytes(out / "sweep.png", draw(rows, real_agreement))
+    content = {
+        "command": sys.argv,
+        **facts,
+        "best": best(rows).cells(),
+        "settings": cells,
+        "hardware": hardware(),
+        "versions": versions(),
+        "revision": git_revision(),
+    }
+    write_json(out / "sweep.json", content)
 
 
 def markdown(rows: Sequence[Row], real_agreement: float) -> str:

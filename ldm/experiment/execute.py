@@ -58,11 +58,10 @@ def load_plan(folder: Path) -> dict[str, Any]:
     return {**content, "jobs": PLANNED.validate_python(content["jobs"])}
 
 
-def end_process(process: subprocess.Popen) -> None:
-    """Ask a process to end, and kill it with its children when it has not after `GRACE` seconds."""
-    process.terminate()
+def wait_or_kill(process: subprocess.Popen, seconds: float) -> None:
+    """Wait for a process that was asked to end; kill it with its children when it has not."""
     try:
-        process.wait(timeout=GRACE)
+        process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -95,7 +94,8 @@ def launch(
                 if os.getppid() != parent:
                     sys.exit(STOPPED)
     except BaseException:
-        end_process(process)
+        process.terminate()
+        wait_or_kill(process, GRACE)
         raise
 
 

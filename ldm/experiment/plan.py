@@ -7,9 +7,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -83,9 +82,10 @@ class Plan:
         self.rows: list[Arm] = []
         self.other_jobs: list[str] = []
         self._jobs: dict[str, Job] = {}
+        names = (settings.data.unlabelled, settings.data.labelled, "val", "test")
+        self._splits = {name: Split(self.root / name) for name in names}
         self._check_out()
         self._check_inputs()
-        self._splits = {name: Split(self.root / name) for name in self._split_names()}
         self._plan()
 
     @property
@@ -146,18 +146,14 @@ class Plan:
         """Make the folder of the jobs, and links to the tiles: OUT/data/SPLIT."""
         self.jobs_folder.mkdir(parents=True, exist_ok=True)
         self.data.mkdir(parents=True, exist_ok=True)
-        for name in self._split_names():
-            link, target = self.data / name, self.root / name
+        for name, split in self._splits.items():
+            link, target = self.data / name, split.root
             if link.is_symlink() and Path(os.readlink(link)) == target:
                 continue
             link.unlink(missing_ok=True)
             link.symlink_to(target, target_is_directory=True)
 
     # What is there
-
-    def _split_names(self) -> list[str]:
-        data = self.settings.data
-        return list(dict.fromkeys([data.unlabelled, data.labelled, "val", "test"]))
 
     def _check_out(self) -> None:
         """Check that the folder of the results is ours and holds no tiles of the user."""
@@ -177,20 +173,20 @@ class Plan:
             UserError: Something is missing; all that is missing, in one line.
         """
         settings, data = self.settings, self.settings.data
-        checks: list[Callable[[], Any]] = [self._check_tiles]
+        checks: list[tuple] = [(self._check_tiles,)]  # a function and its arguments
         if data.groups is not None:
-            checks.append(partial(existing_path, data.groups, "data.groups", "file"))
+            checks.append((existing_path, data.groups, "data.groups", "file"))
         for name, model in settings.models.items():
             if model.run is not None:
-                checks.append(partial(checkpoint_path, self.model(name), f"models.{name}.run"))
+                checks.append((checkpoint_path, self.model(name), f"models.{name}.run"))
             for path in as_list(model.config) if model.config is not None else ():
-                checks.append(partial(self._config_file, path, name))
+                checks.append((self._config_file, path, name))
         if settings.judge.run is not None:
-            checks.append(partial(existing_path, settings.judge.run, "judge.run"))
+            checks.append((existing_path, settings.judge.run, "judge.run"))
         problems = []
-        for check in checks:
+        for check, *values in checks:
             try:
-                check()
+                check(*values)
             except UserError as error:
                 problems.append(str(error))
         if problems:
@@ -200,8 +196,8 @@ class Plan:
         data = self.settings.data
         if data.tiles is None:
             existing_path(self.root, "data.root", "dir")
-            for name in self._split_names():
-                existing_path(self.root / name, f"data.root: its folder {name}", "dir")
+            for name, split in self._splits.items():
+                existing_path(split.root, f"data.root: its folder {name}", "dir")
             self._check_classes()
         elif self.out not in self.root.parents:
             # They are removed when they have to be made anew.
@@ -212,17 +208,16 @@ class Plan:
 
     def _check_classes(self) -> None:
         """Check that the labelled splits have the same classes, and no split is empty."""
-        data = self.settings.data
-        if Split(self.root / data.unlabelled).is_empty:
-            raise UserError(f"{self.root / data.unlabelled} has no tiles; add some")
-        known = Split(self.root / data.labelled).counts
-        for name in ("val", "test"):
-            found = Split(self.root / name).counts
-            if list(found) != list(known):
-                differ = ", ".join(sorted(set(found) ^ set(known)))
+        data, splits = self.settings.data, self._splits
+        if splits[data.unlabelled].is_empty:
+            raise UserError(f"{splits[data.unlabelled].root} has no tiles; add some")
+        known = splits[data.labelled].counts
+        for split in (splits["val"], splits["test"]):
+            if list(split.counts) != list(known):
+                differ = ", ".join(sorted(set(split.counts) ^ set(known)))
                 raise UserError(
-                    f"{self.root / name} has other classes than {data.labelled} ({differ}); the"
-                    " names of their class folders must be equal"
+                    f"{split.root} has other classes than {data.labelled} ({differ}); the names"
+                    " of their class folders must be equal"
                 )
 
     def _tiles(self, *splits: str) -> Needs:
