@@ -88,7 +88,7 @@ def test_a_folder_of_the_user(tmp_path, user_data):
     demo = Demo(tmp_path / "out", user_data, read_settings())
     assert (demo.per_class, len(demo.plan.jobs)) == (4, 15)
     demo.plan.prepare()
-    assert (demo.plan.data / "val").resolve() == (user_data / "val").resolve()
+    assert (demo.data / "val").resolve() == (user_data / "val").resolve()
     before = keys_of(demo.plan.jobs)
     tile = user_data / "train" / "ADI" / "0_0.png"
     tile.write_bytes(tile.read_bytes() + b"x")

@@ -69,6 +69,9 @@ class Demo:
 
     Attributes:
         plan: Its rows and jobs.
+        data: Folder of the four splits and of the training folders that are made.
+        scale: Guidance scale.
+        guided, unguided: Folders of sampled tiles, from the same noise.
         size: Side of a tile in pixels.
         per_class: Tiles of each class that are sampled under guidance.
         ratio: Synthetic tiles in percent of the labelled ones; lowered where too few are sampled.
@@ -83,6 +86,8 @@ class Demo:
         self.size: int = read_yaml(ROOT / CONFIGS / "autoencoder.yaml").vars.size
         self._choose_amounts()
         self.plan = Plan(check_settings(self._experiment(), SETTINGS))
+        self.data, self.scale = self.plan.data, settings["sampling"]["scale"]
+        self.guided, self.unguided = self.plan.samples(GUIDED), self.plan.samples(UNGUIDED)
 
     def _choose_amounts(self) -> None:
         sampling = self.settings["sampling"]

@@ -6,14 +6,13 @@ links at its top lead to further files beside it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import yaml
 
 from ldm.data.images import list_images, read_tile
-from ldm.experiment.generator_report import Generator, add_generator
 from ldm.experiment.results import Row, Table
 from ldm.experiment.statistics import METRICS
 from ldm.experiment.tables import (
@@ -55,14 +54,14 @@ TITLE = 52  # letters above a chart
 def write_results(
     table: Table,
     out: Path,
-    generators: Sequence[Generator] = (),
+    add_models: Callable[[Page], None] | None = None,
     about: str = "",
     caution: str = "",
 ) -> str:
     """Write OUT/table.md, table.tex, table.csv and report.html; returns the headline.
 
     Args:
-        generators: Models whose training and sampling the page shows.
+        add_models: Adds sections on the models behind the synthetic tiles to the page.
         about: What was done, in a few sentences.
         caution: What the reader must not conclude.
     """
@@ -80,8 +79,8 @@ def write_results(
     for one in rest:
         _table(page, one)
     _confusion(page, results)
-    for generator in generators:
-        add_generator(page, generator, table.classes)
+    if add_models is not None:
+        add_models(page)
     _samples(page, results)
     _selection(page, results, out)
     _umap(page, results, out)

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ldm.cli import nearest
+from ldm.cli import existing_path, nearest
 from ldm.config import read_yaml, resolve
 from ldm.errors import UserError
 
@@ -213,7 +213,7 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     Raises:
         UserError: The file is missing, or something in it is wrong; all problems in one line.
     """
-    config = read_yaml(path)
+    config = read_yaml(existing_path(path, "--config", "file"))
     for word in overrides:
         config = with_override(config, word)
     return check_settings(resolve(config), f"--config {path}")

@@ -277,9 +277,9 @@ def copies_numbers(row: Row) -> dict[str, Any]:
 def text_tables(results: Results) -> list[TextTable]:
     """All tables, the split that counts first."""
     splits = [results.reported, *results.table.splits[-2::-1]]
-    found = [arms_table(results, split) for split in splits]
-    against = [random_table(results, split) for split in splits[:1]]
-    return [*found, *(one for one in (*against, fidelity_table(results)) if one.rows)]
+    further = (random_table(results, splits[0]), fidelity_table(results))
+    arms = [arms_table(results, split) for split in splits]
+    return arms + [table for table in further if table.rows]
 
 
 def arms_table(results: Results, split: str) -> TextTable:
