@@ -80,6 +80,7 @@ def gather_row(plan: Plan, arm: Arm, standing: Mapping[str, Standing]) -> Row:
     }
     summary = merge(plan, arm, list(places.values())) if places else None
     images = summary.get("n_train") if summary else None
+    predictions = {seed: _predictions(place) for seed, place in places.items()}
     row = Row(
         key=arm.key,
         label=arm.label,
@@ -92,7 +93,7 @@ def gather_row(plan: Plan, arm: Arm, standing: Mapping[str, Standing]) -> Row:
         wanted=arm.wanted,
         seeds=len(arm.jobs),
         summary=summary,
-        predictions={s: files for s, p in places.items() if (files := _predictions(p))},
+        predictions={seed: files for seed, files in predictions.items() if files},
         fidelity=read_if_done(plan.fidelity(arm.key), f"fidelity-{arm.key}"),
         copies=None,
         chosen_copies=None,
