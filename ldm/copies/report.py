@@ -10,6 +10,7 @@ import numpy as np
 from ldm.copies.check import SCALE_NEIGHBOUR, Comparison, CopyCheck
 from ldm.copies.pictures import histogram, sheet
 from ldm.copies.statistics import FEWEST_IN_CELL
+from ldm.data.tile_files import TileFiles
 from ldm.features import pixels
 from ldm.files import write_bytes, write_json, write_text
 
@@ -32,6 +33,11 @@ def write_report(check: CopyCheck, out: Path, facts: dict[str, Any], pairs: int)
     write_text(out / "report.md", to_markdown(check, numbers, facts["settings"]))
 
 
+def class_of_each(tiles: TileFiles) -> list[str]:
+    """Class of each file by name; empty names in a set without classes."""
+    return tiles.class_names or [""] * len(tiles)
+
+
 def suspicious_first(check: CopyCheck) -> np.ndarray:
     """Indices of the synthetic tiles, the most suspicious first; ties by name."""
     return np.lexsort((np.array(check.synthetic.names), check.suspicion))
@@ -45,7 +51,7 @@ def to_csv(check: CopyCheck) -> str:
     spaces = [f"{c.name}_{column}" for c in check.comparisons for column in columns]
     writer.writerow(["class", "file", "structure", "flagged", "reason", "suspicion", *spaces])
     percentiles = [percentile(c) for c in check.comparisons]
-    flagged, suspicion, labels = check.flagged, check.suspicion, check.synthetic.class_names
+    flagged, suspicion, labels = check.flagged, check.suspicion, class_of_each(check.synthetic)
     for i in suspicious_first(check):
         row = [labels[i], check.synthetic.names[i], "yes"]
         row += ["yes" if flagged[i] else "no", check.reason(i), f"{suspicion[i]:.4f}"]
@@ -60,7 +66,7 @@ def to_csv(check: CopyCheck) -> str:
             ]
         writer.writerow(row)
     background = check.without_structure["synthetic"]
-    for label, name in zip(background.class_names, background.names, strict=True):
+    for label, name in zip(class_of_each(background), background.names, strict=True):
         row = [label, name, "no", "no", "background: not compared"]
         writer.writerow(row + [""] * (1 + len(spaces)))
     return stream.getvalue()
@@ -75,7 +81,7 @@ def percentile(comparison: Comparison) -> np.ndarray:
 
 def summary(check: CopyCheck) -> dict[str, Any]:
     """All numbers, as they go into report.json."""
-    labels = np.array(check.synthetic.class_names)
+    labels = np.array(class_of_each(check.synthetic))
     classes = [name for name in np.unique(labels).tolist() if name]
     members = {ALL: np.ones(len(labels), bool)} | {name: labels == name for name in classes}
     flagged = check.flagged
