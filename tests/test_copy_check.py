@@ -343,10 +343,10 @@ def test_same_command_again_gives_the_same_files_from_the_cache(sets, monkeypatc
     monkeypatch.undo()
     # A damaged cache is made anew.
     cache = sets["report"] / "cache" / "synthetic_pixels.safetensors"
-    values = FeatureSet.load(cache).values.clone()  # loaded ones stay mapped to the file
+    before = FeatureSet.load(cache).values.clone()  # loaded values are those of the file
     cache.write_bytes(cache.read_bytes()[:100])
     run(sets, "--weights", str(sets["weights"]), "--quantile", "0.02")
-    assert torch.equal(FeatureSet.load(cache).values, values)
+    assert torch.equal(FeatureSet.load(cache).values, before)
 
 
 def test_directions(sets, tmp_path):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 from tiny import tiles as make_tiles
@@ -207,7 +208,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     net = TileClassifier("vit_tiny", 3, input_size=32, patch_size=8)
     net.classes = ["ADI", "LYM", "TUM"]
     weights = root / "vit.ckpt"
-    write_checkpoint(weights, {"state_dict": net.state_dict(), "histodiffusion": net.record(0)})
+    write_checkpoint(weights, tiny.vit_checkpoint(net))
     real = make_tiles(root / "D" / "train5", per_class=4, seed=0)
     fake = make_tiles(root / "fake", per_class=6, seed=1)
     # One image in the wrong folder, which has to be found out.
@@ -435,7 +436,7 @@ def test_warns_when_the_judge_is_no_independent_witness(folders, tmp_path, caplo
     torch.manual_seed(5)
     net = TileClassifier("vit_tiny", 3, input_size=32, patch_size=8)
     net.classes = ["ADI", "LYM", "TUM"]
-    payload = {"state_dict": net.state_dict(), "histodiffusion": net.record(0)}
+    payload = tiny.vit_checkpoint(net)
     write_checkpoint(seed / "checkpoints" / "best.ckpt", payload)
     splits.identity["train"]["sha256"] = "0" * 64
     (seed / "result.json").write_text(json.dumps({"data": splits.identity}))

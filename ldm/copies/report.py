@@ -13,6 +13,7 @@ from ldm.copies.statistics import FEWEST_IN_CELL
 from ldm.data.tile_files import TileFiles
 from ldm.features import pixels
 from ldm.files import write_bytes, write_json, write_text
+from ldm.report import tables
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75)
 ALL = "all"  # name of the row over all classes
@@ -33,11 +34,6 @@ def write_report(check: CopyCheck, out: Path, facts: dict[str, Any], pairs: int)
     write_text(out / "report.md", to_markdown(check, numbers, facts["settings"]))
 
 
-def class_of_each(tiles: TileFiles) -> list[str]:
-    """Class of each file by name; empty names in a set without classes."""
-    return tiles.class_names or [""] * len(tiles)
-
-
 def suspicious_first(check: CopyCheck) -> np.ndarray:
     """Indices of the synthetic tiles, the most suspicious first; ties by name."""
     return np.lexsort((np.array(check.synthetic.names), check.suspicion))
@@ -51,7 +47,7 @@ def to_csv(check: CopyCheck) -> str:
     spaces = [f"{c.name}_{column}" for c in check.comparisons for column in columns]
     writer.writerow(["class", "file", "structure", "flagged", "reason", "suspicion", *spaces])
     percentiles = [percentile(c) for c in check.comparisons]
-    flagged, suspicion, labels = check.flagged, check.suspicion, class_of_each(check.synthetic)
+    flagged, suspicion, labels = check.flagged, check.suspicion, _labels(check.synthetic)
     for i in suspicious_first(check):
         row = [labels[i], check.synthetic.names[i], "yes"]
         row += ["yes" if flagged[i] else "no", check.reason(i), f"{suspicion[i]:.4f}"]
@@ -66,10 +62,15 @@ def to_csv(check: CopyCheck) -> str:
             ]
         writer.writerow(row)
     background = check.without_structure["synthetic"]
-    for label, name in zip(class_of_each(background), background.names, strict=True):
+    for label, name in zip(_labels(background), background.names, strict=True):
         row = [label, name, "no", "no", "background: not compared"]
         writer.writerow(row + [""] * (1 + len(spaces)))
     return stream.getvalue()
+
+
+def _labels(tiles: TileFiles) -> list[str]:
+    """Class name of each tile; empty texts for a set without classes."""
+    return tiles.class_names or [""] * len(tiles)
 
 
 def percentile(comparison: Comparison) -> np.ndarray:
@@ -81,7 +82,7 @@ def percentile(comparison: Comparison) -> np.ndarray:
 
 def summary(check: CopyCheck) -> dict[str, Any]:
     """All numbers, as they go into report.json."""
-    labels = np.array(class_of_each(check.synthetic))
+    labels = np.array(_labels(check.synthetic))
     classes = [name for name in np.unique(labels).tolist() if name]
     members = {ALL: np.ones(len(labels), bool)} | {name: labels == name for name in classes}
     flagged = check.flagged
@@ -215,8 +216,7 @@ def _space_section(name: str, space: dict[str, Any]) -> list[str]:
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines] + [""]
+    return [tables.to_markdown(tables.TextTable("", head, rows)), ""]
 
 
 NOTES = [
