@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 import numpy as np
 
 from ldm.data.index import CorpusIndex
 from ldm.data.storage import Layout, Place, find_files, layout_of, read_place
-from ldm.data.tiles import Tiles
+from ldm.data.tiles import Tiles, Weighted
 from ldm.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -22,13 +21,11 @@ SETTINGS = ("root", "layout", "weight", "index")
 
 
 @dataclass(frozen=True)
-class Corpus:
+class Corpus(Weighted):
     """Settings of one corpus."""
 
-    name: str
     roots: list[Path]
     layout: str | None  # None: the layout of the index, or "folder" if there is no index
-    weight: float
     index: Path | None
 
     @classmethod
@@ -61,23 +58,7 @@ class Corpus:
         if layout is not None:
             layout_of(layout, f"{where}.layout")
         roots = [Path(root).expanduser() for root in roots]
-        return cls(name, roots, layout, float(weight), Path(index) if index else None)
-
-    def drawn(self, count: int, seed: int, epoch: int) -> np.ndarray:
-        """Indices of the tiles, of `count`, that a pass draws, sorted; see `Corpora`."""
-        number = self.pass_length(count)
-        start = epoch * number
-        parts = []
-        while number:
-            turn, first = divmod(start, count)
-            generator = np.random.default_rng((seed, crc32(self.name.encode()), turn))
-            parts.append(generator.permutation(count)[first : first + number])
-            start, number = start + len(parts[-1]), number - len(parts[-1])
-        return np.sort(np.concatenate(parts))
-
-    def pass_length(self, count: int) -> int:
-        """How many draws a pass has of `count` tiles."""
-        return max(1, round(self.weight * count)) if count else 0
+        return cls(name, float(weight), roots, layout, Path(index) if index else None)
 
 
 class Corpora(Tiles):
@@ -155,7 +136,7 @@ class Corpora(Tiles):
         for name, parts in columns.items():
             setattr(self, name, np.concatenate(parts))
         self._take_labels(names if labelled else None, classes)
-        for corpus, count in zip(self.corpora, self._counts(), strict=True):
+        for corpus, count in zip(self.corpora, self.tiles_per_corpus(), strict=True):
             log.info(
                 "corpus %s: %s tiles x weight %g = %s per pass",
                 corpus.name,
@@ -234,24 +215,7 @@ class Corpora(Tiles):
         self.labels = [label_of[name] for name in names]
 
     def corpus_numbers(self) -> np.ndarray:
-        """The number of each tile's corpus, (tiles,)."""
         return np.array(self._corpus_of_root)[self._root]
-
-    def _counts(self) -> list[int]:
-        return np.bincount(self.corpus_numbers(), minlength=len(self.corpora)).tolist()
-
-    def pass_length(self) -> int:
-        counts = self._counts()
-        return sum(c.pass_length(n) for c, n in zip(self.corpora, counts, strict=True))
-
-    def drawn(self, seed: int, epoch: int) -> np.ndarray:
-        numbers = self.corpus_numbers()
-        parts = []
-        for number, corpus in enumerate(self.corpora):
-            members = np.flatnonzero(numbers == number)
-            if len(members):
-                parts.append(members[corpus.drawn(len(members), seed, epoch)])
-        return np.concatenate(parts)
 
     def _place(self, index: int) -> tuple[Path, Layout, Place]:
         root, layout = self._roots[self._root[index]]

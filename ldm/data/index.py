@@ -8,11 +8,10 @@ of the stored bytes), `group` (patient, slide or region), `label` (class name), 
 """
 
 import hashlib
-import io
 import json
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.data.images import read_folder, walk
 from ldm.data.storage import Layout, Place, layout_of
 from ldm.errors import UserError
-from ldm.files import write_bytes
+from ldm.files import atomic_file
 
 if TYPE_CHECKING:
     import pyarrow
@@ -32,6 +31,8 @@ SAMPLED = 64  # tiles per root whose file is looked at before training
 PLACE = ("path", "file", "offset", "size", "label")
 COLUMNS = ("root", *PLACE, "file_size", "modified", "width", "height", "hash", "group")
 COLUMNS += ("problem", "reason")
+TYPES = {"root": "int16", "width": "int32", "height": "int32"}
+TYPES |= dict.fromkeys(("offset", "size", "file_size", "modified"), "int64")
 
 
 def content_hash(content: Any) -> str:
@@ -82,18 +83,13 @@ class CorpusIndex:
 
     def write(self) -> None:
         """Write the file atomically."""
-        import pyarrow.parquet as pq
-
         record = {
             "version": VERSION,
             "layout": self.layout,
             "scanned": list(self.scanned),
             "folders": list(self.folders),
         }
-        stream = io.BytesIO()
-        table = self.table.replace_schema_metadata({METADATA: json.dumps(record)})
-        pq.write_table(table, stream, compression="zstd")
-        write_bytes(self.path, stream.getvalue())
+        write_table(self.path, self.table.replace_schema_metadata({METADATA: json.dumps(record)}))
 
     def rows(self, root: int) -> "pyarrow.Table":
         """Every row of one root, also those with a problem."""
@@ -210,17 +206,22 @@ def place_of(row: dict[str, Any]) -> Place:
     return Place(*(row[name] for name in PLACE))
 
 
-def make_table(rows: Sequence[dict[str, Any]]) -> "pyarrow.Table":
+def index_table(rows: Sequence[dict[str, Any]]) -> "pyarrow.Table":
     """The table of rows with all `COLUMNS`; they must be sorted by root and path."""
+    return make_table({name: [row[name] for row in rows] for name in COLUMNS}, TYPES)
+
+
+def make_table(columns: Mapping[str, Sequence], types: Mapping[str, str]) -> "pyarrow.Table":
+    """A table of these columns; one whose type is not given holds texts."""
     import pyarrow as pa
 
-    numbers = {"root": pa.int16(), "width": pa.int32(), "height": pa.int32()}
-    numbers |= dict.fromkeys(("offset", "size", "file_size", "modified"), pa.int64())
-    columns = [[row[name] for row in rows] for name in COLUMNS]
-    return pa.table(
-        [
-            pa.array(values, numbers.get(name, pa.string()))
-            for name, values in zip(COLUMNS, columns, strict=True)
-        ],
-        names=list(COLUMNS),
-    )
+    arrays = [pa.array(values, types.get(name, "string")) for name, values in columns.items()]
+    return pa.table(arrays, names=list(columns))
+
+
+def write_table(path: Path, table: "pyarrow.Table") -> None:
+    """Write a Parquet file atomically."""
+    import pyarrow.parquet as pq
+
+    with atomic_file(path) as stream:
+        pq.write_table(table, stream, compression="zstd")

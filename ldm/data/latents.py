@@ -22,7 +22,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,8 +30,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.data.corpora import Corpus
-from ldm.data.tiles import TileSet, without_augmentation
+from ldm.data.tiles import TileSet, Weighted, without_augmentation
 from ldm.errors import UserError
 from ldm.modules.autoencoder import DiagonalGaussian
 
@@ -41,6 +40,14 @@ VERSION = 1
 DTYPES = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
 STORED = {"float16": "F16", "float32": "F32"}  # names of the types in safetensors files
 AGAIN = f"delete it and run {COMMAND} again as before, which makes what is missing"
+
+
+class OpenShard(NamedTuple):
+    """An open file of latents; moments are read from it when they are indexed."""
+
+    moments: Any
+    sums: np.ndarray
+    crc: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,7 @@ class Shards:
         stored = math.prod(self.moments) * DTYPES[self.dtype].itemsize
         return tiles * self.views * (stored + 2 * 8 + 4)
 
-    def open(self, number: int) -> "OpenShard":
+    def open(self, number: int) -> OpenShard:
         """Open a shard for reading, any number of its latents at a time.
 
         Raises:
@@ -87,7 +94,8 @@ class Shards:
         """
         path = self.path(number)
         try:
-            shard = OpenShard(path)
+            file = safe_open(path, framework="np")
+            arrays = {name: file.get_slice(name) for name in OpenShard._fields}
         except FileNotFoundError:
             raise UserError(f"{path} is missing; run {COMMAND} again as before") from None
         except (SafetensorError, OSError, KeyError):
@@ -100,29 +108,11 @@ class Shards:
             "crc": ("U32", [n, self.views]),
         }
         for name, (dtype, shape) in wanted.items():
-            found = shard.form[name]
+            found = arrays[name].get_dtype(), list(arrays[name].get_shape())
             if found != (dtype, shape):
                 reason = f"its {name} are {found[0]} {found[1]}, not {dtype} {shape}"
                 raise UserError(f"{path} is damaged ({reason}); {AGAIN}")
-        return shard
-
-
-class OpenShard:
-    """An open safetensors file of latents.
-
-    Attributes:
-        moments: Slices of the moments, (n, V, 2C, h, w), are read when they are asked for.
-        sums, crc: The small arrays, read at once.
-        form: Type and shape of each array.
-    """
-
-    def __init__(self, path: Path):
-        file = safe_open(path, framework="np")
-        slices = {name: file.get_slice(name) for name in ("moments", "sums", "crc")}
-        self.form = {name: (s.get_dtype(), list(s.get_shape())) for name, s in slices.items()}
-        self.moments = slices["moments"]
-        self.sums: np.ndarray = file.get_tensor("sums")
-        self.crc: np.ndarray = file.get_tensor("crc")
+        return OpenShard(arrays["moments"], arrays["sums"][:], arrays["crc"][:])
 
 
 class LatentTiles(TileSet):
@@ -132,14 +122,11 @@ class LatentTiles(TileSet):
     posterior, stacked (`ldm.modules.autoencoder.DiagonalGaussian` takes them), so training draws
     z_0 anew each time. The seed of an item chooses the view.
 
-    Attributes:
-        paths: Where the tiles were stored.
-
     Args:
         shards: Files of the split.
         table: Columns of the split's Parquet file.
         classes: Class names in label order.
-        corpora: (name, weight) of the corpora that the cache was made of; None for a plain set.
+        corpora: (name, weight) of the corpora that the cache was made of.
 
     Raises:
         UserError: A shard is missing or damaged.
@@ -150,21 +137,16 @@ class LatentTiles(TileSet):
         shards: Shards,
         table: dict[str, list],
         classes: Sequence[str] = (),
-        corpora: Sequence[tuple[str, float]] | None = None,
+        corpora: Sequence[tuple[str, float]] = (),
     ):
         self.shards = shards
         self.classes = list(classes)
         self.relative_paths: list[str] = table["name"]
-        self.paths: list[str] = table["path"]
+        self._paths: list[str] = table["path"]
         self.labels: list[int] = table["label"]
         self.groups: list[str] | None = table["group"] if None not in table["group"] else None
-        self._corpora = None
-        if corpora is not None:
-            numbers = np.array(table["corpus"])
-            self._corpora = [
-                (Corpus(name, [], "folder", weight, None), np.flatnonzero(numbers == number))
-                for number, (name, weight) in enumerate(corpora)
-            ]
+        self.corpora = [Weighted(name, weight) for name, weight in corpora]
+        self._corpus_numbers = np.array(table["corpus"])
         self._views = shards.views
         self._open: dict[int, OpenShard] = {}
         for number in range(len(shards)):
@@ -174,7 +156,10 @@ class LatentTiles(TileSet):
         return {**self.__dict__, "_open": {}}  # each process maps the files itself
 
     def path(self, index: int) -> str:
-        return self.paths[index]
+        return self._paths[index]
+
+    def corpus_numbers(self) -> np.ndarray:
+        return self._corpus_numbers
 
     def without_augmentation(self) -> "LatentTiles":
         plain = copy.copy(self)
@@ -210,7 +195,7 @@ class LatentTiles(TileSet):
             seed = int(torch.randint(2**62, ())) if seed is None else seed
             view = seed % self._views
         moments = torch.from_numpy(self.moments(index, view).astype(np.float32))
-        return {"moments": moments, "label": self.labels[index], "path": self.paths[index]}
+        return {"moments": moments, "label": self.labels[index], "path": self._paths[index]}
 
     def latent_sums(self, indices: Sequence[int]) -> Tensor:
         """Count, sum and sum of squares of the latents of view 0, see the function of this name."""
@@ -221,33 +206,14 @@ class LatentTiles(TileSet):
             sums += shard.sums[place, 0]
         return torch.tensor([count, *sums], dtype=torch.float64)
 
-    def pass_length(self) -> int:
-        if self._corpora is None:
-            return len(self)
-        return sum(corpus.pass_length(len(members)) for corpus, members in self._corpora)
 
-    def drawn(self, seed: int, epoch: int) -> np.ndarray:
-        if self._corpora is None:
-            return np.arange(len(self))
-        parts = [
-            members[corpus.drawn(len(members), seed, epoch)]
-            for corpus, members in self._corpora
-            if len(members)
-        ]
-        return np.concatenate(parts)
-
-
-class Posterior(Protocol):
-    """What an autoencoder's encoder says of images: mean and log-variance, (B, C, h, w)."""
-
-    mean: Tensor
-    logvar: Tensor
+Encode = Callable[[Tensor], DiagonalGaussian]  # from images, (B, 3, S, S), to their posterior
 
 
 def latent_sums(
     dataset: Dataset,
     indices: Sequence[int],
-    encode: Callable[[Tensor], Posterior],
+    encode: Encode,
     batch_size: int = 32,
 ) -> Tensor:
     """Count, sum and sum of squares of the latents of these tiles, (3,) float64 on the CPU.
@@ -258,7 +224,6 @@ def latent_sums(
 
     Args:
         dataset: A `TileSet`, or any set whose items have an `image`.
-        encode: From images, (B, 3, S, S), to their posterior.
     """
     if isinstance(dataset, LatentTiles):
         return dataset.latent_sums(indices)
@@ -272,7 +237,7 @@ def latent_sums(
 def channel_sums(
     dataset: Dataset,
     indices: Sequence[int],
-    encode: Callable[[Tensor], Posterior],
+    encode: Encode,
     channels: int,
     batch_size: int = 32,
 ) -> Tensor:
@@ -289,7 +254,7 @@ def channel_sums(
 def _posteriors(
     dataset: Dataset,
     indices: Sequence[int],
-    encode: Callable[[Tensor], Posterior],
+    encode: Encode,
     batch_size: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Mean and variance of the latents of tiles, each (B, C, h, w) float64, batch by batch."""
@@ -362,7 +327,7 @@ class LatentCache:
             shards = shards_of(root, settings, name)
             table = _read_table(root / f"{name}.parquet", split["tiles"])
             corpora = settings["corpora"] if name == "train" else None
-            splits[name] = LatentTiles(shards, table, settings["classes"], corpora)
+            splits[name] = LatentTiles(shards, table, settings["classes"], corpora or ())
         return cls(
             root, settings, manifest["statistics"], splits["train"], splits.get("validation")
         )

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ldm.data.groups import Grouping
 from ldm.data.images import UnsupportedImage
-from ldm.data.index import VERSION, CorpusIndex, content_hash, make_table
+from ldm.data.index import VERSION, CorpusIndex, content_hash, index_table
 from ldm.data.storage import Layout, Place, find_files, layout_of, path_order
 from ldm.errors import UserError
 from ldm.files import write_csv
@@ -294,7 +294,7 @@ def index_corpora(
         for row in rows:
             if row["problem"] is None:
                 row["group"] = grouping(row["path"])
-    index = CorpusIndex(out, layout, where(roots), scan.folders, make_table(rows))
+    index = CorpusIndex(out, layout, where(roots), scan.folders, index_table(rows))
     index.write()
     journal_of(out).unlink()
     return index, scan, counts

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ldm.data.index import COLUMNS, COMMAND, CorpusIndex, content_hash, make_table, place_of
+from ldm.data.index import COLUMNS, COMMAND, CorpusIndex, content_hash, index_table, place_of
 from ldm.data.storage import BLOCK, LAYOUTS, Layout, Place, path_order, top_folder
 from ldm.errors import UserError
 from ldm.files import atomic_file, digest_of_text, require_space
@@ -317,7 +317,7 @@ class CorpusShards:
             new |= {"size": size, "hash": digest, "file_size": state.st_size}
             rows.append({**row, **new, "modified": state.st_mtime_ns, "reason": None})
         rows.sort(key=lambda row: path_order(row["path"]))
-        return make_table(rows)
+        return index_table(rows)
 
     def _write_index(self, parts: "dict[int, pyarrow.Table]") -> None:
         import pyarrow as pa
