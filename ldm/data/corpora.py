@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from ldm.data.index import CorpusIndex
-from ldm.data.storage import Layout, Place, find_files, layout_of, read_place
+from ldm.data.storage import LAYOUTS, Layout, Place, find_files, layout_of, read_place
+from ldm.data.tile_files import matching_classes
 from ldm.data.tiles import Tiles, Weighted
 from ldm.errors import UserError
 
@@ -99,7 +100,7 @@ class Corpora(Tiles):
             folders, or a file is damaged.
     """
 
-    _PER_TILE = (*Tiles._PER_TILE, "_root", "_file", "_offset", "_length")
+    _PER_TILE = (*Tiles._PER_TILE, "_root", "_file", "_offset", "_size")
 
     def __init__(
         self,
@@ -155,17 +156,8 @@ class Corpora(Tiles):
         names: list[str | None],
         columns: dict[str, list[np.ndarray]],
     ) -> None:
-        name = corpus.layout or "folder"
-        index = None
-        if corpus.index is not None:
-            index = CorpusIndex.read(corpus.index)
-            name = corpus.layout or index.layout
-            index.require_layout(name)
-            for root in corpus.roots:
-                if not root.is_dir():
-                    raise UserError(f"corpora.{corpus.name}.root: {root} is no folder; correct it")
-            index.check(corpus.roots)
-        layout = layout_of(name, "layout")
+        index = corpus.index and CorpusIndex.of_roots(corpus.index, corpus.roots, corpus.layout)
+        layout = LAYOUTS[index.layout if index else corpus.layout or "folder"]
         for i, root in enumerate(corpus.roots):
             if index is not None:
                 table = index.tiles(i)
@@ -176,7 +168,6 @@ class Corpora(Tiles):
                 if not places:
                     raise UserError(f"corpus {root}: its {layout.kind} hold no tiles")
                 table = dict(zip(Place._fields, map(list, zip(*places, strict=True)), strict=True))
-                table["size"] = table.pop("length")
                 groups = table["path"]
             holders = sorted(set(table["file"]) - set(table["path"]))  # files of several tiles
             number_of = {file: len(self._files) + n for n, file in enumerate(holders)}
@@ -187,7 +178,7 @@ class Corpora(Tiles):
             columns["_root"].append(np.full(len(groups), len(self._roots), np.int16))
             columns["_file"].append(np.array([number_of.get(file, -1) for file in table["file"]]))
             columns["_offset"].append(np.array(table["offset"], np.int64))
-            columns["_length"].append(np.array(table["size"], np.int64))
+            columns["_size"].append(np.array(table["size"], np.int64))
             self._roots.append((root, layout))
             self._corpus_of_root.append(number)
 
@@ -203,14 +194,7 @@ class Corpora(Tiles):
                 " put tiles into class folders"
             )
         found = sorted(set(names))
-        self.classes = list(classes or found)
-        missing = sorted(set(self.classes) - set(found))
-        extra = sorted(set(found) - set(self.classes))
-        if missing or extra:
-            raise UserError(
-                f"corpora: classes {found} differ from the classes {self.classes} (missing"
-                f" {missing}, extra {extra}); make them alike"
-            )
+        self.classes = matching_classes("corpora", found, classes)
         label_of = {name: label for label, name in enumerate(self.classes)}
         self.labels = [label_of[name] for name in names]
 
@@ -221,8 +205,8 @@ class Corpora(Tiles):
         root, layout = self._roots[self._root[index]]
         path = self.relative_paths[index].split("/", 1)[1]
         file = path if self._file[index] < 0 else self._files[self._file[index]]
-        offset, length = int(self._offset[index]), int(self._length[index])
-        return root, layout, Place(path, file, offset, length, None)
+        offset, size = int(self._offset[index]), int(self._size[index])
+        return root, layout, Place(path, file, offset, size, None)
 
     def read(self, index: int) -> np.ndarray:
         root, layout, place = self._place(index)

@@ -28,8 +28,7 @@ COMMAND = "scripts/index_corpus.py"
 VERSION = 1
 METADATA = b"corpus_index"
 SAMPLED = 64  # tiles per root whose file is looked at before training
-PLACE = ("path", "file", "offset", "size", "label")
-COLUMNS = ("root", *PLACE, "file_size", "modified", "width", "height", "hash", "group")
+COLUMNS = ("root", *Place._fields, "file_size", "modified", "width", "height", "hash", "group")
 COLUMNS += ("problem", "reason")
 TYPES = {"root": "int16", "width": "int32", "height": "int32"}
 TYPES |= dict.fromkeys(("offset", "size", "file_size", "modified"), "int64")
@@ -81,6 +80,24 @@ class CorpusIndex:
             raise UserError(f"index {path} is of another version; make it again with {COMMAND}")
         return cls(path, record["layout"], record["scanned"], record["folders"], table)
 
+    @classmethod
+    def of_roots(
+        cls, path: str | os.PathLike, roots: Sequence[Path], layout: str | None = None
+    ) -> "CorpusIndex":
+        """Read the index of these folders and check that it still fits them.
+
+        Raises:
+            UserError: See `read` and `check`; or the corpus has another layout than the given one.
+        """
+        index = cls.read(path)
+        if layout not in (None, index.layout):
+            raise UserError(
+                f"index {path} is of layout {index.layout}, not {layout}; correct the layout or"
+                " give another index"
+            )
+        index.check(roots)
+        return index
+
     def write(self) -> None:
         """Write the file atomically."""
         record = {
@@ -102,17 +119,9 @@ class CorpusIndex:
         import pyarrow.compute as pc
 
         rows = self.rows(root)
-        columns = [*PLACE, "group"]
+        columns = [*Place._fields, "group"]
         found = rows.filter(pc.is_null(rows["problem"])).select(columns)
         return {name: found[name].to_pylist() for name in columns}
-
-    def require_layout(self, layout: str) -> None:
-        """Check the layout of the corpus; UserError if it is another one."""
-        if self.layout != layout:
-            raise UserError(
-                f"index {self.path} is of layout {self.layout}, not {layout}; correct the layout or"
-                " give another index"
-            )
 
     def check(self, roots: Sequence[Path]) -> None:
         """Check that these folders are still as they were when they were indexed.
@@ -203,7 +212,7 @@ def _changed_tiles(root: Path, rows: "pyarrow.Table", layout: Layout) -> str | N
 
 def place_of(row: dict[str, Any]) -> Place:
     """Where the tile of a row is stored."""
-    return Place(*(row[name] for name in PLACE))
+    return Place(*(row[name] for name in Place._fields))
 
 
 def index_table(rows: Sequence[dict[str, Any]]) -> "pyarrow.Table":

@@ -9,10 +9,8 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm.data.groups import Grouping
-from ldm.data.images import UnsupportedImage
+from ldm.data.images import UnsupportedImage, map_ahead
 from ldm.data.index import VERSION, CorpusIndex, content_hash, index_table
 from ldm.data.storage import Layout, Place, find_files, layout_of, path_order
 from ldm.errors import UserError
@@ -75,9 +73,11 @@ def scan_corpora(roots: Sequence[Path], layout_name: str, out: Path, workers: in
         UserError: A root is missing or empty.
     """
     layout = layout_of(layout_name, "layout")
-    found = [find_files(root, layout) for root in roots]
     stamps: list[Stamp] = []
-    for number, (root, (files, _)) in enumerate(zip(roots, found, strict=True)):
+    folders = []
+    for number, root in enumerate(roots):
+        files, times = find_files(root, layout)
+        folders.append(times)
         for file in files:
             try:
                 state = os.stat(root / file)
@@ -95,34 +95,14 @@ def scan_corpora(roots: Sequence[Path], layout_name: str, out: Path, workers: in
     with journal.open("a", encoding="utf-8", buffering=1) as stream:
         stream.write("\n" + json.dumps(_header(layout_name, scanned)) + "\n")
         with tqdm(total=len(stamps), initial=len(stamps) - len(todo), unit="file") as bar:
-            for stamp, scanned in _scan_files(roots, layout, todo, workers):
-                stream.write(json.dumps([*stamp, scanned]) + "\n")
-                rows += scanned
+            found_rows = map_ahead(
+                lambda stamp: scan_file(roots[stamp[0]], layout, stamp), todo, workers, AHEAD
+            )
+            for stamp, found in zip(todo, found_rows, strict=True):
+                stream.write(json.dumps([*stamp, found]) + "\n")
+                rows += found
                 bar.update()
-    folders = [folders for _, folders in found]
     return Scan(rows, folders, len(stamps) - len(todo), len(stamps))
-
-
-def _scan_files(
-    roots: Sequence[Path], layout: Layout, stamps: Sequence[Stamp], workers: int
-) -> Iterator[tuple[Stamp, list[Row]]]:
-    waiting = iter(stamps)
-    with ThreadPoolExecutor(workers) as pool:
-
-        def submit(count: int) -> list:
-            return [
-                (stamp, pool.submit(scan_file, roots[stamp[0]], layout, stamp))
-                for stamp in islice(waiting, count)
-            ]
-
-        queue = submit(AHEAD * workers)
-        try:
-            while queue:
-                stamp, future = queue.pop(0)
-                yield stamp, future.result()
-                queue += submit(1)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def scan_file(root: Path, layout: Layout, stamp: Stamp) -> list[Row]:
@@ -165,10 +145,8 @@ def _reason(error: Exception) -> str:
 
 
 def _row(place: Place, digest: str | None = None, **values: Any) -> Row:
-    place_values = place._asdict()
-    place_values["size"] = place_values.pop("length")
     empty = dict.fromkeys(("width", "height", "problem", "reason"))
-    return {**place_values, "hash": digest, **empty, **values}
+    return {**place._asdict(), "hash": digest, **empty, **values}
 
 
 def _starts_as_image(content: Any) -> bool:

@@ -76,7 +76,9 @@ class TileFiles:
                 are not those that there must be.
         """
         root = Path(root).expanduser()
-        require_tile_folder(root)
+        if not root.is_dir():
+            reason = "is not a folder" if root.exists() else "does not exist"
+            raise UserError(f"tile folder {root} {reason}; check the path")
         group_of = None
         if index is None:
             names, loose = _found(root, labelled)
@@ -86,7 +88,9 @@ class TileFiles:
             names, loose = _by_class(table["path"], labelled)
         if loose:
             _report_loose(root, loose)
-        chosen = _matching_classes(root, sorted(names), classes) if labelled else [""]
+        if not names:
+            raise UserError(f"{root}: no class folders; a labelled set is {root}/CLASS/image files")
+        chosen = matching_classes(root, sorted(names), classes) if labelled else [""]
         for name in chosen:
             if not names[name]:
                 raise UserError(
@@ -206,13 +210,6 @@ class TileFiles:
         return len(self.names)
 
 
-def require_tile_folder(root: Path) -> None:
-    """Check that a folder exists; UserError otherwise."""
-    if not root.is_dir():
-        reason = "is not a folder" if root.exists() else "does not exist"
-        raise UserError(f"tile folder {root} {reason}; check the path")
-
-
 def _report_loose(root: Path, count: int) -> None:
     log.warning("%s: %d images beside the class folders are not used", root, count)
 
@@ -240,16 +237,23 @@ def _by_class(paths: list[str], labelled: bool) -> tuple[dict[str, list[str]], i
     return names, len(names.pop("", []))
 
 
-def _matching_classes(root: Path, found: list[str], wanted: Sequence[str] | None) -> list[str]:
-    """The classes in label order, if the class folders are those that there must be."""
-    if not found:
-        raise UserError(f"{root}: no class folders; a labelled set is {root}/CLASS/image files")
+def matching_classes(
+    where: object, found: Sequence[str], wanted: Sequence[str] | None
+) -> list[str]:
+    """The classes in label order: those wanted, if these are the ones found.
+
+    Args:
+        where: How the error calls the set.
+
+    Raises:
+        UserError: There are other classes.
+    """
     classes = list(wanted or found)
     missing = sorted(set(classes) - set(found))
     extra = sorted(set(found) - set(classes))
     if missing or extra:
         raise UserError(
-            f"{root}: class folders {found} differ from the classes {classes}"
-            f" (missing {missing}, extra {extra}); rename, add or remove folders"
+            f"{where}: its classes {list(found)} differ from the classes {classes} (missing"
+            f" {missing}, extra {extra}); rename, add or remove class folders"
         )
     return classes

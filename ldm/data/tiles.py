@@ -28,7 +28,7 @@ from ldm.config import instantiate_from_config
 from ldm.data.images import check_tiles, decode_tiles, read_tile
 from ldm.data.index import CorpusIndex
 from ldm.data.stain import jitter_stains
-from ldm.data.tile_files import TileFiles, require_tile_folder
+from ldm.data.tile_files import TileFiles
 from ldm.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -449,11 +449,7 @@ class TileFolder(Tiles):
         folders = [Path(folder).expanduser() for folder in roots]
         known = None
         if index is not None:
-            for folder in folders:
-                require_tile_folder(folder)
-            known = CorpusIndex.read(index)
-            known.require_layout("folder")
-            known.check(folders)
+            known = CorpusIndex.of_roots(index, folders, "folder")
             check = False if check == "auto" else check  # the scan has decoded every tile
         self.classes = list(classes or [])
         self.paths: list[Path] = []
