@@ -40,7 +40,7 @@ from ldm.files import (
     write_bytes,
 )
 from ldm.modules.autoencoder import AutoencoderKL as AutoencoderNet
-from ldm.run import MadeFolder, git_revision, hardware, versions
+from ldm.run import MadeFolder, hardware, provenance
 
 SHARD_BYTES = 64 * 2**20  # a shard is held in memory until it is written
 SCALE_TILES = 2048  # over which the scale of the latents is measured, as training does
@@ -295,13 +295,8 @@ class CachePlan:
             "mean": total / number,
             "std": (squares / number - (total / number) ** 2) ** 0.5,
         }
-        last_start = {
-            "command": sys.argv,
-            **facts,
-            "revision": git_revision(),
-            "versions": {"histodiffusion": __version__, **versions()},
-            "hardware": hardware(),
-        }
+        last_start = {**facts, **provenance(), "hardware": hardware()}
+        last_start["versions"] = {"histodiffusion": __version__, **last_start["versions"]}
         facts = {"complete": True, "statistics": statistics, "last_start": last_start}
         return self.made.write_record({"version": VERSION, **facts})
 

@@ -4,22 +4,20 @@ import csv
 import io
 import json
 import logging
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from ldm.data.folders import build_folder
-from ldm.data.groups import Grouping
+from ldm.data.groups import Grouping, random_order
 from ldm.data.storage import top_folder
 from ldm.data.tile_files import TileFiles
 from ldm.errors import UserError
 from ldm.files import digest_of_text, file_sha256
-from ldm.run import MadeFolder, git_revision, versions
+from ldm.run import MadeFolder, provenance
 
 log = logging.getLogger(__name__)
 
@@ -42,22 +40,12 @@ class Labelled:
         return name
 
 
-def _order(seed: int, name: str) -> bytes:
-    """A place in a random order that does not change when others join."""
-    return blake2b(f"{seed}:{name}".encode(), digest_size=16).digest()
-
-
 def wanted_per_class(tiles: Sequence[Labelled], fraction: float) -> dict[str, int]:
     """How many tiles are `fraction` of each class, at least 1."""
     return {
         name: max(1, round(fraction * number))
         for name, number in sorted(Counter(tile.label for tile in tiles).items())
     }
-
-
-def percent_of(counts: Mapping[str, int], ratio: int) -> dict[str, int]:
-    """`ratio` percent of each class, rounded as scripts/distance.py rounds synthetic tiles."""
-    return {name: (number * ratio + 50) // 100 for name, number in counts.items()}
 
 
 def draw(
@@ -93,12 +81,12 @@ def draw(
     else:
         chosen_groups = {tile.group for tile in tiles}
     queues: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for i in sorted(range(len(tiles)), key=lambda i: _order(seed, tiles[i].file)):
+    for i in sorted(range(len(tiles)), key=lambda i: random_order(seed, tiles[i].file)):
         if tiles[i].group in chosen_groups and tiles[i].file not in held:
             queues[tiles[i].label][tiles[i].group].append(i)
     taken = {i for i, tile in enumerate(tiles) if tile.file in held}
     for name, groups in queues.items():
-        turn = sorted(groups, key=lambda group: _order(seed, f"{name}:{group}"))
+        turn = sorted(groups, key=lambda group: random_order(seed, f"{name}:{group}"))
         # (round, turn, tile): a group that has given tiles already waits for the others.
         spread = sorted(
             (already[name, group] + r, place, i)
@@ -128,12 +116,14 @@ def _divide(
     chosen = set(begun)
     for group in chosen & members.keys():
         have += members[group]
-    groups = sorted(members.keys() - chosen, key=lambda group: _order(seed, group))
+    groups = sorted(members.keys() - chosen, key=lambda group: random_order(seed, group))
     for group in groups:
         if all(have[name] + number <= wanted[name] for name, number in members[group].items()):
             chosen.add(group)
             have += members[group]
-    for group in sorted(set(groups) - chosen, key=lambda g: (members[g].total(), _order(seed, g))):
+    for group in sorted(
+        set(groups) - chosen, key=lambda g: (members[g].total(), random_order(seed, g))
+    ):
         if any(have[name] < wanted[name] for name in members[group]):
             chosen.add(group)
             have += members[group]
@@ -157,7 +147,8 @@ class Amount:
     def wanted(self, tiles: Sequence[Labelled], included: Mapping[str, int]) -> dict[str, int]:
         """Tiles to draw of each class, beside those that are included."""
         if self.ratio is not None:
-            return percent_of(included, self.ratio)
+            # Rounded as scripts/distance.py rounds synthetic tiles.
+            return {name: (n * self.ratio + 50) // 100 for name, n in included.items()}
         if self.per_class is not None:
             total = {tile.label: self.per_class for tile in tiles}
         else:
@@ -233,7 +224,12 @@ class Subset:
     @cached_property
     def table(self) -> str:
         """What becomes of each tile, as CSV: class, file, group, decision."""
-        return to_csv(self.tiles, self.decisions)
+        stream = io.StringIO()
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(("class", "file", "group", "decision"))
+        for tile, decision in zip(self.tiles, self.decisions, strict=True):
+            writer.writerow((tile.label, tile.file, tile.group, decision))
+        return stream.getvalue()
 
     def settings(self, link: str) -> dict[str, Any]:
         """What decides the content of the folder."""
@@ -249,12 +245,18 @@ class Subset:
         return settings
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """For each class its tiles by decision and, where they are known, its groups."""
-        counts = count(self.tiles, self.decisions)
-        if not self.grouped:
-            for row in counts.values():
-                del row["groups"]  # each tile is its own
-        return counts
+        """For each class its tiles by decision and, where known, its groups in the subset."""
+        rows: dict[str, dict[str, int]] = {}
+        groups: dict[str, set[str]] = defaultdict(set)
+        for tile, decision in zip(self.tiles, self.decisions, strict=True):
+            row = rows.setdefault(tile.label, dict.fromkeys(DECISIONS, 0))
+            row[decision] += 1
+            if decision == SUBSET:
+                groups[tile.label].add(tile.group)
+        if self.grouped:
+            for name, row in rows.items():
+                row["groups"] = len(groups[name])
+        return dict(sorted(rows.items()))
 
     def make(self, out: Path, link: str) -> bool:
         """Make the folder of the subset.
@@ -271,15 +273,13 @@ class Subset:
         made = MadeFolder(out, self.settings(link), RECORD)
         if made.exists():
             return False
-        drawn = Counter(file.split("/")[0] for file in self.drawn)
+        drawn = Counter(top_folder(file) for file in self.drawn)
         record = {
             "settings": dict(made.settings),
             "counts": self.counts(),
             "included": {} if self.included is None else self.included.counts,
             "drawn": dict(drawn),
-            "command": sys.argv,
-            "versions": versions(),
-            "revision": git_revision(),
+            **provenance(),
         }
         notes = {LIST: self.table, RECORD: json.dumps(record, indent=2) + "\n"}
         build_folder(out, self._sources(), notes, link)
@@ -327,16 +327,6 @@ def _same_contents(files: TileFiles, others: TileFiles) -> set[str]:
     }
 
 
-def count(tiles: Sequence[Labelled], decisions: Sequence[str]) -> dict[str, dict[str, int]]:
-    """For each class, its tiles by decision and its groups in the subset."""
-    rows: dict[str, dict[str, int]] = {}
-    for name in sorted({tile.label for tile in tiles}):
-        mine = [(t, d) for t, d in zip(tiles, decisions, strict=True) if t.label == name]
-        rows[name] = {kind: sum(d == kind for _, d in mine) for kind in DECISIONS}
-        rows[name]["groups"] = len({t.group for t, d in mine if d == SUBSET})
-    return rows
-
-
 def describe(counts: dict[str, dict[str, int]]) -> str:
     """The counts of `Subset.counts` as a table for people, a row per class."""
     columns = list(next(iter(counts.values())))
@@ -345,13 +335,3 @@ def describe(counts: dict[str, dict[str, int]]) -> str:
     for name, row in counts.items():
         lines.append(f"{name:{width}}  " + "  ".join(f"{row[column]:>7}" for column in columns))
     return "\n".join(lines)
-
-
-def to_csv(tiles: Sequence[Labelled], decisions: Sequence[str]) -> str:
-    """A row per tile: class, file, group, decision."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(("class", "file", "group", "decision"))
-    for tile, decision in zip(tiles, decisions, strict=True):
-        writer.writerow((tile.label, tile.file, tile.group, decision))
-    return stream.getvalue()

@@ -29,7 +29,7 @@ from ldm.data.images import check_tiles, decode_tiles, read_tile
 from ldm.data.index import CorpusIndex
 from ldm.data.stain import jitter_stains
 from ldm.data.tile_files import TileFiles
-from ldm.errors import UserError
+from ldm.errors import UserError, require_whole
 
 log = logging.getLogger(__name__)
 
@@ -271,8 +271,7 @@ class Tiles(TileSet):
         preprocess: Sequence[Mapping] | None = None,
         resize: bool = True,
     ):
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise UserError(f"size={size!r} must be a whole number of pixels, at least 1")
+        require_whole("size", size, 1)
         augment = [augment] if isinstance(augment, str | Mapping) else list(augment or [])
         unknown = sorted({name for name in augment if isinstance(name, str)} - set(AUGMENTATIONS))
         if unknown:
