@@ -110,22 +110,13 @@ class MadeFolder:
     The same command, given again, finds its folder by `exists`: it goes on in it, or leaves it
     alone. A command with other settings, or whose folder holds anything else, is refused. Every
     command that makes a folder asks this class.
-
-    Attributes:
-        path: The folder.
-        settings: What decides its content; values that JSON can hold.
-        record: Name of the JSON file.
-        key: Key of the settings in the record; None where the record is the settings.
-        name: Key of the setting that names the folder, for errors.
-        defaults: See `differences`.
     """
 
     path: Path
-    settings: Mapping[str, Any]
-    record: str
-    key: str | None = "settings"
-    name: str = "out"
-    defaults: Mapping[str, Any] | None = None
+    settings: Mapping[str, Any]  # what decides its content; values that JSON can hold
+    record: str  # name of the JSON file
+    key: str | None = "settings"  # of the settings in the record; None: the record is the settings
+    name: str = "out"  # of the setting that names the folder, for errors
 
     def read(self) -> dict[str, Any] | None:
         """The content of the record; None where no command has begun the folder.
@@ -171,7 +162,7 @@ class MadeFolder:
         if content is None:
             return False
         known = content if self.key is None else content[self.key]
-        changed = differences(known, self.settings, self.defaults)
+        changed = differences(known, self.settings)
         if changed:
             raise UserError(
                 f"{self.name}={self.path} was made with other settings ({'; '.join(changed)});"

@@ -18,6 +18,9 @@ from ldm.errors import UserError
 
 log = logging.getLogger(__name__)
 
+# Where a tile is stored, an array of numbers since there may be millions: its root, its file among
+# those that hold several tiles (-1: a file of its own), see `ldm.data.storage.Place`.
+PLACES = [("root", np.int16), ("file", np.int64), ("offset", np.int64), ("size", np.int64)]
 SETTINGS = ("root", "layout", "weight", "index")
 
 
@@ -100,7 +103,7 @@ class Corpora(Tiles):
             folders, or a file is damaged.
     """
 
-    _PER_TILE = (*Tiles._PER_TILE, "_root", "_file", "_offset", "_size")
+    _PER_TILE = (*Tiles._PER_TILE, "_places")
 
     def __init__(
         self,
@@ -125,17 +128,14 @@ class Corpora(Tiles):
         ]
         if not self.corpora:
             raise UserError("corpora: no corpus is given; give at least one, NAME: {root: DIR}")
-        # Arrays, not objects: there may be millions of tiles.
         self._roots: list[tuple[Path, Layout]] = []
         self._corpus_of_root: list[int] = []
-        self._files: list[str] = []  # that hold several tiles; -1 in `_file` is the tile's own path
+        self._files: list[str] = []  # that hold several tiles
+        self._places = np.zeros(0, PLACES)
         self.groups = []
         names: list[str | None] = []
-        columns: dict[str, list[np.ndarray]] = {n: [] for n in self._PER_TILE if n[0] == "_"}
         for number, corpus in enumerate(self.corpora):
-            self._add_corpus(number, corpus, names, columns)
-        for name, parts in columns.items():
-            setattr(self, name, np.concatenate(parts))
+            names += self._add_corpus(number, corpus)
         self._take_labels(names if labelled else None, classes)
         for corpus, count in zip(self.corpora, self.tiles_per_corpus(), strict=True):
             log.info(
@@ -149,13 +149,9 @@ class Corpora(Tiles):
             check = False  # the scan has decoded every tile
         self._finish(check, cache)
 
-    def _add_corpus(
-        self,
-        number: int,
-        corpus: Corpus,
-        names: list[str | None],
-        columns: dict[str, list[np.ndarray]],
-    ) -> None:
+    def _add_corpus(self, number: int, corpus: Corpus) -> list[str | None]:
+        """Add the tiles of a corpus; returns the names of their classes."""
+        names: list[str | None] = []
         index = corpus.index and CorpusIndex.of_roots(corpus.index, corpus.roots, corpus.layout)
         layout = LAYOUTS[index.layout if index else corpus.layout or "folder"]
         for i, root in enumerate(corpus.roots):
@@ -175,12 +171,14 @@ class Corpora(Tiles):
             self.relative_paths += [f"{corpus.name}/{path}" for path in table["path"]]
             self.groups += [f"{corpus.name}/{group}" for group in groups]
             names += table["label"]
-            columns["_root"].append(np.full(len(groups), len(self._roots), np.int16))
-            columns["_file"].append(np.array([number_of.get(file, -1) for file in table["file"]]))
-            columns["_offset"].append(np.array(table["offset"], np.int64))
-            columns["_size"].append(np.array(table["size"], np.int64))
+            places = np.zeros(len(groups), PLACES)
+            places["root"] = len(self._roots)
+            places["file"] = [number_of.get(file, -1) for file in table["file"]]
+            places["offset"], places["size"] = table["offset"], table["size"]
+            self._places = np.concatenate([self._places, places])
             self._roots.append((root, layout))
             self._corpus_of_root.append(number)
+        return names
 
     def _take_labels(
         self, names: Sequence[str | None] | None, classes: Sequence[str] | None
@@ -199,14 +197,13 @@ class Corpora(Tiles):
         self.labels = [label_of[name] for name in names]
 
     def corpus_numbers(self) -> np.ndarray:
-        return np.array(self._corpus_of_root)[self._root]
+        return np.array(self._corpus_of_root)[self._places["root"]]
 
     def _place(self, index: int) -> tuple[Path, Layout, Place]:
-        root, layout = self._roots[self._root[index]]
+        root, file, offset, size = self._places[index].tolist()
         path = self.relative_paths[index].split("/", 1)[1]
-        file = path if self._file[index] < 0 else self._files[self._file[index]]
-        offset, size = int(self._offset[index]), int(self._size[index])
-        return root, layout, Place(path, file, offset, size, None)
+        place = Place(path, path if file < 0 else self._files[file], offset, size, None)
+        return *self._roots[root], place
 
     def read(self, index: int) -> np.ndarray:
         root, layout, place = self._place(index)

@@ -41,22 +41,15 @@ def content_hash(content: Any) -> str:
 
 @dataclass(frozen=True)
 class CorpusIndex:
-    """The index of a corpus, as one scan found it.
+    """The index of a corpus, as one scan found it."""
 
-    Attributes:
-        path: Path of the Parquet file.
-        layout: Name of the layout that all roots have.
-        scanned: Where the roots were when they were scanned, for a later scan only: whoever reads
-            the index gives the roots, since a corpus may be moved or mounted elsewhere.
-        folders: For each root, the folders below it with their times of change (nanoseconds).
-        table: A row per tile, sorted by root and path.
-    """
-
-    path: Path
-    layout: str
+    path: Path  # of the Parquet file
+    layout: str  # of all roots
+    # Where the roots were when they were scanned, for a later scan only: whoever reads the index
+    # gives the roots, since a corpus may be moved or mounted elsewhere.
     scanned: Sequence[str]
-    folders: Sequence[dict[str, int]]
-    table: "pyarrow.Table"
+    folders: Sequence[dict[str, int]]  # for each root, times of change of its folders, ns
+    table: "pyarrow.Table"  # a row per tile, sorted by root and path
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> "CorpusIndex":
@@ -116,12 +109,9 @@ class CorpusIndex:
 
     def tiles(self, root: int) -> dict[str, list]:
         """The tiles of one root without a problem, a list per column, sorted by path."""
-        import pyarrow.compute as pc
-
         rows = self.rows(root)
-        columns = [*Place._fields, "group"]
-        found = rows.filter(pc.is_null(rows["problem"])).select(columns)
-        return {name: found[name].to_pylist() for name in columns}
+        found = rows.filter(rows["problem"].is_null())
+        return {name: found[name].to_pylist() for name in (*Place._fields, "group")}
 
     def check(self, roots: Sequence[Path]) -> None:
         """Check that these folders are still as they were when they were indexed.
@@ -188,9 +178,7 @@ class CorpusIndex:
 
 def _changed_tiles(root: Path, rows: "pyarrow.Table", layout: Layout) -> str | None:
     """Which of some tiles is not what it was, in words; None if all are."""
-    import pyarrow.compute as pc
-
-    rows = rows.filter(pc.is_null(rows["problem"]))
+    rows = rows.filter(rows["problem"].is_null())
     if not len(rows):
         return None
     count = min(SAMPLED, len(rows))

@@ -52,23 +52,14 @@ class OpenShard(NamedTuple):
 
 @dataclass(frozen=True)
 class Shards:
-    """Files that hold the latents of a split.
-
-    Attributes:
-        folder: Folder of the shards.
-        tiles: N, number of tiles.
-        views: V, number of views of a tile.
-        moments: (2C, h, w), shape of a view.
-        dtype: "float16" or "float32".
-        shard_tiles: Tiles per shard; the last one may have fewer.
-    """
+    """Files that hold the latents of a split."""
 
     folder: Path
-    tiles: int
-    views: int
-    moments: tuple[int, int, int]
-    dtype: str
-    shard_tiles: int
+    tiles: int  # N
+    views: int  # V, of each tile
+    moments: tuple[int, int, int]  # (2C, h, w), shape of a view
+    dtype: str  # "float16" or "float32"
+    shard_tiles: int  # tiles per shard; the last one may have fewer
 
     def __len__(self) -> int:
         return math.ceil(self.tiles / self.shard_tiles)
@@ -87,7 +78,7 @@ class Shards:
         return tiles * self.views * (stored + 2 * 8 + 4)
 
     def open(self, number: int) -> OpenShard:
-        """Open a shard for reading, any number of its latents at a time.
+        """Open a shard for reading.
 
         Raises:
             UserError: The file is missing or cut short, or its arrays have another shape or type.
@@ -286,28 +277,17 @@ def scale_from_sums(sums: Tensor) -> float:
 
 @dataclass(frozen=True)
 class LatentCache:
-    """A finished cache.
-
-    Attributes:
-        root: Folder of the cache.
-        settings: What decides the latents: `autoencoder` (fingerprint), `latent` (C, h, w), `dtype`
-            `precision`, `views`, `seed`, `shard_tiles`, `classes`, `corpora` and `splits`.
-        statistics: `scale_factor` = 1 / std over `tiles` tiles, and what it was computed from.
-        train, validation: The tiles.
-    """
+    """A finished cache."""
 
     root: Path
-    settings: dict[str, Any]
-    statistics: dict[str, Any]
+    settings: dict[str, Any]  # what decides the latents, see `ldm.data.caching.CachePlan`
+    statistics: dict[str, Any]  # scale_factor = 1 / std, and what it was computed from
     train: LatentTiles
     validation: LatentTiles | None
 
     @classmethod
     def read(cls, root: str | os.PathLike, what: str = "latents") -> "LatentCache":
-        """Open a cache.
-
-        Args:
-            what: How errors call the cache.
+        """Open a cache, which errors call `what`.
 
         Raises:
             UserError: The folder holds no cache, an unfinished one, or one of another version; or a
@@ -333,11 +313,7 @@ class LatentCache:
         )
 
     def require(self, fingerprint: str, what: str = "latents") -> None:
-        """Check that the latents were made by the autoencoder with this fingerprint.
-
-        Raises:
-            UserError: They are latents of another autoencoder.
-        """
+        """Check that this autoencoder made the latents; UserError otherwise."""
         own = self.settings["autoencoder"]
         if own != fingerprint:
             raise UserError(

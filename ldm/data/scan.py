@@ -37,18 +37,11 @@ Stamp = tuple[int, str, int, int]  # root number, file, its bytes, its time of c
 
 @dataclass(frozen=True)
 class Scan:
-    """A finished scan.
+    """A finished scan."""
 
-    Attributes:
-        rows: Every tile found, of all roots.
-        folders: For each root, its folders and their times of change.
-        known: How many files did not have to be read again.
-        files: How many files there are.
-    """
-
-    rows: list[Row]
-    folders: list[dict[str, int]]
-    known: int
+    rows: list[Row]  # of every tile found, of all roots
+    folders: list[dict[str, int]]  # for each root, its folders and their times of change
+    known: int  # files that did not have to be read again
     files: int
 
 

@@ -130,13 +130,13 @@ class CorpusShards:
 
     def _most_bytes(self) -> np.ndarray:
         """Bytes that each tile takes in a shard, at most, int64."""
-        sizes = np.array(self._tiles["size"].to_pylist(), np.int64)
+        sizes = self._tiles["size"].to_numpy()
         if self._re_encodes:  # as PNG; hardly more than the pixels
-            shape = (self._tiles[name].to_pylist() for name in ("width", "height"))
-            width, height = (np.array(pixels, np.int64) for pixels in shape)
+            shape = (self._tiles[name].to_numpy() for name in ("width", "height"))
+            width, height = (pixels.astype(np.int64) for pixels in shape)
             sizes = 3 * width * height + height + 1024
         headers = np.array([_headers(name) for name in self._names], np.int64)
-        labelled = np.array([label is not None for label in self._tiles["label"].to_pylist()])
+        labelled = self._tiles["label"].is_valid().to_numpy()
         return headers + -(-sizes // BLOCK) * BLOCK + labelled * (headers + BLOCK)
 
     def _divide(self, size: int) -> list[int]:
@@ -153,10 +153,6 @@ class CorpusShards:
         sums = np.concatenate([[0], np.cumsum(self._sizes)])
         return sum(_tar_size(int(sums[self.starts[n + 1]] - sums[self.starts[n]])) for n in numbers)
 
-    def require_space(self, numbers: Iterable[int]) -> None:
-        """Check that these shards fit on the disk; UserError otherwise."""
-        require_space(self.out, self.bytes_of(numbers), "out: tar shards")
-
     def write(self, workers: int, verify: bool = False) -> Report:
         """Write the shards that are missing or damaged, then their index.
 
@@ -167,28 +163,27 @@ class CorpusShards:
         Raises:
             UserError: A tile is not what was indexed, or the disk is full.
         """
-        present = {}
+        tables = {}
         for number in range(len(self)):
             if self.path(number).exists():
                 rows = self._rows_of(number, verify)
                 if rows is None:
                     log.warning("%s is damaged; it is written again", self.path(number))
                 else:
-                    present[number] = rows
-        todo = [number for number in range(len(self)) if number not in present]
-        self.require_space(todo)
+                    tables[number] = rows
+        todo = [number for number in range(len(self)) if number not in tables]
+        require_space(self.out, self.bytes_of(todo), "out: tar shards")
         self._made.begin()
-        made = {}
         total = self.starts[-1]
-        done = sum(len(rows) for rows in present.values())
+        done = sum(len(rows) for rows in tables.values())
         with tqdm(total=total, initial=done, unit="tile") as bar:
             for number in todo:
                 with atomic_file(self.path(number)) as stream:
                     write_tar(stream, self._members(number, workers, bar))
-                made[number] = self._rows_of(number, verify=False)
-        self._write_index({**present, **made})
+                tables[number] = self._rows_of(number, verify=False)
+        self._write_index(tables)
         size = sum(self.path(number).stat().st_size for number in range(len(self)))
-        return Report(len(made), len(present), total, size)
+        return Report(len(todo), len(self) - len(todo), total, size)
 
     def _source(self, number: int) -> list[Row]:
         """The rows, of the corpus's index, of the tiles that a shard holds."""
@@ -281,9 +276,7 @@ class CorpusShards:
 
 
 def _good_tiles(index: CorpusIndex) -> "pyarrow.Table":
-    import pyarrow.compute as pc
-
-    return index.table.filter(pc.is_null(index.table["problem"])).select(list(COLUMNS))
+    return index.table.filter(index.table["problem"].is_null()).select(list(COLUMNS))
 
 
 def _tar_size(size: int) -> int:

@@ -132,17 +132,11 @@ def _divide(
 
 @dataclass(frozen=True)
 class Amount:
-    """How many tiles of each class a subset has; one of the three is given.
+    """How many tiles of each class a subset has; one of the three is given."""
 
-    Attributes:
-        fraction: Share of the tiles of each class.
-        per_class: The same number of each class.
-        ratio: Further tiles, in percent of those that are included.
-    """
-
-    fraction: float | None = None
-    per_class: int | None = None
-    ratio: int | None = None
+    fraction: float | None = None  # share of the tiles of each class
+    per_class: int | None = None  # the same number of each class
+    ratio: int | None = None  # further tiles, in percent of those that are included
 
     def wanted(self, tiles: Sequence[Labelled], included: Mapping[str, int]) -> dict[str, int]:
         """Tiles to draw of each class, beside those that are included."""
@@ -158,29 +152,17 @@ class Amount:
 
 @dataclass(frozen=True)
 class Subset:
-    """A drawn subset of a labelled folder, to be made as a folder of its own.
+    """A drawn subset of a labelled folder, to be made as a folder of its own."""
 
-    Attributes:
-        data: The labelled folder.
-        tiles: All its tiles.
-        decisions: What becomes of each, see `draw`.
-        wanted: Tiles of each class that should be drawn.
-        grouped: Whether the groups of the tiles are known.
-        by_group: Whether no group is both in the subset and in the rest.
-        seed: Seed of the draw.
-        included: Tiles of another folder that are all in the subset.
-        held: Those of `tiles` whose contents are among the included ones.
-    """
-
-    data: Path
-    tiles: list[Labelled]
-    decisions: list[str]
-    wanted: dict[str, int]
-    grouped: bool
-    by_group: bool
+    data: Path  # the labelled folder
+    tiles: list[Labelled]  # all its tiles
+    decisions: list[str]  # what becomes of each, see `draw`
+    wanted: dict[str, int]  # tiles of each class that should be drawn
+    grouped: bool  # whether the groups of the tiles are known
+    by_group: bool  # whether no group is both in the subset and in the rest
     seed: int
-    included: TileFiles | None
-    held: set[str]
+    included: TileFiles | None  # tiles of another folder that are all in the subset
+    held: set[str]  # those of `tiles` whose contents are among the included ones
 
     @classmethod
     def plan(

@@ -35,22 +35,14 @@ class TileFiles:
 
     They are sorted within each class, and classes follow in label order: the order that every
     training set, table and file of features has them in.
-
-    Attributes:
-        root: Folder of the set.
-        names: Paths of the N files below the folder, with `/`.
-        labels: Class of each file, an index into `classes`; -1 in a set without classes.
-        classes: K class names in label order; empty for a set without classes.
-        part: Which of the tiles in the folder these are, for people.
-        groups: Patient, slide or region of each file (its own path where unknown), from an index;
-            None without one.
     """
 
     root: Path
-    names: list[str]
-    labels: list[int]
-    classes: list[str]
-    part: str = ALL
+    names: list[str]  # paths of the N files below the root, with `/`
+    labels: list[int]  # index of each file's class; -1 in a set without classes
+    classes: list[str]  # K names in label order; empty for a set without classes
+    part: str = ALL  # which of the tiles in the folder these are, for people
+    # Patient, slide or region of each file (its own path where unknown); None without an index.
     groups: list[str] | None = None
 
     @classmethod
