@@ -209,11 +209,6 @@ class CachePlan:
             "corpus": tiles.corpus_numbers().tolist(),
         }
 
-    def remove_unfinished(self) -> None:
-        """Delete files that killed processes had not finished; no process may be writing."""
-        for folder in (self.root, *(shards.folder for shards in self.shards.values())):
-            remove_leftovers(folder)
-
     def missing(self) -> list[tuple[str, int]]:
         """Shards (split, number) that are still to be made.
 
@@ -326,7 +321,8 @@ def make_cache(
     # One list for all: each would find what the others have made already.
     jobs = ranks.broadcast(plan.missing())
     if ranks.is_first:
-        plan.remove_unfinished()
+        for folder in (plan.root, *(shards.folder for shards in plan.shards.values())):
+            remove_leftovers(folder)
         plan.require_space(jobs)
         if jobs:
             plan.start()

@@ -90,13 +90,11 @@ class Corpora(Tiles):
             `index`: file that scripts/index_corpus.py wrote for the same roots; None walks the
                 folders and reads the headers of shards at every start.
             A corpus that is null is left out.
-        size, augment, crop, preprocess, resize: See `Tiles`.
+        size, augment, crop, preprocess, resize: See `ldm.data.tiles.Tiles`.
         labelled: Whether tiles have a class: their first folder, the `.cls` member of a shard or
             the types.npy of an array.
-        classes: The classes there must be, in label order. Default: the classes found, sorted.
-        check: "auto" decodes every tile at construction when there are at most 20,000, unless all
-            corpora have an index; True or False.
-        cache: Keep decoded tiles in memory, as uint8 after resizing (at most 4 GiB).
+        classes, check, cache: See `ldm.data.tiles.TileFolder`; "auto" decodes tiles unless all
+            corpora have an index.
 
     Raises:
         UserError: A value is not allowed, a corpus is missing or empty, an index no longer fits its
@@ -138,13 +136,8 @@ class Corpora(Tiles):
             names += self._add_corpus(number, corpus)
         self._take_labels(names if labelled else None, classes)
         for corpus, count in zip(self.corpora, self.tiles_per_corpus(), strict=True):
-            log.info(
-                "corpus %s: %s tiles x weight %g = %s per pass",
-                corpus.name,
-                f"{count:,}",
-                corpus.weight,
-                f"{corpus.pass_length(count):,}",
-            )
+            drawn = f"{count:,} tiles x weight {corpus.weight:g} = {corpus.pass_length(count):,}"
+            log.info("corpus %s: %s per pass", corpus.name, drawn)
         if check == "auto" and all(corpus.index for corpus in self.corpora):
             check = False  # the scan has decoded every tile
         self._finish(check, cache)

@@ -325,14 +325,9 @@ class LatentCache:
 def shards_of(root: Path, settings: dict[str, Any], split: str) -> Shards:
     """The shards of a split in the cache `root`."""
     channels, height, width = settings["latent"]
-    return Shards(
-        folder=root / split,
-        tiles=settings["splits"][split]["tiles"],
-        views=settings["splits"][split]["views"],
-        moments=(2 * channels, height, width),
-        dtype=settings["dtype"],
-        shard_tiles=settings["splits"][split]["shard_tiles"],
-    )
+    numbers = {name: settings["splits"][split][name] for name in ("tiles", "views", "shard_tiles")}
+    moments = (2 * channels, height, width)
+    return Shards(folder=root / split, moments=moments, dtype=settings["dtype"], **numbers)
 
 
 def read_manifest(root: Path, what: str) -> dict[str, Any] | None:

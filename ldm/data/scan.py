@@ -40,6 +40,7 @@ class Scan:
     """A finished scan."""
 
     rows: list[Row]  # of every tile found, of all roots
+    scanned: list[str]  # absolute paths of the roots, by which a later scan knows their folders
     folders: list[dict[str, int]]  # for each root, its folders and their times of change
     known: int  # files that did not have to be read again
     files: int
@@ -78,7 +79,7 @@ def scan_corpora(roots: Sequence[Path], layout_name: str, out: Path, workers: in
             except FileNotFoundError:  # a broken link; it cannot be read either
                 stamps.append((number, file, 0, 0))
 
-    scanned = where(roots)
+    scanned = [str(root.resolve()) for root in roots]
     earlier = _earlier_rows(layout_name, scanned, out)
     rows = [row for stamp in stamps for row in earlier.get(stamp, ())]
     todo = [stamp for stamp in stamps if stamp not in earlier]
@@ -95,7 +96,7 @@ def scan_corpora(roots: Sequence[Path], layout_name: str, out: Path, workers: in
                 stream.write(json.dumps([*stamp, found]) + "\n")
                 rows += found
                 bar.update()
-    return Scan(rows, folders, len(stamps) - len(todo), len(stamps))
+    return Scan(rows, scanned, folders, len(stamps) - len(todo), len(stamps))
 
 
 def scan_file(root: Path, layout: Layout, stamp: Stamp) -> list[Row]:
@@ -151,11 +152,6 @@ def _starts_as_image(content: Any) -> bool:
             return True
     except (OSError, SyntaxError, ValueError):
         return content.startswith(np.lib.format.MAGIC_PREFIX)
-
-
-def where(roots: Sequence[Path]) -> list[str]:
-    """Absolute paths of the roots, by which a scan knows the folders of an earlier one."""
-    return [str(root.resolve()) for root in roots]
 
 
 def _header(layout: str, scanned: list[str]) -> dict[str, Any]:
@@ -229,17 +225,6 @@ def find_problems(rows: Sequence[Row], min_size: int, keep_duplicates: bool) -> 
     return counts
 
 
-def write_problems(path: Path, rows: Sequence[Row], roots: Sequence[Path]) -> None:
-    """Write the table of all tiles with a problem, kept duplicates included."""
-    shown = (
-        row | {"root": roots[row["root"]], "problem": row["problem"] or DUPLICATE}
-        for row in rows
-        if row["reason"] is not None
-    )
-    columns = [{name: row[name] for name in PROBLEM_COLUMNS} for row in shown]
-    write_csv(path, columns, PROBLEM_COLUMNS)
-
-
 def index_corpora(
     roots: Sequence[Path],
     out: Path,
@@ -257,7 +242,10 @@ def index_corpora(
     scan = scan_corpora(roots, layout, out, workers)
     rows = sorted(scan.rows, key=lambda row: (row["root"], path_order(row["path"])))
     counts = find_problems(rows, min_size, keep_duplicates)
-    write_problems(problems_of(out), rows, roots)
+    bad = (row for row in rows if row["reason"] is not None)  # kept duplicates included
+    bad = (r | {"root": roots[r["root"]], "problem": r["problem"] or DUPLICATE} for r in bad)
+    columns = [{name: row[name] for name in PROBLEM_COLUMNS} for row in bad]
+    write_csv(problems_of(out), columns, PROBLEM_COLUMNS)
     for number, root in enumerate(roots):
         if all(row["problem"] for row in rows if row["root"] == number):
             raise UserError(f"{root}: no tile is good; {problems_of(out)} says why")
@@ -265,7 +253,7 @@ def index_corpora(
         for row in rows:
             if row["problem"] is None:
                 row["group"] = grouping(row["path"])
-    index = CorpusIndex(out, layout, where(roots), scan.folders, index_table(rows))
+    index = CorpusIndex(out, layout, scan.scanned, scan.folders, index_table(rows))
     index.write()
     journal_of(out).unlink()
     return index, scan, counts

@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.data.images import EXTENSIONS, class_folders, is_image, list_images
+from ldm.data.images import EXTENSIONS, class_folders, list_images
 from ldm.data.storage import top_folder
 from ldm.errors import UserError
 from ldm.files import digest_of_text, file_sha256
@@ -72,14 +72,10 @@ class TileFiles:
             reason = "is not a folder" if root.exists() else "does not exist"
             raise UserError(f"tile folder {root} {reason}; check the path")
         group_of = None
-        if index is None:
-            names, loose = _found(root, labelled)
-        else:
+        if index is not None:
             table = index.tiles(number)
             group_of = dict(zip(table["path"], table["group"], strict=True))
-            names, loose = _by_class(table["path"], labelled)
-        if loose:
-            _report_loose(root, loose)
+        names = _by_class(root, labelled, group_of and list(group_of))
         if not names:
             raise UserError(f"{root}: no class folders; a labelled set is {root}/CLASS/image files")
         chosen = matching_classes(root, sorted(names), classes) if labelled else [""]
@@ -104,9 +100,7 @@ class TileFiles:
             UserError: There are no images.
         """
         labelled = bool(class_folders(root))
-        names, loose = _found(root, labelled)
-        if labelled and loose:
-            _report_loose(root, loose)
+        names = _by_class(root, labelled)
         if not labelled:
             names[""] = [name for name in names[""] if name != OVERVIEW]
         names = {name: paths for name, paths in names.items() if paths}
@@ -202,31 +196,26 @@ class TileFiles:
         return len(self.names)
 
 
-def _report_loose(root: Path, count: int) -> None:
-    log.warning("%s: %d images beside the class folders are not used", root, count)
+def _by_class(root: Path, labelled: bool, indexed: list[str] | None = None) -> dict[str, list[str]]:
+    """Paths of the images below a folder, by class ("" without classes).
 
-
-def _found(root: Path, labelled: bool) -> tuple[dict[str, list[str]], int]:
-    """Paths of the images below a folder by class ("" without classes), and how many lie beside."""
-
-    def below(folder: Path) -> list[str]:
-        return [path.relative_to(root).as_posix() for path in list_images(folder)]
-
+    Args:
+        indexed: The paths, if an index lists them; the folder is then not walked.
+    """
+    paths = indexed
+    if indexed is None:
+        paths = [path.relative_to(root).as_posix() for path in list_images(root)]
     if not labelled:
-        return {"": below(root)}, 0
-    loose = [path for path in root.iterdir() if is_image(path.name) and path.is_file()]
-    names = {name: below(root / name) for name in class_folders(root)}
-    return names, sum(path.name != OVERVIEW for path in loose)
-
-
-def _by_class(paths: list[str], labelled: bool) -> tuple[dict[str, list[str]], int]:
-    """As `_found`, of the paths that an index lists."""
-    if not labelled:
-        return {"": paths}, 0
+        return {"": paths}
     names: dict[str, list[str]] = {}
+    if indexed is None:  # classes without images too
+        names = {name: [] for name in class_folders(root)}
     for path in paths:
         names.setdefault(top_folder(path) or "", []).append(path)
-    return names, len(names.pop("", []))
+    loose = [path for path in names.pop("", []) if path != OVERVIEW]
+    if loose:
+        log.warning("%s: %d images beside the class folders are not used", root, len(loose))
+    return names
 
 
 def matching_classes(
