@@ -4,7 +4,7 @@ import math
 import sys
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -148,13 +148,7 @@ class CachePlan:
             "classes": data.classes,
             "corpora": [[c.name, c.weight] for c in train.tiles.corpora] or None,
             "splits": {
-                split: self._describe(
-                    tiles,
-                    (split == "validation" and data.validation_node) or data.train_node,
-                    views if split == "train" else 1,
-                    dtype,
-                    shard_tiles,
-                )
+                split: self._describe(tiles, views if split == "train" else 1, dtype, shard_tiles)
                 for split, tiles in self.sets.items()
             },
         }
@@ -176,12 +170,7 @@ class CachePlan:
             )
 
     def _describe(
-        self,
-        tiles: Tiles,
-        node: Mapping[str, Any],
-        views: int,
-        dtype: str,
-        shard_tiles: int | None,
+        self, tiles: Tiles, views: int, dtype: str, shard_tiles: int | None
     ) -> dict[str, Any]:
         tile_bytes = views * math.prod(self.moments) * DTYPES[dtype].itemsize
         rows = zip(*self.table(tiles).values(), strict=True)
@@ -194,7 +183,7 @@ class CachePlan:
             "augment": [] if views == 1 else tiles.augment,
             "crop": "center" if views == 1 else tiles.crop,
             "resize": tiles.resize,
-            "preprocess": list(node["params"].get("preprocess") or []),
+            "preprocess": tiles.preprocess,
         }
 
     @staticmethod
@@ -230,7 +219,7 @@ class CachePlan:
 
     def bytes_of(self, jobs: Sequence[tuple[str, int]]) -> int:
         """Disk use of these shards."""
-        return sum(self.shards[s].bytes_of(len(self.shards[s].range(n))) for s, n in jobs)
+        return sum(self.shards[s].bytes_of(n) for s, n in jobs)
 
     def require_space(self, jobs: Sequence[tuple[str, int]]) -> None:
         """Check that these shards fit on the disk; UserError otherwise."""

@@ -193,8 +193,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
         self.seed = seed
         self.latents = latents
         self.cache: LatentCache | None = None
-        self.train_node = train
-        self.validation_node = validation
+        self._train_node = train
+        self._validation_node = validation
         self._sets: tuple[Dataset, Dataset | None] | None = None
 
     def setup(self, stage: str | None = None) -> None:
@@ -207,9 +207,9 @@ class DataModuleFromConfig(pl.LightningDataModule):
             views = self.cache.train.shards.views
             log.info("cached latents: %s, %d views of each training tile", self.cache.root, views)
             return self.cache.train, self.cache.validation
-        train = instantiate_from_config(self.train_node)
-        if self.validation_node is not None:
-            validation = instantiate_from_config(self.validation_node)
+        train = instantiate_from_config(self._train_node)
+        if self._validation_node is not None:
+            validation = instantiate_from_config(self._validation_node)
             ours, theirs = getattr(train, "classes", []), getattr(validation, "classes", [])
             if ours and theirs and list(ours) != list(theirs):
                 raise UserError(

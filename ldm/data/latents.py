@@ -72,10 +72,10 @@ class Shards:
         first = number * self.shard_tiles
         return range(first, min(first + self.shard_tiles, self.tiles))
 
-    def bytes_of(self, tiles: int) -> int:
-        """Disk use of so many tiles, without the headers of the shards (some 300 bytes each)."""
+    def bytes_of(self, number: int) -> int:
+        """Disk use of a shard, without its header (some 300 bytes)."""
         stored = math.prod(self.moments) * DTYPES[self.dtype].itemsize
-        return tiles * self.views * (stored + 2 * 8 + 4)
+        return len(self.range(number)) * self.views * (stored + 2 * 8 + 4)
 
     def open(self, number: int) -> OpenShard:
         """Open a shard for reading.

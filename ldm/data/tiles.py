@@ -283,6 +283,7 @@ class Tiles(TileSet):
             raise UserError(f"crop={crop!r}: choose among {list(CROPS)}")
         self.size = size
         self.augment = augment
+        self.preprocess = list(preprocess or [])
         self.crop = crop
         self.resize = resize
         self.classes: list[str] = []
@@ -290,7 +291,7 @@ class Tiles(TileSet):
         self.labels: list[int] = []
         self.groups: list[str] | None = None
         self._cached: list[np.ndarray] | None = None
-        steps = _preprocessing(preprocess or [])
+        steps = _preprocessing(self.preprocess)
         self._prepare_image = A.Compose([*steps, *([_resize(size)] if resize else [])])
         self._build_transform()
 
