@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ldm.data.index import CorpusIndex
-from ldm.data.storage import LAYOUTS, Layout, Place, find_files, layout_of, read_place
+from ldm.data.storage import LAYOUTS, Layout, Place, find_files, read_place
 from ldm.data.tile_files import matching_classes
 from ldm.data.tiles import Tiles, Weighted
 from ldm.errors import UserError
@@ -59,8 +59,8 @@ class Corpus(Weighted):
                 f" corpora.{name}=null"
             )
         layout = settings.get("layout")
-        if layout is not None:
-            layout_of(layout, f"{where}.layout")
+        if layout not in (None, *LAYOUTS):
+            raise UserError(f"{where}.layout={layout!r}: choose among {', '.join(LAYOUTS)}")
         roots = [Path(root).expanduser() for root in roots]
         return cls(name, float(weight), roots, layout, Path(index) if index else None)
 

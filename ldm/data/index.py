@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.data.images import read_folder, walk
-from ldm.data.storage import Layout, Place, layout_of
+from ldm.data.storage import LAYOUTS, Layout, Place
 from ldm.errors import UserError
 from ldm.files import atomic_file
 
@@ -129,18 +129,18 @@ class CorpusIndex:
                 f"index {self.path} is of {len(self.folders)} roots, not {len(roots)}; give the"
                 f" same roots as to {COMMAND}, in the same order"
             )
-        layout = layout_of(self.layout, f"layout of index {self.path}")
+        layout = LAYOUTS[self.layout]
         for number, root in enumerate(roots):
             rows = self.rows(number)
             reason = self._changed_folders(root, self.folders[number], rows, layout)
             reason = reason or _changed_tiles(root, rows, layout)
             if reason:
                 # Shards do not change by themselves: one that did is damaged.
-                mend = "write the shard again (scripts/write_shards.py), run"
-                mend = mend if self.layout == "shards" else "run"
+                first = "write the shard again (scripts/write_shards.py), "
                 raise UserError(
-                    f"index {self.path} does not fit {root}: {reason}; {mend} {COMMAND} again, or"
-                    " correct the root"
+                    f"index {self.path} does not fit {root}: {reason};"
+                    f" {first if self.layout == 'shards' else ''}run {COMMAND} again, or correct"
+                    " the root"
                 )
 
     def _changed_folders(

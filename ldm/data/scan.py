@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ldm.data.groups import Grouping
 from ldm.data.images import UnsupportedImage, map_ahead
 from ldm.data.index import VERSION, CorpusIndex, content_hash, index_table
-from ldm.data.storage import Layout, Place, find_files, layout_of, path_order
+from ldm.data.storage import LAYOUTS, Layout, Place, find_files, path_order
 from ldm.errors import UserError
 from ldm.files import write_csv
 
@@ -66,7 +66,7 @@ def scan_corpora(roots: Sequence[Path], layout_name: str, out: Path, workers: in
     Raises:
         UserError: A root is missing or empty.
     """
-    layout = layout_of(layout_name, "layout")
+    layout = LAYOUTS[layout_name]
     stamps: list[Stamp] = []
     folders = []
     for number, root in enumerate(roots):

@@ -182,17 +182,6 @@ class ShardLayout(Layout):
 LAYOUTS = {"folder": Layout(), "array": ArrayLayout(), "shards": ShardLayout()}
 
 
-def layout_of(name: str, what: str) -> Layout:
-    """The layout of that name.
-
-    Raises:
-        UserError: There is no such layout; `what` is how the message calls the setting.
-    """
-    if name not in LAYOUTS:
-        raise UserError(f"{what}={name!r}: choose among {', '.join(LAYOUTS)}")
-    return LAYOUTS[name]
-
-
 def path_order(path: str) -> list[str]:
     """Sorting key of a name below a root: folder by folder, as paths are sorted."""
     return path.split("/")
