@@ -185,7 +185,7 @@ class Corpora(Tiles):
                 " put tiles into class folders"
             )
         found = sorted(set(names))
-        self.classes = matching_classes("corpora", found, classes)
+        self.classes = matching_classes("corpora: classes", found, classes)
         label_of = {name: label for label, name in enumerate(self.classes)}
         self.labels = [label_of[name] for name in names]
 

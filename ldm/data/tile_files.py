@@ -76,9 +76,13 @@ class TileFiles:
             table = index.tiles(number)
             group_of = dict(zip(table["path"], table["group"], strict=True))
         names = _by_class(root, labelled, group_of and list(group_of))
-        if not names:
-            raise UserError(f"{root}: no class folders; a labelled set is {root}/CLASS/image files")
-        chosen = matching_classes(root, sorted(names), classes) if labelled else [""]
+        chosen = [""]
+        if labelled:
+            if not names:
+                raise UserError(
+                    f"{root}: no class folders; a labelled set is {root}/CLASS/image files"
+                )
+            chosen = matching_classes(f"{root}: class folders", sorted(names), classes)
         for name in chosen:
             if not names[name]:
                 raise UserError(
@@ -218,13 +222,11 @@ def _by_class(root: Path, labelled: bool, indexed: list[str] | None = None) -> d
     return names
 
 
-def matching_classes(
-    where: object, found: Sequence[str], wanted: Sequence[str] | None
-) -> list[str]:
+def matching_classes(where: str, found: Sequence[str], wanted: Sequence[str] | None) -> list[str]:
     """The classes in label order: those wanted, if these are the ones found.
 
     Args:
-        where: How the error calls the set.
+        where: How the error calls those that were found.
 
     Raises:
         UserError: There are other classes.
@@ -234,7 +236,7 @@ def matching_classes(
     extra = sorted(set(found) - set(classes))
     if missing or extra:
         raise UserError(
-            f"{where}: its classes {list(found)} differ from the classes {classes} (missing"
-            f" {missing}, extra {extra}); rename, add or remove class folders"
+            f"{where} {list(found)} differ from the classes {classes} (missing {missing}, extra"
+            f" {extra}); rename, add or remove some"
         )
     return classes
