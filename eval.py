@@ -10,6 +10,7 @@ published script, `--output_dir` is the name of the training subset; the results
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from ldm.evaluation.sets import GroupTable
 
 
+run_option = partial(option, group="run")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options(Settings):
     """Train a classifier on D/SUBSET, choose its epoch on D/val, report D/test.
@@ -38,67 +42,53 @@ class Options(Settings):
         "  python eval.py --arch vit_small --data_path D --subset 'train5+fake50%' --seeds 0 1 2"
     )
 
-    data_path: str = option(metavar="D", group="run", help="folder of the sets")
-    subset: str = option(
+    data_path: str = run_option(metavar="D", help="folder of the sets")
+    subset: str = run_option(
         metavar="SUBSET",
-        group="run",
         published=("--output_dir",),
         help="training folder in D, for example train5+fake50%; it names the results too",
     )
-    logdir: str = option(
-        default="logs/eval", metavar="DIR", group="run", help="results go to LOGDIR/SUBSET"
+    logdir: str = run_option(default="logs/eval", metavar="DIR", help="results go to LOGDIR/SUBSET")
+    seed: Whole | None = run_option(default=None, help="seed; if omitted 0")
+    seeds: tuple[Whole, ...] | None = run_option(
+        default=None, metavar="N", help="several seeds: one network each, then mean and deviation"
     )
-    seed: Whole | None = option(default=None, group="run", help="seed; if omitted 0")
-    seeds: tuple[Whole, ...] | None = option(
-        default=None,
-        metavar="N",
-        group="run",
-        help="several seeds: one network each, then mean and deviation",
+    num_classes: Annotated[int, Field(ge=2)] | None = run_option(
+        default=None, help="compared with the class folders, which decide"
     )
-    num_classes: Annotated[int, Field(ge=2)] | None = option(
-        default=None, group="run", help="compared with the class folders, which decide"
-    )
-    resume: str | None = option(
+    resume: str | None = run_option(
         default=None,
         metavar="CKPT",
-        group="run",
         help="checkpoint to go on from (an interrupted run goes on by itself), or to --eval",
     )
-    eval: bool = option(
+    eval: bool = run_option(
         default=False,
-        group="run",
         help="no training: evaluate --resume CKPT, or else the result of this SUBSET and seed",
     )
-    overwrite: bool = option(
-        default=False, group="run", help="replace results that are of other settings or files"
+    overwrite: bool = run_option(
+        default=False, help="replace results that are of other settings or files"
     )
-    groups: str | None = option(
+    groups: str | None = run_option(
         default=None,
         metavar="CSV",
-        group="run",
         help="patient, slide or region of each tile of val and test, for intervals over these: "
         "columns path (or file, below the set's folder) and group, and split where paths repeat",
     )
-    group_column: str | None = option(
-        default=None,
-        metavar="NAME",
-        group="run",
-        help="column of --groups; if omitted group",
+    group_column: str | None = run_option(
+        default=None, metavar="NAME", help="column of --groups; if omitted group"
     )
-    device: str = option(default="auto", group="run", help=DEVICE_HELP)
-    devices: Count | None = option(
+    device: str = run_option(default="auto", help=DEVICE_HELP)
+    devices: Count | None = run_option(
         default=None,
         metavar="N",
-        group="run",
         help="devices of this machine that share each batch; if omitted 1, or what torchrun or "
         "srun started",
     )
-    num_nodes: Count | None = option(
-        default=None, group="run", help="machines; if omitted 1, or what torchrun or srun started"
+    num_nodes: Count | None = run_option(
+        default=None, help="machines; if omitted 1, or what torchrun or srun started"
     )
-    workers: Whole = option(
+    workers: Whole = run_option(
         default_factory=lambda: min(8, os.cpu_count() or 1),
-        group="run",
         published=("--num_workers",),
         help="loader processes",
     )
