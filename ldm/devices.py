@@ -172,10 +172,12 @@ class Devices:
         try:
             yield ranks, ranks.fabric.device
         except BaseException:
-            ranks.stop_others()
+            # They would wait for this process forever.
+            for process in getattr(ranks.fabric.strategy.launcher, "procs", ()):
+                process.terminate()
             raise
         finally:
-            ranks.close()
+            leave_group()
 
     def _join(self, backend: str | None) -> "Ranks":
         from lightning_fabric import Fabric
@@ -230,16 +232,6 @@ class Ranks:
         distributed.all_gather_object(found, value)
         return found
 
-    def mean(self, value: "torch.Tensor") -> "torch.Tensor":
-        """The mean of a tensor over all processes, in each of them."""
-        if self.size == 1:
-            return value
-        from torch import distributed
-
-        total = value.detach().clone()
-        distributed.all_reduce(total)
-        return total / self.size
-
     def barrier(self) -> None:
         """Wait until all processes are here.
 
@@ -256,16 +248,6 @@ class Ranks:
                 "another process of this run has stopped, see its message; the same command goes "
                 "on with what is missing"
             ) from None
-
-    def close(self) -> None:
-        """Leave the group; the processes that this one started end with it, whatever they do."""
-        leave_group()
-
-    def stop_others(self) -> None:
-        """End the processes that this one started, which would otherwise wait for it forever."""
-        launcher = getattr(self.fabric, "strategy", None) and self.fabric.strategy.launcher
-        for process in getattr(launcher, "procs", ()):
-            process.terminate()
 
 
 def leave_group() -> None:
@@ -355,18 +337,21 @@ def shared_devices(device: str, devices: int | None, num_nodes: int | None) -> D
         raise UserError(f"--device {device}: one device; leave its number out with --devices")
     if kind not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device {device}: several processes need auto, cpu or cuda")
-    chosen = Devices("cpu", count) if kind == "cpu" else training_devices(None, count)
-    if chosen.accelerator != "gpu":
-        if kind == "cuda":
-            resolve_device("cuda")  # says that there is none
-        _require_cores(count, f"--devices {count}: there is no GPU to use here, and ")
-    return replace(chosen, num_nodes=num_nodes)
+    if kind == "cpu":
+        return _cores(count, num_nodes)
+    resolve_device(kind)  # refuses cuda where there is none
+    return training_devices(None, count, num_nodes)
 
 
-def _require_cores(count: int, start: str) -> None:
+def _cores(count: int, num_nodes: int, check: bool = True) -> Devices:
+    """So many processes on the CPUs of each machine, if this one has as many cores."""
     cores = os.cpu_count() or 1
-    if count > cores:
-        raise UserError(f"{start}{cores} CPU cores; give at most {cores}")
+    if check and count > cores:
+        raise UserError(
+            f"--devices {count}: there is no GPU to use here, and {cores} CPU cores; give at most "
+            f"{cores}"
+        )
+    return Devices("cpu", count, num_nodes)
 
 
 def _started_outside() -> tuple[int | None, int]:
@@ -419,32 +404,24 @@ def training_devices(
     if gpus is not None and devices is not None:
         raise UserError("--gpus and --devices both say where to train; give one of them")
     found = torch.cuda.device_count()
-    if gpus is not None:
-        if gpus.strip() in ("0", ""):
-            return Devices("cpu", 1, num_nodes)  # `--gpus 0` is a count of none
-        return Devices("gpu", _existing_gpus(gpus, found, dry_run), num_nodes)
-    if found:
-        if devices is not None and devices > found and not dry_run:
-            raise UserError(f"--devices {devices}: this machine has {found} CUDA GPUs; name fewer")
-        return Devices("gpu", devices or 1, num_nodes)
-    if torch.backends.mps.is_available() and devices in (None, 1):
+    if gpus is not None and gpus.strip() not in ("0", ""):  # `--gpus 0` is a count of none
+        wanted = parse_gpus(gpus)
+        wanted = found if wanted == -1 else wanted
+        needed = max(wanted) + 1 if isinstance(wanted, list) else wanted
+        if (needed > found or wanted == 0) and not dry_run:
+            raise UserError(
+                f"--gpus {gpus}: this machine has {found} CUDA GPUs; leave --gpus out to train on "
+                "the best available device, or name fewer"
+            )
+        return Devices("gpu", wanted, num_nodes)
+    count = devices or 1
+    if found and gpus is None:
+        if count > found and not dry_run:
+            raise UserError(f"--devices {count}: this machine has {found} CUDA GPUs; name fewer")
+        return Devices("gpu", count, num_nodes)
+    if torch.backends.mps.is_available() and count == 1 and gpus is None:
         return Devices("mps", 1, num_nodes)
-    if devices is not None and not dry_run:
-        _require_cores(devices, f"--devices {devices}: this machine has no CUDA GPU and ")
-    return Devices("cpu", devices or 1, num_nodes)
-
-
-def _existing_gpus(text: str, found: int, dry_run: bool) -> list[int] | int:
-    """What `--gpus` asks for, if the machine has it."""
-    wanted = parse_gpus(text)
-    wanted = found if wanted == -1 else wanted
-    needed = max(wanted) + 1 if isinstance(wanted, list) else wanted
-    if (needed > found or wanted == 0) and not dry_run:
-        raise UserError(
-            f"--gpus {text}: this machine has {found} CUDA GPUs; leave --gpus out to train on the "
-            "best available device, or name fewer"
-        )
-    return wanted
+    return _cores(count, num_nodes, check=not dry_run)
 
 
 def follow_layout(optimizer: Any) -> None:
