@@ -54,21 +54,18 @@ UNSUPPORTED_TARGETS = {
     "ldm.lr_scheduler.LambdaWarmUpCosineScheduler2": _WARM_UP,
 }
 
-_ANYTHING = object()
-
 
 @dataclass(frozen=True)
 class WithoutEffect:
-    """A published parameter that means nothing here, as long as it has one of `values`."""
+    """A published parameter that means nothing here, as long as it has one of `values` (if any)."""
 
-    values: tuple = (_ANYTHING,)
+    values: tuple | None = None
     remedy: str = "remove it"
 
     def covers(self, value: Any) -> bool:
         # True == 1 in Python; a flag written where a number belongs is another value.
-        return any(
-            known is _ANYTHING
-            or (known == value and isinstance(known, bool) == isinstance(value, bool))
+        return self.values is None or any(
+            known == value and isinstance(known, bool) == isinstance(value, bool)
             for known in self.values
         )
 
@@ -82,6 +79,8 @@ _UNCONDITIONAL = (
 _NO_TEXT = WithoutEffect((None,), "there is no text conditioning; remove it")
 _KEY = WithoutEffect(("image",), "tiles come as `image`; set it to image")
 _STRICT = WithoutEffect((None, []), "checkpoints are loaded in full; remove it")
+_OFF = WithoutEffect((False,), "set it to False")
+_ZERO = WithoutEffect((0,), "set it to 0")
 _UNET_NAMES = {
     "dims": WithoutEffect((2,), "only images are; set it to 2"),
     "use_fp16": WithoutEffect((False,), "set it to False and give --precision bf16-mixed"),
@@ -111,13 +110,13 @@ WITHOUT_EFFECT = {
         "clip_denoised": WithoutEffect(),  # of pixel-space sampling; latents were never clipped
         "given_betas": WithoutEffect((None,), "use beta_schedule, linear_start and linear_end"),
         "cosine_s": WithoutEffect((0.008,), "set it to 0.008"),
-        "original_elbo_weight": WithoutEffect((0,), "set it to 0"),
-        "v_posterior": WithoutEffect((0,), "set it to 0"),
+        "original_elbo_weight": _ZERO,
+        "v_posterior": _ZERO,
         "l_simple_weight": WithoutEffect((1,), "set it to 1 and scale the learning rate"),
-        "use_positional_encodings": WithoutEffect((False,), "set it to False"),
-        "learn_logvar": WithoutEffect((False,), "set it to False"),
-        "logvar_init": WithoutEffect((0,), "set it to 0"),
-        "load_only_unet": WithoutEffect((False,), "set it to False"),
+        "use_positional_encodings": _OFF,
+        "learn_logvar": _OFF,
+        "logvar_init": _ZERO,
+        "load_only_unet": _OFF,
     },
     "ldm.models.autoencoder.AutoencoderKL": {
         "colorize_nlabels": WithoutEffect((None,), "images have three channels; remove it"),
@@ -130,7 +129,7 @@ WITHOUT_EFFECT = {
         "num_heads_upsample": WithoutEffect(),  # a half UNet has no up-sampling path
     },
     "ldm.modules.losses.LPIPSWithDiscriminator": {
-        "use_actnorm": WithoutEffect((False,), "set it to False"),
+        "use_actnorm": _OFF,
         "disc_conditional": WithoutEffect(
             (False,), "the discriminator sees the image alone; set it to False"
         ),
@@ -161,10 +160,10 @@ WITHOUT_EFFECT = {
 }
 _DDCONFIG = {
     "attn_type": WithoutEffect(("vanilla",), "set it to vanilla"),
-    "use_linear_attn": WithoutEffect((False,), "set it to False"),
+    "use_linear_attn": _OFF,
     "resamp_with_conv": WithoutEffect((True,), "set it to True"),
-    "tanh_out": WithoutEffect((False,), "set it to False"),
-    "give_pre_end": WithoutEffect((False,), "set it to False"),
+    "tanh_out": _OFF,
+    "give_pre_end": _OFF,
 }
 
 
