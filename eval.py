@@ -176,10 +176,9 @@ def main(argv: list[str] | None = None) -> int:
         overwrite=args.overwrite,
         groups=groups,
     )
-    if "notes" not in summary:
-        return 0  # another process than the first, which reports
-    print(format_summary(summary))
-    print(f"\n{Path(args.logdir) / args.subset / 'summary.json'}")
+    if summary is not None:
+        print(format_summary(summary))
+        print(f"\n{Path(args.logdir) / args.subset / 'summary.json'}")
     return 0
 
 

@@ -24,6 +24,17 @@ log = logging.getLogger(__name__)
 BACKEND = "inductor"  # of torch.compile
 # Ranks have equal shares, but one may wait for the others on a slower machine.
 TIMEOUT = timedelta(days=1)
+# Hints for people who tune, and a deprecation inside Lightning: not for every run's log.
+IGNORED_WARNINGS = (
+    "The `srun` command is available",  # said on a login node, where commands may run, too
+    ".*does not have many workers.*",
+    ".*is smaller than the logging interval.*",
+    ".*LeafSpec.*",
+    "Using ModelCheckpoint with manual optimization.*",  # it saves after a step, as wanted
+    ".*module.* in eval mode at the start.*",  # the frozen first stage, on purpose
+    "Checkpoint directory .* exists and is not empty.*",  # a resumed run
+    "You're resuming from a checkpoint that ended before",  # our samplers find their place
+)
 
 
 @dataclass(frozen=True)
@@ -71,20 +82,16 @@ class Devices:
         return torch.device(kind if isinstance(self.devices, int) else f"{kind}:{self.devices[0]}")
 
     def with_precision(self, name: str, **others: Any) -> "Devices":
-        """The same devices with a precision by name.
+        """The same devices with a precision by name, and other attributes.
 
-        Args:
-            name: As the attribute; "bf16" stands for "bf16-mixed", and "auto" for it on GPUs that
-                compute in bfloat16 and for "32" elsewhere.
-            others: Further attributes to replace.
+        "bf16" stands for "bf16-mixed", and "auto" for it on GPUs that compute in bfloat16 and for
+        "32" elsewhere.
         """
         if name == "auto":
-            name = "32"
-            if self.accelerator == "gpu":
-                import torch
+            import torch
 
-                if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
-                    name = "bf16-mixed"
+            on_gpu = self.accelerator == "gpu" and torch.cuda.is_available()
+            name = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "32"
         return replace(self, precision="bf16-mixed" if name == "bf16" else name, **others)
 
     def autocast(self, device: "torch.device") -> "torch.autocast":
@@ -112,9 +119,6 @@ class Devices:
     def fuses(self, clips: bool = False) -> bool:
         """Whether optimisers take a step in one kernel.
 
-        Args:
-            clips: Whether gradients are clipped.
-
         Raises:
             UserError: `fused` is "true" where gradients have to be unscaled or clipped before it.
         """
@@ -125,8 +129,8 @@ class Devices:
             why = f"gradient clipping in {self.precision}"
         if self.fused == "true" and why:
             raise UserError(f"--fused true does not go with {why}; leave it out")
-        automatic = self.fused == "auto" and self.accelerator == "gpu" and why is None
-        return self.fused == "true" or automatic
+        on_gpu = self.accelerator == "gpu" and why is None
+        return self.fused == "true" or (self.fused == "auto" and on_gpu)
 
     def prepare(self, model: "nn.Module", networks: "Sequence[nn.Module]") -> None:
         """Lay out a model, compile its networks, and set the float32 mode of this process.
@@ -183,9 +187,7 @@ class Devices:
         from lightning_fabric import Fabric
         from lightning_fabric.strategies import DDPStrategy
 
-        for name in ("lightning_fabric", "pytorch_lightning"):
-            logging.getLogger(name).setLevel(logging.WARNING)
-        warnings.filterwarnings("ignore", "The `srun` command is available")
+        quieten_lightning()
         try:
             fabric = Fabric(
                 accelerator=self.accelerator,
@@ -248,6 +250,14 @@ class Ranks:
                 "another process of this run has stopped, see its message; the same command goes "
                 "on with what is missing"
             ) from None
+
+
+def quieten_lightning() -> None:
+    """Keep Lightning's remarks (no TPU, a tip for another product) out of a run's log."""
+    for name in ("lightning_fabric", "pytorch_lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for pattern in IGNORED_WARNINGS:
+        warnings.filterwarnings("ignore", pattern)
 
 
 def leave_group() -> None:

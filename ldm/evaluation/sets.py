@@ -42,11 +42,6 @@ CACHE_LIMIT = 2 * 2**30  # bytes of decoded tiles that one set may hold in memor
 class TransformedTiles(TileSet):
     """Labelled tiles as a timm transform gives them: items are (image, label).
 
-    Attributes:
-        files: The files of the set.
-        paths: Paths of the files, in the order of `files`.
-        is_random: Whether the transform draws random numbers.
-
     Args:
         root: Folder of class folders.
         size: S.
@@ -124,8 +119,7 @@ class RandomD4:
 class RandomStains:
     """More or less of each stain (`jitter_stains`), drawn with Python's generator.
 
-    Args:
-        strength: S; haematoxylin, eosin and the rest are multiplied by numbers in [1 - S, 1 + S].
+    Haematoxylin, eosin and the rest are multiplied by numbers in [1 - strength, 1 + strength].
     """
 
     def __init__(self, strength: float):
@@ -202,11 +196,7 @@ class GroupTable:
     column: str = "group"
 
     def groups(self, split: str, names: Sequence[str]) -> list[str]:
-        """The group of each tile of a set.
-
-        Raises:
-            UserError: A column is missing, or a tile has no group or two.
-        """
+        """The group of each tile of a set; a UserError if one has no group or two."""
         with self.path.open(newline="", encoding="utf-8-sig", errors="replace") as stream:
             by_split = "split" in next(csv.reader(stream), [])
         try:
@@ -309,11 +299,17 @@ def open_splits(
     existing_path(data_path / "val", "--data_path (val, which chooses the epoch)", "dir")
     _refuse_untrained_classes(root, data_path, train.classes)
     evaluation = open_evaluation_sets(data_path, train.classes, settings.input_size, groups)
-    notes = [*_imbalance(train), *(_shared(train, name, evaluation[name]) for name in evaluation)]
-    notes = [note for note in notes if note]
+    notes = list(_notes(train, evaluation))
     for note in notes:
         log.warning("%s: %s", train_folder, note)
-    identity = {name: _identity(tiles) for name, tiles in {"train": train, **evaluation}.items()}
+    identity: dict[str, dict[str, Any]] = {
+        name: {
+            "images": len(tiles),
+            "per_class": tiles.files.counts,
+            "sha256": tiles.files.listing,
+        }
+        for name, tiles in {"train": train, **evaluation}.items()
+    }
     if settings.finetune:
         identity["finetune"] = {"sha256": file_sha256(settings.finetune)}
     return Splits(train, evaluation["val"], evaluation.get("test"), identity, notes)
@@ -338,28 +334,6 @@ def _training_root(data_path: Path, name: str) -> Path:
     return data_path / relative
 
 
-def _identity(tiles: TransformedTiles) -> dict[str, Any]:
-    """Facts that tell whether the files of a set changed."""
-    return {
-        "images": len(tiles),
-        "per_class": tiles.files.counts,
-        "sha256": tiles.files.listing,
-    }
-
-
-def _shared(train: TransformedTiles, name: str, tiles: TransformedTiles) -> str | None:
-    """A note where images of an evaluated set are in the training set too."""
-    shared = set(train.files.digests) & set(tiles.files.digests)
-    if not shared:
-        return None
-    example = train.relative_paths[train.files.digests.index(min(shared))]
-    number = sum(digest in shared for digest in tiles.files.digests)
-    return (
-        f"{number} images of {name} are in the training set too ({example}): results are too good"
-        " to be true"
-    )
-
-
 def _refuse_untrained_classes(root: Path, data_path: Path, classes: Sequence[str]) -> None:
     """Check that every class that is evaluated has a training folder; UserError otherwise."""
     for name in EVALUATED:
@@ -375,8 +349,8 @@ def _refuse_untrained_classes(root: Path, data_path: Path, classes: Sequence[str
             )
 
 
-def _imbalance(train: TransformedTiles) -> Iterator[str]:
-    """A note where the classes of the training set differ much in size."""
+def _notes(train: TransformedTiles, evaluation: dict[str, TransformedTiles]) -> Iterator[str]:
+    """Notes on classes that differ much in size, and on evaluated images that are trained on."""
     counts = np.bincount(train.labels)
     largest, smallest = int(counts.argmax()), int(counts.argmin())
     if counts[largest] > IMBALANCE * counts[smallest]:
@@ -385,3 +359,12 @@ def _imbalance(train: TransformedTiles) -> Iterator[str]:
             f" {train.classes[largest]}, {counts[smallest]} of {train.classes[smallest]}; look at"
             " macro F1 and the rows per class, accuracy follows the large ones"
         )
+    for name, tiles in evaluation.items():
+        shared = set(train.files.digests) & set(tiles.files.digests)
+        if shared:
+            example = train.relative_paths[train.files.digests.index(min(shared))]
+            number = sum(digest in shared for digest in tiles.files.digests)
+            yield (
+                f"{number} images of {name} are in the training set too ({example}): results are"
+                " too good to be true"
+            )

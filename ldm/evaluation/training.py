@@ -23,11 +23,9 @@ from ldm.models.vit_training import Course, Validation
 
 
 def make_loader(tiles: TransformedTiles, workers: int, **options: Any) -> DataLoader:
-    """Batches of a set: `image` (B, 3, S, S) and `label` (B,).
+    """Batches of a set: `image` (B, 3, S, S) and `label` (B,); `workers` processes, if they help.
 
-    Args:
-        workers: Loader processes, where they help.
-        options: Batch size or sampler.
+    `options` are the batch size or a sampler.
     """
     # What only copies from memory is faster without a second process.
     workers = 0 if tiles.in_memory and not tiles.is_random else workers
@@ -140,8 +138,10 @@ class Predictor:
             logits[rank :: self.ranks.size] = share
         return logits
 
-    def predictions(self, net: TileClassifier, loader: DataLoader) -> Predictions:
-        return predictions_of(loader.dataset, self.logits(net, loader))
+    def predictions(
+        self, net: TileClassifier, tiles: TransformedTiles, batch_size: int
+    ) -> Predictions:
+        return predictions_of(tiles, self.logits(net, self.loader(tiles, batch_size)))
 
     def judge(self, tiles: TransformedTiles, batch_size: int) -> Callable[..., Validation]:
         """A function that validates a network on a set."""

@@ -4,9 +4,9 @@ Imports nothing heavy, so that `eval.py --help` answers at once.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -172,11 +172,7 @@ class Settings:
         return self.warmup_epochs
 
     def check(self) -> None:
-        """Refuse values that contradict each other or would have no effect.
-
-        Raises:
-            Problems: All of them.
-        """
+        """Raise `Problems` if values contradict each other or would have no effect."""
         found = dict(self.problems())
         if found:
             raise Problems(found)
@@ -234,6 +230,3 @@ class Settings:
                 "warmup_updates",
                 f"{self.warmup} must be less than match_steps {steps}; lower it",
             )
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)

@@ -76,17 +76,13 @@ class Course:
                 " use fewer --devices"
             )
         notes: tuple[str, ...] = ()
-        if batch_size < wanted <= images:
-            notes = (
-                f"batches of {batch_size} instead of {wanted}, a multiple of {unit} for {ranks}"
-                " devices: the learning rate is lowered to match",
-            )
-        elif batch_size < wanted:
-            notes = (
-                f"batches of {batch_size} instead of {wanted}, as there are only {images} training"
-                " images: the learning rate is lowered to match, and larger sets differ in this"
-                " too",
-            )
+        if batch_size < wanted:
+            why, more = f"a multiple of {unit} for {ranks} devices", ""
+            if images < wanted:
+                why = f"as there are only {images} training images"
+                more = ", and larger sets differ in this too"
+            note = f"batches of {batch_size} instead of {wanted}, {why}"
+            notes = (f"{note}: the learning rate is lowered to match{more}",)
         steps = images // batch_size
         if settings.match_steps is None:
             passes = settings.epochs + settings.cooldown_epochs
@@ -108,17 +104,11 @@ class Course:
 
 
 class Validation(NamedTuple):
-    """What a validation found.
+    """What a validation found."""
 
-    Attributes:
-        logits: (N, K), on the CPU.
-        loss: Mean cross-entropy.
-        scores: Name to value, `accuracy` among them.
-    """
-
-    logits: Tensor
-    loss: float
-    scores: dict[str, float]
+    logits: Tensor  # (N, K), on the CPU
+    loss: float  # mean cross-entropy
+    scores: dict[str, float]  # `accuracy` among them
 
 
 def build_network(settings: Settings, classes: list[str]) -> TileClassifier:
@@ -239,20 +229,20 @@ class VitTraining(HistoModule):
 
     def _make_loss(self) -> tuple[Mixup | None, nn.Module]:
         settings = self.settings
-        if settings.mixes:
-            mixup = Mixup(
-                mixup_alpha=settings.mixup,
-                cutmix_alpha=settings.cutmix,
-                prob=settings.mixup_prob,
-                switch_prob=settings.mixup_switch_prob,
-                mode=settings.mixup_mode,
-                label_smoothing=settings.smoothing,
-                num_classes=len(self.classes),
-            )
-            return mixup, SoftTargetCrossEntropy()
-        if settings.smoothing > 0:
+        if not settings.mixes and settings.smoothing > 0:
             return None, LabelSmoothingCrossEntropy(settings.smoothing)
-        return None, nn.CrossEntropyLoss()
+        if not settings.mixes:
+            return None, nn.CrossEntropyLoss()
+        mixup = Mixup(
+            mixup_alpha=settings.mixup,
+            cutmix_alpha=settings.cutmix,
+            prob=settings.mixup_prob,
+            switch_prob=settings.mixup_switch_prob,
+            mode=settings.mixup_mode,
+            label_smoothing=settings.smoothing,
+            num_classes=len(self.classes),
+        )
+        return mixup, SoftTargetCrossEntropy()
 
     @property
     def evaluated(self) -> TileClassifier:
@@ -317,11 +307,10 @@ class VitTraining(HistoModule):
         self.eval()
         found = self.judge(self.evaluated)
         self.train()
-        accuracy = found.scores["accuracy"]
+        accuracy, best = found.scores["accuracy"], self.best
         # Small validation sets give the same accuracy often; their loss says which is better.
-        is_better = self.best is None or (accuracy, -found.loss) > (
-            self.best["val_accuracy"],
-            -self.best["val_loss"],
+        is_better = best is None or (
+            (accuracy, -found.loss) > (best["val_accuracy"], -best["val_loss"])
         )
         # One process decides: another machine may round otherwise.
         if self.trainer.strategy.broadcast(is_better):
@@ -421,8 +410,6 @@ class ValidateAtMarks(pl.Callback):
             return
         rows = [{k: f"{v:.6g}" for k, v in r.items()} for r in pl_module.history]
         write_csv(Path(trainer.default_root_dir) / "metrics.csv", rows, list(row))
-        for logger in trainer.loggers:
-            logger.log_metrics(row, step=pl_module.updates)
         if not sys.stderr.isatty() and (done + 1) % math.ceil(len(marks) / LOG_LINES) == 0:
             log.info(
                 "%s update %d/%d: loss %.3f val %.3f best %.3f %.0f img/s",
