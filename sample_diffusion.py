@@ -168,7 +168,7 @@ class Options(ProcessOptions):
         "-e", default=None, group=SAMPLER, help="DDIM noise, 0 is deterministic; if omitted 1"
     )
 
-    latent_limit: Annotated[float, Field(gt=0)] | None = option(
+    latent_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = option(
         default=None,
         group=SAMPLER,
         metavar="X",

@@ -101,8 +101,9 @@ def build(
     import torch
 
     from benchmarks.networks import autoencoder_flops, count, unet_flops
+    from ldm.devices import one_device
     from ldm.exchange.diffusers_export import build_pipeline
-    from ldm.synthesis.settings import Sampling, Speed
+    from ldm.synthesis.settings import Sampling
     from ldm.synthesis.synthesiser import Synthesiser
 
     torch.backends.cudnn.benchmark = True
@@ -118,9 +119,13 @@ def build(
             with execution.autocast():
                 pipeline(batch_size, num_inference_steps=steps, output_type="np")
     else:
-        speed = Speed(execution.precision, execution.channels_last, execution.compile)
+        devices = one_device(str(execution.device)).with_precision(
+            execution.precision,
+            channels_last=execution.channels_last,
+            compile=execution.compile,
+        )
         sampling = Sampling("ddim", steps, eta=0.0, scale=float(guided), seed=0)
-        synthesiser = Synthesiser(models.to(execution.device), sampling, speed)
+        synthesiser = Synthesiser(models.to(execution.device), sampling, devices)
         labels = [0 if guided else -1] * batch_size
 
         def step(lap: Lap) -> None:

@@ -16,6 +16,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from ldm.cli import Commas, Whole, existing_path, like, option, parse, run_command
+from ldm.errors import UserError
 from ldm.settings import TIMM, DeviceOption
 
 PROBE = "linear_probe"
@@ -110,6 +111,25 @@ def parse_arguments(argv: list[str] | None = None) -> Options:
     return parse(Options, argv).with_network()
 
 
+def probe_source(args: Options):
+    """The network of a linear probe, an `ldm.features.source.FeatureSource`."""
+    from ldm.features import source
+
+    if args.arch is not None:
+        weights = args.weights and Path(args.weights).expanduser()
+        return source.FeatureSource(source.TIMM, args.arch, weights, args.input_size)
+    if args.weights is None:
+        raise UserError(
+            "linear_probe needs a network: --weights RUN (of eval.py), or --arch NAME --weights"
+            " FILE (of timm)"
+        )
+    if args.input_size is not None:
+        raise UserError(
+            "--input_size belongs to --arch; a run of eval.py knows its own, leave it out"
+        )
+    return source.FeatureSource(source.VIT, args.weights)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     data_path = existing_path(args.data_path, "--data_path", "dir")
@@ -117,13 +137,14 @@ def main(argv: list[str] | None = None) -> None:
     if args.weights is not None:
         existing_path(args.weights, "--weights")
 
-    from ldm.evaluation.baselines import Backbone, run_baseline
+    from ldm.devices import resolve_device
+    from ldm.evaluation.baselines import run_baseline
     from ldm.evaluation.metrics import format_summary
     from ldm.evaluation.sets import GroupTable
 
-    backbone = Backbone(args.weights, args.arch, args.input_size)
-    if "linear_probe" in args.kind:
-        backbone.check()  # before minutes are spent on the others
+    extractor = None
+    if PROBE in args.kind:  # opened before minutes are spent on the others
+        extractor = probe_source(args).open(resolve_device(args.device))
     groups = None if table is None else GroupTable(table, args.group_column or "group")
     for kind in args.kinds:
         summary = run_baseline(
@@ -132,8 +153,7 @@ def main(argv: list[str] | None = None) -> None:
             args.subset,
             Path(args.logdir),
             groups,
-            backbone,
-            args.device,
+            extractor,
             args.workers,
             args.overwrite,
         )

@@ -120,21 +120,20 @@ def main(argv: list[str] | None = None) -> None:
     from ldm.copies.check import check_copies
     from ldm.copies.removal import TrainingFolder, is_made, remove_flagged
     from ldm.copies.report import write_report
-    from ldm.copies.vectors import Tiles
     from ldm.data.images import class_folders
+    from ldm.data.tile_files import TileFiles
+    from ldm.features.source import TIMM, VIT, FeatureSource
     from ldm.run import git_revision, versions
-    from ldm.selection.features import Extractor
 
     device = resolve_device(args.device)
     extractor = None
     if args.weights:
-        extractor = Extractor.from_checkpoint(args.weights, device)
+        extractor = FeatureSource(VIT, args.weights).open(device)
     elif args.model:
-        extractor = Extractor.from_timm(
-            args.model, args.pretrained_weights, device, args.input_size
-        )
+        weights = args.pretrained_weights and Path(args.pretrained_weights).expanduser()
+        extractor = FeatureSource(TIMM, args.model, weights, args.input_size).open(device)
     synthetic, train, held_out = (
-        Tiles.below(sets[name], labelled)
+        TileFiles.below(sets[name], labelled)
         for name, labelled in (
             ("--synthetic", bool(class_folders(sets["--synthetic"]))),
             ("--train", False),
@@ -145,9 +144,9 @@ def main(argv: list[str] | None = None) -> None:
         "quantile": args.quantile,
         "network": extractor and extractor.identity,
         "group_regex": args.group_regex,
-        "synthetic_tiles": synthetic.digest(),
-        "train_tiles": train.digest(),
-        "holdout_tiles": held_out.digest(),
+        "synthetic_tiles": synthetic.listing,
+        "train_tiles": train.listing,
+        "holdout_tiles": held_out.listing,
     }
     if args.remove:
         folder = TrainingFolder.read(more_sources["--remove"])

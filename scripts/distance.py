@@ -174,12 +174,11 @@ def main(argv: list[str] | None = None) -> None:
     cache = Path(args.cache) if args.cache else None
     check_places({"--sheets": sheets, "--cache": cache}, {**sources, "--out": out})
 
-    from ldm.data.tiles import TileFolder
+    from ldm.data.tile_files import TileFiles
+    from ldm.features.centroids import centroid_distances
+    from ldm.features.source import VIT, FeatureSource
     from ldm.run import MadeFolder, git_revision, versions
-    from ldm.selection.centroids import centroid_distances
-    from ldm.selection.features import Extractor, tiles_digest
     from ldm.selection.judge import (
-        TIMM,
         NetworkOptions,
         compute_judged,
         conflicts,
@@ -191,8 +190,6 @@ def main(argv: list[str] | None = None) -> None:
     from ldm.selection.strategies import Choice
     from ldm.selection.training_folder import RECORD, build_training_folder
 
-    if not args.features.startswith(TIMM):
-        existing_path(args.features, "--features")
     options = NetworkOptions(
         pretrained_weights=args.pretrained_weights,
         input_size=args.input_size,
@@ -213,10 +210,9 @@ def main(argv: list[str] | None = None) -> None:
     downstream = None
     if args.downstream:
         existing_path(args.downstream, "--downstream")
-        downstream = Extractor.from_checkpoint(args.downstream, "cpu", "--downstream")
-    # No pixels are needed here, so the size is of no account.
-    real = TileFolder(real_root, 1, labelled=True, classes=judged.real.classes, check=False)
-    real_digest = tiles_digest(real.paths, real.relative_paths)
+        downstream = FeatureSource(VIT, args.downstream).open("cpu")
+    real = TileFiles.below(real_root, classes=judged.real.classes)
+    real_digest = real.digest
     if real_digest != judged.real.tiles:
         log.warning(
             "%s was made with other real tiles than those in --real %s: they judge, but there are"

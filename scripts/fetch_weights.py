@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
 
     from ldm.errors import UserError
-    from ldm.evaluation.weights import WEIGHTS
+    from ldm.features.weights import WEIGHTS
     from ldm.files import file_sha256
 
     failures = []

@@ -140,7 +140,6 @@ def main(argv: list[str] | None = None) -> None:
         existing_path(stats, "--stats (without --real)", "file")
     real_root = existing_path(args.real, "--real", "dir") if args.real else None
 
-    from ldm.evaluation.extractors import load_extractor
     from ldm.evaluation.fidelity import (
         KID_SUBSETS,
         NEIGHBOURS,
@@ -148,32 +147,35 @@ def main(argv: list[str] | None = None) -> None:
         measure_classes,
     )
     from ldm.evaluation.reference import (
-        SetFeatures,
-        TileFiles,
         reference,
         require_known_classes,
+        set_record,
         set_warnings,
+        tiles_of_part,
     )
+    from ldm.features.sets import FeatureSet
+    from ldm.features.source import published_source
     from ldm.files import write_json
     from ldm.run import git_revision, hardware, versions
 
     # All are indexed before any features are computed: what is wrong with one is known at once.
-    real_files = None if real_root is None else TileFiles.below(real_root, False, "--real")
-    fake_files = [TileFiles.below(root, True, "--fake") for root in fake_roots]
+    real_files = None if real_root is None else tiles_of_part(real_root, False, "--real")
+    fake_files = [tiles_of_part(root, True, "--fake") for root in fake_roots]
     if real_files is not None:
         for files in fake_files:
-            require_known_classes(real_files.classes, files.classes, files.root)
-    extractor = load_extractor(args.extractor, args.weights, resolve_device(args.device))
+            require_known_classes(real_files.class_names, files.class_names, files.root)
+    source = published_source(args.extractor, args.weights)
+    extractor = source.open(resolve_device(args.device))
     loading = {"batch_size": args.batch_size, "num_workers": args.workers}
     real = reference(real_files, extractor, stats, args.overwrite, **loading)
     for files in fake_files:
-        require_known_classes(real.classes, files.classes, files.root)
+        require_known_classes(real.class_names, files.class_names, files.root)
 
     results = []
     for files in fake_files:
-        fake = SetFeatures.compute(files, extractor, **loading)
+        fake = FeatureSet.compute(files, extractor, **loading, raw=True)
         overall, per_class = measure_classes(
-            real.values, real.classes, fake.values, fake.classes, args.seed
+            real.values, real.class_names, fake.values, fake.class_names, args.seed
         )
         warnings = [
             *count_warnings(overall, per_class),
@@ -184,8 +186,8 @@ def main(argv: list[str] | None = None) -> None:
                 "overall": overall,
                 "per_class": per_class,
                 "extractor": {**extractor.record(), "features": real.values.shape[1]},
-                "real": {**real.record(), "stats": str(stats) if stats else None},
-                "fake": fake.record(),
+                "real": {**set_record(real), "stats": str(stats) if stats else None},
+                "fake": set_record(fake),
                 "warnings": warnings,
                 "settings": {
                     "kid_subsets": KID_SUBSETS,
@@ -200,8 +202,8 @@ def main(argv: list[str] | None = None) -> None:
         )
     write_json(out, results if len(results) > 1 else results[0])
     print(to_markdown(results))
-    print(f"\nreal: {real.root}, {len(real.values)} tiles")
-    print(f"extractor: {extractor.name}, weights {extractor.weights_sha256[:12]}")
+    print(f"\nreal: {real.facts['root']}, {len(real.values)} tiles")
+    print(f"extractor: {extractor.network}, weights {extractor.weights_sha256[:12]}")
     print(f"pre-processing: {extractor.preprocessing}")
     for result in results:
         for warning in result["warnings"]:

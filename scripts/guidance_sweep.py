@@ -166,10 +166,10 @@ def main(argv: list[str] | None = None) -> None:
 
     from ldm.data.tiles import read_tile
     from ldm.evaluation import sweep
+    from ldm.features.source import VIT, FeatureSource
     from ldm.files import write_bytes, write_csv, write_json, write_text
     from ldm.report.grids import contact_sheet
     from ldm.run import git_revision, hardware, versions
-    from ldm.selection.features import Extractor
     from ldm.synthesis import load_models
 
     devices = one_device(args.device).with_precision(args.precision)
@@ -186,10 +186,10 @@ def main(argv: list[str] | None = None) -> None:
     if temperature is None:
         temperature = float(models.classifier.temperature) if by_classifier else 1.0
     grid = settings_of(args, by_classifier, temperature, models.diffusion.schedule)
-    extractor = Extractor.from_checkpoint(args.judge, device)
-    if extractor.net.classes != classes:
+    extractor = FeatureSource(VIT, args.judge).open(device)
+    if extractor.classes != classes:
         raise UserError(
-            f"--judge {args.judge} knows the classes {extractor.net.classes}, the models "
+            f"--judge {args.judge} knows the classes {extractor.classes}, the models "
             f"{classes}; train it on folders with the same names"
         )
     real = sweep.judge(real_root, extractor, out / "features" / "real.safetensors", classes)

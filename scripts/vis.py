@@ -79,12 +79,18 @@ def main(argv: list[str] | None = None) -> None:
 
     import torch
 
-    from ldm.data.tiles import TileFolder
+    from ldm.data.tile_files import TileFiles
     from ldm.evaluation.fidelity import FEWEST_TILES, fidelity
+    from ldm.features.sets import cached_features
+    from ldm.features.source import TIMM, VIT, FeatureSource
     from ldm.files import write_bytes, write_json, write_text
-    from ldm.selection.centroids import Centroids
-    from ldm.selection.features import Extractor, folder_features
-    from ldm.selection.judge import CENTROIDS_FILE, REAL_FILE, SYNTHETIC_FILE, NetworkOptions
+    from ldm.selection.judge import (
+        CENTROIDS_FILE,
+        REAL_FILE,
+        SYNTHETIC_FILE,
+        NetworkOptions,
+        centroids_of,
+    )
     from ldm.selection.projection import (
         CENTROID,
         REAL,
@@ -104,26 +110,24 @@ def main(argv: list[str] | None = None) -> None:
         decisions = read_decisions(selection, "--selection")
     device = resolve_device(args.device)
     if args.weights:
-        extractor = Extractor.from_checkpoint(args.weights, device)
+        source = FeatureSource(VIT, args.weights)
     else:
-        extractor = Extractor.from_timm(
-            args.model, args.pretrained_weights, device, args.input_size
-        )
-    # Both indexed before any features are computed: differing classes are known at once.
-    classes = TileFolder(real_root, 1, labelled=True, check=False).classes
-    made = TileFolder(synthetic_root, 1, labelled=True, classes=classes, check=False)
-    if decisions is not None and decisions.keys() != set(made.relative_paths):
+        weights = args.pretrained_weights and Path(args.pretrained_weights).expanduser()
+        source = FeatureSource(TIMM, args.model, weights, args.input_size)
+    extractor = source.open(device)
+    # Both are listed before any features are computed: differing classes are known at once.
+    real_files = TileFiles.below(real_root)
+    classes = real_files.classes
+    synthetic_files = TileFiles.below(synthetic_root, classes=classes)
+    if decisions is not None and decisions.keys() != set(synthetic_files.names):
         raise UserError(
             f"--selection {args.selection}: is not of the images in --synthetic {synthetic_root};"
             " give the selection that was made from them"
         )
     options = NetworkOptions(batch_size=args.batch_size, num_workers=args.workers)
-
-    def features(root: Path, file: str):
-        return folder_features(root, extractor, out / file, classes, **options.loading)
-
-    real, synthetic = features(real_root, REAL_FILE), features(synthetic_root, SYNTHETIC_FILE)
-    centroids = Centroids.of(real)
+    real = cached_features(real_files, extractor, out / REAL_FILE, **options.loading)
+    synthetic = cached_features(synthetic_files, extractor, out / SYNTHETIC_FILE, **options.loading)
+    centroids = centroids_of(real)
     centroids.save(out / CENTROIDS_FILE)
 
     stacked = torch.cat([real.values, synthetic.values, centroids.values])

@@ -11,7 +11,7 @@ from huggingface_hub import constants
 
 from ldm.cli import run_command
 from ldm.errors import UserError
-from ldm.evaluation import weights as known
+from ldm.features import weights as known
 from scripts import fetch_weights
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -24,8 +24,8 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 
 from ldm.checkpoint import write_checkpoint
 from ldm.cli import run_command
+from ldm.data.tile_files import TileFiles
 from ldm.errors import UserError
-from ldm.evaluation.extractors import load_extractor
 from ldm.evaluation.fidelity import (
     KID_SUBSETS,
     count_warnings,
@@ -34,14 +34,16 @@ from ldm.evaluation.fidelity import (
     kid_subset_size,
     measure,
 )
-from ldm.evaluation.reference import TileFiles
-from ldm.evaluation.sets import TransformedTiles
-from ldm.models.vit import TileClassifier, eval_transform
-from ldm.selection.features import Extractor
+from ldm.features.sets import FeatureSet
+from ldm.features.source import VIT, FeatureSource, published_source
+from ldm.models.vit import TileClassifier
 from scripts import fidelity as command
 
 ROOT = Path(__file__).resolve().parents[1]
-CPU = torch.device("cpu")
+
+
+def load_extractor(kind, weights, device="cpu"):
+    return published_source(kind, None if weights is None else str(weights)).open(device)
 
 
 def normal(count: int, seed: int, shift: float = 0.0, spread: float = 1.0) -> torch.Tensor:
@@ -214,14 +216,14 @@ def test_inception_agrees_with_torch_fidelity(inception_file, tile_sets, tmp_pat
 def test_missing_weights_say_where_from_and_where_to(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(UserError) as caught:
-        load_extractor(None, None, CPU)
+        load_extractor(None, None)
     message = str(caught.value)
     assert "\n" not in message and "python scripts/fetch_weights.py inception" in message
     assert "https://github.com/toshas/torch-fidelity/releases" in message
     assert str(tmp_path / "hub" / "checkpoints" / "weights-inception-2015-12-05") in message
-    monkeypatch.setattr("ldm.selection.features.cached_weights", lambda config: None)
-    with pytest.raises(UserError, match=r"fetch_weights.py dinov2_base.*--weights FILE"):
-        load_extractor("dinov2_base", None, CPU)
+    monkeypatch.setattr("ldm.features.weights.cached_weights", lambda config: None)
+    with pytest.raises(UserError, match=r"fetch_weights.py dinov2_base"):
+        load_extractor("dinov2_base", None)
 
 
 class Planted:
@@ -239,7 +241,7 @@ def test_weights_that_carry_code_are_not_run(tmp_path):
     with evil.open("wb") as file:
         pickle.dump(Planted(trace), file, protocol=2)
     with pytest.raises(UserError, match="evil.pth"):
-        load_extractor("inception", evil, CPU)
+        load_extractor("inception", evil)
     assert not trace.exists()
     with pytest.raises(Exception, match=r".*"):  # what torch-fidelity makes of it by itself
         FeatureExtractorInceptionV3("i", ["2048"], feature_extractor_weights_path=str(evil))
@@ -247,14 +249,14 @@ def test_weights_that_carry_code_are_not_run(tmp_path):
 
 
 def test_inception_takes_tiles_of_several_sizes(inception_file, tmp_path):
-    extractor = load_extractor("inception", inception_file, CPU)
+    extractor = load_extractor("inception", inception_file)
     generator = np.random.default_rng(0)
     paths = []
     for i, side in enumerate((40, 64, 40)):  # 0 and 2 pass together, 1 alone
         paths.append(tmp_path / f"{i}.png")
         Image.fromarray(generator.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(paths[-1])
-    together, sizes = extractor.features(paths, 3, 0)
-    alone = torch.cat([extractor.features([path], 1, 0)[0] for path in paths])
+    together, _, sizes = extractor.extract(paths, 3, 0)
+    alone = torch.cat([extractor.extract([path], 1, 0).features for path in paths])
     assert sizes == [(40, 40), (64, 64), (40, 40)]
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
     assert (together[0] - together[2]).abs().max() > 1e-3
@@ -266,9 +268,9 @@ def test_dinov2_sees_the_whole_tile_at_224_pixels(tile_sets, tmp_path):
     # Meta's own files have a mask token and the name of the teacher's position embedding.
     path = tmp_path / "dinov2_vits14_pretrain.pth"
     torch.save({**published.state_dict(), "mask_token": torch.zeros(1, 384)}, path)
-    extractor = load_extractor("dinov2", path, CPU)
+    extractor = load_extractor("dinov2", path)
     tile = next((tile_sets["real"] / "ADI").iterdir())
-    values, _ = extractor.features([tile], 1, 0)
+    values = extractor.extract([tile], 1, 0).features
 
     net = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=224).eval()
     state = timm.models.vision_transformer.checkpoint_filter_fn(published.state_dict(), net)
@@ -287,31 +289,32 @@ def test_a_local_vit_of_timm_sees_what_timm_would_show_it(tile_sets, tmp_path):
     torch.manual_seed(0)
     net = timm.create_model("test_vit", num_classes=0).eval()
     torch.save(net.state_dict(), tmp_path / "vit.pth")
-    extractor = load_extractor("timm:test_vit", tmp_path / "vit.pth", CPU)
+    extractor = load_extractor("timm:test_vit", tmp_path / "vit.pth")
     tile = next((tile_sets["real"] / "LYM").iterdir())
     config = timm.data.resolve_model_data_config(net) | {"crop_pct": 0.875, "crop_mode": "center"}
     transform = timm.data.create_transform(**config)
     with Image.open(tile) as image, torch.no_grad():
         expected = net(transform(image.convert("RGB"))[None])
-    torch.testing.assert_close(extractor.features([tile], 1, 0)[0], expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        extractor.extract([tile], 1, 0).features, expected, rtol=1e-3, atol=1e-4
+    )
     assert str(config["input_size"][1]) in extractor.preprocessing
 
 
 def test_features_of_a_run_are_those_of_the_selection_before_their_length_is_taken(vit, tile_sets):
-    ours, _ = load_extractor(None, vit, CPU).features(
-        TileFiles.below(tile_sets["real"], False, "--real").paths, 7, 0
-    )
-    tiles = TransformedTiles(tile_sets["real"], 32, eval_transform(32), random=False)
-    theirs, _ = Extractor.from_checkpoint(vit, "cpu").features(tiles, 16, 0)
-    torch.testing.assert_close(torch.nn.functional.normalize(ours, dim=1), theirs)
+    files = TileFiles.below(tile_sets["real"], True)
+    extractor = load_extractor(None, vit)
+    raw = FeatureSet.compute(files, extractor, 7, 0, raw=True)
+    theirs = FeatureSet.compute(files, FeatureSource(VIT, str(vit)).open("cpu"), 16, 0)
+    torch.testing.assert_close(torch.nn.functional.normalize(raw.values, dim=1), theirs.values)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_features_on_a_gpu_are_those_of_the_cpu(inception_file, vit, tile_sets):
-    paths = TileFiles.below(tile_sets["real"], False, "--real").paths[:4]
+    paths = TileFiles.below(tile_sets["real"], True).paths[:4]
     for kind, weights in (("inception", inception_file), ("vit", vit)):
         cpu, cuda = (
-            load_extractor(kind, weights, torch.device(name)).features(paths, 4, 0)[0]
+            load_extractor(kind, weights, name).extract(paths, 4, 0).features
             for name in ("cpu", "cuda")
         )
         # TF32 would be off by about a thousandth.
@@ -390,8 +393,7 @@ def test_what_stands_beside_the_values(tile_sets, vit, tmp_path, capsys, caplog)
     assert printed.count(f"| {fakes[0]} |") == 1 + 3  # a row over all tiles, one per class
     assert "| all | 36 / 30 |" in printed and "pre-processing: shorter side to 36" in printed
     result = results[0]
-    real = TransformedTiles(tile_sets["real"], 32, eval_transform(32), random=False)
-    assert result["real"]["sha256"] == real.files.listing
+    assert result["real"]["sha256"] == TileFiles.below(tile_sets["real"]).listing
     assert result["real"]["images"] == 36 and result["fake"]["pixels"] == {"32x32": 30}
     assert list(result["per_class"]) == ["ADI", "LYM", "TUM"]
     assert len(result["extractor"]["weights_sha256"]) == 64
@@ -466,8 +468,7 @@ def test_a_network_that_was_trained_on_the_real_tiles_is_said(tile_sets, vit, tm
     seed = tmp_path / "seed0"
     (seed / "checkpoints").mkdir(parents=True)
     shutil.copy(vit, seed / "checkpoints" / "best.ckpt")
-    real = TransformedTiles(tile_sets["real"], 32, eval_transform(32), random=False)
-    sha256 = real.files.listing
+    sha256 = TileFiles.below(tile_sets["real"]).listing
     (seed / "result.json").write_text(json.dumps({"data": {"train": {"sha256": sha256}}}))
     sets = (tile_sets["real"], tile_sets["fake"])
     seen, unseen = run(tmp_path, *sets, weights=seed), run(tmp_path, *sets[::-1], weights=seed)

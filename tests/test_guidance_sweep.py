@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ldm.checkpoint import KEY, write_checkpoint
+from ldm.checkpoint import write_checkpoint
 from ldm.errors import UserError
 from ldm.evaluation.sweep import (
     JudgedTiles,
@@ -148,8 +148,7 @@ def folder(tmp_path_factory) -> Path:
         torch.manual_seed(0)
         net = TileClassifier("test_vit", 3, 32, patch_size=8)
         net.classes = classes
-        payload = {"state_dict": net.state_dict(), KEY: net.record(0)}
-        write_checkpoint(folder / f"{name}.ckpt", payload)
+        write_checkpoint(folder / f"{name}.ckpt", tiny.vit_checkpoint(net))
     tiny.tiles(folder / "real", per_class=8)
     tiny.tiles(folder / "few", per_class=7)
     return folder
@@ -213,7 +212,7 @@ def test_bad_input(folder, tmp_path, options, message):
         (("--intervals", "9:1"), "'9:1' is neither all nor LOW:HIGH"),
         (("--guidance_norm",), "--guidance_norm: needs --classifier"),
         (("-n", "4"), "4 must be at least 8"),
-        (("--samplers", "euler"), "euler"),
+        (("--samplers", "leapfrog"), "leapfrog"),
     ],
 )
 def test_bad_options(folder, tmp_path, options, message):

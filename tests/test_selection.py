@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 from tiny import tiles as make_tiles
@@ -25,10 +26,11 @@ from ldm.data.images import class_folders, list_images
 from ldm.data.tiles import TileFolder
 from ldm.errors import UserError
 from ldm.evaluation.sets import open_splits
+from ldm.features.centroids import Centroids, centroid_distances, class_centroids
+from ldm.features.sets import FeatureSet
+from ldm.features.weights import cached_weights
 from ldm.models.vit import TileClassifier
 from ldm.models.vit_settings import Settings
-from ldm.selection.centroids import Centroids, centroid_distances, class_centroids
-from ldm.selection.features import FeatureSet, cached_weights
 from ldm.selection.judge import Judged, read_judged
 from ldm.selection.select import KINDS, USED, Selection, select, wanted_per_class
 from ldm.selection.sheets import COLOURS, Sheets
@@ -206,7 +208,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     net = TileClassifier("vit_tiny", 3, input_size=32, patch_size=8)
     net.classes = ["ADI", "LYM", "TUM"]
     weights = root / "vit.ckpt"
-    write_checkpoint(weights, {"state_dict": net.state_dict(), "histodiffusion": net.record(0)})
+    write_checkpoint(weights, tiny.vit_checkpoint(net))
     real = make_tiles(root / "D" / "train5", per_class=4, seed=0)
     fake = make_tiles(root / "fake", per_class=6, seed=1)
     # One image in the wrong folder, which has to be found out.
@@ -248,18 +250,19 @@ def test_vis_writes_unit_features_centroids_and_picture(folders):
     rows = rows_of(out / "umap.csv")
     assert [row["set"] for row in rows] == ["real"] * 12 + ["synthetic"] * 18 + ["centroid"] * 3
     assert (out / "umap.png").read_bytes().startswith(b"\x89PNG")
-    data = page_of(out / "umap.html")
-    assert data["kinds"] == ["real", "synthetic", "centroid"]
-    assert data["kind"] == [0] * 12 + [1] * 18 + [2] * 3
-    assert [data["classes"][k] for k in data["label"]] == [row["class"] for row in rows]
-    assert len(data["thumbnails"]) == 30  # all of them: centroids have no tile
+    points = page_of(out / "umap.html")
+    assert [p["kind"] for p in points] == [row["set"] for row in rows]
+    assert [p["label"] for p in points] == [row["class"] for row in rows]
+    # Every tile is in the page; centroids have none.
+    assert [bool(p["picture"]) for p in points] == [True] * 30 + [False] * 3
 
 
-def page_of(path: Path) -> dict:
-    """The data of an umap.html, which loads nothing from elsewhere."""
+def page_of(path: Path) -> list[dict]:
+    """The points of an umap.html, which loads nothing from elsewhere."""
     text = path.read_text()
-    assert not re.search(r"(src|href)\s*=|https?:|@import|url\(", text.split("<script>")[0])
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
+    outside = re.sub(r"(<script[^>]*>).*?</script>", r"\1", text, flags=re.S)
+    assert not re.search(r"src\s*=|https?:|@import|url\(", outside)
+    found = re.search(r'<script type="application/json" id="points">(.*?)</script>', text, re.S)
     return json.loads(found.group(1))
 
 
@@ -433,7 +436,7 @@ def test_warns_when_the_judge_is_no_independent_witness(folders, tmp_path, caplo
     torch.manual_seed(5)
     net = TileClassifier("vit_tiny", 3, input_size=32, patch_size=8)
     net.classes = ["ADI", "LYM", "TUM"]
-    payload = {"state_dict": net.state_dict(), "histodiffusion": net.record(0)}
+    payload = tiny.vit_checkpoint(net)
     write_checkpoint(seed / "checkpoints" / "best.ckpt", payload)
     splits.identity["train"]["sha256"] = "0" * 64
     (seed / "result.json").write_text(json.dumps({"data": splits.identity}))
@@ -498,11 +501,10 @@ def test_pictures_with_a_selection(folders, tmp_path):
     assert {p["decision"] for p in points if p["set"] != "synthetic"} == {""}
     before = {row["file"]: (row["x"], row["y"]) for row in rows_of(folders["vis"] / "umap.csv")}
     assert {p["file"]: (p["x"], p["y"]) for p in points} == before  # the plane is the same
-    data = page_of(out / "umap.html")
-    kinds = [data["kinds"][k] for k in data["kind"]]
-    assert kinds == [p["decision"] or p["set"] for p in points]
-    assert data["file"] == [p["file"] for p in points]
-    assert len(data["thumbnails"]) == 10
+    page = page_of(out / "umap.html")
+    assert [p["kind"] for p in page] == [p["decision"] or p["set"] for p in points]
+    assert [p["file"] for p in page] == [p["file"] for p in points]
+    assert sum(bool(p["picture"]) for p in page) == 10
     again = out / "umap.html"
     before = again.read_bytes()
     run_vis(
@@ -674,7 +676,7 @@ def test_bad_input_is_one_line(folders, tmp_path, monkeypatch, capfd, words, exp
     (two / "foreign.csv").write_text("file,decision\nADI/none.png,accepted\n")
     bare = tmp_path / "bare"  # the very images, without a manifest
     shutil.copytree(folders["fake"], bare, ignore=shutil.ignore_patterns("manifest.csv"))
-    monkeypatch.setattr("ldm.selection.features.cached_weights", lambda config: None)
+    monkeypatch.setattr("ldm.features.networks.cached_weights", lambda config: None)
     places = {**{k: str(v) for k, v in folders.items()}, "new": str(tmp_path / "new")}
     places |= {"two": two, "bare": bare}
     script, *options = [word.format(**places) for word in words]

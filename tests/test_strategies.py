@@ -14,11 +14,11 @@ import torch
 
 from ldm.errors import UserError
 from ldm.evaluation.fidelity import fidelity
-from ldm.selection import centroids as centroids_module
-from ldm.selection import neighbours
-from ldm.selection.centroids import Centroids, centroid_distances
-from ldm.selection.features import FeatureSet
-from ldm.selection.neighbours import nearest, neighbour_distances, squared_distances
+from ldm.features import neighbours
+from ldm.features.centroids import centroid_distances
+from ldm.features.neighbours import nearest, neighbour_distances, squared_distances
+from ldm.features.sets import FeatureSet
+from ldm.selection.judge import centroids_of
 from ldm.selection.options import STRATEGIES
 from ldm.selection.select import FILL_REASON, Selection, select
 from ldm.selection.strategies import Choice, by_manifest
@@ -58,12 +58,12 @@ def logits_of(values: torch.Tensor) -> torch.Tensor:
     return torch.stack([2.5 - values[:, 1], values[:, 1] - 2.5], dim=1)
 
 
-IMAGES = feature_set(SYNTHETIC, LABELS, logits=logits_of(SYNTHETIC))
+IMAGES = feature_set(SYNTHETIC, LABELS, others={"logits": logits_of(SYNTHETIC)})
 
 
 def choose(name: str, wanted, images=IMAGES, real=REAL, fill=False, k=3, seed=0) -> Selection:
     images = images.in_order()
-    distances = centroid_distances(images.values, Centroids.of(real).values)
+    distances = centroid_distances(images.values, centroids_of(real).values)
     strategy = Choice(name, k, "judge", seed).make(images, real, distances, None)
     return select(strategy, images, distances.numpy(), wanted, fill)
 
@@ -101,7 +101,7 @@ def test_the_order_of_the_folder_does_not_matter(name):
         values=IMAGES.values[order],
         labels=IMAGES.labels[order],
         files=[IMAGES.files[i] for i in order],
-        logits=IMAGES.logits[order],
+        others={"logits": IMAGES.logits[order]},
     )
     assert choose(name, [20, 20], shuffled).to_csv() == choose(name, [20, 20]).to_csv()
 
@@ -110,7 +110,7 @@ def test_the_order_of_the_folder_does_not_matter(name):
 def test_equal_images_go_by_file_name(name):
     values = torch.cat([normal(3, 0, -2), normal(1, 1, -2).expand(4, 6), normal(2, 2, 0, 5)])
     names = ["p", "q", "r", "9", "10", "a", "1", "0", "0"]
-    images = feature_set(values, [0] * 7 + [1] * 2, names, logits=logits_of(values))
+    images = feature_set(values, [0] * 7 + [1] * 2, names, others={"logits": logits_of(values)})
     used = choose(name, [7, 2], images).used("A")
     same = [file for file in used if file in ("A/9", "A/10", "A/a", "A/1")]
     assert same == ["A/1", "A/10", "A/9", "A/a"]
@@ -171,7 +171,7 @@ def test_coverage_is_greedy_in_the_discrepancy():
             discrepancy = kernel(part, part).mean() - 2 * kernel(part, real).mean()
             values.append(torch.inf if i in chosen else discrepancy.item())
         chosen.append(int(np.argmin(values)))
-    centroids = Centroids.of(REAL)
+    centroids = centroids_of(REAL)
     distances = centroid_distances(images.values, centroids.values)
     strategy = Choice("coverage", 3, "judge", 0).make(images, REAL, distances, None)
     strategy.rejections = [None] * 40
@@ -270,7 +270,7 @@ def test_distances_in_chunks_are_those_of_the_whole(monkeypatch):
     x, y = IMAGES.values[:50], REAL.values
     whole = centroid_distances(x, y[:3])
     monkeypatch.setattr(neighbours, "CHUNK", 7)
-    monkeypatch.setattr(centroids_module, "CHUNK", 7)
+    monkeypatch.setattr(neighbours, "BLOCKS", (7, 5))
     assert torch.equal(centroid_distances(x, y[:3]), whole)
     true = torch.cdist(x.double(), y.double())
     assert torch.allclose(squared_distances(x, y), true.square(), rtol=0, atol=1e-12)
@@ -293,7 +293,8 @@ def test_a_hundred_thousand_candidates():
         x = centres[labels].add_(torch.randn(n, 384, generator=generator), alpha=1.3)
         files = [f"{classes[k]}/{i:06d}" for i, k in enumerate(labels.tolist())]
         x = torch.nn.functional.normalize(x, dim=1)
-        return FeatureSet(x, labels, files, classes, "net", "tiles", logits=x @ centres.T)
+        others = {"logits": x @ centres.T}
+        return FeatureSet(x, labels, files, classes, "net", "tiles", others=others)
 
     real, images = drawn(5000), drawn(100_000)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB

@@ -12,7 +12,7 @@ from tiny import COLOURS, tiles
 
 from ldm.errors import UserError
 from ldm.selection.projection import Points, by_decision
-from ldm.selection.umap_page import choose_evenly, page_data, render
+from ldm.selection.umap_page import choose_evenly, render
 
 CLASSES = list(COLOURS)
 
@@ -24,8 +24,9 @@ def points(kind: str, per_class: list[int], prefix: str = "") -> Points:
     return Points(kind, labels, files if kind != "centroid" else (), xy)
 
 
-def data_of(text: str) -> dict:
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
+def points_of(text: str) -> list[dict]:
+    """Kind, class, file and picture of each point in a page."""
+    found = re.search(r'<script type="application/json" id="points">(.*?)</script>', text, re.S)
     return json.loads(found.group(1))
 
 
@@ -39,26 +40,26 @@ def test_thumbnails_are_the_tiles_of_their_points(tmp_path):
     roots = {"real": real, "synthetic": fake}
     text = render(groups, CLASSES, roots, 100, "A < B")
     assert "<title>A &lt; B</title>" in text
-    data = data_of(text)
-    assert set(map(int, data["thumbnails"])) == set(range(21))
-    assert len(data["x"]) == len(data["y"]) == len(data["kind"]) == len(data["file"]) == 24
+    data = points_of(text)
+    assert [bool(point["picture"]) for point in data] == [True] * 21 + [False] * 3
     for i in (0, 8, 9, 20):
-        kind, label = data["kinds"][data["kind"][i]], data["label"][i]
-        head, _, body = data["thumbnails"][str(i)].partition(",")
+        point = data[i]
+        head, _, body = point["picture"].partition(",")
         assert head == "data:image/webp;base64"
         with Image.open(io.BytesIO(base64.b64decode(body))) as image:
             assert image.size == (32, 32)
             seen = np.asarray(image.convert("RGB"), dtype=float)
-        with Image.open(roots[kind] / data["file"][i]) as image:
+        with Image.open(roots[point["kind"]] / point["file"]) as image:
             written = np.asarray(image, dtype=float)
         # Lossy, yet it is this tile: its colour is the class's, and so is its pattern.
         assert abs(seen.mean((0, 1)) - written.mean((0, 1))).max() < 4
         assert np.corrcoef(seen.mean(2).ravel(), written.mean(2).ravel())[0, 1] > 0.8
-        assert abs(seen.mean((0, 1)) - np.array(COLOURS[CLASSES[label]])).max() < 15
+        assert abs(seen.mean((0, 1)) - np.array(COLOURS[point["label"]])).max() < 15
     assert render(groups, CLASSES, roots, 100, "A < B") == text
     assert "8 of 21 tiles are in this file" in (few := render(groups, CLASSES, roots, 8, ""))
-    assert len(data_of(few)["thumbnails"]) == 8
-    assert data_of(render(groups, CLASSES, roots, 0, ""))["thumbnails"] == {}
+    assert sum(bool(point["picture"]) for point in points_of(few)) == 8
+    none = points_of(render(groups, CLASSES, roots, 0, ""))
+    assert not any(point["picture"] for point in none)
     (fake / "TUM" / "1_3.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"TUM/1_3.png: unreadable"):
         render(groups, CLASSES, roots, 100, "")
@@ -77,22 +78,13 @@ def test_thumbnails_are_chosen_evenly():
     assert len(choose_evenly(groups, 3)) <= 3
 
 
-def test_places_keep_their_order_within_the_grid():
-    group = Points("real", [0, 0, 1], ["a", "b", "c"], np.array([[0.0, 5], [1, 7], [4, 6]]))
-    data = page_data([group], CLASSES)
-    assert data["x"] == [0, 2500, 10_000]
-    assert data["y"] == [0, 10_000, 5000]
-    assert len(set(data["colours"])) == 3
-    assert all(re.fullmatch("#[0-9a-f]{6}", colour) for colour in data["colours"])
-
-
 def test_names_cannot_end_the_script(tmp_path):
     evil = "</script><script>alert(1)</script>"
     group = Points("real", [0, 0, 0], [f"A/{evil}", "A/b", "A/c"], np.zeros((3, 2)))
     text = render([group], [evil], {"real": tmp_path}, 0, evil)
-    assert text.count("</script>") == 2 and "<script>alert" not in text
-    data = data_of(text)
-    assert (data["file"][0], data["classes"]) == (f"A/{evil}", [evil])
+    plain = render([group], ["A"], {"real": tmp_path}, 0, "plain")
+    assert text.count("</script>") == plain.count("</script>") and "<script>alert" not in text
+    assert (points_of(text)[0]["file"], points_of(text)[0]["label"]) == (f"A/{evil}", evil)
 
 
 def test_synthetic_points_by_decision():

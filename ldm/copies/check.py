@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.copies import pixels
 from ldm.copies.search import Neighbours, nearest
 from ldm.copies.statistics import (
     CopyingTest,
@@ -22,16 +21,21 @@ from ldm.copies.statistics import (
     fewest_held_out,
     training_cells,
 )
-from ldm.copies.vectors import Tiles, network_vectors, pixel_vectors
 from ldm.data.groups import by_regex
+from ldm.data.tile_files import TileFiles
+from ldm.devices import usable_cores
 from ldm.errors import UserError
-from ldm.selection.features import Extractor
+from ldm.features import pixels
+from ldm.features.extractor import Extractor, Views
+from ldm.features.sets import cached_features
+from ldm.features.source import PIXELS, FeatureSource
 
 SCALE_NEIGHBOUR = 10  # whose distance is the unit of relative distances
 FEWEST_TRAIN = 20  # tiles with structure
+PER_STEP = 64  # small pictures that are made together
 
 
-def check_apart(train: Tiles, held_out: Tiles) -> None:
+def check_apart(train: TileFiles, held_out: TileFiles) -> None:
     """UserError where held-out tiles are among the training tiles, byte for byte."""
     names = dict(zip(train.digests, train.names, strict=True))
     shared = [
@@ -48,7 +52,7 @@ def check_apart(train: Tiles, held_out: Tiles) -> None:
         )
 
 
-def check_groups_apart(train: Tiles, held_out: Tiles, pattern: str) -> None:
+def check_groups_apart(train: TileFiles, held_out: TileFiles, pattern: str) -> None:
     """UserError where a patient, slide or region has tiles in both sets."""
     group = by_regex(pattern)
     ours, theirs = ({group(name) for name in tiles.names} for tiles in (train, held_out))
@@ -139,7 +143,7 @@ class Space:
 
 
 def pixel_space(synthetic: Tensor, held_out: Tensor, train: Tensor) -> Space:
-    """The space of small pictures, see `ldm.copies.pixels`."""
+    """The space of small pictures, see `ldm.features.pixels`."""
     # Averages over orientations, so that the cells do not depend on how a tile is turned.
     parts = [pixels.oriented_vectors(part.float()).mean(dim=1) for part in train.split(4096)]
     return Space(
@@ -154,26 +158,26 @@ def pixel_space(synthetic: Tensor, held_out: Tensor, train: Tensor) -> Space:
 
 
 def feature_space(
-    synthetic: Tiles,
-    held_out: Tiles,
-    train: Tiles,
+    synthetic: TileFiles,
+    held_out: TileFiles,
+    train: TileFiles,
     extractor: Extractor,
     batch_size: int,
     cache: Path,
 ) -> Space:
     """The space of a network's features; orientations are those of the image it sees."""
 
-    def features(tiles: Tiles, name: str, turned: bool) -> Tensor:
+    def features(tiles: TileFiles, name: str, views: Views = pixels.ORIENTED) -> Tensor:
         file = cache / f"{name}_features.safetensors"
-        return network_vectors(tiles, extractor, turned, batch_size, file)
+        return cached_features(tiles, extractor, file, batch_size, usable_cores(), views).values
 
-    vectors = features(train, "train", False)
+    vectors = features(train, "train", pixels.CENTRE)
     return Space(
         "features",
         vectors,
-        features(synthetic, "synthetic", True),
-        features(held_out, "held_out", True),
-        lambda index: features(train.subset(index.tolist()), "neighbours", True),
+        features(synthetic, "synthetic"),
+        features(held_out, "held_out"),
+        lambda index: features(train.select(index.tolist()), "neighbours"),
         lambda rows: rows,
         training_cells(vectors.numpy(), min(len(synthetic), len(held_out))),
     )
@@ -211,16 +215,16 @@ class CopyCheck:
     """What is known of every tile.
 
     Attributes:
-        synthetic, held_out, train: Tiles with structure, in the order of the comparisons.
-        without_structure: Tiles without, by set.
+        synthetic, held_out, train: TileFiles with structure, in the order of the comparisons.
+        without_structure: TileFiles without, by set.
         comparisons: In one or two spaces.
         quantile: Rate of false alarms over all spaces.
     """
 
-    synthetic: Tiles
-    held_out: Tiles
-    train: Tiles
-    without_structure: dict[str, Tiles]
+    synthetic: TileFiles
+    held_out: TileFiles
+    train: TileFiles
+    without_structure: dict[str, TileFiles]
     comparisons: list[Comparison]
     quantile: float
 
@@ -252,9 +256,9 @@ class CopyCheck:
 
 
 def check_copies(
-    synthetic: Tiles,
-    held_out: Tiles,
-    train: Tiles,
+    synthetic: TileFiles,
+    held_out: TileFiles,
+    train: TileFiles,
     cache: Path,
     extractor: Extractor | None = None,
     quantile: float = 0.01,
@@ -280,12 +284,14 @@ def check_copies(
         check_groups_apart(train, held_out, group_regex)
     kept, vectors, without = {}, {}, {}
     sets = {"synthetic": synthetic, "held_out": held_out, "train": train.distinct()}
+    pictures = FeatureSource(PIXELS).open("cpu")
     for name, tiles in sets.items():
-        rows, contrasts = pixel_vectors(tiles, cache / f"{name}_pixels.safetensors")
-        structured = contrasts >= pixels.LEAST_CONTRAST
+        file = cache / f"{name}_pixels.safetensors"
+        found = cached_features(tiles, pictures, file, PER_STEP, usable_cores(), raw=True)
+        structured = found.others[pixels.CONTRAST] >= pixels.LEAST_CONTRAST
         index = structured.nonzero().flatten()
-        kept[name], vectors[name] = tiles.subset(index.tolist()), rows[index]
-        without[name] = tiles.subset((~structured).nonzero().flatten().tolist())
+        kept[name], vectors[name] = tiles.select(index.tolist()), found.values[index]
+        without[name] = tiles.select((~structured).nonzero().flatten().tolist())
     names = kept["train"].names
     if group_regex:
         names = list(map(by_regex(group_regex), names))
@@ -301,7 +307,7 @@ def check_copies(
     return CopyCheck(**kept, without_structure=without, comparisons=comparisons, quantile=quantile)
 
 
-def check_counts(kept: dict[str, Tiles], groups: int, level: float) -> None:
+def check_counts(kept: dict[str, TileFiles], groups: int, level: float) -> None:
     """UserError where tiles with structure are too few to say anything."""
     if len(kept["train"]) < FEWEST_TRAIN or groups < 2:
         raise UserError(

@@ -11,16 +11,16 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ldm.copies.check import Comparison, CopyCheck
-from ldm.copies.pixels import centre_square, turned_back
+from ldm.copies.check import CopyCheck
 from ldm.data.tiles import read_tile
+from ldm.features.pixels import centre_square, turned_back
+from ldm.report import plots
 
 SHOWN = 128  # S
 GAP = 6
 TEXT = 58  # height of the lines below a pair
 LETTERS = 62  # that fit below a pair
 PAIRS_IN_A_ROW = 3
-BINS = 60
 
 
 def sheet(check: CopyCheck, chosen: Sequence[int]) -> bytes:
@@ -83,41 +83,19 @@ def _short(name: str) -> str:
 
 def histogram(check: CopyCheck) -> bytes:
     """PNG: distances and relative distances to the training set, a row of panels per space."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = len(check.comparisons)
-    figure = Figure(figsize=(10.0, 3.4 * rows), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = plots.new_figure(10.0, 3.4 * rows, dpi=110)
     panels = figure.subplots(rows, 2, squeeze=False)
     for (left, right), comparison in zip(panels, check.comparisons, strict=True):
-        _draw(left, comparison, "distance", "distance to the nearest training tile, {}")
-        _draw(right, comparison, "relative", "relative distance, {}")
-        right.axvline(comparison.threshold, color="crimson", linestyle="--", linewidth=1)
-        right.text(
-            comparison.threshold,
-            0.97,
-            "flagged  ",
-            color="crimson",
-            ha="right",
-            va="top",
-            transform=right.get_xaxis_transform(),
-        )
+        for axes, values, words in (
+            (left, "distance", "distance to the nearest training tile"),
+            (right, "relative", "relative distance"),
+        ):
+            sides = (
+                ("held-out", getattr(comparison.held_out, values), "0.55"),
+                ("synthetic", getattr(comparison.synthetic, values), "C0"),
+            )
+            plots.draw_histogram(axes, sides, f"{words}, {comparison.name}")
+        plots.mark_threshold(right, comparison.threshold, "flagged")
     panels[0][0].legend(frameon=False, loc="upper left")
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", metadata={"Software": None})
-    return stream.getvalue()
-
-
-def _draw(axes, comparison: Comparison, values: str, label: str) -> None:
-    sides = (("held-out", comparison.held_out, "0.55"), ("synthetic", comparison.synthetic, "C0"))
-    highest = max(getattr(side, values).max() for _, side, _ in sides)
-    bins = np.linspace(0, highest or 1, BINS + 1)
-    for name, side, color in sides:
-        data = getattr(side, values)
-        share = np.full(len(data), 100 / len(data))
-        look = {"histtype": "stepfilled", "color": color, "alpha": 0.6}
-        axes.hist(data, bins, weights=share, label=f"{name} ({len(data)})", **look)
-    axes.set(xlabel=label.format(comparison.name), ylabel="% of tiles", xlim=(0, None))
-    for edge in ("top", "right"):
-        axes.spines[edge].set_visible(False)
+    return plots.to_png(figure)

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from ldm.copies import pixels
 from ldm.copies.check import SCALE_NEIGHBOUR, Comparison, CopyCheck
 from ldm.copies.pictures import histogram, sheet
 from ldm.copies.statistics import FEWEST_IN_CELL
+from ldm.data.tile_files import TileFiles
+from ldm.features import pixels
 from ldm.files import write_bytes, write_json, write_text
+from ldm.report import tables
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75)
 ALL = "all"  # name of the row over all classes
@@ -45,9 +47,9 @@ def to_csv(check: CopyCheck) -> str:
     spaces = [f"{c.name}_{column}" for c in check.comparisons for column in columns]
     writer.writerow(["class", "file", "structure", "flagged", "reason", "suspicion", *spaces])
     percentiles = [percentile(c) for c in check.comparisons]
-    flagged, suspicion = check.flagged, check.suspicion
+    flagged, suspicion, labels = check.flagged, check.suspicion, _labels(check.synthetic)
     for i in suspicious_first(check):
-        row = [check.synthetic.labels[i], check.synthetic.names[i], "yes"]
+        row = [labels[i], check.synthetic.names[i], "yes"]
         row += ["yes" if flagged[i] else "no", check.reason(i), f"{suspicion[i]:.4f}"]
         for comparison, share in zip(check.comparisons, percentiles, strict=True):
             side = comparison.synthetic
@@ -60,10 +62,15 @@ def to_csv(check: CopyCheck) -> str:
             ]
         writer.writerow(row)
     background = check.without_structure["synthetic"]
-    for label, name in zip(background.labels, background.names, strict=True):
+    for label, name in zip(_labels(background), background.names, strict=True):
         row = [label, name, "no", "no", "background: not compared"]
         writer.writerow(row + [""] * (1 + len(spaces)))
     return stream.getvalue()
+
+
+def _labels(tiles: TileFiles) -> list[str]:
+    """Class name of each tile; empty texts for a set without classes."""
+    return tiles.class_names or [""] * len(tiles)
 
 
 def percentile(comparison: Comparison) -> np.ndarray:
@@ -75,7 +82,7 @@ def percentile(comparison: Comparison) -> np.ndarray:
 
 def summary(check: CopyCheck) -> dict[str, Any]:
     """All numbers, as they go into report.json."""
-    labels = np.array(check.synthetic.labels)
+    labels = np.array(_labels(check.synthetic))
     classes = [name for name in np.unique(labels).tolist() if name]
     members = {ALL: np.ones(len(labels), bool)} | {name: labels == name for name in classes}
     flagged = check.flagged
@@ -209,8 +216,7 @@ def _space_section(name: str, space: dict[str, Any]) -> list[str]:
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines] + [""]
+    return [tables.to_markdown(tables.TextTable("", head, rows)), ""]
 
 
 NOTES = [

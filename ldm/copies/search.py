@@ -1,4 +1,4 @@
-"""Exact nearest training tiles, in bounded memory.
+"""Exact nearest training tiles over all orientations of a query.
 
 Letters: M queries, N training tiles, R orientations of a query (8, or 1), D numbers per tile,
 B queries and C training tiles of a block. All vectors have length 1, so the distance of two is
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-BLOCK_QUERIES = 64
-BLOCK_TRAIN = 8192
+from ldm.features.neighbours import search
+
+BLOCKS = (64, 8192)  # queries, which have 8 orientations each, and training tiles
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Neighbours:
 
     Attributes:
         index: Training tile, (M,) int64.
-        orientation: Of the query, (M,) int64 in [0, R).
-        distance: To that tile, (M,) float64.
+        orientation: Orientation of the query, (M,) int64 in [0, R).
+        distance: Distance to that tile, (M,) float64.
         scale: Distance to the k-th nearest training tile, (M,) float64.
     """
 
@@ -54,6 +54,7 @@ def nearest(
     own: Tensor | None = None,
     device: torch.device | str = "cpu",
     what: str = "search",
+    blocks: tuple[int, int] = BLOCKS,
 ) -> Neighbours:
     """Search by blocks of matrix products: N x D numbers and one block are in memory.
 
@@ -62,54 +63,38 @@ def nearest(
         train: (N, D) of length 1, any float type.
         k: Which neighbour gives the scale, in [1, N].
         orient: From B rows to (B, R, D).
-        groups: Group of each training tile, (N,) int64.
-        own: Group of each query, (M,) int64, whose training tiles are not looked at: with groups
-            0, 1, ... N - 1, a training tile itself. At least k others must be left.
+        groups, own: Training tiles that are left out, see `search`.
         what: Name on the progress bar.
+        blocks: Queries and training tiles of a block.
     """
     train = train.to(device)
-    excludes = groups is not None and own is not None
-    if excludes:
-        groups, own = groups.to(device), own.to(device)
-    found = []
-    starts = range(0, len(queries), BLOCK_QUERIES)
-    for start in tqdm(starts, desc=what, unit="block", dynamic_ncols=True, leave=False):
-        rows = slice(start, start + BLOCK_QUERIES)
-        views = _unit(orient(queries[rows].to(device).float()))  # (B, R, D)
+
+    def views_of(rows: Tensor) -> Tensor:
+        return _unit(orient(rows.to(device).float()))  # (B, R, D)
+
+    def cosines(views: Tensor, place: slice) -> Tensor:
+        block = _unit(train[place].float())  # (C, D)
         B, R, D = views.shape
-        best = views.new_full((B, 0), 0.0)
-        best_index = torch.empty(B, 0, dtype=torch.int64, device=device)
-        for first in range(0, len(train), BLOCK_TRAIN):
-            block = _unit(train[first : first + BLOCK_TRAIN].float())  # (C, D)
-            cosine = (views.view(B * R, D) @ block.T).view(B, R, -1).amax(dim=1)  # (B, C)
-            if excludes:
-                same = own[rows, None] == groups[None, first : first + BLOCK_TRAIN]
-                cosine.masked_fill_(same, -torch.inf)
-            values, columns = cosine.topk(min(k, cosine.shape[1]), dim=1)
-            merged = torch.cat([best, values], dim=1)
-            indices = torch.cat([best_index, columns + first], dim=1)
-            best, order = merged.topk(min(k, merged.shape[1]), dim=1)
-            best_index = indices.gather(1, order)
-        found.append(_exact(views, train, best, best_index[:, 0]))
-    return Neighbours(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+        return (views.view(B * R, D) @ block.T).view(B, R, -1).amax(dim=1)  # (B, C)
+
+    best, index = search(queries, len(train), cosines, k, groups, own, views_of, blocks, what)
+    scale = (2 - 2 * best[:, -1].cpu().double()).clamp(min=0).sqrt()
+    distances, orientations = [], []
+    for start in range(0, len(queries), blocks[0]):
+        rows = slice(start, start + blocks[0])
+        # The distance is taken from the difference of the two vectors: 2 - 2 cos would leave
+        # nothing but rounding of a copy's. MPS has no float64.
+        closest = _unit(train[index[rows, 0]].float())
+        differences = (views_of(queries[rows]) - closest[:, None]).cpu().double()  # (B, R, D)
+        distance, orientation = differences.norm(dim=2).min(dim=1)
+        distances.append(distance)
+        orientations.append(orientation)
+    distance = torch.cat(distances)
+    return Neighbours(
+        index[:, 0].cpu(), torch.cat(orientations), distance, torch.maximum(scale, distance)
+    )
 
 
 def _unit(vectors: Tensor) -> Tensor:
     """Length 1 again, which half precision keeps to three digits only."""
     return vectors / vectors.norm(dim=-1, keepdim=True)
-
-
-def _exact(
-    views: Tensor, train: Tensor, best: Tensor, index: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Index, orientation, distance and scale of B queries, on the CPU.
-
-    The distance is taken from the difference of the two vectors: 2 - 2 cos would leave nothing
-    but rounding of a copy's.
-    """
-    nearest_tile = _unit(train[index].float())
-    # (B, R); MPS has no float64
-    distances = (views - nearest_tile[:, None]).cpu().double().norm(dim=2)
-    distance, orientation = distances.min(dim=1)
-    scale = (2 - 2 * best[:, -1].cpu().double()).clamp(min=0).sqrt()
-    return index.cpu(), orientation, distance, torch.maximum(scale, distance)

@@ -152,6 +152,23 @@ def read_tile(path: str | os.PathLike) -> np.ndarray:
     return decode_tile(path, os.fspath(path))
 
 
+def require_good(errors: Sequence[str], count: int) -> None:
+    """Check that no image of a set is bad.
+
+    Args:
+        errors: What is wrong with the bad ones.
+        count: Number of images in the set.
+
+    Raises:
+        UserError: Some files are bad: how many, and the first few by name.
+    """
+    if len(errors) == 1:
+        raise UserError(errors[0])
+    if errors:
+        more = f" | and {len(errors) - 3} more" if len(errors) > 3 else ""
+        raise UserError(f"{len(errors)} of {count} images are bad: {' | '.join(errors[:3])}{more}")
+
+
 def decode_tiles(
     tiles: Sequence[Any], decode: Callable[[Any], Any], workers: int | None = None
 ) -> list:
@@ -169,12 +186,7 @@ def decode_tiles(
 
     with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
         outcomes = list(pool.map(attempt, tiles))
-    bad = [message for _, message in outcomes if message is not None]
-    if len(bad) == 1:
-        raise UserError(bad[0])
-    if bad:
-        more = f" | and {len(bad) - 3} more" if len(bad) > 3 else ""
-        raise UserError(f"{len(bad)} of {len(tiles)} images are bad: {' | '.join(bad[:3])}{more}")
+    require_good([message for _, message in outcomes if message is not None], len(tiles))
     return [value for value, _ in outcomes]
 
 

@@ -12,9 +12,8 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -23,15 +22,13 @@ from ldm.errors import UserError
 from ldm.evaluation.confusion import write_confusion
 from ldm.evaluation.metrics import confusion_matrix, scores
 from ldm.evaluation.predictions import Predictions, predictions_name
+from ldm.evaluation.runs import RESULT, differences
 from ldm.evaluation.sets import GroupTable, Splits, TransformedTiles, open_splits
 from ldm.evaluation.summary import write_summary
+from ldm.features.extractor import Extractor, directions
 from ldm.files import write_json
-from ldm.models.vit import eval_transform
 from ldm.models.vit_settings import Settings
 from ldm.run import git_revision, hardware, versions
-
-if TYPE_CHECKING:
-    from ldm.selection.features import Extractor
 
 log = logging.getLogger(__name__)
 
@@ -110,53 +107,13 @@ def colour_histogram_baseline(train_dir: Path, test_dir: Path) -> dict[str, Any]
     return scores(matrix, train.classes)
 
 
-@dataclass(frozen=True)
-class Backbone:
-    """Where the features of a linear probe come from.
-
-    Attributes:
-        weights: A local file, or a run or checkpoint of eval.py.
-        arch: timm's name of the network whose weights these are; None for a run of eval.py.
-        input_size: Pixels; None for the network's own.
-    """
-
-    weights: str | None = None
-    arch: str | None = None
-    input_size: int | None = None
-
-    def check(self) -> None:
-        """UserError where it does not say which network."""
-        if self.weights is None and self.arch is None:
-            raise UserError(
-                "linear_probe needs a network: --weights RUN (of eval.py), or --arch NAME --weights"
-                " FILE (of timm)"
-            )
-        if self.arch is None and self.input_size is not None:
-            raise UserError(
-                "--input_size belongs to --arch; a run of eval.py knows its own, leave it out"
-            )
-
-    def open(self, device: Any) -> "Extractor":
-        from ldm.selection.features import Extractor
-
-        try:
-            if self.arch is None:
-                assert self.weights is not None
-                return Extractor.from_checkpoint(self.weights, device)
-            return Extractor.from_timm(self.arch, self.weights, device, self.input_size, "--arch")
-        except UserError as error:
-            # As the options of this command are called.
-            raise UserError(str(error).replace("--pretrained_weights", "--weights")) from None
-
-
 def run_baseline(
     kind: str,
     data_path: Path,
     train_folder: str,
     logdir: Path,
     groups: GroupTable | None = None,
-    backbone: Backbone | None = None,
-    device: str = "auto",
+    extractor: Extractor | None = None,
     num_workers: int = 0,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -168,84 +125,98 @@ def run_baseline(
 
     Args:
         kind: One of `KINDS`.
-        backbone: Of linear_probe.
-        device: Of its network.
+        extractor: The network of a linear probe.
+        num_workers: Threads that decode images for it.
 
     Returns:
         The content of summary.json.
 
     Raises:
-        UserError: Anything wrong with folders, images or weights, or results of other settings.
+        UserError: Anything wrong with folders or images, or results of other settings.
     """
-    from ldm.evaluation.runs import RESULT, differences
-
     splits = open_splits(data_path, train_folder, Settings(input_size=1), None, groups)
     settings: dict[str, Any] = {"baseline": kind, "strengths": list(STRENGTHS)}
-    arch, extractor = f"logistic regression on {kind.replace('_', ' ')}", None
+    arch = f"logistic regression on {kind.replace('_', ' ')}"
     if kind == LINEAR_PROBE:
-        from ldm.devices import resolve_device
-
-        backbone = backbone or Backbone()
-        backbone.check()
-        extractor = backbone.open(resolve_device(device))
+        assert extractor is not None
         settings |= {"network": extractor.name, "extractor": extractor.identity}
         arch = f"linear probe of {extractor.name}"
     current = {"settings": settings, "data": splits.identity}
     folder = logdir / kind / train_folder
     run = folder / "seed0"
-    if (run / RESULT).is_file():
-        result = json.loads((run / RESULT).read_text())
-        changed = differences(result, current)
-        if changed and not overwrite:
-            raise UserError(
-                f"{run} holds a baseline with other settings: {'; '.join(changed)}; add --overwrite"
-                " to replace it, or choose another --logdir"
-            )
-        if not changed:
-            log.info("%s is finished: not computed again", run)
-            return _report(folder, train_folder, result, splits)
+    result = _finished(run, current, overwrite)
+    if result is None:
+        start = time.monotonic()
 
-    start = time.monotonic()
-    sets = {"train": splits.train, "val": splits.val, "test": splits.test}
-    features = {}
-    for name, tiles in sets.items():
-        if tiles is None:
-            continue
-        if extractor is None:
-            features[name] = colour_features(tiles.paths, kind)
-        else:
-            root = data_path / (train_folder if name == "train" else name)
-            features[name] = probe_features(extractor, root, splits.classes, num_workers)
-    chosen = _choose(features["train"], np.array(splits.train.labels), features["val"], splits.val)
-    val = _predict(chosen.model, features["val"], splits.val)
+        def features(tiles: TransformedTiles) -> np.ndarray:
+            if kind == LINEAR_PROBE:
+                return probe_features(extractor, tiles.paths, num_workers)
+            return colour_features(tiles.paths, kind)
+
+        found = _fit_and_report(splits, features, run)
+        result = {
+            "train_folder": train_folder,
+            "arch": arch,
+            **found,
+            "seconds": round(time.monotonic() - start, 3),
+            **current,
+            "notes": [_how(found["strength"], found["features"])],
+            "versions": versions(),
+            "revision": git_revision(),
+            "hardware": hardware(),
+        }
+        write_json(run / RESULT, result)
+    summary = write_summary(folder, train_folder, [result], [run], splits.groups, splits.notes)
+    write_confusion(folder, summary)
+    return summary
+
+
+def _finished(run: Path, current: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
+    """The result that is there already with these settings and files; None where there is none.
+
+    Raises:
+        UserError: It has other settings or files, and is not to be overwritten.
+    """
+    if not (run / RESULT).is_file():
+        return None
+    result = json.loads((run / RESULT).read_text())
+    changed = differences(result, current)
+    if changed and not overwrite:
+        raise UserError(
+            f"{run} holds a baseline with other settings: {'; '.join(changed)}; add --overwrite"
+            " to replace it, or choose another --logdir"
+        )
+    if changed:
+        return None
+    log.info("%s is finished: not computed again", run)
+    return result
+
+
+def _fit_and_report(
+    splits: Splits, features: Callable[[TransformedTiles], np.ndarray], run: Path
+) -> dict[str, Any]:
+    """Fit on the training set, choose on val, predict test once; write the predictions."""
+    known = features(splits.train)  # (N, D)
+    val_features = features(splits.val)
+    strength, model = _choose(known, np.array(splits.train.labels), val_features, splits.val)
+    val = _predict(model, val_features, splits.val)
     val.write(run / predictions_name("val"))
     result = {
-        "train_folder": train_folder,
-        "arch": arch,
         "seed": 0,
         "split": splits.reported,
         "best_epoch": None,
         "updates": None,
         "epochs": None,
         "validations": len(STRENGTHS),
-        "strength": chosen.strength,
-        "features": features["train"].shape[1],
+        "strength": strength,
+        "features": known.shape[1],
         "val": val.scores(),
     }
     if splits.test is not None:
-        test = _predict(chosen.model, features["test"], splits.test)
+        test = _predict(model, features(splits.test), splits.test)
         test.write(run / predictions_name("test"))
         result["test"] = test.scores()
-    result |= {
-        "seconds": round(time.monotonic() - start, 3),
-        **current,
-        "notes": [_how(chosen.strength, features["train"].shape[1])],
-        "versions": versions(),
-        "revision": git_revision(),
-        "hardware": hardware(),
-    }
-    write_json(run / RESULT, result)
-    return _report(folder, train_folder, result, splits)
+    return result
 
 
 def _how(strength: float, width: int) -> str:
@@ -255,36 +226,16 @@ def _how(strength: float, width: int) -> str:
     )
 
 
-def _report(
-    folder: Path, train_folder: str, result: dict[str, Any], splits: Splits
-) -> dict[str, Any]:
-    summary = write_summary(
-        folder, train_folder, [result], [folder / "seed0"], splits.groups, splits.notes
-    )
-    write_confusion(folder, summary)
-    return summary
-
-
-def probe_features(
-    extractor: "Extractor", root: Path, classes: Sequence[str], num_workers: int
-) -> np.ndarray:
-    """Features of a labelled folder by a network, as the evaluation shows it tiles; (N, D)."""
-    size = extractor.net.input_size
-    tiles = TransformedTiles(root, size, eval_transform(size), False, classes)
-    tiles.load()
-    return extractor.features(tiles, BATCH_SIZE, num_workers)[0].double().numpy()
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    strength: float
-    model: Any
+def probe_features(extractor: Extractor, paths: Sequence[Path], num_workers: int) -> np.ndarray:
+    """Features of tiles by a network, of length 1, as the evaluation shows it tiles; (N, D)."""
+    found = extractor.extract(paths, BATCH_SIZE, num_workers)
+    return directions(found.features, paths).double().numpy()
 
 
 def _choose(
     features: np.ndarray, labels: np.ndarray, val_features: np.ndarray, val: TransformedTiles
-) -> _Chosen:
-    """The model whose penalty is best on val: by accuracy, then by cross-entropy."""
+) -> tuple[float, Any]:
+    """Strength and model whose penalty is best on val: by accuracy, then by cross-entropy."""
     ranked = []
     for strength in STRENGTHS:
         model = logistic_regression(features, labels, strength)
@@ -292,8 +243,8 @@ def _choose(
         own = p[np.arange(len(p)), val.labels]
         loss = -np.log(np.maximum(own, np.finfo(float).tiny)).mean()
         accuracy = (p.argmax(axis=1) == val.labels).mean()
-        ranked.append((accuracy, -loss, _Chosen(strength, model)))
-    return max(ranked, key=lambda one: one[:2])[2]
+        ranked.append((accuracy, -loss, strength, model))
+    return max(ranked, key=lambda one: one[:2])[2:]
 
 
 def _predict(model: Any, features: np.ndarray, tiles: TransformedTiles) -> Predictions:

@@ -1,8 +1,8 @@
 """How close synthetic tiles come to real ones as a set, on features of any network.
 
-The arithmetic is torch-fidelity's; the features are ours (`ldm.evaluation.extractors`, raw, and
-`ldm.selection.features`, of length 1), so no weights are fetched. Numbers of different networks do
-not compare, nor do Frechet distances of sets of different sizes.
+The arithmetic is torch-fidelity's; the features are ours (`ldm.features`), so no weights are
+fetched. Numbers of different networks do not compare, nor do Frechet distances of sets of
+different sizes.
 
 Letters: N, M images of the two sets, D features.
 """

@@ -4,7 +4,6 @@ Letters: S side in pixels.
 """
 
 import csv
-import hashlib
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -261,12 +260,6 @@ def open_evaluation_sets(
         for name, tiles in found.items():
             tiles.groups = groups.groups(name, tiles.relative_paths)
     return found
-
-
-def listing_sha256(digests: Sequence[str], names: Sequence[str]) -> str:
-    """SHA-256 that tells a set of files, from their own and their paths below the set's folder."""
-    lines = (f"{digest} {name}\n" for digest, name in zip(digests, names, strict=True))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def open_splits(

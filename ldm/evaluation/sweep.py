@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.data.tile_files import TileFiles
 from ldm.devices import Devices
 from ldm.errors import UserError
 from ldm.evaluation.fidelity import FEWEST_TILES, fidelity
+from ldm.features.extractor import Extractor
+from ldm.features.sets import cached_features
 from ldm.report import plots
 from ldm.report.tables import TextTable, to_markdown
-from ldm.selection.features import Extractor, folder_features
 from ldm.synthesis import (
     Models,
     SampleFolder,
@@ -64,7 +66,7 @@ def judge(root: Path, extractor: Extractor, cache: Path, classes: Sequence[str])
     Raises:
         UserError: Other class folders, or unreadable tiles.
     """
-    found = folder_features(root, extractor, cache, classes)
+    found = cached_features(TileFiles.below(root, True, classes), extractor, cache)
     assert found.logits is not None, "the judge classifies these classes"
     return JudgedTiles(found.values, found.logits.argmax(dim=1), found.labels)
 

@@ -5,21 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm.data.tiles import TileFolder
+from ldm.data.tile_files import TileFiles
 from ldm.devices import resolve_device
 from ldm.errors import UserError
-from ldm.selection.centroids import Centroids
-from ldm.selection.features import (
-    Extractor,
-    FeatureSet,
-    folder_features,
-    tiles_digest,
-    training_tiles,
-)
+from ldm.features.centroids import Centroids
+from ldm.features.extractor import Extractor
+from ldm.features.sets import FeatureSet, cached_features
+from ldm.features.source import parse_features
 
 log = logging.getLogger(__name__)
 
-TIMM = "timm:"
 REAL_FILE, SYNTHETIC_FILE = "features_real.safetensors", "features_synthetic.safetensors"
 CENTROIDS_FILE = "centroids.safetensors"
 
@@ -72,7 +67,7 @@ class NetworkOptions:
 
     @property
     def loading(self) -> dict[str, int]:
-        """Arguments of `folder_features`, those that were given."""
+        """Arguments of `cached_features`, those that were given."""
         both = {"batch_size": self.batch_size, "num_workers": self.num_workers}
         return {name: value for name, value in both.items() if value is not None}
 
@@ -100,8 +95,7 @@ def read_judged(source: str, synthetic_root: Path) -> Judged:
         Centroids.load(folder / CENTROIDS_FILE),
     )
     classes = judged.real.classes
-    made = TileFolder(synthetic_root, 1, labelled=True, classes=classes, check=False)
-    if tiles_digest(made.paths, made.relative_paths) != judged.synthetic.tiles:
+    if TileFiles.below(synthetic_root, True, classes).digest != judged.synthetic.tiles:
         raise UserError(
             f"--synthetic {synthetic_root}: its images are not those of --features {source};"
             " run scripts/vis.py again"
@@ -114,39 +108,45 @@ def compute_judged(
 ) -> Judged:
     """Features by a network, from the cache where it was asked for the same tiles before.
 
-    The cache (see `folder_features`) is beside the synthetic folder if no other is named:
+    The cache (see `cached_features`) is beside the synthetic folder if no other is named:
     SYNTHETIC.features.
 
     Args:
-        source: `timm:NAME`, or a checkpoint or a seed's folder of eval.py.
+        source: A network, see `parse_features`.
     """
-    device = resolve_device(options.device)
-    if source.startswith(TIMM):
-        name = source.removeprefix(TIMM)
-        extractor = Extractor.from_timm(
-            name, options.pretrained_weights, device, options.input_size, "--features timm"
-        )
-    else:
-        for option in ("pretrained_weights", "input_size"):
-            if getattr(options, option) is not None:
-                raise UserError(
-                    f"--{option}: belongs to --features timm:NAME; a checkpoint brings its own"
-                )
-        extractor = Extractor.from_checkpoint(source, device, "--features")
+    network = parse_features(source, options.pretrained_weights, options.input_size)
+    extractor = network.open(resolve_device(options.device))
     beside = synthetic_root.resolve()  # which has a name, other than "."
     cache = Path(options.cache or beside.with_name(f"{beside.name}.features"))
-    # Both indexed before any features are computed: differing classes are known at once.
-    classes = TileFolder(real_root, 1, labelled=True, check=False).classes
-    TileFolder(synthetic_root, 1, labelled=True, classes=classes, check=False)
-    real, synthetic = (
-        folder_features(root, extractor, cache, classes, **options.loading)
-        for root in (real_root, synthetic_root)
+    real, synthetic = labelled_features(real_root, synthetic_root, extractor, cache, cache, options)
+    return Judged(real, synthetic.in_order(), centroids_of(real))
+
+
+def labelled_features(
+    real_root: Path,
+    synthetic_root: Path,
+    extractor: Extractor,
+    real_cache: Path,
+    synthetic_cache: Path,
+    options: NetworkOptions,
+) -> tuple[FeatureSet, FeatureSet]:
+    """Features of two folders with the same classes, each kept in its cache."""
+    # Both are indexed before any features are computed: differing classes are known at once.
+    real = TileFiles.below(real_root, True)
+    synthetic = TileFiles.below(synthetic_root, True, real.classes)
+    return (
+        cached_features(real, extractor, real_cache, **options.loading),
+        cached_features(synthetic, extractor, synthetic_cache, **options.loading),
     )
-    return Judged(real, synthetic.in_order(), Centroids.of(real))
+
+
+def centroids_of(real: FeatureSet) -> Centroids:
+    """Centroids of labelled tiles."""
+    return Centroids.of(real.values, real.labels, real.classes, real.extractor, real.tiles)
 
 
 def conflicts(
-    judged: Judged, real: TileFolder, downstream: Extractor | None
+    judged: Judged, real: TileFiles, downstream: Extractor | None
 ) -> tuple[dict[str, Any], list[str]]:
     """What judge and downstream model have in common: facts for the record, and warnings.
 
@@ -156,7 +156,7 @@ def conflicts(
     """
     judge = judged.synthetic
     name = judge.network or judge.extractor[:12]
-    trained_here = None if judge.trained_on is None else judge.trained_on == training_tiles(real)
+    trained_here = None if judge.trained_on is None else judge.trained_on == real.listing
     facts: dict[str, Any] = {
         "judge": {"network": name, "identity": judge.extractor, "trained_on_real": trained_here},
         "downstream": None,

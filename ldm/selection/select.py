@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ldm.errors import UserError
-from ldm.selection.features import FeatureSet
+from ldm.features.sets import FeatureSet
 from ldm.selection.strategies import Strategy
 
 ACCEPTED, SURPLUS, FILLED, REJECTED = "accepted", "surplus", "filled", "rejected"

@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ldm.data.tiles import read_tile
+from ldm.features.neighbours import nearest
+from ldm.features.sets import FeatureSet
 from ldm.files import write_bytes
-from ldm.selection.features import FeatureSet
-from ldm.selection.neighbours import nearest
 from ldm.selection.select import ACCEPTED, FILL_REASON, FILLED, REJECTED, SURPLUS, USED, Selection
 
 COLUMNS = 8

@@ -21,14 +21,15 @@ import torch
 from torch import Tensor
 
 from ldm.errors import UserError
-from ldm.selection.features import FeatureSet
-from ldm.selection.neighbours import (
+from ldm.features.neighbours import (
     in_chunks,
     nearest,
     neighbour_distances,
     paired_distances,
+    search,
     squared_distances,
 )
+from ldm.features.sets import FeatureSet
 
 BANDWIDTH_NEIGHBOUR = 3  # of the kernel of `Coverage`
 MANIFEST = "manifest.csv"
@@ -229,10 +230,12 @@ def by_realism(synthetic: FeatureSet, real: FeatureSet, k: int) -> Strategy:
         foreign = (real.labels != label).nonzero().flatten()
         radii = neighbour_distances(own, k)  # (R,)
         x = synthetic.values[members]
-        best = torch.empty(len(x), dtype=torch.int64)  # the tile whose ball counts
-        for place, part in in_chunks(x):
-            ratios = radii.square() / squared_distances(part, own)  # not a number where 0 / 0
-            best[place] = ratios.nan_to_num(nan=torch.inf).argmax(dim=1)
+
+        def ratios(part: Tensor, place: slice, own=own, radii=radii) -> Tensor:
+            ratio = radii[place].square() / squared_distances(part, own[place])
+            return ratio.nan_to_num(nan=torch.inf)  # 0 / 0 on a tile with equal neighbours
+
+        best = search(x, len(own), ratios)[1][:, 0]  # the tile whose ball counts
         distance = paired_distances(x, own[best])
         ratio = radii[best] / distance
         realism[members] = torch.where(distance == 0, torch.inf, ratio)

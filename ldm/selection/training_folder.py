@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.data import folders
-from ldm.data.tiles import TileFolder
+from ldm.data.tile_files import TileFiles
 from ldm.errors import UserError
 from ldm.selection.select import KINDS, REMOVED, Selection
 
@@ -17,7 +17,7 @@ DECISIONS, RECORD = "selection.csv", "selection.json"
 
 def build_training_folder(
     out: Path,
-    real: TileFolder,
+    real: TileFiles,
     synthetic: Path,
     selection: Selection,
     record: dict[str, Any],
@@ -36,7 +36,7 @@ def build_training_folder(
     Raises:
         UserError: Two files would have one name, or the file system has no such links.
     """
-    files: dict[str, Path] = dict(zip(real.relative_paths, real.paths, strict=True))
+    files: dict[str, Path] = dict(zip(real.names, real.paths, strict=True))
     for name in selection.classes:
         for path in selection.used(name):
             parent, file = os.path.split(path)

@@ -6,22 +6,15 @@ Letters: N images, D features, K classes.
 import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from ldm.errors import UserError
-from ldm.files import write_bytes
-
-if TYPE_CHECKING:
-    from ldm.selection.features import FeatureSet
+from ldm.features.neighbours import in_chunks
+from ldm.features.sets import read_tensors, write_tensors
 
 FORMAT = "histodiffusion centroids 1"
-CHUNK = 2048  # images whose distances are computed together
 
 
 def class_centroids(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
@@ -57,12 +50,10 @@ def centroid_distances(features: Tensor, centroids: Tensor) -> Tensor:
         (N, K) float64. Each entry is computed from its own row alone, so it depends neither on the
         order of the images nor on how many there are.
     """
-    centroids = centroids.double()
     distances = torch.empty(len(features), len(centroids), dtype=torch.float64)
-    for start in range(0, len(features), CHUNK):
-        part = features[start : start + CHUNK].double()
-        for k, centroid in enumerate(centroids):
-            distances[start : start + CHUNK, k] = (part - centroid).square().mean(dim=1)
+    for place, part in in_chunks(features):
+        for k, centroid in enumerate(centroids.double()):
+            distances[place, k] = (part.double() - centroid).square().mean(dim=1)
     return distances
 
 
@@ -74,7 +65,7 @@ class Centroids:
         values: (K, D) float32.
         classes: K names in label order.
         extractor: SHA-256 that names the network the features come from.
-        tiles: SHA-256 over the labelled images, see `ldm.selection.features.tiles_digest`.
+        tiles: SHA-256 over the labelled images, see `TileFiles.digest`.
     """
 
     values: Tensor
@@ -83,45 +74,25 @@ class Centroids:
     tiles: str
 
     @classmethod
-    def of(cls, real: "FeatureSet") -> "Centroids":
-        """Those of labelled tiles."""
-        values = class_centroids(real.values, real.labels, len(real.classes))
-        return cls(values, real.classes, real.extractor, real.tiles)
+    def of(
+        cls, features: Tensor, labels: Tensor, classes: list[str], extractor: str, tiles: str
+    ) -> "Centroids":
+        """Centroids of labelled features, (N, D) with (N,) labels."""
+        return cls(class_centroids(features, labels, len(classes)), classes, extractor, tiles)
 
     def save(self, path: str | os.PathLike) -> None:
+        """Write a safetensors file."""
         metadata = {
             "format": FORMAT,
             "classes": json.dumps(self.classes),
             "extractor": self.extractor,
             "tiles": self.tiles,
         }
-        write_bytes(Path(path), save({"centroids": self.values.contiguous()}, metadata))
+        write_tensors(path, {"centroids": self.values}, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Centroids":
         """Read what `save` wrote; UserError for a missing or foreign file."""
-        tensors, metadata = read_safetensors(path, FORMAT)
+        tensors, metadata = read_tensors(path, FORMAT)
         classes = json.loads(metadata["classes"])
         return cls(tensors["centroids"], classes, metadata["extractor"], metadata["tiles"])
-
-
-def read_safetensors(
-    path: str | os.PathLike, expected: str
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file whose metadata say `format: expected`.
-
-    Raises:
-        UserError: Missing, damaged, or another kind of file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no file {path}; make it with scripts/vis.py")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a safetensors file ({error}); run scripts/vis.py") from None
-    if metadata.get("format") != expected:
-        raise UserError(f"{path} does not hold {expected!r}; make it with scripts/vis.py")
-    return tensors, metadata

@@ -11,13 +11,37 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldm.errors import UserError
+from ldm.features.source import DINOV2
 
-DINOV2 = {
-    "dinov2": "vit_small_patch14_dinov2.lvd142m",
-    "dinov2_base": "vit_base_patch14_dinov2.lvd142m",
-    "dinov2_large": "vit_large_patch14_dinov2.lvd142m",
-    "dinov2_giant": "vit_giant_patch14_dinov2.lvd142m",
-}
+# What timm calls the file in the repositories that its pretrained configurations name.
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def cached_weights(config) -> Path | None:
+    """The weights of a timm pretrained configuration in the Hugging Face or torch cache, if any."""
+    if config is None:
+        return None
+    if config.hf_hub_id:
+        from huggingface_hub import try_to_load_from_cache
+
+        repository, _, revision = config.hf_hub_id.partition("@")
+        files = (config.hf_hub_filename,) if config.hf_hub_filename else HUB_FILES
+        for file in files:
+            found = try_to_load_from_cache(repository, file, revision=revision or None)
+            if isinstance(found, str):  # otherwise None, or a note that there is no such file
+                return Path(found)
+    if config.url:
+        path = _torch_cache(config.url)
+        if path.is_file():
+            return path
+    return None
+
+
+def _torch_cache(url: str) -> Path:
+    """Where the file of `url` lies in the cache of torch."""
+    import torch
+
+    return Path(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
 
 
 @dataclass(frozen=True)
@@ -42,28 +66,21 @@ class Weights:
     @property
     def place(self) -> Path:
         """Where the file is looked for, and where `fetch` puts it (torch's cache)."""
-        import torch
-
-        return Path(torch.hub.get_dir(), "checkpoints", os.path.basename(self.url))
+        return _torch_cache(self.url)
 
     def find(self) -> Path | None:
         """The file in a cache of this machine, or None."""
         if self.timm_name is not None:
             from timm import get_pretrained_cfg
 
-            from ldm.selection.features import cached_weights
-
             return cached_weights(get_pretrained_cfg(self.timm_name))
         return self.place if self.place.is_file() else None
 
-    def require(self, option: str) -> Path:
+    def require(self) -> Path:
         """The file in a cache of this machine.
 
-        Args:
-            option: The option that names another file.
-
         Raises:
-            UserError: It is not here. The message says how to get it.
+            UserError: It is not on this machine. The message says how to get it.
         """
         found = self.find()
         if found is None:
@@ -73,12 +90,12 @@ class Weights:
             raise UserError(
                 f"the weights of {self.name} are not on this machine and nothing is downloaded"
                 f" here; where there is internet run: python scripts/fetch_weights.py {self.name}"
-                f"{by_hand}; then copy the file and give it with {option} FILE"
+                f"{by_hand}; then copy the file and give its path as the weights"
             )
         return found
 
     def fetch(self) -> Path:
-        """Download the file into its cache; it appears whole, of the right hash, or not at all.
+        """Download the file into its cache; it appears complete and with the right hash, or not.
 
         Raises:
             UserError: No connection, or a file that is not the published one.
@@ -116,8 +133,6 @@ def _fetch_timm(timm_name: str) -> Path:
     import timm
     from huggingface_hub import constants, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    from ldm.selection.features import HUB_FILES
 
     config = timm.get_pretrained_cfg(timm_name)
     repository, _, revision = config.hf_hub_id.partition("@")

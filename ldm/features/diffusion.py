@@ -1,0 +1,111 @@
+"""Features of a diffusion model: what its UNet says of a tile at some noise levels.
+
+Letters: B batch, C channels, H W latent size, D features.
+
+A diffusion model that saw many unlabelled tiles keeps what it learned in the middle and the
+up-blocks of its UNet (Xiang et al. 2023). A tile is noised a little, passed through the UNet, and
+described by mean and deviation over space of these blocks' channels.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.checkpoint import checkpoint_path, load_model
+from ldm.data.tiles import resize_tile, to_tensor
+from ldm.errors import UserError
+from ldm.features.extractor import FEATURES, Extractor
+from ldm.features.source import FeatureSource
+from ldm.files import digest_of, file_sha256
+from ldm.models.diffusion import LatentDiffusion
+from ldm.modules.autoencoder import weights_digest
+
+NOISES = 4  # draws that features are averaged over, the same for every tile
+SEED = 0
+
+
+def parse_argument(text: str) -> tuple[str, list[int], list[int] | None]:
+    """Run, time steps and blocks (None for all) of `RUN@20`, `RUN@20,60` or `RUN@20/0,3`.
+
+    Raises:
+        UserError: The text has another form.
+    """
+    run, at, points = text.rpartition("@")
+    times, slash, blocks = points.partition("/")
+    try:
+        if not at or not run:
+            raise ValueError
+        steps = [int(word) for word in times.split(",")]
+        chosen = [int(word) for word in blocks.split(",")] if slash else None
+    except ValueError:
+        raise UserError(
+            f"features diffusion:{text}: give diffusion:RUN@T or RUN@T,T, with time steps of the "
+            "model and, after a slash, the blocks (0 the middle, 1, 2, ... the up-blocks)"
+        ) from None
+    return run, steps, chosen
+
+
+def open_diffusion(source: FeatureSource, device: torch.device | str) -> Extractor:
+    """Load a diffusion model whose averaged UNet makes features.
+
+    Raises:
+        UserError: The argument has another form, or the model no such time step or block.
+    """
+    run, times, blocks = parse_argument(source.argument)
+    model = load_model(run, "diffusion", device, what="features")
+    T, widths = model.schedule.T, model.network().feature_widths
+    if not all(0 <= t < T for t in times):
+        raise UserError(f"features {source}: time steps must be in [0, {T})")
+    blocks = list(range(len(widths))) if blocks is None else sorted(set(blocks))
+    if not all(0 <= block < len(widths) for block in blocks):
+        raise UserError(f"features {source}: blocks are 0 (the middle) to {len(widths) - 1}")
+    path = checkpoint_path(run, "features")
+    pixels = model.first_stage_model.resolution
+    facts = {
+        "network": weights_digest([model.network()]),
+        "latents": model.autoencoder_fingerprint,
+        "scale": model.scale_factor.flatten().tolist(),
+        "process": model.schedule.settings,
+        "times": times,
+        "blocks": blocks,
+        "noises": NOISES,
+        "seed": SEED,
+        "pixels": pixels,
+    }
+
+    def transform(tile: np.ndarray) -> Tensor:
+        tile = resize_tile(tile, pixels)  # the shorter side
+        top, left = ((side - pixels) // 2 for side in tile.shape[:2])
+        return to_tensor(tile[top : top + pixels, left : left + pixels])
+
+    return Extractor(
+        name=f"UNet of {run} at t = {', '.join(map(str, times))}",
+        network=f"diffusion UNet at t = {times}, blocks {blocks}",
+        identity=digest_of(facts),
+        transform=transform,
+        forward=lambda images: {FEATURES: features_of(model, images, times, blocks)},
+        device=torch.device(device),
+        preprocessing=f"shorter side to {pixels}, centre; mean over {NOISES} noises",
+        weights=Path(path),
+        weights_sha256=file_sha256(path),
+    )
+
+
+@torch.no_grad()
+def features_of(model: LatentDiffusion, x: Tensor, times: list[int], blocks: list[int]) -> Tensor:
+    """Features (B, D) of images (B, 3, H, W) in [-1, 1]: of each time, the mean over noises."""
+    z_0 = model.encode_first_stage(x, sample=False)
+    generator = torch.Generator().manual_seed(SEED)
+    # The same noises for every image, so that a feature does not depend on its batch.
+    noises = torch.randn((NOISES, *z_0.shape[1:]), generator=generator).to(z_0.device)
+    net, found = model.network(), []
+    for time in times:
+        t = model.schedule.times(time, len(z_0), z_0.device)
+        draws = [
+            net.with_features(model.schedule.q_sample(z_0, t, eps.expand_as(z_0)), t, blocks)[1]
+            for eps in noises
+        ]
+        found.append(torch.stack(draws).mean(dim=0))
+    return torch.cat(found, dim=1)

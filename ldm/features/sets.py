@@ -1,0 +1,269 @@
+"""Features of sets of tiles, and the safetensors files that keep them.
+
+Letters: N images, V views of an image, D features, K classes.
+"""
+
+import json
+import logging
+import os
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ldm.data.tile_files import TileFiles
+from ldm.errors import UserError
+from ldm.features.extractor import (
+    FEATURES,
+    LOGITS,
+    WHOLE,
+    Extractor,
+    Views,
+    directions,
+    require_finite,
+)
+from ldm.files import write_bytes
+
+log = logging.getLogger(__name__)
+
+FORMAT = "histodiffusion features 1"
+REFERENCE_FORMAT = "histodiffusion fidelity reference 1"  # of earlier versions, which are read
+SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Features of a set of tiles, with what they belong to.
+
+    Attributes:
+        values: (N, D), or (N, V, D) of several views; rows of length 1 unless `facts` say "raw".
+        labels: (N,) int64 in [0, K), -1 in a set without classes.
+        files: N paths below the folder, with `/`.
+        classes: K names in label order.
+        extractor: SHA-256 that names the network, see `Extractor.identity`.
+        tiles: SHA-256 over the images, see `TileFiles.digest`.
+        network: Name of the network, for people.
+        trained_on: Which tiles the network was trained on, see `Extractor`.
+        others: Further values by name, (N, ...): "logits", (N, K), of a classifier of `classes`.
+        facts: What else is known of files and network, see `compute`.
+    """
+
+    values: Tensor
+    labels: Tensor
+    files: list[str]
+    classes: list[str]
+    extractor: str
+    tiles: str
+    network: str = ""
+    trained_on: str | None = None
+    others: dict[str, Tensor] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def logits(self) -> Tensor | None:
+        """(N, K) float32 of a network that classifies these classes; None of any other."""
+        return self.others.get(LOGITS)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Class of each image; an empty list for a set without classes."""
+        return [self.classes[label] for label in self.labels.tolist()] if self.classes else []
+
+    @classmethod
+    def compute(
+        cls,
+        files: TileFiles,
+        extractor: Extractor,
+        batch_size: int = 64,
+        num_workers: int = 2,
+        views: Views = WHOLE,
+        raw: bool = False,
+    ) -> "FeatureSet":
+        """Features of files by a network.
+
+        Args:
+            batch_size, num_workers, views: See `Extractor.extract`.
+                Views other than the tile itself are named in the facts.
+            raw: Keep the features as the network gives them, and facts about the files with them:
+                root, part, stamp, sha256 (see `TileFiles.listing`), pixels and formats (numbers of
+                images by "WIDTHxHEIGHT" and by extension), extractor (`Extractor.record`).
+
+        Raises:
+            UserError: Unreadable images, or features that are not finite.
+        """
+        stamp = files.stamp() if raw else ""  # before the files are read
+        found = extractor.extract(
+            files.paths, batch_size, num_workers, views, f"features of {files.root.name}"
+        )
+        facts: dict[str, Any] = {} if views is WHOLE else {"views": views.name}
+        if raw:
+            require_finite(found.features, files.paths)
+            formats = Counter(path.suffix.lower()[1:] for path in files.paths)
+            facts |= {
+                "raw": True,
+                "root": str(files.root),
+                "part": files.part,
+                "stamp": stamp,
+                "sha256": files.listing,
+                "pixels": dict(Counter(f"{w}x{h}" for w, h in found.sizes).most_common()),
+                "formats": dict(formats.most_common()),
+                "extractor": extractor.record(),
+            }
+        others = dict(found.others)
+        if not extractor.classifies(files.classes):
+            others.pop(LOGITS, None)
+        return cls(
+            values=found.features if raw else directions(found.features, files.paths),
+            labels=torch.tensor(files.labels, dtype=torch.int64),
+            files=list(files.names),
+            classes=list(files.classes),
+            extractor=extractor.identity,
+            tiles=files.digest,
+            network=extractor.name,
+            trained_on=extractor.trained_on,
+            others=others,
+            facts=facts,
+        )
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write a safetensors file."""
+        metadata = {
+            "format": FORMAT,
+            "files": json.dumps(self.files),
+            "classes": json.dumps(self.classes),
+            "extractor": self.extractor,
+            "tiles": self.tiles,
+            "network": self.network,
+            "trained_on": self.trained_on or "",
+        }
+        if self.facts:
+            metadata["facts"] = json.dumps(self.facts)
+        write_tensors(path, {FEATURES: self.values, "labels": self.labels, **self.others}, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "FeatureSet":
+        """Read what `save` wrote, or a reference file of scripts/fidelity.py of earlier versions.
+
+        Raises:
+            UserError: A missing or foreign file.
+        """
+        tensors, metadata = read_tensors(path, FORMAT, REFERENCE_FORMAT)
+        facts = json.loads(metadata.get("facts", "{}"))
+        values, labels = tensors.pop(FEATURES), tensors.pop("labels")
+        if metadata["format"] == REFERENCE_FORMAT:
+            classes = facts.pop("class_names")
+            if not classes:
+                labels = torch.full_like(labels, -1)
+            return cls(values, labels, [], classes, "", "", facts={"raw": True, **facts})
+        return cls(
+            values=values,
+            labels=labels,
+            files=json.loads(metadata["files"]),
+            classes=json.loads(metadata["classes"]),
+            extractor=metadata["extractor"],
+            tiles=metadata["tiles"],
+            network=metadata.get("network", ""),
+            trained_on=metadata.get("trained_on") or None,
+            others=tensors,
+            facts=facts,
+        )
+
+    def in_order(self) -> "FeatureSet":
+        """The same set sorted by class and file name, whatever order it came in."""
+        labels = self.labels.tolist()
+        order = sorted(range(len(labels)), key=lambda i: (labels[i], self.files[i]))
+        if order == list(range(len(labels))):
+            return self
+        return replace(
+            self,
+            values=self.values[order],
+            labels=self.labels[order],
+            files=[self.files[i] for i in order],
+            others={name: value[order] for name, value in self.others.items()},
+        )
+
+
+def cached_features(
+    files: TileFiles,
+    extractor: Extractor,
+    cache: Path,
+    batch_size: int = 64,
+    num_workers: int = 2,
+    views: Views = WHOLE,
+    raw: bool = False,
+) -> FeatureSet:
+    """Features of files, read from `cache` where nothing has changed.
+
+    Args:
+        cache: Safetensors file. It is used when it holds the same images, classes, network and
+            kind of values, and written otherwise. A path that does not end so is a folder, which
+            holds a file for each network and set, named by the first 16 digits of their digests.
+        batch_size, num_workers, views, raw: See `FeatureSet.compute`.
+
+    Raises:
+        UserError: Unreadable images, or features that are not finite.
+    """
+    if cache.suffix != SUFFIX:
+        cache = cache / f"{extractor.identity[:16]}-{files.digest[:16]}{SUFFIX}"
+    known = _readable(cache)
+    if known is not None:
+        if (
+            (known.extractor, known.tiles) == (extractor.identity, files.digest)
+            and (known.files, known.classes) == (files.names, files.classes)
+            and (known.logits is not None) == extractor.classifies(files.classes)
+            and known.facts.get("views", WHOLE.name) == views.name
+            and known.facts.get("raw", False) == raw
+        ):
+            log.info("%s: %d images, features from %s", files.root, len(known.files), cache)
+            return known
+        log.info("%s: images or network differ from those of %s; computing anew", files.root, cache)
+    result = FeatureSet.compute(files, extractor, batch_size, num_workers, views, raw)
+    result.save(cache)
+    log.info("%s: features of %d images with %s", files.root, len(result.files), extractor.name)
+    return result
+
+
+def _readable(cache: Path) -> FeatureSet | None:
+    """The content of a cache file; None where there is none that can be read."""
+    if not cache.is_file():
+        return None
+    try:
+        return FeatureSet.load(cache)
+    except UserError as error:
+        log.info("%s; computing anew", error)
+        return None
+
+
+def write_tensors(
+    path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> None:
+    """Write a safetensors file atomically."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_bytes(path, save(contiguous, metadata))
+
+
+def read_tensors(
+    path: str | os.PathLike, *formats: str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file whose metadata name one of `formats`.
+
+    Raises:
+        UserError: A missing or damaged file, or one of another format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no file {path}; make it with scripts/vis.py")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a safetensors file ({error}); run scripts/vis.py") from None
+    if metadata.get("format") not in formats:
+        raise UserError(f"{path} does not hold {formats[0]!r}; make it with scripts/vis.py")
+    return tensors, metadata
