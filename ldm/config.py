@@ -196,12 +196,17 @@ def upgrade_config(config: DictConfig | Mapping) -> DictConfig | dict:
     Raises:
         UserError: Settings of the published code that are not supported, all together.
     """
+    tree = _native(resolve(config))
+    return OmegaConf.create(tree) if isinstance(config, DictConfig) else tree
+
+
+def _native(tree: dict) -> dict:
     translation = Translation()
-    tree = translation.tree(resolve(config))
+    tree = translation.tree(tree)
     translation.log()
     if translation.problems:
         raise Problems(translation.problems, "configuration")
-    return OmegaConf.create(tree) if isinstance(config, DictConfig) else tree
+    return tree
 
 
 # --- Checking ------------------------------------------------------------------------------------
@@ -422,11 +427,9 @@ def instantiate_from_config(config: DictConfig | Mapping, **extra: Any) -> Any:
         raise UserError(
             f"configuration with keys {sorted(map(str, node))} has no target: name the class there"
         )
-    translation = Translation()
-    node = translation.tree(node)
+    node = _native(node)
     node.pop("base_learning_rate", None)  # of the model's section, for the command
-    translation.log()
-    problems = dict(translation.problems)
+    problems: Found = {}
     _check_nodes(node, "", problems, supplied=extra.keys())
     if problems:
         raise Problems(problems, node["target"])

@@ -39,29 +39,17 @@ IGNORED_WARNINGS = (
 
 @dataclass(frozen=True)
 class Devices:
-    """The devices of a command, and how networks are computed on them.
+    """The devices of a command, and how networks are computed on them."""
 
-    Attributes:
-        accelerator: Kind of device, in Lightning's words: "cpu", "gpu" or "mps".
-        devices: Number of devices of each machine, or the indices of those to use.
-        num_nodes: Number of machines.
-        precision: "32", "64", "bf16-true", or autocast: "bf16-mixed", "16-mixed".
-        channels_last: Memory layout of convolutions that suits tensor cores.
-        compile: Whether networks are compiled with torch.compile.
-        tf32: Whether float32 products use tensor cores; None keeps PyTorch's setting.
-        fused: Whether optimisers step in one kernel: auto, true or false.
-        strategy: How several devices share a training: auto, ddp, fsdp or deepspeed.
-    """
-
-    accelerator: str = "cpu"
-    devices: int | Sequence[int] = 1
-    num_nodes: int = 1
-    precision: str = "32"
-    channels_last: bool = False
-    compile: bool = False
-    tf32: bool | None = None
-    fused: str = "auto"
-    strategy: str = "auto"
+    accelerator: str = "cpu"  # kind of device, in Lightning's words: "cpu", "gpu" or "mps"
+    devices: int | Sequence[int] = 1  # their number on each machine, or their indices
+    num_nodes: int = 1  # number of machines
+    precision: str = "32"  # also "64", "bf16-true", or autocast: "bf16-mixed", "16-mixed"
+    channels_last: bool = False  # memory layout of convolutions that suits tensor cores
+    compile: bool = False  # whether networks are compiled with torch.compile
+    tf32: bool | None = None  # whether float32 products use tensor cores; None: as PyTorch does
+    fused: str = "auto"  # whether optimisers step in one kernel: auto, true or false
+    strategy: str = "auto"  # how devices share a training: auto, ddp, fsdp or deepspeed
 
     @property
     def count(self) -> int:
@@ -133,13 +121,10 @@ class Devices:
         return self.fused == "true" or (self.fused == "auto" and on_gpu)
 
     def prepare(self, model: "nn.Module", networks: "Sequence[nn.Module]") -> None:
-        """Lay out a model, compile its networks, and set the float32 mode of this process.
+        """Lay out a model, compile its networks (the parts that training calls), set float32 mode.
 
         Names of parameters stay as they are: modules are compiled in place, so that checkpoints
         are the same with and without.
-
-        Args:
-            networks: The parts of `model` that training calls.
         """
         import torch
 
@@ -206,15 +191,11 @@ class Ranks:
     """The processes that share a run, one per device; by default this one is alone.
 
     Lightning Fabric starts them on one machine, or joins those that torchrun or srun started.
-
-    Attributes:
-        rank: Number of this process, in [0, size).
-        fabric: Connects the processes; None for one that is alone.
     """
 
-    rank: int = 0
+    rank: int = 0  # number of this process, in [0, size)
     size: int = 1
-    fabric: Any = None
+    fabric: Any = None  # connects the processes; None for one that is alone
 
     @property
     def is_first(self) -> bool:
@@ -235,11 +216,7 @@ class Ranks:
         return found
 
     def barrier(self) -> None:
-        """Wait until all processes are here.
-
-        Raises:
-            UserError: One of them has stopped.
-        """
+        """Wait until all processes are here; a UserError says that one of them has stopped."""
         if self.fabric is None:
             return
         try:
@@ -277,10 +254,7 @@ def usable_cores() -> int:
 
 @contextlib.contextmanager
 def one_thread(device: "torch.device") -> Iterator[None]:
-    """Compute on a CPU in one thread: how work is split among threads decides how sums are rounded.
-
-    More processes use more cores, with equal images.
-    """
+    """Compute on a CPU in one thread: the split among threads decides how sums are rounded."""
     import torch
 
     before = torch.get_num_threads()
@@ -329,9 +303,6 @@ def shared_devices(device: str, devices: int | None, num_nodes: int | None) -> D
     """The devices of a command with the options --device, --devices and --num_nodes.
 
     Where the options say nothing, what torchrun or srun started is taken from their variables.
-
-    Raises:
-        UserError: There are too few devices, or the options contradict one another.
     """
     started, nodes = _started_outside()
     if started is not None and devices not in (None, started):
@@ -401,13 +372,8 @@ def training_devices(
 ) -> Devices:
     """The devices of a training with the options --gpus, --devices and --num_nodes.
 
-    If neither GPUs nor devices are given, one device of the best kind is used.
-
-    Args:
-        dry_run: Do not ask whether the devices are there (a dry run on a login node).
-
-    Raises:
-        UserError: Both are given, or there are too few devices.
+    If neither GPUs nor devices are given, one device of the best kind is used. With `dry_run`,
+    devices need not be there (a dry run on a login node).
     """
     import torch
 

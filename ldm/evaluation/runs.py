@@ -61,17 +61,11 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 @dataclass
 class Earlier:
-    """What earlier starts of the same command left.
+    """What earlier starts of the same command left."""
 
-    Attributes:
-        results: Content of result.json by finished seed.
-        checkpoints: File to go on from, by unfinished seed.
-        stale: Folders of runs with other settings, to be replaced.
-    """
-
-    results: dict[int, dict[str, Any]] = field(default_factory=dict)
-    checkpoints: dict[int, Path] = field(default_factory=dict)
-    stale: list[Path] = field(default_factory=list)
+    results: dict[int, dict[str, Any]] = field(default_factory=dict)  # of finished seeds
+    checkpoints: dict[int, Path] = field(default_factory=dict)  # to go on from, of unfinished ones
+    stale: list[Path] = field(default_factory=list)  # folders with other settings, to be replaced
 
     @classmethod
     def find(
@@ -142,20 +136,14 @@ def _read_training(path: str | Path, what: str, seed: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Arm:
-    """What the networks of all seeds of an evaluation have in common.
+    """What the networks of all seeds of an evaluation have in common."""
 
-    Attributes:
-        name: Training folder, which also names the results.
-        folder: Where the results go.
-        workers: Loader processes.
-    """
-
-    name: str
-    folder: Path
+    name: str  # of the training folder
+    folder: Path  # of the results
     settings: Settings
     splits: Splits
     devices: Devices
-    workers: int
+    workers: int  # loader processes
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -188,7 +176,7 @@ def train_and_report(
     Args:
         devices: They share each batch; other processes are started once all is checked, and the
             first one writes.
-        workers: Loader processes.
+        num_classes: What the user believes; compared with the folders.
         resume: A checkpoint to go on from instead; for a single seed.
         overwrite: Discard results that belong to other settings or files.
         groups: Patients, slides or regions of val and test, over which intervals are taken.

@@ -185,10 +185,8 @@ def _at_least_one_bit(level_fn: Callable, level: float, hparams: dict) -> tuple[
 class GroupTable:
     """Where the patient, slide or region of a tile is written.
 
-    Attributes:
-        path: A CSV as `ldm.data.groups.by_csv` reads it, of paths below the folder of a set. Where
-            it has a column `split`, a set takes the rows of its own name.
-        column: Name of the column of groups.
+    That is a CSV as `ldm.data.groups.by_csv` reads it, of paths below the folder of a set. Where it
+    has a column `split`, a set takes the rows of its own name.
     """
 
     path: Path
@@ -209,18 +207,13 @@ class GroupTable:
 
 @dataclass
 class Splits:
-    """The three sets of an evaluation, indexed.
-
-    Attributes:
-        identity: Tells whether the files of a set changed.
-        notes: What a reader of the results should know about the sets.
-    """
+    """The three sets of an evaluation, indexed."""
 
     train: TransformedTiles
     val: TransformedTiles
     test: TransformedTiles | None
-    identity: dict[str, dict[str, Any]]
-    notes: list[str]
+    identity: dict[str, dict[str, Any]]  # tells whether the files of a set changed
+    notes: list[str]  # what a reader of the results should know about the sets
 
     @property
     def groups(self) -> dict[str, list[str] | None]:
@@ -272,9 +265,7 @@ def open_splits(
     """Index `data_path`/{train_folder, val, test} and compare their classes.
 
     Args:
-        train_folder: Name of the training folder, which also names the results.
         num_classes: What the user believes; checked, never used instead of the folders.
-        groups: Patients, slides or regions of val and test.
 
     Raises:
         UserError: A folder is missing or empty, classes differ, the name leaves `data_path` or a

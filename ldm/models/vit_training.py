@@ -42,19 +42,12 @@ LOG_LINES = 10  # of a run without a progress bar
 
 @dataclass(frozen=True)
 class Course:
-    """How a training is divided into batches, passes over the set, and validations.
+    """How a training is divided into batches, passes over the set, and validations."""
 
-    Attributes:
-        batch_size: Images of a batch, of all devices together.
-        steps: Updates of a pass.
-        marks: Numbers of updates after which the network is validated; the last is the end.
-        notes: What a reader of the results should know about the batches.
-    """
-
-    batch_size: int
-    steps: int
-    marks: tuple[int, ...]
-    notes: tuple[str, ...] = ()
+    batch_size: int  # images, of all devices together
+    steps: int  # updates of a pass
+    marks: tuple[int, ...]  # updates after which the network is validated; the last is the end
+    notes: tuple[str, ...] = ()  # what a reader of the results should know about the batches
 
     @classmethod
     def of(cls, settings: Settings, images: int, ranks: int = 1) -> "Course":
@@ -187,18 +180,8 @@ class VitTraining(HistoModule):
 
     Args:
         net: The network; its `classes` are those of the data.
-        settings: Checked settings.
-        course: Batches and validations.
-        seed: Of everything random.
         judge: Validates a network, on all ranks together.
         facts: What must be equal where the training goes on: `settings` and `data`.
-
-    Attributes:
-        updates: Number of updates done so far.
-        history: A row per validation.
-        best: The best validation so far: updates, logits (N, K), val_accuracy, val_loss.
-        best_state: Weights of the network at that validation, on the CPU.
-        seconds: Time of training and validation so far.
     """
 
     kind = "vit"
@@ -219,11 +202,13 @@ class VitTraining(HistoModule):
         self.learning_rate = settings.lr * course.batch_size / LEARNING_RATE_BATCH
         self.ema = EMA(net, settings.model_ema_decay) if settings.model_ema else None
         self.mixup, self.criterion = self._make_loss()
-        self.updates = 0
-        self.history: list[dict[str, float]] = []
+        self.updates = 0  # done so far
+        self.history: list[dict[str, float]] = []  # a row per validation
+        # The best validation so far (updates, logits (N, K), val_accuracy, val_loss) and the
+        # weights of then, on the CPU.
         self.best: dict[str, Any] | None = None
         self.best_state: dict[str, Tensor] = {}
-        self.seconds = 0.0
+        self.seconds = 0.0  # of training and validation so far
         self._loss_sum = 0.0  # over the updates since the last validation
         self._resumed: dict[str, Any] = {}
 
@@ -298,11 +283,7 @@ class VitTraining(HistoModule):
         self.updates += 1
 
     def validate(self) -> dict[str, float]:
-        """Validate the evaluated network, and keep its weights if it is the best so far.
-
-        Returns:
-            The new row of `history`.
-        """
+        """Validate the evaluated network, keep it if it is the best so far, and log a row."""
         trained = time.monotonic()
         self.eval()
         found = self.judge(self.evaluated)
@@ -390,10 +371,8 @@ def _on_cpu(net: nn.Module) -> dict[str, Tensor]:
 class ValidateAtMarks(pl.Callback):
     """Validates a `VitTraining` where its course says so, and keeps RUN/metrics.csv.
 
-    Put it before the callbacks that write checkpoints, so that these hold the validation.
-
-    Args:
-        show: Name of the run in the lines of its log.
+    Put it before the callbacks that write checkpoints, so that these hold the validation. `show` is
+    the name of the run in the lines of its log.
     """
 
     def __init__(self, show: str):
