@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
-from ldm.cli import Count, Whole, existing_path, option, parse, run_command
+from ldm.cli import Count, Whole, contradictions, existing_path, option, parse, run_command
 from ldm.devices import Devices, one_device, shared_devices
 from ldm.errors import UserError
 from ldm.models.vit_settings import Settings
@@ -100,8 +100,7 @@ class Options(Settings):
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from super().problems()
-        if self.seed is not None and self.seeds is not None:
-            yield "seed", "not allowed with --seeds; give one of them"
+        yield from contradictions(self, "seeds", "seed")
         if len(self.all_seeds) > 1:
             for name in ("resume", "eval"):
                 if getattr(self, name):

@@ -150,6 +150,13 @@ def checked(settings: type, values: Mapping[str, Any], strict: bool = True) -> A
     return result
 
 
+def contradictions(settings: Any, *names: str) -> Iterator[tuple[str, str]]:
+    """Those of some options that do not go together, for the method `problems` of a class."""
+    given = [name for name in names if getattr(settings, name) is not None]
+    for name in given[1:]:
+        yield name, f"not allowed with --{given[0]}; give one of them"
+
+
 @functools.cache
 def _adapter(settings: type) -> TypeAdapter:
     return TypeAdapter(settings)
@@ -256,7 +263,7 @@ def parse(settings: type, argv: Sequence[str] | None = None) -> Any:
     values = vars(given)
     found = {}
     if "overrides" in fields:
-        _move_overrides(values, fields)
+        _move_overrides(values)
         for word in values["overrides"]:
             if "=" not in word:
                 found[f"unknown argument {word}; overrides have the form section.key=value"] = ""
@@ -408,7 +415,7 @@ def _is_value(word: str, takes_value: bool, free_words: bool) -> bool:
     return not word.startswith("-") and "=" not in word  # if it is no boolean word, that is said
 
 
-def _move_overrides(values: dict[str, Any], fields: Mapping[str, dataclasses.Field]) -> None:
+def _move_overrides(values: dict[str, Any]) -> None:
     """Take `section.key=value` out of lists of words (`--base a.yaml section.key=value`)."""
     overrides: list[str] = []
     own = values.pop("overrides", None) or []
@@ -482,11 +489,8 @@ def _nobody_reads() -> bool:
 def run_command(main: Callable[[], int | None], settings: type | None = None) -> NoReturn:
     """Run an entry point: a user's mistake or a file-system error is one line and exit status 2.
 
-    Set HISTO_TRACEBACK=1 to see where such an error came from.
-
-    Args:
-        settings: The settings class of the command: an error whose key is one of its options is
-            printed with the name of the option.
+    Set HISTO_TRACEBACK=1 to see where such an error came from. An error whose key is an option of
+    the class `settings` is printed with the name of the option.
     """
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)

@@ -112,8 +112,7 @@ def _plain(config: DictConfig) -> dict:
 def resolve(config: DictConfig | Mapping) -> dict:
     """The configuration as plain dicts, lists and scalars, interpolations replaced by their values.
 
-    Raises:
-        UserError: An interpolation that fails, or a value left as `???`, by its dotted path.
+    An interpolation that fails and a value left as `???` are a UserError with the dotted path.
     """
     if not isinstance(config, Mapping | DictConfig):
         raise UserError(f"configuration {shown(config)} must be a mapping")
@@ -122,26 +121,18 @@ def resolve(config: DictConfig | Mapping) -> dict:
     try:
         return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        key = error.full_key or "configuration"
-        reason = (
-            _first_line(error)
-            .removeprefix("KeyError raised while resolving interpolation: ")
-            .strip('"')
-        )
-        if reason.startswith("Environment variable "):
-            name = reason.split("'")[1]
+        key, said = error.full_key or "configuration", _first_line(error)
+        said = said.removeprefix("KeyError raised while resolving interpolation: ").strip('"')
+        if said.startswith("Environment variable "):
+            name = said.split("'")[1]
             raise UserError(f"{key}: {environment_remedy(name, key)}") from None
-        if reason.startswith("Missing mandatory value"):
+        if said.startswith("Missing mandatory value"):
             raise UserError(f"{key} has no value; give it with {key}=VALUE") from None
-        raise UserError(f"{key}: {reason}; write {key}=VALUE or correct the ${{...}}") from None
+        raise UserError(f"{key}: {said}; write {key}=VALUE or correct the ${{...}}") from None
 
 
 def read_yaml(path: str | os.PathLike) -> DictConfig:
-    """One YAML file, as it is written.
-
-    Raises:
-        UserError: The file is missing, not YAML (with line and column) or not a mapping.
-    """
+    """One YAML file, as it is written; errors name line and column."""
     path = existing_path(path, "configuration", "file")
     try:
         text = path.read_text(encoding="utf-8")
@@ -219,8 +210,7 @@ def validate_config(config: DictConfig | Mapping) -> None:
     admits nothing. A class of another package that takes `**kwargs` is believed.
 
     Raises:
-        UserError: Every unknown section, target or parameter (with the nearest valid name), missing
-            parameter and value of the wrong type, in one message.
+        Problems: All that is wrong with sections, targets, parameters and types.
     """
     problems = _problems(resolve(config))
     if problems:
@@ -437,12 +427,7 @@ def instantiate_from_config(config: DictConfig | Mapping, **extra: Any) -> Any:
 
 
 def get_obj_from_str(name: str) -> Any:
-    """The object that a dotted name `package.module.name` stands for.
-
-    Raises:
-        UserError: No such module or name in it (with the nearest one), or a package that is not
-            installed.
-    """
+    """The object that a dotted name `package.module.name` stands for."""
     module_name, _, attribute = name.rpartition(".") if isinstance(name, str) else ("", "", "")
     if not module_name or not attribute:
         raise UserError(
@@ -464,11 +449,7 @@ def get_obj_from_str(name: str) -> Any:
     # What a native module has only imported is no name of its own.
     foreign = _is_own(name) and not _is_own(getattr(value, "__module__", name))
     if value is None or foreign or inspect.ismodule(value):
-        own = [
-            key
-            for key, item in vars(module).items()
-            if getattr(item, "__module__", "") == module_name
-        ]
+        own = [k for k, v in vars(module).items() if getattr(v, "__module__", "") == module_name]
         raise UserError(f"unknown target {name}{nearest(attribute, own)}")
     return value
 
@@ -476,8 +457,7 @@ def get_obj_from_str(name: str) -> Any:
 def require_own_targets(config: DictConfig | Mapping, source: str | os.PathLike) -> None:
     """Refuse any target outside this package, for a configuration that came with someone's weights.
 
-    Raises:
-        UserError: Naming `source` and the target. Building it could run any code on this machine.
+    Building it could run any code on this machine.
     """
     for path, node in _nodes(resolve(config), ""):
         if not _is_own(str(node["target"])):

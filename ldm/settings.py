@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field
 
-from ldm.cli import Count, Seed, Whole, option
+from ldm.cli import Count, Seed, Whole, contradictions, option
 
 DEVICE_HELP = "auto, cpu, cuda, cuda:INDEX or mps"
 MACHINE = "machine"
@@ -136,13 +136,7 @@ class GroupOptions:
     )
 
     def problems(self):
-        given = [
-            name
-            for name in ("group_level", "group_regex", "group_csv")
-            if getattr(self, name) is not None
-        ]
-        for name in given[1:]:
-            yield name, f"not allowed with --{given[0]}; give one of them"
+        yield from contradictions(self, "group_level", "group_regex", "group_csv")
         for name in ("group_column", "group_rows"):
             if getattr(self, name) is not None and self.group_csv is None:
                 yield name, "belongs to --group_csv; give that too, or leave it out"
@@ -188,9 +182,7 @@ class NetworkChoice(ModelOptions):
         return replace(self, weights=self.features, features=None)
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        names = [n for n in ("features", "weights", "model") if getattr(self, n) is not None]
-        for name in names[1:]:
-            yield name, f"not allowed with --{names[0]}; give one of them"
+        yield from contradictions(self, "features", "weights", "model")
         of_timm = self.model is not None or (self.features or "").startswith(TIMM)
         for name in ("pretrained_weights", "input_size"):
             if getattr(self, name) is not None and not of_timm:

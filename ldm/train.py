@@ -6,12 +6,13 @@ import os
 import sys
 import uuid
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from ldm.devices import Devices, leave_group, quieten_lightning, training_devices
 from ldm.errors import UserError
 from ldm.files import remove_leftovers, require_space, write_text
-from ldm.settings import RunOptions
+from ldm.settings import RunOptions, SpeedOptions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,14 +33,8 @@ OWN_NAMES = {"enable_version_counter": False, "auto_insert_metric_name": False}
 def devices_of(args: RunOptions) -> Devices:
     """The devices that the options of a training ask for."""
     chosen = training_devices(args.gpus, args.devices, args.num_nodes, args.dry_run)
-    return chosen.with_precision(
-        args.precision,
-        strategy=args.strategy,
-        compile=args.compile,
-        channels_last=args.channels_last,
-        tf32=args.tf32,
-        fused=args.fused,
-    )
+    speed = {field.name: getattr(args, field.name) for field in fields(SpeedOptions)}
+    return chosen.with_precision(args.precision, **speed)
 
 
 def fit(
@@ -190,10 +185,7 @@ def cluster_plugins() -> list[Any]:
 
 
 def choose_strategy(configured: Any, devices: Devices, model: "HistoModule") -> Any:
-    """Lightning's strategy for `--strategy` or `lightning.trainer.strategy`.
-
-    Args:
-        configured: `lightning.trainer.strategy`, a name or an object; None when it is not given.
+    """Lightning's strategy for `--strategy` or `lightning.trainer.strategy` (`configured`).
 
     Raises:
         UserError: Both are given, or the strategy does not go with the model or the devices.
@@ -326,12 +318,8 @@ def _further_checkpoints(
 def build_loggers(node: Any, run: "RunFolder") -> list[Any]:
     """The loggers beside the CSV files.
 
-    Args:
-        node: `lightning.logger`: `tensorboard`, `wandb`, a target/params node, or a list of such;
-            None is TensorBoard.
-
-    Raises:
-        UserError: A package is not installed, or W&B has no account or no connection.
+    `node` is `lightning.logger`: `tensorboard`, `wandb`, a target/params node, or a list of such;
+    None is TensorBoard.
     """
     import pytorch_lightning as pl
 

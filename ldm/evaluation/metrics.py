@@ -24,14 +24,10 @@ CALIBRATION_BINS = 15
 
 
 def confusion_matrix(labels: ArrayLike, predictions: ArrayLike, num_classes: int) -> np.ndarray:
-    """Counts (K, K) int64, true class by row and predicted class by column.
-
-    Args:
-        labels: True classes, (N,) integers in [0, K).
-        predictions: Predicted classes, (N,) integers in [0, K).
+    """Counts (K, K) int64, true class by row and predicted class by column, of (N,) integers.
 
     Raises:
-        ValueError: Lengths differ or a class is out of range.
+        ValueError: Lengths differ or a class is not in [0, K).
     """
     true, predicted = np.asarray(labels), np.asarray(predictions)
     if true.ndim != 1 or true.shape != predicted.shape:
@@ -49,11 +45,6 @@ def scores(confusion: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
     Args:
         confusion: Counts (K, K) as `confusion_matrix` gives; matrices of parts of a set add up.
         classes: K names in label order.
-
-    Returns:
-        `accuracy`, `macro_f1`, `sensitivity` (macro recall), `specificity` (macro), `images`,
-        `per_class` (name -> images, predicted, precision, sensitivity, specificity, f1) and
-        `confusion` (rows are true classes).
 
     Raises:
         ValueError: No images, or K names are not K classes.

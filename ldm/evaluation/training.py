@@ -50,11 +50,7 @@ class RunBatches(Sampler[list]):
 
     Mixup pairs the first image of a batch with its last, the second with the last but one. A share
     is made of such pairs and keeps them opposite each other, so that every image is mixed with the
-    one it would have met in a single process.
-
-    Args:
-        tiles: The training set.
-        position: Gives the number of updates done so far.
+    one it would have met in a single process. `position` gives the number of updates done so far.
     """
 
     def __init__(
@@ -103,10 +99,7 @@ class TrainingData(pl.LightningDataModule):
 class Predictor:
     """Predicts whole sets, divided among the processes of a run.
 
-    Args:
-        devices: Says the precision.
-        workers: Loader processes.
-        ranks: The processes; each computes its share and has all results.
+    Each process computes its share, in the precision of `devices`, and has all results.
     """
 
     def __init__(self, devices: Devices, workers: int, ranks: Ranks | None = None):

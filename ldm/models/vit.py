@@ -44,16 +44,13 @@ class TileClassifier(nn.Module):
     `eval_transform` gives them), which it normalises itself, on the device.
 
     Args:
-        arch: `vit_tiny`, `vit_small`, `vit_base`, `vit_large`, or any timm name.
+        arch: One of `SHORT_NAMES`, or any timm name.
         num_classes: K; 0 for features only.
         input_size: S.
         patch_size: Pixels; None for 16 with the short names, else for the architecture's own.
         avgpool_patchtokens: Pool the patch tokens instead of taking the class token.
-        drop: Dropout rate before the head.
-        attn_drop_rate: Dropout rate of attention weights.
         drop_path: Stochastic depth; not used, with a line in the log, if the architecture has none.
-        mean: Mean of each channel of images in [0, 1], for the normalisation.
-        std: Standard deviation of each channel.
+        mean, std: Of each channel of images in [0, 1], for the normalisation.
 
     Raises:
         UserError: The architecture is unknown, or does not take these values.
