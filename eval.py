@@ -7,7 +7,6 @@ published script, `--output_dir` is the name of the training subset; the results
 `logs/eval/<that name>/`. The same command again goes on where it stopped.
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import partial
@@ -20,17 +19,16 @@ from ldm.cli import Count, Whole, contradictions, existing_path, option, parse, 
 from ldm.devices import Devices, one_device, shared_devices
 from ldm.errors import UserError
 from ldm.models.vit_settings import Settings
-from ldm.settings import DEVICE_HELP
+from ldm.settings import DEVICE_HELP, EvaluationOptions
 
 if TYPE_CHECKING:
     from ldm.evaluation.sets import GroupTable
-
 
 run_option = partial(option, group="run")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Settings):
+class Options(EvaluationOptions, Settings):
     """Train a classifier on D/SUBSET, choose its epoch on D/val, report D/test.
 
     Reports accuracy, macro F1, sensitivity and specificity of the whole set. The results are in
@@ -42,12 +40,6 @@ class Options(Settings):
         "  python eval.py --arch vit_small --data_path D --subset 'train5+fake50%' --seeds 0 1 2"
     )
 
-    data_path: str = run_option(metavar="D", help="folder of the sets")
-    subset: str = run_option(
-        metavar="SUBSET",
-        published=("--output_dir",),
-        help="training folder in D, for example train5+fake50%; it names the results too",
-    )
     logdir: str = run_option(default="logs/eval", metavar="DIR", help="results go to LOGDIR/SUBSET")
     seed: Whole | None = run_option(default=None, help="seed; if omitted 0")
     seeds: tuple[Whole, ...] | None = run_option(
@@ -65,18 +57,6 @@ class Options(Settings):
         default=False,
         help="no training: evaluate --resume CKPT, or else the result of this SUBSET and seed",
     )
-    overwrite: bool = run_option(
-        default=False, help="replace results that are of other settings or files"
-    )
-    groups: str | None = run_option(
-        default=None,
-        metavar="CSV",
-        help="patient, slide or region of each tile of val and test, for intervals over these: "
-        "columns path (or file, below the set's folder) and group, and split where paths repeat",
-    )
-    group_column: str | None = run_option(
-        default=None, metavar="NAME", help="column of --groups; if omitted group"
-    )
     device: str = run_option(default="auto", help=DEVICE_HELP)
     devices: Count | None = run_option(
         default=None,
@@ -87,11 +67,6 @@ class Options(Settings):
     num_nodes: Count | None = run_option(
         default=None, help="machines; if omitted 1, or what torchrun or srun started"
     )
-    workers: Whole = run_option(
-        default_factory=lambda: min(8, os.cpu_count() or 1),
-        published=("--num_workers",),
-        help="loader processes",
-    )
 
     @property
     def all_seeds(self) -> list[int]:
@@ -99,7 +74,8 @@ class Options(Settings):
         return list(dict.fromkeys(self.seeds or [self.seed or 0]))
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        yield from super().problems()
+        yield from EvaluationOptions.problems(self)
+        yield from Settings.problems(self)
         yield from contradictions(self, "seeds", "seed")
         if len(self.all_seeds) > 1:
             for name in ("resume", "eval"):
@@ -107,8 +83,6 @@ class Options(Settings):
                     yield name, "is for one network; give one --seed"
         if self.eval and self.devices not in (None, 1):
             yield "devices", f"{self.devices} is for training; leave it out with --eval"
-        if self.group_column is not None and self.groups is None:
-            yield "group_column", "belongs to --groups; give that too, or leave it out"
 
 
 def parse_arguments(argv: list[str] | None = None) -> Options:
@@ -155,10 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     from ldm.evaluation.runs import train_and_report
     from ldm.evaluation.sets import GroupTable
 
-    groups = None
-    if args.groups is not None:
-        table = existing_path(args.groups, "--groups", "file")
-        groups = GroupTable(table, args.group_column or "group")
+    groups = GroupTable.given(args)
     if args.eval:
         evaluate(args, data_path, devices, groups)
         return 0

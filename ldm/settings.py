@@ -1,5 +1,6 @@
 """Groups of options that several commands share; each stands here once. Imports nothing heavy."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -70,6 +71,39 @@ class RunOptions(SpeedOptions):
     precision: Literal["auto", "32", "bf16-mixed", "16-mixed", "bf16-true", "64"] = _devices(
         default="auto", help="auto: bf16-mixed on GPUs that have it, else 32"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """The sets of an evaluation, the groups of their tiles, and its earlier results."""
+
+    data_path: str = _run(metavar="D", help="folder of the sets")
+    subset: str = _run(
+        metavar="SUBSET",
+        published=("--output_dir",),
+        help="training folder in D, for example train5+fake50%; it names the results too",
+    )
+    overwrite: bool = _run(
+        default=False, help="replace results that are of other settings or files"
+    )
+    groups: str | None = _run(
+        default=None,
+        metavar="CSV",
+        help="patient, slide or region of each tile of val and test, for intervals over these: "
+        "columns path (or file, below the set's folder) and group, and split where paths repeat",
+    )
+    group_column: str | None = _run(
+        default=None, metavar="NAME", help="column of --groups; if omitted group"
+    )
+    workers: Whole = _run(
+        default_factory=lambda: min(8, os.cpu_count() or 1),
+        published=("--num_workers",),
+        help="loader processes",
+    )
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.group_column is not None and self.groups is None:
+            yield "group_column", "belongs to --groups; give that too, or leave it out"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,7 @@ from ldm.errors import UserError
 from ldm.files import file_sha256
 from ldm.models.vit import eval_transform
 from ldm.models.vit_settings import NO_AUGMENT, Settings
+from ldm.settings import EvaluationOptions
 
 log = logging.getLogger(__name__)
 
@@ -191,6 +192,14 @@ class GroupTable:
 
     path: Path
     column: str = "group"
+
+    @classmethod
+    def given(cls, options: EvaluationOptions) -> "GroupTable | None":
+        """What the options --groups and --group_column say."""
+        if options.groups is None:
+            return None
+        path = existing_path(options.groups, "--groups", "file")
+        return cls(path, options.group_column or "group")
 
     def groups(self, split: str, names: Sequence[str]) -> list[str]:
         """The group of each tile of a set; a UserError if one has no group or two."""
