@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
-from ldm.cli import Count, Whole, contradictions, existing_path, option, parse, run_command
+from ldm.cli import Whole, contradictions, existing_path, option, parse, run_command
 from ldm.devices import Devices, one_device, shared_devices
 from ldm.errors import UserError
 from ldm.models.vit_settings import Settings
-from ldm.settings import DEVICE_HELP, EvaluationOptions
+from ldm.settings import EvaluationOptions, SharedDevices
 
 if TYPE_CHECKING:
     from ldm.evaluation.sets import GroupTable
@@ -28,7 +28,7 @@ run_option = partial(option, group="run")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(EvaluationOptions, Settings):
+class Options(EvaluationOptions, SharedDevices, Settings):
     """Train a classifier on D/SUBSET, choose its epoch on D/val, report D/test.
 
     Reports accuracy, macro F1, sensitivity and specificity of the whole set. The results are in
@@ -56,16 +56,6 @@ class Options(EvaluationOptions, Settings):
     eval: bool = run_option(
         default=False,
         help="no training: evaluate --resume CKPT, or else the result of this SUBSET and seed",
-    )
-    device: str = run_option(default="auto", help=DEVICE_HELP)
-    devices: Count | None = run_option(
-        default=None,
-        metavar="N",
-        help="devices of this machine that share each batch; if omitted 1, or what torchrun or "
-        "srun started",
-    )
-    num_nodes: Count | None = run_option(
-        default=None, help="machines; if omitted 1, or what torchrun or srun started"
     )
 
     @property

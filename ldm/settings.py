@@ -122,15 +122,23 @@ class LoaderOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProcessOptions(DeviceOption):
-    """Several processes that share the work of a command which runs networks without training."""
+class SharedDevices(DeviceOption):
+    """Several processes that share the work of a command; see `ldm.devices.shared_devices`."""
 
     devices: Count | None = _machine(
         default=None,
-        help="processes on this machine, one per GPU, or per CPU core (each computes with one "
-        "thread there); if omitted 1, or what torchrun or srun started",
+        help="processes on this machine that share the work, one per GPU or CPU core; if omitted "
+        "1, or what torchrun or srun started",
     )
-    num_nodes: Count | None = _machine(default=None, help="machines, with torchrun or srun on each")
+    num_nodes: Count | None = _machine(
+        default=None, help="machines, with torchrun or srun on each; if omitted 1, or as started"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessOptions(SharedDevices):
+    """How a command runs networks without training them, in one process or several."""
+
     precision: Literal["auto", "32", "bf16"] = _machine(
         default="auto", help="auto: bf16 on GPUs that have it, else 32"
     )
