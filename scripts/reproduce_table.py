@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ldm.cli import STOPPED, Count, option, parse, run_command
+from ldm.cli import STOPPED, Count, contradictions, option, parse, run_command
 from ldm.errors import UserError
 
 
@@ -64,9 +64,7 @@ class Options:
     )
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        given = [name for name in ("status", "dry_run", "report", "slurm") if getattr(self, name)]
-        for name in given[1:]:
-            yield name, f"not allowed with --{given[0]}; give one of them"
+        yield from contradictions(self, "status", "dry_run", "report", "slurm")
 
 
 def parse_arguments(argv: list[str] | None = None) -> Options:
