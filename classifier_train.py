@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -41,12 +42,17 @@ log = logging.getLogger("classifier_train")
 FIRST_STAGE_VARIABLE = "HISTO_FIRST_STAGE"
 AUGMENT = "d4"
 VAL_FRACTION = 0.1
-DATA, TRAINING, NETWORK, READOUT = "data", "training", "network", "readout of a diffusion model"
 # Where they are omitted: of the published encoder, and of a readout, which has 8,000 vectors to
 # learn from instead of images.
 DEFAULTS = {"iterations": (300_000, 1500), "batch_size": (32, 128), "lr": (5e-5, 1e-3)}
 # Options of an encoder's training or network, which a readout has not.
 OF_ENCODER = ("noised", "microbatch", "schedule_sampler", "first_stage", "init_from")
+
+
+_data = partial(option, group="data")
+_training = partial(option, group="training")
+_network = partial(option, group="network")
+_readout = partial(option, group="readout of a diffusion model")
 
 
 def default_of(name: str) -> str:
@@ -70,154 +76,127 @@ class Options(RunOptions):
   python classifier_train.py --data_dir D/train5 --val_data_dir D/val --first_stage logs/ldm \\
       --iterations 10000 --name classifier"""
 
-    data_dir: str | None = option(
-        default=None, group=DATA, metavar="DIR", help="labelled tiles, DIR/CLASS/images"
+    data_dir: str | None = _data(
+        default=None, metavar="DIR", help="labelled tiles, DIR/CLASS/images"
     )
-    val_data_dir: str | None = option(
+    val_data_dir: str | None = _data(
         default=None,
-        group=DATA,
         metavar="DIR",
         help="labelled tiles to validate on; if omitted, a share of --data_dir is held out",
     )
-    val_fraction: Annotated[float, Field(ge=0.01, le=0.5)] | None = option(
-        default=None, group=DATA, help=f"share held out; if omitted {VAL_FRACTION}"
+    val_fraction: Annotated[float, Field(ge=0.01, le=0.5)] | None = _data(
+        default=None, help=f"share held out; if omitted {VAL_FRACTION}"
     )
-    latents: str | None = option(
+    latents: str | None = _data(
         default=None,
-        group=DATA,
         metavar="DIR",
         help="cache of scripts/cache_latents.py with labels and validation tiles, in place of "
         "--data_dir; augmented as its views are",
     )
-    first_stage: str | None = option(
+    first_stage: str | None = _data(
         default_factory=lambda: os.environ.get(FIRST_STAGE_VARIABLE),
-        group=DATA,
         metavar="CKPT",
         help="diffusion (best) or autoencoder checkpoint that gives the latents; if omitted, the "
         f"environment variable {FIRST_STAGE_VARIABLE}",
     )
-    init_from: str | None = option(
+    init_from: str | None = _data(
         default=None,
-        group=DATA,
         metavar="CKPT",
         help="diffusion checkpoint whose encoder and middle the classifier starts from, and whose "
         "latents it takes; its network is then that of the checkpoint",
     )
-    image_size: Annotated[int, Field(ge=8)] | None = option(
-        default=None, group=DATA, help="pixels of a tile; must be the autoencoder's"
+    image_size: Annotated[int, Field(ge=8)] | None = _data(
+        default=None, help="pixels of a tile; must be the autoencoder's"
     )
-    augment: Literal["none", "d4", "stain", "d4,stain"] | None = option(
+    augment: Literal["none", "d4", "stain", "d4,stain"] | None = _data(
         default=None,
-        group=DATA,
         help=f"d4: the 8 symmetries of the square; stain: its colours; if omitted {AUGMENT}",
     )
-    workers: Whole = option(
-        default=2, group=DATA, published=("--num_workers",), help="loader processes"
-    )
+    workers: Whole = _data(default=2, published=("--num_workers",), help="loader processes")
 
-    noised: bool = option(
+    noised: bool = _training(
         default=True,
-        group=TRAINING,
         takes_value=True,
         help="train on noisy latents; False trains at t = 0 only, on clean latents, as published",
     )
-    iterations: Count | None = option(
-        default=None, group=TRAINING, help=f"optimiser steps; {default_of('iterations')}"
+    iterations: Count | None = _training(
+        default=None, help=f"optimiser steps; {default_of('iterations')}"
     )
-    batch_size: Count | None = option(
-        default=None,
-        group=TRAINING,
-        help=f"images per step and device; {default_of('batch_size')}",
+    batch_size: Count | None = _training(
+        default=None, help=f"images per step and device; {default_of('batch_size')}"
     )
-    microbatch: Annotated[int, Field(ge=-1)] = option(
-        default=-1, group=TRAINING, help="images per pass; -1 for all at once"
+    microbatch: Annotated[int, Field(ge=-1)] = _training(
+        default=-1, help="images per pass; -1 for all at once"
     )
-    lr: NotNegative | None = option(
-        default=None, group=TRAINING, help=f"learning rate; {default_of('lr')}"
+    lr: NotNegative | None = _training(default=None, help=f"learning rate; {default_of('lr')}")
+    anneal_lr: bool = _training(
+        default=True, takes_value=True, help="let the learning rate fall linearly to 0"
     )
-    anneal_lr: bool = option(
-        default=True,
-        group=TRAINING,
-        takes_value=True,
-        help="let the learning rate fall linearly to 0",
-    )
-    weight_decay: NotNegative = option(default=0.05, group=TRAINING, help="weight decay of AdamW")
-    schedule_sampler: Literal["uniform", "stratified"] = option(
+    weight_decay: NotNegative = _training(default=0.05, help="weight decay of AdamW")
+    schedule_sampler: Literal["uniform", "stratified"] = _training(
         default="uniform",
-        group=TRAINING,
         help="how t is drawn; stratified spreads each batch evenly over the schedule",
     )
-    log_interval: Count = option(default=10, group=TRAINING, help="steps between log entries")
-    eval_interval: Count = option(default=500, group=TRAINING, help="steps between validations")
-    save_interval: Count = option(default=10_000, group=TRAINING, help="steps between checkpoints")
-    patience: Count | None = option(
-        default=None,
-        group=TRAINING,
-        help="stop after this many validations without a better one",
+    log_interval: Count = _training(default=10, help="steps between log entries")
+    eval_interval: Count = _training(default=500, help="steps between validations")
+    save_interval: Count = _training(default=10_000, help="steps between checkpoints")
+    patience: Count | None = _training(
+        default=None, help="stop after this many validations without a better one"
     )
-    logger: tuple[Literal["tensorboard", "wandb"], ...] = option(
+    logger: tuple[Literal["tensorboard", "wandb"], ...] = _training(
         default=("tensorboard",),
-        group=TRAINING,
         nargs="*",
         help="loggers beside the CSV files; without a name, none",
     )
 
-    classifier_width: Annotated[int, Field(ge=32)] = option(
-        default=128, group=NETWORK, help="channels of the first level"
+    classifier_width: Annotated[int, Field(ge=32)] = _network(
+        default=128, help="channels of the first level"
     )
-    classifier_depth: Count = option(default=2, group=NETWORK, help="residual blocks per level")
-    classifier_channel_mult: Annotated[tuple[Count, ...], Commas] | None = option(
+    classifier_depth: Count = _network(default=2, help="residual blocks per level")
+    classifier_channel_mult: Annotated[tuple[Count, ...], Commas] | None = _network(
         default=None,
-        group=NETWORK,
         metavar="1,2,4",
         help="width by level, in multiples of the first; if omitted, by the size of the tiles",
     )
-    classifier_attention_resolutions: Annotated[tuple[Count, ...], Commas] | None = option(
+    classifier_attention_resolutions: Annotated[tuple[Count, ...], Commas] | None = _network(
         default=None,
-        group=NETWORK,
         metavar="32,16",
         help="levels with attention, in pixels: a level of factor k counts as image_size / k",
     )
-    classifier_pool: str = option(
-        default="attention", group=NETWORK, help="attention, adaptive, spatial or spatial_v2"
+    classifier_pool: str = _network(
+        default="attention", help="attention, adaptive, spatial or spatial_v2"
     )
-    classifier_resblock_updown: bool = option(
-        default=True, group=NETWORK, takes_value=True, help="resample inside the residual blocks"
+    classifier_resblock_updown: bool = _network(
+        default=True, takes_value=True, help="resample inside the residual blocks"
     )
-    classifier_use_scale_shift_norm: bool = option(
-        default=True, group=NETWORK, takes_value=True, help="condition on t by scale and shift"
+    classifier_use_scale_shift_norm: bool = _network(
+        default=True, takes_value=True, help="condition on t by scale and shift"
     )
-    classifier_use_checkpoint: bool = option(
+    classifier_use_checkpoint: bool = _network(
         default=False,
-        group=NETWORK,
         takes_value=True,
         help="recompute features in the backward pass: less memory, the same gradients",
     )
-    classifier_dropout: Annotated[float, Field(ge=0, le=0.9)] = option(
-        default=0.0, group=NETWORK, help="dropout in every block"
+    classifier_dropout: Annotated[float, Field(ge=0, le=0.9)] = _network(
+        default=0.0, help="dropout in every block"
     )
-    readout: str | None = option(
+    readout: str | None = _readout(
         default=None,
-        group=READOUT,
         metavar="CKPT",
         help="diffusion checkpoint whose averaged UNet is read, frozen; one device trains",
     )
-    readout_blocks: Annotated[tuple[Whole, ...], Commas] | None = option(
+    readout_blocks: Annotated[tuple[Whole, ...], Commas] | None = _readout(
         default=None,
-        group=READOUT,
         metavar="0,1,2",
         help="blocks that are read: 0 the middle, 1, 2, ... the up-blocks in the order of use; if "
         "omitted, all",
     )
-    readout_width: Count | None = option(
-        default=None, group=READOUT, help="hidden units; if omitted 256"
+    readout_width: Count | None = _readout(default=None, help="hidden units; if omitted 256")
+    readout_dropout: Annotated[float, Field(ge=0, le=0.9)] | None = _readout(
+        default=None, help="dropout of features and hidden units; if omitted 0.3"
     )
-    readout_dropout: Annotated[float, Field(ge=0, le=0.9)] | None = option(
-        default=None, group=READOUT, help="dropout of features and hidden units; if omitted 0.3"
-    )
-    readout_draws: Count | None = option(
+    readout_draws: Count | None = _readout(
         default=None,
-        group=READOUT,
         help="draws of augmentation, time and noise of each training tile; if omitted, as many as "
         "make 8,000 in all, and at least 8",
     )

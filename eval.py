@@ -7,26 +7,28 @@ published script, `--output_dir` is the name of the training subset; the results
 `logs/eval/<that name>/`. The same command again goes on where it stopped.
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
-from ldm.cli import Count, Whole, existing_path, option, parse, run_command
+from ldm.cli import Whole, contradictions, existing_path, option, parse, run_command
 from ldm.devices import Devices, one_device, shared_devices
 from ldm.errors import UserError
 from ldm.models.vit_settings import Settings
-from ldm.settings import DEVICE_HELP
+from ldm.settings import EvaluationOptions, SharedDevices
 
 if TYPE_CHECKING:
     from ldm.evaluation.sets import GroupTable
 
+run_option = partial(option, group="run")
+
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Settings):
+class Options(EvaluationOptions, SharedDevices, Settings):
     """Train a classifier on D/SUBSET, choose its epoch on D/val, report D/test.
 
     Reports accuracy, macro F1, sensitivity and specificity of the whole set. The results are in
@@ -38,69 +40,22 @@ class Options(Settings):
         "  python eval.py --arch vit_small --data_path D --subset 'train5+fake50%' --seeds 0 1 2"
     )
 
-    data_path: str = option(metavar="D", group="run", help="folder of the sets")
-    subset: str = option(
-        metavar="SUBSET",
-        group="run",
-        published=("--output_dir",),
-        help="training folder in D, for example train5+fake50%; it names the results too",
+    logdir: str = run_option(default="logs/eval", metavar="DIR", help="results go to LOGDIR/SUBSET")
+    seed: Whole | None = run_option(default=None, help="seed; if omitted 0")
+    seeds: tuple[Whole, ...] | None = run_option(
+        default=None, metavar="N", help="several seeds: one network each, then mean and deviation"
     )
-    logdir: str = option(
-        default="logs/eval", metavar="DIR", group="run", help="results go to LOGDIR/SUBSET"
+    num_classes: Annotated[int, Field(ge=2)] | None = run_option(
+        default=None, help="compared with the class folders, which decide"
     )
-    seed: Whole | None = option(default=None, group="run", help="seed; if omitted 0")
-    seeds: tuple[Whole, ...] | None = option(
-        default=None,
-        metavar="N",
-        group="run",
-        help="several seeds: one network each, then mean and deviation",
-    )
-    num_classes: Annotated[int, Field(ge=2)] | None = option(
-        default=None, group="run", help="compared with the class folders, which decide"
-    )
-    resume: str | None = option(
+    resume: str | None = run_option(
         default=None,
         metavar="CKPT",
-        group="run",
         help="checkpoint to go on from (an interrupted run goes on by itself), or to --eval",
     )
-    eval: bool = option(
+    eval: bool = run_option(
         default=False,
-        group="run",
         help="no training: evaluate --resume CKPT, or else the result of this SUBSET and seed",
-    )
-    overwrite: bool = option(
-        default=False, group="run", help="replace results that are of other settings or files"
-    )
-    groups: str | None = option(
-        default=None,
-        metavar="CSV",
-        group="run",
-        help="patient, slide or region of each tile of val and test, for intervals over these: "
-        "columns path (or file, below the set's folder) and group, and split where paths repeat",
-    )
-    group_column: str | None = option(
-        default=None,
-        metavar="NAME",
-        group="run",
-        help="column of --groups; if omitted group",
-    )
-    device: str = option(default="auto", group="run", help=DEVICE_HELP)
-    devices: Count | None = option(
-        default=None,
-        metavar="N",
-        group="run",
-        help="devices of this machine that share each batch; if omitted 1, or what torchrun or "
-        "srun started",
-    )
-    num_nodes: Count | None = option(
-        default=None, group="run", help="machines; if omitted 1, or what torchrun or srun started"
-    )
-    workers: Whole = option(
-        default_factory=lambda: min(8, os.cpu_count() or 1),
-        group="run",
-        published=("--num_workers",),
-        help="loader processes",
     )
 
     @property
@@ -109,17 +64,15 @@ class Options(Settings):
         return list(dict.fromkeys(self.seeds or [self.seed or 0]))
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        yield from super().problems()
-        if self.seed is not None and self.seeds is not None:
-            yield "seed", "not allowed with --seeds; give one of them"
+        yield from EvaluationOptions.problems(self)
+        yield from Settings.problems(self)
+        yield from contradictions(self, "seeds", "seed")
         if len(self.all_seeds) > 1:
             for name in ("resume", "eval"):
                 if getattr(self, name):
                     yield name, "is for one network; give one --seed"
         if self.eval and self.devices not in (None, 1):
             yield "devices", f"{self.devices} is for training; leave it out with --eval"
-        if self.group_column is not None and self.groups is None:
-            yield "group_column", "belongs to --groups; give that too, or leave it out"
 
 
 def parse_arguments(argv: list[str] | None = None) -> Options:
@@ -166,10 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     from ldm.evaluation.runs import train_and_report
     from ldm.evaluation.sets import GroupTable
 
-    groups = None
-    if args.groups is not None:
-        table = existing_path(args.groups, "--groups", "file")
-        groups = GroupTable(table, args.group_column or "group")
+    groups = GroupTable.given(args)
     if args.eval:
         evaluate(args, data_path, devices, groups)
         return 0
@@ -186,10 +136,9 @@ def main(argv: list[str] | None = None) -> int:
         overwrite=args.overwrite,
         groups=groups,
     )
-    if "notes" not in summary:
-        return 0  # another process than the first, which reports
-    print(format_summary(summary))
-    print(f"\n{Path(args.logdir) / args.subset / 'summary.json'}")
+    if summary is not None:
+        print(format_summary(summary))
+        print(f"\n{Path(args.logdir) / args.subset / 'summary.json'}")
     return 0
 
 

@@ -56,8 +56,7 @@ def parse_arguments(argv: list[str] | None = None) -> Options:
 
 
 def load_configuration(args: Options) -> dict[str, Any]:
-    """The resolved, checked configuration of `--base` (or of the run to resume) and the
-    overrides."""
+    """The checked configuration of `--base` (or of the run to resume) and the overrides."""
     from ldm.config import load_configs, resolve, validate_config
     from ldm.run import RunFolder
 
@@ -89,19 +88,14 @@ def configured_devices(args: Options, settings: dict[str, Any]) -> Options:
     """
     wanted = settings.pop("devices", None)
     if args.gpus is None and args.devices is None and wanted not in (None, "auto"):
-        if isinstance(wanted, list):
-            args = replace(args, gpus=",".join(map(str, wanted)) + ",")  # also of a single one
-        elif isinstance(wanted, int) and wanted > 0:
+        if isinstance(wanted, int) and wanted > 0:
             args = replace(args, devices=wanted)
+        elif isinstance(wanted, list):
+            args = replace(args, gpus=",".join(map(str, wanted)) + ",")  # also of a single one
         else:
             args = replace(args, gpus=str(wanted))
     nodes = settings.pop("num_nodes", 1)
     return replace(args, num_nodes=nodes) if args.num_nodes == 1 else args
-
-
-def effective_batch(config: dict[str, Any], ranks: int) -> int:
-    accumulated = config["lightning"]["trainer"].get("accumulate_grad_batches", 1)
-    return ranks * config["data"]["params"]["batch_size"] * accumulated
 
 
 def describe(
@@ -149,7 +143,9 @@ def train(args: Options) -> "tuple[pl.Trainer, pl.LightningModule] | None":
     model.seed = args.seed
     model.use_classes(data.classes)
     model.check_data(data)
-    batch = effective_batch(config, devices.ranks)
+    lightning = config["lightning"]
+    accumulated = lightning["trainer"].get("accumulate_grad_batches", 1)
+    batch = devices.ranks * config["data"]["params"]["batch_size"] * accumulated
     model.learning_rate = config["model"]["base_learning_rate"] * (batch if args.scale_lr else 1)
     text = describe(config, model, data, batch, model.learning_rate, args.scale_lr)
     text += f"\n{devices.describe()}"
@@ -160,13 +156,10 @@ def train(args: Options) -> "tuple[pl.Trainer, pl.LightningModule] | None":
 
     stem = Path(args.base[0]).stem if args.base else "run"
     run, checkpoint = RunFolder.find(args.logdir, args.name, args.resume, stem, config["model"])
-    lightning = config["lightning"]
+    nodes = (lightning.get("callbacks") or {}).values()
     callbacks = checkpoint_callbacks(
         run, model, data.val_dataset is not None, lightning.get("modelcheckpoint")
-    )
-    callbacks += [
-        instantiate_from_config(node) for node in (lightning.get("callbacks") or {}).values()
-    ]
+    ) + [instantiate_from_config(node) for node in nodes]
     settings = dict(lightning["trainer"])
     if lightning.get("strategy"):
         settings["strategy"] = instantiate_from_config(lightning["strategy"])

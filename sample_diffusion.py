@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -28,7 +29,12 @@ DEFAULT_STEPS = 50
 DEFAULT_SCALE = 10.0
 DEFAULT_COUNT = 10
 DEFAULT_STRENGTH = 0.6
-MODELS, IMAGES, SAMPLER, GUIDANCE = "models", "images", "sampler", "guidance"
+
+_models = partial(option, group="models")
+_images = partial(option, group="images")
+_sampler = partial(option, group="sampler")
+_guidance = partial(option, group="guidance")
+_machine = partial(option, group=MACHINE)
 
 
 def auto_as_none(text: str | float | None) -> str | float | None:
@@ -62,166 +68,124 @@ class Options(ProcessOptions):
   python sample_diffusion.py --model logs/ldm --classifier logs/classifier -n 100 -c 50 \\
       --classifier_scale 10 --out OUT"""
 
-    model: str = option(
-        "-r",
-        group=MODELS,
-        metavar="CKPT",
-        published=("--resume",),
-        help="diffusion checkpoint or run folder",
+    model: str = _models(
+        "-r", metavar="CKPT", published=("--resume",), help="diffusion checkpoint or run folder"
     )
-    classifier: str | None = option(
-        default=None, group=MODELS, metavar="CKPT", help="noisy-latent classifier that guides"
+    classifier: str | None = _models(
+        default=None, metavar="CKPT", help="noisy-latent classifier that guides"
     )
-    first_stage: str | None = option(
+    first_stage: str | None = _models(
         default=None,
-        group=MODELS,
         metavar="CKPT",
         help="autoencoder with a decoder fine-tuned on labels, to decode with",
     )
-    autoguidance: str | None = option(
-        default=None,
-        group=MODELS,
-        metavar="CKPT",
-        help="earlier diffusion checkpoint to guide away from",
+    autoguidance: str | None = _models(
+        default=None, metavar="CKPT", help="earlier diffusion checkpoint to guide away from"
     )
-    ema: bool = option(
-        default=True,
-        group=MODELS,
-        takes_value=True,
-        help="use the averaged weights of the noise predictor",
+    ema: bool = _models(
+        default=True, takes_value=True, help="use the averaged weights of the noise predictor"
     )
 
-    n_samples: Count | None = option(
-        "-n", default=None, group=IMAGES, help=f"images per class; if omitted {DEFAULT_COUNT}"
+    n_samples: Count | None = _images(
+        "-n", default=None, help=f"images per class; if omitted {DEFAULT_COUNT}"
     )
-    classes: str | None = option(
-        default=None,
-        group=IMAGES,
-        metavar="A,B",
-        help="classes to make, by name or index; if omitted, all",
+    classes: str | None = _images(
+        default=None, metavar="A,B", help="classes to make, by name or index; if omitted, all"
     )
-    counts: str | None = option(
-        default=None,
-        group=IMAGES,
-        metavar="A=N,B=N",
-        help="images of each class, by name or index",
+    counts: str | None = _images(
+        default=None, metavar="A=N,B=N", help="images of each class, by name or index"
     )
-    balance: str | None = option(
+    balance: str | None = _images(
         default=None,
-        group=IMAGES,
         metavar="DIR",
         help="fill each class of this training set up to the size of its largest, and add -n",
     )
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = option(
-        default=0, group=IMAGES, help="seed of the noise"
-    )
-    out: str | None = option(
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = _images(default=0, help="seed of the noise")
+    out: str | None = _images(
         "-l",
         default=None,
-        group=IMAGES,
         metavar="DIR",
         published=("--outdir", "--logdir"),
         help="folder of the images; if omitted RUN/samples/SETTINGS",
     )
-    out_size: Count | None = option(
-        default=None, group=IMAGES, metavar="PIXELS", help="resize the images to this side"
+    out_size: Count | None = _images(
+        default=None, metavar="PIXELS", help="resize the images to this side"
     )
-    start_from: str | None = option(
+    start_from: str | None = _images(
         default=None,
-        group=IMAGES,
         metavar="DIR",
         help="start from these real training tiles instead of noise: class folders, or tiles that "
         "--classifier labels",
     )
-    strength: Annotated[float, Field(gt=0, le=1)] | None = option(
+    strength: Annotated[float, Field(gt=0, le=1)] | None = _images(
         default=None,
-        group=IMAGES,
         metavar="S",
         help="share of the way to noise that --start_from is noised to; if omitted 0.6",
     )
-    start_confidence: Share | None = option(
+    start_confidence: Share | None = _images(
         default=None,
-        group=IMAGES,
         metavar="P",
         help="least probability of a tile's class where --classifier labels --start_from",
     )
-    tar: Count | None = option(
-        default=None, group=IMAGES, metavar="N", help="also pack them, N to a tar shard"
-    )
+    tar: Count | None = _images(default=None, metavar="N", help="also pack them, N to a tar shard")
 
-    sampler: Literal["ddim", "ddpm", "dpm++2m", "euler", "heun"] | None = option(
+    sampler: Literal["ddim", "ddpm", "dpm++2m", "euler", "heun"] | None = _sampler(
         default=None,
-        group=SAMPLER,
         help="euler and heun are for rectified flows, the others for noise schedules; if omitted "
         "ddim, or euler for a flow",
     )
-    vanilla_sample: bool = option(
-        "-v", default=False, group=SAMPLER, help="the same as --sampler ddpm"
-    )
-    custom_steps: Count | None = option(
+    vanilla_sample: bool = _sampler("-v", default=False, help="the same as --sampler ddpm")
+    custom_steps: Count | None = _sampler(
         "-c",
         default=None,
-        group=SAMPLER,
         help=f"sampling steps; if omitted {DEFAULT_STEPS}, or all training time steps with ddpm",
     )
-    eta: Share | None = option(
-        "-e", default=None, group=SAMPLER, help="DDIM noise, 0 is deterministic; if omitted 1"
+    eta: Share | None = _sampler(
+        "-e", default=None, help="DDIM noise, 0 is deterministic; if omitted 1"
     )
 
-    latent_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = option(
+    latent_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = _sampler(
         default=None,
-        group=SAMPLER,
         metavar="X",
         help="with euler and heun: keep predicted clean latents within +-X, which strong guidance "
         "would leave",
     )
 
-    classifier_scale: NotNegative | None = option(
-        default=None,
-        group=GUIDANCE,
-        help=f"scale of classifier guidance, 0 for none; if omitted {DEFAULT_SCALE:g}",
+    classifier_scale: NotNegative | None = _guidance(
+        default=None, help=f"scale of classifier guidance, 0 for none; if omitted {DEFAULT_SCALE:g}"
     )
-    guidance_on: Literal["z_t", "z_0"] | None = option(
+    guidance_on: Literal["z_t", "z_0"] | None = _guidance(
         default=None,
-        group=GUIDANCE,
         help="what the classifier looks at: the noisy latent, or the clean one predicted from it "
         "(slower); if omitted z_t",
     )
-    guidance_norm: bool = option(
+    guidance_norm: bool = _guidance(
         default=False,
-        group=GUIDANCE,
         help="make guidance SCALE times as long as the predicted noise, at every step",
     )
-    guidance_clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = option(
-        default=None,
-        group=GUIDANCE,
-        metavar="R",
-        help="guidance is at most R times as long as the predicted noise",
+    guidance_clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = _guidance(
+        default=None, metavar="R", help="guidance is at most R times as long as the predicted noise"
     )
     temperature: (
         Annotated[float | None, Field(ge=1e-3, le=1e3), BeforeValidator(auto_as_none)] | None
-    ) = option(
+    ) = _guidance(
         default=None,
-        group=GUIDANCE,
         metavar="auto|VALUE",
         help="divides the classifier's logits; auto (or omitted): as calibrated on validation",
     )
-    cfg_scale: NotNegative | None = option(
+    cfg_scale: NotNegative | None = _guidance(
         default=None,
-        group=GUIDANCE,
         metavar="W",
         help="classifier-free guidance, for a model that takes labels: 1 (or omitted) is the "
         "labelled prediction, more goes beyond it",
     )
-    autoguidance_scale: NotNegative | None = option(
+    autoguidance_scale: NotNegative | None = _guidance(
         default=None,
-        group=GUIDANCE,
         metavar="W",
         help="how far to go beyond the --autoguidance model; 1 would be no guidance",
     )
-    guidance_interval: tuple[Whole, Whole] | None = option(
+    guidance_interval: tuple[Whole, Whole] | None = _guidance(
         default=None,
-        group=GUIDANCE,
         nargs=2,
         metavar=("LOW", "HIGH"),
         help="guide only at training time steps in [LOW, HIGH]; of a flow, thousandths of the way "
@@ -231,16 +195,13 @@ class Options(ProcessOptions):
     batch_size: Count = like(
         LoaderOptions, "batch_size", 32, help="images sampled together (8, 16, ... on a CPU)"
     )
-    part: Annotated[tuple[int, int], BeforeValidator(part_of)] | None = option(
+    part: Annotated[tuple[int, int], BeforeValidator(part_of)] | None = _machine(
         default=None,
-        group=MACHINE,
         metavar="I/N",
         help="make only the I-th of N shares, 0/N to N-1/N, beside runs that make the others (job "
         "array); the command without it then writes the manifest",
     )
-    compile: bool = option(
-        default=False, group=MACHINE, help="compile the networks: a slow start, then faster"
-    )
+    compile: bool = _machine(default=False, help="compile the networks: a slow start, then faster")
 
     def sampler_for(self, process) -> str:
         """The sampler for a model's process; the process's usual one if none is given."""

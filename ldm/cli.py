@@ -28,11 +28,11 @@ import functools
 import json
 import logging
 import os
-import re
 import select
 import sys
+import textwrap
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -45,6 +45,7 @@ STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
 TRUE_WORDS, FALSE_WORDS = ("true", "yes", "y", "1", "t"), ("false", "no", "n", "0", "f")
 
 RANGE_ERRORS = ("greater_than_equal", "less_than_equal", "greater_than", "less_than")
+BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 
 # --- Types of options ----------------------------------------------------------------------------
 
@@ -120,8 +121,7 @@ def options_of(settings: type) -> dict[str, dataclasses.Field]:
 def checked(settings: type, values: Mapping[str, Any], strict: bool = True) -> Any:
     """The settings object of a mapping, such as a section of a YAML file.
 
-    Args:
-        strict: Types are those of YAML and JSON: the text "3" is no number. False reads texts.
+    With `strict`, types are those of YAML and JSON: the text "3" is no number.
 
     Raises:
         Problems: Every unknown name (with the nearest valid one), missing or wrong value, and what
@@ -132,23 +132,29 @@ def checked(settings: type, values: Mapping[str, Any], strict: bool = True) -> A
         str(name): f"unknown name{nearest(name, known)}" for name in values if name not in known
     }
     values = {name: value for name, value in values.items() if name in known}
-    result = None
     try:
         if strict:
             result = _adapter(settings).validate_json(json.dumps(values), strict=True)
         else:
             result = _adapter(settings).validate_python(values)
+        if not found:
+            for name, text in getattr(result, "problems", tuple)():
+                found.setdefault(name, text)
     except ValidationError as error:
         hints = typing.get_type_hints(settings, include_extras=True)
         for one in error.errors(include_url=False):
             name = str(one["loc"][0])
             found.setdefault(name, reason(one, hints[name]))
-    if result is not None and not found:
-        for name, text in getattr(result, "problems", tuple)():
-            found.setdefault(name, text)
     if found:
         raise Problems(found)
     return result
+
+
+def contradictions(settings: Any, *names: str) -> Iterator[tuple[str, str]]:
+    """Those of some options that do not go together, for the method `problems` of a class."""
+    given = [name for name in names if getattr(settings, name) is not None]
+    for name in given[1:]:
+        yield name, f"not allowed with --{given[0]}; give one of them"
 
 
 @functools.cache
@@ -177,34 +183,32 @@ def reason(error: Mapping[str, Any], annotation: Any = None) -> str:
     return f"{shown(value)} {error['msg'].replace('Input should', 'must', 1)}"
 
 
+def _parts(annotation: Any) -> Iterator[Any]:
+    """An annotation and what stands within it, from the outside to the inside."""
+    yield annotation
+    for part in typing.get_args(annotation):
+        yield from _parts(part)
+
+
 def _literals(annotation: Any) -> list[str]:
-    if typing.get_origin(annotation) is typing.Literal:
-        return [str(choice) for choice in typing.get_args(annotation)]
-    return [choice for part in typing.get_args(annotation) for choice in _literals(part)]
+    literals = (part for part in _parts(annotation) if typing.get_origin(part) is typing.Literal)
+    return [str(choice) for literal in literals for choice in typing.get_args(literal)]
 
 
 def _bounds(annotation: Any) -> str:
     """`in [1, 8]`, or `at least 1`, of an annotated type."""
-    low, high, between = None, None, ["[", "]"]
-    for part in getattr(annotation, "__metadata__", ()):
+    bounds: dict[str, Any] = {}  # by pydantic's names: gt, ge, lt, le
+    for part in _parts(annotation):
         for bound in getattr(part, "metadata", ()):
-            if (least := getattr(bound, "ge", getattr(bound, "gt", None))) is not None:
-                low, between[0] = least, "[" if hasattr(bound, "ge") else "("
-            if (most := getattr(bound, "le", getattr(bound, "lt", None))) is not None:
-                high, between[1] = most, "]" if hasattr(bound, "le") else ")"
-    if low is None and high is None:
-        return next(filter(None, map(_bounds, typing.get_args(annotation))), "")
-    if high is None:
-        return f"at least {low}" if between[0] == "[" else f"above {low}"
-    return f"in {between[0]}{'-inf' if low is None else low}, {high}{between[1]}"
+            bounds |= {key: getattr(bound, key) for key in BOUNDS if hasattr(bound, key)}
+    if not {"lt", "le"} & bounds.keys():
+        return " and ".join(f"{BOUNDS[key]} {value}" for key, value in bounds.items())
+    low = f"[{bounds['ge']}" if "ge" in bounds else f"({bounds.get('gt', '-inf')}"
+    return f"in {low}, " + (f"{bounds['le']}]" if "le" in bounds else f"{bounds['lt']})")
 
 
 def nearest(name: Any, known: Iterable[str], otherwise: str | None = None) -> str:
-    """` (did you mean X?)`, or else what is allowed.
-
-    Args:
-        otherwise: Said instead of a list of what is allowed.
-    """
+    """` (did you mean X?)`, or else `otherwise`, by default what is allowed."""
     known = sorted(known)
     matches = difflib.get_close_matches(str(name), known, n=1)
     if matches:
@@ -259,7 +263,7 @@ def parse(settings: type, argv: Sequence[str] | None = None) -> Any:
     values = vars(given)
     found = {}
     if "overrides" in fields:
-        _move_overrides(values, fields)
+        _move_overrides(values)
         for word in values["overrides"]:
             if "=" not in word:
                 found[f"unknown argument {word}; overrides have the form section.key=value"] = ""
@@ -279,21 +283,20 @@ def parse(settings: type, argv: Sequence[str] | None = None) -> Any:
 @functools.cache
 def _parser(settings: type) -> _Parser:
     description, _, more = (settings.__doc__ or "").partition("\n\n")
-    example = getattr(settings, "example", "")
+    example = f"example:\n{settings.example}" if hasattr(settings, "example") else ""
     fields = options_of(settings)
     parser = _Parser(
         prog=settings.program,
         usage=_usage(settings.program, fields),
         description=" ".join(description.split()),
-        epilog="\n\n".join(filter(None, [_unindented(more), example and f"example:\n{example}"])),
+        epilog="\n\n".join(filter(None, [textwrap.dedent(more).strip(), example])),
         allow_abbrev=False,
         formatter_class=_HelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
     groups: dict[str, Any] = {"": parser}
     for name, field in fields.items():
-        facts = field.metadata["option"]
-        group = facts["group"]
+        group = field.metadata["option"]["group"]
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
         _add_option(groups[group], name, field)
@@ -303,9 +306,11 @@ def _parser(settings: type) -> _Parser:
 def _add_option(group: Any, name: str, field: dataclasses.Field) -> None:
     facts = field.metadata["option"]
     metavar, nargs = facts["metavar"], facts["nargs"]
-    choices = _literals(field.type)
     if metavar is None:
-        metavar = "|".join(choices) or _kind_of_value(field.type) or name.upper()
+        parts = list(_parts(field.type))
+        several = any(typing.get_origin(part) is tuple for part in parts)
+        number = "" if several else "N" if int in parts else "X" if float in parts else ""
+        metavar = "|".join(_literals(field.type)) or number or name.upper()
     if _is_bool(field):
         metavar = "" if field.default is False else "True|False"
     elif nargs is None and _is_tuple(field):
@@ -314,28 +319,14 @@ def _add_option(group: Any, name: str, field: dataclasses.Field) -> None:
         nargs = nargs if nargs != "+" else "*"  # a missing word is a problem like any other
         group.add_argument(name, nargs=nargs or "?", metavar=metavar, help=_help(field))
         return
-    action = "extend" if facts["repeats"] else "store"
-    names = [*facts["names"], f"--{name}"]
-    group.add_argument(
-        *names, dest=name, nargs=nargs, metavar=metavar, action=action, help=_help(field)
-    )
+    common = {"dest": name, "nargs": nargs, "action": "extend" if facts["repeats"] else "store"}
+    group.add_argument(*facts["names"], f"--{name}", metavar=metavar, help=_help(field), **common)
     if facts["published"]:
-        group.add_argument(
-            *facts["published"], dest=name, nargs=nargs, action=action, help=argparse.SUPPRESS
-        )
+        group.add_argument(*facts["published"], help=argparse.SUPPRESS, **common)
     for word in facts["off"]:
         group.add_argument(
             word, dest=name, action="store_const", const="False", help=argparse.SUPPRESS
         )
-
-
-def _kind_of_value(annotation: Any) -> str:
-    """`N` for a whole number, `X` for another one."""
-    if annotation in (int, float):
-        return "N" if annotation is int else "X"
-    if typing.get_origin(annotation) is tuple:
-        return ""
-    return next(filter(None, map(_kind_of_value, typing.get_args(annotation))), "")
 
 
 def _help(field: dataclasses.Field) -> str:
@@ -413,8 +404,7 @@ def _spelled(
 def _is_value(word: str, takes_value: bool, free_words: bool) -> bool:
     """Whether a word after a boolean option is its value.
 
-    Args:
-        free_words: Whether the command takes words without an option, other than overrides.
+    `free_words`: the command takes words without an option, other than overrides.
     """
     if word.strip().lower() in ("true", "false"):
         return True
@@ -425,15 +415,15 @@ def _is_value(word: str, takes_value: bool, free_words: bool) -> bool:
     return not word.startswith("-") and "=" not in word  # if it is no boolean word, that is said
 
 
-def _move_overrides(values: dict[str, Any], fields: Mapping[str, dataclasses.Field]) -> None:
+def _move_overrides(values: dict[str, Any]) -> None:
     """Take `section.key=value` out of lists of words (`--base a.yaml section.key=value`)."""
     overrides: list[str] = []
+    own = values.pop("overrides", None) or []
     for name, value in values.items():
-        if name != "overrides" and isinstance(value, list):
+        if isinstance(value, list):
             overrides += [word for word in value if _is_override(word)]
             values[name] = [word for word in value if not _is_override(word)]
-    overrides += values.get("overrides") or []
-    values["overrides"] = overrides
+    values["overrides"] = overrides + own
 
 
 def _is_override(word: str) -> bool:
@@ -446,33 +436,25 @@ def _flag(field: dataclasses.Field) -> str:
 
 
 def _is_bool(field: dataclasses.Field) -> bool:
-    return bool in (field.type, *typing.get_args(field.type))
+    return bool in _parts(field.type)
 
 
 def _is_tuple(field: dataclasses.Field) -> bool:
-    """Whether the option takes several words: a tuple that is not written with commas."""
-    kinds = (field.type, *typing.get_args(field.type))
-    if any(Commas in getattr(kind, "__metadata__", ()) for kind in kinds):
+    """Whether the option takes several words: a tuple that is not read from one, as `Commas` do."""
+    parts = list(_parts(field.type))
+    if any(isinstance(part, BeforeValidator) for part in parts):
         return False
-    return any(typing.get_origin(kind) is tuple for kind in kinds)
-
-
-def _unindented(text: str) -> str:
-    return re.sub(r"^    ", "", text, flags=re.MULTILINE).strip()
+    return any(typing.get_origin(part) is tuple for part in parts)
 
 
 # --- Running -------------------------------------------------------------------------------------
 
 
 def existing_path(text: str | os.PathLike, what: str, kind: str = "any") -> Path:
-    """The path, if there is a file or folder.
+    """The path, if it is there and a file ("file"), a folder ("dir") or either ("any").
 
     Args:
-        what: Name of the setting, for example `data_dir`.
-        kind: "file", "dir" or "any".
-
-    Raises:
-        UserError: The path does not exist, or is of the wrong kind.
+        what: Name of the setting, for an error.
     """
     path = Path(text).expanduser()
     if not path.exists():
@@ -507,11 +489,8 @@ def _nobody_reads() -> bool:
 def run_command(main: Callable[[], int | None], settings: type | None = None) -> NoReturn:
     """Run an entry point: a user's mistake or a file-system error is one line and exit status 2.
 
-    Set HISTO_TRACEBACK=1 to see where such an error came from.
-
-    Args:
-        settings: The settings class of the command: an error whose key is one of its options is
-            printed with the name of the option.
+    Set HISTO_TRACEBACK=1 to see where such an error came from. An error whose key is an option of
+    the class `settings` is printed with the name of the option.
     """
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)

@@ -14,17 +14,17 @@ import inspect
 import json
 import os
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUndefinedAnnotation, PydanticUserError
 
-from ldm.cli import RANGE_ERRORS, existing_path, join_keys, nearest, reason, shown
+from ldm.cli import RANGE_ERRORS, Count, existing_path, join_keys, nearest, reason, shown
 from ldm.errors import Problems, UserError
 from ldm.legacy import LEGACY_TARGETS, Translation, environment_remedy
 from ldm.run import LOGGERS
@@ -36,6 +36,11 @@ TRAINER = "pytorch_lightning.Trainer"
 # Parameters that hold plain settings, and where their keys are defined: {key: default}, None for a
 # required one.
 SETTINGS = {"ddconfig": "ldm.modules.autoencoder.DDCONFIG_KEYS"}
+
+# What stands beside `target` and `params`, and what our checkpoints take beside the parameters of
+# Lightning's class.
+BESIDE = {"model": {"base_learning_rate": Annotated[float, Field(gt=0)]}}
+ALSO = {"lightning.modelcheckpoint": {"keep_last": Count}}
 
 # Trainer settings of Lightning 1, and those that another section of the configuration owns.
 TRAINER_REMEDIES = {
@@ -107,8 +112,7 @@ def _plain(config: DictConfig) -> dict:
 def resolve(config: DictConfig | Mapping) -> dict:
     """The configuration as plain dicts, lists and scalars, interpolations replaced by their values.
 
-    Raises:
-        UserError: An interpolation that fails, or a value left as `???`, by its dotted path.
+    An interpolation that fails and a value left as `???` are a UserError with the dotted path.
     """
     if not isinstance(config, Mapping | DictConfig):
         raise UserError(f"configuration {shown(config)} must be a mapping")
@@ -117,26 +121,18 @@ def resolve(config: DictConfig | Mapping) -> dict:
     try:
         return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        key = error.full_key or "configuration"
-        reason = (
-            _first_line(error)
-            .removeprefix("KeyError raised while resolving interpolation: ")
-            .strip('"')
-        )
-        if reason.startswith("Environment variable "):
-            name = reason.split("'")[1]
+        key, said = error.full_key or "configuration", _first_line(error)
+        said = said.removeprefix("KeyError raised while resolving interpolation: ").strip('"')
+        if said.startswith("Environment variable "):
+            name = said.split("'")[1]
             raise UserError(f"{key}: {environment_remedy(name, key)}") from None
-        if reason.startswith("Missing mandatory value"):
+        if said.startswith("Missing mandatory value"):
             raise UserError(f"{key} has no value; give it with {key}=VALUE") from None
-        raise UserError(f"{key}: {reason}; write {key}=VALUE or correct the ${{...}}") from None
+        raise UserError(f"{key}: {said}; write {key}=VALUE or correct the ${{...}}") from None
 
 
 def read_yaml(path: str | os.PathLike) -> DictConfig:
-    """One YAML file, as it is written.
-
-    Raises:
-        UserError: The file is missing, not YAML (with line and column) or not a mapping.
-    """
+    """One YAML file, as it is written; errors name line and column."""
     path = existing_path(path, "configuration", "file")
     try:
         text = path.read_text(encoding="utf-8")
@@ -191,12 +187,17 @@ def upgrade_config(config: DictConfig | Mapping) -> DictConfig | dict:
     Raises:
         UserError: Settings of the published code that are not supported, all together.
     """
+    tree = _native(resolve(config))
+    return OmegaConf.create(tree) if isinstance(config, DictConfig) else tree
+
+
+def _native(tree: dict) -> dict:
     translation = Translation()
-    tree = translation.tree(resolve(config))
+    tree = translation.tree(tree)
     translation.log()
     if translation.problems:
         raise Problems(translation.problems, "configuration")
-    return OmegaConf.create(tree) if isinstance(config, DictConfig) else tree
+    return tree
 
 
 # --- Checking ------------------------------------------------------------------------------------
@@ -209,8 +210,7 @@ def validate_config(config: DictConfig | Mapping) -> None:
     admits nothing. A class of another package that takes `**kwargs` is believed.
 
     Raises:
-        UserError: Every unknown section, target or parameter (with the nearest valid name), missing
-            parameter and value of the wrong type, in one message.
+        Problems: All that is wrong with sections, targets, parameters and types.
     """
     problems = _problems(resolve(config))
     if problems:
@@ -223,15 +223,10 @@ def _problems(tree: dict) -> Found:
         if section not in SECTIONS:
             problems[str(section)] = f"unknown section{nearest(section, SECTIONS)}"
     for section in ("model", "data"):
-        if not _is_node(tree.get(section)):
+        if _is_node(tree.get(section)):
+            _check_nodes(tree[section], section, problems)
+        else:
             problems[section] = "must be a mapping with target: and params:"
-    if _is_node(tree.get("model")):
-        _check_node(tree["model"], "model", problems, beside=("base_learning_rate",))
-        rate = tree["model"].get("base_learning_rate")
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or not rate > 0:
-            problems["model.base_learning_rate"] = f"{shown(rate)} must be a number above 0"
-    if _is_node(tree.get("data")):
-        _check_node(tree["data"], "data", problems)
     if tree.get("lightning") is not None:
         _check_lightning(tree["lightning"], problems)
     return problems
@@ -248,99 +243,81 @@ def _check_lightning(section: Any, problems: Found) -> None:
     trainer = section.get("trainer") or {}
     if isinstance(trainer, dict):
         own = {name: value for name, value in trainer.items() if name not in TRAINER_REMEDIES}
-        for name in trainer:
-            if name in TRAINER_REMEDIES:
-                remedy = f"not a setting here; {TRAINER_REMEDIES[name]}"
-                problems[f"lightning.trainer.{name}"] = remedy
+        for name in [name for name in trainer if name not in own]:
+            remedy = f"not a setting here; {TRAINER_REMEDIES[name]}"
+            problems[f"lightning.trainer.{name}"] = remedy
         _check_params(TRAINER, get_obj_from_str(TRAINER), own, "lightning.trainer", problems)
     else:
         problems["lightning.trainer"] = "must be a mapping of Trainer settings"
 
-    callbacks = section.get("callbacks") or {}
-    nodes = {f"lightning.{name}": section.get(name) for name in ("modelcheckpoint", "strategy")}
     loggers = section.get("logger")
-    for i, node in enumerate(loggers if isinstance(loggers, list) else [loggers]):
-        path = f"lightning.logger[{i}]" if isinstance(loggers, list) else "lightning.logger"
-        if _is_node(node):
-            _check_node(node, path, problems)
-        elif not (node in LOGGERS or (node is None and loggers is None)):
-            problems[path] = (
-                f"{shown(node)} must be {' or '.join(LOGGERS)}, a mapping with target: and "
-                "params:, or a list of such; the CSV files are always written"
-            )
-    keep = _pop_keep_last(nodes)
-    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
-        problems["lightning.modelcheckpoint.params.keep_last"] = (
-            f"{shown(keep)} must be a whole number above 0"
-        )
+    nodes = {f"lightning.{name}": section.get(name) for name in ("modelcheckpoint", "strategy")}
+    if isinstance(loggers, list):
+        nodes |= {f"lightning.logger[{i}]": node for i, node in enumerate(loggers)}
+    elif loggers is not None:
+        nodes["lightning.logger"] = loggers
+    callbacks = section.get("callbacks") or {}
     if isinstance(callbacks, dict):
         nodes |= {f"lightning.callbacks.{name}": node for name, node in callbacks.items()}
     else:
         problems["lightning.callbacks"] = "must be a mapping from a name to target: and params:"
     for path, node in nodes.items():
+        is_logger = path.startswith("lightning.logger")
         if _is_node(node):
-            _check_node(node, path, problems)
-        elif node is not None:
+            _check_nodes(node, path, problems)
+        elif is_logger and node not in LOGGERS:
+            problems[path] = (
+                f"{shown(node)} must be {' or '.join(LOGGERS)}, a mapping with target: and "
+                "params:, or a list of such; the CSV files are always written"
+            )
+        elif not is_logger and node is not None:
             problems[path] = "must be null or a mapping with target: and params:"
 
 
-def _pop_keep_last(nodes: dict[str, Any]) -> Any:
-    """Take `keep_last` out of the node of checkpoints: ours, no parameter of Lightning's class."""
-    node = nodes["lightning.modelcheckpoint"]
-    params = node.get("params") if isinstance(node, dict) else None
-    if not isinstance(params, dict) or "keep_last" not in params:
-        return None
-    rest = {name: value for name, value in params.items() if name != "keep_last"}
-    nodes["lightning.modelcheckpoint"] = {**node, "params": rest}
-    return params["keep_last"]
+def _nodes(value: Any, path: str) -> Iterator[tuple[str, dict]]:
+    """Every node in a tree of plain containers with its dotted path, outer ones first."""
+    if _is_node(value):
+        yield path, value
+    items: Iterable[tuple[str, Any]] = ()
+    if isinstance(value, dict):
+        items = ((join_keys(path, key), item) for key, item in value.items())
+    elif isinstance(value, list):
+        items = ((f"{path}[{i}]", item) for i, item in enumerate(value))
+    for where, item in items:
+        yield from _nodes(item, where)
 
 
-def _check_node(
-    node: dict,
-    path: str,
-    problems: Found,
-    beside: Sequence[str] = (),
-    supplied: AbstractSet[str] = frozenset(),
+def _check_nodes(
+    outer: dict, path: str, problems: Found, supplied: AbstractSet[str] = frozenset()
 ) -> None:
-    """Collect what is wrong with one node and those within it.
+    """Collect what is wrong with a node and with those within it.
 
     Args:
-        beside: Keys that may stand beside `target` and `params`.
-        supplied: Parameters that the caller passes itself.
+        supplied: Parameters of the outer node that the caller passes itself.
     """
-    allowed = ("target", "params", *beside)
-    for key in node:
-        if key not in allowed:
-            problems[join_keys(path, key)] = f"unknown name{nearest(key, allowed)}"
-    where = join_keys(path, "params")
+    for where, node in _nodes(outer, path):
+        _check_node(node, where, problems, supplied if node is outer else frozenset())
+
+
+def _check_node(node: dict, path: str, problems: Found, supplied: AbstractSet[str]) -> None:
+    beside = BESIDE.get(path, {})
+    _check_names(node, {"target": None, "params": {}, **beside}, path, problems)
+    for key, annotation in beside.items():
+        if mismatch := _mismatch(node.get(key), annotation):
+            problems[join_keys(path, key)] = mismatch
+    name, where = node["target"], join_keys(path, "params")
     params = {} if node.get("params") is None else node["params"]
     try:
-        constructor = get_obj_from_str(node["target"])
+        constructor = get_obj_from_str(name)
     except UserError as error:
         problems[join_keys(path, "target")] = str(error)
         constructor = None
     if not isinstance(params, dict):
         problems[where] = f"{shown(params)} must be a mapping"
     elif callable(constructor):
-        _check_params(node["target"], constructor, params, where, problems, supplied)
+        _check_params(name, constructor, params, where, problems, supplied, ALSO.get(path, {}))
     elif constructor is not None:
-        problems[join_keys(path, "target")] = f"{node['target']} is no class; name one"
-    _check_within(params, where, problems)
-
-
-def _check_within(value: Any, path: str, problems: Found) -> None:
-    """Check the nodes anywhere inside plain containers."""
-    if isinstance(value, dict):
-        items = ((join_keys(path, key), item) for key, item in value.items())
-    elif isinstance(value, list):
-        items = ((f"{path}[{i}]", item) for i, item in enumerate(value))
-    else:
-        return
-    for where, item in items:
-        if _is_node(item):
-            _check_node(item, where, problems)
-        else:
-            _check_within(item, where, problems)
+        problems[join_keys(path, "target")] = f"{name} is no class; name one"
 
 
 def _check_params(
@@ -350,36 +327,46 @@ def _check_params(
     path: str,
     problems: Found,
     supplied: AbstractSet[str] = frozenset(),
+    also: Mapping[str, Any] | None = None,
 ) -> None:
     try:
         signature = list(inspect.signature(constructor).parameters.values())
     except ValueError:  # built in, without a signature: there is nothing to compare with
         return
-    named = {p.name: p for p in signature if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    takes_any = not _is_own(name) and any(p.kind is p.VAR_KEYWORD for p in signature)
-    types_of = _type_hints(constructor)
+    known = {
+        p.name: None if p.default is p.empty and p.name not in supplied else p
+        for p in signature
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    }
+    if not _is_own(name) and any(p.kind is p.VAR_KEYWORD for p in signature):
+        known = {**dict.fromkeys(params, ...), **known}
+    also = also or {}
+    _check_names(params, {**known, **also}, path, problems, name)
+    types = {**_type_hints(constructor), **also}
     for key, value in params.items():
         where = join_keys(path, key)
-        if key not in named:
-            if not takes_any:
-                problems[where] = f"unknown name of {name}{nearest(key, named)}"
-        elif mismatch := _mismatch(value, types_of.get(key, Any)):
+        if mismatch := _mismatch(value, types.get(key, Any)):
             problems[where] = mismatch
         elif key in SETTINGS and isinstance(value, dict):
-            _check_settings(value, get_obj_from_str(SETTINGS[key]), where, problems)
-    required = [key for key, p in named.items() if p.default is p.empty]
-    missing = [key for key in required if key not in params and key not in supplied]
-    if missing:
-        problems[path] = f"{name} also needs {', '.join(missing)}"
+            _check_names(value, get_obj_from_str(SETTINGS[key]), where, problems)
 
 
-def _check_settings(settings: dict, known: Mapping[str, Any], path: str, problems: Found) -> None:
-    for key in settings:
+def _check_names(
+    given: dict, known: Mapping[str, Any], path: str, problems: Found, owner: str = ""
+) -> None:
+    """Check the names in a mapping.
+
+    Args:
+        known: The names there may be; the value of one that must be given is None.
+        owner: What has these names.
+    """
+    for key in given:
         if key not in known:
-            problems[join_keys(path, key)] = f"unknown name{nearest(key, known)}"
-    missing = [key for key, default in known.items() if default is None and key not in settings]
+            of = f" of {owner}" if owner else ""
+            problems[join_keys(path, key)] = f"unknown name{of}{nearest(key, known)}"
+    missing = [key for key, default in known.items() if default is None and key not in given]
     if missing:
-        problems[path] = f"also needs {', '.join(missing)}"
+        problems[path] = f"{owner} also needs {', '.join(missing)}".strip()
 
 
 def _type_hints(constructor: Callable) -> dict[str, Any]:
@@ -390,22 +377,14 @@ def _type_hints(constructor: Callable) -> dict[str, Any]:
         return {}
 
 
-def _checker(annotation: Any) -> TypeAdapter | None:
-    """What compares values with an annotation; None where that says nothing of YAML."""
-    try:
-        return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
-    except (PydanticUserError, PydanticUndefinedAnnotation):
-        return None
-
-
 def _mismatch(value: Any, annotation: Any) -> str | None:
     """What is wrong with a YAML value of a parameter, or None."""
-    checker = _checker(annotation)
-    if checker is None:
-        return None
     try:
+        checker = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
         checker.validate_json(json.dumps(value, default=str), strict=True)
         return None
+    except (PydanticUserError, PydanticUndefinedAnnotation):
+        return None  # the annotation says nothing of YAML
     except ValidationError as error:
         errors = error.errors(include_url=False)
     # A node stands for an object, which is built later.
@@ -413,12 +392,10 @@ def _mismatch(value: Any, annotation: Any) -> str | None:
         return None
     if errors[0]["type"] in RANGE_ERRORS:
         return reason(errors[0], annotation)
-    wanted = inspect.formatannotation(_without_ranges(annotation)).replace("typing.", "")
+    if typing.get_origin(annotation) is Annotated:
+        annotation = annotation.__origin__  # without the range
+    wanted = inspect.formatannotation(annotation).replace("typing.", "")
     return f"{shown(value)} must be {wanted.replace('collections.abc.', '')}"
-
-
-def _without_ranges(annotation: Any) -> Any:
-    return typing.get_origin(annotation) is typing.Annotated and annotation.__origin__ or annotation
 
 
 # --- Building ------------------------------------------------------------------------------------
@@ -440,24 +417,17 @@ def instantiate_from_config(config: DictConfig | Mapping, **extra: Any) -> Any:
         raise UserError(
             f"configuration with keys {sorted(map(str, node))} has no target: name the class there"
         )
-    translation = Translation()
-    node = translation.tree(node)
-    translation.log()
+    node = _native(node)
+    node.pop("base_learning_rate", None)  # of the model's section, for the command
     problems: Found = {}
-    _check_node(node, "", problems, beside=("base_learning_rate",), supplied=extra.keys())
-    problems |= translation.problems
+    _check_nodes(node, "", problems, supplied=extra.keys())
     if problems:
         raise Problems(problems, node["target"])
     return get_obj_from_str(node["target"])(**{**(node.get("params") or {}), **extra})
 
 
 def get_obj_from_str(name: str) -> Any:
-    """The object that a dotted name `package.module.name` stands for.
-
-    Raises:
-        UserError: No such module or name in it (with the nearest one), or a package that is not
-            installed.
-    """
+    """The object that a dotted name `package.module.name` stands for."""
     module_name, _, attribute = name.rpartition(".") if isinstance(name, str) else ("", "", "")
     if not module_name or not attribute:
         raise UserError(
@@ -479,11 +449,7 @@ def get_obj_from_str(name: str) -> Any:
     # What a native module has only imported is no name of its own.
     foreign = _is_own(name) and not _is_own(getattr(value, "__module__", name))
     if value is None or foreign or inspect.ismodule(value):
-        own = [
-            key
-            for key, item in vars(module).items()
-            if getattr(item, "__module__", "") == module_name
-        ]
+        own = [k for k, v in vars(module).items() if getattr(v, "__module__", "") == module_name]
         raise UserError(f"unknown target {name}{nearest(attribute, own)}")
     return value
 
@@ -491,26 +457,14 @@ def get_obj_from_str(name: str) -> Any:
 def require_own_targets(config: DictConfig | Mapping, source: str | os.PathLike) -> None:
     """Refuse any target outside this package, for a configuration that came with someone's weights.
 
-    Raises:
-        UserError: Naming `source` and the target. Building it could run any code on this machine.
+    Building it could run any code on this machine.
     """
-    for path, target in _targets(resolve(config), ""):
-        if not _is_own(str(target)):
+    for path, node in _nodes(resolve(config), ""):
+        if not _is_own(str(node["target"])):
             raise UserError(
-                f"{source}: {path}={shown(target)} is not a class of this package, "
-                "so it is not built; use a checkpoint that main.py wrote"
+                f"{source}: {join_keys(path, 'target')}={shown(node['target'])} is not a class of "
+                "this package, so it is not built; use a checkpoint that main.py wrote"
             )
-
-
-def _targets(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        if "target" in value:
-            yield join_keys(path, "target"), value["target"]
-        for key, item in value.items():
-            yield from _targets(item, join_keys(path, key))
-    elif isinstance(value, list):
-        for i, item in enumerate(value):
-            yield from _targets(item, f"{path}[{i}]")
 
 
 # --- Wording -------------------------------------------------------------------------------------

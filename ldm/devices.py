@@ -24,33 +24,32 @@ log = logging.getLogger(__name__)
 BACKEND = "inductor"  # of torch.compile
 # Ranks have equal shares, but one may wait for the others on a slower machine.
 TIMEOUT = timedelta(days=1)
+# Hints for people who tune, and a deprecation inside Lightning: not for every run's log.
+IGNORED_WARNINGS = (
+    "The `srun` command is available",  # said on a login node, where commands may run, too
+    ".*does not have many workers.*",
+    ".*is smaller than the logging interval.*",
+    ".*LeafSpec.*",
+    "Using ModelCheckpoint with manual optimization.*",  # it saves after a step, as wanted
+    ".*module.* in eval mode at the start.*",  # the frozen first stage, on purpose
+    "Checkpoint directory .* exists and is not empty.*",  # a resumed run
+    "You're resuming from a checkpoint that ended before",  # our samplers find their place
+)
 
 
 @dataclass(frozen=True)
 class Devices:
-    """The devices of a command, and how networks are computed on them.
+    """The devices of a command, and how networks are computed on them."""
 
-    Attributes:
-        accelerator: Kind of device, in Lightning's words: "cpu", "gpu" or "mps".
-        devices: Number of devices of each machine, or the indices of those to use.
-        num_nodes: Number of machines.
-        precision: "32", "64", "bf16-true", or autocast: "bf16-mixed", "16-mixed".
-        channels_last: Memory layout of convolutions that suits tensor cores.
-        compile: Whether networks are compiled with torch.compile.
-        tf32: Whether float32 products use tensor cores; None keeps PyTorch's setting.
-        fused: Whether optimisers step in one kernel: auto, true or false.
-        strategy: How several devices share a training: auto, ddp, fsdp or deepspeed.
-    """
-
-    accelerator: str = "cpu"
-    devices: int | Sequence[int] = 1
-    num_nodes: int = 1
-    precision: str = "32"
-    channels_last: bool = False
-    compile: bool = False
-    tf32: bool | None = None
-    fused: str = "auto"
-    strategy: str = "auto"
+    accelerator: str = "cpu"  # kind of device, in Lightning's words: "cpu", "gpu" or "mps"
+    devices: int | Sequence[int] = 1  # their number on each machine, or their indices
+    num_nodes: int = 1  # number of machines
+    precision: str = "32"  # also "64", "bf16-true", or autocast: "bf16-mixed", "16-mixed"
+    channels_last: bool = False  # memory layout of convolutions that suits tensor cores
+    compile: bool = False  # whether networks are compiled with torch.compile
+    tf32: bool | None = None  # whether float32 products use tensor cores; None: as PyTorch does
+    fused: str = "auto"  # whether optimisers step in one kernel: auto, true or false
+    strategy: str = "auto"  # how devices share a training: auto, ddp, fsdp or deepspeed
 
     @property
     def count(self) -> int:
@@ -71,20 +70,16 @@ class Devices:
         return torch.device(kind if isinstance(self.devices, int) else f"{kind}:{self.devices[0]}")
 
     def with_precision(self, name: str, **others: Any) -> "Devices":
-        """The same devices with a precision by name.
+        """The same devices with a precision by name, and other attributes.
 
-        Args:
-            name: As the attribute; "bf16" stands for "bf16-mixed", and "auto" for it on GPUs that
-                compute in bfloat16 and for "32" elsewhere.
-            others: Further attributes to replace.
+        "bf16" stands for "bf16-mixed", and "auto" for it on GPUs that compute in bfloat16 and for
+        "32" elsewhere.
         """
         if name == "auto":
-            name = "32"
-            if self.accelerator == "gpu":
-                import torch
+            import torch
 
-                if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
-                    name = "bf16-mixed"
+            on_gpu = self.accelerator == "gpu" and torch.cuda.is_available()
+            name = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "32"
         return replace(self, precision="bf16-mixed" if name == "bf16" else name, **others)
 
     def autocast(self, device: "torch.device") -> "torch.autocast":
@@ -112,9 +107,6 @@ class Devices:
     def fuses(self, clips: bool = False) -> bool:
         """Whether optimisers take a step in one kernel.
 
-        Args:
-            clips: Whether gradients are clipped.
-
         Raises:
             UserError: `fused` is "true" where gradients have to be unscaled or clipped before it.
         """
@@ -125,17 +117,14 @@ class Devices:
             why = f"gradient clipping in {self.precision}"
         if self.fused == "true" and why:
             raise UserError(f"--fused true does not go with {why}; leave it out")
-        automatic = self.fused == "auto" and self.accelerator == "gpu" and why is None
-        return self.fused == "true" or automatic
+        on_gpu = self.accelerator == "gpu" and why is None
+        return self.fused == "true" or (self.fused == "auto" and on_gpu)
 
     def prepare(self, model: "nn.Module", networks: "Sequence[nn.Module]") -> None:
-        """Lay out a model, compile its networks, and set the float32 mode of this process.
+        """Lay out a model, compile its networks (the parts that training calls), set float32 mode.
 
         Names of parameters stay as they are: modules are compiled in place, so that checkpoints
         are the same with and without.
-
-        Args:
-            networks: The parts of `model` that training calls.
         """
         import torch
 
@@ -172,18 +161,18 @@ class Devices:
         try:
             yield ranks, ranks.fabric.device
         except BaseException:
-            ranks.stop_others()
+            # They would wait for this process forever.
+            for process in getattr(ranks.fabric.strategy.launcher, "procs", ()):
+                process.terminate()
             raise
         finally:
-            ranks.close()
+            leave_group()
 
     def _join(self, backend: str | None) -> "Ranks":
         from lightning_fabric import Fabric
         from lightning_fabric.strategies import DDPStrategy
 
-        for name in ("lightning_fabric", "pytorch_lightning"):
-            logging.getLogger(name).setLevel(logging.WARNING)
-        warnings.filterwarnings("ignore", "The `srun` command is available")
+        quieten_lightning()
         try:
             fabric = Fabric(
                 accelerator=self.accelerator,
@@ -202,15 +191,11 @@ class Ranks:
     """The processes that share a run, one per device; by default this one is alone.
 
     Lightning Fabric starts them on one machine, or joins those that torchrun or srun started.
-
-    Attributes:
-        rank: Number of this process, in [0, size).
-        fabric: Connects the processes; None for one that is alone.
     """
 
-    rank: int = 0
+    rank: int = 0  # number of this process, in [0, size)
     size: int = 1
-    fabric: Any = None
+    fabric: Any = None  # connects the processes; None for one that is alone
 
     @property
     def is_first(self) -> bool:
@@ -230,22 +215,8 @@ class Ranks:
         distributed.all_gather_object(found, value)
         return found
 
-    def mean(self, value: "torch.Tensor") -> "torch.Tensor":
-        """The mean of a tensor over all processes, in each of them."""
-        if self.size == 1:
-            return value
-        from torch import distributed
-
-        total = value.detach().clone()
-        distributed.all_reduce(total)
-        return total / self.size
-
     def barrier(self) -> None:
-        """Wait until all processes are here.
-
-        Raises:
-            UserError: One of them has stopped.
-        """
+        """Wait until all processes are here; a UserError says that one of them has stopped."""
         if self.fabric is None:
             return
         try:
@@ -257,15 +228,13 @@ class Ranks:
                 "on with what is missing"
             ) from None
 
-    def close(self) -> None:
-        """Leave the group; the processes that this one started end with it, whatever they do."""
-        leave_group()
 
-    def stop_others(self) -> None:
-        """End the processes that this one started, which would otherwise wait for it forever."""
-        launcher = getattr(self.fabric, "strategy", None) and self.fabric.strategy.launcher
-        for process in getattr(launcher, "procs", ()):
-            process.terminate()
+def quieten_lightning() -> None:
+    """Keep Lightning's remarks (no TPU, a tip for another product) out of a run's log."""
+    for name in ("lightning_fabric", "pytorch_lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for pattern in IGNORED_WARNINGS:
+        warnings.filterwarnings("ignore", pattern)
 
 
 def leave_group() -> None:
@@ -285,10 +254,7 @@ def usable_cores() -> int:
 
 @contextlib.contextmanager
 def one_thread(device: "torch.device") -> Iterator[None]:
-    """Compute on a CPU in one thread: how work is split among threads decides how sums are rounded.
-
-    More processes use more cores, with equal images.
-    """
+    """Compute on a CPU in one thread: the split among threads decides how sums are rounded."""
     import torch
 
     before = torch.get_num_threads()
@@ -337,9 +303,6 @@ def shared_devices(device: str, devices: int | None, num_nodes: int | None) -> D
     """The devices of a command with the options --device, --devices and --num_nodes.
 
     Where the options say nothing, what torchrun or srun started is taken from their variables.
-
-    Raises:
-        UserError: There are too few devices, or the options contradict one another.
     """
     started, nodes = _started_outside()
     if started is not None and devices not in (None, started):
@@ -355,18 +318,21 @@ def shared_devices(device: str, devices: int | None, num_nodes: int | None) -> D
         raise UserError(f"--device {device}: one device; leave its number out with --devices")
     if kind not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device {device}: several processes need auto, cpu or cuda")
-    chosen = Devices("cpu", count) if kind == "cpu" else training_devices(None, count)
-    if chosen.accelerator != "gpu":
-        if kind == "cuda":
-            resolve_device("cuda")  # says that there is none
-        _require_cores(count, f"--devices {count}: there is no GPU to use here, and ")
-    return replace(chosen, num_nodes=num_nodes)
+    if kind == "cpu":
+        return _cores(count, num_nodes)
+    resolve_device(kind)  # refuses cuda where there is none
+    return training_devices(None, count, num_nodes)
 
 
-def _require_cores(count: int, start: str) -> None:
+def _cores(count: int, num_nodes: int, check: bool = True) -> Devices:
+    """So many processes on the CPUs of each machine, if this one has as many cores."""
     cores = os.cpu_count() or 1
-    if count > cores:
-        raise UserError(f"{start}{cores} CPU cores; give at most {cores}")
+    if check and count > cores:
+        raise UserError(
+            f"--devices {count}: there is no GPU to use here, and {cores} CPU cores; give at most "
+            f"{cores}"
+        )
+    return Devices("cpu", count, num_nodes)
 
 
 def _started_outside() -> tuple[int | None, int]:
@@ -406,45 +372,32 @@ def training_devices(
 ) -> Devices:
     """The devices of a training with the options --gpus, --devices and --num_nodes.
 
-    If neither GPUs nor devices are given, one device of the best kind is used.
-
-    Args:
-        dry_run: Do not ask whether the devices are there (a dry run on a login node).
-
-    Raises:
-        UserError: Both are given, or there are too few devices.
+    If neither GPUs nor devices are given, one device of the best kind is used. With `dry_run`,
+    devices need not be there (a dry run on a login node).
     """
     import torch
 
     if gpus is not None and devices is not None:
         raise UserError("--gpus and --devices both say where to train; give one of them")
     found = torch.cuda.device_count()
-    if gpus is not None:
-        if gpus.strip() in ("0", ""):
-            return Devices("cpu", 1, num_nodes)  # `--gpus 0` is a count of none
-        return Devices("gpu", _existing_gpus(gpus, found, dry_run), num_nodes)
-    if found:
-        if devices is not None and devices > found and not dry_run:
-            raise UserError(f"--devices {devices}: this machine has {found} CUDA GPUs; name fewer")
-        return Devices("gpu", devices or 1, num_nodes)
-    if torch.backends.mps.is_available() and devices in (None, 1):
+    if gpus is not None and gpus.strip() not in ("0", ""):  # `--gpus 0` is a count of none
+        wanted = parse_gpus(gpus)
+        wanted = found if wanted == -1 else wanted
+        needed = max(wanted) + 1 if isinstance(wanted, list) else wanted
+        if (needed > found or wanted == 0) and not dry_run:
+            raise UserError(
+                f"--gpus {gpus}: this machine has {found} CUDA GPUs; leave --gpus out to train on "
+                "the best available device, or name fewer"
+            )
+        return Devices("gpu", wanted, num_nodes)
+    count = devices or 1
+    if found and gpus is None:
+        if count > found and not dry_run:
+            raise UserError(f"--devices {count}: this machine has {found} CUDA GPUs; name fewer")
+        return Devices("gpu", count, num_nodes)
+    if torch.backends.mps.is_available() and count == 1 and gpus is None:
         return Devices("mps", 1, num_nodes)
-    if devices is not None and not dry_run:
-        _require_cores(devices, f"--devices {devices}: this machine has no CUDA GPU and ")
-    return Devices("cpu", devices or 1, num_nodes)
-
-
-def _existing_gpus(text: str, found: int, dry_run: bool) -> list[int] | int:
-    """What `--gpus` asks for, if the machine has it."""
-    wanted = parse_gpus(text)
-    wanted = found if wanted == -1 else wanted
-    needed = max(wanted) + 1 if isinstance(wanted, list) else wanted
-    if (needed > found or wanted == 0) and not dry_run:
-        raise UserError(
-            f"--gpus {text}: this machine has {found} CUDA GPUs; leave --gpus out to train on the "
-            "best available device, or name fewer"
-        )
-    return wanted
+    return _cores(count, num_nodes, check=not dry_run)
 
 
 def follow_layout(optimizer: Any) -> None:

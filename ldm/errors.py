@@ -39,5 +39,11 @@ class Problems(UserError):
         return type(self), (self.found, self.key)
 
 
+def require_whole(key: str, value: object, least: int) -> None:
+    """Check a setting that is a whole number; UserError if it is another value or too small."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UserError(f"{key}={value!r} must be a whole number, at least {least}")
+
+
 class Stopped(Exception):
     """A run was asked to stop and can go on later: one line for the user and exit status 75."""

@@ -41,7 +41,6 @@ LEGACY_TARGETS = {
 
 _VQ = "vector-quantised first stages are not supported; use ldm.models.autoencoder.AutoencoderKL"
 _PIXELS = "diffusion in pixel space is not supported; use ldm.models.diffusion.LatentDiffusion"
-_CLASSIFIER = "train it with classifier_train.py"
 _WARM_UP = "not supported; use ldm.modules.lr_schedule.LambdaLinearScheduler"
 UNSUPPORTED_TARGETS = {
     "ldm.models.autoencoder.VQModel": _VQ,
@@ -49,26 +48,25 @@ UNSUPPORTED_TARGETS = {
     "ldm.modules.losses.vqperceptual.VQLPIPSWithDiscriminator": _VQ,
     "ldm.models.autoencoder.IdentityFirstStage": _PIXELS,
     "ldm.models.diffusion.ddpm.DDPM": _PIXELS,
-    "ldm.models.diffusion.classifier.NoisyLatentImageClassifier": _CLASSIFIER,
+    "ldm.models.diffusion.classifier.NoisyLatentImageClassifier": (
+        "train it with classifier_train.py"
+    ),
     "ldm.lr_scheduler.LambdaWarmUpCosineScheduler": _WARM_UP,
     "ldm.lr_scheduler.LambdaWarmUpCosineScheduler2": _WARM_UP,
 }
 
-_ANYTHING = object()
-
 
 @dataclass(frozen=True)
 class WithoutEffect:
-    """A published parameter that means nothing here, as long as it has one of `values`."""
+    """A published parameter that means nothing here, as long as it has one of `values` (if any)."""
 
-    values: tuple = (_ANYTHING,)
+    values: tuple | None = None
     remedy: str = "remove it"
 
     def covers(self, value: Any) -> bool:
         # True == 1 in Python; a flag written where a number belongs is another value.
-        return any(
-            known is _ANYTHING
-            or (known == value and isinstance(known, bool) == isinstance(value, bool))
+        return self.values is None or any(
+            known == value and isinstance(known, bool) == isinstance(value, bool)
             for known in self.values
         )
 
@@ -82,6 +80,8 @@ _UNCONDITIONAL = (
 _NO_TEXT = WithoutEffect((None,), "there is no text conditioning; remove it")
 _KEY = WithoutEffect(("image",), "tiles come as `image`; set it to image")
 _STRICT = WithoutEffect((None, []), "checkpoints are loaded in full; remove it")
+_OFF = WithoutEffect((False,), "set it to False")
+_ZERO = WithoutEffect((0,), "set it to 0")
 _UNET_NAMES = {
     "dims": WithoutEffect((2,), "only images are; set it to 2"),
     "use_fp16": WithoutEffect((False,), "set it to False and give --precision bf16-mixed"),
@@ -95,29 +95,25 @@ _UNET_NAMES = {
 }
 WITHOUT_EFFECT = {
     "ldm.models.diffusion.LatentDiffusion": {
+        # `log_every_t`: logging of intermediate samples; `clip_denoised`: of pixel-space sampling,
+        # latents were never clipped; the others: how a condition would be read and fed.
+        **dict.fromkeys(
+            ("log_every_t", "clip_denoised", "cond_stage_key", "concat_mode"), WithoutEffect()
+        ),
+        **dict.fromkeys(("original_elbo_weight", "v_posterior", "logvar_init"), _ZERO),
+        **dict.fromkeys(("use_positional_encodings", "learn_logvar", "load_only_unet"), _OFF),
         "num_timesteps_cond": WithoutEffect((None, 1), "set it to 1"),
-        "log_every_t": WithoutEffect(),  # logging of intermediate samples
         "cond_stage_config": WithoutEffect(
             (None, "__is_unconditional__"), f"{_UNCONDITIONAL} __is_unconditional__"
         ),
-        # How a condition would be read and fed: without effect, since there is none.
-        "cond_stage_key": WithoutEffect(),
-        "concat_mode": WithoutEffect(),
         "cond_stage_trainable": WithoutEffect((False,), f"{_UNCONDITIONAL} False"),
         "cond_stage_forward": _NO_TEXT,
         "conditioning_key": WithoutEffect((None,), f"{_UNCONDITIONAL} null"),
         "first_stage_key": _KEY,
         "ignore_keys": _STRICT,
-        "clip_denoised": WithoutEffect(),  # of pixel-space sampling; latents were never clipped
         "given_betas": WithoutEffect((None,), "use beta_schedule, linear_start and linear_end"),
         "cosine_s": WithoutEffect((0.008,), "set it to 0.008"),
-        "original_elbo_weight": WithoutEffect((0,), "set it to 0"),
-        "v_posterior": WithoutEffect((0,), "set it to 0"),
         "l_simple_weight": WithoutEffect((1,), "set it to 1 and scale the learning rate"),
-        "use_positional_encodings": WithoutEffect((False,), "set it to False"),
-        "learn_logvar": WithoutEffect((False,), "set it to False"),
-        "logvar_init": WithoutEffect((0,), "set it to 0"),
-        "load_only_unet": WithoutEffect((False,), "set it to False"),
     },
     "ldm.models.autoencoder.AutoencoderKL": {
         "colorize_nlabels": WithoutEffect((None,), "images have three channels; remove it"),
@@ -130,7 +126,7 @@ WITHOUT_EFFECT = {
         "num_heads_upsample": WithoutEffect(),  # a half UNet has no up-sampling path
     },
     "ldm.modules.losses.LPIPSWithDiscriminator": {
-        "use_actnorm": WithoutEffect((False,), "set it to False"),
+        "use_actnorm": _OFF,
         "disc_conditional": WithoutEffect(
             (False,), "the discriminator sees the image alone; set it to False"
         ),
@@ -161,10 +157,8 @@ WITHOUT_EFFECT = {
 }
 _DDCONFIG = {
     "attn_type": WithoutEffect(("vanilla",), "set it to vanilla"),
-    "use_linear_attn": WithoutEffect((False,), "set it to False"),
     "resamp_with_conv": WithoutEffect((True,), "set it to True"),
-    "tanh_out": WithoutEffect((False,), "set it to False"),
-    "give_pre_end": WithoutEffect((False,), "set it to False"),
+    **dict.fromkeys(("use_linear_attn", "tanh_out", "give_pre_end"), _OFF),
 }
 
 
@@ -173,24 +167,19 @@ _DDCONFIG = {
 
 @dataclass
 class Translation:
-    """Translates configurations, and collects what it meets for one log line and one error.
-
-    Attributes:
-        problems: Dotted path of a setting, and what is wrong with it and what to do.
-    """
+    """Translates configurations, and collects what it meets for one log line and one error."""
 
     renamed: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
-    problems: dict[str, str] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)  # dotted path: what is wrong, what to do
 
     def log(self) -> None:
         """One line that says which names were translated and which are without effect."""
-        parts = []
-        if self.renamed:
-            names = ", ".join(dict.fromkeys(self.renamed))
-            parts.append(f"published names read as native ones: {names}")
-        if self.dropped:
-            parts.append(f"without effect here, ignored: {', '.join(self.dropped)}")
+        said = {
+            "published names read as native ones": dict.fromkeys(self.renamed),
+            "without effect here, ignored": self.dropped,
+        }
+        parts = [f"{what}: {', '.join(names)}" for what, names in said.items() if names]
         if parts:
             logger.info("configuration: %s", "; ".join(parts))
 
@@ -221,9 +210,8 @@ class Translation:
     def node(self, node: dict, path: str, defaults: bool = True) -> dict:
         """A copy of one `{target, params}` node in native names; nodes within it stay as they are.
 
-        Args:
-            defaults: Also write down the defaults of the published class where ours are others.
-                False for a file that only changes a native node.
+        With `defaults`, those of the published class are written down where ours are others; not
+        for a file that only changes a native node.
         """
         published = node["target"]
         if published in UNSUPPORTED_TARGETS:

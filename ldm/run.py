@@ -21,32 +21,22 @@ from ldm.files import is_temporary, remove_leftovers, write_json, write_text
 log = logging.getLogger(__name__)
 
 LOGGERS = ("tensorboard", "wandb")  # by name, beside the CSV files that are always written
+TIME = "%Y-%m-%dT%H-%M-%S"  # of a start, in names of files and folders
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "albumentations", "timm", "numpy")
 
 
 def git_revision() -> str | None:
     """Commit of this checkout, with "+changes" when files differ; None outside a checkout."""
-    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        options = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
+        return subprocess.run(["git", *words], check=True, timeout=10, **options).stdout.strip()
+
     try:
-        revision = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        )
-        status = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        )
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None
-    return revision.stdout.strip() + ("+changes" if status.stdout.strip() else "")
 
 
 def versions() -> dict[str, str]:
@@ -67,13 +57,17 @@ def hardware() -> dict[str, Any]:
         processor = found.group(1).strip() if found else processor
     except OSError:
         pass  # not Linux; the platform's own word stays
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "processor": processor,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpus": gpus,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
+
+
+def provenance() -> dict[str, Any]:
+    """Command, revision and versions of this process, for the record of what it makes."""
+    return {"command": sys.argv, "revision": git_revision(), "versions": versions()}
 
 
 def differences(
@@ -116,22 +110,13 @@ class MadeFolder:
     The same command, given again, finds its folder by `exists`: it goes on in it, or leaves it
     alone. A command with other settings, or whose folder holds anything else, is refused. Every
     command that makes a folder asks this class.
-
-    Attributes:
-        path: The folder.
-        settings: What decides its content; values that JSON can hold.
-        record: Name of the JSON file.
-        key: Key of the settings in the record; None where the record is the settings.
-        name: Key of the setting that names the folder, for errors.
-        defaults: See `differences`.
     """
 
     path: Path
-    settings: Mapping[str, Any]
-    record: str
-    key: str | None = "settings"
-    name: str = "out"
-    defaults: Mapping[str, Any] | None = None
+    settings: Mapping[str, Any]  # what decides its content; values that JSON can hold
+    record: str  # name of the JSON file
+    key: str | None = "settings"  # of the settings in the record; None: the record is the settings
+    name: str = "out"  # of the setting that names the folder, for errors
 
     def read(self) -> dict[str, Any] | None:
         """The content of the record; None where no command has begun the folder.
@@ -177,7 +162,7 @@ class MadeFolder:
         if content is None:
             return False
         known = content if self.key is None else content[self.key]
-        changed = differences(known, self.settings, self.defaults)
+        changed = differences(known, self.settings)
         if changed:
             raise UserError(
                 f"{self.name}={self.path} was made with other settings ({'; '.join(changed)});"
@@ -233,38 +218,29 @@ class RunFolder:
         return self.root / "images"
 
     @classmethod
-    def choose(cls, logdir: str, name: str | None, stem: str) -> "RunFolder":
-        """LOGDIR/NAME, or LOGDIR/TIME_STEM when the run has no name.
+    def find(
+        cls, logdir: str, name: str | None, resume: str | None, stem: str, model: dict
+    ) -> "tuple[RunFolder, Path | None]":
+        """The folder of a run, and the checkpoint to go on from (None for a new run).
+
+        A run is LOGDIR/NAME, or LOGDIR/TIME_STEM if it has no name. A named run that exists goes on
+        where it stopped, if its `model` section is the same.
 
         Args:
             name: May contain slashes; must stay below `logdir`.
             stem: Name of the configuration, for an unnamed run.
 
         Raises:
-            UserError: `name` leaves `logdir`.
-        """
-        label = name or f"{time.strftime('%Y-%m-%dT%H-%M-%S')}_{stem}"
-        root = Path(logdir) / label
-        if Path(logdir).resolve() not in root.resolve().parents:
-            raise UserError(f"name={name}: must be a folder below logdir={logdir}")
-        return cls(root)
-
-    @classmethod
-    def find(
-        cls, logdir: str, name: str | None, resume: str | None, stem: str, model: dict
-    ) -> "tuple[RunFolder, Path | None]":
-        """The folder of a run, and the checkpoint to go on from (None for a new run).
-
-        A named run that exists goes on where it stopped, if its `model` section is the same.
-
-        Raises:
-            UserError: There is no checkpoint to resume from, or the run has another model.
+            UserError: There is no checkpoint to resume from, `name` leaves `logdir`, or the run has
+                another model.
         """
         from omegaconf import OmegaConf
 
         if resume:
             return cls.of_resume(resume)
-        run = cls.choose(logdir, name, stem)
+        run = cls(Path(logdir) / (name or f"{time.strftime(TIME)}_{stem}"))
+        if Path(logdir).resolve() not in run.root.resolve().parents:
+            raise UserError(f"name={name}: must be a folder below logdir={logdir}")
         if not run.last.is_file():
             return run, None
         written = run.configs / "resolved.yaml"
@@ -307,14 +283,7 @@ class RunFolder:
         """Write the resolved configuration, command, versions, revision and hardware of a start."""
         from omegaconf import OmegaConf
 
-        stamp = time.strftime("%Y-%m-%dT%H-%M-%S")
+        stamp = time.strftime(TIME)
         write_text(self.configs / "resolved.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
-        facts = {
-            "started": stamp,
-            "command": sys.argv,
-            "seed": seed,
-            "revision": git_revision(),
-            "versions": versions(),
-            "hardware": hardware(),
-        }
+        facts = {"started": stamp, "seed": seed, **provenance(), "hardware": hardware()}
         write_json(self.configs / f"start_{stamp}.json", facts)

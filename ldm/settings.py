@@ -1,45 +1,45 @@
 """Groups of options that several commands share; each stands here once. Imports nothing heavy."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Literal, Self
 
 from pydantic import Field
 
-from ldm.cli import Count, Seed, Whole, option
+from ldm.cli import Count, Seed, Whole, contradictions, option
 
 DEVICE_HELP = "auto, cpu, cuda, cuda:INDEX or mps"
-DEVICES = "devices, memory and speed"
 MACHINE = "machine"
 TIMM = "timm:"  # begins the name of a network of timm
+
+_run = partial(option, group="run")
+_devices = partial(option, group="devices, memory and speed")
+_machine = partial(option, group=MACHINE)
+_groups = partial(option, group="groups of tiles")
+_features = partial(option, group="features")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedOptions:
     """How training uses its devices: several of them, compiled networks, layouts, fused steps."""
 
-    strategy: Literal["auto", "ddp", "fsdp", "deepspeed"] = option(
+    strategy: Literal["auto", "ddp", "fsdp", "deepspeed"] = _devices(
         default="auto",
-        group=DEVICES,
         help="of several devices: ddp keeps the model on each, fsdp shards the diffusion UNet, its "
         "average and its optimiser; auto is ddp",
     )
-    compile: bool = option(
-        default=False, group=DEVICES, help="compile the networks: a slow start, then faster"
-    )
-    channels_last: bool = option(
-        default=False, group=DEVICES, help="memory layout that suits tensor cores"
-    )
-    tf32: bool | None = option(
+    compile: bool = _devices(default=False, help="compile the networks: a slow start, then faster")
+    channels_last: bool = _devices(default=False, help="memory layout that suits tensor cores")
+    tf32: bool | None = _devices(
         default=None,
-        group=DEVICES,
         takes_value=True,
         help="True: matrix products and convolutions of float32 on tensor cores, with 10 bits of "
         "mantissa; False: neither; if omitted, as PyTorch does: convolutions only",
     )
-    fused: Literal["auto", "true", "false"] = option(
+    fused: Literal["auto", "true", "false"] = _devices(
         default="auto",
-        group=DEVICES,
         help="optimiser steps in one kernel; auto: on GPUs, without gradient clipping and float16",
     )
 
@@ -48,122 +48,137 @@ class SpeedOptions:
 class RunOptions(SpeedOptions):
     """A training run: where it writes, what it resumes, on which devices it trains."""
 
-    name: str | None = option(
+    name: str | None = _run(
         "-n",
         default=None,
-        group="run",
         help="name of the run: it writes to LOGDIR/NAME, and goes on where it stopped",
     )
-    resume: str | None = option(
-        "-r",
-        default=None,
-        group="run",
-        metavar="RUN",
-        help="run folder or checkpoint to go on from",
+    resume: str | None = _run(
+        "-r", default=None, metavar="RUN", help="run folder or checkpoint to go on from"
     )
-    seed: Seed = option("-s", default=23, group="run", help="seed of all randomness")
-    logdir: str = option(
-        "-l", default="logs", group="run", metavar="DIR", help="folder of all runs"
-    )
-    dry_run: bool = option(default=False, group="run", help="print what would be trained, and exit")
-    gpus: str | None = option(
+    seed: Seed = _run("-s", default=23, help="seed of all randomness")
+    logdir: str = _run("-l", default="logs", metavar="DIR", help="folder of all runs")
+    dry_run: bool = _run(default=False, help="print what would be trained, and exit")
+    gpus: str | None = _devices(
         default=None,
-        group=DEVICES,
         metavar="LIST",
         help="GPUs as in Lightning 1: '0,1' these two, '2' any two, '0,' number 0 alone, '-1' all",
     )
-    devices: Count | None = option(
-        default=None, group=DEVICES, help="number of devices of the best available kind"
+    devices: Count | None = _devices(
+        default=None, help="number of devices of the best available kind"
     )
-    num_nodes: Count = option(default=1, group=DEVICES, help="number of machines")
-    precision: Literal["auto", "32", "bf16-mixed", "16-mixed", "bf16-true", "64"] = option(
-        default="auto", group=DEVICES, help="auto: bf16-mixed on GPUs that have it, else 32"
+    num_nodes: Count = _devices(default=1, help="number of machines")
+    precision: Literal["auto", "32", "bf16-mixed", "16-mixed", "bf16-true", "64"] = _devices(
+        default="auto", help="auto: bf16-mixed on GPUs that have it, else 32"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """The sets of an evaluation, the groups of their tiles, and its earlier results."""
+
+    data_path: str = _run(metavar="D", help="folder of the sets")
+    subset: str = _run(
+        metavar="SUBSET",
+        published=("--output_dir",),
+        help="training folder in D, for example train5+fake50%; it names the results too",
+    )
+    overwrite: bool = _run(
+        default=False, help="replace results that are of other settings or files"
+    )
+    groups: str | None = _run(
+        default=None,
+        metavar="CSV",
+        help="patient, slide or region of each tile of val and test, for intervals over these: "
+        "columns path (or file, below the set's folder) and group, and split where paths repeat",
+    )
+    group_column: str | None = _run(
+        default=None, metavar="NAME", help="column of --groups; if omitted group"
+    )
+    workers: Whole = _run(
+        default_factory=lambda: min(8, os.cpu_count() or 1),
+        published=("--num_workers",),
+        help="loader processes",
+    )
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.group_column is not None and self.groups is None:
+            yield "group_column", "belongs to --groups; give that too, or leave it out"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceOption:
     """The one device that a command computes on."""
 
-    device: str = option(default="auto", group=MACHINE, help=DEVICE_HELP)
+    device: str = _machine(default="auto", help=DEVICE_HELP)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderOptions:
     """Reading images: how many at a time, by how many processes."""
 
-    batch_size: Count = option(default=64, group=MACHINE, help="images per pass of the network")
-    workers: Whole = option(
-        default=2, group=MACHINE, published=("--num_workers",), help="loader processes"
+    batch_size: Count = _machine(default=64, help="images per pass of the network")
+    workers: Whole = _machine(default=2, published=("--num_workers",), help="loader processes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedDevices(DeviceOption):
+    """Several processes that share the work of a command; see `ldm.devices.shared_devices`."""
+
+    devices: Count | None = _machine(
+        default=None,
+        help="processes on this machine that share the work, one per GPU or CPU core; if omitted "
+        "1, or what torchrun or srun started",
+    )
+    num_nodes: Count | None = _machine(
+        default=None, help="machines, with torchrun or srun on each; if omitted 1, or as started"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProcessOptions(DeviceOption):
-    """Several processes that share the work of a command which runs networks without training."""
+class ProcessOptions(SharedDevices):
+    """How a command runs networks without training them, in one process or several."""
 
-    devices: Count | None = option(
-        default=None,
-        group=MACHINE,
-        help="processes on this machine, one per GPU, or per CPU core (each computes with one "
-        "thread there); if omitted 1, or what torchrun or srun started",
+    precision: Literal["auto", "32", "bf16"] = _machine(
+        default="auto", help="auto: bf16 on GPUs that have it, else 32"
     )
-    num_nodes: Count | None = option(
-        default=None, group=MACHINE, help="machines, with torchrun or srun on each"
-    )
-    precision: Literal["auto", "32", "bf16"] = option(
-        default="auto", group=MACHINE, help="auto: bf16 on GPUs that have it, else 32"
-    )
-    channels_last: bool = option(
-        default=False, group=MACHINE, help="memory layout that suits tensor cores"
-    )
+    channels_last: bool = _machine(default=False, help="memory layout that suits tensor cores")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupOptions:
     """Which patient, slide or region a tile belongs to; read by `ldm.data.groups.grouping_of`."""
 
-    group_level: Count | None = option(
+    group_level: Count | None = _groups(
         default=None,
-        group="groups of tiles",
         metavar="N",
         help="the group (patient, slide, region) is the folder N levels below the root; an array "
         "or a shard counts as a folder",
     )
-    group_regex: str | None = option(
+    group_regex: str | None = _groups(
         default=None,
-        group="groups of tiles",
         metavar="REGEX",
         help="the group is the first parenthesis of this expression, searched in the path below "
         "the root",
     )
-    group_csv: str | None = option(
+    group_csv: str | None = _groups(
         default=None,
-        group="groups of tiles",
         metavar="FILE",
         help="the groups are in a CSV with a column path (or file), below the root",
     )
-    group_column: str | None = option(
+    group_column: str | None = _groups(
         default=None,
-        group="groups of tiles",
         metavar="NAME",
         help="column of --group_csv that names the group; if omitted: group",
     )
-    group_rows: str | None = option(
+    group_rows: str | None = _groups(
         default=None,
-        group="groups of tiles",
         metavar="COLUMN=VALUE",
         help="read only these rows of --group_csv, such as split=train",
     )
 
     def problems(self):
-        given = [
-            name
-            for name in ("group_level", "group_regex", "group_csv")
-            if getattr(self, name) is not None
-        ]
-        for name in given[1:]:
-            yield name, f"not allowed with --{given[0]}; give one of them"
+        yield from contradictions(self, "group_level", "group_regex", "group_csv")
         for name in ("group_column", "group_rows"):
             if getattr(self, name) is not None and self.group_csv is None:
                 yield name, "belongs to --group_csv; give that too, or leave it out"
@@ -173,17 +188,14 @@ class GroupOptions:
 class ModelOptions:
     """A timm network that makes features, where no checkpoint of eval.py does."""
 
-    pretrained_weights: str | None = option(
+    pretrained_weights: str | None = _features(
         default=None,
-        group="features",
         metavar="FILE",
         help="local weights of the timm network; if omitted, those in the cache of timm (nothing "
         "is downloaded)",
     )
-    input_size: Annotated[int, Field(ge=8)] | None = option(
-        default=None,
-        group="features",
-        help="pixels that the timm network sees; if omitted, its own size",
+    input_size: Annotated[int, Field(ge=8)] | None = _features(
+        default=None, help="pixels that the timm network sees; if omitted, its own size"
     )
 
 
@@ -191,17 +203,16 @@ class ModelOptions:
 class NetworkChoice(ModelOptions):
     """The network that makes features: a run of eval.py, or one of timm."""
 
-    features: str | None = option(
+    features: str | None = _features(
         default=None,
-        group="features",
         metavar="RUN|timm:NAME",
         help="network that makes the features: checkpoint or seed folder of eval.py, or timm:NAME",
     )
-    weights: str | None = option(
-        default=None, group="features", metavar="CKPT", help="the same as --features CKPT"
+    weights: str | None = _features(
+        default=None, metavar="CKPT", help="the same as --features CKPT"
     )
-    model: str | None = option(
-        default=None, group="features", metavar="NAME", help="the same as --features timm:NAME"
+    model: str | None = _features(
+        default=None, metavar="NAME", help="the same as --features timm:NAME"
     )
 
     def with_network(self) -> Self:
@@ -213,9 +224,7 @@ class NetworkChoice(ModelOptions):
         return replace(self, weights=self.features, features=None)
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        names = [n for n in ("features", "weights", "model") if getattr(self, n) is not None]
-        for name in names[1:]:
-            yield name, f"not allowed with --{names[0]}; give one of them"
+        yield from contradictions(self, "features", "weights", "model")
         of_timm = self.model is not None or (self.features or "").startswith(TIMM)
         for name in ("pretrained_weights", "input_size"):
             if getattr(self, name) is not None and not of_timm:
@@ -226,15 +235,12 @@ class NetworkChoice(ModelOptions):
 class FeatureOptions(ModelOptions):
     """How features are computed; None where features may exist already and nothing was said."""
 
-    batch_size: Count | None = option(
-        default=None, group="features", help="images per pass of the network; if omitted 64"
+    batch_size: Count | None = _features(
+        default=None, help="images per pass of the network; if omitted 64"
     )
-    workers: Whole | None = option(
+    workers: Whole | None = _features(
         default=None,
-        group="features",
         published=("--num_workers",),
         help="loader processes for large sets; if omitted 2",
     )
-    device: str | None = option(
-        default=None, group="features", help=f"{DEVICE_HELP}; if omitted auto"
-    )
+    device: str | None = _features(default=None, help=f"{DEVICE_HELP}; if omitted auto")

@@ -1,19 +1,18 @@
 """One way to train: every stage goes through `fit`."""
 
-import importlib.util
 import inspect
 import logging
 import os
 import sys
 import uuid
-import warnings
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from ldm.devices import Devices, leave_group, training_devices
+from ldm.devices import Devices, leave_group, quieten_lightning, training_devices
 from ldm.errors import UserError
 from ldm.files import remove_leftovers, require_space, write_text
-from ldm.settings import RunOptions
+from ldm.settings import RunOptions, SpeedOptions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,29 +28,13 @@ CLIP = "gradient_clip_val"
 CHECKPOINT_EVERY = 1000  # optimiser steps
 # Checkpoints are called as we say, and overwritten.
 OWN_NAMES = {"enable_version_counter": False, "auto_insert_metric_name": False}
-# Hints for people who tune, and a deprecation inside Lightning: not for every run's log.
-IGNORED_WARNINGS = (
-    ".*does not have many workers.*",
-    ".*is smaller than the logging interval.*",
-    ".*LeafSpec.*",
-    "Using ModelCheckpoint with manual optimization.*",  # it saves after a step, as wanted
-    ".*module.* in eval mode at the start.*",  # the frozen first stage, on purpose
-    "Checkpoint directory .* exists and is not empty.*",  # a resumed run
-    "You're resuming from a checkpoint that ended before",  # our samplers find their place
-)
 
 
 def devices_of(args: RunOptions) -> Devices:
     """The devices that the options of a training ask for."""
     chosen = training_devices(args.gpus, args.devices, args.num_nodes, args.dry_run)
-    return chosen.with_precision(
-        args.precision,
-        strategy=args.strategy,
-        compile=args.compile,
-        channels_last=args.channels_last,
-        tf32=args.tf32,
-        fused=args.fused,
-    )
+    speed = {field.name: getattr(args, field.name) for field in fields(SpeedOptions)}
+    return chosen.with_precision(args.precision, **speed)
 
 
 def fit(
@@ -140,9 +123,6 @@ def build_trainer(
     """A Lightning trainer for a model, which is prepared for the devices.
 
     It logs to CSV in the run's folder and shows a progress bar. The arguments are those of `fit`.
-
-    Raises:
-        UserError: The settings contradict each other, or Lightning refuses them.
     """
     import pytorch_lightning as pl
     from pytorch_lightning.callbacks import LearningRateMonitor
@@ -151,7 +131,7 @@ def build_trainer(
     from ldm.models.callbacks import FollowLayout, ProgressBar, Throughput
     from ldm.models.saving import CheckpointFiles
 
-    _quieten_lightning()
+    quieten_lightning()
     settings = dict(settings)
     settings["strategy"] = choose_strategy(settings.get("strategy"), devices, model)
     model.fused = devices.fuses(clips=bool(settings.get(CLIP)))
@@ -191,23 +171,10 @@ def build_trainer(
         raise UserError(f"lightning.trainer: {said}; change these settings") from None
 
 
-def _quieten_lightning() -> None:
-    """Keep Lightning's remarks (no TPU, a tip for another product) out of a run's log."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    for pattern in IGNORED_WARNINGS:
-        warnings.filterwarnings("ignore", pattern)
-
-
 def cluster_plugins() -> list[Any]:
-    """What Lightning is to know of the cluster that started this process.
-
-    Raises:
-        UserError: SLURM's variables do not say how many tasks each machine has.
-    """
+    """What Lightning is to know of the cluster that started this process."""
     from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
-    # Said to everyone on a login node; it is no mistake to run a command there.
-    warnings.filterwarnings("ignore", "The `srun` command is available")
     if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
         return []
     try:
@@ -218,10 +185,7 @@ def cluster_plugins() -> list[Any]:
 
 
 def choose_strategy(configured: Any, devices: Devices, model: "HistoModule") -> Any:
-    """Lightning's strategy for `--strategy` or `lightning.trainer.strategy`.
-
-    Args:
-        configured: `lightning.trainer.strategy`, a name or an object; None when it is not given.
+    """Lightning's strategy for `--strategy` or `lightning.trainer.strategy` (`configured`).
 
     Raises:
         UserError: Both are given, or the strategy does not go with the model or the devices.
@@ -232,14 +196,10 @@ def choose_strategy(configured: Any, devices: Devices, model: "HistoModule") -> 
             "how devices share the work; give one of them"
         )
     name = devices.strategy if configured in (None, "auto") else configured
-    if not isinstance(name, str):
-        return name
-    if name.startswith("deepspeed"):
-        missing = importlib.util.find_spec("deepspeed") is None
-        reason = "the package is not installed, and it" if missing else "it"
+    if isinstance(name, str) and name.startswith("deepspeed"):
         raise UserError(
-            f"--strategy deepspeed: {reason} writes checkpoints that no other command here can "
-            "read; use --strategy fsdp, which shards weights, gradients and optimiser as ZeRO does"
+            "--strategy deepspeed: it writes checkpoints that no other command here can read; use "
+            "--strategy fsdp, which shards weights, gradients and optimiser as ZeRO does"
         )
     if name == "fsdp":
         return _sharded(devices, model)
@@ -311,7 +271,8 @@ def checkpoint_callbacks(
     best = {}
     if monitor:
         _check_monitor(monitor, model, has_validation)
-        best = {"monitor": monitor, "mode": mode or _better(monitor), **common}
+        rises = any(word in monitor for word in ("accuracy", "psnr", "gain"))
+        best = {"monitor": monitor, "mode": mode or ("max" if rises else "min"), **common}
         callbacks.append(ModelCheckpoint(filename="best", **best))
     if settings:
         callbacks.append(_further_checkpoints(settings, stepwise, best if by_metric else None))
@@ -332,20 +293,12 @@ def _check_monitor(monitor: str, model: "HistoModule", has_validation: bool) -> 
         )
 
 
-def _better(monitor: str) -> str:
-    """Whether more or less of a metric is better, by its name."""
-    return "max" if any(word in monitor for word in ("accuracy", "psnr", "gain")) else "min"
-
-
 def _further_checkpoints(
     settings: dict[str, Any], stepwise: dict[str, Any], best: dict[str, Any] | None
 ) -> "pl.Callback":
     """The kind of checkpoint that a configuration adds (save_top_k, train_time_interval ...).
 
-    Args:
-        settings: Parameters of ModelCheckpoint.
-        stepwise: Parameters of checkpoints by step.
-        best: Parameters of checkpoints by the monitored metric; None for those by step.
+    It is by the monitored metric (parameters `best`), or by step (`stepwise`) if `best` is None.
     """
     from ldm.models.callbacks import BestCheckpoints, RegularCheckpoint
 
@@ -365,27 +318,20 @@ def _further_checkpoints(
 def build_loggers(node: Any, run: "RunFolder") -> list[Any]:
     """The loggers beside the CSV files.
 
-    Args:
-        node: `lightning.logger`: `tensorboard`, `wandb`, a target/params node, or a list of such;
-            None is TensorBoard.
-
-    Raises:
-        UserError: A package is not installed, or W&B has no account or no connection.
+    `node` is `lightning.logger`: `tensorboard`, `wandb`, a target/params node, or a list of such;
+    None is TensorBoard.
     """
     import pytorch_lightning as pl
 
     from ldm.config import instantiate_from_config
 
-    nodes = ["tensorboard"] if node is None else node if isinstance(node, list) else [node]
-    loggers: list[Any] = []
-    for each in nodes:
+    def build(each: Any) -> Any:
         if each == "tensorboard":
-            loggers.append(pl.loggers.TensorBoardLogger(run.root, name="", version="tensorboard"))
-        elif each == "wandb":
-            loggers.append(_wandb_logger(run))
-        else:
-            loggers.append(instantiate_from_config(each))
-    return loggers
+            return pl.loggers.TensorBoardLogger(run.root, name="", version="tensorboard")
+        return _wandb_logger(run) if each == "wandb" else instantiate_from_config(each)
+
+    nodes = ["tensorboard"] if node is None else node if isinstance(node, list) else [node]
+    return [build(each) for each in nodes]
 
 
 def _wandb_logger(run: "RunFolder") -> Any:
@@ -413,11 +359,7 @@ def _wandb_logger(run: "RunFolder") -> Any:
 
 
 def _start_loggers(trainer: "pl.Trainer") -> None:
-    """Connect to W&B now: whether that is possible is better known before the data is read.
-
-    Raises:
-        UserError: W&B has no account or no connection.
-    """
+    """Connect to W&B now: whether that is possible is better known before the data is read."""
     from pytorch_lightning.loggers import WandbLogger
 
     for logger in trainer.loggers:
@@ -434,11 +376,7 @@ def _start_loggers(trainer: "pl.Trainer") -> None:
 
 
 def _prepare_disk(trainer: "pl.Trainer", model: "HistoModule", run: "RunFolder") -> None:
-    """Clear away what a killed run left, and see that the disk has room for the checkpoints.
-
-    Raises:
-        UserError: The disk has too little room.
-    """
+    """Clear away what a killed run left, and see that the disk has room for the checkpoints."""
     from pytorch_lightning.callbacks import ModelCheckpoint
 
     from ldm.models.saving import MARGIN, expected_size

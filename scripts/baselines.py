@@ -7,7 +7,6 @@ learns from `D/train5`, chooses on `D/val` and reports `D/test` once, with the r
 `logs/baselines/KIND/train5/` written as eval.py writes its own, so that tables read both.
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,15 +14,15 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ldm.cli import Commas, Whole, existing_path, like, option, parse, run_command
+from ldm.cli import Commas, existing_path, like, option, parse, run_command
 from ldm.errors import UserError
-from ldm.settings import TIMM, DeviceOption
+from ldm.settings import TIMM, DeviceOption, EvaluationOptions
 
 PROBE = "linear_probe"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(DeviceOption):
+class Options(EvaluationOptions, DeviceOption):
     """What colour alone, or a linear probe of a pre-trained network, reaches on the same sets.
 
     Learns from D/SUBSET, chooses on D/val and reports D/test once, as eval.py does.
@@ -34,8 +33,6 @@ class Options(DeviceOption):
         "  python scripts/baselines.py --data_path D --subset train5 --kind colour_histogram"
     )
 
-    data_path: str = option(metavar="D", help="folder of the sets")
-    subset: str = option(metavar="SUBSET", published=("--output_dir",), help="training folder in D")
     kind: Annotated[
         tuple[Literal["colour_mean", "colour_histogram", "linear_probe"], ...], Commas
     ] = option(
@@ -46,15 +43,6 @@ class Options(DeviceOption):
     logdir: str = option(
         default="logs/baselines", metavar="DIR", help="results go to LOGDIR/KIND/SUBSET"
     )
-    groups: str | None = option(
-        default=None,
-        metavar="CSV",
-        help="patient, slide or region of each tile of val and test (see eval.py)",
-    )
-    group_column: str | None = option(
-        default=None, metavar="NAME", help="column of --groups; if omitted group"
-    )
-    overwrite: bool = option(default=False, help="replace results of other settings or files")
     features: str | None = option(
         default=None,
         group=PROBE,
@@ -74,12 +62,6 @@ class Options(DeviceOption):
         default=None, group=PROBE, help="pixels, with --arch; if omitted the network's own"
     )
     device: str = like(DeviceOption, "device", "auto", group=PROBE)
-    workers: Whole = option(
-        default_factory=lambda: min(8, os.cpu_count() or 1),
-        group=PROBE,
-        published=("--num_workers",),
-        help="loader processes",
-    )
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -100,8 +82,7 @@ class Options(DeviceOption):
                 yield "arch", "not allowed with --features; give one of them"
             if self.weights is not None and not self.features.startswith(TIMM):
                 yield "weights", "not allowed with --features RUN; give one of them"
-        if self.groups is None and self.group_column is not None:
-            yield "group_column", "belongs to --groups; give that too, or leave it out"
+        yield from super().problems()
         for name in ("features", "weights", "arch", "input_size"):
             if getattr(self, name) is not None and "linear_probe" not in self.kind:
                 yield name, "belongs to --kind linear_probe; add that, or leave it out"
@@ -133,7 +114,6 @@ def probe_source(args: Options):
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     data_path = existing_path(args.data_path, "--data_path", "dir")
-    table = None if args.groups is None else existing_path(args.groups, "--groups", "file")
     if args.weights is not None:
         existing_path(args.weights, "--weights")
 
@@ -142,10 +122,9 @@ def main(argv: list[str] | None = None) -> None:
     from ldm.evaluation.metrics import format_summary
     from ldm.evaluation.sets import GroupTable
 
-    extractor = None
+    groups, extractor = GroupTable.given(args), None
     if PROBE in args.kind:  # opened before minutes are spent on the others
         extractor = probe_source(args).open(resolve_device(args.device))
-    groups = None if table is None else GroupTable(table, args.group_column or "group")
     for kind in args.kinds:
         summary = run_baseline(
             kind,

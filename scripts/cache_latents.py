@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(args.out).expanduser()
 
     from ldm.config import instantiate_from_config
-    from ldm.data.caching import CachePlan, Encoding, gibibytes, make_cache
+    from ldm.data.caching import CachePlan, gibibytes, make_cache
     from ldm.models.classifier import LatentSpace
 
     # Everything that can be wrong is found before other processes are started.
@@ -189,8 +189,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     net = LatentSpace.load(args.model, "--model").first_stage
     data = instantiate_from_config(data_config(args, net.resolution))
-    encoding = Encoding(devices, args.batch_size, args.workers)
-    plan = CachePlan(out, net, data, args.views, args.dtype, args.seed, encoding, args.shard_tiles)
+    plan = CachePlan(out, net, data, args.views, args.dtype, args.seed, devices, args.shard_tiles)
     jobs = plan.missing()
     if args.dry_run:
         print(plan.describe(jobs))
@@ -200,15 +199,15 @@ def main(argv: list[str] | None = None) -> None:
     with devices.launch() as (ranks, device):
         if ranks.is_first:
             print(plan.describe(jobs), file=sys.stderr)
-        report = make_cache(plan, device, ranks)
-    if not ranks.is_first:
+        manifest = make_cache(plan, device, ranks, args.batch_size, args.workers)
+    if manifest is None:
         return
-    scale = report.statistics["scale_factor"]
-    if report.made:
-        size = gibibytes(plan.bytes_of(jobs))
+    scale = manifest["statistics"]["scale_factor"]
+    if jobs:
+        images, seconds = (manifest["last_start"][name] for name in ("images", "seconds"))
         print(
-            f"{report.made:,} latents ({size}) in {out}, {report.seconds:.1f} s, "
-            f"{report.made / report.seconds:.1f} images/s; scale factor {scale:.6f}"
+            f"{images:,} latents ({gibibytes(plan.bytes_of(jobs))}) in {out}, {seconds:.1f} s, "
+            f"{images / seconds:.1f} images/s; scale factor {scale:.6f}"
         )
     else:
         print(f"nothing to do: {out} is complete; scale factor {scale:.6f}")

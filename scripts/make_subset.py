@@ -84,11 +84,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     data = existing_path(args.data, "--data", "dir")
     out = Path(args.out).expanduser()
-    if data.resolve() in (out.resolve(), *out.resolve().parents):
-        raise UserError(f"--out {out}: lies in --data {data}; give a folder outside it")
     include = None if args.include is None else existing_path(args.include, "--include", "dir")
-    if include is not None and include.resolve() in (out.resolve(), *out.resolve().parents):
-        raise UserError(f"--out {out}: lies in --include {include}; give a folder outside it")
+    for name, folder in (("data", data), ("include", include)):
+        if folder and folder.resolve() in (out.resolve(), *out.resolve().parents):
+            raise UserError(f"--out {out}: lies in --{name} {folder}; give a folder outside it")
     grouping = grouping_of(args)
     if args.by_group and grouping is None:
         raise UserError(

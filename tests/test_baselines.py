@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import eval as evaluation
-from ldm.checkpoint import KEY, write_checkpoint
+from ldm.checkpoint import write_checkpoint
 from ldm.errors import UserError
 from ldm.evaluation.baselines import STRENGTHS, colour_histogram_baseline, colour_mean
 from ldm.evaluation.metrics import HEADLINE
@@ -162,14 +162,14 @@ def test_linear_probe_of_timm_weights_and_of_a_run(data):
     assert summary["mean"]["accuracy"] > 0.6, "random features of plain colours; chance is 1/3"
     # Other weights are another baseline.
     timm_weights(weights, seed=1)
-    with pytest.raises(UserError, match="extractor was .* is .*; add --overwrite"):
+    with pytest.raises(UserError, match="extractor .* there, .* now; add --overwrite"):
         run(data, "linear_probe", *options)
 
     torch.manual_seed(0)
     model = TileClassifier("test_vit", 3, input_size=32)
     model.classes = CLASSES
     checkpoint = data / "run/checkpoints/best.ckpt"
-    write_checkpoint(checkpoint, {KEY: model.record(0), "state_dict": model.state_dict()})
+    write_checkpoint(checkpoint, tiny.vit_checkpoint(model))
     probe = run(data, "linear_probe", "--weights", data / "run", "--overwrite")
     assert probe["per_seed"][0]["features"] == 64 and "test_vit of" in probe["arch"]
     assert all(0 <= probe["mean"][name] <= 1 for name in HEADLINE)
@@ -200,7 +200,7 @@ def spoil_image(data):
         (None, "--kind colour_mean --arch vit_small", "belongs to --kind linear_probe"),
         (None, "--kind linear_probe --weights {data} --input_size 32", "belongs to --arch"),
         (None, "--kind linear_probe --arch vit_smal --weights {data}/val", "nearest: vit_small"),
-        (None, "--kind linear_probe --arch vit_small", r"nothing is downloaded; give --weights F"),
+        (None, "--kind linear_probe --arch vit_small", r"nothing is downloaded; give a local file"),
         (None, "--kind linear_probe --weights nowhere", "nowhere does not exist"),
         (None, "--output_dir nowhere", "nowhere does not exist"),
         (None, "--group_column x", "belongs to --groups"),

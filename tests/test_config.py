@@ -110,6 +110,9 @@ lightning:
 """
 
 
+MODEL_CHECKPOINT = "pytorch_lightning.callbacks.ModelCheckpoint"
+
+
 class Inner:
     def __init__(self, width: int, depth: int = 2):
         self.width, self.depth = width, depth
@@ -301,7 +304,7 @@ def test_valid_configuration_passes():
             "limit_val_batches": 2,
         },
         "callbacks": {"one": node(OPEN), "off": None},
-        "modelcheckpoint": node("pytorch_lightning.callbacks.ModelCheckpoint", save_top_k=1),
+        "modelcheckpoint": node(MODEL_CHECKPOINT, save_top_k=1),
     }
     model = node(
         size=1, inner=node(INNER, width=2), rate=1, mults=[1], name=None, mode="b", anything=[1]
@@ -379,7 +382,7 @@ def test_ranges_in_annotations_are_checked(params, part):
         ({"model": whole()["model"]}, "data: must be a mapping with target"),
         (
             whole({**node(size=1), "base_learning_rate": 0}),
-            "model.base_learning_rate: 0 must be a number above 0",
+            "model.base_learning_rate: 0 must be above 0",
         ),
         (whole({**node(size=1), "base_learning_rate": "x"}), "model.base_learning_rate: 'x'"),
         (
@@ -407,8 +410,8 @@ def test_ranges_in_annotations_are_checked(params, part):
         ),
         (whole(lightning={"logger": ["wandb", 1]}), "lightning.logger[1]: 1 must be"),
         (
-            whole(lightning={"modelcheckpoint": {"params": {"keep_last": 0}}}),
-            "params.keep_last: 0 must be a whole number above 0",
+            whole(lightning={"modelcheckpoint": node(MODEL_CHECKPOINT, keep_last=0)}),
+            "params.keep_last: 0 must be at least 1",
         ),
     ],
 )

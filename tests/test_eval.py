@@ -1080,7 +1080,7 @@ def test_help_answers_at_once():
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = start("--help")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.returncode == 0 and "--model-ema" in done.stdout
+    assert done.returncode == 0 and "--model_ema" in done.stdout
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
 
 

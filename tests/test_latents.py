@@ -23,7 +23,7 @@ import main as main_py
 from ldm.checkpoint import load_model, read_checkpoint, write_checkpoint
 from ldm.cli import _one_line
 from ldm.config import instantiate_from_config
-from ldm.data.caching import CachePlan, Encoding, Views, make_cache, symmetry
+from ldm.data.caching import CachePlan, Views, make_cache, symmetry
 from ldm.data.datamodule import DataModuleFromConfig, ResumableSampler
 from ldm.data.latents import LatentCache, latent_sums, scale_from_sums
 from ldm.data.tiles import TileFolder
@@ -587,10 +587,9 @@ def test_processes_share_the_files(folder, plain, tmp_path):
         net,
         instantiate_from_config(node),
         dtype="float32",
-        encoding=Encoding(workers=0),
         shard_tiles=5,
     )
-    make_cache(plan, torch.device("cpu"), Ranks(1, 2))
+    make_cache(plan, torch.device("cpu"), Ranks(1, 2), workers=0)
     made = sorted(path.relative_to(out) for path in out.rglob("*.safetensors"))
     assert made == sorted(path.relative_to(plain) for path in plain.rglob("*.safetensors"))[1::2]
     assert all((out / path).read_bytes() == (plain / path).read_bytes() for path in made)

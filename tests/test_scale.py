@@ -171,7 +171,7 @@ def test_more_processes_than_cores(monkeypatch):
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     assert training_devices(None, 2) == Devices("cpu", 2)
-    with pytest.raises(UserError, match="--devices 3: this machine has no CUDA GPU and 2 CPU"):
+    with pytest.raises(UserError, match="--devices 3: there is no GPU to use here, and 2 CPU"):
         training_devices(None, 3)
 
 

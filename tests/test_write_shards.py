@@ -177,7 +177,7 @@ def test_damaged_shards_are_written_again(index, tmp_path, capsys, caplog):
     cut.write_bytes(contents[cut][:-11_000])
     place = LAYOUTS["shards"].places(out, flipped.name)[0]
     with flipped.open("r+b") as stream:
-        stream.seek(place.offset + place.length // 2)
+        stream.seek(place.offset + place.size // 2)
         stream.write(b"\xff\x00\xff\x00")
     capsys.readouterr()
     write(index, out)  # a look at the members finds the first only
@@ -271,16 +271,13 @@ def test_sizes_and_dry_run(index, tmp_path, capsys):
         20,
     ]
     for text in ("0", "1X", "-1G", "", "G"):
-        with pytest.raises(SystemExit) as stop:
+        with pytest.raises(UserError, match="--size: .* is not a size"):
             write_shards.parse_arguments([str(index), "--out", "x", f"--size={text}"])
-        assert stop.value.code == 2
 
 
-def test_write_tar_tells_where_contents_are():
+def test_write_tar_holds_members_of_any_name():
     stream = io.BytesIO()
     members = [("a.png", b"x" * 700), ("long/" * 40 + "b.png", b""), ("c/d.cls", b"y" * 512)]
-    places = write_tar(stream, members)
+    write_tar(stream, members)
     with tarfile.open(fileobj=io.BytesIO(stream.getvalue())) as archive:
-        assert [(m.name, m.offset_data, m.size) for m in archive] == [
-            (name, *place) for (name, _), place in zip(members, places, strict=True)
-        ]
+        assert [(m.name, archive.extractfile(m).read()) for m in archive] == members

@@ -1,13 +1,10 @@
 """Making a cache of latents: every tile of a data module encoded once (see `ldm.data.latents`)."""
 
-import io
-import logging
 import math
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -20,8 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ldm import __version__
-from ldm.data.corpora import Corpora
 from ldm.data.datamodule import DataModuleFromConfig, start_worker
+from ldm.data.index import make_table, write_table
 from ldm.data.latents import (
     DTYPES,
     MANIFEST,
@@ -43,9 +40,7 @@ from ldm.files import (
     write_bytes,
 )
 from ldm.modules.autoencoder import AutoencoderKL as AutoencoderNet
-from ldm.run import MadeFolder, git_revision, hardware, versions
-
-log = logging.getLogger(__name__)
+from ldm.run import MadeFolder, hardware, provenance
 
 SHARD_BYTES = 64 * 2**20  # a shard is held in memory until it is written
 SCALE_TILES = 2048  # over which the scale of the latents is measured, as training does
@@ -95,21 +90,6 @@ def _number(*facts: object) -> int:
     return int.from_bytes(digest, "big") >> 2
 
 
-@dataclass(frozen=True)
-class Encoding:
-    """How the autoencoder is run.
-
-    Attributes:
-        devices: Precision and memory layout.
-        batch_size: Images encoded together.
-        workers: Loader processes.
-    """
-
-    devices: Devices = Devices()
-    batch_size: int = 32
-    workers: int = 2
-
-
 class CachePlan:
     """What a cache will hold, and how far it is made.
 
@@ -120,7 +100,7 @@ class CachePlan:
         views: Number of views of each training tile; validation tiles have one.
         dtype: "float16" or "float32".
         seed: Seed of the views.
-        encoding: How the autoencoder is run.
+        devices: Precision and memory layout.
         shard_tiles: Tiles per shard; None for about 64 MiB.
 
     Raises:
@@ -135,11 +115,11 @@ class CachePlan:
         views: int = 1,
         dtype: str = "float16",
         seed: int = 0,
-        encoding: Encoding | None = None,
+        devices: Devices | None = None,
         shard_tiles: int | None = None,
     ):
         self.root, self.net, self.seed = root, net, seed
-        self.encoding = encoding or Encoding()
+        self.devices = devices or Devices()
         if data.latents is not None:
             raise UserError(f"data: its tiles are a cache already (latents={data.latents})")
         self.sets = {"train": data.train_dataset}
@@ -157,10 +137,7 @@ class CachePlan:
             )
         if views > SYMMETRIES and train.is_symmetric:
             raise UserError(f"views={views}: augment=[d4] has {SYMMETRIES} views; give fewer")
-        corpora = None
-        if isinstance(train.tiles, Corpora):
-            corpora = [[corpus.name, corpus.weight] for corpus in train.tiles.corpora]
-        computed = self.encoding.devices.record()
+        computed = self.devices.record()
         self.settings: dict[str, Any] = {
             "autoencoder": net.fingerprint(),
             "latent": [net.embed_dim, size, size],
@@ -169,15 +146,9 @@ class CachePlan:
             "channels_last": computed["channels_last"],
             "seed": seed,
             "classes": data.classes,
-            "corpora": corpora,
+            "corpora": [[c.name, c.weight] for c in train.tiles.corpora] or None,
             "splits": {
-                split: self._describe(
-                    tiles,
-                    (split == "validation" and data.validation_node) or data.train_node,
-                    views if split == "train" else 1,
-                    dtype,
-                    shard_tiles,
-                )
+                split: self._describe(tiles, views if split == "train" else 1, dtype, shard_tiles)
                 for split, tiles in self.sets.items()
             },
         }
@@ -199,12 +170,7 @@ class CachePlan:
             )
 
     def _describe(
-        self,
-        tiles: Tiles,
-        node: Mapping[str, Any],
-        views: int,
-        dtype: str,
-        shard_tiles: int | None,
+        self, tiles: Tiles, views: int, dtype: str, shard_tiles: int | None
     ) -> dict[str, Any]:
         tile_bytes = views * math.prod(self.moments) * DTYPES[dtype].itemsize
         rows = zip(*self.table(tiles).values(), strict=True)
@@ -217,26 +183,20 @@ class CachePlan:
             "augment": [] if views == 1 else tiles.augment,
             "crop": "center" if views == 1 else tiles.crop,
             "resize": tiles.resize,
-            "preprocess": list(node["params"].get("preprocess") or []),
+            "preprocess": tiles.preprocess,
         }
 
     @staticmethod
     def table(tiles: Tiles) -> dict[str, Sequence]:
         """The columns of a split's Parquet file."""
         count = len(tiles)
-        numbers = tiles.corpus_numbers().tolist() if isinstance(tiles, Corpora) else [0] * count
         return {
             "name": tiles.relative_paths,
             "path": [tiles.path(i) for i in range(count)],
             "label": tiles.labels,
             "group": [None] * count if tiles.groups is None else tiles.groups,
-            "corpus": numbers,
+            "corpus": tiles.corpus_numbers().tolist(),
         }
-
-    def remove_unfinished(self) -> None:
-        """Delete files that killed processes had not finished; no process may be writing."""
-        for folder in (self.root, *(shards.folder for shards in self.shards.values())):
-            remove_leftovers(folder)
 
     def missing(self) -> list[tuple[str, int]]:
         """Shards (split, number) that are still to be made.
@@ -259,7 +219,7 @@ class CachePlan:
 
     def bytes_of(self, jobs: Sequence[tuple[str, int]]) -> int:
         """Disk use of these shards."""
-        return sum(self.shards[s].bytes_of(len(self.shards[s].range(n))) for s, n in jobs)
+        return sum(self.shards[s].bytes_of(n) for s, n in jobs)
 
     def require_space(self, jobs: Sequence[tuple[str, int]]) -> None:
         """Check that these shards fit on the disk; UserError otherwise."""
@@ -299,10 +259,15 @@ class CachePlan:
         """
         self.made.write_record({"version": VERSION, "complete": False})
         for split, tiles in self.sets.items():
-            write_bytes(self.root / f"{split}.parquet", _parquet(self.table(tiles)))
+            table = make_table(self.table(tiles), {"label": "int32", "corpus": "int16"})
+            write_table(self.root / f"{split}.parquet", table)
 
-    def finish(self, seconds: float, made: int) -> dict[str, Any]:
-        """Look at all shards, compute the statistics, complete the manifest; returns it."""
+    def finish(self, **facts: Any) -> dict[str, Any]:
+        """Look at all shards, compute the statistics, complete the manifest; returns it.
+
+        Args:
+            facts: What the manifest says of this start.
+        """
         tiles = LatentTiles(self.shards["train"], self.table(self.sets["train"]))
         count = min(SCALE_TILES, len(tiles))
         chosen = torch.linspace(0, len(tiles) - 1, count).long().unique().tolist()
@@ -314,39 +279,29 @@ class CachePlan:
             "mean": total / number,
             "std": (squares / number - (total / number) ** 2) ** 0.5,
         }
-        last_start = {
-            "command": sys.argv,
-            "images": made,
-            "seconds": round(seconds, 3),
-            "batch_size": self.encoding.batch_size,
-            "revision": git_revision(),
-            "versions": {"histodiffusion": __version__, **versions()},
-            "hardware": hardware(),
-        }
+        last_start = {**facts, **provenance(), "hardware": hardware()}
+        last_start["versions"] = {"histodiffusion": __version__, **last_start["versions"]}
         facts = {"complete": True, "statistics": statistics, "last_start": last_start}
         return self.made.write_record({"version": VERSION, **facts})
 
 
-@dataclass(frozen=True)
-class CacheReport:
-    """What a call of `make_cache` did.
-
-    Attributes:
-        made: Images encoded, by all processes together.
-        seconds: Wall-clock time of encoding them.
-        statistics: Statistics of the cache; empty in all processes but the first.
-    """
-
-    made: int
-    seconds: float
-    statistics: dict[str, Any]
-
-
-def make_cache(plan: CachePlan, device: torch.device, ranks: Ranks | None = None) -> CacheReport:
+def make_cache(
+    plan: CachePlan,
+    device: torch.device,
+    ranks: Ranks | None = None,
+    batch_size: int = 32,
+    workers: int = 2,
+) -> dict[str, Any] | None:
     """Make the shards that are missing.
 
     Args:
         ranks: Processes that share the work; this one alone by default.
+        batch_size: Images encoded together.
+        workers: Loader processes of each process.
+
+    Returns:
+        The manifest in the first process, None in the others. `last_start` tells of this call if
+        shards were missing.
 
     Raises:
         UserError: A tile cannot be read or encoded; finished shards stay.
@@ -355,7 +310,8 @@ def make_cache(plan: CachePlan, device: torch.device, ranks: Ranks | None = None
     # One list for all: each would find what the others have made already.
     jobs = ranks.broadcast(plan.missing())
     if ranks.is_first:
-        plan.remove_unfinished()
+        for folder in (plan.root, *(shards.folder for shards in plan.shards.values())):
+            remove_leftovers(folder)
         plan.require_space(jobs)
         if jobs:
             plan.start()
@@ -364,41 +320,33 @@ def make_cache(plan: CachePlan, device: torch.device, ranks: Ranks | None = None
     mine = jobs[ranks.rank :: ranks.size]
     if mine:
         with one_thread(device):
-            _encode(plan, device, mine, quiet=not ranks.is_first)
+            _encode(plan, device, mine, not ranks.is_first, batch_size, workers)
     ranks.barrier()
-    seconds = time.perf_counter() - start
     if not ranks.is_first:
-        return CacheReport(plan.images(jobs), seconds, {})
+        return None
     manifest = read_manifest(plan.root, "out")
     if jobs or not manifest["complete"]:
-        manifest = plan.finish(seconds, plan.images(jobs))
-    return CacheReport(plan.images(jobs), seconds, manifest["statistics"])
+        seconds = round(time.perf_counter() - start, 3)
+        manifest = plan.finish(images=plan.images(jobs), seconds=seconds, batch_size=batch_size)
+    return manifest
 
 
-class _Batches:
-    """Keys (index, view) of one shard after the other, a list per batch; no batch spans two."""
-
-    def __init__(self, shards: Shards, numbers: Sequence[int], batch_size: int):
-        self.shards, self.numbers, self.batch_size = shards, numbers, batch_size
-
-    def of_shard(self, number: int) -> list[list[tuple[int, int]]]:
-        keys = [(i, v) for i in self.shards.range(number) for v in range(self.shards.views)]
-        return [keys[k : k + self.batch_size] for k in range(0, len(keys), self.batch_size)]
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for number in self.numbers:
-            yield from self.of_shard(number)
-
-    def __len__(self) -> int:
-        return sum(len(self.of_shard(number)) for number in self.numbers)
+def _batches(shards: Shards, number: int, batch_size: int) -> list[list[tuple[int, int]]]:
+    """Keys (index, view) of a shard, a list per batch."""
+    keys = [(i, v) for i in shards.range(number) for v in range(shards.views)]
+    return [keys[k : k + batch_size] for k in range(0, len(keys), batch_size)]
 
 
 def _encode(
-    plan: CachePlan, device: torch.device, jobs: Sequence[tuple[str, int]], quiet: bool
+    plan: CachePlan,
+    device: torch.device,
+    jobs: Sequence[tuple[str, int]],
+    quiet: bool,
+    batch_size: int,
+    workers: int,
 ) -> None:
     """Encode and write these shards."""
-    encoding = plan.encoding
-    layout = torch.channels_last if encoding.devices.channels_last else torch.contiguous_format
+    layout = torch.channels_last if plan.devices.channels_last else torch.contiguous_format
     net = plan.net.to(device, memory_format=layout).eval()
     live = sys.stderr.isatty()
     options = {"unit": "img", "dynamic_ncols": True, "mininterval": 0.1 if live else 10.0}
@@ -407,20 +355,21 @@ def _encode(
             numbers = [number for name, number in jobs if name == split]
             if not numbers:
                 continue
-            batches = _Batches(shards, numbers, encoding.batch_size)
+            # One loader for all shards of a split, since starting its processes takes seconds. A
+            # generator, since there may be millions of keys.
             loader = DataLoader(
                 Views(plan.sets[split], plan.seed),
-                batch_sampler=batches,
-                num_workers=encoding.workers,
+                batch_sampler=(b for n in numbers for b in _batches(shards, n, batch_size)),
+                num_workers=workers,
                 pin_memory=device.type == "cuda",
                 worker_init_fn=start_worker,
             )
             stream = iter(loader)
             for number in numbers:
                 moments, sums = [], []
-                for _ in batches.of_shard(number):
+                for _ in _batches(shards, number, batch_size):
                     x = next(stream).to(device, memory_format=layout, non_blocking=True)
-                    posterior = _posterior(net, x, encoding.devices)  # (b, 2C, h, w) float32
+                    posterior = _posterior(net, x, plan.devices)  # (b, 2C, h, w) float32
                     moments.append(posterior.cpu())
                     sums.append(latent_sums_of(posterior))
                     bar.update(len(x))
@@ -458,17 +407,6 @@ def _write_shard(shards: Shards, number: int, moments: Tensor, sums: Tensor) -> 
         "crc": np.array(crc, np.uint32).reshape(shape),
     }
     write_bytes(shards.path(number), save(arrays, {"format": f"histodiffusion latents {VERSION}"}))
-
-
-def _parquet(table: Mapping[str, Sequence]) -> bytes:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    kinds = {"label": pa.int32(), "corpus": pa.int16()}
-    columns = [pa.array(values, kinds.get(name, pa.string())) for name, values in table.items()]
-    stream = io.BytesIO()
-    pq.write_table(pa.table(columns, names=list(table)), stream, compression="zstd")
-    return stream.getvalue()
 
 
 def gibibytes(count: int) -> str:

@@ -7,28 +7,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 import numpy as np
 
 from ldm.data.index import CorpusIndex
-from ldm.data.storage import Layout, Place, find_files, layout_of, read_place
-from ldm.data.tiles import Tiles
+from ldm.data.storage import LAYOUTS, Layout, Place, find_files, read_place
+from ldm.data.tile_files import matching_classes
+from ldm.data.tiles import Tiles, Weighted
 from ldm.errors import UserError
 
 log = logging.getLogger(__name__)
 
+# Where a tile is stored, an array of numbers since there may be millions: its root, its file among
+# those that hold several tiles (-1: a file of its own), see `ldm.data.storage.Place`.
+PLACES = [("root", np.int16), ("file", np.int64), ("offset", np.int64), ("size", np.int64)]
 SETTINGS = ("root", "layout", "weight", "index")
 
 
 @dataclass(frozen=True)
-class Corpus:
+class Corpus(Weighted):
     """Settings of one corpus."""
 
-    name: str
     roots: list[Path]
     layout: str | None  # None: the layout of the index, or "folder" if there is no index
-    weight: float
     index: Path | None
 
     @classmethod
@@ -58,26 +59,10 @@ class Corpus:
                 f" corpora.{name}=null"
             )
         layout = settings.get("layout")
-        if layout is not None:
-            layout_of(layout, f"{where}.layout")
+        if layout not in (None, *LAYOUTS):
+            raise UserError(f"{where}.layout={layout!r}: choose among {', '.join(LAYOUTS)}")
         roots = [Path(root).expanduser() for root in roots]
-        return cls(name, roots, layout, float(weight), Path(index) if index else None)
-
-    def drawn(self, count: int, seed: int, epoch: int) -> np.ndarray:
-        """Indices of the tiles, of `count`, that a pass draws, sorted; see `Corpora`."""
-        number = self.pass_length(count)
-        start = epoch * number
-        parts = []
-        while number:
-            turn, first = divmod(start, count)
-            generator = np.random.default_rng((seed, crc32(self.name.encode()), turn))
-            parts.append(generator.permutation(count)[first : first + number])
-            start, number = start + len(parts[-1]), number - len(parts[-1])
-        return np.sort(np.concatenate(parts))
-
-    def pass_length(self, count: int) -> int:
-        """How many draws a pass has of `count` tiles."""
-        return max(1, round(self.weight * count)) if count else 0
+        return cls(name, float(weight), roots, layout, Path(index) if index else None)
 
 
 class Corpora(Tiles):
@@ -105,20 +90,18 @@ class Corpora(Tiles):
             `index`: file that scripts/index_corpus.py wrote for the same roots; None walks the
                 folders and reads the headers of shards at every start.
             A corpus that is null is left out.
-        size, augment, crop, preprocess, resize: See `Tiles`.
+        size, augment, crop, preprocess, resize: See `ldm.data.tiles.Tiles`.
         labelled: Whether tiles have a class: their first folder, the `.cls` member of a shard or
             the types.npy of an array.
-        classes: The classes there must be, in label order. Default: the classes found, sorted.
-        check: "auto" decodes every tile at construction when there are at most 20,000, unless all
-            corpora have an index; True or False.
-        cache: Keep decoded tiles in memory, as uint8 after resizing (at most 4 GiB).
+        classes, check, cache: See `ldm.data.tiles.TileFolder`; "auto" decodes tiles unless all
+            corpora have an index.
 
     Raises:
         UserError: A value is not allowed, a corpus is missing or empty, an index no longer fits its
             folders, or a file is damaged.
     """
 
-    _PER_TILE = (*Tiles._PER_TILE, "_root", "_file", "_offset", "_length")
+    _PER_TILE = (*Tiles._PER_TILE, "_places")
 
     def __init__(
         self,
@@ -143,48 +126,27 @@ class Corpora(Tiles):
         ]
         if not self.corpora:
             raise UserError("corpora: no corpus is given; give at least one, NAME: {root: DIR}")
-        # Arrays, not objects: there may be millions of tiles.
         self._roots: list[tuple[Path, Layout]] = []
         self._corpus_of_root: list[int] = []
-        self._files: list[str] = []  # that hold several tiles; -1 in `_file` is the tile's own path
+        self._files: list[str] = []  # that hold several tiles
+        self._places = np.zeros(0, PLACES)
         self.groups = []
         names: list[str | None] = []
-        columns: dict[str, list[np.ndarray]] = {n: [] for n in self._PER_TILE if n[0] == "_"}
         for number, corpus in enumerate(self.corpora):
-            self._add_corpus(number, corpus, names, columns)
-        for name, parts in columns.items():
-            setattr(self, name, np.concatenate(parts))
+            names += self._add_corpus(number, corpus)
         self._take_labels(names if labelled else None, classes)
-        for corpus, count in zip(self.corpora, self._counts(), strict=True):
-            log.info(
-                "corpus %s: %s tiles x weight %g = %s per pass",
-                corpus.name,
-                f"{count:,}",
-                corpus.weight,
-                f"{corpus.pass_length(count):,}",
-            )
+        for corpus, count in zip(self.corpora, self.tiles_per_corpus(), strict=True):
+            drawn = f"{count:,} tiles x weight {corpus.weight:g} = {corpus.pass_length(count):,}"
+            log.info("corpus %s: %s per pass", corpus.name, drawn)
         if check == "auto" and all(corpus.index for corpus in self.corpora):
             check = False  # the scan has decoded every tile
         self._finish(check, cache)
 
-    def _add_corpus(
-        self,
-        number: int,
-        corpus: Corpus,
-        names: list[str | None],
-        columns: dict[str, list[np.ndarray]],
-    ) -> None:
-        name = corpus.layout or "folder"
-        index = None
-        if corpus.index is not None:
-            index = CorpusIndex.read(corpus.index)
-            name = corpus.layout or index.layout
-            index.require_layout(name)
-            for root in corpus.roots:
-                if not root.is_dir():
-                    raise UserError(f"corpora.{corpus.name}.root: {root} is no folder; correct it")
-            index.check(corpus.roots)
-        layout = layout_of(name, "layout")
+    def _add_corpus(self, number: int, corpus: Corpus) -> list[str | None]:
+        """Add the tiles of a corpus; returns the names of their classes."""
+        names: list[str | None] = []
+        index = corpus.index and CorpusIndex.of_roots(corpus.index, corpus.roots, corpus.layout)
+        layout = LAYOUTS[index.layout if index else corpus.layout or "folder"]
         for i, root in enumerate(corpus.roots):
             if index is not None:
                 table = index.tiles(i)
@@ -195,7 +157,6 @@ class Corpora(Tiles):
                 if not places:
                     raise UserError(f"corpus {root}: its {layout.kind} hold no tiles")
                 table = dict(zip(Place._fields, map(list, zip(*places, strict=True)), strict=True))
-                table["size"] = table.pop("length")
                 groups = table["path"]
             holders = sorted(set(table["file"]) - set(table["path"]))  # files of several tiles
             number_of = {file: len(self._files) + n for n, file in enumerate(holders)}
@@ -203,12 +164,14 @@ class Corpora(Tiles):
             self.relative_paths += [f"{corpus.name}/{path}" for path in table["path"]]
             self.groups += [f"{corpus.name}/{group}" for group in groups]
             names += table["label"]
-            columns["_root"].append(np.full(len(groups), len(self._roots), np.int16))
-            columns["_file"].append(np.array([number_of.get(file, -1) for file in table["file"]]))
-            columns["_offset"].append(np.array(table["offset"], np.int64))
-            columns["_length"].append(np.array(table["size"], np.int64))
+            places = np.zeros(len(groups), PLACES)
+            places["root"] = len(self._roots)
+            places["file"] = [number_of.get(file, -1) for file in table["file"]]
+            places["offset"], places["size"] = table["offset"], table["size"]
+            self._places = np.concatenate([self._places, places])
             self._roots.append((root, layout))
             self._corpus_of_root.append(number)
+        return names
 
     def _take_labels(
         self, names: Sequence[str | None] | None, classes: Sequence[str] | None
@@ -222,43 +185,18 @@ class Corpora(Tiles):
                 " put tiles into class folders"
             )
         found = sorted(set(names))
-        self.classes = list(classes or found)
-        missing = sorted(set(self.classes) - set(found))
-        extra = sorted(set(found) - set(self.classes))
-        if missing or extra:
-            raise UserError(
-                f"corpora: classes {found} differ from the classes {self.classes} (missing"
-                f" {missing}, extra {extra}); make them alike"
-            )
+        self.classes = matching_classes("corpora: classes", found, classes)
         label_of = {name: label for label, name in enumerate(self.classes)}
         self.labels = [label_of[name] for name in names]
 
     def corpus_numbers(self) -> np.ndarray:
-        """The number of each tile's corpus, (tiles,)."""
-        return np.array(self._corpus_of_root)[self._root]
-
-    def _counts(self) -> list[int]:
-        return np.bincount(self.corpus_numbers(), minlength=len(self.corpora)).tolist()
-
-    def pass_length(self) -> int:
-        counts = self._counts()
-        return sum(c.pass_length(n) for c, n in zip(self.corpora, counts, strict=True))
-
-    def drawn(self, seed: int, epoch: int) -> np.ndarray:
-        numbers = self.corpus_numbers()
-        parts = []
-        for number, corpus in enumerate(self.corpora):
-            members = np.flatnonzero(numbers == number)
-            if len(members):
-                parts.append(members[corpus.drawn(len(members), seed, epoch)])
-        return np.concatenate(parts)
+        return np.array(self._corpus_of_root)[self._places["root"]]
 
     def _place(self, index: int) -> tuple[Path, Layout, Place]:
-        root, layout = self._roots[self._root[index]]
+        root, file, offset, size = self._places[index].tolist()
         path = self.relative_paths[index].split("/", 1)[1]
-        file = path if self._file[index] < 0 else self._files[self._file[index]]
-        offset, length = int(self._offset[index]), int(self._length[index])
-        return root, layout, Place(path, file, offset, length, None)
+        place = Place(path, path if file < 0 else self._files[file], offset, size, None)
+        return *self._roots[root], place
 
     def read(self, index: int) -> np.ndarray:
         root, layout, place = self._place(index)

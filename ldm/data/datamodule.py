@@ -4,7 +4,6 @@ import logging
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from hashlib import blake2b
 from typing import Any
 
 import cv2
@@ -14,10 +13,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from ldm.config import instantiate_from_config
-from ldm.data.groups import by_regex
+from ldm.data.groups import by_regex, random_order
 from ldm.data.latents import LatentCache
 from ldm.data.tiles import Tiles, TileSet
-from ldm.errors import UserError
+from ldm.errors import UserError, require_whole
 
 log = logging.getLogger(__name__)
 
@@ -117,10 +116,7 @@ def split_by_group(
     held_count = np.zeros_like(total)
     held: list[int] = []
 
-    def order(group: str) -> bytes:
-        return blake2b(f"{seed}:{group}".encode(), digest_size=16).digest()
-
-    for group in sorted(members, key=order):
+    for group in sorted(members, key=lambda group: random_order(seed, group)):
         count = np.bincount(label_of[members[group]], minlength=len(total))
         wanted = ((count > 0) & (held_count < target)).any()
         if wanted and (2 * (held_count + count) <= total)[count > 0].all():
@@ -181,16 +177,12 @@ class DataModuleFromConfig(pl.LightningDataModule):
         latents: str | None = None,
     ):
         super().__init__()
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise UserError(f"batch_size={batch_size!r} must be a whole number, at least 1")
-        if not isinstance(num_workers, int) or num_workers < 0:
-            raise UserError(f"num_workers={num_workers!r} must be a whole number, at least 0")
-        if not isinstance(prefetch, int) or prefetch < 1:
-            raise UserError(f"prefetch={prefetch!r} must be a whole number, at least 1")
+        require_whole("batch_size", batch_size, 1)
+        require_whole("num_workers", num_workers, 0)
+        require_whole("prefetch", prefetch, 1)
+        require_whole("seed", seed, 0)
         if not 0 <= val_fraction <= 0.5:
             raise UserError(f"val_fraction={val_fraction} must be in [0, 0.5]")
-        if not isinstance(seed, int) or seed < 0:
-            raise UserError(f"seed={seed!r} must be a whole number, at least 0")
         if train is None and latents is None:
             raise UserError("train: give the node of the training tiles, or latents=DIR of a cache")
         self.batch_size = batch_size
@@ -201,60 +193,56 @@ class DataModuleFromConfig(pl.LightningDataModule):
         self.seed = seed
         self.latents = latents
         self.cache: LatentCache | None = None
-        self.train_node = train
-        self.validation_node = validation
-        self._train: Dataset | None = None
-        self._validation: Dataset | None = None
+        self._train_node = train
+        self._validation_node = validation
+        self._sets: tuple[Dataset, Dataset | None] | None = None
 
     def setup(self, stage: str | None = None) -> None:
-        if self._train is not None:
-            return
+        if self._sets is None:
+            self._sets = self._build()
+
+    def _build(self) -> tuple[Dataset, Dataset | None]:
         if self.latents is not None:
             self.cache = LatentCache.read(self.latents, "data.params.latents")
-            self._train, self._validation = self.cache.train, self.cache.validation
-            log.info(
-                "cached latents: %s, %d views of each training tile",
-                self.cache.root,
-                self.cache.train.shards.views,
-            )
-            return
-        train = instantiate_from_config(self.train_node)
-        validation = None
-        if self.validation_node is not None:
-            validation = instantiate_from_config(self.validation_node)
+            views = self.cache.train.shards.views
+            log.info("cached latents: %s, %d views of each training tile", self.cache.root, views)
+            return self.cache.train, self.cache.validation
+        train = instantiate_from_config(self._train_node)
+        if self._validation_node is not None:
+            validation = instantiate_from_config(self._validation_node)
             ours, theirs = getattr(train, "classes", []), getattr(validation, "classes", [])
             if ours and theirs and list(ours) != list(theirs):
                 raise UserError(
                     f"classes of train {list(ours)} and validation {list(theirs)} differ;"
                     " make the class folders alike"
                 )
-        elif self.val_fraction > 0:
-            if not isinstance(train, Tiles):
-                raise UserError(
-                    f"val_fraction={self.val_fraction} needs tiles to hold some out of, not"
-                    f" {type(train).__name__}; give `validation` or set val_fraction=0"
-                )
-            names = train.relative_paths
-            if train.groups is not None and self.group_regex is None:
-                names = train.groups
-            kept, held = split_by_group(
-                names, train.labels, self.val_fraction, self.group_regex, self.seed
+            return train, validation
+        if self.val_fraction == 0:
+            return train, None
+        if not isinstance(train, Tiles):
+            raise UserError(
+                f"val_fraction={self.val_fraction} needs tiles to hold some out of, not"
+                f" {type(train).__name__}; give `validation` or set val_fraction=0"
             )
-            train, validation = train.subset(kept), train.subset(held, random=False)
-        self._train, self._validation = train, validation
+        names = train.relative_paths
+        if train.groups is not None and self.group_regex is None:
+            names = train.groups
+        kept, held = split_by_group(
+            names, train.labels, self.val_fraction, self.group_regex, self.seed
+        )
+        return train.subset(kept), train.subset(held, random=False)
 
     @property
     def train_dataset(self) -> Dataset:
         """The training tiles, built on first use."""
         self.setup()
-        assert self._train is not None
-        return self._train
+        return self._sets[0]
 
     @property
     def val_dataset(self) -> Dataset | None:
         """The given or held-out validation tiles; None when there are none."""
         self.setup()
-        return self._validation
+        return self._sets[1]
 
     @property
     def classes(self) -> list[str]:

@@ -3,13 +3,14 @@
 import errno
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from ldm.errors import UserError
 from ldm.files import atomic_folder, write_text
 
-LINKS = ("copy", "hard", "symbolic")
+# What the operating system says where it has no such links.
+_NO_LINKS = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 def build_folder(
@@ -28,30 +29,18 @@ def build_folder(
     Raises:
         UserError: The file system has no such links.
     """
-    put = {"copy": shutil.copyfile, "hard": _hard_link, "symbolic": _symbolic_link}[link]
+    put = {"copy": shutil.copyfile, "hard": os.link, "symbolic": os.symlink}[link]
     with atomic_folder(out) as partial:
         for target, source in files.items():
             (partial / target).parent.mkdir(parents=True, exist_ok=True)
-            put(source, partial / target)
+            try:
+                put(source.absolute(), partial / target)
+            except OSError as error:
+                if link == "copy" or error.errno not in _NO_LINKS:
+                    raise
+                raise UserError(
+                    f"link={link}: {source} cannot be linked from {out} ({error.strerror}); use"
+                    " link=copy"
+                ) from None
         for name, text in notes.items():
             write_text(partial / name, text)
-
-
-def _hard_link(source: Path, target: Path) -> None:
-    _link(os.link, source, target, "hard")
-
-
-def _symbolic_link(source: Path, target: Path) -> None:
-    _link(os.symlink, source.absolute(), target, "symbolic")
-
-
-def _link(make: Callable[[Path, Path], None], source: Path, target: Path, kind: str) -> None:
-    try:
-        make(source, target)
-    except OSError as error:
-        if error.errno in (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP):
-            raise UserError(
-                f"link={kind}: {source} cannot be linked from {target.parent} ({error.strerror});"
-                " use link=copy"
-            ) from None
-        raise

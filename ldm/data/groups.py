@@ -3,11 +3,18 @@
 import csv
 import re
 from collections.abc import Callable
+from hashlib import blake2b
 from pathlib import Path
 
 from ldm.cli import existing_path
 from ldm.errors import UserError
 from ldm.settings import GroupOptions
+
+
+def random_order(seed: int, name: str) -> bytes:
+    """A sorting key: names in an order that the seed decides and that joining names keep."""
+    return blake2b(f"{seed}:{name}".encode(), digest_size=16).digest()
+
 
 Grouping = Callable[[str], str]  # from a tile's path below its root to the name of its group
 

@@ -7,8 +7,10 @@ Letters: H W pixels of a file. A tile is a uint8 array (H, W, 3) in RGB.
 
 import os
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -150,6 +152,26 @@ def decode_tile(source: str | os.PathLike | IO[bytes], name: str) -> np.ndarray:
 def read_tile(path: str | os.PathLike) -> np.ndarray:
     """Decode one image file; see `decode_tile`."""
     return decode_tile(path, os.fspath(path))
+
+
+def map_ahead(
+    function: Callable[[Any], Any], items: Iterable[Any], workers: int, ahead: int
+) -> Iterator[Any]:
+    """`function(item)` of each item in order, computed in threads.
+
+    Args:
+        ahead: Most results per thread that wait to be taken, so that they fit into memory.
+    """
+    waiting = iter(items)
+    with ThreadPoolExecutor(workers) as pool:
+        queue = deque(pool.submit(function, item) for item in islice(waiting, ahead * workers))
+        try:
+            while queue:
+                result = queue.popleft().result()
+                queue.extend(pool.submit(function, item) for item in islice(waiting, 1))
+                yield result
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def require_good(errors: Sequence[str], count: int) -> None:

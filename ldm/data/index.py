@@ -8,19 +8,18 @@ of the stored bytes), `group` (patient, slide or region), `label` (class name), 
 """
 
 import hashlib
-import io
 import json
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.data.images import read_folder, walk
-from ldm.data.storage import Layout, Place, layout_of
+from ldm.data.storage import LAYOUTS, Layout, Place
 from ldm.errors import UserError
-from ldm.files import write_bytes
+from ldm.files import atomic_file
 
 if TYPE_CHECKING:
     import pyarrow
@@ -29,9 +28,10 @@ COMMAND = "scripts/index_corpus.py"
 VERSION = 1
 METADATA = b"corpus_index"
 SAMPLED = 64  # tiles per root whose file is looked at before training
-PLACE = ("path", "file", "offset", "size", "label")
-COLUMNS = ("root", *PLACE, "file_size", "modified", "width", "height", "hash", "group")
+COLUMNS = ("root", *Place._fields, "file_size", "modified", "width", "height", "hash", "group")
 COLUMNS += ("problem", "reason")
+TYPES = {"root": "int16", "width": "int32", "height": "int32"}
+TYPES |= dict.fromkeys(("offset", "size", "file_size", "modified"), "int64")
 
 
 def content_hash(content: Any) -> str:
@@ -41,22 +41,15 @@ def content_hash(content: Any) -> str:
 
 @dataclass(frozen=True)
 class CorpusIndex:
-    """The index of a corpus, as one scan found it.
+    """The index of a corpus, as one scan found it."""
 
-    Attributes:
-        path: Path of the Parquet file.
-        layout: Name of the layout that all roots have.
-        scanned: Where the roots were when they were scanned, for a later scan only: whoever reads
-            the index gives the roots, since a corpus may be moved or mounted elsewhere.
-        folders: For each root, the folders below it with their times of change (nanoseconds).
-        table: A row per tile, sorted by root and path.
-    """
-
-    path: Path
-    layout: str
+    path: Path  # of the Parquet file
+    layout: str  # of all roots
+    # Where the roots were when they were scanned, for a later scan only: whoever reads the index
+    # gives the roots, since a corpus may be moved or mounted elsewhere.
     scanned: Sequence[str]
-    folders: Sequence[dict[str, int]]
-    table: "pyarrow.Table"
+    folders: Sequence[dict[str, int]]  # for each root, times of change of its folders, ns
+    table: "pyarrow.Table"  # a row per tile, sorted by root and path
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> "CorpusIndex":
@@ -80,20 +73,33 @@ class CorpusIndex:
             raise UserError(f"index {path} is of another version; make it again with {COMMAND}")
         return cls(path, record["layout"], record["scanned"], record["folders"], table)
 
+    @classmethod
+    def of_roots(
+        cls, path: str | os.PathLike, roots: Sequence[Path], layout: str | None = None
+    ) -> "CorpusIndex":
+        """Read the index of these folders and check that it still fits them.
+
+        Raises:
+            UserError: See `read` and `check`; or the corpus has another layout than the given one.
+        """
+        index = cls.read(path)
+        if layout not in (None, index.layout):
+            raise UserError(
+                f"index {path} is of layout {index.layout}, not {layout}; correct the layout or"
+                " give another index"
+            )
+        index.check(roots)
+        return index
+
     def write(self) -> None:
         """Write the file atomically."""
-        import pyarrow.parquet as pq
-
         record = {
             "version": VERSION,
             "layout": self.layout,
             "scanned": list(self.scanned),
             "folders": list(self.folders),
         }
-        stream = io.BytesIO()
-        table = self.table.replace_schema_metadata({METADATA: json.dumps(record)})
-        pq.write_table(table, stream, compression="zstd")
-        write_bytes(self.path, stream.getvalue())
+        write_table(self.path, self.table.replace_schema_metadata({METADATA: json.dumps(record)}))
 
     def rows(self, root: int) -> "pyarrow.Table":
         """Every row of one root, also those with a problem."""
@@ -103,20 +109,9 @@ class CorpusIndex:
 
     def tiles(self, root: int) -> dict[str, list]:
         """The tiles of one root without a problem, a list per column, sorted by path."""
-        import pyarrow.compute as pc
-
         rows = self.rows(root)
-        columns = [*PLACE, "group"]
-        found = rows.filter(pc.is_null(rows["problem"])).select(columns)
-        return {name: found[name].to_pylist() for name in columns}
-
-    def require_layout(self, layout: str) -> None:
-        """Check the layout of the corpus; UserError if it is another one."""
-        if self.layout != layout:
-            raise UserError(
-                f"index {self.path} is of layout {self.layout}, not {layout}; correct the layout or"
-                " give another index"
-            )
+        found = rows.filter(rows["problem"].is_null())
+        return {name: found[name].to_pylist() for name in (*Place._fields, "group")}
 
     def check(self, roots: Sequence[Path]) -> None:
         """Check that these folders are still as they were when they were indexed.
@@ -134,18 +129,18 @@ class CorpusIndex:
                 f"index {self.path} is of {len(self.folders)} roots, not {len(roots)}; give the"
                 f" same roots as to {COMMAND}, in the same order"
             )
-        layout = layout_of(self.layout, f"layout of index {self.path}")
+        layout = LAYOUTS[self.layout]
         for number, root in enumerate(roots):
             rows = self.rows(number)
             reason = self._changed_folders(root, self.folders[number], rows, layout)
             reason = reason or _changed_tiles(root, rows, layout)
             if reason:
                 # Shards do not change by themselves: one that did is damaged.
-                mend = "write the shard again (scripts/write_shards.py), run"
-                mend = mend if self.layout == "shards" else "run"
+                first = "write the shard again (scripts/write_shards.py), "
                 raise UserError(
-                    f"index {self.path} does not fit {root}: {reason}; {mend} {COMMAND} again, or"
-                    " correct the root"
+                    f"index {self.path} does not fit {root}: {reason};"
+                    f" {first if self.layout == 'shards' else ''}run {COMMAND} again, or correct"
+                    " the root"
                 )
 
     def _changed_folders(
@@ -183,9 +178,7 @@ class CorpusIndex:
 
 def _changed_tiles(root: Path, rows: "pyarrow.Table", layout: Layout) -> str | None:
     """Which of some tiles is not what it was, in words; None if all are."""
-    import pyarrow.compute as pc
-
-    rows = rows.filter(pc.is_null(rows["problem"]))
+    rows = rows.filter(rows["problem"].is_null())
     if not len(rows):
         return None
     count = min(SAMPLED, len(rows))
@@ -207,20 +200,25 @@ def _changed_tiles(root: Path, rows: "pyarrow.Table", layout: Layout) -> str | N
 
 def place_of(row: dict[str, Any]) -> Place:
     """Where the tile of a row is stored."""
-    return Place(*(row[name] for name in PLACE))
+    return Place(*(row[name] for name in Place._fields))
 
 
-def make_table(rows: Sequence[dict[str, Any]]) -> "pyarrow.Table":
+def index_table(rows: Sequence[dict[str, Any]]) -> "pyarrow.Table":
     """The table of rows with all `COLUMNS`; they must be sorted by root and path."""
+    return make_table({name: [row[name] for row in rows] for name in COLUMNS}, TYPES)
+
+
+def make_table(columns: Mapping[str, Sequence], types: Mapping[str, str]) -> "pyarrow.Table":
+    """A table of these columns; one whose type is not given holds texts."""
     import pyarrow as pa
 
-    numbers = {"root": pa.int16(), "width": pa.int32(), "height": pa.int32()}
-    numbers |= dict.fromkeys(("offset", "size", "file_size", "modified"), pa.int64())
-    columns = [[row[name] for row in rows] for name in COLUMNS]
-    return pa.table(
-        [
-            pa.array(values, numbers.get(name, pa.string()))
-            for name, values in zip(COLUMNS, columns, strict=True)
-        ],
-        names=list(COLUMNS),
-    )
+    arrays = [pa.array(values, types.get(name, "string")) for name, values in columns.items()]
+    return pa.table(arrays, names=list(columns))
+
+
+def write_table(path: Path, table: "pyarrow.Table") -> None:
+    """Write a Parquet file atomically."""
+    import pyarrow.parquet as pq
+
+    with atomic_file(path) as stream:
+        pq.write_table(table, stream, compression="zstd")

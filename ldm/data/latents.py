@@ -22,7 +22,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,8 +30,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.data.corpora import Corpus
-from ldm.data.tiles import TileSet, without_augmentation
+from ldm.data.tiles import TileSet, Weighted, without_augmentation
 from ldm.errors import UserError
 from ldm.modules.autoencoder import DiagonalGaussian
 
@@ -43,25 +42,24 @@ STORED = {"float16": "F16", "float32": "F32"}  # names of the types in safetenso
 AGAIN = f"delete it and run {COMMAND} again as before, which makes what is missing"
 
 
+class OpenShard(NamedTuple):
+    """An open file of latents; moments are read from it when they are indexed."""
+
+    moments: Any
+    sums: np.ndarray
+    crc: np.ndarray
+
+
 @dataclass(frozen=True)
 class Shards:
-    """Files that hold the latents of a split.
-
-    Attributes:
-        folder: Folder of the shards.
-        tiles: N, number of tiles.
-        views: V, number of views of a tile.
-        moments: (2C, h, w), shape of a view.
-        dtype: "float16" or "float32".
-        shard_tiles: Tiles per shard; the last one may have fewer.
-    """
+    """Files that hold the latents of a split."""
 
     folder: Path
-    tiles: int
-    views: int
-    moments: tuple[int, int, int]
-    dtype: str
-    shard_tiles: int
+    tiles: int  # N
+    views: int  # V, of each tile
+    moments: tuple[int, int, int]  # (2C, h, w), shape of a view
+    dtype: str  # "float16" or "float32"
+    shard_tiles: int  # tiles per shard; the last one may have fewer
 
     def __len__(self) -> int:
         return math.ceil(self.tiles / self.shard_tiles)
@@ -74,20 +72,21 @@ class Shards:
         first = number * self.shard_tiles
         return range(first, min(first + self.shard_tiles, self.tiles))
 
-    def bytes_of(self, tiles: int) -> int:
-        """Disk use of so many tiles, without the headers of the shards (some 300 bytes each)."""
+    def bytes_of(self, number: int) -> int:
+        """Disk use of a shard, without its header (some 300 bytes)."""
         stored = math.prod(self.moments) * DTYPES[self.dtype].itemsize
-        return tiles * self.views * (stored + 2 * 8 + 4)
+        return len(self.range(number)) * self.views * (stored + 2 * 8 + 4)
 
-    def open(self, number: int) -> "OpenShard":
-        """Open a shard for reading, any number of its latents at a time.
+    def open(self, number: int) -> OpenShard:
+        """Open a shard for reading.
 
         Raises:
             UserError: The file is missing or cut short, or its arrays have another shape or type.
         """
         path = self.path(number)
         try:
-            shard = OpenShard(path)
+            file = safe_open(path, framework="np")
+            arrays = {name: file.get_slice(name) for name in OpenShard._fields}
         except FileNotFoundError:
             raise UserError(f"{path} is missing; run {COMMAND} again as before") from None
         except (SafetensorError, OSError, KeyError):
@@ -100,29 +99,11 @@ class Shards:
             "crc": ("U32", [n, self.views]),
         }
         for name, (dtype, shape) in wanted.items():
-            found = shard.form[name]
+            found = arrays[name].get_dtype(), list(arrays[name].get_shape())
             if found != (dtype, shape):
                 reason = f"its {name} are {found[0]} {found[1]}, not {dtype} {shape}"
                 raise UserError(f"{path} is damaged ({reason}); {AGAIN}")
-        return shard
-
-
-class OpenShard:
-    """An open safetensors file of latents.
-
-    Attributes:
-        moments: Slices of the moments, (n, V, 2C, h, w), are read when they are asked for.
-        sums, crc: The small arrays, read at once.
-        form: Type and shape of each array.
-    """
-
-    def __init__(self, path: Path):
-        file = safe_open(path, framework="np")
-        slices = {name: file.get_slice(name) for name in ("moments", "sums", "crc")}
-        self.form = {name: (s.get_dtype(), list(s.get_shape())) for name, s in slices.items()}
-        self.moments = slices["moments"]
-        self.sums: np.ndarray = file.get_tensor("sums")
-        self.crc: np.ndarray = file.get_tensor("crc")
+        return OpenShard(arrays["moments"], arrays["sums"][:], arrays["crc"][:])
 
 
 class LatentTiles(TileSet):
@@ -132,14 +113,11 @@ class LatentTiles(TileSet):
     posterior, stacked (`ldm.modules.autoencoder.DiagonalGaussian` takes them), so training draws
     z_0 anew each time. The seed of an item chooses the view.
 
-    Attributes:
-        paths: Where the tiles were stored.
-
     Args:
         shards: Files of the split.
         table: Columns of the split's Parquet file.
         classes: Class names in label order.
-        corpora: (name, weight) of the corpora that the cache was made of; None for a plain set.
+        corpora: (name, weight) of the corpora that the cache was made of.
 
     Raises:
         UserError: A shard is missing or damaged.
@@ -150,21 +128,16 @@ class LatentTiles(TileSet):
         shards: Shards,
         table: dict[str, list],
         classes: Sequence[str] = (),
-        corpora: Sequence[tuple[str, float]] | None = None,
+        corpora: Sequence[tuple[str, float]] = (),
     ):
         self.shards = shards
         self.classes = list(classes)
         self.relative_paths: list[str] = table["name"]
-        self.paths: list[str] = table["path"]
+        self._paths: list[str] = table["path"]
         self.labels: list[int] = table["label"]
         self.groups: list[str] | None = table["group"] if None not in table["group"] else None
-        self._corpora = None
-        if corpora is not None:
-            numbers = np.array(table["corpus"])
-            self._corpora = [
-                (Corpus(name, [], "folder", weight, None), np.flatnonzero(numbers == number))
-                for number, (name, weight) in enumerate(corpora)
-            ]
+        self.corpora = [Weighted(name, weight) for name, weight in corpora]
+        self._corpus_numbers = np.array(table["corpus"])
         self._views = shards.views
         self._open: dict[int, OpenShard] = {}
         for number in range(len(shards)):
@@ -174,7 +147,10 @@ class LatentTiles(TileSet):
         return {**self.__dict__, "_open": {}}  # each process maps the files itself
 
     def path(self, index: int) -> str:
-        return self.paths[index]
+        return self._paths[index]
+
+    def corpus_numbers(self) -> np.ndarray:
+        return self._corpus_numbers
 
     def without_augmentation(self) -> "LatentTiles":
         plain = copy.copy(self)
@@ -210,7 +186,7 @@ class LatentTiles(TileSet):
             seed = int(torch.randint(2**62, ())) if seed is None else seed
             view = seed % self._views
         moments = torch.from_numpy(self.moments(index, view).astype(np.float32))
-        return {"moments": moments, "label": self.labels[index], "path": self.paths[index]}
+        return {"moments": moments, "label": self.labels[index], "path": self._paths[index]}
 
     def latent_sums(self, indices: Sequence[int]) -> Tensor:
         """Count, sum and sum of squares of the latents of view 0, see the function of this name."""
@@ -221,33 +197,14 @@ class LatentTiles(TileSet):
             sums += shard.sums[place, 0]
         return torch.tensor([count, *sums], dtype=torch.float64)
 
-    def pass_length(self) -> int:
-        if self._corpora is None:
-            return len(self)
-        return sum(corpus.pass_length(len(members)) for corpus, members in self._corpora)
 
-    def drawn(self, seed: int, epoch: int) -> np.ndarray:
-        if self._corpora is None:
-            return np.arange(len(self))
-        parts = [
-            members[corpus.drawn(len(members), seed, epoch)]
-            for corpus, members in self._corpora
-            if len(members)
-        ]
-        return np.concatenate(parts)
-
-
-class Posterior(Protocol):
-    """What an autoencoder's encoder says of images: mean and log-variance, (B, C, h, w)."""
-
-    mean: Tensor
-    logvar: Tensor
+Encode = Callable[[Tensor], DiagonalGaussian]  # from images, (B, 3, S, S), to their posterior
 
 
 def latent_sums(
     dataset: Dataset,
     indices: Sequence[int],
-    encode: Callable[[Tensor], Posterior],
+    encode: Encode,
     batch_size: int = 32,
 ) -> Tensor:
     """Count, sum and sum of squares of the latents of these tiles, (3,) float64 on the CPU.
@@ -258,7 +215,6 @@ def latent_sums(
 
     Args:
         dataset: A `TileSet`, or any set whose items have an `image`.
-        encode: From images, (B, 3, S, S), to their posterior.
     """
     if isinstance(dataset, LatentTiles):
         return dataset.latent_sums(indices)
@@ -272,7 +228,7 @@ def latent_sums(
 def channel_sums(
     dataset: Dataset,
     indices: Sequence[int],
-    encode: Callable[[Tensor], Posterior],
+    encode: Encode,
     channels: int,
     batch_size: int = 32,
 ) -> Tensor:
@@ -289,7 +245,7 @@ def channel_sums(
 def _posteriors(
     dataset: Dataset,
     indices: Sequence[int],
-    encode: Callable[[Tensor], Posterior],
+    encode: Encode,
     batch_size: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Mean and variance of the latents of tiles, each (B, C, h, w) float64, batch by batch."""
@@ -321,28 +277,17 @@ def scale_from_sums(sums: Tensor) -> float:
 
 @dataclass(frozen=True)
 class LatentCache:
-    """A finished cache.
-
-    Attributes:
-        root: Folder of the cache.
-        settings: What decides the latents: `autoencoder` (fingerprint), `latent` (C, h, w), `dtype`
-            `precision`, `views`, `seed`, `shard_tiles`, `classes`, `corpora` and `splits`.
-        statistics: `scale_factor` = 1 / std over `tiles` tiles, and what it was computed from.
-        train, validation: The tiles.
-    """
+    """A finished cache."""
 
     root: Path
-    settings: dict[str, Any]
-    statistics: dict[str, Any]
+    settings: dict[str, Any]  # what decides the latents, see `ldm.data.caching.CachePlan`
+    statistics: dict[str, Any]  # scale_factor = 1 / std, and what it was computed from
     train: LatentTiles
     validation: LatentTiles | None
 
     @classmethod
     def read(cls, root: str | os.PathLike, what: str = "latents") -> "LatentCache":
-        """Open a cache.
-
-        Args:
-            what: How errors call the cache.
+        """Open a cache, which errors call `what`.
 
         Raises:
             UserError: The folder holds no cache, an unfinished one, or one of another version; or a
@@ -362,17 +307,13 @@ class LatentCache:
             shards = shards_of(root, settings, name)
             table = _read_table(root / f"{name}.parquet", split["tiles"])
             corpora = settings["corpora"] if name == "train" else None
-            splits[name] = LatentTiles(shards, table, settings["classes"], corpora)
+            splits[name] = LatentTiles(shards, table, settings["classes"], corpora or ())
         return cls(
             root, settings, manifest["statistics"], splits["train"], splits.get("validation")
         )
 
     def require(self, fingerprint: str, what: str = "latents") -> None:
-        """Check that the latents were made by the autoencoder with this fingerprint.
-
-        Raises:
-            UserError: They are latents of another autoencoder.
-        """
+        """Check that this autoencoder made the latents; UserError otherwise."""
         own = self.settings["autoencoder"]
         if own != fingerprint:
             raise UserError(
@@ -384,14 +325,9 @@ class LatentCache:
 def shards_of(root: Path, settings: dict[str, Any], split: str) -> Shards:
     """The shards of a split in the cache `root`."""
     channels, height, width = settings["latent"]
-    return Shards(
-        folder=root / split,
-        tiles=settings["splits"][split]["tiles"],
-        views=settings["splits"][split]["views"],
-        moments=(2 * channels, height, width),
-        dtype=settings["dtype"],
-        shard_tiles=settings["splits"][split]["shard_tiles"],
-    )
+    numbers = {name: settings["splits"][split][name] for name in ("tiles", "views", "shard_tiles")}
+    moments = (2 * channels, height, width)
+    return Shards(folder=root / split, moments=moments, dtype=settings["dtype"], **numbers)
 
 
 def read_manifest(root: Path, what: str) -> dict[str, Any] | None:

@@ -50,15 +50,22 @@ class Field:
         self.half = self.size * self.pixel / 2
         line = ((np.arange(self.size) + 0.5) * self.pixel - self.half).astype(np.float32)
         self.x, self.y = np.meshgrid(line, line)  # (S, S)
-        chromatin = Noise(self.rng, 1.7)(self.x, self.y)
         # Fainter where a pixel averages over several clumps.
-        self.chromatin = 1 + 0.2 / max(1.0, self.pixel) * chromatin
+        self.chromatin = 1 + 0.2 / max(1.0, self.pixel) * self.noise(1.7)
 
     def constant(self, value: float) -> np.ndarray:
         return np.full((self.size, self.size), value, np.float32)
 
     def uniform(self, low: float, high: float) -> float:
         return float(self.rng.uniform(low, high))
+
+    def noise(self, wavelength: float) -> np.ndarray:
+        """A new random field at the pixels, (S, S)."""
+        return Noise(self.rng, wavelength)(self.x, self.y)
+
+    def near(self, points: np.ndarray, margin: float = 8.0) -> np.ndarray:
+        """Those of the points, (N, 2), that lie in the field or at most `margin` beside it."""
+        return (np.abs(points) < self.half + margin).all(axis=1)
 
 
 class Noise:
@@ -132,7 +139,7 @@ def _scatter(field: Field, spacing: float, jitter: float = 0.3, margin: float = 
     points += field.rng.uniform(-spacing, spacing, 2)
     angle = field.uniform(0, math.pi)
     points = np.stack(_turned(points[:, 0], points[:, 1], angle), axis=1)
-    return points[(np.abs(points) < field.half + margin).all(axis=1)]
+    return points[field.near(points, margin)]
 
 
 @dataclass
@@ -218,8 +225,8 @@ def _random_points(field: Field, count: int) -> np.ndarray:
 def _background(field: Field) -> Maps:
     """Glass: nothing, or a little dirt, dried protein and shade."""
     rng = field.rng
-    smear = Noise(rng, field.uniform(20, 60))(field.x, field.y)
-    h = 0.012 * np.abs(Noise(rng, 4.0)(field.x, field.y)) * field.uniform(0, 1)
+    smear = field.noise(field.uniform(20, 60))
+    h = 0.012 * np.abs(field.noise(4.0)) * field.uniform(0, 1)
     e = field.uniform(0, 0.06) * _smooth(smear, 0.2, 1.5) + 0.01
     count = int(rng.poisson(rng.choice([0.2, 4.0])))
     specks = Nuclei(
@@ -254,7 +261,7 @@ def _adipose(field: Field) -> Maps:
     d = depth(field.x, field.y)
     soft = max(wall, field.pixel * 0.7)
     membrane = np.exp(-((d / soft) ** 2)) * (wall / soft) ** 0.7
-    patchy = 1 + 0.3 * Noise(rng, 9.0)(field.x, field.y)
+    patchy = 1 + 0.3 * field.noise(9.0)
     e = field.uniform(0.45, 0.95) * membrane * patchy + field.uniform(0.0, 0.05)
     h = 0.18 * membrane
     candidates = _random_points(field, 120)
@@ -276,8 +283,8 @@ def _lymphoid(field: Field) -> Maps:
     """Sheets of lymphocytes with hardly any cytoplasm; some larger pale cells."""
     rng = field.rng
     uneven = Noise(rng, 25.0)
-    h = field.uniform(0.12, 0.3) + 0.08 * Noise(rng, 5.0)(field.x, field.y)
-    e = field.uniform(0.2, 0.5) * (1 + 0.3 * Noise(rng, 8.0)(field.x, field.y))
+    h = field.uniform(0.12, 0.3) + 0.08 * field.noise(5.0)
+    e = field.uniform(0.2, 0.5) * (1 + 0.3 * field.noise(8.0))
     points = _scatter(field, field.uniform(7.2, 9.6), jitter=0.45)
     density = uneven(points[:, 0].astype(np.float32), points[:, 1].astype(np.float32))
     points = points[density + rng.normal(0, 0.7, len(points)) > -field.uniform(0.7, 2.2)]
@@ -307,7 +314,7 @@ def _fibres(field: Field, tightness: float) -> Maps:
     width = 2.2 + 1.6 * tightness
     strand = Noise(rng, (30.0 + 30 * tightness, width))(along, across)
     bundle = Noise(rng, (90.0, field.uniform(9, 18)))(along, across)
-    patch = Noise(rng, 30.0)(field.x, field.y)
+    patch = field.noise(30.0)
     base = field.uniform(0.42, 0.7) + 0.36 * tightness
     e = base * (1 + (0.34 - 0.14 * tightness) * strand + 0.16 * bundle + 0.12 * patch)
     cleft = Noise(rng, (50.0, 5.0 + 4 * tightness))(along, across) + 0.5 * bundle
@@ -344,7 +351,7 @@ def _cross_cut_muscle(field: Field) -> Maps:
     bundle = _cells(rng, x, y, field.uniform(45, 80))
     septum = 1 - _smooth(bundle[1] - bundle[0], 1.0, 5.0)
     e = field.uniform(0.6, 0.95) * (0.72 + 0.28 * body) * (1 - 0.6 * septum)
-    e = e * (1 + 0.12 * Noise(rng, 12.0)(field.x, field.y))
+    e = e * (1 + 0.12 * field.noise(12.0))
     h = 0.08 + 0.06 * body
     points = _scatter(field, spacing * field.uniform(1.4, 2.2), jitter=0.8)
     count = len(points)
@@ -365,7 +372,7 @@ def _fluid(field: Field, cellular: float) -> Maps:
     flow = Noise(rng, 40.0), Noise(rng, 14.0)
     along, across = _turned(field.x, field.y, angle)
     across = across + 14 * flow[0](along, across) + 3 * flow[1](along, across)
-    cloud = Noise(rng, 26.0)(field.x, field.y)
+    cloud = field.noise(26.0)
     # Threads are where a stretched field crosses zero.
     thread = np.exp(-((Noise(rng, (60.0, 11.0))(along, across) / 0.3) ** 2))
     fine = np.exp(-((Noise(rng, (30.0, 6.0))(along, across) / 0.45) ** 2))
@@ -374,8 +381,8 @@ def _fluid(field: Field, cellular: float) -> Maps:
     h = wet * strength * (0.09 + 0.05 * cloud + 0.24 * thread + 0.12 * fine)
     e = wet * strength * (0.04 + 0.02 * cloud + 0.1 * thread + 0.04 * fine)
 
-    grain = 0.7 * (Noise(rng, 2.0)(field.x, field.y) + Noise(rng, 3.7)(field.x, field.y))
-    lump = Noise(rng, 8.0)(field.x, field.y)
+    grain = 0.7 * (field.noise(2.0) + field.noise(3.7))
+    lump = field.noise(8.0)
     full = _smooth(cloud + 0.45 * lump + 0.15 * grain, -1.5 + 0.5 * wet, 0.5)
     h = h + cellular * full * (0.14 + 0.09 * lump + 0.08 * grain)
     e = e + cellular * full * field.uniform(0.4, 0.85) * (1 + 0.25 * lump + 0.3 * grain)
@@ -416,6 +423,11 @@ class Glands:
     phase: np.ndarray  # (G, 4)
     lumen: np.ndarray  # (G,)
 
+    @property
+    def thickness(self) -> np.ndarray:
+        """Of the epithelium, (G,)."""
+        return self.radius * (1 - self.lumen)
+
     def outline(self, gland: np.ndarray, phi: np.ndarray) -> np.ndarray:
         """Relative distance of the outline at polar angle `phi`, about 1."""
         value = np.ones_like(phi)
@@ -448,9 +460,8 @@ class Glands:
         """Points along rings, each `depth` below the outline of a gland: (N, 2), outward angles."""
         around = 2 * math.pi * np.maximum(self.radius[gland] - depth, 3) / spacing
         count = np.maximum(3, around).astype(int)  # points per ring
-        gland, depth = np.repeat(gland, count), np.repeat(depth, count)
-        step = 2 * math.pi / np.repeat(count, count)
-        number = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)
+        ring, number = _numbered(count)
+        gland, depth, step = gland[ring], depth[ring], 2 * math.pi / count[ring]
         phi = ((number + rng.normal(0, 0.22, len(number))) * step).astype(np.float32)
         at = self.radius[gland] * self.outline(gland, phi) - depth
         at = at + rng.normal(0, spread, len(at))
@@ -485,17 +496,31 @@ def _make_glands(field: Field, atypia: float) -> Glands:
 
 def _glands(field: Field, atypia: float) -> Maps:
     """Glands in stroma: crypts with goblet cells at 0, crowded carcinoma glands at 1."""
-    rng = field.rng
     glands = _make_glands(field, atypia)
+    maps = _gland_tissue(field, glands, atypia)
+    # Half axes of a nucleus.
+    long = field.uniform(3.5, 4.2 + 0.8 * atypia)
+    wide = field.uniform(2.2, 2.7 + 0.4 * atypia)
+    maps = _add_mucus(field, maps, glands, atypia, long)
+    maps = _add_nuclei(field, maps, _epithelial_nuclei(field, glands, atypia, long, wide))
+    # Lymphocytes and plasma cells of the stroma; those that would lie on epithelium stay away.
+    guests = _random_points(field, int(field.rng.choice([30, 70, 130])))
+    _, depth = glands.locate(*guests.T.astype(np.float32))
+    return _add_nuclei(field, maps, _lymphocytes(field, guests[depth < -1.5]))
+
+
+def _gland_tissue(field: Field, glands: Glands, atypia: float) -> Maps:
+    """Stroma, epithelium and what fills the lumen, without nuclei and mucus."""
+    rng = field.rng
     gland, depth = glands.locate(field.x, field.y)
     lumen = glands.lumen[gland]
 
-    ragged = 0.1 * Noise(rng, 7.0)(field.x, field.y)
+    ragged = 0.1 * field.noise(7.0)
     epithelium = _smooth(depth, -0.8, 0.8)
     rim = 1 - depth / glands.radius[gland] + ragged - lumen
     hole = (1 - _smooth(rim, -0.05, 0.05)) * (lumen > 0)
-    grain = Noise(rng, 4.0)(field.x, field.y)
-    bend = 5 * Noise(rng, 15.0)(field.x, field.y)
+    grain = field.noise(4.0)
+    bend = 5 * field.noise(15.0)
     along, across = _turned(field.x, field.y, field.uniform(0, math.pi))
     strand = Noise(rng, (8.0 + 14 * atypia, 3.2))(along, across + bend)
     loose = _smooth(strand + 0.5 * grain, 0.9 + 0.5 * atypia, 2.2)
@@ -508,16 +533,16 @@ def _glands(field: Field, atypia: float) -> Maps:
     h = 0.07 * (1 - epithelium) + cell_h * epithelium
     e = e * (1 - hole) + 0.25 * secretion * hole
     h = h * (1 - hole) + (1 - 0.5 * atypia) * secretion * hole
-    maps = h.clip(0), e.clip(0.01)
+    return h.clip(0), e.clip(0.01)
 
-    # Goblet cells: rings of pale mucin drops between the nuclei and the lumen.
-    thick = glands.radius * (1 - glands.lumen)
-    long = field.uniform(3.5, 4.2 + 0.8 * atypia)  # half axes of a nucleus
-    wide = field.uniform(2.2, 2.7 + 0.4 * atypia)
+
+def _add_mucus(field: Field, maps: Maps, glands: Glands, atypia: float, long: float) -> Maps:
+    """Goblet cells: rings of pale mucin drops between the nuclei and the lumen."""
+    rng = field.rng
     share = max(0.0, field.uniform(0.6, 1.0) - 1.25 * atypia)
-    ring_gland, ring_depth = _stack(thick - 2, first=2.6 * long, step=8.0)
+    ring_gland, ring_depth = _stack(glands.thickness - 2, first=2.6 * long, step=8.0)
     points, angle = glands.rings(rng, ring_gland, ring_depth, spacing=7.6, spread=0.8)
-    keep = _near(field, points) & (rng.random(len(points)) < share)
+    keep = field.near(points) & (rng.random(len(points)) < share)
     points, angle = points[keep], angle[keep]
     drops = Nuclei(
         points,
@@ -529,21 +554,28 @@ def _glands(field: Field, atypia: float) -> Maps:
     )
     cover, _ = _paint(field, drops)
     mucus = field.uniform(0.06, 0.26)
-    maps = maps[0] * (1 - cover) + mucus * cover, maps[1] * (1 - 0.9 * cover)
+    return maps[0] * (1 - cover) + mucus * cover, maps[1] * (1 - 0.9 * cover)
 
-    # One row of nuclei at the base, more of them the more atypical, some glands solid.
+
+def _epithelial_nuclei(
+    field: Field, glands: Glands, atypia: float, long: float, wide: float
+) -> Nuclei:
+    """One row of nuclei at the base, more of them the more atypical, some glands solid."""
+    rng = field.rng
     rows = 1 + int(rng.random() < 2 * atypia) + int(rng.random() < 1.4 * atypia - 0.4)
     filled = np.where((glands.lumen == 0) & (atypia > 0.5), np.inf, rows * 1.6 * long)
-    ring_gland, ring_depth = _stack(np.minimum(thick, filled), first=0.95 * long, step=1.6 * long)
+    ring_gland, ring_depth = _stack(
+        np.minimum(glands.thickness, filled), first=0.95 * long, step=1.6 * long
+    )
     crowding = field.uniform(1.9, 2.5) + 0.2 * atypia
     points, angle = glands.rings(
         rng, ring_gland, ring_depth, spacing=crowding * wide, spread=0.4 + 1.6 * atypia
     )
-    keep = _near(field, points)
+    keep = field.near(points)
     points, angle = points[keep], angle[keep]
     count = len(points)
     size = (1 + 0.15 * atypia) * rng.lognormal(0, 0.08 + 0.2 * atypia, count).clip(0.6, 1.7)
-    epithelial = Nuclei(
+    return Nuclei(
         points,
         a=size * long,
         b=size * wide,
@@ -552,24 +584,19 @@ def _glands(field: Field, atypia: float) -> Maps:
         pale=field.uniform(0.15, 0.35 + 0.3 * atypia),
         uneven=0.04 + 0.08 * atypia,
     )
-    maps = _add_nuclei(field, maps, epithelial)
-
-    # Lymphocytes and plasma cells of the stroma; those that would lie on epithelium stay away.
-    guests = _random_points(field, int(rng.choice([30, 70, 130])))
-    _, depth = glands.locate(*guests.T.astype(np.float32))
-    return _add_nuclei(field, maps, _lymphocytes(field, guests[depth < -1.5]))
 
 
 def _stack(limit: np.ndarray, first: float, step: float) -> tuple[np.ndarray, np.ndarray]:
     """Depths first, first + step, ... below each gland's limit: gland of each ring, its depth."""
     count = np.maximum(0, np.ceil((np.minimum(limit, 1000) - first) / step)).astype(int)
-    gland = np.repeat(np.arange(len(limit)), count)
-    number = np.arange(len(gland)) - np.repeat(count.cumsum() - count, count)
+    gland, number = _numbered(count)
     return gland, first + step * number
 
 
-def _near(field: Field, points: np.ndarray) -> np.ndarray:
-    return (np.abs(points) < field.half + 8).all(axis=1)
+def _numbered(count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Owners i, each count[i] times, and the numbers 0 ... count[i] - 1 of what each owns."""
+    owner = np.repeat(np.arange(len(count)), count)
+    return owner, np.arange(len(owner)) - np.repeat(count.cumsum() - count, count)
 
 
 def _muscle(field: Field) -> Maps:
@@ -646,7 +673,7 @@ def _tissue(name: str, field: Field) -> Maps:
     if others and field.rng.random() < 0.25:
         other_h, other_e = TISSUES[others[int(field.rng.integers(len(others)))]](field)
         along, _ = _turned(field.x, field.y, field.uniform(0, 2 * math.pi))
-        border = along / field.half + 0.18 * Noise(field.rng, 25.0)(field.x, field.y)
+        border = along / field.half + 0.18 * field.noise(25.0)
         start = field.uniform(0.45, 0.95)
         side = _smooth(border, start, start + 0.06)
         h, e = h * (1 - side) + other_h * side, e * (1 - side) + other_e * side
@@ -680,7 +707,7 @@ def render_tile(class_name: str, index: int, size: int = 64, seed: int = 0) -> n
     field = Field(size, FIELD * rng.uniform(0.8, 1.25) / size, rng)
     h, e = _tissue(class_name, field)
     # Sections are uneven: thickness across the tile, uptake from place to place of a slide.
-    thickness = 1 + 0.06 * Noise(rng, 80.0)(field.x, field.y)
+    thickness = 1 + 0.06 * field.noise(80.0)
     uptake = slide.strength * rng.lognormal(0, 0.08, 2)
     amounts = np.stack([h * thickness, e * thickness], axis=-1).astype(np.float32)  # (S, S, 2)
     stains = uptake[:, None] * np.stack([slide.haematoxylin, slide.eosin])  # (2, 3)
@@ -688,7 +715,7 @@ def render_tile(class_name: str, index: int, size: int = 64, seed: int = 0) -> n
     focus = slide.blur * rng.lognormal(0, 0.25) / field.pixel  # in pixels
     if focus > 0.2:
         light = cv2.GaussianBlur(light, (0, 0), focus, borderType=cv2.BORDER_REFLECT_101)
-    shade = 1 + 0.02 * Noise(rng, 90.0)(field.x, field.y)
+    shade = 1 + 0.02 * field.noise(90.0)
     light = light * shade[..., None]
     noise = slide.noise * rng.standard_normal(light.shape, dtype=np.float32)
     return np.clip(np.rint(light * 255 + noise), 0, 255).astype(np.uint8)

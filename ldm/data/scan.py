@@ -9,10 +9,8 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +19,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm.data.groups import Grouping
-from ldm.data.images import UnsupportedImage
-from ldm.data.index import VERSION, CorpusIndex, content_hash, make_table
-from ldm.data.storage import Layout, Place, find_files, layout_of, path_order
+from ldm.data.images import UnsupportedImage, map_ahead
+from ldm.data.index import VERSION, CorpusIndex, content_hash, index_table
+from ldm.data.storage import LAYOUTS, Layout, Place, find_files, path_order
 from ldm.errors import UserError
 from ldm.files import write_csv
 
@@ -39,18 +37,12 @@ Stamp = tuple[int, str, int, int]  # root number, file, its bytes, its time of c
 
 @dataclass(frozen=True)
 class Scan:
-    """A finished scan.
+    """A finished scan."""
 
-    Attributes:
-        rows: Every tile found, of all roots.
-        folders: For each root, its folders and their times of change.
-        known: How many files did not have to be read again.
-        files: How many files there are.
-    """
-
-    rows: list[Row]
-    folders: list[dict[str, int]]
-    known: int
+    rows: list[Row]  # of every tile found, of all roots
+    scanned: list[str]  # absolute paths of the roots, by which a later scan knows their folders
+    folders: list[dict[str, int]]  # for each root, its folders and their times of change
+    known: int  # files that did not have to be read again
     files: int
 
 
@@ -74,10 +66,12 @@ def scan_corpora(roots: Sequence[Path], layout_name: str, out: Path, workers: in
     Raises:
         UserError: A root is missing or empty.
     """
-    layout = layout_of(layout_name, "layout")
-    found = [find_files(root, layout) for root in roots]
+    layout = LAYOUTS[layout_name]
     stamps: list[Stamp] = []
-    for number, (root, (files, _)) in enumerate(zip(roots, found, strict=True)):
+    folders = []
+    for number, root in enumerate(roots):
+        files, times = find_files(root, layout)
+        folders.append(times)
         for file in files:
             try:
                 state = os.stat(root / file)
@@ -85,7 +79,7 @@ def scan_corpora(roots: Sequence[Path], layout_name: str, out: Path, workers: in
             except FileNotFoundError:  # a broken link; it cannot be read either
                 stamps.append((number, file, 0, 0))
 
-    scanned = where(roots)
+    scanned = [str(root.resolve()) for root in roots]
     earlier = _earlier_rows(layout_name, scanned, out)
     rows = [row for stamp in stamps for row in earlier.get(stamp, ())]
     todo = [stamp for stamp in stamps if stamp not in earlier]
@@ -95,34 +89,14 @@ def scan_corpora(roots: Sequence[Path], layout_name: str, out: Path, workers: in
     with journal.open("a", encoding="utf-8", buffering=1) as stream:
         stream.write("\n" + json.dumps(_header(layout_name, scanned)) + "\n")
         with tqdm(total=len(stamps), initial=len(stamps) - len(todo), unit="file") as bar:
-            for stamp, scanned in _scan_files(roots, layout, todo, workers):
-                stream.write(json.dumps([*stamp, scanned]) + "\n")
-                rows += scanned
+            found_rows = map_ahead(
+                lambda stamp: scan_file(roots[stamp[0]], layout, stamp), todo, workers, AHEAD
+            )
+            for stamp, found in zip(todo, found_rows, strict=True):
+                stream.write(json.dumps([*stamp, found]) + "\n")
+                rows += found
                 bar.update()
-    folders = [folders for _, folders in found]
-    return Scan(rows, folders, len(stamps) - len(todo), len(stamps))
-
-
-def _scan_files(
-    roots: Sequence[Path], layout: Layout, stamps: Sequence[Stamp], workers: int
-) -> Iterator[tuple[Stamp, list[Row]]]:
-    waiting = iter(stamps)
-    with ThreadPoolExecutor(workers) as pool:
-
-        def submit(count: int) -> list:
-            return [
-                (stamp, pool.submit(scan_file, roots[stamp[0]], layout, stamp))
-                for stamp in islice(waiting, count)
-            ]
-
-        queue = submit(AHEAD * workers)
-        try:
-            while queue:
-                stamp, future = queue.pop(0)
-                yield stamp, future.result()
-                queue += submit(1)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    return Scan(rows, scanned, folders, len(stamps) - len(todo), len(stamps))
 
 
 def scan_file(root: Path, layout: Layout, stamp: Stamp) -> list[Row]:
@@ -165,10 +139,8 @@ def _reason(error: Exception) -> str:
 
 
 def _row(place: Place, digest: str | None = None, **values: Any) -> Row:
-    place_values = place._asdict()
-    place_values["size"] = place_values.pop("length")
     empty = dict.fromkeys(("width", "height", "problem", "reason"))
-    return {**place_values, "hash": digest, **empty, **values}
+    return {**place._asdict(), "hash": digest, **empty, **values}
 
 
 def _starts_as_image(content: Any) -> bool:
@@ -180,11 +152,6 @@ def _starts_as_image(content: Any) -> bool:
             return True
     except (OSError, SyntaxError, ValueError):
         return content.startswith(np.lib.format.MAGIC_PREFIX)
-
-
-def where(roots: Sequence[Path]) -> list[str]:
-    """Absolute paths of the roots, by which a scan knows the folders of an earlier one."""
-    return [str(root.resolve()) for root in roots]
 
 
 def _header(layout: str, scanned: list[str]) -> dict[str, Any]:
@@ -258,17 +225,6 @@ def find_problems(rows: Sequence[Row], min_size: int, keep_duplicates: bool) -> 
     return counts
 
 
-def write_problems(path: Path, rows: Sequence[Row], roots: Sequence[Path]) -> None:
-    """Write the table of all tiles with a problem, kept duplicates included."""
-    shown = (
-        row | {"root": roots[row["root"]], "problem": row["problem"] or DUPLICATE}
-        for row in rows
-        if row["reason"] is not None
-    )
-    columns = [{name: row[name] for name in PROBLEM_COLUMNS} for row in shown]
-    write_csv(path, columns, PROBLEM_COLUMNS)
-
-
 def index_corpora(
     roots: Sequence[Path],
     out: Path,
@@ -286,7 +242,10 @@ def index_corpora(
     scan = scan_corpora(roots, layout, out, workers)
     rows = sorted(scan.rows, key=lambda row: (row["root"], path_order(row["path"])))
     counts = find_problems(rows, min_size, keep_duplicates)
-    write_problems(problems_of(out), rows, roots)
+    bad = (row for row in rows if row["reason"] is not None)  # kept duplicates included
+    bad = (r | {"root": roots[r["root"]], "problem": r["problem"] or DUPLICATE} for r in bad)
+    columns = [{name: row[name] for name in PROBLEM_COLUMNS} for row in bad]
+    write_csv(problems_of(out), columns, PROBLEM_COLUMNS)
     for number, root in enumerate(roots):
         if all(row["problem"] for row in rows if row["root"] == number):
             raise UserError(f"{root}: no tile is good; {problems_of(out)} says why")
@@ -294,7 +253,7 @@ def index_corpora(
         for row in rows:
             if row["problem"] is None:
                 row["group"] = grouping(row["path"])
-    index = CorpusIndex(out, layout, where(roots), scan.folders, make_table(rows))
+    index = CorpusIndex(out, layout, scan.scanned, scan.folders, index_table(rows))
     index.write()
     journal_of(out).unlink()
     return index, scan, counts

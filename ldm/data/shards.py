@@ -10,20 +10,17 @@ import io
 import logging
 import os
 import tarfile
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ldm.data.index import COLUMNS, COMMAND, CorpusIndex, content_hash, make_table, place_of
+from ldm.data.images import map_ahead
+from ldm.data.index import COLUMNS, COMMAND, CorpusIndex, content_hash, index_table, place_of
 from ldm.data.storage import BLOCK, LAYOUTS, Layout, Place, path_order, top_folder
 from ldm.errors import UserError
 from ldm.files import atomic_file, digest_of_text, require_space
@@ -42,39 +39,23 @@ AHEAD = 8  # tiles per thread that may wait to be written
 Row = dict[str, Any]  # of an index, by column
 
 
-def write_tar(stream: IO[bytes], members: Iterable[tuple[str, bytes]]) -> list[tuple[int, int]]:
-    """Write members, name and content, as a tar file; the same members give the same bytes.
-
-    Returns:
-        Offset and length of each content.
-    """
-    places = []
+def write_tar(stream: IO[bytes], members: Iterable[tuple[str, bytes]]) -> None:
+    """Write members, name and content, as a tar file; the same members give the same bytes."""
     # GNU's format: names of any length, and no extended header in which a writer may put times.
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as archive:
         for name, content in members:
             entry = tarfile.TarInfo(name)  # time 0, owner 0, mode 644
             entry.size = len(content)
             archive.addfile(entry, io.BytesIO(content))
-            end = archive.offset
-            places.append((end - -(-len(content) // BLOCK) * BLOCK, len(content)))
-    return places
 
 
-@dataclass(frozen=True)
-class Report:
-    """What a call of `CorpusShards.write` did.
+class Report(NamedTuple):
+    """What a call of `CorpusShards.write` did."""
 
-    Attributes:
-        written: Number of shards made now.
-        present: Number of shards that were there.
-        tiles: Number of tiles in all shards.
-        bytes: Size of all shards.
-    """
-
-    written: int
-    present: int
-    tiles: int
-    bytes: int
+    written: int  # shards made now
+    present: int  # shards that were there
+    tiles: int  # in all shards
+    bytes: int  # of all shards
 
 
 class CorpusShards:
@@ -105,6 +86,7 @@ class CorpusShards:
         self._re_encodes = index.layout == "array"
         self._tiles = _good_tiles(index)
         self._names = self._member_names()
+        self._sizes = self._most_bytes()
         self.starts = self._divide(size)  # of each shard, in tiles, and the end
         settings = {"version": VERSION, "size": size, "tiles": len(self._tiles)}
         settings |= {"shards": len(self), "corpus": self._identity(index)}
@@ -146,16 +128,15 @@ class CorpusShards:
             names.append(f"{key}{extension.lower()}")
         return names
 
-    @cached_property
-    def _sizes(self) -> np.ndarray:
+    def _most_bytes(self) -> np.ndarray:
         """Bytes that each tile takes in a shard, at most, int64."""
-        sizes = np.array(self._tiles["size"].to_pylist(), np.int64)
+        sizes = self._tiles["size"].to_numpy()
         if self._re_encodes:  # as PNG; hardly more than the pixels
-            shape = (self._tiles[name].to_pylist() for name in ("width", "height"))
-            width, height = (np.array(pixels, np.int64) for pixels in shape)
+            shape = (self._tiles[name].to_numpy() for name in ("width", "height"))
+            width, height = (pixels.astype(np.int64) for pixels in shape)
             sizes = 3 * width * height + height + 1024
         headers = np.array([_headers(name) for name in self._names], np.int64)
-        labelled = np.array([label is not None for label in self._tiles["label"].to_pylist()])
+        labelled = self._tiles["label"].is_valid().to_numpy()
         return headers + -(-sizes // BLOCK) * BLOCK + labelled * (headers + BLOCK)
 
     def _divide(self, size: int) -> list[int]:
@@ -172,10 +153,6 @@ class CorpusShards:
         sums = np.concatenate([[0], np.cumsum(self._sizes)])
         return sum(_tar_size(int(sums[self.starts[n + 1]] - sums[self.starts[n]])) for n in numbers)
 
-    def require_space(self, numbers: Iterable[int]) -> None:
-        """Check that these shards fit on the disk; UserError otherwise."""
-        require_space(self.out, self.bytes_of(numbers), "out: tar shards")
-
     def write(self, workers: int, verify: bool = False) -> Report:
         """Write the shards that are missing or damaged, then their index.
 
@@ -186,34 +163,35 @@ class CorpusShards:
         Raises:
             UserError: A tile is not what was indexed, or the disk is full.
         """
-        present = {}
+        tables = {}
         for number in range(len(self)):
             if self.path(number).exists():
                 rows = self._rows_of(number, verify)
                 if rows is None:
                     log.warning("%s is damaged; it is written again", self.path(number))
                 else:
-                    present[number] = rows
-        todo = [number for number in range(len(self)) if number not in present]
-        self.require_space(todo)
+                    tables[number] = rows
+        todo = [number for number in range(len(self)) if number not in tables]
+        require_space(self.out, self.bytes_of(todo), "out: tar shards")
         self._made.begin()
-        made = {}
         total = self.starts[-1]
-        done = sum(len(rows) for rows in present.values())
-        with (
-            ThreadPoolExecutor(workers) as pool,
-            tqdm(total=total, initial=done, unit="tile") as bar,
-        ):
+        done = sum(len(rows) for rows in tables.values())
+        with tqdm(total=total, initial=done, unit="tile") as bar:
             for number in todo:
-                made[number] = self._write_shard(number, pool, workers, bar)
-        self._write_index({**present, **made})
+                with atomic_file(self.path(number)) as stream:
+                    write_tar(stream, self._members(number, workers, bar))
+                tables[number] = self._rows_of(number, verify=False)
+        self._write_index(tables)
         size = sum(self.path(number).stat().st_size for number in range(len(self)))
-        return Report(len(made), len(present), total, size)
+        return Report(len(todo), len(self) - len(todo), total, size)
 
     def _source(self, number: int) -> list[Row]:
         """The rows, of the corpus's index, of the tiles that a shard holds."""
         first, end = self.starts[number : number + 2]
         return self._tiles.slice(first, end - first).to_pylist()
+
+    def _names_of(self, number: int) -> list[str]:
+        return self._names[self.starts[number] : self.starts[number + 1]]
 
     def _read(self, row: Row) -> bytes:
         """The bytes to store of a tile."""
@@ -233,30 +211,15 @@ class CorpusShards:
         Image.fromarray(self.layout.decode(root, place, content)).save(stream, "PNG")
         return stream.getvalue()
 
-    def _write_shard(
-        self, number: int, pool: ThreadPoolExecutor, workers: int, bar: tqdm
-    ) -> "pyarrow.Table":
+    def _members(self, number: int, workers: int, bar: tqdm) -> Iterator[tuple[str, bytes]]:
+        """Name and content of everything in a shard."""
         source = self._source(number)
-        hashes: list[str] = []
-
-        def members() -> Iterator[tuple[str, bytes]]:
-            contents = _in_order(pool, self._read, source, AHEAD * workers)
-            names = self._names[self.starts[number] :]
-            for row, name, content in zip(source, names, contents, strict=False):
-                hashes.append(content_hash(content) if self._re_encodes else row["hash"])
-                yield name, content
-                if row["label"] is not None:
-                    yield f"{os.path.splitext(name)[0]}.cls", row["label"].encode()
-                bar.update()
-
-        with atomic_file(self.path(number)) as stream:
-            places = iter(write_tar(stream, members()))
-        found = []
-        for row in source:
-            found.append(next(places))
+        contents = map_ahead(self._read, source, workers, AHEAD)
+        for row, name, content in zip(source, self._names_of(number), contents, strict=True):
+            yield name, content
             if row["label"] is not None:
-                next(places)
-        return self._rows(number, source, found, hashes)
+                yield f"{os.path.splitext(name)[0]}.cls", row["label"].encode()
+            bar.update()
 
     def _rows_of(self, number: int, verify: bool) -> "pyarrow.Table | None":
         """The index's rows of a shard that is there; None when it is not what it should be."""
@@ -265,26 +228,30 @@ class CorpusShards:
             places = LAYOUTS["shards"].places(self.out, name)
         except UserError:
             return None
-        members = self._names[self.starts[number] : self.starts[number + 1]]
         wanted = [
             (f"{name}/{member}", top_folder(member) if row["label"] is None else row["label"])
-            for member, row in zip(members, source, strict=True)
+            for member, row in zip(self._names_of(number), source, strict=True)
         ]
         if [(place.path, place.label) for place in places] != wanted:
             return None
-        hashes = []
-        for place, row in zip(places, source, strict=True):
-            if not self._re_encodes and place.length != row["size"]:
-                return None
-            if self._re_encodes or verify:
-                content = LAYOUTS["shards"].content(self.out, place)
-                hashes.append(content_hash(content))
-                if verify and not self._agrees(place, content, row):
+        rows = []
+        with self.path(number).open("rb") as stream:
+            state = os.fstat(stream.fileno())
+            common = {"root": 0, "file_size": state.st_size, "modified": state.st_mtime_ns}
+            for place, row in zip(places, source, strict=True):
+                digest = row["hash"]
+                if not self._re_encodes and place.size != row["size"]:
                     return None
-            else:
-                hashes.append(row["hash"])
-        found = [(place.offset, place.length) for place in places]
-        return self._rows(number, source, found, hashes)
+                if self._re_encodes or verify:
+                    stream.seek(place.offset)
+                    content = stream.read(place.size)
+                    digest = content_hash(content)
+                    if verify and not self._agrees(place, content, row):
+                        return None
+                new = place._asdict() | {"label": row["label"], "hash": digest, "reason": None}
+                rows.append(row | common | new)
+        rows.sort(key=lambda row: path_order(row["path"]))
+        return index_table(rows)  # not a list, since there may be millions of rows
 
     def _agrees(self, place: Place, content: bytes, row: Row) -> bool:
         """Whether the bytes in a shard are those of the tile."""
@@ -298,27 +265,6 @@ class CorpusShards:
         wanted = self.layout.decode(root, origin, self.layout.content(root, origin))
         return np.array_equal(pixels, wanted)
 
-    def _rows(
-        self,
-        number: int,
-        source: Sequence[Row],
-        places: Sequence[tuple[int, int]],
-        hashes: Sequence[str],
-    ) -> "pyarrow.Table":
-        """The rows of a shard in the index of the shards; a table, since there may be millions."""
-        name = NAME.format(number)
-        state = os.stat(self.out / name)
-        members = self._names[self.starts[number] : self.starts[number + 1]]
-        rows = []
-        for row, member, (offset, size), digest in zip(
-            source, members, places, hashes, strict=True
-        ):
-            new = {"root": 0, "path": f"{name}/{member}", "file": name, "offset": offset}
-            new |= {"size": size, "hash": digest, "file_size": state.st_size}
-            rows.append({**row, **new, "modified": state.st_mtime_ns, "reason": None})
-        rows.sort(key=lambda row: path_order(row["path"]))
-        return make_table(rows)
-
     def _write_index(self, parts: "dict[int, pyarrow.Table]") -> None:
         import pyarrow as pa
 
@@ -330,9 +276,7 @@ class CorpusShards:
 
 
 def _good_tiles(index: CorpusIndex) -> "pyarrow.Table":
-    import pyarrow.compute as pc
-
-    return index.table.filter(pc.is_null(index.table["problem"])).select(list(COLUMNS))
+    return index.table.filter(index.table["problem"].is_null()).select(list(COLUMNS))
 
 
 def _tar_size(size: int) -> int:
@@ -344,17 +288,3 @@ def _headers(name: str) -> int:
     """Bytes of a member's headers; GNU's format puts a long name into blocks of its own."""
     length = len(name.encode())
     return BLOCK if length <= 100 else 2 * BLOCK + -(-(length + 1) // BLOCK) * BLOCK
-
-
-def _in_order(pool: ThreadPoolExecutor, read, items: Iterable[Row], ahead: int) -> Iterator[bytes]:
-    """`read(item)` of each, in order, at most `ahead` of them read before they are needed."""
-    waiting = iter(items)
-    queue = deque(pool.submit(read, item) for item in islice(waiting, ahead))
-    try:
-        while queue:
-            content = queue.popleft().result()
-            queue.extend(pool.submit(read, item) for item in islice(waiting, 1))
-            yield content
-    finally:
-        for future in queue:
-            future.cancel()

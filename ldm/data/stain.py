@@ -16,10 +16,9 @@ EOSIN = np.array([0.072, 0.990, 0.105])
 _DENSITY = -np.log(np.maximum(np.arange(256), 0.5) / 255.0).astype(np.float32)
 
 
-def stain_matrix(haematoxylin: np.ndarray = HAEMATOXYLIN, eosin: np.ndarray = EOSIN) -> np.ndarray:
+def stain_matrix() -> np.ndarray:
     """Unit absorbance vectors (3, 3): haematoxylin, eosin, and their normal for the rest."""
-    rest = np.cross(haematoxylin, eosin)
-    matrix = np.stack([haematoxylin, eosin, rest])
+    matrix = np.stack([HAEMATOXYLIN, EOSIN, np.cross(HAEMATOXYLIN, EOSIN)])
     return matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
 
 

@@ -1,7 +1,7 @@
 """How a corpus stores its tiles: a file each, rows of an array, or members of tar shards.
 
 A layout finds the files of a corpus, lists the tiles in one file, and reads one tile by its place
-(file, offset, length). Any tile is read directly, in any order, since a resumed run, several ranks
+(file, offset, size). Any tile is read directly, in any order, since a resumed run, several ranks
 and a weighted pass all depend on that. The readers of the webdataset library run through a shard
 from its start, so they are not used for this. Keys and extensions of members are split by that
 library's rule, shards that it writes are read here, and a test compares what both of them see.
@@ -31,7 +31,7 @@ class Place(NamedTuple):
     path: str  # the tile's name below the root of its corpus, with `/`
     file: str  # the file below the root that holds it
     offset: int  # bytes into a shard, row of an array, 0 in a file of its own
-    length: int  # bytes; 0 in a file of its own, all of which is read
+    size: int  # bytes; 0 in a file of its own, all of which is read
     label: str | None  # class name, where the corpus tells
 
 
@@ -50,19 +50,28 @@ def split_member(name: str) -> tuple[str | None, str | None]:
     return (match[1], match[2]) if match else (None, None)
 
 
-class FolderLayout:
-    """A file per tile, in folders of any depth; the label is the first folder below the root."""
+class Layout:
+    """A way to store tiles: a file per tile, or what a subclass says.
+
+    Files may lie in folders of any depth; the label is the first folder below the root.
+    """
 
     kind = "image files"
 
     def holds_tiles(self, name: str) -> bool:
+        """Whether a file of this name holds tiles."""
         return is_image(name)
 
     def places(self, root: Path, file: str) -> list[Place]:
+        """The tiles in a file.
+
+        Raises:
+            UserError, OSError: The file is missing or damaged.
+        """
         return [Place(file, file, 0, 0, top_folder(file))]
 
-    def content(self, root: Path, place: Place) -> bytes:
-        """The stored bytes of a tile."""
+    def content(self, root: Path, place: Place) -> Any:
+        """The stored bytes of a tile, or its row of an array."""
         return (root / place.file).read_bytes()
 
     def decode(self, root: Path, place: Place, content: Any) -> np.ndarray:
@@ -70,7 +79,7 @@ class FolderLayout:
         return decode_tile(io.BytesIO(content), str(root / place.path))
 
 
-class ArrayLayout:
+class ArrayLayout(Layout):
     """PanNuke's arrays: every images.npy below the root, (N, H, W, 3) uint8 or float.
 
     Arrays are memory-mapped. One of floats is taken to be in [0, 1] when no value in 16 rows spread
@@ -117,7 +126,7 @@ class ArrayLayout:
         return float_to_uint8(content, white, str(root / place.path))
 
 
-class ShardLayout:
+class ShardLayout(Layout):
     """Tar shards in the layout of WebDataset: every uncompressed .tar file below the root.
 
     The label of KEY.png is the text of KEY.cls beside it, or else the first folder in its name.
@@ -164,32 +173,13 @@ class ShardLayout:
         ]
 
     def content(self, root: Path, place: Place) -> bytes:
-        content = _open_shard(str(root / place.file)).read(place.offset, place.length)
-        if len(content) < place.length:
+        content = _open_shard(str(root / place.file)).read(place.offset, place.size)
+        if len(content) < place.size:
             raise UserError(f"{root / place.path}: the shard is cut short; write it again")
         return content
 
-    def decode(self, root: Path, place: Place, content: Any) -> np.ndarray:
-        return decode_tile(io.BytesIO(content), str(root / place.path))
 
-
-Layout = FolderLayout | ArrayLayout | ShardLayout
-LAYOUTS: dict[str, Layout] = {
-    "folder": FolderLayout(),
-    "array": ArrayLayout(),
-    "shards": ShardLayout(),
-}
-
-
-def layout_of(name: str, what: str) -> Layout:
-    """The layout of that name.
-
-    Raises:
-        UserError: There is no such layout; `what` is how the message calls the setting.
-    """
-    if name not in LAYOUTS:
-        raise UserError(f"{what}={name!r}: choose among {', '.join(LAYOUTS)}")
-    return LAYOUTS[name]
+LAYOUTS = {"folder": Layout(), "array": ArrayLayout(), "shards": ShardLayout()}
 
 
 def path_order(path: str) -> list[str]:

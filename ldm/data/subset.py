@@ -4,22 +4,20 @@ import csv
 import io
 import json
 import logging
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from ldm.data.folders import build_folder
-from ldm.data.groups import Grouping
+from ldm.data.groups import Grouping, random_order
 from ldm.data.storage import top_folder
 from ldm.data.tile_files import TileFiles
 from ldm.errors import UserError
 from ldm.files import digest_of_text, file_sha256
-from ldm.run import MadeFolder, git_revision, versions
+from ldm.run import MadeFolder, provenance
 
 log = logging.getLogger(__name__)
 
@@ -37,14 +35,7 @@ class Labelled:
 
     @property
     def label(self) -> str:
-        name = top_folder(self.file)
-        assert name is not None
-        return name
-
-
-def _order(seed: int, name: str) -> bytes:
-    """A place in a random order that does not change when others join."""
-    return blake2b(f"{seed}:{name}".encode(), digest_size=16).digest()
+        return self.file.split("/", 1)[0]
 
 
 def wanted_per_class(tiles: Sequence[Labelled], fraction: float) -> dict[str, int]:
@@ -53,11 +44,6 @@ def wanted_per_class(tiles: Sequence[Labelled], fraction: float) -> dict[str, in
         name: max(1, round(fraction * number))
         for name, number in sorted(Counter(tile.label for tile in tiles).items())
     }
-
-
-def percent_of(counts: Mapping[str, int], ratio: int) -> dict[str, int]:
-    """`ratio` percent of each class, rounded as scripts/distance.py rounds synthetic tiles."""
-    return {name: (number * ratio + 50) // 100 for name, number in counts.items()}
 
 
 def draw(
@@ -93,12 +79,12 @@ def draw(
     else:
         chosen_groups = {tile.group for tile in tiles}
     queues: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for i in sorted(range(len(tiles)), key=lambda i: _order(seed, tiles[i].file)):
+    for i in sorted(range(len(tiles)), key=lambda i: random_order(seed, tiles[i].file)):
         if tiles[i].group in chosen_groups and tiles[i].file not in held:
             queues[tiles[i].label][tiles[i].group].append(i)
     taken = {i for i, tile in enumerate(tiles) if tile.file in held}
     for name, groups in queues.items():
-        turn = sorted(groups, key=lambda group: _order(seed, f"{name}:{group}"))
+        turn = sorted(groups, key=lambda group: random_order(seed, f"{name}:{group}"))
         # (round, turn, tile): a group that has given tiles already waits for the others.
         spread = sorted(
             (already[name, group] + r, place, i)
@@ -128,12 +114,14 @@ def _divide(
     chosen = set(begun)
     for group in chosen & members.keys():
         have += members[group]
-    groups = sorted(members.keys() - chosen, key=lambda group: _order(seed, group))
+    groups = sorted(members.keys() - chosen, key=lambda group: random_order(seed, group))
     for group in groups:
         if all(have[name] + number <= wanted[name] for name, number in members[group].items()):
             chosen.add(group)
             have += members[group]
-    for group in sorted(set(groups) - chosen, key=lambda g: (members[g].total(), _order(seed, g))):
+    for group in sorted(
+        set(groups) - chosen, key=lambda g: (members[g].total(), random_order(seed, g))
+    ):
         if any(have[name] < wanted[name] for name in members[group]):
             chosen.add(group)
             have += members[group]
@@ -142,22 +130,17 @@ def _divide(
 
 @dataclass(frozen=True)
 class Amount:
-    """How many tiles of each class a subset has; one of the three is given.
+    """How many tiles of each class a subset has; one of the three is given."""
 
-    Attributes:
-        fraction: Share of the tiles of each class.
-        per_class: The same number of each class.
-        ratio: Further tiles, in percent of those that are included.
-    """
-
-    fraction: float | None = None
-    per_class: int | None = None
-    ratio: int | None = None
+    fraction: float | None = None  # share of the tiles of each class
+    per_class: int | None = None  # the same number of each class
+    ratio: int | None = None  # further tiles, in percent of those that are included
 
     def wanted(self, tiles: Sequence[Labelled], included: Mapping[str, int]) -> dict[str, int]:
         """Tiles to draw of each class, beside those that are included."""
         if self.ratio is not None:
-            return percent_of(included, self.ratio)
+            # Rounded as scripts/distance.py rounds synthetic tiles.
+            return {name: (n * self.ratio + 50) // 100 for name, n in included.items()}
         if self.per_class is not None:
             total = {tile.label: self.per_class for tile in tiles}
         else:
@@ -167,29 +150,17 @@ class Amount:
 
 @dataclass(frozen=True)
 class Subset:
-    """A drawn subset of a labelled folder, to be made as a folder of its own.
+    """A drawn subset of a labelled folder, to be made as a folder of its own."""
 
-    Attributes:
-        data: The labelled folder.
-        tiles: All its tiles.
-        decisions: What becomes of each, see `draw`.
-        wanted: Tiles of each class that should be drawn.
-        grouped: Whether the groups of the tiles are known.
-        by_group: Whether no group is both in the subset and in the rest.
-        seed: Seed of the draw.
-        included: Tiles of another folder that are all in the subset.
-        held: Those of `tiles` whose contents are among the included ones.
-    """
-
-    data: Path
-    tiles: list[Labelled]
-    decisions: list[str]
-    wanted: dict[str, int]
-    grouped: bool
-    by_group: bool
+    data: Path  # the labelled folder
+    tiles: list[Labelled]  # all its tiles
+    decisions: list[str]  # what becomes of each, see `draw`
+    wanted: dict[str, int]  # tiles of each class that should be drawn
+    grouped: bool  # whether the groups of the tiles are known
+    by_group: bool  # whether no group is both in the subset and in the rest
     seed: int
-    included: TileFiles | None
-    held: set[str]
+    included: TileFiles | None  # tiles of another folder that are all in the subset
+    held: set[str]  # those of `tiles` whose contents are among the included ones
 
     @classmethod
     def plan(
@@ -233,7 +204,12 @@ class Subset:
     @cached_property
     def table(self) -> str:
         """What becomes of each tile, as CSV: class, file, group, decision."""
-        return to_csv(self.tiles, self.decisions)
+        stream = io.StringIO()
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(("class", "file", "group", "decision"))
+        for tile, decision in zip(self.tiles, self.decisions, strict=True):
+            writer.writerow((tile.label, tile.file, tile.group, decision))
+        return stream.getvalue()
 
     def settings(self, link: str) -> dict[str, Any]:
         """What decides the content of the folder."""
@@ -249,12 +225,18 @@ class Subset:
         return settings
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """For each class its tiles by decision and, where they are known, its groups."""
-        counts = count(self.tiles, self.decisions)
-        if not self.grouped:
-            for row in counts.values():
-                del row["groups"]  # each tile is its own
-        return counts
+        """For each class its tiles by decision and, where known, its groups in the subset."""
+        rows: dict[str, dict[str, int]] = {}
+        groups: dict[str, set[str]] = defaultdict(set)
+        for tile, decision in zip(self.tiles, self.decisions, strict=True):
+            row = rows.setdefault(tile.label, dict.fromkeys(DECISIONS, 0))
+            row[decision] += 1
+            if decision == SUBSET:
+                groups[tile.label].add(tile.group)
+        if self.grouped:
+            for name, row in rows.items():
+                row["groups"] = len(groups[name])
+        return dict(sorted(rows.items()))
 
     def make(self, out: Path, link: str) -> bool:
         """Make the folder of the subset.
@@ -271,15 +253,13 @@ class Subset:
         made = MadeFolder(out, self.settings(link), RECORD)
         if made.exists():
             return False
-        drawn = Counter(file.split("/")[0] for file in self.drawn)
+        drawn = Counter(top_folder(file) for file in self.drawn)
         record = {
             "settings": dict(made.settings),
             "counts": self.counts(),
             "included": {} if self.included is None else self.included.counts,
             "drawn": dict(drawn),
-            "command": sys.argv,
-            "versions": versions(),
-            "revision": git_revision(),
+            **provenance(),
         }
         notes = {LIST: self.table, RECORD: json.dumps(record, indent=2) + "\n"}
         build_folder(out, self._sources(), notes, link)
@@ -327,16 +307,6 @@ def _same_contents(files: TileFiles, others: TileFiles) -> set[str]:
     }
 
 
-def count(tiles: Sequence[Labelled], decisions: Sequence[str]) -> dict[str, dict[str, int]]:
-    """For each class, its tiles by decision and its groups in the subset."""
-    rows: dict[str, dict[str, int]] = {}
-    for name in sorted({tile.label for tile in tiles}):
-        mine = [(t, d) for t, d in zip(tiles, decisions, strict=True) if t.label == name]
-        rows[name] = {kind: sum(d == kind for _, d in mine) for kind in DECISIONS}
-        rows[name]["groups"] = len({t.group for t, d in mine if d == SUBSET})
-    return rows
-
-
 def describe(counts: dict[str, dict[str, int]]) -> str:
     """The counts of `Subset.counts` as a table for people, a row per class."""
     columns = list(next(iter(counts.values())))
@@ -345,13 +315,3 @@ def describe(counts: dict[str, dict[str, int]]) -> str:
     for name, row in counts.items():
         lines.append(f"{name:{width}}  " + "  ".join(f"{row[column]:>7}" for column in columns))
     return "\n".join(lines)
-
-
-def to_csv(tiles: Sequence[Labelled], decisions: Sequence[str]) -> str:
-    """A row per tile: class, file, group, decision."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(("class", "file", "group", "decision"))
-    for tile, decision in zip(tiles, decisions, strict=True):
-        writer.writerow((tile.label, tile.file, tile.group, decision))
-    return stream.getvalue()

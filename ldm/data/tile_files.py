@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.data.images import EXTENSIONS, class_folders, is_image, list_images
+from ldm.data.images import EXTENSIONS, class_folders, list_images
 from ldm.data.storage import top_folder
 from ldm.errors import UserError
 from ldm.files import digest_of_text, file_sha256
@@ -35,22 +35,14 @@ class TileFiles:
 
     They are sorted within each class, and classes follow in label order: the order that every
     training set, table and file of features has them in.
-
-    Attributes:
-        root: Folder of the set.
-        names: Paths of the N files below the folder, with `/`.
-        labels: Class of each file, an index into `classes`; -1 in a set without classes.
-        classes: K class names in label order; empty for a set without classes.
-        part: Which of the tiles in the folder these are, for people.
-        groups: Patient, slide or region of each file (its own path where unknown), from an index;
-            None without one.
     """
 
     root: Path
-    names: list[str]
-    labels: list[int]
-    classes: list[str]
-    part: str = ALL
+    names: list[str]  # paths of the N files below the root, with `/`
+    labels: list[int]  # index of each file's class; -1 in a set without classes
+    classes: list[str]  # K names in label order; empty for a set without classes
+    part: str = ALL  # which of the tiles in the folder these are, for people
+    # Patient, slide or region of each file (its own path where unknown); None without an index.
     groups: list[str] | None = None
 
     @classmethod
@@ -76,17 +68,21 @@ class TileFiles:
                 are not those that there must be.
         """
         root = Path(root).expanduser()
-        require_tile_folder(root)
+        if not root.is_dir():
+            reason = "is not a folder" if root.exists() else "does not exist"
+            raise UserError(f"tile folder {root} {reason}; check the path")
         group_of = None
-        if index is None:
-            names, loose = _found(root, labelled)
-        else:
+        if index is not None:
             table = index.tiles(number)
             group_of = dict(zip(table["path"], table["group"], strict=True))
-            names, loose = _by_class(table["path"], labelled)
-        if loose:
-            _report_loose(root, loose)
-        chosen = _matching_classes(root, sorted(names), classes) if labelled else [""]
+        names = _by_class(root, labelled, group_of and list(group_of))
+        chosen = [""]
+        if labelled:
+            if not names:
+                raise UserError(
+                    f"{root}: no class folders; a labelled set is {root}/CLASS/image files"
+                )
+            chosen = matching_classes(f"{root}: class folders", sorted(names), classes)
         for name in chosen:
             if not names[name]:
                 raise UserError(
@@ -108,9 +104,7 @@ class TileFiles:
             UserError: There are no images.
         """
         labelled = bool(class_folders(root))
-        names, loose = _found(root, labelled)
-        if labelled and loose:
-            _report_loose(root, loose)
+        names = _by_class(root, labelled)
         if not labelled:
             names[""] = [name for name in names[""] if name != OVERVIEW]
         names = {name: paths for name, paths in names.items() if paths}
@@ -206,50 +200,43 @@ class TileFiles:
         return len(self.names)
 
 
-def require_tile_folder(root: Path) -> None:
-    """Check that a folder exists; UserError otherwise."""
-    if not root.is_dir():
-        reason = "is not a folder" if root.exists() else "does not exist"
-        raise UserError(f"tile folder {root} {reason}; check the path")
+def _by_class(root: Path, labelled: bool, indexed: list[str] | None = None) -> dict[str, list[str]]:
+    """Paths of the images below a folder, by class ("" without classes).
 
-
-def _report_loose(root: Path, count: int) -> None:
-    log.warning("%s: %d images beside the class folders are not used", root, count)
-
-
-def _found(root: Path, labelled: bool) -> tuple[dict[str, list[str]], int]:
-    """Paths of the images below a folder by class ("" without classes), and how many lie beside."""
-
-    def below(folder: Path) -> list[str]:
-        return [path.relative_to(root).as_posix() for path in list_images(folder)]
-
+    Args:
+        indexed: The paths, if an index lists them; the folder is then not walked.
+    """
+    paths = indexed
+    if indexed is None:
+        paths = [path.relative_to(root).as_posix() for path in list_images(root)]
     if not labelled:
-        return {"": below(root)}, 0
-    loose = [path for path in root.iterdir() if is_image(path.name) and path.is_file()]
-    names = {name: below(root / name) for name in class_folders(root)}
-    return names, sum(path.name != OVERVIEW for path in loose)
-
-
-def _by_class(paths: list[str], labelled: bool) -> tuple[dict[str, list[str]], int]:
-    """As `_found`, of the paths that an index lists."""
-    if not labelled:
-        return {"": paths}, 0
+        return {"": paths}
     names: dict[str, list[str]] = {}
+    if indexed is None:  # classes without images too
+        names = {name: [] for name in class_folders(root)}
     for path in paths:
         names.setdefault(top_folder(path) or "", []).append(path)
-    return names, len(names.pop("", []))
+    loose = [path for path in names.pop("", []) if path != OVERVIEW]
+    if loose:
+        log.warning("%s: %d images beside the class folders are not used", root, len(loose))
+    return names
 
 
-def _matching_classes(root: Path, found: list[str], wanted: Sequence[str] | None) -> list[str]:
-    """The classes in label order, if the class folders are those that there must be."""
-    if not found:
-        raise UserError(f"{root}: no class folders; a labelled set is {root}/CLASS/image files")
+def matching_classes(where: str, found: Sequence[str], wanted: Sequence[str] | None) -> list[str]:
+    """The classes in label order: those wanted, if these are the ones found.
+
+    Args:
+        where: How the error calls those that were found.
+
+    Raises:
+        UserError: There are other classes.
+    """
     classes = list(wanted or found)
     missing = sorted(set(classes) - set(found))
     extra = sorted(set(found) - set(classes))
     if missing or extra:
         raise UserError(
-            f"{root}: class folders {found} differ from the classes {classes}"
-            f" (missing {missing}, extra {extra}); rename, add or remove folders"
+            f"{where} {list(found)} differ from the classes {classes} (missing {missing}, extra"
+            f" {extra}); rename, add or remove some"
         )
     return classes

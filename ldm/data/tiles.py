@@ -11,8 +11,10 @@ import logging
 import os
 import random
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import albumentations as A
 import cv2
@@ -26,8 +28,8 @@ from ldm.config import instantiate_from_config
 from ldm.data.images import check_tiles, decode_tiles, read_tile
 from ldm.data.index import CorpusIndex
 from ldm.data.stain import jitter_stains
-from ldm.data.tile_files import TileFiles, require_tile_folder
-from ldm.errors import UserError
+from ldm.data.tile_files import TileFiles
+from ldm.errors import UserError, require_whole
 
 log = logging.getLogger(__name__)
 
@@ -147,6 +149,30 @@ def _preprocessing(nodes: Sequence[Mapping[str, Any]]) -> list[A.BasicTransform]
     return transforms
 
 
+@dataclass(frozen=True)
+class Weighted:
+    """A corpus by name, and how often a pass draws each of its tiles, see `Corpora`."""
+
+    name: str
+    weight: float
+
+    def pass_length(self, count: int) -> int:
+        """How many draws a pass has of `count` tiles."""
+        return max(1, round(self.weight * count)) if count else 0
+
+    def drawn(self, count: int, seed: int, epoch: int) -> np.ndarray:
+        """Indices of the tiles, of `count`, that a pass draws, sorted."""
+        number = self.pass_length(count)
+        start = epoch * number
+        parts = []
+        while number:
+            turn, first = divmod(start, count)
+            generator = np.random.default_rng((seed, crc32(self.name.encode()), turn))
+            parts.append(generator.permutation(count)[first : first + number])
+            start, number = start + len(parts[-1]), number - len(parts[-1])
+        return np.sort(np.concatenate(parts))
+
+
 class TileSet(Dataset):
     """What every training set of tiles has in common, of images or of cached latents.
 
@@ -160,8 +186,11 @@ class TileSet(Dataset):
         labels: One int per tile; -1 when unlabelled.
         groups: Patient, slide or region of each tile (its own name where unknown), from an index;
             None without one.
+        corpora: Weights of the corpora that the tiles come from; empty if a pass has every tile
+            once.
     """
 
+    corpora: Sequence[Weighted] = ()
     classes: list[str]
     relative_paths: list[str]
     labels: list[int]
@@ -175,13 +204,31 @@ class TileSet(Dataset):
         """The same tiles in the same order, as validation sees them."""
         raise NotImplementedError
 
+    def corpus_numbers(self) -> np.ndarray:
+        """Number of each tile's corpus, (tiles,) integers; 0 in a set that is no corpus."""
+        return np.zeros(len(self), np.int16)
+
+    def tiles_per_corpus(self) -> list[int]:
+        return np.bincount(self.corpus_numbers(), minlength=len(self.corpora)).tolist()
+
     def pass_length(self) -> int:
         """How many tiles a pass draws."""
-        return len(self)
+        if not self.corpora:
+            return len(self)
+        counts = zip(self.corpora, self.tiles_per_corpus(), strict=True)
+        return sum(corpus.pass_length(count) for corpus, count in counts)
 
     def drawn(self, seed: int, epoch: int) -> np.ndarray:
         """Indices of the tiles that a pass draws, (pass_length,) int64, to be shuffled."""
-        return np.arange(len(self))
+        if not self.corpora:
+            return np.arange(len(self))
+        numbers = self.corpus_numbers()
+        parts = []
+        for number, corpus in enumerate(self.corpora):
+            members = np.flatnonzero(numbers == number)
+            if len(members):
+                parts.append(members[corpus.drawn(len(members), seed, epoch)])
+        return np.concatenate(parts)
 
     def __len__(self) -> int:
         return len(self.relative_paths)
@@ -224,8 +271,7 @@ class Tiles(TileSet):
         preprocess: Sequence[Mapping] | None = None,
         resize: bool = True,
     ):
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise UserError(f"size={size!r} must be a whole number of pixels, at least 1")
+        require_whole("size", size, 1)
         augment = [augment] if isinstance(augment, str | Mapping) else list(augment or [])
         unknown = sorted({name for name in augment if isinstance(name, str)} - set(AUGMENTATIONS))
         if unknown:
@@ -237,6 +283,7 @@ class Tiles(TileSet):
             raise UserError(f"crop={crop!r}: choose among {list(CROPS)}")
         self.size = size
         self.augment = augment
+        self.preprocess = list(preprocess or [])
         self.crop = crop
         self.resize = resize
         self.classes: list[str] = []
@@ -244,7 +291,7 @@ class Tiles(TileSet):
         self.labels: list[int] = []
         self.groups: list[str] | None = None
         self._cached: list[np.ndarray] | None = None
-        steps = _preprocessing(preprocess or [])
+        steps = _preprocessing(self.preprocess)
         self._prepare_image = A.Compose([*steps, *([_resize(size)] if resize else [])])
         self._build_transform()
 
@@ -402,11 +449,7 @@ class TileFolder(Tiles):
         folders = [Path(folder).expanduser() for folder in roots]
         known = None
         if index is not None:
-            for folder in folders:
-                require_tile_folder(folder)
-            known = CorpusIndex.read(index)
-            known.require_layout("folder")
-            known.check(folders)
+            known = CorpusIndex.of_roots(index, folders, "folder")
             check = False if check == "auto" else check  # the scan has decoded every tile
         self.classes = list(classes or [])
         self.paths: list[Path] = []

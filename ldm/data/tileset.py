@@ -5,7 +5,6 @@ two splits, and a split holds the same tiles whatever the size of the others.
 """
 
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from ldm.data.procedural import CLASSES, SIZES, TILES_PER_SLIDE, VERSION, render_tile, slide_of
 from ldm.errors import UserError
-from ldm.files import atomic_file, remove_leftovers, write_png
+from ldm.files import remove_leftovers, write_bytes, write_png
 from ldm.run import MadeFolder
 
 RECORD = "tiles.json"
@@ -36,12 +35,6 @@ def few_labels(train: int, train5: int) -> list[int]:
 def _render(out: Path, size: int, seed: int, task: tuple[str, str, int]) -> None:
     split, name, index = task
     write_png(out / split / name / tile_name(index), render_tile(name, index, size, seed))
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Copy a file; the copy appears completely or not at all."""
-    with source.open("rb") as original, atomic_file(target) as copy:
-        shutil.copyfileobj(original, copy)
 
 
 def _check(
@@ -120,7 +113,6 @@ def make_tileset(
         for i in few_labels(train, train5):
             target = out / "train5" / name / tile_name(i)
             if not target.exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                _copy(out / "train" / name / tile_name(i), target)
+                write_bytes(target, (out / "train" / name / tile_name(i)).read_bytes())
                 copies += 1
     return len(tasks) + copies

@@ -171,8 +171,9 @@ def _fit_and_report(
     splits: Splits, features: Callable[[TransformedTiles], np.ndarray], run: Path
 ) -> dict[str, Any]:
     """Fit on the training set, choose on val, predict test once; write the predictions."""
-    known = features(splits.train)  # (N, D)
-    val_features = features(splits.val)
+    # All images are read before anything is written.
+    known, val_features = features(splits.train), features(splits.val)  # (N, D)
+    test_features = None if splits.test is None else features(splits.test)
     strength, model = _choose(known, np.array(splits.train.labels), val_features, splits.val)
     val = _predict(model, val_features, splits.val)
     val.write(run / predictions_name("val"))
@@ -188,7 +189,7 @@ def _fit_and_report(
         "val": val.scores(),
     }
     if splits.test is not None:
-        test = _predict(model, features(splits.test), splits.test)
+        test = _predict(model, test_features, splits.test)
         test.write(run / predictions_name("test"))
         result["test"] = test.scores()
     return result

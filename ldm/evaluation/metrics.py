@@ -24,14 +24,10 @@ CALIBRATION_BINS = 15
 
 
 def confusion_matrix(labels: ArrayLike, predictions: ArrayLike, num_classes: int) -> np.ndarray:
-    """Counts (K, K) int64, true class by row and predicted class by column.
-
-    Args:
-        labels: True classes, (N,) integers in [0, K).
-        predictions: Predicted classes, (N,) integers in [0, K).
+    """Counts (K, K) int64, true class by row and predicted class by column, of (N,) integers.
 
     Raises:
-        ValueError: Lengths differ or a class is out of range.
+        ValueError: Lengths differ or a class is not in [0, K).
     """
     true, predicted = np.asarray(labels), np.asarray(predictions)
     if true.ndim != 1 or true.shape != predicted.shape:
@@ -49,11 +45,6 @@ def scores(confusion: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
     Args:
         confusion: Counts (K, K) as `confusion_matrix` gives; matrices of parts of a set add up.
         classes: K names in label order.
-
-    Returns:
-        `accuracy`, `macro_f1`, `sensitivity` (macro recall), `specificity` (macro), `images`,
-        `per_class` (name -> images, predicted, precision, sensitivity, specificity, f1) and
-        `confusion` (rows are true classes).
 
     Raises:
         ValueError: No images, or K names are not K classes.
@@ -141,31 +132,26 @@ def mean_and_std(runs: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], dict[s
 
 def format_summary(summary: dict[str, Any]) -> str:
     """The table that `eval.py` prints: a row per seed, mean and deviation, a row per class."""
-    split = summary["split"]
-    runs = summary["per_seed"]
-    header = f"{'seed':>10}  {'epoch':>5}  {'val acc':>7} | " + "  ".join(
-        f"{name:>11}" for name in HEADLINE
-    )
+    split, runs = summary["split"], summary["per_seed"]
+    rows = [
+        {
+            "seed": str(run["seed"]),
+            "epoch": "-" if run["best_epoch"] is None else str(run["best_epoch"]),
+            "val acc": run["val"]["accuracy"],
+            **run[split],
+        }
+        for run in runs
+    ]
+    if len(runs) > 1:
+        rows += [{"seed": "mean", **summary["mean"]}, {"seed": "deviation", **summary["std"]}]
     lines = [
         f"{summary['train_folder']}: {summary['arch']} on {summary['n_train']} images,"
         f" {split} set of {summary['n_' + split]} images",
-        header,
-        "-" * len(header),
+        _table(rows, ["seed", "epoch"], ["val acc", *HEADLINE]),
     ]
-
-    def row(name: object, epoch: object, selected: float | None, values: dict[str, Any]) -> str:
-        shown = "  ".join(f"{_shown(values[key]):>11}" for key in HEADLINE)
-        return f"{name!s:>10}  {epoch!s:>5}  {_shown(selected) if selected else '':>7} | {shown}"
-
-    for run in runs:
-        epoch = "-" if run["best_epoch"] is None else run["best_epoch"]
-        lines.append(row(run["seed"], epoch, run["val"]["accuracy"], run[split]))
-    if len(runs) > 1:
-        lines.append(row("mean", "", None, summary["mean"]))
-        lines.append(row("deviation", "", None, summary["std"]))
     interval = summary.get("bootstrap", {}).get(split)
     if interval:
-        lines.append(f"{'':>10}  {'':>5}  {'':>7} | {format_intervals(interval)}")
+        lines.append(format_intervals(interval))
     lines += ["", format_per_class([run[split] for run in runs])]
     notes = summary.get("notes", [])
     if split == "val" and VAL_WARNING not in notes:
@@ -191,20 +177,24 @@ VAL_WARNING = (
 
 
 def format_per_class(runs: Sequence[dict[str, Any]]) -> str:
-    """A row per class, each metric averaged over the runs."""
-    keys = ("precision", "sensitivity", "specificity", "f1")
-    names = list(runs[0]["per_class"])
-    width = max(10, *(len(name) for name in names))
-    lines = [f"{'class':>{width}}  {'images':>6}  " + "  ".join(f"{key:>11}" for key in keys)]
-    for name in names:
-        rows = [run["per_class"][name] for run in runs]
-        cells = []
-        for key in keys:
-            values = [row[key] for row in rows if row[key] is not None]
-            cells.append(_shown(float(np.mean(values)) if values else None))
-        shown = "  ".join(f"{cell:>11}" for cell in cells)
-        lines.append(f"{name:>{width}}  {rows[0]['images']:>6}  {shown}")
-    return "\n".join(lines)
+    """A row per class, each metric averaged over the runs where it is defined."""
+    metrics = ["precision", "sensitivity", "specificity", "f1"]
+    rows = []
+    for name, first in runs[0]["per_class"].items():
+        values = np.array([[run["per_class"][name][key] for key in metrics] for run in runs], float)
+        means = map(_mean, values.T)
+        rows.append(
+            {"class": name, "images": first["images"], **dict(zip(metrics, means, strict=True))}
+        )
+    return _table(rows, ["class", "images"], metrics)
+
+
+def _table(rows: Sequence[dict[str, Any]], names: list[str], numbers: list[str]) -> str:
+    """Text of a table; a number that is missing or None is `-`."""
+    import pandas as pd
+
+    table = pd.DataFrame(rows, columns=[*names, *numbers]).astype(dict.fromkeys(numbers, float))
+    return table.to_string(index=False, float_format="{:.4f}".format, na_rep="-")
 
 
 def _mean(values: np.ndarray) -> float | None:
@@ -215,7 +205,3 @@ def _mean(values: np.ndarray) -> float | None:
 
 def _or_none(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
-
-
-def _shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"

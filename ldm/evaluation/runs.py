@@ -5,7 +5,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ldm.evaluation.bootstrap import intervals
 from ldm.evaluation.confusion import write_confusion
 from ldm.evaluation.predictions import predictions_name
 from ldm.evaluation.sets import GroupTable, Splits, open_evaluation_sets, open_splits
-from ldm.evaluation.summary import summarise, write_summary
+from ldm.evaluation.summary import write_summary
 from ldm.evaluation.training import Predictor, RunBatches, TrainingData, predictions_of
 from ldm.files import write_json
 from ldm.models.callbacks import LastCheckpoint, StopOnSignal
@@ -38,8 +38,6 @@ from ldm.run import differences as settings_differences
 from ldm.train import OWN_NAMES, fit
 
 log = logging.getLogger(__name__)
-
-__all__ = ["differences", "evaluate_checkpoint", "summarise", "train_and_report"]
 
 RESULT = "result.json"
 LAST, BEST = Path("checkpoints", "last.ckpt"), Path("checkpoints", "best.ckpt")
@@ -63,17 +61,11 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 @dataclass
 class Earlier:
-    """What earlier starts of the same command left.
+    """What earlier starts of the same command left."""
 
-    Attributes:
-        results: Content of result.json by finished seed.
-        checkpoints: File to go on from, by unfinished seed.
-        stale: Folders of runs with other settings, to be replaced.
-    """
-
-    results: dict[int, dict[str, Any]] = field(default_factory=dict)
-    checkpoints: dict[int, Path] = field(default_factory=dict)
-    stale: list[Path] = field(default_factory=list)
+    results: dict[int, dict[str, Any]] = field(default_factory=dict)  # of finished seeds
+    checkpoints: dict[int, Path] = field(default_factory=dict)  # to go on from, of unfinished ones
+    stale: list[Path] = field(default_factory=list)  # folders with other settings, to be replaced
 
     @classmethod
     def find(
@@ -88,6 +80,7 @@ class Earlier:
 
         Args:
             current: The settings and data of now.
+            resume: Checkpoint to go on from, instead of `last.ckpt` in the folder of a seed.
 
         Raises:
             UserError: A run was made with other settings or files, and is not to be overwritten.
@@ -95,16 +88,20 @@ class Earlier:
         found = cls()
         for seed in seeds:
             run = folder / f"seed{seed}"
-            if resume is not None:
-                found._take(run, resume, seed, current)
-                continue
-            if (run / RESULT).is_file():
+            checkpoint = run / LAST if resume is None else Path(resume)
+            is_finished = (run / RESULT).is_file()
+            if is_finished and resume is not None:
+                raise UserError(f"--resume {resume}: {run} is finished; choose another --logdir")
+            if is_finished:
                 earlier = json.loads((run / RESULT).read_text())
-            elif (run / LAST).is_file():
-                earlier = _read_training(run / LAST, "earlier run", seed)["training"]
+            elif checkpoint.is_file() or resume is not None:
+                what = "earlier run" if resume is None else "--resume"
+                earlier = _read_training(checkpoint, what, seed)["training"]
             else:
                 continue
             changed = differences(earlier, current)
+            if changed and resume is not None:
+                raise UserError(f"--resume {resume}: {'; '.join(changed)}; give the same as then")
             if changed and not overwrite:
                 raise UserError(
                     f"{run} holds a run with other settings: {'; '.join(changed)}; add --overwrite"
@@ -112,22 +109,12 @@ class Earlier:
                 )
             if changed:
                 found.stale.append(run)
-            elif (run / RESULT).is_file():
+            elif is_finished:
                 found.results[seed] = earlier
                 log.info("%s is finished: not trained again", run)
             else:
-                found.checkpoints[seed] = run / LAST
+                found.checkpoints[seed] = checkpoint
         return found
-
-    def _take(self, run: Path, resume: str | Path, seed: int, current: dict[str, Any]) -> None:
-        """Go on from a checkpoint that the user names."""
-        if (run / RESULT).is_file():
-            raise UserError(f"--resume {resume}: {run} is finished; choose another --logdir")
-        training = _read_training(resume, "--resume", seed)["training"]
-        changed = differences(training, current)
-        if changed:
-            raise UserError(f"--resume {resume}: {'; '.join(changed)}; give the same as then")
-        self.checkpoints[seed] = Path(resume)
 
 
 def _read_training(path: str | Path, what: str, seed: int) -> dict[str, Any]:
@@ -149,27 +136,19 @@ def _read_training(path: str | Path, what: str, seed: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Arm:
-    """What the networks of all seeds of an evaluation have in common.
+    """What the networks of all seeds of an evaluation have in common."""
 
-    Attributes:
-        name: Training folder, which also names the results.
-        folder: Where the results go.
-        workers: Loader processes.
-        loggers: See `ldm.train.fit`.
-    """
-
-    name: str
-    folder: Path
+    name: str  # of the training folder
+    folder: Path  # of the results
     settings: Settings
     splits: Splits
     devices: Devices
-    workers: int
-    loggers: Any = False
+    workers: int  # loader processes
 
     @property
     def facts(self) -> dict[str, Any]:
         """The settings and data that a result holds for."""
-        return {"settings": self.settings.as_dict(), "data": self.splits.identity}
+        return {"settings": asdict(self.settings), "data": self.splits.identity}
 
 
 def train_and_report(
@@ -184,8 +163,7 @@ def train_and_report(
     resume: str | Path | None = None,
     overwrite: bool = False,
     groups: GroupTable | None = None,
-    loggers: Any = False,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Train one network per seed, choose its epoch on val, report test once.
 
     Without a test set val is reported, and the summary says so in `split`.
@@ -198,14 +176,13 @@ def train_and_report(
     Args:
         devices: They share each batch; other processes are started once all is checked, and the
             first one writes.
-        workers: Loader processes.
+        num_classes: What the user believes; compared with the folders.
         resume: A checkpoint to go on from instead; for a single seed.
         overwrite: Discard results that belong to other settings or files.
         groups: Patients, slides or regions of val and test, over which intervals are taken.
-        loggers: See `ldm.train.fit`; metrics.csv is always written.
 
     Returns:
-        The content of summary.json.
+        The content of summary.json; None in another process than the first.
 
     Raises:
         UserError: Settings, folders, images or earlier results are wrong; this is found before the
@@ -213,7 +190,7 @@ def train_and_report(
     """
     settings.check()
     splits = open_splits(data_path, train_folder, settings, num_classes, groups)
-    arm = Arm(train_folder, logdir / train_folder, settings, splits, devices, workers, loggers)
+    arm = Arm(train_folder, logdir / train_folder, settings, splits, devices, workers)
     earlier = Earlier.find(arm.folder, seeds, arm.facts, resume, overwrite)
     if len(earlier.results) == len(seeds):
         return _report(arm, seeds, earlier, Ranks())
@@ -224,28 +201,29 @@ def train_and_report(
         return _report(arm, seeds, earlier, ranks)
 
 
-def _report(arm: Arm, seeds: Sequence[int], earlier: Earlier, ranks: Ranks) -> dict[str, Any]:
+def _report(
+    arm: Arm, seeds: Sequence[int], earlier: Earlier, ranks: Ranks
+) -> dict[str, Any] | None:
     """Train the seeds that have no result yet, and write the summary after each."""
     results = earlier.results
+    summary = None
     if ranks.is_first:
         for run in earlier.stale:
             shutil.rmtree(run)
     for seed in seeds:
         if seed not in results:
             results[seed] = train_one(arm, seed, ranks, earlier.checkpoints.get(seed))
-        done = {s: results[s] for s in seeds if s in results}
-        if not ranks.is_first:
-            summary = summarise(arm.name, list(done.values()))
-            continue
-        summary = write_summary(
-            arm.folder,
-            arm.name,
-            list(done.values()),
-            [arm.folder / f"seed{s}" for s in done],
-            arm.splits.groups,
-            arm.splits.notes,
-        )
-    if ranks.is_first:
+        if ranks.is_first:
+            done = [s for s in seeds if s in results]
+            summary = write_summary(
+                arm.folder,
+                arm.name,
+                [results[s] for s in done],
+                [arm.folder / f"seed{s}" for s in done],
+                arm.splits.groups,
+                arm.splits.notes,
+            )
+    if summary is not None:
         write_confusion(arm.folder, summary)
     return summary
 
@@ -254,8 +232,7 @@ def build_training(arm: Arm, seed: int, ranks: Ranks) -> tuple[VitTraining, Trai
     """The network of a seed, ready to be trained, and its batches."""
     settings, splits = arm.settings, arm.splits
     course = Course.of(settings, len(splits.train), ranks.size)
-    predictor = Predictor(arm.devices, arm.workers, ranks)
-    judge = predictor.judge(splits.val, settings.batch_size)
+    judge = Predictor(arm.devices, arm.workers, ranks).judge(splits.val, settings.batch_size)
     seed_generators(seed)
     network = build_network(settings, splits.classes)
     model = VitTraining(network, settings, course, seed, judge, arm.facts)
@@ -264,11 +241,7 @@ def build_training(arm: Arm, seed: int, ranks: Ranks) -> tuple[VitTraining, Trai
 
 
 def train_one(arm: Arm, seed: int, ranks: Ranks, checkpoint: Path | None = None) -> dict[str, Any]:
-    """Train to the end, evaluate the selected network on test, and write everything.
-
-    Returns:
-        The content of result.json.
-    """
+    """Train to the end, evaluate the selected network on test, write all, return result.json."""
     model, data = build_training(arm, seed, ranks)
     run = RunFolder(arm.folder / f"seed{seed}")
     if checkpoint is not None:
@@ -315,7 +288,7 @@ def train_to_the_end(
             "sync_batchnorm": arm.devices.ranks > 1 and arm.devices.accelerator == "gpu",
             "enable_progress_bar": sys.stderr.isatty(),
         },
-        loggers=arm.loggers,
+        loggers=False,  # metrics.csv has a row per validation
         summary=f"{show}: {_described(arm, model)}",
     )
 
@@ -344,8 +317,7 @@ def _results(arm: Arm, model: VitTraining, ranks: Ranks) -> tuple[dict[str, Any]
         predictor = Predictor(arm.devices, arm.workers, ranks)
         network = model.evaluated.to(predictor.device)
         network.load_state_dict(model.best_state)
-        loader = predictor.loader(splits.test, settings.batch_size)
-        predictions["test"] = predictor.predictions(network, loader)
+        predictions["test"] = predictor.predictions(network, splits.test, settings.batch_size)
     speeds = [row["images_per_second"] for row in model.history]
     return {
         "train_folder": arm.name,
@@ -400,7 +372,7 @@ def evaluate_checkpoint(
     predictor = Predictor(devices, workers)
     for name, tiles in sets.items():
         tiles.load()
-        predictions = predictor.predictions(model, predictor.loader(tiles, EVAL_BATCH))
+        predictions = predictor.predictions(model, tiles, EVAL_BATCH)
         predictions.write(out / f"evaluation_{name}.csv")
         report[name] = predictions.scores()
         report["bootstrap"][name] = intervals([predictions])

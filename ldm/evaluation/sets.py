@@ -30,6 +30,7 @@ from ldm.errors import UserError
 from ldm.files import file_sha256
 from ldm.models.vit import eval_transform
 from ldm.models.vit_settings import NO_AUGMENT, Settings
+from ldm.settings import EvaluationOptions
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +41,6 @@ CACHE_LIMIT = 2 * 2**30  # bytes of decoded tiles that one set may hold in memor
 
 class TransformedTiles(TileSet):
     """Labelled tiles as a timm transform gives them: items are (image, label).
-
-    Attributes:
-        files: The files of the set.
-        paths: Paths of the files, in the order of `files`.
-        is_random: Whether the transform draws random numbers.
 
     Args:
         root: Folder of class folders.
@@ -123,8 +119,7 @@ class RandomD4:
 class RandomStains:
     """More or less of each stain (`jitter_stains`), drawn with Python's generator.
 
-    Args:
-        strength: S; haematoxylin, eosin and the rest are multiplied by numbers in [1 - S, 1 + S].
+    Haematoxylin, eosin and the rest are multiplied by numbers in [1 - strength, 1 + strength].
     """
 
     def __init__(self, strength: float):
@@ -191,21 +186,23 @@ def _at_least_one_bit(level_fn: Callable, level: float, hparams: dict) -> tuple[
 class GroupTable:
     """Where the patient, slide or region of a tile is written.
 
-    Attributes:
-        path: A CSV as `ldm.data.groups.by_csv` reads it, of paths below the folder of a set. Where
-            it has a column `split`, a set takes the rows of its own name.
-        column: Name of the column of groups.
+    That is a CSV as `ldm.data.groups.by_csv` reads it, of paths below the folder of a set. Where it
+    has a column `split`, a set takes the rows of its own name.
     """
 
     path: Path
     column: str = "group"
 
-    def groups(self, split: str, names: Sequence[str]) -> list[str]:
-        """The group of each tile of a set.
+    @classmethod
+    def given(cls, options: EvaluationOptions) -> "GroupTable | None":
+        """What the options --groups and --group_column say."""
+        if options.groups is None:
+            return None
+        path = existing_path(options.groups, "--groups", "file")
+        return cls(path, options.group_column or "group")
 
-        Raises:
-            UserError: A column is missing, or a tile has no group or two.
-        """
+    def groups(self, split: str, names: Sequence[str]) -> list[str]:
+        """The group of each tile of a set; a UserError if one has no group or two."""
         with self.path.open(newline="", encoding="utf-8-sig", errors="replace") as stream:
             by_split = "split" in next(csv.reader(stream), [])
         try:
@@ -219,18 +216,13 @@ class GroupTable:
 
 @dataclass
 class Splits:
-    """The three sets of an evaluation, indexed.
-
-    Attributes:
-        identity: Tells whether the files of a set changed.
-        notes: What a reader of the results should know about the sets.
-    """
+    """The three sets of an evaluation, indexed."""
 
     train: TransformedTiles
     val: TransformedTiles
     test: TransformedTiles | None
-    identity: dict[str, dict[str, Any]]
-    notes: list[str]
+    identity: dict[str, dict[str, Any]]  # tells whether the files of a set changed
+    notes: list[str]  # what a reader of the results should know about the sets
 
     @property
     def groups(self) -> dict[str, list[str] | None]:
@@ -282,9 +274,7 @@ def open_splits(
     """Index `data_path`/{train_folder, val, test} and compare their classes.
 
     Args:
-        train_folder: Name of the training folder, which also names the results.
         num_classes: What the user believes; checked, never used instead of the folders.
-        groups: Patients, slides or regions of val and test.
 
     Raises:
         UserError: A folder is missing or empty, classes differ, the name leaves `data_path` or a
@@ -302,11 +292,17 @@ def open_splits(
     existing_path(data_path / "val", "--data_path (val, which chooses the epoch)", "dir")
     _refuse_untrained_classes(root, data_path, train.classes)
     evaluation = open_evaluation_sets(data_path, train.classes, settings.input_size, groups)
-    notes = [*_imbalance(train), *(_shared(train, name, evaluation[name]) for name in evaluation)]
-    notes = [note for note in notes if note]
+    notes = list(_notes(train, evaluation))
     for note in notes:
         log.warning("%s: %s", train_folder, note)
-    identity = {name: _identity(tiles) for name, tiles in {"train": train, **evaluation}.items()}
+    identity: dict[str, dict[str, Any]] = {
+        name: {
+            "images": len(tiles),
+            "per_class": tiles.files.counts,
+            "sha256": tiles.files.listing,
+        }
+        for name, tiles in {"train": train, **evaluation}.items()
+    }
     if settings.finetune:
         identity["finetune"] = {"sha256": file_sha256(settings.finetune)}
     return Splits(train, evaluation["val"], evaluation.get("test"), identity, notes)
@@ -331,28 +327,6 @@ def _training_root(data_path: Path, name: str) -> Path:
     return data_path / relative
 
 
-def _identity(tiles: TransformedTiles) -> dict[str, Any]:
-    """Facts that tell whether the files of a set changed."""
-    return {
-        "images": len(tiles),
-        "per_class": tiles.files.counts,
-        "sha256": tiles.files.listing,
-    }
-
-
-def _shared(train: TransformedTiles, name: str, tiles: TransformedTiles) -> str | None:
-    """A note where images of an evaluated set are in the training set too."""
-    shared = set(train.files.digests) & set(tiles.files.digests)
-    if not shared:
-        return None
-    example = train.relative_paths[train.files.digests.index(min(shared))]
-    number = sum(digest in shared for digest in tiles.files.digests)
-    return (
-        f"{number} images of {name} are in the training set too ({example}): results are too good"
-        " to be true"
-    )
-
-
 def _refuse_untrained_classes(root: Path, data_path: Path, classes: Sequence[str]) -> None:
     """Check that every class that is evaluated has a training folder; UserError otherwise."""
     for name in EVALUATED:
@@ -368,8 +342,8 @@ def _refuse_untrained_classes(root: Path, data_path: Path, classes: Sequence[str
             )
 
 
-def _imbalance(train: TransformedTiles) -> Iterator[str]:
-    """A note where the classes of the training set differ much in size."""
+def _notes(train: TransformedTiles, evaluation: dict[str, TransformedTiles]) -> Iterator[str]:
+    """Notes on classes that differ much in size, and on evaluated images that are trained on."""
     counts = np.bincount(train.labels)
     largest, smallest = int(counts.argmax()), int(counts.argmin())
     if counts[largest] > IMBALANCE * counts[smallest]:
@@ -378,3 +352,12 @@ def _imbalance(train: TransformedTiles) -> Iterator[str]:
             f" {train.classes[largest]}, {counts[smallest]} of {train.classes[smallest]}; look at"
             " macro F1 and the rows per class, accuracy follows the large ones"
         )
+    for name, tiles in evaluation.items():
+        shared = set(train.files.digests) & set(tiles.files.digests)
+        if shared:
+            example = train.relative_paths[train.files.digests.index(min(shared))]
+            number = sum(digest in shared for digest in tiles.files.digests)
+            yield (
+                f"{number} images of {name} are in the training set too ({example}): results are"
+                " too good to be true"
+            )

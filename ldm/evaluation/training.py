@@ -23,11 +23,9 @@ from ldm.models.vit_training import Course, Validation
 
 
 def make_loader(tiles: TransformedTiles, workers: int, **options: Any) -> DataLoader:
-    """Batches of a set: `image` (B, 3, S, S) and `label` (B,).
+    """Batches of a set: `image` (B, 3, S, S) and `label` (B,); `workers` processes, if they help.
 
-    Args:
-        workers: Loader processes, where they help.
-        options: Batch size or sampler.
+    `options` are the batch size or a sampler.
     """
     # What only copies from memory is faster without a second process.
     workers = 0 if tiles.in_memory and not tiles.is_random else workers
@@ -52,11 +50,7 @@ class RunBatches(Sampler[list]):
 
     Mixup pairs the first image of a batch with its last, the second with the last but one. A share
     is made of such pairs and keeps them opposite each other, so that every image is mixed with the
-    one it would have met in a single process.
-
-    Args:
-        tiles: The training set.
-        position: Gives the number of updates done so far.
+    one it would have met in a single process. `position` gives the number of updates done so far.
     """
 
     def __init__(
@@ -105,10 +99,7 @@ class TrainingData(pl.LightningDataModule):
 class Predictor:
     """Predicts whole sets, divided among the processes of a run.
 
-    Args:
-        devices: Says the precision.
-        workers: Loader processes.
-        ranks: The processes; each computes its share and has all results.
+    Each process computes its share, in the precision of `devices`, and has all results.
     """
 
     def __init__(self, devices: Devices, workers: int, ranks: Ranks | None = None):
@@ -140,8 +131,10 @@ class Predictor:
             logits[rank :: self.ranks.size] = share
         return logits
 
-    def predictions(self, net: TileClassifier, loader: DataLoader) -> Predictions:
-        return predictions_of(loader.dataset, self.logits(net, loader))
+    def predictions(
+        self, net: TileClassifier, tiles: TransformedTiles, batch_size: int
+    ) -> Predictions:
+        return predictions_of(tiles, self.logits(net, self.loader(tiles, batch_size)))
 
     def judge(self, tiles: TransformedTiles, batch_size: int) -> Callable[..., Validation]:
         """A function that validates a network on a set."""

@@ -116,16 +116,10 @@ class AutoencoderKL(HistoModule):
             self.manual_backward(d_loss / self.accumulate_grad_batches)
             log |= d_log
             if full:
-                self._uncounted(optimizers[1])
+                # Lightning counts every optimiser's step as a global step, through these two hooks.
+                optimizers[1]._on_before_step = optimizers[1]._on_after_step = lambda: None
                 self._step(optimizers[1])
-        bar = {"train/rec_loss": log.pop("rec_loss")}
-        self.log_dict(bar, prog_bar=True, batch_size=len(x))
-        self.log_dict({f"train/{k}": v for k, v in log.items()}, batch_size=len(x))
-
-    @staticmethod
-    def _uncounted(optimizer) -> None:
-        # Lightning counts every optimiser's step as a global step, through these two hooks.
-        optimizer._on_before_step = optimizer._on_after_step = lambda: None
+        self.log_losses("train", log, len(x), bar=("rec_loss",))
 
     @staticmethod
     def _step(optimizer) -> None:
@@ -137,9 +131,7 @@ class AutoencoderKL(HistoModule):
         x_rec, posterior = self.net(x, sample=False)  # the mean, so that the number has no noise
         _, log = self.loss.generator_loss(x, x_rec, posterior, self.global_step)
         log["psnr"] = psnr(x, x_rec)
-        bar = {"val/rec_loss": log.pop("rec_loss")}
-        self.log_dict(bar, prog_bar=True, batch_size=len(x), sync_dist=True)
-        self.log_dict({f"val/{k}": v for k, v in log.items()}, batch_size=len(x), sync_dist=True)
+        self.log_losses("val", log, len(x), bar=("rec_loss",))
 
     @torch.no_grad()
     def log_images(self, batch: dict[str, Any], count: int) -> dict[str, Tensor]:

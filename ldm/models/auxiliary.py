@@ -72,12 +72,10 @@ class DecoderFinetune(HistoModule):
         self.net.post_quant_conv.requires_grad_(True)
         self.aux_arch = aux_arch
         self.aux_weight, self.aux_start, self.rec_weight = aux_weight, aux_start, rec_weight
-        self.perceptual_weight = perceptual_weight
-        self.perceptual = None
+        self.perceptual_weight, self.perceptual = perceptual_weight, None
         if perceptual_weight > 0:
             self.perceptual = PerceptualLoss(read_backbone(perceptual_weights))
-        self.weight_decay = weight_decay
-        self.monitor = monitor
+        self.weight_decay, self.monitor = weight_decay, monitor
         self.aux_classifier = None  # built when the data says how many classes there are
 
     def rebuild_config(self) -> dict[str, Any]:
@@ -144,23 +142,12 @@ class DecoderFinetune(HistoModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         loss, log = self._losses(batch, sample=True)
         self.check_finite(loss, batch, batch_idx)
-        self._log("train", log, len(batch["label"]))
+        self.log_losses("train", log, len(batch["label"]), bar=("rec_loss", "aux_accuracy"))
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         _, log = self._losses(batch, sample=False)
-        self._log("val", log, len(batch["label"]))
-
-    def _log(self, split: str, log: dict[str, Tensor], batch_size: int) -> None:
-        for name, value in log.items():
-            on_bar = name in ("rec_loss", "aux_accuracy")
-            self.log(
-                f"{split}/{name}",
-                value,
-                prog_bar=on_bar,
-                batch_size=batch_size,
-                sync_dist=split == "val",
-            )
+        self.log_losses("val", log, len(batch["label"]), bar=("rec_loss", "aux_accuracy"))
 
     @torch.no_grad()
     def log_images(self, batch: dict[str, Any], count: int) -> dict[str, Tensor]:

@@ -22,30 +22,18 @@ REMEDY = "lower the learning rate, or use --precision bf16-mixed or 32 instead o
 
 
 class HistoModule(pl.LightningModule):
-    """A LightningModule whose checkpoints say how to rebuild it.
+    """A LightningModule whose checkpoints say how to rebuild it."""
 
-    Class attributes:
-        kind: Kind of the checkpoints.
-        training_only: Prefixes of the names of weights that only training needs.
-
-    Attributes:
-        learning_rate: Learning rate; the command sets it from `base_learning_rate`.
-        classes: Class names in label order, or None for a model without labels.
-        seed: Seed of the run; the command sets it.
-        autoencoder_fingerprint: Name of the latent space of a model that trains on latents; None
-            for a model that needs images.
-        fused: Whether optimisers take a step in one kernel; `ldm.train.fit` sets it.
-    """
-
-    kind: str
-    training_only: tuple[str, ...] = ()
+    kind: str  # of the checkpoints
+    training_only: tuple[str, ...] = ()  # prefixes of names of weights that only training needs
+    # Name of the latent space of a model that trains on latents; None for one that needs images.
     autoencoder_fingerprint: str | None = None
-    fused = False
+    fused = False  # whether optimisers take a step in one kernel; `ldm.train.fit` sets it
 
     def __init__(self):
         super().__init__()
-        self.learning_rate: float | None = None
-        self.classes: list[str] | None = None
+        self.learning_rate: float | None = None  # set by the command, as the seed is
+        self.classes: list[str] | None = None  # in label order; None for a model without labels
         self.seed: int | None = None
         self.gradient_norm: Tensor | None = None
         self._shared: torch.Generator | None = None  # of all ranks, see `draw`
@@ -61,12 +49,7 @@ class HistoModule(pl.LightningModule):
         """Take the class names of the data before training; none if it is unlabelled."""
 
     def check_data(self, data: pl.LightningDataModule) -> None:
-        """Check, before training, that the model can be trained on what `data` gives.
-
-        Raises:
-            UserError: `data` gives cached latents, but the model needs images or has another latent
-                space.
-        """
+        """Refuse cached latents if the model needs images or has another latent space."""
         cache = getattr(data, "cache", None)
         if cache is None:
             return
@@ -117,9 +100,9 @@ class HistoModule(pl.LightningModule):
         one rank with a batch of R B images sees.
 
         Args:
-            fn: torch.randn, or another function that takes a size, a generator and a device.
+            fn: torch.randn, or another function that takes a size, a generator, a device, and what
+                is in `options`.
             size: Shape; its first entry is the number of images on this rank.
-            options: Further arguments of `fn`, such as dtype.
         """
         ranks = 1 if self._trainer is None else self.trainer.world_size
         if ranks == 1:
@@ -165,16 +148,14 @@ class HistoModule(pl.LightningModule):
         self.check_start(payload[KEY]["model"]["params"], f"{what}: {path}")
         stored, own = payload["state_dict"], self.state_dict()
         extra = {k for k in own.keys() ^ stored.keys() if k.startswith(self.training_only)}
-        state = {k: v for k, v in stored.items() if k not in extra} | {
-            k: own[k] for k in extra & own.keys()
-        }
+        state = {k: v for k, v in stored.items() if k not in extra}
+        state |= {k: own[k] for k in extra & own.keys()}
         load_strictly(self, state, f"{what}: {path}")
 
     def check_finite(self, loss: Tensor, batch: dict[str, Any], batch_idx: int) -> None:
         """Stop at a loss that is not finite, before it reaches the weights.
 
-        Raises:
-            UserError: Names the step, the files of the batch, the last checkpoint and the remedy.
+        The UserError names the step, the files of the batch, the last checkpoint and the remedy.
         """
         if torch.isfinite(loss).all():
             return
@@ -212,6 +193,14 @@ class HistoModule(pl.LightningModule):
             f"the gradient is {float(self.gradient_norm)}{often} at step {self._steps_done()} "
             f"(files: {_listed(self._files)}); {self._last_checkpoint()}: {REMEDY}, and resume"
         )
+
+    def log_losses(
+        self, split: str, log: dict[str, Tensor], batch_size: int, bar: Sequence[str]
+    ) -> None:
+        """Log values as SPLIT/NAME; those named in `bar` are shown on the progress bar, too."""
+        for on_bar in (True, False):
+            values = {f"{split}/{k}": v for k, v in log.items() if (k in bar) == on_bar}
+            self.log_dict(values, prog_bar=on_bar, batch_size=batch_size, sync_dist=split == "val")
 
     def _steps_done(self) -> int:
         return 0 if self._trainer is None else self.global_step

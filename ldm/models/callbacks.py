@@ -30,13 +30,9 @@ def image_grid(images: Tensor, columns: int = 4):
 class ImageLogger(pl.Callback):
     """Writes what a model's `log_images` shows as PNG grids into RUN/images, TensorBoard and W&B.
 
-    Grids come from the first validation batch (the first training batch where nothing is held
-    out), so that successive grids show the same tiles.
-
-    Args:
-        batch_frequency: Optimiser steps between grids.
-        max_images: Images per grid.
-        increase_log_steps: Also at steps 1, 2, 4, 8, ... below `batch_frequency`.
+    That is every `batch_frequency` optimiser steps and, with `increase_log_steps`, also at steps 1,
+    2, 4, 8, ... below it. Grids come from the first validation batch (the first training batch
+    where nothing is held out), so that successive grids show the same tiles.
     """
 
     def __init__(self, batch_frequency: int, max_images: int = 8, increase_log_steps: bool = False):
@@ -148,8 +144,8 @@ class RegularCheckpoint(ModelCheckpoint):
 class LastCheckpoint(RegularCheckpoint):
     """Writes `last.ckpt` every so many steps or seconds, over the one before.
 
-    This is a class of its own, since Lightning tells checkpoint callbacks apart by class and
-    settings, and a configuration may ask for another one at the same interval.
+    It and the next are classes of their own, since Lightning tells checkpoint callbacks apart by
+    class and settings, and a configuration may ask for others at the same interval.
     """
 
     def __init__(self, **kwargs: Any):
@@ -173,13 +169,8 @@ class StopOnSignal(pl.Callback):
     Schedulers send one ahead of a time limit or a preemption. The handler only sets a flag: a
     checkpoint that is written inside a handler may catch the model in the middle of a step.
 
-    Args:
-        path: File of the checkpoint.
-        every: Number of batches between two looks at the flag if there are several ranks, which
-            have to agree on the step to stop at.
-
-    Raises:
-        Stopped: From `trainer.fit`, after the checkpoint was written.
+    `trainer.fit` then raises `Stopped`. Several ranks, which have to agree on the step to stop at,
+    look at the flag after `every` batches.
     """
 
     SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
@@ -197,16 +188,12 @@ class StopOnSignal(pl.Callback):
         self.received = signal.Signals(number)
 
     def on_sanity_check_start(self, *_: Any) -> None:
-        self._listen()
-
-    def on_train_start(self, *_: Any) -> None:
-        self._listen()
-
-    def _listen(self) -> None:
         # After Lightning has installed its own handlers, and before the first validation: a SIGTERM
         # that Lightning takes ends the run with status 0. Other threads cannot install any.
         if not self._previous and threading.current_thread() is threading.main_thread():
             self._previous = {s: signal.signal(s, self._note) for s in self.SIGNALS}
+
+    on_train_start = on_sanity_check_start  # where there is no validation
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         self._step = trainer.global_step

@@ -130,7 +130,7 @@ class LabelAdapter(LatentDiffusion):
     ) -> dict[str, Tensor]:
         """Losses with the right label, and `val/label_gain`: by how much it lowers the loss.
 
-        Of the averaged weights where there are any, at the same time steps and noise.
+        The gain is that of the averaged weights where there are any, at equal time steps and noise.
         """
         values = super().validation_losses(z_0, t, eps, y)
         with_label = values["val/loss_simple" if self.ema is None else "val/loss_simple_ema"]
@@ -140,8 +140,7 @@ class LabelAdapter(LatentDiffusion):
     def conditional_eps(self, use_ema: bool = True) -> nn.Module:
         """The noise predictor eps(z_t, t, y), y (B,) int64 in [-1, K) where -1 is no label.
 
-        With averaged weights where there are any. `eps_model` is the same network without y, the
-        prediction without label.
+        `eps_model` is the same network without y, the prediction without label.
         """
         return self.eps_model(use_ema)
 

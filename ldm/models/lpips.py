@@ -10,11 +10,7 @@ from ldm.errors import UserError
 
 
 def find_backbone(path: str | None) -> Path:
-    """The given file, or the one in torchvision's download cache.
-
-    Raises:
-        UserError: The file does not exist. Nothing is ever downloaded.
-    """
+    """The given file, or the one in torchvision's download cache; nothing is ever downloaded."""
     from torchvision.models import VGG16_Weights
 
     cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(VGG16_Weights.IMAGENET1K_V1.url).name
@@ -30,12 +26,5 @@ def find_backbone(path: str | None) -> Path:
 
 
 def read_backbone(path: str | None) -> dict[str, Tensor]:
-    """State dictionary of torchvision's VGG-16.
-
-    Args:
-        path: Its file; None for torchvision's cache.
-
-    Raises:
-        UserError: The file does not exist or cannot be read.
-    """
+    """State dictionary of torchvision's VGG-16; see `find_backbone`."""
     return load_tensors(find_backbone(path), "LPIPS backbone (torchvision's vgg16)")

@@ -54,7 +54,7 @@ class ReadoutPass(nn.Module):
 
 
 class _Logits(nn.Module):
-    """A `ReadoutPass` of which the logits are wanted alone."""
+    """The logits alone of a `ReadoutPass`."""
 
     def __init__(self, both: ReadoutPass):
         super().__init__()
@@ -110,7 +110,7 @@ class ReadoutClassifier(GuidingClassifier):
         dropout: float = 0.3,
         **params: Any,
     ) -> "ReadoutClassifier":
-        """A fresh one for a diffusion model, attached to it.
+        """Build an untrained readout for a diffusion model and attach it to the model.
 
         Args:
             blocks: None for the middle and all up-blocks.
@@ -220,8 +220,8 @@ class ReadoutClassifier(GuidingClassifier):
         self.log_validation(clean, noisy, batch["label"])
 
 
-class FeatureSet(Dataset):
-    """Features of tiles as a training or validation set.
+class ReadoutSet(Dataset):
+    """Features of tiles at given times, as a training or validation set of a readout.
 
     Attributes:
         features, t: (N, ...) of each item.
@@ -279,7 +279,7 @@ class FeatureMaker:
             yield batch, [str(item["path"]) for item in items], list(chosen)
 
     @torch.no_grad()
-    def training(self, tiles: Dataset, draws: int, seed: int) -> FeatureSet:
+    def training(self, tiles: Dataset, draws: int, seed: int) -> ReadoutSet:
         """`draws` augmentations, times and noises of each tile, functions of the seed.
 
         Times are uniform over the process.
@@ -297,10 +297,10 @@ class FeatureMaker:
                 parts.append(self._features(process.q_sample(z_0, t, eps), t))
                 times.append(t.cpu())
         labels, paths = list(tiles.labels) * draws, [str(p) for p in tiles.paths] * draws
-        return FeatureSet(torch.cat(parts), torch.cat(times).float(), labels, paths)
+        return ReadoutSet(torch.cat(parts), torch.cat(times).float(), labels, paths)
 
     @torch.no_grad()
-    def validation(self, tiles: Dataset) -> FeatureSet:
+    def validation(self, tiles: Dataset) -> ReadoutSet:
         """Each tile without noise at t = 0, and noised at one t in each quarter of the process."""
         process, parts, times = self.diffusion.schedule, [], []
         for batch, paths, _ in self._batches(tiles, None):
@@ -313,7 +313,7 @@ class FeatureMaker:
             parts.append(torch.stack([self._features(*point) for point in points], dim=1))
             times.append(torch.stack([t for _, t in points], dim=1).cpu())
         paths = [str(path) for path in tiles.paths]
-        return FeatureSet(torch.cat(parts), torch.cat(times).float(), tiles.labels, paths)
+        return ReadoutSet(torch.cat(parts), torch.cat(times).float(), tiles.labels, paths)
 
 
 class FeatureData(pl.LightningDataModule):
@@ -325,7 +325,7 @@ class FeatureData(pl.LightningDataModule):
         seed: Of the order.
     """
 
-    def __init__(self, train: FeatureSet, validation: FeatureSet, batch_size: int, seed: int):
+    def __init__(self, train: ReadoutSet, validation: ReadoutSet, batch_size: int, seed: int):
         super().__init__()
         self.train_dataset, self.val_dataset = train, validation
         self.batch_size, self.seed = batch_size, seed

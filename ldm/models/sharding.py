@@ -27,8 +27,7 @@ class ShardedStrategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load a checkpoint onto all ranks.
 
-        Raises:
-            UserError: The run began without shards; optimisers number weights differently there.
+        One of a run without shards is refused, since optimisers number weights differently there.
         """
         try:
             return super().load_checkpoint(checkpoint_path, *args, **kwargs)

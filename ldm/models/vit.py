@@ -44,16 +44,13 @@ class TileClassifier(nn.Module):
     `eval_transform` gives them), which it normalises itself, on the device.
 
     Args:
-        arch: `vit_tiny`, `vit_small`, `vit_base`, `vit_large`, or any timm name.
+        arch: One of `SHORT_NAMES`, or any timm name.
         num_classes: K; 0 for features only.
         input_size: S.
         patch_size: Pixels; None for 16 with the short names, else for the architecture's own.
         avgpool_patchtokens: Pool the patch tokens instead of taking the class token.
-        drop: Dropout rate before the head.
-        attn_drop_rate: Dropout rate of attention weights.
         drop_path: Stochastic depth; not used, with a line in the log, if the architecture has none.
-        mean: Mean of each channel of images in [0, 1], for the normalisation.
-        std: Standard deviation of each channel.
+        mean, std: Of each channel of images in [0, 1], for the normalisation.
 
     Raises:
         UserError: The architecture is unknown, or does not take these values.
@@ -86,15 +83,14 @@ class TileClassifier(nn.Module):
             "mean": list(mean),
             "std": list(std),
         }
-        required: dict[str, Any] = {}
         if patch_size is None and arch in SHORT_NAMES:
             patch_size = SHORT_NAME_PATCH
-        if patch_size is not None:
-            required["patch_size"] = patch_size
-        if avgpool_patchtokens:
-            required["global_pool"] = "avg"
-        if attn_drop_rate:
-            required["attn_drop_rate"] = attn_drop_rate
+        asked = {
+            "patch_size": patch_size,
+            "global_pool": "avg" if avgpool_patchtokens else None,
+            "attn_drop_rate": attn_drop_rate or None,
+        }
+        required = {name: value for name, value in asked.items() if value is not None}
         self.net = _create(arch, num_classes, input_size, drop, drop_path, required)
         if avgpool_patchtokens and not hasattr(self.net, "num_prefix_tokens"):
             raise UserError(
@@ -162,30 +158,23 @@ def _create(
     optional: dict[str, Any] = {"img_size": input_size}
     if drop_path:
         optional["drop_path_rate"] = drop_path
+    common = {"pretrained": False, "num_classes": num_classes, "drop_rate": drop, **required}
     while True:
         try:
-            net = timm.create_model(
-                name,
-                pretrained=False,
-                num_classes=num_classes,
-                drop_rate=drop,
-                **required,
-                **optional,
-            )
+            net = timm.create_model(name, **common, **optional)
             break
         except TypeError as error:
             unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
             argument = unknown.group(1) if unknown else ""
-            if argument in optional:
-                if argument == "drop_path_rate":
-                    log.info("%s has no stochastic depth: --drop-path is not used", arch)
-                del optional[argument]
-            elif argument in required:
+            if argument in required:
                 raise UserError(
                     f"--arch {arch} takes no {argument}; leave that option out"
                 ) from None
-            else:
+            if argument not in optional:
                 raise
+            if argument == "drop_path_rate":
+                log.info("%s has no stochastic depth: --drop-path is not used", arch)
+            del optional[argument]
         except (AssertionError, RuntimeError, ValueError) as error:
             given = {**required, "input_size": input_size}
             raise UserError(f"--arch {arch} does not take {given}: {error}") from None
@@ -220,7 +209,7 @@ def load_vit(
         what: Name of the setting in error messages.
 
     Returns:
-        The network (`forward_features`, `classes`, `input_size`) and its checkpoint record.
+        The network and its checkpoint record.
     """
     best = Path(path).expanduser() / "checkpoints" / "best.ckpt"
     path = best if best.is_file() else path
@@ -246,9 +235,6 @@ def load_pretrained(
         entry: Entry of the checkpoint that holds the weights; None looks for the usual names.
         classes: Classes of this network's head.
         what: Name of the setting in error messages.
-
-    Raises:
-        UserError: The file cannot be read, or weights are missing or left over.
     """
     state, known_classes = read_weights(path, entry, what)
     if isinstance(model.net, VisionTransformer):
@@ -256,18 +242,18 @@ def load_pretrained(
     own = model.net.state_dict()
 
     names = model.net.pretrained_cfg.get("classifier") or ()
-    names = (names,) if isinstance(names, str) else tuple(names)
-    prefixes = tuple(f"{name}." for name in names)
-    own_head = {key for key in own if key.startswith(prefixes)} if prefixes else set()
-    their_head = {key for key in state if key.startswith(prefixes)} if prefixes else set()
-    fits = own_head == their_head and all(own[k].shape == state[k].shape for k in own_head)
+    prefixes = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+    own_head = {key: value for key, value in own.items() if key.startswith(prefixes)}
+    body = {key: value for key, value in state.items() if not key.startswith(prefixes)}
+    fits = own_head.keys() == state.keys() - body.keys() and all(
+        value.shape == state[key].shape for key, value in own_head.items()
+    )
     if fits and known_classes in (None, classes):
-        load_strictly(model.net, state, f"{what} {path}")
         model.origin = f"{len(state)} tensors of {path}, head included"
-        return
-    body = {key: value for key, value in state.items() if key not in their_head}
-    load_strictly(model.net, body | {key: own[key] for key in own_head}, f"{what} {path}")
-    model.origin = f"{len(body)} tensors of {path}, the head is new"
+    else:
+        model.origin = f"{len(body)} tensors of {path}, the head is new"
+        state = body | own_head
+    load_strictly(model.net, state, f"{what} {path}")
 
 
 def read_weights(
@@ -296,15 +282,13 @@ def read_weights(
         check_record(payload, path, ("vit",), what)
         state = {key.removeprefix("net."): value for key, value in payload["state_dict"].items()}
         return state, payload[KEY]["classes"]
-    if entry is not None:
-        if not isinstance(payload.get(entry), dict):
-            raise UserError(
-                f"--checkpoint_key {entry}: {path} has no such weights, but {sorted(payload)[:8]}"
-            )
-        payload = payload[entry]
-    else:
-        found = [name for name in WEIGHT_ENTRIES if isinstance(payload.get(name), dict)]
-        payload = payload[found[0]] if found else payload
+    wanted = WEIGHT_ENTRIES if entry is None else (entry,)
+    found = [payload[name] for name in wanted if isinstance(payload.get(name), dict)]
+    if entry is not None and not found:
+        raise UserError(
+            f"--checkpoint_key {entry}: {path} has no such weights, but {sorted(payload)[:8]}"
+        )
+    payload = found[0] if found else payload
     state = {}
     for key, value in payload.items():
         while prefix := next((p for p in PREFIXES if key.startswith(p)), None):

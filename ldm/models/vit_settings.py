@@ -4,17 +4,21 @@ Imports nothing heavy, so that `eval.py --help` answers at once.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from ldm.cli import Count, NotNegative, Share, Whole, option
 from ldm.errors import Problems
 
-NETWORK, OPTIMISATION, AUGMENTATION = "network", "optimisation", "augmentation"
 NO_AUGMENT = "none"
 MATCHED_VALIDATIONS = 40  # of a run whose length is given in updates
+
+_network = partial(option, group="network")
+_training = partial(option, group="optimisation")
+_augment = partial(option, group="augmentation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,169 +34,126 @@ class Settings:
     updates, the same schedule and equally many chances to be selected.
     """
 
-    arch: str = option(
-        default="vit_small",
-        group=NETWORK,
-        help="vit_tiny, vit_small, vit_base, vit_large or any timm name",
+    arch: str = _network(
+        default="vit_small", help="vit_tiny, vit_small, vit_base, vit_large or any timm name"
     )
-    patch_size: Count | None = option(
+    patch_size: Count | None = _network(
         default=None,
-        group=NETWORK,
         help="pixels; if omitted 16 with the four names above, else the architecture's own",
     )
-    input_size: Annotated[int, Field(ge=8)] = option(default=224, group=NETWORK, help="pixels")
-    avgpool_patchtokens: Annotated[int, Field(ge=0, le=1)] = option(
-        default=0,
-        group=NETWORK,
-        help="1: mean of the patch tokens instead of the class token",
+    input_size: Annotated[int, Field(ge=8)] = _network(default=224, help="pixels")
+    avgpool_patchtokens: Annotated[int, Field(ge=0, le=1)] = _network(
+        default=0, help="1: mean of the patch tokens instead of the class token"
     )
-    finetune: str | None = option(
+    finetune: str | None = _network(
         default=None,
-        group=NETWORK,
         metavar="FILE",
         published=("--pretrained_weights",),
         help="local weights to start from; if omitted, training starts from scratch",
     )
-    checkpoint_key: str | None = option(
+    checkpoint_key: str | None = _network(
         default=None,
-        group=NETWORK,
         metavar="ENTRY",
         help="entry of FILE that holds the weights, for example teacher; if omitted, it is found",
     )
-    drop: Share = option(default=0.0, group=NETWORK, help="dropout before the head")
-    attn_drop_rate: Share = option(default=0.0, group=NETWORK, help="dropout of attention weights")
-    drop_path: Share = option(default=0.1, group=NETWORK, help="stochastic depth")
+    drop: Share = _network(default=0.0, help="dropout before the head")
+    attn_drop_rate: Share = _network(default=0.0, help="dropout of attention weights")
+    drop_path: Share = _network(default=0.1, help="stochastic depth")
 
-    epochs: Count = option(default=300, group=OPTIMISATION, help="passes over the training set")
-    batch_size: Count = option(
+    epochs: Count = _training(default=300, help="passes over the training set")
+    batch_size: Count = _training(
         default=256,
-        group=OPTIMISATION,
         help="images per step, of all devices together; a smaller set makes one smaller batch",
     )
-    opt: str = option(default="adamw", group=OPTIMISATION, help="any timm optimizer")
-    lr: NotNegative = option(
-        default=5e-4,
-        group=OPTIMISATION,
-        help="learning rate at a batch of 512, scaled to the batch",
+    opt: str = _training(default="adamw", help="any timm optimizer")
+    lr: NotNegative = _training(
+        default=5e-4, help="learning rate at a batch of 512, scaled to the batch"
     )
-    min_lr: NotNegative = option(
-        default=1e-5, group=OPTIMISATION, help="least learning rate of the schedule"
+    min_lr: NotNegative = _training(default=1e-5, help="least learning rate of the schedule")
+    warmup_lr: NotNegative = _training(
+        default=1e-6, help="learning rate at which the warm-up starts"
     )
-    warmup_lr: NotNegative = option(
-        default=1e-6, group=OPTIMISATION, help="learning rate at which the warm-up starts"
+    warmup_epochs: Whole | None = _training(
+        default=None, help="if omitted 5, or a tenth of the epochs where that is less"
     )
-    warmup_epochs: Whole | None = option(
+    cooldown_epochs: Whole = _training(default=0, help="further epochs at the least learning rate")
+    match_steps: Count | None = _training(
         default=None,
-        group=OPTIMISATION,
-        help="if omitted 5, or a tenth of the epochs where that is less",
-    )
-    cooldown_epochs: Whole = option(
-        default=0, group=OPTIMISATION, help="further epochs at the least learning rate"
-    )
-    match_steps: Count | None = option(
-        default=None,
-        group=OPTIMISATION,
         metavar="N",
         help="exactly N updates instead of --epochs, whatever the set's size, so that training "
         "sets of different sizes compare",
     )
-    validations: Count | None = option(
+    validations: Count | None = _training(
         default=None,
-        group=OPTIMISATION,
         metavar="V",
         help=f"with --match_steps: validate V times at equal distances; if omitted "
         f"{MATCHED_VALIDATIONS}, or as many times as there are updates",
     )
-    warmup_updates: Whole | None = option(
+    warmup_updates: Whole | None = _training(
+        default=None, metavar="W", help="with --match_steps: updates of warm-up; if omitted a tenth"
+    )
+    sched: Literal["cosine", "tanh", "constant"] = _training(
+        default="cosine", help="learning rate schedule"
+    )
+    weight_decay: NotNegative = _training(default=0.05, help="weight decay")
+    momentum: Share = _training(
+        default=0.9, help="momentum of the optimizers that have one, for example sgd"
+    )
+    clip_grad: NotNegative | None = _training(
         default=None,
-        group=OPTIMISATION,
-        metavar="W",
-        help="with --match_steps: updates of warm-up; if omitted a tenth",
-    )
-    sched: Literal["cosine", "tanh", "constant"] = option(
-        default="cosine", group=OPTIMISATION, help="learning rate schedule"
-    )
-    weight_decay: NotNegative = option(default=0.05, group=OPTIMISATION, help="weight decay")
-    momentum: Share = option(
-        default=0.9,
-        group=OPTIMISATION,
-        help="momentum of the optimizers that have one, for example sgd",
-    )
-    clip_grad: NotNegative | None = option(
-        default=None,
-        group=OPTIMISATION,
         metavar="NORM",
         help="largest gradient norm; if omitted, gradients are not clipped",
     )
-    model_ema: bool = option(
-        default=True,
-        group=OPTIMISATION,
-        off=("--no_model_ema",),
-        help="evaluate the moving average of the weights",
+    model_ema: bool = _training(
+        default=True, off=("--no_model_ema",), help="evaluate the moving average of the weights"
     )
-    model_ema_decay: Annotated[float, Field(ge=0, le=0.9999999)] = option(
+    model_ema_decay: Annotated[float, Field(ge=0, le=0.9999999)] = _training(
         default=0.99996,
-        group=OPTIMISATION,
         help="decay of the moving average per step, after a warm-up of (1 + n) / (10 + n)",
     )
     precision: Literal["auto", "32", "bf16-mixed", "16-mixed"] = option(
-        default="auto",
-        group="run",
-        help="auto: bf16-mixed on GPUs that have it, else 32",
+        default="auto", group="run", help="auto: bf16-mixed on GPUs that have it, else 32"
     )
 
-    crop_flip: bool = option(
+    crop_flip: bool = _augment(
         default=True,
-        group=AUGMENTATION,
         off=("--no_crop_flip",),
         help="random resized crops and mirroring; without: the centre, as in the evaluation",
     )
-    d4: bool = option(
-        default=False,
-        group=AUGMENTATION,
-        help="turn by quarters and mirror both ways, as suits tissue",
+    d4: bool = _augment(
+        default=False, help="turn by quarters and mirror both ways, as suits tissue"
     )
-    stain_jitter: Annotated[float, Field(ge=0, le=0.99)] = option(
+    stain_jitter: Annotated[float, Field(ge=0, le=0.99)] = _augment(
         default=0.0,
-        group=AUGMENTATION,
         metavar="S",
         help="multiply haematoxylin, eosin and the rest by random numbers in [1 - S, 1 + S], as "
         "other laboratories would; 0 for none",
     )
-    smoothing: Annotated[float, Field(ge=0, le=0.99)] = option(
-        default=0.1, group=AUGMENTATION, help="label smoothing"
+    smoothing: Annotated[float, Field(ge=0, le=0.99)] = _augment(
+        default=0.1, help="label smoothing"
     )
-    aa: str = option(
-        default="rand-m9-mstd0.5-inc1",
-        group=AUGMENTATION,
-        metavar="POLICY",
-        help="timm augmentation policy, or none",
+    aa: str = _augment(
+        default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm augmentation policy, or none"
     )
-    color_jitter: NotNegative = option(
-        default=0.4,
-        group=AUGMENTATION,
-        help="strength, with --aa none (a policy jitters colours itself)",
+    color_jitter: NotNegative = _augment(
+        default=0.4, help="strength, with --aa none (a policy jitters colours itself)"
     )
-    train_interpolation: Literal["random", "bilinear", "bicubic"] = option(
-        default="bicubic", group=AUGMENTATION, help="interpolation of random resized crops"
+    train_interpolation: Literal["random", "bilinear", "bicubic"] = _augment(
+        default="bicubic", help="interpolation of random resized crops"
     )
-    reprob: Share = option(default=0.25, group=AUGMENTATION, help="probability of random erasing")
-    remode: Literal["const", "rand", "pixel"] = option(
-        default="pixel", group=AUGMENTATION, help="what random erasing fills in"
+    reprob: Share = _augment(default=0.25, help="probability of random erasing")
+    remode: Literal["const", "rand", "pixel"] = _augment(
+        default="pixel", help="what random erasing fills in"
     )
-    recount: Count = option(default=1, group=AUGMENTATION, help="most areas erased in an image")
-    mixup: NotNegative = option(default=0.8, group=AUGMENTATION, help="mixup alpha; 0 for none")
-    cutmix: NotNegative = option(default=1.0, group=AUGMENTATION, help="cutmix alpha; 0 for none")
-    mixup_prob: Share = option(
-        default=1.0, group=AUGMENTATION, help="share of the batches that are mixed"
+    recount: Count = _augment(default=1, help="most areas erased in an image")
+    mixup: NotNegative = _augment(default=0.8, help="mixup alpha; 0 for none")
+    cutmix: NotNegative = _augment(default=1.0, help="cutmix alpha; 0 for none")
+    mixup_prob: Share = _augment(default=1.0, help="share of the batches that are mixed")
+    mixup_switch_prob: Share = _augment(
+        default=0.5, help="share of the mixed batches that cutmix takes when both are on"
     )
-    mixup_switch_prob: Share = option(
-        default=0.5,
-        group=AUGMENTATION,
-        help="share of the mixed batches that cutmix takes when both are on",
-    )
-    mixup_mode: Literal["batch", "pair", "elem"] = option(
-        default="batch", group=AUGMENTATION, help="what shares one mixing ratio"
+    mixup_mode: Literal["batch", "pair", "elem"] = _augment(
+        default="batch", help="what shares one mixing ratio"
     )
 
     @property
@@ -211,11 +172,7 @@ class Settings:
         return self.warmup_epochs
 
     def check(self) -> None:
-        """Refuse values that contradict each other or would have no effect.
-
-        Raises:
-            Problems: All of them.
-        """
+        """Raise `Problems` if values contradict each other or would have no effect."""
         found = dict(self.problems())
         if found:
             raise Problems(found)
@@ -273,6 +230,3 @@ class Settings:
                 "warmup_updates",
                 f"{self.warmup} must be less than match_steps {steps}; lower it",
             )
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)

@@ -42,19 +42,12 @@ LOG_LINES = 10  # of a run without a progress bar
 
 @dataclass(frozen=True)
 class Course:
-    """How a training is divided into batches, passes over the set, and validations.
+    """How a training is divided into batches, passes over the set, and validations."""
 
-    Attributes:
-        batch_size: Images of a batch, of all devices together.
-        steps: Updates of a pass.
-        marks: Numbers of updates after which the network is validated; the last is the end.
-        notes: What a reader of the results should know about the batches.
-    """
-
-    batch_size: int
-    steps: int
-    marks: tuple[int, ...]
-    notes: tuple[str, ...] = ()
+    batch_size: int  # images, of all devices together
+    steps: int  # updates of a pass
+    marks: tuple[int, ...]  # updates after which the network is validated; the last is the end
+    notes: tuple[str, ...] = ()  # what a reader of the results should know about the batches
 
     @classmethod
     def of(cls, settings: Settings, images: int, ranks: int = 1) -> "Course":
@@ -76,17 +69,13 @@ class Course:
                 " use fewer --devices"
             )
         notes: tuple[str, ...] = ()
-        if batch_size < wanted <= images:
-            notes = (
-                f"batches of {batch_size} instead of {wanted}, a multiple of {unit} for {ranks}"
-                " devices: the learning rate is lowered to match",
-            )
-        elif batch_size < wanted:
-            notes = (
-                f"batches of {batch_size} instead of {wanted}, as there are only {images} training"
-                " images: the learning rate is lowered to match, and larger sets differ in this"
-                " too",
-            )
+        if batch_size < wanted:
+            why, more = f"a multiple of {unit} for {ranks} devices", ""
+            if images < wanted:
+                why = f"as there are only {images} training images"
+                more = ", and larger sets differ in this too"
+            note = f"batches of {batch_size} instead of {wanted}, {why}"
+            notes = (f"{note}: the learning rate is lowered to match{more}",)
         steps = images // batch_size
         if settings.match_steps is None:
             passes = settings.epochs + settings.cooldown_epochs
@@ -108,17 +97,11 @@ class Course:
 
 
 class Validation(NamedTuple):
-    """What a validation found.
+    """What a validation found."""
 
-    Attributes:
-        logits: (N, K), on the CPU.
-        loss: Mean cross-entropy.
-        scores: Name to value, `accuracy` among them.
-    """
-
-    logits: Tensor
-    loss: float
-    scores: dict[str, float]
+    logits: Tensor  # (N, K), on the CPU
+    loss: float  # mean cross-entropy
+    scores: dict[str, float]  # `accuracy` among them
 
 
 def build_network(settings: Settings, classes: list[str]) -> TileClassifier:
@@ -197,18 +180,8 @@ class VitTraining(HistoModule):
 
     Args:
         net: The network; its `classes` are those of the data.
-        settings: Checked settings.
-        course: Batches and validations.
-        seed: Of everything random.
         judge: Validates a network, on all ranks together.
         facts: What must be equal where the training goes on: `settings` and `data`.
-
-    Attributes:
-        updates: Number of updates done so far.
-        history: A row per validation.
-        best: The best validation so far: updates, logits (N, K), val_accuracy, val_loss.
-        best_state: Weights of the network at that validation, on the CPU.
-        seconds: Time of training and validation so far.
     """
 
     kind = "vit"
@@ -229,30 +202,32 @@ class VitTraining(HistoModule):
         self.learning_rate = settings.lr * course.batch_size / LEARNING_RATE_BATCH
         self.ema = EMA(net, settings.model_ema_decay) if settings.model_ema else None
         self.mixup, self.criterion = self._make_loss()
-        self.updates = 0
-        self.history: list[dict[str, float]] = []
+        self.updates = 0  # done so far
+        self.history: list[dict[str, float]] = []  # a row per validation
+        # The best validation so far (updates, logits (N, K), val_accuracy, val_loss) and the
+        # weights of then, on the CPU.
         self.best: dict[str, Any] | None = None
         self.best_state: dict[str, Tensor] = {}
-        self.seconds = 0.0
+        self.seconds = 0.0  # of training and validation so far
         self._loss_sum = 0.0  # over the updates since the last validation
         self._resumed: dict[str, Any] = {}
 
     def _make_loss(self) -> tuple[Mixup | None, nn.Module]:
         settings = self.settings
-        if settings.mixes:
-            mixup = Mixup(
-                mixup_alpha=settings.mixup,
-                cutmix_alpha=settings.cutmix,
-                prob=settings.mixup_prob,
-                switch_prob=settings.mixup_switch_prob,
-                mode=settings.mixup_mode,
-                label_smoothing=settings.smoothing,
-                num_classes=len(self.classes),
-            )
-            return mixup, SoftTargetCrossEntropy()
-        if settings.smoothing > 0:
+        if not settings.mixes and settings.smoothing > 0:
             return None, LabelSmoothingCrossEntropy(settings.smoothing)
-        return None, nn.CrossEntropyLoss()
+        if not settings.mixes:
+            return None, nn.CrossEntropyLoss()
+        mixup = Mixup(
+            mixup_alpha=settings.mixup,
+            cutmix_alpha=settings.cutmix,
+            prob=settings.mixup_prob,
+            switch_prob=settings.mixup_switch_prob,
+            mode=settings.mixup_mode,
+            label_smoothing=settings.smoothing,
+            num_classes=len(self.classes),
+        )
+        return mixup, SoftTargetCrossEntropy()
 
     @property
     def evaluated(self) -> TileClassifier:
@@ -308,20 +283,15 @@ class VitTraining(HistoModule):
         self.updates += 1
 
     def validate(self) -> dict[str, float]:
-        """Validate the evaluated network, and keep its weights if it is the best so far.
-
-        Returns:
-            The new row of `history`.
-        """
+        """Validate the evaluated network, keep it if it is the best so far, and log a row."""
         trained = time.monotonic()
         self.eval()
         found = self.judge(self.evaluated)
         self.train()
-        accuracy = found.scores["accuracy"]
+        accuracy, best = found.scores["accuracy"], self.best
         # Small validation sets give the same accuracy often; their loss says which is better.
-        is_better = self.best is None or (accuracy, -found.loss) > (
-            self.best["val_accuracy"],
-            -self.best["val_loss"],
+        is_better = best is None or (
+            (accuracy, -found.loss) > (best["val_accuracy"], -best["val_loss"])
         )
         # One process decides: another machine may round otherwise.
         if self.trainer.strategy.broadcast(is_better):
@@ -401,10 +371,8 @@ def _on_cpu(net: nn.Module) -> dict[str, Tensor]:
 class ValidateAtMarks(pl.Callback):
     """Validates a `VitTraining` where its course says so, and keeps RUN/metrics.csv.
 
-    Put it before the callbacks that write checkpoints, so that these hold the validation.
-
-    Args:
-        show: Name of the run in the lines of its log.
+    Put it before the callbacks that write checkpoints, so that these hold the validation. `show` is
+    the name of the run in the lines of its log.
     """
 
     def __init__(self, show: str):
@@ -421,8 +389,6 @@ class ValidateAtMarks(pl.Callback):
             return
         rows = [{k: f"{v:.6g}" for k, v in r.items()} for r in pl_module.history]
         write_csv(Path(trainer.default_root_dir) / "metrics.csv", rows, list(row))
-        for logger in trainer.loggers:
-            logger.log_metrics(row, step=pl_module.updates)
         if not sys.stderr.isatty() and (done + 1) % math.ceil(len(marks) / LOG_LINES) == 0:
             log.info(
                 "%s update %d/%d: loss %.3f val %.3f best %.3f %.0f img/s",
