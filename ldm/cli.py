@@ -151,8 +151,9 @@ def checked(settings: type, values: Mapping[str, Any], strict: bool = True) -> A
 
 
 def contradictions(settings: Any, *names: str) -> Iterator[tuple[str, str]]:
-    """Those of some options that do not go together, for the method `problems` of a class."""
-    given = [name for name in names if getattr(settings, name) is not None]
+    """Options of which only one may be given, for the method `problems` of a settings class."""
+    values = {name: getattr(settings, name) for name in names}
+    given = [name for name, value in values.items() if value is not None and value is not False]
     for name in given[1:]:
         yield name, f"not allowed with --{given[0]}; give one of them"
 

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from ldm.experiment import engine
     from ldm.experiment.demo import Demo, read_settings
-    from ldm.experiment.gather import gather, write_json_table
+    from ldm.experiment.gather import gather
     from ldm.experiment.jobs import Records, State, show_path
     from ldm.experiment.preflight import check_commands
     from ldm.experiment.progress import Progress
@@ -77,9 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     from ldm.experiment.demo_report import write_report
 
     before = time.monotonic()
-    table = gather(plan, standing)
-    write_json_table(table, plan.out / "table.json")
-    headline = write_report(demo, table)
+    headline = write_report(demo, gather(plan, standing))
     progress.step("report and table", time.monotonic() - before, headline)
     print(f"{show_path(plan.out / 'report.html')} and table.csv, {time.monotonic() - start:.0f} s")
     return 0

@@ -4,7 +4,7 @@
         --out D/train5+fake50%
 
 FEATURES is what scripts/vis.py wrote for the same two folders, a checkpoint (or seed folder) of
-eval.py, or timm:NAME. Which images are accepted is the strategy's:
+eval.py, timm:NAME or diffusion:RUN@T. Which images are accepted is the strategy's:
 
     centroid    nearest centroid is the own class's, the closest first (as published)
     confidence  given to their class by a classifier, the most probable first
@@ -54,7 +54,8 @@ class Options(FeatureOptions):
     synthetic: str = option(metavar="DIR", help="what sample_diffusion.py wrote")
     features: str = option(
         metavar="JUDGE",
-        help="what scripts/vis.py wrote for them, a checkpoint of eval.py, or timm:NAME",
+        help="what scripts/vis.py wrote for them, a checkpoint of eval.py, timm:NAME or "
+        "diffusion:RUN@T",
     )
     out: str = option(metavar="DIR", help="training folder to make")
     ratio: Count | None = option(
@@ -80,8 +81,9 @@ class Options(FeatureOptions):
     )
     confidence: Literal["judge", "manifest"] | None = option(
         default=None,
-        help="with --strategy confidence: by the network of --features, or by the classifier that "
-        "guided (manifest.csv); if omitted judge",
+        help="with --strategy confidence: by the network of --features (one that knows no classes "
+        "by logistic regression on --real), or by the classifier that guided (manifest.csv); if "
+        "omitted judge",
     )
     fill: bool = option(
         default=False,

@@ -20,7 +20,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ldm.cli import Count, Whole, existing_path, option, parse, run_command
+from ldm.cli import Count, Whole, contradictions, existing_path, option, parse, run_command
 from ldm.data.groups import grouping_of
 from ldm.errors import UserError
 from ldm.settings import GroupOptions
@@ -66,12 +66,9 @@ class Options(GroupOptions):
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from super().problems()
-        amounts = ("fraction", "per_class", "ratio")
-        given = [name for name in amounts if getattr(self, name) is not None]
-        if not given:
+        if {self.fraction, self.per_class, self.ratio} == {None}:
             yield "fraction", "is missing; give it, or --per_class or --ratio"
-        for name in given[1:]:
-            yield name, f"not allowed with --{given[0]}; give one of them"
+        yield from contradictions(self, "fraction", "per_class", "ratio")
         if self.ratio is not None and self.include is None:
             yield "ratio", "is in percent of --include; give that too"
 

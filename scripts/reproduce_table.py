@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ldm.cli import STOPPED, Count, option, parse, run_command
+from ldm.cli import STOPPED, Count, contradictions, option, parse, run_command
 from ldm.errors import UserError
 
 
@@ -64,9 +64,7 @@ class Options:
     )
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        given = [name for name in ("status", "dry_run", "report", "slurm") if getattr(self, name)]
-        for name in given[1:]:
-            yield name, f"not allowed with --{given[0]}; give one of them"
+        yield from contradictions(self, "status", "dry_run", "report", "slurm")
 
 
 def parse_arguments(argv: list[str] | None = None) -> Options:
@@ -94,16 +92,6 @@ def show_status(standing, rows) -> str:
         finished += all(standing[job].state is State.DONE for job in row.jobs.values())
     lines.append(f"{len(rows)} rows: {finished} complete")
     return "\n".join(lines)
-
-
-def write_table(plan, standing) -> str:
-    """Write all results; returns the headline."""
-    from ldm.experiment.gather import gather, write_json_table
-    from ldm.experiment.report import write_results
-
-    table = gather(plan, standing)
-    write_json_table(table, plan.out / "table.json")
-    return write_results(table, plan.out)
 
 
 def choose_machine(args: Options, settings):
@@ -156,8 +144,11 @@ def main(argv: list[str] | None = None) -> int:
             records.forget_failures(jobs)
         engine.run(records, jobs, machine, Progress(records, machine.jobs))
 
+    from ldm.experiment.gather import gather
+    from ldm.experiment.report import write_results
+
     standing = records.survey(plan.jobs)
-    print(write_table(plan, standing))
+    print(write_results(gather(plan, standing), plan.out))
     print(f"{show_path(plan.out / 'report.html')} and table.md, {time.monotonic() - start:.0f} s")
     return report_failures([standing[job.name] for job in jobs])
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldm.errors import UserError
 from ldm.evaluation.bootstrap import accuracy_and_macro_f1, intervals, resampled_confusions
 from ldm.evaluation.confusion import write_confusion
 from ldm.evaluation.metrics import confusion_matrix, scores
@@ -105,7 +106,7 @@ def test_the_order_of_images_and_the_size_of_parts_do_not_matter(monkeypatch):
 
 def test_predictions_of_other_images_do_not_go_together():
     run = predictions([0, 1, 2], [0, 1, 1])
-    with pytest.raises(ValueError, match="different images"):
+    with pytest.raises(UserError, match="network 2 .* on the same set"):
         intervals([run, predictions([0, 1, 1], [0, 1, 1])])
 
 

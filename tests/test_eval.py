@@ -1030,7 +1030,7 @@ def spoil_val(data):
         (None, "--device cuda:77", "cuda:77"),
         (None, "--device cpu --devices 4096", "4096: there is no GPU to use here"),
         (None, "--eval --devices 2", "is for training"),
-        (None, "--seed 1 --seeds 1 2", "not allowed with --seeds"),
+        (None, "--seed 0 --seeds 1 2", "not allowed with --seeds"),
         (None, "--resume x --seeds 1 2", "one network"),
         (None, "--resume x", "no file x"),
         (None, "--eval", "seed0 does not exist"),

@@ -17,11 +17,11 @@ from ldm.evaluation.sweep import (
     JudgedTiles,
     Row,
     best,
-    csv_rows,
     draw,
     markdown,
     pairwise_distance,
     score,
+    write_sweep,
 )
 from ldm.models.vit import TileClassifier
 from scripts import guidance_sweep
@@ -122,15 +122,19 @@ def test_best_is_clearest_among_the_closest():
     assert best(rows).scale == 5
 
 
-def test_table_and_picture():
+def test_table_and_picture(tmp_path):
     rows = [
         row(0, 0.02, 0.002, 0.25, probability=None, guidance_to_noise=None),
         row(10, 0.01, 0.002, 0.75),
         row(10, 0.03, 0.002, 0.5, interval="200:800"),
     ]
-    table = csv_rows(rows)
+    write_sweep(tmp_path, rows, 0.9, {"temperature": 1.5})
+    with (tmp_path / "sweep.csv").open(newline="") as stream:
+        table = list(csv.DictReader(stream))
     assert [float(r["agreement"]) for r in table] == [0.25, 0.75, 0.5]
-    assert table[0]["probability"] is None and table[2]["interval"] == "200:800"
+    assert table[0]["probability"] == "" and table[2]["interval"] == "200:800"
+    record = json.loads((tmp_path / "sweep.json").read_text())
+    assert (record["temperature"], record["best"]["scale"]) == (1.5, 10)
     lines = markdown(rows, real_agreement=0.9).splitlines()
     assert len({line.count("|") for line in lines}) == 1, "every line has the same cells"
     assert ["**" in line for line in lines[2:]] == [False, True, False, False]

@@ -217,6 +217,20 @@ def test_confidence_takes_the_most_probable():
     assert selection.reasons[wrong].startswith("judged B, probability 0.99")
 
 
+def test_a_network_without_classes_judges_by_regression_on_the_real_tiles():
+    images = replace(IMAGES, others={})
+    selection = choose("confidence", [50, 50], images)
+    of_b = [i for i, k in enumerate(selection.labels) if k == 1]
+    wrong = selection.files.index(WRONG_FILE)
+    assert selection.decisions[wrong] == "rejected"
+    assert selection.reasons[wrong].startswith("judged B")
+    assert all(selection.decisions[i] in ("accepted", "surplus") for i in of_b)
+    # The judge knows the real tiles alone: labels of the images change nothing in it.
+    turned = replace(images, labels=1 - images.labels)
+    rejected = choose("confidence", [50, 50], turned).decisions.count("rejected")
+    assert rejected == len(LABELS) - 1
+
+
 def manifest(folder, rows, columns=("file", "prob")) -> None:
     with (folder / "manifest.csv").open("w", newline="") as stream:
         csv.writer(stream).writerows([columns, *rows])
@@ -254,7 +268,7 @@ def test_manifests_that_do_not_serve(tmp_path, rows, columns, expected):
     [
         ("knn", [0, 0, 0, 1, 1, 1, 1], "--neighbors 3: class A has 3 real tiles"),
         ("coverage", [0, 0, 1], "--strategy coverage: class B has 1 real tiles"),
-        ("confidence", [0, 1], "no classifier of A, B"),
+        ("confidence", [0, 0, 1], "class B has 1 labelled tiles"),
     ],
 )
 def test_what_a_strategy_cannot_do_without(name, real, expected):

@@ -10,7 +10,6 @@ Letters: N images, D features, H W pixels, K classes.
 import json
 import logging
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,6 +26,7 @@ from ldm.evaluation.runs import RESULT, differences
 from ldm.evaluation.sets import GroupTable, Splits, TransformedTiles, open_splits
 from ldm.evaluation.summary import write_summary
 from ldm.features.extractor import Extractor, directions
+from ldm.features.probe import STRENGTHS, logistic_regression
 from ldm.files import write_json
 from ldm.models.vit_settings import Settings
 from ldm.run import git_revision, hardware, versions
@@ -36,9 +36,6 @@ log = logging.getLogger(__name__)
 BINS = 16
 COLOUR_MEAN, COLOUR_HISTOGRAM, LINEAR_PROBE = "colour_mean", "colour_histogram", "linear_probe"
 KINDS = (COLOUR_MEAN, COLOUR_HISTOGRAM, LINEAR_PROBE)
-# Inverse strengths of the L2 penalty that val chooses among.
-STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3)
-MAX_ITERATIONS = 5000
 BATCH_SIZE = 64  # of the network of a linear probe
 
 
@@ -63,28 +60,6 @@ COLOURS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 def colour_features(paths: Sequence[Path], kind: str) -> np.ndarray:
     """Features of tiles by colour alone, (N, D) float64."""
     return np.stack(decode_tiles(paths, lambda path: COLOURS[kind](read_tile(path))))
-
-
-def logistic_regression(features: np.ndarray, labels: np.ndarray, strength: float):
-    """A fitted multinomial logistic regression on standardised features.
-
-    Args:
-        features: (N, D).
-        labels: (N,).
-        strength: Inverse of the L2 penalty.
-    """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=MAX_ITERATIONS))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", ConvergenceWarning)
-        model.fit(features, labels)
-    if any(issubclass(warning.category, ConvergenceWarning) for warning in caught):
-        log.warning("logistic regression of strength %g: not at its optimum yet", strength)
-    return model
 
 
 def colour_histogram_baseline(train_dir: Path, test_dir: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ldm.evaluation.predictions import Predictions, same_images
+from ldm.evaluation.predictions import Predictions, check_same_images
 
 RESAMPLES = 2000
 LEVEL = 0.95
@@ -34,13 +34,13 @@ def resampled_confusions(
         Parts of an array (R, S, K, K) along its first axis.
 
     Raises:
-        ValueError: The predictions are of different images.
+        UserError: The predictions are of different images, or in another order.
     """
     from scipy.sparse import coo_array
 
-    if not same_images(runs):
-        raise ValueError("predictions of different images cannot be resampled together")
     first = runs[0]
+    for number, run in enumerate(runs[1:], 2):
+        check_same_images(run, first, f"network {number}", "network 1")
     n, k = len(first.labels), len(first.classes)
     if first.groups is None:
         units, count = np.arange(n), n

@@ -5,7 +5,6 @@ Letters: N images, K classes.
 
 import csv
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,12 +96,20 @@ class Predictions:
             ) from None
 
 
-def same_images(runs: Sequence[Predictions]) -> bool:
-    """Whether all are of the same images in the same order, so that they can be compared."""
-    first = runs[0]
-    return all(
-        run.classes == first.classes
-        and run.paths == first.paths
-        and np.array_equal(run.labels, first.labels)
-        for run in runs[1:]
-    )
+def check_same_images(a: Predictions, b: Predictions, name_a: str, name_b: str) -> None:
+    """Raise a UserError unless two sets of predictions are of the same images in the same order."""
+    if a.classes != b.classes:
+        raise UserError(f"{name_a} has classes {a.classes}, {name_b} {b.classes}; not comparable")
+    if len(a.paths) != len(b.paths):
+        raise UserError(
+            f"{name_a} is of {len(a.paths)} images, {name_b} of {len(b.paths)}; evaluate both on"
+            " the same set"
+        )
+    for i, (path_a, path_b) in enumerate(zip(a.paths, b.paths, strict=True)):
+        if path_a != path_b or a.labels[i] != b.labels[i]:
+            raise UserError(
+                f"{name_a} has {path_a} ({a.classes[a.labels[i]]}) in row {i + 1}, {name_b}"
+                f" {path_b} ({b.classes[b.labels[i]]}); evaluate both on the same set"
+            )
+    if a.groups != b.groups:
+        raise UserError(f"{name_a} and {name_b} have different groups; evaluate both with the same")

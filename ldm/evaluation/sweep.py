@@ -6,7 +6,7 @@ each class are from tissue.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,7 @@ def score(real: JudgedTiles, synthetic: JudgedTiles, num_classes: int, seed: int
 
     Args:
         num_classes: K; both sets have at least `FEWEST_TILES` tiles of each class.
-        seed: Of the subsets that kernel distances are averaged over.
+        seed: Seed of the subsets that kernel distances are averaged over.
 
     Raises:
         UserError: A class has too few tiles.
@@ -174,7 +174,7 @@ class Row:
         interval: Guided time steps, as "LOW:HIGH" or "all".
         probability: Mean p(y) of the guiding classifier at the end; None without one.
         guidance_to_noise: Largest mean |guidance| / |eps| over the steps; None without guidance.
-        folder: Of its tiles.
+        folder: Folder of its tiles.
     """
 
     guidance: str
@@ -280,28 +280,18 @@ class Sweep:
         Args:
             facts: For sweep.json.
         """
-        rows, out, net = self.rows, self.out, self.judge_net
+        out, net = self.out, self.judge_net
         agreement = self.real.agreement(len(self.models.classes)).mean().item()
-        chosen = best(rows)
-        write_csv(out / "sweep.csv", csv_rows(rows), list(rows[0].cells()))
-        write_text(out / "sweep.md", markdown(rows, agreement))
-        write_bytes(out / "sweep.png", draw(rows, agreement))
-        heads = [name for name, _ in self._columns]
-        write_bytes(out / "tiles.png", contact_sheet(self._sheet, heads))
-        record = {
-            "command": sys.argv,
+        facts = {
             "models": self.models.files,
             **facts,
             "judge": {"name": net.name, "identity": net.identity, "agreement": agreement},
             "real": {"folder": str(self.real_root), "tiles": len(self.real.labels)},
-            "best": chosen.cells(),
-            "settings": [row.cells() for row in rows],
-            "hardware": hardware(),
-            "versions": versions(),
-            "revision": git_revision(),
         }
-        write_json(out / "sweep.json", record)
-        return chosen
+        heads = [name for name, _ in self._columns]
+        write_bytes(out / "tiles.png", contact_sheet(self._sheet, heads))
+        write_sweep(out, self.rows, agreement, facts)
+        return best(self.rows)
 
 
 def best(rows: Sequence[Row]) -> Row:
@@ -316,12 +306,31 @@ def best(rows: Sequence[Row]) -> Row:
     return max(close, key=lambda row: row.scores.agreement)
 
 
-def csv_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The rows of sweep.csv, numbers with six digits."""
-    return [
-        {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.cells().items()}
-        for row in rows
+def write_sweep(
+    out: Path, rows: Sequence[Row], real_agreement: float, facts: Mapping[str, Any]
+) -> None:
+    """Write sweep.csv (numbers with six digits), sweep.md, sweep.png and sweep.json.
+
+    Args:
+        facts: What else sweep.json is to say of how the scores were made.
+    """
+    cells = [row.cells() for row in rows]
+    short = [
+        {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in one.items()} for one in cells
     ]
+    write_csv(out / "sweep.csv", short, list(cells[0]))
+    write_text(out / "sweep.md", markdown(rows, real_agreement))
+    write_bytes(out / "sweep.png", draw(rows, real_agreement))
+    content = {
+        "command": sys.argv,
+        **facts,
+        "best": best(rows).cells(),
+        "settings": cells,
+        "hardware": hardware(),
+        "versions": versions(),
+        "revision": git_revision(),
+    }
+    write_json(out / "sweep.json", content)
 
 
 def markdown(rows: Sequence[Row], real_agreement: float) -> str:

@@ -7,17 +7,17 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ldm.config import read_yaml
 from ldm.errors import UserError
 from ldm.experiment.inputs import Split
 from ldm.experiment.jobs import ROOT
-from ldm.experiment.numbers import read_json
-from ldm.experiment.plan import Arm, Plan
-from ldm.experiment.settings import check_settings
+from ldm.experiment.plan import Plan
+from ldm.experiment.settings import check_settings, with_override
 from ldm.run import RunFolder
 
 CONFIGS = "configs/demo"
 SETTINGS = f"{CONFIGS}/demo.yaml"
-REAL, SELECTED, RANDOM = "real", "selected", "random"  # arms
+SELECTED, RANDOM = "selected", "random"  # ways to choose tiles
 LABELLED = "train5"
 GUIDED, UNGUIDED = "guided", "unguided"  # generators
 
@@ -31,25 +31,23 @@ def read_settings(overrides: Sequence[str] = (), fast: bool = False) -> dict[str
     Raises:
         UserError: An override that is malformed or names nothing that is there.
     """
-    config = OmegaConf.load(ROOT / SETTINGS)
+    config = read_yaml(ROOT / SETTINGS)
     quick = config.pop("fast")
     OmegaConf.set_struct(config, True)
     if fast:
         config = OmegaConf.merge(config, quick)
     for word in overrides:
-        key, equals, _ = word.partition("=")
-        if not equals or key.startswith("-"):
-            raise UserError(f"{word}: overrides have the form section.key=value, see {SETTINGS}")
+        key = word.partition("=")[0]
         try:
-            before = OmegaConf.select(config, key, throw_on_missing=True)
-            config = OmegaConf.merge(config, OmegaConf.from_dotlist([word]))
-            after = OmegaConf.select(config, key)
-        except (OmegaConfBaseException, TypeError, ValueError) as error:
-            raise UserError(f"{word}: {str(error).splitlines()[0]}; see {SETTINGS}") from None
+            changed = with_override(config, word)
+            before, after = (OmegaConf.select(one, key) for one in (config, changed))
+        except (UserError, OmegaConfBaseException) as error:
+            raise UserError(f"{str(error).splitlines()[0]}; see {SETTINGS}") from None
         if before is None:
             raise UserError(f"{word}: there is no such setting; see {SETTINGS}")
         if _kind(before) not in ("text", _kind(after)):
             raise UserError(f"{word}: must be {_kind(before)}, as {before} in {SETTINGS}")
+        config = changed
     return OmegaConf.to_container(config)
 
 
@@ -71,6 +69,9 @@ class Demo:
 
     Attributes:
         plan: Its rows and jobs.
+        data: Folder of the four splits and of the training folders that are made.
+        scale: Guidance scale.
+        guided, unguided: Folders of sampled tiles, from the same noise.
         size: Side of a tile in pixels.
         per_class: Tiles of each class that are sampled under guidance.
         ratio: Synthetic tiles in percent of the labelled ones; lowered where too few are sampled.
@@ -82,9 +83,11 @@ class Demo:
     def __init__(self, out: Path, source: Path | None, settings: dict[str, Any]):
         self.out, self.settings = out.absolute(), settings
         self.source = source.absolute() if source else None
-        self.size: int = OmegaConf.load(ROOT / CONFIGS / "autoencoder.yaml").vars.size
+        self.size: int = read_yaml(ROOT / CONFIGS / "autoencoder.yaml").vars.size
         self._choose_amounts()
         self.plan = Plan(check_settings(self._experiment(), SETTINGS))
+        self.data, self.scale = self.plan.data, settings["sampling"]["scale"]
+        self.guided, self.unguided = self.plan.samples(GUIDED), self.plan.samples(UNGUIDED)
 
     def _choose_amounts(self) -> None:
         sampling = self.settings["sampling"]
@@ -177,59 +180,10 @@ class Demo:
         }
         return models
 
-    # Where the results are
+    def run(self, model: str) -> RunFolder:
+        """The run folder of one of the four models."""
+        return RunFolder(self.out / "models" / model)
 
-    @property
-    def data(self) -> Path:
-        """The four splits (links) and the training folders that are made."""
-        return self.plan.data
-
-    @property
-    def autoencoder(self) -> RunFolder:
-        return self._run("autoencoder")
-
-    @property
-    def diffusion(self) -> RunFolder:
-        return self._run("diffusion")
-
-    @property
-    def classifier(self) -> RunFolder:
-        return self._run("classifier")
-
-    @property
-    def decoder(self) -> RunFolder:
-        return self._run("decoder")
-
-    def _run(self, name: str) -> RunFolder:
-        return RunFolder(self.out / "models" / name)
-
-    @property
-    def guided(self) -> Path:
-        return self.plan.samples(GUIDED)
-
-    @property
-    def unguided(self) -> Path:
-        return self.plan.samples(UNGUIDED)
-
-    @property
-    def features(self) -> Path:
-        return self.plan.features(GUIDED)
-
-    def arm(self, kind: str) -> Arm:
-        """The row of the real tiles alone, or of a strategy of selection."""
-        key = REAL if kind == REAL else f"{GUIDED}-{kind}-{self.ratio}"
-        return next(row for row in self.plan.rows if row.key == key)
-
-    def training_folder(self, kind: str) -> str:
-        """Name of a training folder, as eval.py takes it."""
-        return next(iter(self.arm(kind).folders.values()))
-
-    def selection(self, kind: str) -> dict[str, Any]:
-        """selection.json of a training folder."""
-        return read_json(self.data / self.training_folder(kind) / "selection.json")
-
-    def summary(self, kind: str) -> dict[str, Any]:
-        """summary.json of an evaluation, as `ldm.experiment.gather` has written it."""
-        results = self.arm(kind).results
-        assert results is not None
-        return read_json(results / "summary.json")
+    def training_folder(self, selection: str) -> str:
+        """Name of a training folder with synthetic tiles, as eval.py takes it."""
+        return f"{GUIDED}-{selection}-{self.ratio}"

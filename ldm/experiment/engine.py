@@ -23,7 +23,7 @@ from typing import Any
 
 from ldm.devices import usable_cores
 from ldm.errors import UserError
-from ldm.experiment.execute import GRACE, THREADS, save_plan
+from ldm.experiment.execute import GRACE, THREADS, save_plan, wait_or_kill
 from ldm.experiment.jobs import ROOT, Job, Records, Standing, State, keys_of, lock_file
 from ldm.experiment.progress import Progress
 from ldm.experiment.settings import Slurm
@@ -227,7 +227,7 @@ def run(
                     records.marker(name).unlink(missing_ok=True)
             _run_snakemake(records, machine, keep_going, lock, progress)
         standing = records.survey(jobs)
-        progress.end(standing)
+        progress.end()
         if left:
             _check_engine(records, standing)
         return standing
@@ -267,20 +267,10 @@ def _run_snakemake(
             except subprocess.TimeoutExpired:
                 progress.look()
     except BaseException:
-        _stop(process)
-        progress.stop()
+        process.stdin.close()  # tells it to stop its jobs
+        wait_or_kill(process, GRACE + PATIENCE)
+        progress.end()
         raise
-
-
-def _stop(process: subprocess.Popen) -> None:
-    """Tell Snakemake to stop its jobs; kill it when it is not gone in time."""
-    assert process.stdin is not None
-    process.stdin.close()
-    try:
-        process.wait(timeout=GRACE + PATIENCE)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def _check_engine(records: Records, standing: Mapping[str, Standing]) -> None:

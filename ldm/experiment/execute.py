@@ -7,7 +7,6 @@ Snakemake would call a command that saved a checkpoint and stopped a failure, an
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -20,12 +19,15 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from ldm.cli import STOPPED
 from ldm.experiment.jobs import ROOT, Job, JobBusy, Record, Records, lock_file
 from ldm.experiment.numbers import key_number
 from ldm.files import write_json, write_text
 
 PLAN = "plan.json"
+PLANNED = TypeAdapter(dict[str, tuple[Job, str]])  # job and key, by name
 GRACE = 60.0  # seconds in which a stopped command has to end by itself, its checkpoint written
 POLL = 0.2  # seconds between attempts to get a lock
 
@@ -46,29 +48,20 @@ Launch = Callable[[Sequence[str], Path, Mapping[str, str], int], int]
 
 def save_plan(folder: Path, jobs: Sequence[Job], keys: Mapping[str, str], **facts: Any) -> None:
     """Write FOLDER/plan.json for the Snakefile and the processes of the jobs."""
-    rows = [{**dataclasses.asdict(job), "key": keys[job.name]} for job in jobs]
-    for row in rows:
-        row |= {name: [str(path) for path in row[name]] for name in ("output", "files")}
-    write_json(folder / PLAN, {"jobs": rows, **facts})
+    planned = {job.name: (job, keys[job.name]) for job in jobs}
+    write_json(folder / PLAN, {"jobs": PLANNED.dump_python(planned, mode="json"), **facts})
 
 
 def load_plan(folder: Path) -> dict[str, Any]:
     """What `save_plan` wrote, with the jobs as (Job, key) by name."""
     content = json.loads((folder / PLAN).read_text())
-    jobs = {}
-    for row in content["jobs"]:
-        key = row.pop("key")
-        row |= {name: tuple(map(Path, row[name])) for name in ("output", "files")}
-        row |= {name: tuple(row[name]) for name in ("command", "after")}
-        jobs[row["name"]] = (Job(**row), key)
-    return {**content, "jobs": jobs}
+    return {**content, "jobs": PLANNED.validate_python(content["jobs"])}
 
 
-def end_process(process: subprocess.Popen) -> None:
-    """Ask a process to end, and kill it with its children when it has not after `GRACE` seconds."""
-    process.terminate()
+def wait_or_kill(process: subprocess.Popen, seconds: float) -> None:
+    """Wait for a process that was asked to end; kill it with its children when it has not."""
     try:
-        process.wait(timeout=GRACE)
+        process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -101,7 +94,8 @@ def launch(
                 if os.getppid() != parent:
                     sys.exit(STOPPED)
     except BaseException:
-        end_process(process)
+        process.terminate()
+        wait_or_kill(process, GRACE)
         raise
 
 
@@ -124,7 +118,9 @@ def execute(
     Raises:
         JobBusy: Another process is running it.
     """
-    with records.locked(job.name) as lock:
+    with lock_file(records.lock(job.name)) as lock:
+        if lock is None:
+            raise JobBusy(job.name)
         if records.finished(job, key) is None:
             environment = {**(os.environ if variables is None else variables), **job.environment}
             status = _execute(records, job, key, environment, launch, lock)
@@ -207,34 +203,32 @@ def take_gpus(folder: Path, gpus: Sequence[str], share: int, count: int) -> Iter
         share: Jobs on one GPU at most; a job of several GPUs has each of them to itself.
         count: How many this job wants.
     """
+    # The first place of every GPU, then the second: evenly.
+    parts = [(gpu, [place]) for place in range(share) for gpu in gpus]
+    if count > 1:
+        parts = [(gpu, list(range(share))) for gpu in gpus]
+    chosen: list[str] = []
     with ExitStack() as held:
-        chosen: list[str] = []
-        while gpus and len(chosen) < count:
-            with lock_file(folder / "gpus.lock") as turn, ExitStack() as attempt:
-                chosen = _try_gpus(attempt, folder, gpus, share, count) if turn else []
-                if len(chosen) == count:
-                    held.enter_context(attempt.pop_all())
-                    break
-            time.sleep(POLL)
+        if gpus and count:
+            # One job chooses at a time, until it has all: else two could wait for each other.
+            with lock_file(folder / "gpus.lock", wait=True):
+                while len(chosen) < count:
+                    for gpu, places in parts:
+                        files = [folder / f"gpu-{gpu.replace('/', '_')}.{i}.lock" for i in places]
+                        if len(chosen) < count and gpu not in chosen and _hold(held, files):
+                            chosen.append(gpu)
+                    if len(chosen) < count:
+                        time.sleep(POLL)
         yield chosen
 
 
-def _try_gpus(
-    attempt: ExitStack, folder: Path, gpus: Sequence[str], share: int, count: int
-) -> list[str]:
-    """The GPUs that are free now, at most `count`; their locks are held by `attempt`."""
-    chosen: list[str] = []
-    for place in range(share):  # the first place of every GPU, then the second: evenly
-        for gpu in gpus:
-            if gpu in chosen or len(chosen) == count:
-                continue
-            places = range(share) if count > 1 else (place,)
-            files = [folder / f"gpu-{gpu.replace('/', '_')}.{i}.lock" for i in places]
-            with ExitStack() as locks:
-                if all(locks.enter_context(lock_file(file)) is not None for file in files):
-                    attempt.enter_context(locks.pop_all())
-                    chosen.append(gpu)
-    return chosen
+def _hold(held: ExitStack, files: Sequence[Path]) -> bool:
+    """Lock all of the files or none; `held` unlocks them. Returns whether they are locked."""
+    with ExitStack() as attempt:
+        if all(attempt.enter_context(lock_file(file)) is not None for file in files):
+            held.enter_context(attempt.pop_all())
+            return True
+    return False
 
 
 def requeue() -> None:

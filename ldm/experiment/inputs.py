@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from ldm.data.images import class_folders, is_image, walk
 from ldm.errors import UserError
 from ldm.files import digest_of_text, file_sha256, write_json
 
@@ -24,23 +25,17 @@ class Split:
     @cached_property
     def identity(self) -> str:
         """Digest of names, sizes and times of all tiles, without reading them."""
-        from ldm.data.images import is_image, walk
-
         lines = []
         for folder in walk(self.root, is_image):
-            for name in folder.files:
-                path = folder.path / name
+            for path in (folder.path / name for name in folder.files):
                 status = path.stat()
-                lines.append(
-                    f"{path.relative_to(self.root)} {status.st_size} {status.st_mtime_ns}\n"
-                )
+                facts = f"{status.st_size} {status.st_mtime_ns}"
+                lines.append(f"{path.relative_to(self.root)} {facts}\n")
         return digest_of_text(lines)
 
     @property
     def is_empty(self) -> bool:
         """Whether there are no tiles."""
-        from ldm.data.images import is_image, walk
-
         return not any(folder.files for folder in walk(self.root, is_image))
 
     @cached_property
@@ -50,11 +45,9 @@ class Split:
         Raises:
             UserError: There are no class folders, or one is empty.
         """
-        from ldm.data.images import is_image, read_folder, walk
-
         counts = {
             name: sum(len(folder.files) for folder in walk(self.root / name, is_image))
-            for name in read_folder(self.root, is_image).subfolders
+            for name in class_folders(self.root)
         }
         if len(counts) < 2:
             raise UserError(f"{self.root} has {len(counts)} class folders; a labelled set has two")

@@ -162,24 +162,15 @@ class Records:
             return record if all(path.exists() for path in job.output) else None
         return None
 
-    @contextmanager
-    def locked(self, name: str) -> Iterator[int]:
-        """Hold the lock of a job; yields its file descriptor.
-
-        Raises:
-            JobBusy: Another process holds it.
-        """
-        with lock_file(self.folder / f"{name}.lock") as descriptor:
-            if descriptor is None:
-                raise JobBusy(name)
-            yield descriptor
+    def lock(self, name: str) -> Path:
+        """Path of the file that whoever runs a job holds locked."""
+        return self.folder / f"{name}.lock"
 
     def is_running(self, name: str) -> bool:
         """Whether a process, here or on another machine, holds the job."""
-        path = self.folder / f"{name}.lock"
-        if not path.is_file():
+        if not self.lock(name).is_file():
             return False
-        with lock_file(path) as descriptor:
+        with lock_file(self.lock(name)) as descriptor:
             return descriptor is None
 
     def survey(self, jobs: Sequence[Job]) -> dict[str, Standing]:
@@ -227,12 +218,16 @@ class Records:
 
 
 @contextmanager
-def lock_file(path: Path) -> Iterator[int | None]:
-    """Lock a file for the block; yields its descriptor, or None where another process holds it."""
+def lock_file(path: Path, wait: bool = False) -> Iterator[int | None]:
+    """Lock a file for the block; yields its descriptor, or None where another process holds it.
+
+    Args:
+        wait: Wait for the other process instead.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield None
             return

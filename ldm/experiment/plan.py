@@ -7,18 +7,18 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from ldm.checkpoint import checkpoint_path
-from ldm.cli import existing_path
+from ldm.cli import existing_path, nearest
 from ldm.errors import UserError
 from ldm.experiment.inputs import Checkpoints, Split
 from ldm.experiment.jobs import ROOT, Job, arguments, needed_by, show_path
-from ldm.experiment.settings import Generator, Model, Settings, Strategy, as_list, nearest
+from ldm.experiment.settings import Cells, Generator, Model, Settings, as_list
 
 REAL = "real"  # key of the row without synthetic tiles
 TILES = "tiles"  # job that makes procedural ones
@@ -32,9 +32,8 @@ class Arm:
 
     Attributes:
         folders: Training folder (below OUT/data) of each seed.
-        jobs: Of each seed: the one that trains and evaluates. Colours have seed 0 alone.
-        other_jobs: Those whose results stand in the row, too.
-        results: Folder with the results of the jobs.
+        jobs: The job of each seed that trains and evaluates; baselines of colours have seed 0 only.
+        other_jobs: Further jobs whose results stand in the row.
         wanted: Synthetic tiles, all classes together.
     """
 
@@ -45,26 +44,22 @@ class Arm:
     folders: dict[int, str] = field(default_factory=dict)
     jobs: dict[int, str] = field(default_factory=dict)
     other_jobs: list[str] = field(default_factory=list)
-    results: Path | None = None
     wanted: int | None = None
     generator: str | None = None
-    fidelity: Path | None = None
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a job uses.
-
-    Attributes:
-        after: Jobs before it.
-        data: Digests of tiles and checkpoints from elsewhere.
-    """
+    """What a job uses: the jobs before it, and digests of tiles and checkpoints from elsewhere."""
 
     after: tuple[str, ...] = ()
     data: str = ""
 
     def __add__(self, other: Needs) -> Needs:
         return Needs(tuple(dict.fromkeys(self.after + other.after)), self.data + other.data)
+
+
+NOTHING = Needs()
 
 
 class Plan:
@@ -87,9 +82,10 @@ class Plan:
         self.rows: list[Arm] = []
         self.other_jobs: list[str] = []
         self._jobs: dict[str, Job] = {}
+        names = (settings.data.unlabelled, settings.data.labelled, "val", "test")
+        self._splits = {name: Split(self.root / name) for name in names}
         self._check_out()
         self._check_inputs()
-        self._splits = {name: Split(self.root / name) for name in self._split_names()}
         self._plan()
 
     @property
@@ -113,8 +109,11 @@ class Plan:
     def copies(self, generator: str) -> Path:
         return self.out / "copies" / generator
 
-    def sheets(self, key: str) -> Path:
-        return self.out / "sheets" / key
+    def results(self, row: str) -> Path:
+        return self.out / "eval" / row
+
+    def fidelity(self, row: str) -> Path:
+        return self.out / "fidelity" / f"{row}.json"
 
     def model(self, name: str) -> Path:
         """The checkpoint of a model, whether or not it is trained yet."""
@@ -134,7 +133,7 @@ class Plan:
         keys = [row.key for row in self.rows]
         for pattern in patterns:
             if not fnmatch.filter(keys, pattern):
-                raise UserError(f"--only {pattern}: fits no row; {nearest(pattern, keys)}")
+                raise UserError(f"--only {pattern}: fits no row{nearest(pattern, keys)}")
         return [row for row in self.rows if any(fnmatch.fnmatch(row.key, p) for p in patterns)]
 
     def jobs_of(self, rows: Sequence[Arm]) -> list[Job]:
@@ -147,18 +146,14 @@ class Plan:
         """Make the folder of the jobs, and links to the tiles: OUT/data/SPLIT."""
         self.jobs_folder.mkdir(parents=True, exist_ok=True)
         self.data.mkdir(parents=True, exist_ok=True)
-        for name in self._split_names():
-            link, target = self.data / name, self.root / name
+        for name, split in self._splits.items():
+            link, target = self.data / name, split.root
             if link.is_symlink() and Path(os.readlink(link)) == target:
                 continue
             link.unlink(missing_ok=True)
             link.symlink_to(target, target_is_directory=True)
 
     # What is there
-
-    def _split_names(self) -> list[str]:
-        data = self.settings.data
-        return list(dict.fromkeys([data.unlabelled, data.labelled, "val", "test"]))
 
     def _check_out(self) -> None:
         """Check that the folder of the results is ours and holds no tiles of the user."""
@@ -178,20 +173,20 @@ class Plan:
             UserError: Something is missing; all that is missing, in one line.
         """
         settings, data = self.settings, self.settings.data
-        checks: list[Callable[[], Any]] = [self._check_tiles]
+        checks: list[tuple] = [(self._check_tiles,)]  # a function and its arguments
         if data.groups is not None:
-            checks.append(partial(existing_path, data.groups, "data.groups", "file"))
+            checks.append((existing_path, data.groups, "data.groups", "file"))
         for name, model in settings.models.items():
             if model.run is not None:
-                checks.append(partial(checkpoint_path, self.model(name), f"models.{name}.run"))
+                checks.append((checkpoint_path, self.model(name), f"models.{name}.run"))
             for path in as_list(model.config) if model.config is not None else ():
-                checks.append(partial(self._config_file, path, name))
+                checks.append((self._config_file, path, name))
         if settings.judge.run is not None:
-            checks.append(partial(existing_path, settings.judge.run, "judge.run"))
+            checks.append((existing_path, settings.judge.run, "judge.run"))
         problems = []
-        for check in checks:
+        for check, *values in checks:
             try:
-                check()
+                check(*values)
             except UserError as error:
                 problems.append(str(error))
         if problems:
@@ -201,8 +196,8 @@ class Plan:
         data = self.settings.data
         if data.tiles is None:
             existing_path(self.root, "data.root", "dir")
-            for name in self._split_names():
-                existing_path(self.root / name, f"data.root: its folder {name}", "dir")
+            for name, split in self._splits.items():
+                existing_path(split.root, f"data.root: its folder {name}", "dir")
             self._check_classes()
         elif self.out not in self.root.parents:
             # They are removed when they have to be made anew.
@@ -213,17 +208,16 @@ class Plan:
 
     def _check_classes(self) -> None:
         """Check that the labelled splits have the same classes, and no split is empty."""
-        data = self.settings.data
-        if Split(self.root / data.unlabelled).is_empty:
-            raise UserError(f"{self.root / data.unlabelled} has no tiles; add some")
-        known = Split(self.root / data.labelled).counts
-        for name in ("val", "test"):
-            found = Split(self.root / name).counts
-            if list(found) != list(known):
-                differ = ", ".join(sorted(set(found) ^ set(known)))
+        data, splits = self.settings.data, self._splits
+        if splits[data.unlabelled].is_empty:
+            raise UserError(f"{splits[data.unlabelled].root} has no tiles; add some")
+        known = splits[data.labelled].counts
+        for split in (splits["val"], splits["test"]):
+            if list(split.counts) != list(known):
+                differ = ", ".join(sorted(set(split.counts) ^ set(known)))
                 raise UserError(
-                    f"{self.root / name} has other classes than {data.labelled} ({differ}); the"
-                    " names of their class folders must be equal"
+                    f"{split.root} has other classes than {data.labelled} ({differ}); the names"
+                    " of their class folders must be equal"
                 )
 
     def _tiles(self, *splits: str) -> Needs:
@@ -258,82 +252,87 @@ class Plan:
         self,
         name: str,
         title: str,
-        command: tuple[str, dict[str, Any]],
-        output: Path | tuple[Path, ...],
+        script: str,
+        options: dict[str, Any],
+        output: tuple[Path, ...],
         needs: Needs,
-        gpus: int = 1,
+        words: Sequence[str] = (),
         **more: Any,
     ) -> str:
         """Add a job, unless one of that name is there; returns the name.
 
         Args:
-            command: Script and options.
+            words: Arguments after the options.
             more: Further attributes of `Job`.
         """
-        script, options = command
-        outputs = output if isinstance(output, tuple) else (output,)
-        words = (script, *arguments(options), *more.pop("words", ()))
-        more |= {"after": needs.after, "data": needs.data, "output": outputs, "gpus": gpus}
-        self._jobs.setdefault(name, Job(name, title, words, **more))
+        if name not in self._jobs:
+            command = (script, *arguments(options), *words)
+            self._jobs[name] = Job(
+                name, title, command, needs.after, output, data=needs.data, **more
+            )
         return name
 
     def _plan(self) -> None:
         settings = self.settings
         if settings.data.tiles is not None:
-            self._add_tiles()
+            options = {"out": self.root, **settings.data.tiles}
+            self._add(TILES, "procedural tiles", "scripts/make_tiles.py", options, (self.root,),
+                      NOTHING, gpus=0, kind="tiles")  # fmt: skip
         baselines = [self._baseline(kind) for kind in settings.baselines.kinds]
         real = self._real_arm(None)
         networks = [self._real_arm(name) for name in settings.baselines.networks]
         synthetic = self._synthetic_arms()
-        ceiling = self._ceiling_arms()
-        self.rows = [*baselines, real, *networks, *synthetic, *ceiling]
+        ceiling = settings.baselines.ceiling
+        ceilings = [self._ceiling_arm(ratio) for ratio in (ceiling.ratios if ceiling else ())]
+        self.rows = [*baselines, real, *networks, *synthetic, *ceilings]
         keys = [row.key for row in self.rows]
         twice = sorted({key for key in keys if keys.count(key) > 1})
         if twice:
             raise UserError(f"two rows are named {', '.join(twice)}; rename one of their parts")
-
-    def _add_tiles(self) -> None:
-        options = {"out": self.root, **(self.settings.data.tiles or {})}
-        command = ("scripts/make_tiles.py", options)
-        self._add(TILES, "procedural tiles", command, self.root, Needs(), gpus=0, kind="tiles")
 
     def _models(self, *names: str) -> Needs:
         """What a job needs that uses these models: those trained here, digests of the others."""
         after, digests = [], {}
         for name in names:
             model = self.settings.models[name]
-            if model.run is not None:
+            if model.run is None:
+                after.append(self._training(name, model))
+            else:
                 path = checkpoint_path(self.model(name), f"models.{name}.run")
                 digests[name] = self.checkpoints.digest(path)
-            else:
-                make = self._training if model.config is not None else self._classifier
-                after.append(make(name, model))
         return Needs(tuple(after), json.dumps(digests) if digests else "")
 
     def _training(self, name: str, model: Model) -> str:
         data = self.settings.data
-        needs = self._tiles(data.unlabelled, data.labelled, "val")
-        needs += self._models(*model.needs.values())
-        files = tuple(self._config_file(path, name) for path in as_list(model.config))
-        environment = {DATA_VARIABLE: show_path(self.data), **model.env}
-        environment |= {key: show_path(self.model(o)) for key, o in model.needs.items()}
-        for file in files:
-            for variable in VARIABLE.findall(file.read_text()):
-                # Its value decides the result, too.
-                if variable not in environment and variable in os.environ:
-                    environment[variable] = os.environ[variable]
-        options = {"base": files, "t": True, "name": name, "logdir": self.out / "models"}
+        given = {key: self.model(other) for key, other in model.needs.items()}
+        common = {"name": name, "logdir": self.out / "models"}
+        if model.config is not None:
+            script, splits = "main.py", (data.unlabelled, data.labelled, "val")
+            files = tuple(self._config_file(path, name) for path in as_list(model.config))
+            options = {"base": files, "t": True, **common, **model.arguments}
+            environment = {DATA_VARIABLE: show_path(self.data), **model.env}
+            environment |= {key: show_path(path) for key, path in given.items()}
+            for file in files:
+                for variable in VARIABLE.findall(file.read_text()):
+                    if variable in os.environ:  # its value decides the result, too
+                        environment.setdefault(variable, os.environ[variable])
+        else:
+            script, splits, files = "classifier_train.py", (data.labelled, "val"), ()
+            options = {"data_dir": self.data / data.labelled, "val_data_dir": self.data / "val"}
+            options |= {**given, **common, **(model.classifier or {})}
+            environment = dict(model.env)
         return self._add(
             f"train-{name}",
             model.label or f"training of {name}",
-            ("main.py", {**options, **model.arguments}),
-            self.out / "models" / name,
-            needs,
-            model.gpus,
-            words=model.overrides,
+            script,
+            options,
+            (self.out / "models" / name,),
+            self._tiles(*splits) + self._models(*model.needs.values()),
+            model.overrides,
             files=files,
             environment=environment,
             kind="train",
+            gpus=model.gpus,
         )
 
     def _config_file(self, path: Any, name: str) -> Path:
@@ -342,30 +341,9 @@ class Plan:
                 return file
         raise UserError(f"models.{name}.config: no file {path}; check the path")
 
-    def _classifier(self, name: str, model: Model) -> str:
-        data = self.settings.data
-        options = {
-            "data_dir": self.data / data.labelled,
-            "val_data_dir": self.data / "val",
-            **{key: self.model(other) for key, other in model.needs.items()},
-            "name": name,
-            "logdir": self.out / "models",
-            **(model.classifier or {}),
-        }
-        return self._add(
-            f"train-{name}",
-            model.label or f"training of {name}",
-            ("classifier_train.py", options),
-            self.out / "models" / name,
-            self._tiles(data.labelled, "val") + self._models(*model.needs.values()),
-            model.gpus,
-            environment=dict(model.env),
-            kind="train",
-        )
-
     def _sampling(self, name: str, largest: int) -> str:
+        """The job that makes the pool of a generator, for its largest ratio."""
         generator, sampling = self.settings.generators[name], self.settings.sampling
-        models = [m for m in (generator.diffusion, generator.classifier, generator.decoder) if m]
         wanted = self._wanted(largest)
         amounts = {c: math.ceil(max(1, n) * sampling.per_wanted) for c, n in wanted.items()}
         if generator.amount is not None:
@@ -383,15 +361,10 @@ class Plan:
             **sampling.options,
             **generator.sampling,
         }
-        return self._add(
-            f"sample-{name}",
-            f"sampling by {generator.label or name}",
-            ("sample_diffusion.py", options),
-            self.samples(name),
-            self._models(*models),
-            sampling.gpus,
-            kind="sample",
-        )
+        models = filter(None, (generator.diffusion, generator.classifier, generator.decoder))
+        title, output = f"sampling by {generator.label or name}", (self.samples(name),)
+        return self._add(f"sample-{name}", title, "sample_diffusion.py", options, output,
+                         self._models(*models), kind="sample", gpus=sampling.gpus)  # fmt: skip
 
     def _judge(self) -> tuple[dict[str, Any], Needs]:
         """The judge as an option (`weights` or `model`), and what a job needs that uses it."""
@@ -402,14 +375,15 @@ class Plan:
             existing_path(file, "judge.run", "file")
             return {"weights": path}, Needs(data=self.checkpoints.digest(file))
         if judge.model is not None:
-            return {"model": judge.model}, Needs()
+            return {"model": judge.model}, NOTHING
         seed = self.settings.evaluation.seeds[0] if judge.seed is None else judge.seed
         labelled = self.settings.data.labelled
         key, label, overrides = self._network(judge.network)
         job = self._evaluation(key, label, labelled, seed, overrides)
-        return {"weights": self.out / "eval" / key / labelled / f"seed{seed}"}, Needs((job,))
+        return {"weights": self.results(key) / labelled / f"seed{seed}"}, Needs((job,))
 
-    def _feature_job(self, name: str, sample_job: str) -> str:
+    def _features(self, name: str, sample_job: str) -> str:
+        """The job that makes the features of a generator's pool, by which its tiles are chosen."""
         labelled = self.settings.data.labelled
         judge, needs = self._judge()
         options = {
@@ -419,23 +393,18 @@ class Plan:
             **judge,
             **self.settings.judge.options,
         }
-        return self._add(
-            f"features-{name}",
-            f"features and UMAP of {name}",
-            ("scripts/vis.py", options),
-            self.features(name),
-            self._tiles(labelled) + Needs((sample_job,)) + needs,
-            kind="features",
-        )
+        needs = self._tiles(labelled) + Needs((sample_job,)) + needs
+        title, output = f"features and UMAP of {name}", (self.features(name),)
+        return self._add(f"features-{name}", title, "scripts/vis.py", options, output, needs,
+                         kind="features")  # fmt: skip
 
-    def _selection(
-        self, key: str, folder: str, generator: str, strategy: Strategy, ratio: int, seed: int
-    ) -> str:
-        labelled = self.settings.data.labelled
+    def _selection(self, arm: Arm, folder: str, selection: str, ratio: int, seed: int) -> Needs:
+        """What a job needs that uses the training folder of an arm; adds the job that makes it."""
+        labelled, strategy = self.settings.data.labelled, self.settings.selection[selection]
         options: dict[str, Any] = {
             "real": self.data / labelled,
-            "synthetic": self.samples(generator),
-            "features": self.features(generator),
+            "synthetic": self.samples(arm.generator),
+            "features": self.features(arm.generator),
             "ratio": ratio,
             "strategy": strategy.strategy,
             "link": self.settings.link,
@@ -445,54 +414,65 @@ class Plan:
         if strategy.strategy == "random":
             options["seed"] = seed
         if strategy.sheets and strategy.strategy != "random":
-            options["sheets"] = self.sheets(key)
-            output.append(self.sheets(key))
+            output.append(self.out / "sheets" / arm.key)
+            options["sheets"] = output[-1]
         else:
             options["no-sheets"] = True
-        return self._add(
-            f"select-{folder}",
-            f"selection of {folder}",
-            ("scripts/distance.py", {**options, **strategy.options}),
-            tuple(output),
-            self._tiles(labelled) + Needs((f"features-{generator}",)),
-            gpus=0,
-            kind="select",
-        )
+        needs = self._tiles(labelled) + Needs((f"features-{arm.generator}",))
+        title, options = f"selection of {folder}", {**options, **strategy.options}
+        job = self._add(f"select-{folder}", title, "scripts/distance.py", options, tuple(output),
+                        needs, kind="select", gpus=0)  # fmt: skip
+        return Needs((job,))
 
     def _evaluation(
         self,
         key: str,
-        title: str,
+        label: str,
         folder: str,
         seed: int,
         overrides: dict[str, Any],
-        needs: Needs | None = None,
+        needs: Needs = NOTHING,
     ) -> str:
         evaluation, data = self.settings.evaluation, self.settings.data
-        logdir = self.out / "eval" / key
         options = {
             "data_path": self.data,
             "output_dir": folder,
-            "logdir": logdir,
+            "logdir": self.results(key),
             **evaluation.arguments,
             **overrides,
         }
         return self._add(
             f"eval-{key}-seed{seed}",
-            f"ViT on {title}, seed {seed}",
-            ("eval.py", options),
-            logdir / folder / f"seed{seed}",
-            self._tiles(data.labelled, "val", "test") + (needs or Needs()),
-            evaluation.gpus,
-            words=("--seed", str(seed)),
+            f"ViT on {label}, seed {seed}",
+            "eval.py",
+            options,
+            (self.results(key) / folder / f"seed{seed}",),
+            self._tiles(data.labelled, "val", "test") + needs,
+            ("--seed", str(seed)),
             kind="eval",
+            gpus=evaluation.gpus,
         )
 
     # Rows
 
+    def _add_seeds(
+        self,
+        arm: Arm,
+        folder: str,
+        needs: Needs = NOTHING,
+        seeds: Sequence[int] = (),
+        overrides: dict[str, Any] | None = None,
+    ) -> None:
+        """Add a network for each seed (of the evaluation, if omitted), trained on a folder."""
+        for seed in seeds or self.settings.evaluation.seeds:
+            arm.folders[seed] = folder
+            arm.jobs[seed] = self._evaluation(
+                arm.key, arm.label, folder, seed, overrides or {}, needs
+            )
+
     def _baseline(self, kind: str) -> Arm:
-        data, results = self.settings.data, self.out / "eval" / kind
-        label = kind.replace("_", " ")
+        data, results = self.settings.data, self.results(kind)
+        arm = Arm(kind, kind.replace("_", " "), "baseline", folders={0: data.labelled})
         options = {
             "data_path": self.data,
             "output_dir": data.labelled,
@@ -500,16 +480,10 @@ class Plan:
             "logdir": results.parent,
             **self.settings.baselines.options.get(kind, {}),
         }
-        job = self._add(
-            f"baseline-{kind}",
-            label,
-            ("scripts/baselines.py", options),
-            results,
-            self._tiles(data.labelled, "val", "test"),
-            kind="baseline",
-        )
-        folders = {0: data.labelled}
-        return Arm(kind, label, "baseline", jobs={0: job}, folders=folders, results=results)
+        needs = self._tiles(data.labelled, "val", "test")
+        arm.jobs[0] = self._add(f"baseline-{kind}", arm.label, "scripts/baselines.py", options,
+                                (results,), needs, kind="baseline")  # fmt: skip
+        return arm
 
     def _network(self, name: str | None) -> tuple[str, str, dict[str, Any]]:
         """Key, label and options of a network on the labelled tiles; None: that of all arms."""
@@ -521,51 +495,29 @@ class Plan:
     def _real_arm(self, name: str | None) -> Arm:
         key, label, overrides = self._network(name)
         arm = Arm(key, label, REAL if name is None else "baseline")
-        self._add_seeds(arm, self.settings.data.labelled, label, overrides)
+        self._add_seeds(arm, self.settings.data.labelled, overrides=overrides)
         return arm
-
-    def _add_seeds(
-        self,
-        arm: Arm,
-        folder: str,
-        title: str,
-        overrides: dict[str, Any] | None = None,
-        needs: Needs | None = None,
-    ) -> None:
-        arm.results = self.out / "eval" / arm.key
-        for seed in self.settings.evaluation.seeds:
-            job = self._evaluation(arm.key, title, folder, seed, overrides or {}, needs)
-            arm.jobs[seed], arm.folders[seed] = job, folder
 
     def combinations(self) -> list[tuple[str, str, int]]:
         """Generator, selection and ratio of all synthetic rows."""
         grid = self.settings.grid
 
-        def cells(one, default: bool = True) -> list[tuple[str, str, int]]:
-            def names(value: Any, known: Sequence) -> list:
-                return as_list(value) if value is not None else list(known)
-
-            return [
-                (generator, selection, ratio)
-                for generator in names(one.generator, grid.generators)
-                for selection in names(one.selection, grid.selection)
-                for ratio in names(one.ratio, grid.ratios)
-            ]
+        def cells(one: Cells) -> list[tuple[str, str, int]]:
+            """All combinations of what is given, and of the whole grid where nothing is."""
+            given = (
+                (one.generator, grid.generators),
+                (one.selection, grid.selection),
+                (one.ratio, grid.ratios),
+            )
+            return list(product(*(known if v is None else as_list(v) for v, known in given)))
 
         without = {cell for one in grid.without for cell in cells(one)}
-        found = [
-            (generator, selection, ratio)
-            for generator in grid.generators
-            for selection in grid.selection
-            for ratio in grid.ratios
-        ]
-        found = [cell for cell in found if cell not in without]
-        return list(dict.fromkeys([*found, *(c for one in grid.also for c in cells(one))]))
+        found = [cell for cell in cells(Cells()) if cell not in without]
+        return list(dict.fromkeys([*found, *(cell for one in grid.also for cell in cells(one))]))
 
     def _synthetic_arms(self) -> list[Arm]:
-        arms, settings = [], self.settings
-        combinations = self.combinations()
-        for name, generator in settings.generators.items():
+        arms, combinations = [], self.combinations()
+        for name, generator in self.settings.generators.items():
             mine = [cell for cell in combinations if cell[0] == name]
             if not mine and generator.amount is None:
                 continue
@@ -573,18 +525,16 @@ class Plan:
             if not mine:
                 self.other_jobs.append(sample_job)
                 continue
-            self._feature_job(name, sample_job)
-            copy_job = self._copy_job(name, sample_job)
+            self._features(name, sample_job)
+            copy_jobs = self._copy_check(name, sample_job)
             for _, selection, ratio in mine:
                 arm = self._synthetic_arm(name, generator, selection, ratio)
-                arm.other_jobs += [copy_job] if copy_job else []
+                arm.other_jobs += copy_jobs
                 arms.append(arm)
         return arms
 
     def _synthetic_arm(self, name: str, generator: Generator, selection: str, ratio: int) -> Arm:
         settings, key = self.settings, f"{name}-{selection}-{ratio}"
-        strategy = settings.selection[selection]
-        label = f"{generator.label or name}, {selection} {ratio}%"
         factors = {
             "generator": name,
             "decoder": generator.decoder or "own",
@@ -593,21 +543,17 @@ class Plan:
             "selection": selection,
             "ratio": ratio,
         }
+        label = f"{generator.label or name}, {selection} {ratio}%"
         arm = Arm(key, label, "synthetic", factors, generator=name)
         arm.wanted = sum(self._wanted(ratio).values())
         if not arm.wanted:
             raise UserError(f"ratio {ratio}: less than one tile per class; raise it")
-        seeds = settings.evaluation.seeds
-        for seed in seeds if strategy.redraw else seeds[:1]:
-            folder = f"{key}@{seed}" if strategy.redraw else key
-            first = seed if strategy.redraw else 0
-            job = self._selection(key, folder, name, strategy, ratio, first)
-            if strategy.redraw:
-                arm.results = self.out / "eval" / key
-                arm.jobs[seed] = self._evaluation(key, label, folder, seed, {}, Needs((job,)))
-                arm.folders[seed] = folder
-            else:
-                self._add_seeds(arm, folder, label, needs=Needs((job,)))
+        if settings.selection[selection].redraw:
+            for seed in settings.evaluation.seeds:
+                needs = self._selection(arm, f"{key}@{seed}", selection, ratio, seed)
+                self._add_seeds(arm, f"{key}@{seed}", needs, [seed])
+        else:
+            self._add_seeds(arm, key, self._selection(arm, key, selection, ratio, 0))
         self._add_fidelity(arm)
         return arm
 
@@ -616,30 +562,25 @@ class Plan:
         fidelity = self.settings.fidelity
         if fidelity is None:
             return
-        folder = next(iter(arm.folders.values()))
-        arm.fidelity = self.out / "fidelity" / f"{arm.key}.json"
+        folder, output = next(iter(arm.folders.values())), self.fidelity(arm.key)
         real, needs = self._folder(fidelity.real, "fidelity.real")
         needs += Needs((f"select-{folder}",))
-        options = {
-            "real": real,
-            "fake": self.data / folder,
-            "out": arm.fidelity,
-            **fidelity.options,
-        }
+        options = {"real": real, "fake": self.data / folder, "out": output, **fidelity.options}
         if fidelity.judge:
             judge, judged = self._judge()
             model = judge.get("model")
             options |= {"extractor": f"timm:{model}"} if model else judge
             needs += judged
         title = f"fidelity of {arm.key}"
-        command = ("scripts/fidelity.py", options)
-        job = self._add(f"fidelity-{arm.key}", title, command, arm.fidelity, needs, kind="fidelity")
+        job = self._add(f"fidelity-{arm.key}", title, "scripts/fidelity.py", options, (output,),
+                        needs, kind="fidelity")  # fmt: skip
         arm.other_jobs.append(job)
 
-    def _copy_job(self, name: str, sample_job: str) -> str | None:
+    def _copy_check(self, name: str, sample_job: str) -> list[str]:
+        """The job that looks for copies in a generator's pool, if there is to be one."""
         copies, data = self.settings.copies, self.settings.data
         if copies is None:
-            return None
+            return []
         holdout, needs = self._folder(copies.holdout, "copies.holdout")
         needs += Needs((sample_job,)) + self._tiles(data.unlabelled)
         options = {
@@ -653,40 +594,28 @@ class Plan:
             judge, judged = self._judge()
             options |= judge
             needs += judged
-        command = ("scripts/copy_check.py", options)
-        title = f"copy check of {name}"
-        return self._add(f"copies-{name}", title, command, self.copies(name), needs, kind="copies")
+        title, output = f"copy check of {name}", (self.copies(name),)
+        return [self._add(f"copies-{name}", title, "scripts/copy_check.py", options, output, needs,
+                          kind="copies")]  # fmt: skip
 
-    def _ceiling_arms(self) -> list[Arm]:
-        ceiling, data, arms = self.settings.baselines.ceiling, self.settings.data, []
-        for ratio in ceiling.ratios if ceiling else ():
-            key = f"ceiling-{ratio}"
-            options = {
-                "data": self.data / data.unlabelled,
-                "include": self.data / data.labelled,
-                "ratio": ratio,
-                "link": self.settings.link,
-                "out": self.data / key,
-                **ceiling.options,
-            }
-            job = self._add(
-                f"subset-{key}",
-                f"{ratio}% more real tiles",
-                ("scripts/make_subset.py", options),
-                self.data / key,
-                self._tiles(data.unlabelled, data.labelled),
-                gpus=0,
-                kind="subset",
-            )
-            label = f"real tiles instead, {ratio}%"
-            arm = Arm(key, label, "ceiling", {"selection": REAL, "ratio": ratio})
-            self._add_seeds(arm, key, label, needs=Needs((job,)))
-            arms.append(arm)
-        return arms
-
-    def describe(self) -> dict[str, Any]:
-        """The resolved settings."""
-        return self.settings.model_dump()
+    def _ceiling_arm(self, ratio: int) -> Arm:
+        """Real tiles in place of synthetic ones."""
+        data, key = self.settings.data, f"ceiling-{ratio}"
+        options = {
+            "data": self.data / data.unlabelled,
+            "include": self.data / data.labelled,
+            "ratio": ratio,
+            "link": self.settings.link,
+            "out": self.data / key,
+            **self.settings.baselines.ceiling.options,
+        }
+        needs = self._tiles(data.unlabelled, data.labelled)
+        job = self._add(f"subset-{key}", f"{ratio}% more real tiles", "scripts/make_subset.py",
+                        options, (self.data / key,), needs, kind="subset", gpus=0)  # fmt: skip
+        factors = {"selection": REAL, "ratio": ratio}
+        arm = Arm(key, f"real tiles instead, {ratio}%", "ceiling", factors)
+        self._add_seeds(arm, key, Needs((job,)))
+        return arm
 
 
 def _guidance(options: dict[str, Any], generator: Generator) -> str:

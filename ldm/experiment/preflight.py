@@ -20,21 +20,12 @@ def check_commands(jobs: Sequence[Job]) -> None:
     problems: dict[str, str] = {}
     for job in jobs:
         script, *words = job.command
-        message = _complaint(script, words)
-        if message:
-            problems.setdefault(message, job.name)
+        try:
+            _load(script).parse_arguments(words)
+        except UserError as error:
+            problems.setdefault(f"{script}: {error}", job.name)
     if problems:
-        listed = "; ".join(f"{name}: {message}" for message, name in problems.items())
-        raise UserError(listed)
-
-
-def _complaint(script: str, words: Sequence[str]) -> str | None:
-    """The complaint of a script about these words, on one line; None if it accepts them."""
-    try:
-        _load(script).parse_arguments(list(words))
-    except UserError as error:
-        return f"{script}: {error}"
-    return None
+        raise UserError("; ".join(f"{name}: {message}" for message, name in problems.items()))
 
 
 @cache

@@ -33,8 +33,7 @@ class Progress:
     ):
         self.records, self.at_once, self.extra, self.tails = records, at_once, extra, tails
         self.stream = sys.stdout if stream is None else stream
-        self.live = self.stream.isatty()
-        self.jobs: dict[str, Standing] = {}
+        self.titles: dict[str, str] = {}  # of the jobs that have not ended
         self._seen: dict[str, int] = {}  # time of a record when it was looked at last
         self._started: dict[str, float] = {}
         self._settled = 0
@@ -42,6 +41,7 @@ class Progress:
 
     def begin(self, standing: Mapping[str, Standing]) -> None:
         """Tell what was done before."""
+        self.total = len(standing) + self.extra
         done = [one for one in standing.values() if one.state is State.DONE]
         self._settled = len(done)
         if done:
@@ -52,63 +52,53 @@ class Progress:
                 self._settled += 1
                 self._say(f"failed before: {one.job.title}: {one.record.reason}")
             if one.state in (State.WAITING, State.STOPPED, State.RUNNING):
-                self.jobs[name] = one
+                self.titles[name] = one.job.title
                 self._seen[name] = self._time(name)
-        self.total = len(standing) + self.extra
 
     def look(self) -> None:
         """Print what has changed."""
-        for name in list(self.jobs):
+        for name in list(self.titles):
             now = self._time(name)
             if now != self._seen[name]:
                 self._seen[name] = now
                 record = self.records.read(name)
                 if record is not None:
                     self._changed(name, record)
-        if self.live and self.at_once == 1:
-            for name, start in list(self._started.items())[:1]:
-                self.stream.write(
-                    f"\r{self._head(name, self._settled + 1)} {time.monotonic() - start:7.0f} s"
-                )
-                self.stream.flush()
-                self._open = True
+        if self._started and self.at_once == 1 and self.stream.isatty():
+            name, start = next(iter(self._started.items()))
+            line = self._line(self._settled + 1, self.titles[name], time.monotonic() - start)
+            self.stream.write(f"\r{line}")
+            self.stream.flush()
+            self._open = True
 
-    def end(self, standing: Mapping[str, Standing]) -> None:
-        """Print what has changed since the last look, and what was stopped by somebody else."""
-        self.look()
-        for name in self._started:
-            if name in standing and standing[name].state is State.STOPPED:
-                seconds = standing[name].record.seconds if standing[name].record else 0.0
-                self._line(name, seconds, STOPPED_WORDS)
-
-    def stop(self) -> None:
-        """Tell that this run was told to stop."""
+    def end(self) -> None:
+        """Print what has changed since the last look, and what was stopped."""
         self.look()
         for name in self._started:
             record = self.records.read(name)
-            self._line(name, record.seconds if record else 0.0, STOPPED_WORDS)
+            seconds = record.seconds if record else 0.0
+            self._say(self._line(self._settled, self.titles[name], seconds, STOPPED_WORDS))
 
     def step(self, title: str, seconds: float, words: str) -> None:
         """Print the line of a step after the jobs."""
         self._settled += 1
-        self._say(f"{self._count(self._settled)} {title:52} {seconds:7.0f} s  {words}")
+        self._say(self._line(self._settled, title, seconds, words))
 
     def _changed(self, name: str, record: Record) -> None:
         if record.done or record.failed is not None:
+            self._started.pop(name, None)
             self._settled += 1
-            words = record.number
+            words, tail = record.number, []
             if record.failed is not None:
                 words = f"failed: {record.reason} ({self.records.log(name)})"
-            self._line(name, record.seconds, words)
-            del self.jobs[name]
-            self._started.pop(name, None)
-            if record.failed is not None and self.tails:
-                for row in self.records.tail(name, TAIL):
-                    self._say(f"    {row}")
+                tail = self.records.tail(name, TAIL) if self.tails else []
+            self._say(self._line(self._settled, self.titles.pop(name), record.seconds, words))
+            for row in tail:
+                self._say(f"    {row}")
         elif name not in self._started:
             self._started[name] = time.monotonic() - record.seconds
             if self.at_once > 1:
-                self._say(f"started: {self.jobs[name].job.title}")
+                self._say(f"started: {self.titles[name]}")
 
     def _time(self, name: str) -> int:
         try:
@@ -116,14 +106,9 @@ class Progress:
         except OSError:
             return 0
 
-    def _count(self, number: int) -> str:
-        return f"[{number:{len(str(self.total))}}/{self.total}]"
-
-    def _head(self, name: str, number: int) -> str:
-        return f"{self._count(number)} {self.jobs[name].job.title:52}"
-
-    def _line(self, name: str, seconds: float, words: str) -> None:
-        self._say(f"{self._head(name, self._settled)} {seconds:7.0f} s  {words}".rstrip())
+    def _line(self, number: int, title: str, seconds: float, words: str = "") -> str:
+        count = f"[{number:{len(str(self.total))}}/{self.total}]"
+        return f"{count} {title:52} {seconds:7.0f} s  {words}".rstrip()
 
     def _say(self, text: str) -> None:
         self.stream.write(f"{chr(13) if self._open else ''}{text}\n")

@@ -6,15 +6,13 @@ links at its top lead to further files beside it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import yaml
 
 from ldm.data.images import list_images, read_tile
-from ldm.experiment.generator_report import Generator, add_generator
 from ldm.experiment.results import Row, Table
 from ldm.experiment.statistics import METRICS
 from ldm.experiment.tables import (
@@ -27,6 +25,7 @@ from ldm.experiment.tables import (
     percent,
     plus_minus,
     points,
+    shortened,
     text_tables,
     word,
 )
@@ -55,14 +54,14 @@ TITLE = 52  # letters above a chart
 def write_results(
     table: Table,
     out: Path,
-    generators: Sequence[Generator] = (),
+    add_models: Callable[[Page], None] | None = None,
     about: str = "",
     caution: str = "",
 ) -> str:
     """Write OUT/table.md, table.tex, table.csv and report.html; returns the headline.
 
     Args:
-        generators: Models whose training and sampling the page shows.
+        add_models: Adds sections on the models behind the synthetic tiles to the page.
         about: What was done, in a few sentences.
         caution: What the reader must not conclude.
     """
@@ -80,8 +79,8 @@ def write_results(
     for one in rest:
         _table(page, one)
     _confusion(page, results)
-    for generator in generators:
-        add_generator(page, generator, table.classes)
+    if add_models is not None:
+        add_models(page)
     _samples(page, results)
     _selection(page, results, out)
     _umap(page, results, out)
@@ -129,7 +128,7 @@ def _links(table: Table, out: Path) -> Iterable[tuple[str, str]]:
     yield "table.tex", "the tables for a paper"
     yield "table.json", "everything, for programs"
     yield "sheets", "what each selection took and left"
-    if table.umap is not None and (path := _below(Path(table.umap) / "umap.html", out)):
+    if table.umap is not None and (path := _below(table.umap / "umap.html", out)):
         yield path, "feature space with tiles to point at"
     names = {str(row.factors.get("generator", row.key)) for row in table.rows if row.copies}
     for name in sorted(names):
@@ -159,7 +158,7 @@ def _arms(page: Page, results: Results) -> None:
             found = results.difference(row, split, metric)
             if found is not None and found.mean is not None:
                 low, high = (None if v is None else 100 * v for v in (found.low, found.high))
-                estimates.append(Estimate(_short(row.label, 34), 100 * found.mean, low, high))
+                estimates.append(Estimate(shortened(row.label, 34), 100 * found.mean, low, high))
         if estimates and real is not None:
             title = f"Change in {word(metric)}"
             charts.append(estimate_chart(title, estimates, "percent points", real.label))
@@ -173,10 +172,6 @@ def _arms(page: Page, results: Results) -> None:
             " where the interval leaves out 0. A cross has no interval.",
             soft=True,
         )
-
-
-def _short(label: str, most: int = TITLE) -> str:
-    return label if len(label) <= most else label[: most - 1] + "…"
 
 
 def _curves(page: Page, results: Results) -> None:
@@ -205,7 +200,7 @@ def _curves_of(results: Results, split: str) -> Iterable[str]:
     least, most = min(low for low, _ in limits), max(high for _, high in limits)
     for label, series in drawn:
         yield series_chart(
-            _short(label),
+            shortened(label, TITLE),
             series,
             "synthetic tiles, % of the labelled",
             level,
@@ -279,7 +274,7 @@ def _confusion(page: Page, results: Results) -> None:
     caption = ["In percent and percent points, means over seeds; single classes are not tested."]
     page.table(TextTable("", heads, rows, caption, set(range(1, len(heads)))), wide=True)
     page.charts(
-        confusion_chart(_short(row.label), matrix, classes)
+        confusion_chart(shortened(row.label, TITLE), matrix, classes)
         for row, matrix in zip(shown, counts, strict=True)
     )
     page.text(
@@ -307,8 +302,8 @@ def _samples(page: Page, results: Results) -> None:
     classes = results.table.classes
     pools: dict[Path, str] = {}
     for row in results.table.rows:
-        if row.samples is not None and Path(row.samples).is_dir():
-            pools.setdefault(Path(row.samples), str(row.factors.get("generator", row.label)))
+        if row.samples is not None and row.samples.is_dir():
+            pools.setdefault(row.samples, str(row.factors.get("generator", row.label)))
     if not pools:
         return
     page.heading("Samples")
@@ -357,25 +352,25 @@ def _selection(page: Page, results: Results, out: Path) -> None:
 def _sheets(row: Row, out: Path) -> Path | None:
     places = [out / "sheets" / row.key]
     if row.selection is not None:
-        folder = Path(row.selection)
+        folder = row.selection
         places += [out / "sheets" / folder.name, folder.parent / f"{folder.name}.sheets"]
     return next((place for place in places if place.is_dir()), None)
 
 
 def _umap(page: Page, results: Results, out: Path) -> None:
     folder = results.table.umap
-    if folder is None or not (Path(folder) / "umap.png").is_file():
+    if folder is None or not (folder / "umap.png").is_file():
         return
     page.heading("Feature space")
     caption = (
         "A UMAP picture of the features by which tiles are selected. Distances on the plane are"
         " only a hint."
     )
-    interactive = (Path(folder) / "umap.html").absolute()
+    interactive = folder / "umap.html"
     if interactive.is_file():
-        shown = _below(interactive, out) or interactive
+        shown = _below(interactive, out) or interactive.absolute()
         caption += f" Where one can point at dots to see their tiles: {shown}."
-    page.picture(embeddable(Path(folder) / "umap.png"), caption)
+    page.picture(embeddable(folder / "umap.png"), caption)
 
 
 def _copies(page: Page, results: Results, out: Path) -> None:
@@ -449,8 +444,8 @@ def _record(page: Page, results: Results) -> None:
             for title, job in longest
         )
         page.folded("Time and result by job", "\n".join(lines))
-    page.folded("Settings", yaml.safe_dump(_plain(table.settings), sort_keys=False,
-                                           allow_unicode=True))  # fmt: skip
+    settings = yaml.safe_dump(table.settings, sort_keys=False, allow_unicode=True)
+    page.folded("Settings", settings)
 
 
 def _machine(record: dict) -> Iterable[str]:
@@ -463,15 +458,6 @@ def _machine(record: dict) -> Iterable[str]:
     yield f"revision {record.get('revision') or 'unknown'}"
     if versions:
         yield ", ".join(f"{name} {version}" for name, version in versions.items())
-
-
-def _plain(content: Any) -> Any:
-    """Content with everything that YAML has no word for (such as paths) as text."""
-    if isinstance(content, dict):
-        return {str(key): _plain(value) for key, value in content.items()}
-    if isinstance(content, Sequence) and not isinstance(content, str):
-        return [_plain(value) for value in content]
-    return content if isinstance(content, int | float | str | type(None)) else str(content)
 
 
 def _duration(seconds: float) -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+PUBLISHED_GAIN = "selected - real"  # of the paper's best arm: its numbers belong to no row
+
 
 @dataclass(frozen=True)
 class Row:

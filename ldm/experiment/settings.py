@@ -5,19 +5,20 @@ Imports nothing heavy: `--status` and `--dry-run` answer at once.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ldm.cli import existing_path
+from ldm.cli import existing_path, nearest
+from ldm.config import read_yaml, resolve
 from ldm.errors import UserError
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.]*(?:[-+][A-Za-z0-9_.]+)*")  # of folders and jobs
@@ -210,25 +211,30 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
         overrides: `section.key=value`.
 
     Raises:
-        UserError: No such file, or anything wrong in it, all problems in one line.
+        UserError: The file is missing, or something in it is wrong; all problems in one line.
     """
-    source = existing_path(path, "--config", "file")
-    try:
-        config = OmegaConf.load(source)
-    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise UserError(f"--config {path}: no YAML: {_first_line(error)}") from None
-    if not OmegaConf.is_dict(config):
-        raise UserError(f"--config {path}: must be a mapping with sections, see configs/tables")
+    config = read_yaml(existing_path(path, "--config", "file"))
     for word in overrides:
-        key, equals, _ = word.partition("=")
-        if not equals or key.startswith("-"):
-            raise UserError(f"{word}: overrides have the form section.key=value")
+        config = with_override(config, word)
+    return check_settings(resolve(config), f"--config {path}")
+
+
+def with_override(config: DictConfig, word: str) -> DictConfig:
+    """A configuration with one value replaced or added.
+
+    Args:
+        word: `section.key=value`.
+
+    Raises:
+        UserError: The word has another form, or does not fit the configuration.
+    """
+    key, equals, _ = word.partition("=")
+    if not equals or key.startswith("-"):
+        raise UserError(f"{word}: overrides have the form section.key=value")
     try:
-        config = OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides)))
-        raw = OmegaConf.to_container(config, resolve=True)
-    except OmegaConfBaseException as error:
-        raise UserError(f"--config {path}: {_explain(error)}") from None
-    return check_settings(raw, f"--config {path}")
+        return OmegaConf.merge(config, OmegaConf.from_dotlist([word]))
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
+        raise UserError(f"{word}: {str(error).splitlines()[0]}") from None
 
 
 def check_settings(raw: Mapping[str, Any], source: str) -> Settings:
@@ -238,14 +244,14 @@ def check_settings(raw: Mapping[str, Any], source: str) -> Settings:
         source: Where they come from, for messages.
 
     Raises:
-        UserError: Anything wrong, all problems in one line.
+        UserError: Something is wrong; all problems in one line.
     """
     try:
         settings = Settings.model_validate(raw)
     except ValidationError as error:
-        found = dict.fromkeys(_describe(one) for one in error.errors())
-        raise UserError(f"{source}: {'; '.join(found)}") from None
-    problems = list(_problems(settings))
+        problems = list(dict.fromkeys(_describe(one) for one in error.errors()))
+    else:
+        problems = [*_bad_names(settings), *_unknown_names(settings), *_contradictions(settings)]
     if problems:
         raise UserError(f"{source}: {'; '.join(problems)}")
     return settings
@@ -255,43 +261,19 @@ def as_list(value: Any) -> list:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _explain(error: OmegaConfBaseException) -> str:
-    words = _first_line(error)
-    found = re.search(r"Environment variable '(\w+)' not found", words)
-    if found:
-        key = getattr(error, "full_key", None)
-        where = f" (read by {key})" if key else ""
-        return f"variable {found[1]} is not set{where}; export {found[1]}=..."
-    return words
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """What an unknown name may have meant: `did you mean x?`, or the known ones."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    if close:
-        return f"did you mean {close[0]}?"
-    return f"known are {', '.join(known)}" if known else "there is none"
-
-
 def _describe(problem: Mapping[str, Any]) -> str:
     """An error of pydantic in words: key, value, what is allowed."""
     place = [part for part in problem["loc"] if part not in UNION_PARTS]
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)[1:]
     if problem["type"] == "extra_forbidden":
-        known = _kind_at(place[:-1]).model_fields
-        return f"unknown key {where}; {nearest(str(place[-1]), known)}"
+        return f"unknown key {where}{nearest(place[-1], _section_at(place[:-1]).model_fields)}"
     if problem["type"] == "missing":
         return f"{where} is missing; add it"
     words = problem["msg"].replace("Input should be", "must be")
     return f"{where} {problem['input']!r} {words}"
 
 
-def _kind_at(place: Sequence[str | int]) -> Any:
+def _section_at(place: Sequence[str | int]) -> Any:
     """The section that stands at a place of the file."""
     kind: Any = Settings
     for part in place:
@@ -301,9 +283,63 @@ def _kind_at(place: Sequence[str | int]) -> Any:
     return kind
 
 
-def _problems(settings: Settings) -> Iterable[str]:
-    """What is wrong across sections."""
-    yield from _bad_names(settings)
+def _bad_names(settings: Settings) -> Iterable[str]:
+    """Names that cannot be those of folders and jobs, or mean something else already."""
+    baselines = settings.baselines
+    named = {
+        "models": settings.models,
+        "generators": settings.generators,
+        "selection": settings.selection,
+        "baselines.networks": baselines.networks,
+        "baselines.kinds": baselines.kinds,
+        "name": [settings.name],
+    }
+    for section, names in named.items():
+        for name in names:
+            if not NAME.fullmatch(name):
+                yield f"{section}: {name!r} must be letters, digits, _ . - and +"
+    keys = [*baselines.kinds, *baselines.networks]
+    for name in keys:
+        if keys.count(name) > 1 or name in (*RESERVED, settings.data.labelled):
+            yield f"baselines: the name {name} is taken; choose another"
+
+
+def _unknown_names(settings: Settings) -> Iterable[str]:
+    """Names of one section that stand in another and mean nothing there."""
+    models, grid = settings.models, settings.grid
+    used = [  # where, name, what is known
+        *(
+            (f"models.{name}.needs.{key}", other, models)
+            for name, model in models.items()
+            for key, other in model.needs.items()
+        ),
+        *(
+            (f"generators.{name}.{part}", getattr(generator, part), models)
+            for name, generator in settings.generators.items()
+            for part in ("diffusion", "classifier", "decoder")
+        ),
+        ("judge.network", settings.judge.network, settings.baselines.networks),
+    ]
+    cells = [("grid.generators", grid.generators, settings.generators)]
+    cells.append(("grid.selection", grid.selection, settings.selection))
+    for part in ("without", "also"):
+        for index, one in enumerate(getattr(grid, part)):
+            where = f"grid.{part}[{index}]"
+            cells.append((f"{where}.generator", one.generator, settings.generators))
+            cells.append((f"{where}.selection", one.selection, settings.selection))
+    used += [(where, name, known) for where, names, known in cells for name in as_list(names)]
+    for where, name, known in used:
+        if name is not None and name not in known:
+            yield f"{where}: unknown {name}{nearest(name, known)}"
+    try:
+        TopologicalSorter({name: model.needs.values() for name, model in models.items()}).prepare()
+    except CycleError as error:
+        for name in sorted(set(error.args[1])):
+            yield f"models.{name} needs itself; break the circle"
+
+
+def _contradictions(settings: Settings) -> Iterable[str]:
+    """Settings that do not go together."""
     for name, model in settings.models.items():
         where = f"models.{name}"
         given = [k for k in ("run", "config", "classifier") if getattr(model, k) is not None]
@@ -315,30 +351,6 @@ def _problems(settings: Settings) -> Iterable[str]:
                     yield f"{where}.{extra} belongs to a model that is trained here; remove it"
         elif given == ["classifier"] and (model.overrides or model.arguments):
             yield f"{where}: overrides and arguments belong to a config; use classifier"
-        for key, other in model.needs.items():
-            yield from _unknown(f"{where}.needs.{key}", other, settings.models)
-    for name, generator in settings.generators.items():
-        for part in ("diffusion", "classifier", "decoder"):
-            other = getattr(generator, part)
-            if other is not None:
-                yield from _unknown(f"generators.{name}.{part}", other, settings.models)
-    yield from _circles(settings.models)
-    grid = settings.grid
-    for key, names, known in (
-        ("generators", grid.generators, settings.generators),
-        ("selection", grid.selection, settings.selection),
-    ):
-        for name in names:
-            yield from _unknown(f"grid.{key}", name, known)
-    for section in ("without", "also"):
-        for index, cells in enumerate(getattr(grid, section)):
-            where = f"grid.{section}[{index}]"
-            for key, known in (
-                ("generator", settings.generators),
-                ("selection", settings.selection),
-            ):
-                for name in as_list(getattr(cells, key) or []):
-                    yield from _unknown(f"{where}.{key}", name, known)
     for name, strategy in settings.selection.items():
         if strategy.redraw and strategy.strategy != "random":
             yield f"selection.{name}.redraw belongs to strategy random; remove it"
@@ -346,44 +358,6 @@ def _problems(settings: Settings) -> Iterable[str]:
     judged = [k for k in ("seed", "network", "run", "model") if getattr(judge, k) is not None]
     if len(judged) > 1 and judged != ["seed", "network"]:
         yield f"judge must have one of seed, run and model, not {', '.join(judged)}"
-    if judge.network is not None:
-        yield from _unknown("judge.network", judge.network, settings.baselines.networks)
     seeds = settings.evaluation.seeds
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         yield "evaluation.seeds must be different whole numbers from 0, such as [0, 1, 2]"
-
-
-def _bad_names(settings: Settings) -> Iterable[str]:
-    named = {
-        "models": settings.models,
-        "generators": settings.generators,
-        "selection": settings.selection,
-        "baselines.networks": settings.baselines.networks,
-        "baselines.kinds": settings.baselines.kinds,
-        "name": [settings.name],
-    }
-    for section, names in named.items():
-        for name in names:
-            if not NAME.fullmatch(str(name)):
-                yield f"{section}: {name!r} must be letters, digits, _ . - and +"
-    keys = [*settings.baselines.kinds, *settings.baselines.networks]
-    for name in keys:
-        if keys.count(name) > 1 or name in (*RESERVED, settings.data.labelled):
-            yield f"baselines: the name {name} is taken; choose another"
-
-
-def _unknown(where: str, name: Any, known: Mapping[str, Any]) -> Iterable[str]:
-    if name not in known:
-        yield f"{where}: unknown {name}; {nearest(str(name), known)}"
-
-
-def _circles(models: Mapping[str, Model]) -> Iterable[str]:
-    for name in models:
-        seen, stack = set(), list(models[name].needs.values())
-        while stack:
-            other = stack.pop()
-            if other not in seen and other in models:
-                seen.add(other)
-                stack += models[other].needs.values()
-        if name in seen:
-            yield f"models.{name} needs itself; break the circle"

@@ -52,7 +52,7 @@ import numpy as np
 
 from ldm.errors import UserError
 from ldm.evaluation.metrics import confusion_matrix
-from ldm.evaluation.predictions import Predictions
+from ldm.evaluation.predictions import Predictions, check_same_images
 from ldm.experiment.results import Row, Table
 
 METRICS = ("accuracy", "macro_f1")
@@ -194,25 +194,6 @@ def _check_summary(run: Predictions, row: Row, seed: int, split: str, path: Path
                 f"{path}: accuracy {accuracy:.4f} is not the {result[split]['accuracy']:.4f} of"
                 " summary.json; one of them is of another run: evaluate this arm again"
             )
-
-
-def check_same_images(a: Predictions, b: Predictions, name_a: str, name_b: str) -> None:
-    """Raise a UserError unless two sets of predictions are of the same images in the same order."""
-    if a.classes != b.classes:
-        raise UserError(f"{name_a} has classes {a.classes}, {name_b} {b.classes}; not comparable")
-    if len(a.paths) != len(b.paths):
-        raise UserError(
-            f"{name_a} is of {len(a.paths)} images, {name_b} of {len(b.paths)}; evaluate both on"
-            " the same set"
-        )
-    for i, (path_a, path_b) in enumerate(zip(a.paths, b.paths, strict=True)):
-        if path_a != path_b or a.labels[i] != b.labels[i]:
-            raise UserError(
-                f"{name_a} has {path_a} ({a.classes[a.labels[i]]}) in row {i + 1}, {name_b}"
-                f" {path_b} ({b.classes[b.labels[i]]}); evaluate both on the same set"
-            )
-    if a.groups != b.groups:
-        raise UserError(f"{name_a} and {name_b} have different groups; evaluate both with the same")
 
 
 def influence(run: Predictions, metric: str) -> tuple[float, np.ndarray]:

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from ldm.evaluation.metrics import HEADLINE, mean_and_std
-from ldm.experiment.results import Row, Table
+from ldm.experiment.results import PUBLISHED_GAIN, Row, Table
 from ldm.experiment.statistics import (
     FEWEST_SEEDS,
     METRICS,
@@ -22,7 +22,6 @@ from ldm.experiment.statistics import (
 )
 from ldm.report.tables import MINUS, TextTable, escape_markdown, to_markdown
 
-PUBLISHED_GAIN = "selected - real"  # entry of the published numbers that belongs to no row
 WORDS = {"macro_f1": "macro F1"}
 STATUS = {"failed": "failed", "missing": "not run"}
 LONGEST = 90  # characters of a reason within a cell
@@ -278,9 +277,9 @@ def copies_numbers(row: Row) -> dict[str, Any]:
 def text_tables(results: Results) -> list[TextTable]:
     """All tables, the split that counts first."""
     splits = [results.reported, *results.table.splits[-2::-1]]
-    found = [arms_table(results, split) for split in splits]
-    against = [random_table(results, split) for split in splits[:1]]
-    return [*found, *(one for one in (*against, fidelity_table(results)) if one.rows)]
+    further = (random_table(results, splits[0]), fidelity_table(results))
+    arms = [arms_table(results, split) for split in splits]
+    return arms + [table for table in further if table.rows]
 
 
 def arms_table(results: Results, split: str) -> TextTable:
@@ -516,13 +515,12 @@ def csv_rows(results: Results) -> Iterable[dict[str, Any]]:
                 for metric in METRICS:
                     found = results.difference(row, split, metric, family)
                     name = f"{prefix}_{metric}"
-                    cells |= {
-                        name: found and found.mean,
-                        **{f"{name}_{k}": found and getattr(found, k)
-                           for k in ("low", "high", "p", "p_holm")},
-                    }  # fmt: skip
-            cells["compared_groups"] = _first(results, row, split, "groups")
-            cells["compared_note"] = _first(results, row, split, "note")
+                    cells[name] = found and found.mean
+                    for field in ("low", "high", "p", "p_holm"):
+                        cells[f"{name}_{field}"] = found and getattr(found, field)
+            compared = results.difference(row, split, METRICS[0])
+            cells["compared_groups"] = compared and compared.groups
+            cells["compared_note"] = compared and compared.note
             for name in ("fid", "kid", "kid_std", "precision", "recall"):
                 cells[f"fidelity_{name}"] = fidelity.get(name)
             for name in ("flagged", "tiles", "expected_by_chance"):
@@ -533,8 +531,3 @@ def csv_rows(results: Results) -> Iterable[dict[str, Any]]:
                 cells[f"paper_{metric}"] = (table.paper.get(row.key) or {}).get(metric)
             cells["failures"] = "; ".join(row.failures)
             yield cells
-
-
-def _first(results: Results, row: Row, split: str, name: str) -> Any:
-    found = results.difference(row, split, METRICS[0])
-    return found and getattr(found, name)

@@ -29,6 +29,7 @@ from ldm.features.neighbours import (
     search,
     squared_distances,
 )
+from ldm.features.probe import cross_validated
 from ldm.features.sets import FeatureSet
 
 BANDWIDTH_NEIGHBOUR = 3  # of the kernel of `Coverage`
@@ -112,20 +113,22 @@ def by_centroid(synthetic: FeatureSet, distances: Tensor) -> Strategy:
     )
 
 
-def by_confidence(synthetic: FeatureSet) -> Strategy:
+def by_confidence(synthetic: FeatureSet, real: FeatureSet) -> Strategy:
     """Images that the judge gives to their class, the most probable (softmax) first.
 
+    Where the network of the features is no classifier of these classes, the judge is a logistic
+    regression on its features of the real tiles.
+
     Raises:
-        UserError: The network of the features is no classifier of these classes.
+        UserError: Such a regression has too few real tiles.
     """
-    if synthetic.logits is None:
-        raise UserError(
-            "--strategy confidence: the network of --features"
-            f" ({synthetic.network or synthetic.extractor[:12]}) is no classifier of"
-            f" {', '.join(synthetic.classes)}; give a checkpoint of eval.py for these classes, run"
-            " scripts/vis.py again with one, or use --confidence manifest"
-        )
-    probabilities = synthetic.logits.double().softmax(dim=1)  # (N, K)
+    if synthetic.logits is not None:
+        judge, probabilities = "the judge", synthetic.logits.double().softmax(dim=1)  # (N, K)
+    else:
+        judge = "a logistic regression on the features of the real tiles"
+        known = real.values.double().numpy()
+        model = cross_validated(known, real.labels.numpy(), real.classes)
+        probabilities = torch.from_numpy(model.predict_proba(synthetic.values.double().numpy()))
     own = probabilities.gather(1, synthetic.labels[:, None])  # (N, 1)
     others = probabilities.scatter(1, synthetic.labels[:, None], -1.0)
     best, winner = others.max(dim=1)
@@ -135,7 +138,7 @@ def by_confidence(synthetic: FeatureSet) -> Strategy:
     return ByScore(
         own[:, 0],
         reasons,
-        score="probability by the judge",
+        score=f"probability by {judge}",
         accepted="judged to be of its class",
         surplus="{} others are more probable",
     )
@@ -384,7 +387,7 @@ class Choice:
         if self.name == "centroid":
             return by_centroid(synthetic, distances)
         if self.name == "confidence" and self.confidence == "judge":
-            return by_confidence(synthetic)
+            return by_confidence(synthetic, real)
         if self.name == "confidence":
             return by_manifest(synthetic, synthetic_root)
         if self.name == "knn":
