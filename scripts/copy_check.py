@@ -20,7 +20,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from ldm.cli import Count, existing_path, like, option, parse, run_command
+from ldm.cli import Count, existing_path, lies_in, like, option, parse, run_command
 from ldm.devices import resolve_device
 from ldm.errors import UserError
 from ldm.settings import DeviceOption, LoaderOptions, NetworkChoice
@@ -75,24 +75,20 @@ def parse_arguments(argv: list[str] | None = None) -> Options:
     return parse(Options, argv)
 
 
-def inside(path: Path, folder: Path) -> bool:
-    return folder.resolve() in (path.resolve(), *path.resolve().parents)
-
-
 def check_places(
     sets: dict[str, Path], targets: dict[str, Path], more_sources: dict[str, Path]
 ) -> None:
     """UserError where one set lies in another, or a target in a source or a file; by option."""
     for name, path in sets.items():
         for other, folder in sets.items():
-            if name != other and inside(path, folder):
+            if name != other and lies_in(path, folder):
                 where = "is" if path.resolve() == folder.resolve() else "lies in"
                 raise UserError(
                     f"{name} {path}: {where} {other} {folder}; give folders apart from one another"
                 )
     for name, path in {**sets, **more_sources}.items():
         for target, folder in targets.items():
-            if inside(folder, path):
+            if lies_in(folder, path):
                 raise UserError(f"{target} {folder}: lies in {name} {path}; give a folder outside")
     for name, folder in targets.items():
         if folder.exists() and not folder.is_dir():

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from ldm.cli import Count, Whole, existing_path, option, parse, run_command
+from ldm.cli import Count, Whole, existing_path, lies_in, option, parse, run_command
 from ldm.devices import resolve_device
 from ldm.errors import UserError
 from ldm.settings import FeatureOptions
@@ -136,7 +136,7 @@ def check_places(places: dict[str, Path | None], sources: dict[str, Path]) -> No
     """UserError when a folder to be made lies in a folder of images, where it would be a class."""
     for name, place in places.items():
         for other, folder in sources.items():
-            if place and folder.resolve() in (place.resolve(), *place.resolve().parents):
+            if place and lies_in(place, folder):
                 raise UserError(
                     f"{name} {place}: lies in {other} {folder}; give a folder outside it"
                 )
