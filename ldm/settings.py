@@ -2,9 +2,9 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -19,6 +19,11 @@ _devices = partial(option, group="devices, memory and speed")
 _machine = partial(option, group=MACHINE)
 _groups = partial(option, group="groups of tiles")
 _features = partial(option, group="features")
+
+
+def some_cores() -> int:
+    """How many workers read images by default."""
+    return min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +101,7 @@ class EvaluationOptions:
         default=None, metavar="NAME", help="column of --groups; if omitted group"
     )
     workers: Whole = _run(
-        default_factory=lambda: min(8, os.cpu_count() or 1),
+        default_factory=some_cores,
         published=("--num_workers",),
         help="loader processes",
     )
@@ -115,10 +120,12 @@ class DeviceOption:
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderOptions:
-    """Reading images: how many at a time, by how many processes."""
+    """Reading images: how many at a time, by how many threads."""
 
     batch_size: Count = _machine(default=64, help="images per pass of the network")
-    workers: Whole = _machine(default=2, published=("--num_workers",), help="loader processes")
+    workers: Whole = _machine(
+        default=2, published=("--num_workers",), help="threads that decode images"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,17 +222,14 @@ class NetworkChoice(ModelOptions):
         default=None, metavar="NAME", help="the same as --features timm:NAME"
     )
 
-    def with_network(self) -> Self:
-        """What `features` says, in `weights` or `model`."""
-        if self.features is None:
-            return self
-        if self.features.startswith(TIMM):
-            return replace(self, model=self.features.removeprefix(TIMM), features=None)
-        return replace(self, weights=self.features, features=None)
+    @property
+    def network(self) -> str | None:
+        """What `ldm.features.source.parse_features` takes; None where no network was named."""
+        return self.features or self.weights if self.model is None else f"{TIMM}{self.model}"
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from contradictions(self, "features", "weights", "model")
-        of_timm = self.model is not None or (self.features or "").startswith(TIMM)
+        of_timm = (self.network or "").startswith(TIMM)
         for name in ("pretrained_weights", "input_size"):
             if getattr(self, name) is not None and not of_timm:
                 yield name, "belongs to --model (--features timm:NAME); a checkpoint has its own"
@@ -241,6 +245,12 @@ class FeatureOptions(ModelOptions):
     workers: Whole | None = _features(
         default=None,
         published=("--num_workers",),
-        help="loader processes for large sets; if omitted 2",
+        help="threads that decode images; if omitted 2",
     )
     device: str | None = _features(default=None, help=f"{DEVICE_HELP}; if omitted auto")
+
+    @property
+    def loading(self) -> dict[str, int]:
+        """Those arguments of `ldm.features.sets.cached_features` that were given."""
+        both = {"batch_size": self.batch_size, "num_workers": self.workers}
+        return {name: value for name, value in both.items() if value is not None}

@@ -8,15 +8,16 @@ learns from `D/train5`, chooses on `D/val` and reports `D/test` once, with the r
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ldm.cli import Commas, existing_path, like, option, parse, run_command
+from ldm.cli import Commas, Whole, existing_path, like, option, parse, run_command
+from ldm.devices import resolve_device
 from ldm.errors import UserError
-from ldm.settings import TIMM, DeviceOption, EvaluationOptions
+from ldm.settings import TIMM, DeviceOption, EvaluationOptions, some_cores
 
 PROBE = "linear_probe"
 
@@ -62,19 +63,20 @@ class Options(EvaluationOptions, DeviceOption):
         default=None, group=PROBE, help="pixels, with --arch; if omitted the network's own"
     )
     device: str = like(DeviceOption, "device", "auto", group=PROBE)
+    workers: Whole = like(
+        EvaluationOptions, "workers", default_factory=some_cores, help="threads that decode images"
+    )
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """Each kind once."""
         return tuple(dict.fromkeys(self.kind))
 
-    def with_network(self) -> "Options":
-        """What `features` says, in `arch` or `weights`."""
-        if self.features is None:
-            return self
-        if self.features.startswith(TIMM):
-            return replace(self, arch=self.features.removeprefix(TIMM), features=None)
-        return replace(self, weights=self.features, features=None)
+    @property
+    def network(self) -> str | None:
+        """What `ldm.features.source.parse_features` takes; None where no network was named."""
+        named = self.features if self.arch is None else f"{TIMM}{self.arch}"
+        return self.weights if named is None else named
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.features is not None:
@@ -86,29 +88,26 @@ class Options(EvaluationOptions, DeviceOption):
         for name in ("features", "weights", "arch", "input_size"):
             if getattr(self, name) is not None and "linear_probe" not in self.kind:
                 yield name, "belongs to --kind linear_probe; add that, or leave it out"
+        if self.input_size is not None and not (self.network or TIMM).startswith(TIMM):
+            yield "input_size", "belongs to --arch; a run of eval.py knows its own, leave it out"
 
 
 def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv).with_network()
+    return parse(Options, argv)
 
 
-def probe_source(args: Options):
-    """The network of a linear probe, an `ldm.features.source.FeatureSource`."""
-    from ldm.features import source
+def open_network(args: Options):
+    """The network of a linear probe, an `ldm.features.extractor.Extractor`."""
+    from ldm.features.source import parse_features
 
-    if args.arch is not None:
-        weights = args.weights and Path(args.weights).expanduser()
-        return source.FeatureSource(source.TIMM, args.arch, weights, args.input_size)
-    if args.weights is None:
+    if args.network is None:
         raise UserError(
             "linear_probe needs a network: --weights RUN (of eval.py), or --arch NAME --weights"
             " FILE (of timm)"
         )
-    if args.input_size is not None:
-        raise UserError(
-            "--input_size belongs to --arch; a run of eval.py knows its own, leave it out"
-        )
-    return source.FeatureSource(source.VIT, args.weights)
+    weights = None if args.network == args.weights else args.weights
+    source = parse_features(args.network, weights, args.input_size)
+    return source.open(resolve_device(args.device))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -117,14 +116,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.weights is not None:
         existing_path(args.weights, "--weights")
 
-    from ldm.devices import resolve_device
     from ldm.evaluation.baselines import run_baseline
     from ldm.evaluation.metrics import format_summary
     from ldm.evaluation.sets import GroupTable
 
     groups, extractor = GroupTable.given(args), None
     if PROBE in args.kind:  # opened before minutes are spent on the others
-        extractor = probe_source(args).open(resolve_device(args.device))
+        extractor = open_network(args)
     for kind in args.kinds:
         summary = run_baseline(
             kind,

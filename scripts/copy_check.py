@@ -13,7 +13,6 @@ per synthetic tile), suspicious.png and histogram.png; REPORT/cache makes a seco
 without the flagged tiles.
 """
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from ldm.cli import Count, existing_path, like, option, parse, run_command
+from ldm.cli import Count, existing_path, lies_in, like, option, parse, run_command
 from ldm.devices import resolve_device
 from ldm.errors import UserError
 from ldm.settings import DeviceOption, LoaderOptions, NetworkChoice
@@ -73,73 +72,64 @@ class Options(NetworkChoice, DeviceOption):
 
 
 def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv).with_network()
+    return parse(Options, argv)
 
 
 def check_places(
     sets: dict[str, Path], targets: dict[str, Path], more_sources: dict[str, Path]
 ) -> None:
-    """UserError where one set lies in another, or a target in a source; by option."""
-
-    def inside(path: Path, folder: Path) -> bool:
-        return folder.resolve() in (path.resolve(), *path.resolve().parents)
-
+    """UserError where one set lies in another, or a target in a source or a file; by option."""
     for name, path in sets.items():
         for other, folder in sets.items():
-            if name != other and inside(path, folder):
+            if name != other and lies_in(path, folder):
                 where = "is" if path.resolve() == folder.resolve() else "lies in"
                 raise UserError(
                     f"{name} {path}: {where} {other} {folder}; give folders apart from one another"
                 )
     for name, path in {**sets, **more_sources}.items():
         for target, folder in targets.items():
-            if inside(folder, path):
+            if lies_in(folder, path):
                 raise UserError(f"{target} {folder}: lies in {name} {path}; give a folder outside")
+    for name, folder in targets.items():
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{name} {folder} is a file; give a folder")
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
-    sets = {
-        f"--{name}": existing_path(getattr(args, name), f"--{name}", "dir")
-        for name in ("synthetic", "train", "holdout")
-    }
+def check_paths(args: Options) -> tuple[dict[str, Path], Path]:
+    """The folders of the three sets, by name, and that of the report."""
+    names = ("synthetic", "train", "holdout")
+    sets = {name: existing_path(getattr(args, name), f"--{name}", "dir") for name in names}
     out = Path(args.out).expanduser()
     targets, more_sources = {"--out": out}, {}
     if args.remove:
         targets["--removed_to"] = Path(args.removed_to).expanduser()
         more_sources["--remove"] = existing_path(args.remove, "--remove", "dir")
-    check_places(sets, targets, more_sources)
-    for name, folder in targets.items():
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"{name} {folder} is a file; give a folder")
+    check_places({f"--{name}": path for name, path in sets.items()}, targets, more_sources)
     if args.weights:
         existing_path(args.weights, "--weights")
     if args.pretrained_weights:
         existing_path(args.pretrained_weights, "--pretrained_weights", "file")
+    return sets, out
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    sets, out = check_paths(args)
 
     from ldm.copies.check import check_copies
-    from ldm.copies.removal import TrainingFolder, is_made, remove_flagged
+    from ldm.copies.removal import Removal
     from ldm.copies.report import write_report
     from ldm.data.images import class_folders
     from ldm.data.tile_files import TileFiles
-    from ldm.features.source import TIMM, VIT, FeatureSource
-    from ldm.run import git_revision, versions
+    from ldm.features.source import parse_features
 
-    device = resolve_device(args.device)
-    extractor = None
-    if args.weights:
-        extractor = FeatureSource(VIT, args.weights).open(device)
-    elif args.model:
-        weights = args.pretrained_weights and Path(args.pretrained_weights).expanduser()
-        extractor = FeatureSource(TIMM, args.model, weights, args.input_size).open(device)
-    synthetic, train, held_out = (
-        TileFiles.below(sets[name], labelled)
-        for name, labelled in (
-            ("--synthetic", bool(class_folders(sets["--synthetic"]))),
-            ("--train", False),
-            ("--holdout", False),
-        )
-    )
+    device, extractor = resolve_device(args.device), None
+    if args.network:
+        source = parse_features(args.network, args.pretrained_weights, args.input_size)
+        extractor = source.open(device)
+    labelled = bool(class_folders(sets["synthetic"]))
+    synthetic = TileFiles.below(sets["synthetic"], labelled)
+    train, held_out = (TileFiles.below(sets[name], False) for name in ("train", "holdout"))
     settings = {
         "quantile": args.quantile,
         "network": extractor and extractor.identity,
@@ -148,11 +138,9 @@ def main(argv: list[str] | None = None) -> None:
         "train_tiles": train.listing,
         "holdout_tiles": held_out.listing,
     }
-    if args.remove:
-        folder = TrainingFolder.read(more_sources["--remove"])
-        folder.check_same(dict(zip(synthetic.names, synthetic.digests, strict=True)))
-        made = is_made(folder, targets["--removed_to"], settings)
-
+    removal = None
+    if args.remove:  # whether it can be done is known before minutes are spent on the comparison
+        removal = Removal(args.remove, args.removed_to, synthetic, settings)
     check = check_copies(
         synthetic,
         held_out,
@@ -164,21 +152,13 @@ def main(argv: list[str] | None = None) -> None:
         args.batch_size,
         device,
     )
-    facts = {
-        "settings": {"network_name": extractor and extractor.name, **settings},
-        "command": sys.argv,
-        "versions": versions(),
-        "revision": git_revision(),
-    }
-    write_report(check, out, facts, args.sheet)
+    write_report(check, out, {"network_name": extractor and extractor.name, **settings}, args.sheet)
     count = int(check.flagged.sum())
     print(f"{count} of {len(check.synthetic)} synthetic tiles are flagged: {out}/report.md")
-    if args.remove:
-        new = targets["--removed_to"]
-        if made:
-            print(f"{new} is there already, made with the same settings")
-        else:
-            print(f"{new}: {remove_flagged(folder, new, check.reasons(), settings)} tiles removed")
+    if removal and removal.is_made:
+        print(f"{removal.out} is there already, made with the same settings")
+    elif removal:
+        print(f"{removal.out}: {removal.remove(check.reasons())} tiles removed")
 
 
 if __name__ == "__main__":

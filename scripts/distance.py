@@ -17,13 +17,13 @@ decision, and selection.json with settings and counts. OUT.sheets has a contact 
 """
 
 import logging
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from ldm.cli import Count, Whole, existing_path, option, parse, run_command
+from ldm.cli import Count, Whole, existing_path, lies_in, option, parse, run_command
+from ldm.devices import resolve_device
 from ldm.errors import UserError
 from ldm.settings import FeatureOptions
 
@@ -136,7 +136,7 @@ def check_places(places: dict[str, Path | None], sources: dict[str, Path]) -> No
     """UserError when a folder to be made lies in a folder of images, where it would be a class."""
     for name, place in places.items():
         for other, folder in sources.items():
-            if place and folder.resolve() in (place.resolve(), *place.resolve().parents):
+            if place and lies_in(place, folder):
                 raise UserError(
                     f"{name} {place}: lies in {other} {folder}; give a folder outside it"
                 )
@@ -165,6 +165,59 @@ def report_shortfall(counts: dict[str, dict[str, int]]) -> None:
             log.warning(words, listed)
 
 
+def judge(args: Options, real_root: Path, synthetic_root: Path):
+    """The features that `--features` means, an `ldm.selection.judge.Judged`."""
+    from ldm.features.source import parse_features
+    from ldm.selection.judge import compute_judged, is_vis_folder, read_judged
+
+    if not is_vis_folder(args.features):
+        source = parse_features(args.features, args.pretrained_weights, args.input_size)
+        extractor = source.open(resolve_device(args.device))
+        cache = Path(args.cache) if args.cache else None
+        return compute_judged(real_root, synthetic_root, extractor, cache, **args.loading)
+    names = ("pretrained_weights", "input_size", "batch_size", "workers", "device", "cache")
+    given = [f"--{name}" for name in names if getattr(args, name) is not None]
+    if given:
+        raise UserError(
+            f"{', '.join(given)}: the features of --features {args.features} are there already;"
+            " such options belong to a checkpoint or timm:NAME"
+        )
+    return read_judged(args.features, synthetic_root)
+
+
+def wanted_folder(args: Options, real_root: Path, synthetic_root: Path):
+    """The training folder that is wanted, an `ldm.selection.wanted.WantedFolder`."""
+    from ldm.data.tile_files import TileFiles
+    from ldm.selection.select import wanted_per_class
+    from ldm.selection.strategies import Choice
+    from ldm.selection.wanted import WantedFolder
+
+    judged = judge(args, real_root, synthetic_root)
+    real = TileFiles.below(real_root, classes=judged.real.classes)
+    counts = [real.labels.count(label) for label in range(len(real.classes))]
+    if args.ratio is not None:
+        wanted = wanted_per_class(counts, args.ratio)
+    else:
+        wanted = [args.per_class or MOST_PER_CLASS] * len(counts)
+    choice = Choice(
+        args.chosen_strategy,
+        neighbors=args.neighbors or NEIGHBORS,
+        confidence=args.confidence or "judge",
+        seed=args.seed or 0,
+    )
+    return WantedFolder(
+        Path(args.out),
+        real,
+        synthetic_root,
+        judged,
+        choice,
+        wanted,
+        ratio=args.ratio,
+        fill=args.fill,
+        link=args.link,
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     real_root = existing_path(args.real, "--real", "dir")
@@ -175,47 +228,14 @@ def main(argv: list[str] | None = None) -> None:
     check_places({"--out": out}, sources)
     cache = Path(args.cache) if args.cache else None
     check_places({"--sheets": sheets, "--cache": cache}, {**sources, "--out": out})
+    downstream = args.downstream and existing_path(args.downstream, "--downstream")
 
-    from ldm.data.tile_files import TileFiles
-    from ldm.features.centroids import centroid_distances
     from ldm.features.source import VIT, FeatureSource
-    from ldm.run import MadeFolder, git_revision, versions
-    from ldm.selection.judge import (
-        NetworkOptions,
-        compute_judged,
-        conflicts,
-        is_vis_folder,
-        read_judged,
-    )
-    from ldm.selection.select import select, wanted_per_class
-    from ldm.selection.sheets import Sheets, sheet_path
-    from ldm.selection.strategies import Choice
-    from ldm.selection.training_folder import RECORD, build_training_folder
 
-    options = NetworkOptions(
-        pretrained_weights=args.pretrained_weights,
-        input_size=args.input_size,
-        batch_size=args.batch_size,
-        num_workers=args.workers,
-        device=args.device,
-        cache=args.cache,
-    )
-    if is_vis_folder(args.features):
-        if options.given:
-            raise UserError(
-                f"{', '.join(options.given)}: the features of --features {args.features} are there"
-                " already; such options belong to a checkpoint or timm:NAME"
-            )
-        judged = read_judged(args.features, synthetic_root)
-    else:
-        judged = compute_judged(args.features, real_root, synthetic_root, options)
-    downstream = None
-    if args.downstream:
-        existing_path(args.downstream, "--downstream")
+    folder = wanted_folder(args, real_root, synthetic_root)
+    if downstream:
         downstream = FeatureSource(VIT, args.downstream).open("cpu")
-    real = TileFiles.below(real_root, classes=judged.real.classes)
-    real_digest = real.digest
-    if real_digest != judged.real.tiles:
+    if sheets and folder.real.digest != folder.judged.real.tiles:
         log.warning(
             "%s was made with other real tiles than those in --real %s: they judge, but there are"
             " no contact sheets",
@@ -223,65 +243,21 @@ def main(argv: list[str] | None = None) -> None:
             real_root,
         )
         sheets = None
-
-    counts = [real.labels.count(label) for label in range(len(real.classes))]
-    if args.ratio is not None:
-        wanted = wanted_per_class(counts, args.ratio)
-    else:
-        wanted = [args.per_class or MOST_PER_CLASS] * len(counts)
-    choice = Choice(
-        args.chosen_strategy,
-        neighbors=NEIGHBORS if args.neighbors is None else args.neighbors,
-        confidence=args.confidence or "judge",
-        seed=args.seed or 0,
-    )
-    settings = {
-        **choice.settings(),
-        "fill": args.fill,
-        "ratio": args.ratio,
-        "wanted": wanted,
-        "classes": real.classes,
-        "extractor": judged.real.extractor,
-        "centroid_tiles": judged.real.tiles,
-        "real_tiles": real_digest,
-        "synthetic_tiles": judged.synthetic.tiles,
-        "link": args.link,
-    }
-    made_before = MadeFolder(out, settings, RECORD).exists()
+    made_before = folder.is_made()
     if made_before:
         print(f"{out} is there already, made with the same settings")
-        if sheets is None or all(sheet_path(sheets, name).is_file() for name in real.classes):
-            return
-
-    distances = centroid_distances(judged.synthetic.values, judged.centroids.values)
-    strategy = choice.make(judged.synthetic, judged.real, distances, synthetic_root)
-    selection = select(strategy, judged.synthetic, distances.numpy(), wanted, args.fill)
-    if sheets is not None:
-        pictures = Sheets(
-            selection, judged.synthetic, judged.real, synthetic_root, real_root, strategy.score
-        )
-        pictures.write(sheets)
-        print(f"contact sheets of {len(real.classes)} classes in {sheets}")
+    if sheets and not (made_before and folder.has_sheets(sheets)):
+        folder.draw_sheets(sheets)
+        print(f"contact sheets of {len(folder.real.classes)} classes in {sheets}")
     if made_before:
         return
-    summary = selection.counts()
-    facts, warnings = conflicts(judged, real, downstream)
-    record = {
-        "settings": settings,
-        "counts": summary,
-        **facts,
-        "warnings": warnings,
-        "command": sys.argv,
-        "versions": versions(),
-        "revision": git_revision(),
-    }
-    build_training_folder(out, real, synthetic_root, selection, record, args.link)
-    print(describe(summary))
-    report_shortfall(summary)
+    counts, warnings = folder.make(downstream)
+    print(describe(counts))
+    report_shortfall(counts)
     for warning in warnings:
         log.warning("%s", warning)
-    used = sum(row["accepted"] + row["filled"] for row in summary.values())
-    print(f"{len(real)} real and {used} synthetic tiles in {out}")
+    used = sum(row["accepted"] + row["filled"] for row in counts.values())
+    print(f"{len(folder.real)} real and {used} synthetic tiles in {out}")
 
 
 if __name__ == "__main__":

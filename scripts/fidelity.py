@@ -13,9 +13,8 @@ Nothing is downloaded: scripts/fetch_weights.py gets weights where there is inte
 """
 
 import logging
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -76,13 +75,13 @@ class Options(LoaderOptions, DeviceOption):
     overwrite: bool = option(default=False, help="replace --stats that is of other tiles")
     seed: Seed = option(default=0, help="seed of the subsets of KID")
 
-    def with_network(self) -> "Options":
-        """What `features` says, in `extractor` or `weights`."""
-        if self.features is None:
-            return self
-        if self.features in NETWORKS or self.features.startswith(TIMM):
-            return replace(self, extractor=self.features, features=None)
-        return replace(self, weights=self.features, features=None)
+    @property
+    def network(self) -> tuple[str, str | None]:
+        """Network and weights as `ldm.features.source.parse_features` takes them."""
+        if self.extractor == "vit":
+            return f"vit:{self.weights}", None
+        named = self.features or self.extractor
+        return (named, self.weights) if named else (self.weights or "inception", None)
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.features is not None:
@@ -91,6 +90,8 @@ class Options(LoaderOptions, DeviceOption):
             named = self.features in NETWORKS or self.features.startswith(TIMM)
             if self.weights is not None and not named:
                 yield "weights", "not allowed with --features RUN; give one of them"
+        if self.extractor == "vit" and self.weights is None:
+            yield "extractor", "vit: give --weights RUN, a seed's folder of eval.py"
         if self.overwrite and not (self.stats and self.real):
             yield "overwrite", "belongs to --stats and --real; give them too, or leave it out"
         if self.real is None and self.stats is None:
@@ -98,7 +99,7 @@ class Options(LoaderOptions, DeviceOption):
 
 
 def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv).with_network()
+    return parse(Options, argv)
 
 
 def to_markdown(results: list[dict]) -> str:
@@ -133,6 +134,8 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(args.out)
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; give a file")
+    if args.weights:
+        existing_path(args.weights, "--weights")
     stats = Path(args.stats).expanduser() if args.stats else None
     if stats is not None and stats.resolve() == out.resolve():
         raise UserError(f"--stats {stats} is --out too; give two files")
@@ -140,23 +143,14 @@ def main(argv: list[str] | None = None) -> None:
         existing_path(stats, "--stats (without --real)", "file")
     real_root = existing_path(args.real, "--real", "dir") if args.real else None
 
-    from ldm.evaluation.fidelity import (
-        KID_SUBSETS,
-        NEIGHBOURS,
-        count_warnings,
-        measure_classes,
-    )
     from ldm.evaluation.reference import (
+        compare_sets,
         reference,
         require_known_classes,
-        set_record,
-        set_warnings,
         tiles_of_part,
     )
-    from ldm.features.sets import FeatureSet
-    from ldm.features.source import published_source
+    from ldm.features.source import parse_features
     from ldm.files import write_json
-    from ldm.run import git_revision, hardware, versions
 
     # All are indexed before any features are computed: what is wrong with one is known at once.
     real_files = None if real_root is None else tiles_of_part(real_root, False, "--real")
@@ -164,42 +158,14 @@ def main(argv: list[str] | None = None) -> None:
     if real_files is not None:
         for files in fake_files:
             require_known_classes(real_files.class_names, files.class_names, files.root)
-    source = published_source(args.extractor, args.weights)
-    extractor = source.open(resolve_device(args.device))
+    extractor = parse_features(*args.network).open(resolve_device(args.device))
     loading = {"batch_size": args.batch_size, "num_workers": args.workers}
     real = reference(real_files, extractor, stats, args.overwrite, **loading)
     for files in fake_files:
         require_known_classes(real.class_names, files.class_names, files.root)
-
-    results = []
-    for files in fake_files:
-        fake = FeatureSet.compute(files, extractor, **loading, raw=True)
-        overall, per_class = measure_classes(
-            real.values, real.class_names, fake.values, fake.class_names, args.seed
-        )
-        warnings = [
-            *count_warnings(overall, per_class),
-            *set_warnings(real, fake, extractor.trained_on),
-        ]
-        results.append(
-            {
-                "overall": overall,
-                "per_class": per_class,
-                "extractor": {**extractor.record(), "features": real.values.shape[1]},
-                "real": {**set_record(real), "stats": str(stats) if stats else None},
-                "fake": set_record(fake),
-                "warnings": warnings,
-                "settings": {
-                    "kid_subsets": KID_SUBSETS,
-                    "kid_seed": args.seed,
-                    "neighbours": NEIGHBOURS,
-                },
-                "command": sys.argv,
-                "versions": versions(),
-                "revision": git_revision(),
-                "hardware": hardware(),
-            }
-        )
+    results = [
+        compare_sets(real, files, extractor, stats, args.seed, **loading) for files in fake_files
+    ]
     write_json(out, results if len(results) > 1 else results[0])
     print(to_markdown(results))
     print(f"\nreal: {real.facts['root']}, {len(real.values)} tiles")

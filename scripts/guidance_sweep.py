@@ -35,8 +35,6 @@ from ldm.devices import one_device
 from ldm.errors import UserError
 from ldm.settings import DeviceOption, LoaderOptions, ProcessOptions
 
-SHEET_TILES = 2  # of each class, in tiles.png
-
 
 def interval(text: str) -> tuple[int, int] | None:
     """`all` (None), or LOW:HIGH time steps."""
@@ -122,11 +120,16 @@ def parse_arguments(argv: list[str] | None = None) -> Options:
     return parse(Options, argv)
 
 
-def settings_of(args: Options, guided_by_classifier: bool, temperature: float, process) -> list:
-    """The settings to try: every combination, but an unguided one once for all intervals."""
+def settings_of(args: Options, models) -> list:
+    """The settings to try: every combination, but an unguided one once for all intervals.
+
+    Args:
+        models: `ldm.synthesis.Models`.
+    """
     from ldm.synthesis import Sampling
 
-    grid, usual = [], process.guided_interval if guided_by_classifier else None
+    process, by_classifier = models.diffusion.schedule, models.classifier is not None
+    grid, usual = [], process.guided_interval if by_classifier else None
     for sampler, steps, span, scale in product(
         args.samplers or process.samplers[:1], args.steps, args.intervals, args.scales
     ):
@@ -137,7 +140,7 @@ def settings_of(args: Options, guided_by_classifier: bool, temperature: float, p
             "seed": args.seed,
             "limit": args.latent_limit,
         }
-        if not guided_by_classifier:
+        if not by_classifier:
             unguided = scale == 1
             values = {"scale": 0.0, "cfg_scale": scale}
         elif scale == 0:
@@ -149,10 +152,17 @@ def settings_of(args: Options, guided_by_classifier: bool, temperature: float, p
                 "guidance_on": args.guidance_on,
                 "normalise": args.guidance_norm,
                 "clip": args.guidance_clip,
-                "temperature": temperature,
+                "temperature": temperature_of(args, models),
             }
         grid.append(Sampling(**common, **values, interval=None if unguided else span or usual))
     return list(dict.fromkeys(grid))
+
+
+def temperature_of(args: Options, models) -> float:
+    """What divides the logits of the classifier; 1 without one."""
+    if args.temperature is not None:
+        return args.temperature
+    return 1.0 if models.classifier is None else float(models.classifier.temperature)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -163,59 +173,31 @@ def main(argv: list[str] | None = None) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give a folder")
 
-    from ldm.data.tiles import read_tile
-    from ldm.evaluation import sweep
+    from ldm.evaluation.sweep import Sweep
     from ldm.features.source import VIT, FeatureSource
-    from ldm.files import write_bytes
-    from ldm.report.grids import contact_sheet
     from ldm.synthesis import load_models
 
     devices = one_device(args.device).with_precision(args.precision)
-    device = devices.device
-    models = load_models(args.model, args.classifier, args.first_stage, device)
-    classes = models.classes
-    if classes is None:
+    models = load_models(args.model, args.classifier, args.first_stage, devices.device)
+    if models.classes is None:
         raise UserError(
             f"--model {args.model} takes no labels, so there is nothing to sweep over; give "
             "--classifier"
         )
-    by_classifier = models.classifier is not None
-    temperature = args.temperature
-    if temperature is None:
-        temperature = float(models.classifier.temperature) if by_classifier else 1.0
-    grid = settings_of(args, by_classifier, temperature, models.diffusion.schedule)
-    extractor = FeatureSource(VIT, args.judge).open(device)
-    if extractor.classes != classes:
+    grid = settings_of(args, models)
+    judge = FeatureSource(VIT, args.judge).open(devices.device)
+    if judge.classes != models.classes:
         raise UserError(
-            f"--judge {args.judge} knows the classes {extractor.classes}, the models "
-            f"{classes}; train it on folders with the same names"
+            f"--judge {args.judge} knows the classes {judge.classes}, the models "
+            f"{models.classes}; train it on folders with the same names"
         )
-    real = sweep.judge(real_root, extractor, out / "features" / "real.safetensors", classes)
-    sweep.check_counts(real, f"--real {real_root}", len(classes))
-
-    rows, sheet = [], []
-    columns = [(name, i) for name in classes for i in range(SHEET_TILES)]
+    sweep = Sweep(models, devices, judge, real_root, out, args.n_samples, args.batch_size)
     for position, sampling in enumerate(grid, 1):
         print(f"[{position}/{len(grid)}] {sampling.label}", flush=True)
-        row, files = sweep.measure(
-            sampling, models, devices, extractor, real, out, args.n_samples, args.batch_size
-        )
-        rows.append(row)
-        caption = f"{row.series}\nscale {row.scale:g}"
-        sheet.append((caption, [read_tile(files[key]) for key in columns]))
-
-    agreement = real.agreement(len(classes)).mean().item()
-    facts = {
-        "models": models.files,
-        "temperature": temperature,
-        "judge": {"name": extractor.name, "identity": extractor.identity, "agreement": agreement},
-        "real": {"folder": args.real, "tiles": len(real.labels)},
-    }
-    write_bytes(out / "tiles.png", contact_sheet(sheet, [name for name, _ in columns]))
-    sweep.write_sweep(out, rows, agreement, facts)
-    print(sweep.markdown(rows, agreement), end="")
-    chosen = sweep.best(rows)
-    option = "--classifier_scale" if by_classifier else "--cfg_scale"
+        sweep.measure(sampling)
+    chosen = sweep.write({"temperature": temperature_of(args, models)})
+    print((out / "sweep.md").read_text(encoding="utf-8"), end="")
+    option = "--cfg_scale" if models.classifier is None else "--classifier_scale"
     print(
         f"best by these numbers: {option} {chosen.scale:g} ({chosen.series}); a judge overlooks "
         f"what an eye sees, so look at {out}/tiles.png before you use it"

@@ -20,7 +20,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ldm.cli import Count, Whole, contradictions, existing_path, option, parse, run_command
+from ldm.cli import Count, Whole, contradictions, existing_path, lies_in, option, parse, run_command
 from ldm.data.groups import grouping_of
 from ldm.errors import UserError
 from ldm.settings import GroupOptions
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(args.out).expanduser()
     include = None if args.include is None else existing_path(args.include, "--include", "dir")
     for name, folder in (("data", data), ("include", include)):
-        if folder and folder.resolve() in (out.resolve(), *out.resolve().parents):
+        if folder and lies_in(out, folder):
             raise UserError(f"--out {out}: lies in --{name} {folder}; give a folder outside it")
     grouping = grouping_of(args)
     if args.by_group and grouping is None:

@@ -21,8 +21,6 @@ from ldm.devices import resolve_device
 from ldm.errors import UserError
 from ldm.settings import FeatureOptions, NetworkChoice
 
-TITLE = "UMAP of features"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Options(NetworkChoice, FeatureOptions):
@@ -57,12 +55,12 @@ class Options(NetworkChoice, FeatureOptions):
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from super().problems()
-        if self.features is None and self.weights is None and self.model is None:
+        if self.network is None:
             yield "features", "is missing; give a checkpoint of eval.py, or timm:NAME"
 
 
 def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv).with_network()
+    return parse(Options, argv)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -77,78 +75,40 @@ def main(argv: list[str] | None = None) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give a folder")
 
-    import torch
-
-    from ldm.data.tile_files import TileFiles
     from ldm.evaluation.fidelity import FEWEST_TILES, fidelity
     from ldm.features.sets import cached_features
-    from ldm.features.source import TIMM, VIT, FeatureSource
-    from ldm.files import write_bytes, write_json, write_text
-    from ldm.selection.judge import (
-        CENTROIDS_FILE,
-        REAL_FILE,
-        SYNTHETIC_FILE,
-        NetworkOptions,
-        centroids_of,
-    )
-    from ldm.selection.projection import (
-        CENTROID,
-        REAL,
-        SYNTHETIC,
-        Points,
-        by_decision,
-        draw,
-        project,
-        to_csv,
-    )
+    from ldm.features.source import parse_features
+    from ldm.files import write_json
+    from ldm.selection import judge
     from ldm.selection.training_folder import read_decisions
-    from ldm.selection.umap_page import render
+    from ldm.selection.umap_page import Picture
 
     decisions = None
     if args.selection:
         selection = existing_path(args.selection, "--selection")
         decisions = read_decisions(selection, "--selection")
-    device = resolve_device(args.device)
-    if args.weights:
-        source = FeatureSource(VIT, args.weights)
-    else:
-        weights = args.pretrained_weights and Path(args.pretrained_weights).expanduser()
-        source = FeatureSource(TIMM, args.model, weights, args.input_size)
-    extractor = source.open(device)
+    source = parse_features(args.network, args.pretrained_weights, args.input_size)
+    extractor = source.open(resolve_device(args.device))
     # Both are listed before any features are computed: differing classes are known at once.
-    real_files = TileFiles.below(real_root)
-    classes = real_files.classes
-    synthetic_files = TileFiles.below(synthetic_root, classes=classes)
+    real_files, synthetic_files = judge.labelled_files(real_root, synthetic_root)
     if decisions is not None and decisions.keys() != set(synthetic_files.names):
         raise UserError(
             f"--selection {args.selection}: is not of the images in --synthetic {synthetic_root};"
             " give the selection that was made from them"
         )
-    options = NetworkOptions(batch_size=args.batch_size, num_workers=args.workers)
-    real = cached_features(real_files, extractor, out / REAL_FILE, **options.loading)
-    synthetic = cached_features(synthetic_files, extractor, out / SYNTHETIC_FILE, **options.loading)
-    centroids = centroids_of(real)
-    centroids.save(out / CENTROIDS_FILE)
-
-    stacked = torch.cat([real.values, synthetic.values, centroids.values])
-    plane = project(stacked.numpy(), args.umap_neighbors, args.umap_min_dist, args.seed)
-    n_real, n_both = len(real.files), len(real.files) + len(synthetic.files)
-    labels, places = synthetic.labels.tolist(), plane[n_real:n_both]
-    if decisions is None:
-        made_groups = [Points(SYNTHETIC, labels, synthetic.files, places)]
-    else:
-        made_groups = by_decision(labels, synthetic.files, places, decisions)
-    groups = [
-        Points(REAL, real.labels.tolist(), real.files, plane[:n_real]),
-        *made_groups,
-        Points(CENTROID, range(len(classes)), (), plane[n_both:]),
-    ]
-    roots = {REAL: real_root, **{group.kind: synthetic_root for group in made_groups}}
-    write_text(out / "umap.csv", to_csv(groups, classes))
-    write_bytes(out / "umap.png", draw(groups, classes, TITLE))
-    write_text(out / "umap.html", render(groups, classes, roots, args.thumbnails, TITLE))
-    counts = {"real": n_real, "synthetic": len(synthetic.files)}
-    print(f"{n_real} real and {len(synthetic.files)} synthetic tiles: {out}/umap.png and umap.html")
+    real, synthetic = (
+        cached_features(files, extractor, out / name, **args.loading)
+        for files, name in ((real_files, judge.REAL_FILE), (synthetic_files, judge.SYNTHETIC_FILE))
+    )
+    centroids = judge.centroids_of(real)
+    centroids.save(out / judge.CENTROIDS_FILE)
+    picture = Picture.of(
+        real, synthetic, centroids, decisions, args.umap_neighbors, args.umap_min_dist, args.seed
+    )
+    picture.write(out, real_root, synthetic_root, args.thumbnails)
+    counts = {"real": len(real.files), "synthetic": len(synthetic.files)}
+    print("{real} real and {synthetic} synthetic tiles: ".format(**counts), end="")
+    print(f"{out}/umap.png and umap.html")
     if min(counts.values()) < FEWEST_TILES:
         print(f"fewer than {FEWEST_TILES} tiles on a side: no {out}/fidelity.json")
         return

@@ -6,6 +6,7 @@ Tiles are procedural; slides differ between training, held-out and new tiles.
 import csv
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -285,6 +286,33 @@ def test_all_planted_copies_are_found_and_hardly_anything_else(sets):
             same = (sets["train"] / original).read_bytes()
             assert (sets["synthetic"] / name).read_bytes() == same
     assert {row["pixels_orientation"] for name, row in rows.items() if "_turned" in name} == {"270"}
+
+
+def test_variations_are_compared_with_their_own_sources(sets, tmp_path):
+    """A variation near to its source is flagged for it, one made of noise has no source."""
+    synthetic = tmp_path / "synthetic"
+    shutil.copytree(sets["synthetic"], synthetic)
+    before = rows_of(sets["report"])
+    near = next(name for name, row in before.items() if "_turned" in name)
+    far, unknown, plain = [
+        name for name, row in before.items() if "copy_" not in name and row["structure"] == "yes"
+    ][-3:]
+    source = before[near]["pixels_train"]
+    lines = ["class,file,source", f"X,{near},elsewhere/{source}", f"X,{far},{source}"]
+    lines += [f"X,{unknown},none.png", f"X,{plain},"]
+    (synthetic / "manifest.csv").write_text("\n".join(lines) + "\n")
+    report = run(sets, "--quantile", "0.02", synthetic=synthetic, report=tmp_path / "report")
+    rows = rows_of(report)
+    assert rows[near]["source"] == f"elsewhere/{source}"
+    assert float(rows[near]["source_distance"]) < 1e-3
+    assert float(rows[far]["source_distance"]) > float(rows[far]["pixels_distance"])
+    assert (rows[unknown]["source"], rows[unknown]["source_distance"]) == ("none.png", "")
+    assert (rows[plain]["source"], rows[plain]["source_distance"]) == ("", "")
+    numbers = report_of(report)["variations"]
+    assert (numbers["tiles"], numbers["source_compared"]) == (3, 2)
+    assert (numbers["source_is_nearest"], numbers["flagged_for_their_source"]) == (1, 1)
+    assert "3 of the tiles are variations" in (report / "report.md").read_text()
+    assert "variations" not in report_of(sets["report"])
 
 
 def test_background_is_no_copy(sets):

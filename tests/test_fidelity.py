@@ -35,15 +35,15 @@ from ldm.evaluation.fidelity import (
     measure,
 )
 from ldm.features.sets import FeatureSet
-from ldm.features.source import VIT, FeatureSource, published_source
+from ldm.features.source import VIT, FeatureSource, parse_features
 from ldm.models.vit import TileClassifier
 from scripts import fidelity as command
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def load_extractor(kind, weights, device="cpu"):
-    return published_source(kind, None if weights is None else str(weights)).open(device)
+def load_extractor(network, weights=None, device="cpu"):
+    return parse_features(str(network), weights).open(device)
 
 
 def normal(count: int, seed: int, shift: float = 0.0, spread: float = 1.0) -> torch.Tensor:
@@ -216,14 +216,14 @@ def test_inception_agrees_with_torch_fidelity(inception_file, tile_sets, tmp_pat
 def test_missing_weights_say_where_from_and_where_to(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(UserError) as caught:
-        load_extractor(None, None)
+        load_extractor("inception")
     message = str(caught.value)
     assert "\n" not in message and "python scripts/fetch_weights.py inception" in message
     assert "https://github.com/toshas/torch-fidelity/releases" in message
     assert str(tmp_path / "hub" / "checkpoints" / "weights-inception-2015-12-05") in message
     monkeypatch.setattr("ldm.features.weights.cached_weights", lambda config: None)
     with pytest.raises(UserError, match=r"fetch_weights.py dinov2_base"):
-        load_extractor("dinov2_base", None)
+        load_extractor("dinov2_base")
 
 
 class Planted:
@@ -303,7 +303,7 @@ def test_a_local_vit_of_timm_sees_what_timm_would_show_it(tile_sets, tmp_path):
 
 def test_features_of_a_run_are_those_of_the_selection_before_their_length_is_taken(vit, tile_sets):
     files = TileFiles.below(tile_sets["real"], True)
-    extractor = load_extractor(None, vit)
+    extractor = load_extractor(vit)
     raw = FeatureSet.compute(files, extractor, 7, 0, raw=True)
     theirs = FeatureSet.compute(files, FeatureSource(VIT, str(vit)).open("cpu"), 16, 0)
     torch.testing.assert_close(torch.nn.functional.normalize(raw.values, dim=1), theirs.values)
@@ -312,7 +312,7 @@ def test_features_of_a_run_are_those_of_the_selection_before_their_length_is_tak
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_features_on_a_gpu_are_those_of_the_cpu(inception_file, vit, tile_sets):
     paths = TileFiles.below(tile_sets["real"], True).paths[:4]
-    for kind, weights in (("inception", inception_file), ("vit", vit)):
+    for kind, weights in (("inception", inception_file), (vit, None)):
         cpu, cuda = (
             load_extractor(kind, weights, name).extract(paths, 4, 0).features
             for name in ("cpu", "cuda")
@@ -544,9 +544,9 @@ def test_reference_file_notices_tiles_replaced_with_their_times_kept(tile_sets, 
         (["--fake", "{fake}"], "--real: is needed without --stats"),
         (["--fake", "{fake}", "--stats", "{none}"], "--stats (without --real): {none}"),
         (["--real", "{real}", "--fake", "{fake}", "--overwrite"], "--overwrite: belongs to"),
-        (["--real", "{real}", "--fake", "{fake}", "--extractor", "clip"], "--extractor clip"),
+        (["--real", "{real}", "--fake", "{fake}", "--extractor", "clip"], "'clip': neither a"),
         (["--real", "{real}", "--fake", "{fake}", "--extractor", "vit"], "give --weights RUN"),
-        (["--real", "{real}", "--fake", "{fake}", "--extractor", "timm:no"], "timm:no is neither"),
+        (["--real", "{real}", "--fake", "{fake}", "--extractor", "timm:no"], "no is neither"),
         (["--real", "{real}", "--fake", "{fake}", "--weights", "{none}"], "--weights: {none}"),
         (
             ["--real", "{real}", "--fake", "{fake}", "--weights", "{vit}", "--stats", "{vit}"],
@@ -554,7 +554,7 @@ def test_reference_file_notices_tiles_replaced_with_their_times_kept(tile_sets, 
         ),
         (
             ["--real", "{real}", "--fake", "{fake}", "--weights", "{vit}", "--extractor", "dinov2"],
-            "--weights",
+            "weights {vit}: the weights do not fit",
         ),
         (
             ["--real", "{real}", "--fake", "{fake}", "--weights", "{vit}", "--extractor",

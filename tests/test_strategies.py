@@ -19,11 +19,11 @@ from ldm.features.centroids import centroid_distances
 from ldm.features.neighbours import nearest, neighbour_distances, squared_distances
 from ldm.features.sets import FeatureSet
 from ldm.selection.judge import centroids_of
-from ldm.selection.options import STRATEGIES
 from ldm.selection.select import FILL_REASON, Selection, select
 from ldm.selection.strategies import Choice, by_manifest
 
 CLASSES = ["A", "B"]
+STRATEGIES = ("centroid", "confidence", "knn", "coverage", "random")
 
 
 def feature_set(values: torch.Tensor, labels, names=None, **more) -> FeatureSet:

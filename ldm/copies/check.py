@@ -21,6 +21,7 @@ from ldm.copies.statistics import (
     fewest_held_out,
     training_cells,
 )
+from ldm.copies.variations import Variations, find_variations
 from ldm.data.groups import by_regex
 from ldm.data.tile_files import TileFiles
 from ldm.devices import usable_cores
@@ -217,7 +218,8 @@ class CopyCheck:
     Attributes:
         synthetic, held_out, train: TileFiles with structure, in the order of the comparisons.
         without_structure: TileFiles without, by set.
-        comparisons: In one or two spaces.
+        comparisons: In one or two spaces, pixels first.
+        variations: Sources of synthetic tiles; None where all are made of noise.
         quantile: Rate of false alarms over all spaces.
     """
 
@@ -226,6 +228,7 @@ class CopyCheck:
     train: TileFiles
     without_structure: dict[str, TileFiles]
     comparisons: list[Comparison]
+    variations: Variations | None
     quantile: float
 
     @property
@@ -304,7 +307,16 @@ def check_copies(
     if extractor is not None:
         space = feature_space(**kept, extractor=extractor, batch_size=batch_size, cache=cache)
         comparisons.append(compare(space, groups, level, device))
-    return CopyCheck(**kept, without_structure=without, comparisons=comparisons, quantile=quantile)
+    variations = find_variations(
+        kept["synthetic"], train, kept["train"], vectors["synthetic"], vectors["train"]
+    )
+    return CopyCheck(
+        **kept,
+        without_structure=without,
+        comparisons=comparisons,
+        variations=variations,
+        quantile=quantile,
+    )
 
 
 def check_counts(kept: dict[str, TileFiles], groups: int, level: float) -> None:

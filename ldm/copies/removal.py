@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ldm.data.tile_files import TileFiles
 from ldm.errors import UserError
 from ldm.files import atomic_folder, file_sha256, write_csv, write_json
 from ldm.run import MadeFolder
@@ -75,53 +76,61 @@ def placed(name: str) -> str:
     return f"{parent}/{PREFIX}{file}"
 
 
-def _checked(folder: TrainingFolder, settings: dict[str, Any]) -> dict[str, Any]:
-    return {**folder.record["settings"], "copy_check": settings}
-
-
-def is_made(folder: TrainingFolder, out: Path, settings: dict[str, Any]) -> bool:
-    """Whether `remove_flagged` has made `out` already; UserError where something else is there."""
-    return MadeFolder(out, _checked(folder, settings), RECORD, name="removed_to").exists()
-
-
-def remove_flagged(
-    folder: TrainingFolder, out: Path, reasons: dict[str, str], settings: dict[str, Any]
-) -> int:
-    """Make `out`: a copy of the folder without the flagged tiles.
-
-    Their decision becomes `removed`, and the counts follow. `out` is built under a hidden name and
-    renamed, so it is complete or not there; symbolic links stay links.
+class Removal:
+    """Makes a copy of a training folder without the tiles that a copy check flags.
 
     Args:
-        reasons: Why, by name, of the flagged tiles.
-        settings: What was checked and how; they are added to those of the folder.
+        root: The training folder.
+        out: The folder to be made.
+        synthetic: The tiles that are checked.
+        settings: What is checked and how; they are added to those of the folder.
 
-    Returns:
-        How many tiles of the folder are not in `out`.
+    Attributes:
+        is_made: Whether `out` is there already, made so.
+
+    Raises:
+        UserError: `root` is no training folder or has other tiles, or something else is at `out`.
     """
-    removed = {name: path for name, path in folder.used().items() if name in reasons}
-    rows, counts = [], {name: dict(row) for name, row in folder.record["counts"].items()}
-    change: Counter[tuple[str, str]] = Counter()
-    for row in folder.rows:
-        if row["file"] in removed:
-            change[row["class"], row["decision"]] += 1
-            row = {**row, "decision": REMOVED, "reason": f"copy check: {reasons[row['file']]}"}
-        rows.append(row)
-    for (name, decision), number in change.items():
-        counts[name][decision] -= number
-        counts[name][REMOVED] = counts[name].get(REMOVED, 0) + number
-        if decision == "accepted":
-            counts[name]["shortfall"] += number
-    record = {**folder.record, "settings": _checked(folder, settings), "counts": counts}
 
-    gone = {path.resolve() for path in removed.values()}
+    def __init__(self, root: str, out: str, synthetic: TileFiles, settings: dict[str, Any]):
+        self.folder, self.out = TrainingFolder.read(Path(root).expanduser()), Path(out).expanduser()
+        self.folder.check_same(dict(zip(synthetic.names, synthetic.digests, strict=True)))
+        self.settings = {**self.folder.record["settings"], "copy_check": settings}
+        self.is_made = MadeFolder(self.out, self.settings, RECORD, name="removed_to").exists()
 
-    def without(parent: str, names: list[str]) -> list[str]:
-        inside = Path(parent).resolve()
-        return [name for name in names if inside / name in gone]
+    def remove(self, reasons: dict[str, str]) -> int:
+        """Make the folder, and return how many tiles it lacks.
 
-    with atomic_folder(out) as partial:
-        shutil.copytree(folder.root, partial, symlinks=True, ignore=without, dirs_exist_ok=True)
-        write_csv(partial / DECISIONS, rows, folder.columns)
-        write_json(partial / RECORD, record)
-    return len(removed)
+        Their decision becomes `removed`, and the counts follow. `out` is built under a hidden name
+        and renamed, so it is complete or not there; symbolic links stay links.
+
+        Args:
+            reasons: Why, by name, of the flagged tiles.
+        """
+        folder = self.folder
+        removed = {name: path for name, path in folder.used().items() if name in reasons}
+        rows, counts = [], {name: dict(row) for name, row in folder.record["counts"].items()}
+        change: Counter[tuple[str, str]] = Counter()
+        for row in folder.rows:
+            if row["file"] in removed:
+                change[row["class"], row["decision"]] += 1
+                row = {**row, "decision": REMOVED, "reason": f"copy check: {reasons[row['file']]}"}
+            rows.append(row)
+        for (name, decision), number in change.items():
+            counts[name][decision] -= number
+            counts[name][REMOVED] = counts[name].get(REMOVED, 0) + number
+            if decision == "accepted":
+                counts[name]["shortfall"] += number
+        record = {**folder.record, "settings": self.settings, "counts": counts}
+
+        gone = {path.resolve() for path in removed.values()}
+
+        def without(parent: str, names: list[str]) -> list[str]:
+            inside = Path(parent).resolve()
+            return [name for name in names if inside / name in gone]
+
+        with atomic_folder(self.out) as partial:
+            shutil.copytree(folder.root, partial, symlinks=True, ignore=without, dirs_exist_ok=True)
+            write_csv(partial / DECISIONS, rows, folder.columns)
+            write_json(partial / RECORD, record)
+        return len(removed)

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +15,31 @@ from ldm.data.tile_files import TileFiles
 from ldm.features import pixels
 from ldm.files import write_bytes, write_json, write_text
 from ldm.report import tables
+from ldm.run import git_revision, versions
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75)
 ALL = "all"  # name of the row over all classes
 
 
-def write_report(check: CopyCheck, out: Path, facts: dict[str, Any], pairs: int) -> None:
+def write_report(check: CopyCheck, out: Path, settings: dict[str, Any], pairs: int) -> None:
     """Write copies.csv, report.json, report.md, suspicious.png and histogram.png.
 
     Args:
-        facts: For report.json: the settings of the command, its versions.
+        settings: Of the command.
         pairs: In suspicious.png.
     """
     numbers = summary(check)
+    facts = {
+        "settings": settings,
+        "command": sys.argv,
+        "versions": versions(),
+        "revision": git_revision(),
+    }
     write_text(out / "copies.csv", to_csv(check))
     write_bytes(out / "suspicious.png", sheet(check, suspicious_first(check)[:pairs]))
     write_bytes(out / "histogram.png", histogram(check))
     write_json(out / "report.json", {**numbers, **facts})
-    write_text(out / "report.md", to_markdown(check, numbers, facts["settings"]))
+    write_text(out / "report.md", to_markdown(check, numbers, settings))
 
 
 def suspicious_first(check: CopyCheck) -> np.ndarray:
@@ -45,7 +53,8 @@ def to_csv(check: CopyCheck) -> str:
     writer = csv.writer(stream, lineterminator="\n")
     columns = ("train", "orientation", "distance", "relative", "percentile")
     spaces = [f"{c.name}_{column}" for c in check.comparisons for column in columns]
-    writer.writerow(["class", "file", "structure", "flagged", "reason", "suspicion", *spaces])
+    own = [] if check.variations is None else ["source", "source_distance"]
+    writer.writerow(["class", "file", "structure", "flagged", "reason", "suspicion", *spaces, *own])
     percentiles = [percentile(c) for c in check.comparisons]
     flagged, suspicion, labels = check.flagged, check.suspicion, _labels(check.synthetic)
     for i in suspicious_first(check):
@@ -60,11 +69,14 @@ def to_csv(check: CopyCheck) -> str:
                 f"{side.relative[i]:.5f}",
                 f"{share[i]:.2f}",
             ]
+        if check.variations is not None:
+            distance = check.variations.distance[i]
+            row += [check.variations.sources[i], "" if np.isnan(distance) else f"{distance:.5f}"]
         writer.writerow(row)
     background = check.without_structure["synthetic"]
     for label, name in zip(_labels(background), background.names, strict=True):
         row = [label, name, "no", "no", "background: not compared"]
-        writer.writerow(row + [""] * (1 + len(spaces)))
+        writer.writerow(row + [""] * (1 + len(spaces) + len(own)))
     return stream.getvalue()
 
 
@@ -115,6 +127,23 @@ def summary(check: CopyCheck) -> dict[str, Any]:
             for name, rows in members.items()
         },
         "spaces": {c.name: _numbers(c, members) for c in check.comparisons},
+        **({} if check.variations is None else {"variations": _variation_numbers(check)}),
+    }
+
+
+def _variation_numbers(check: CopyCheck) -> dict[str, Any]:
+    """How near the synthetic tiles are to those that they started from, in pixels."""
+    found, pixel_space = check.variations, check.comparisons[0]
+    neighbours = pixel_space.synthetic.neighbours
+    known = found.index.numpy() >= 0
+    distance = found.distance[known]
+    limit = pixel_space.threshold * neighbours.scale.numpy()[known]
+    return {
+        "tiles": sum(map(bool, found.sources)),
+        "source_compared": int(known.sum()),
+        "source_is_nearest": int((neighbours.index == found.index).sum()),
+        "flagged_for_their_source": int((distance < limit).sum()),
+        "distance": _quantiles(distance) if len(distance) else None,
     }
 
 
@@ -171,6 +200,8 @@ def to_markdown(check: CopyCheck, numbers: dict[str, Any], settings: dict[str, A
         " held-out tiles). Look at `suspicious.png` before a tile is called a copy.",
         "",
     ]
+    if check.variations is not None:
+        lines += _variation_lines(numbers["variations"])
     if len(check.comparisons) == 1:
         lines += ["No network was given: tiles are compared in pixels only.", ""]
     rows = [
@@ -185,6 +216,25 @@ def to_markdown(check: CopyCheck, numbers: dict[str, Any], settings: dict[str, A
     for name, space in numbers["spaces"].items():
         lines += _space_section(name, space)
     return "\n".join(lines + NOTES)
+
+
+def _variation_lines(numbers: dict[str, Any]) -> list[str]:
+    missing = numbers["tiles"] - numbers["source_compared"]
+    words = (
+        f"{numbers['tiles']} of the tiles are variations: they started from a real tile, the"
+        f" `source` in manifest.csv. For {numbers['source_is_nearest']} of them it is the nearest"
+        f" training tile in pixels, and {numbers['flagged_for_their_source']} lie so near to it"
+        " that they are flagged."
+    )
+    if numbers["distance"] is not None:
+        least, median = (numbers["distance"][name] for name in ("least", "0.5"))
+        words += f" Distance to the own source: least {least:.3f}, median {median:.3f}."
+    if missing:
+        words += (
+            f" The sources of {missing} were not compared: they are not in the training folder,"
+            " or are background."
+        )
+    return [words, ""]
 
 
 def _space_section(name: str, space: dict[str, Any]) -> list[str]:

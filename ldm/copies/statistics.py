@@ -44,13 +44,12 @@ def alarm_threshold(held_out: np.ndarray, level: float) -> float:
 
 def mann_whitney_z(a: np.ndarray, b: np.ndarray) -> float:
     """Standardised Mann-Whitney U, with ties; negative where the values of `a` are the smaller."""
+    from scipy.stats import rankdata, tiecorrect
+
     n, m = len(a), len(b)
-    _, inverse, counts = np.unique(np.concatenate([a, b]), return_inverse=True, return_counts=True)
-    upper = np.cumsum(counts)
-    ranks = (upper - (counts - 1) / 2)[inverse]  # of equal values, their mean rank
+    ranks = rankdata(np.concatenate([a, b]))  # of equal values, their mean rank
     u = ranks[:n].sum() - n * (n + 1) / 2
-    ties = ((counts**3 - counts) / ((n + m) * (n + m - 1))).sum()
-    variance = n * m / 12 * (n + m + 1 - ties)
+    variance = n * m * (n + m + 1) / 12 * tiecorrect(ranks)
     return float((u - n * m / 2) / math.sqrt(variance)) if variance > 0 else 0.0
 
 

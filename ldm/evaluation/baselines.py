@@ -11,6 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,12 +123,7 @@ def run_baseline(
     result = _finished(run, current, overwrite)
     if result is None:
         start = time.monotonic()
-
-        def features(tiles: TransformedTiles) -> np.ndarray:
-            if kind == LINEAR_PROBE:
-                return probe_features(extractor, tiles.paths, num_workers)
-            return colour_features(tiles.paths, kind)
-
+        features = partial(_features, kind, extractor, num_workers)
         found = _fit_and_report(splits, features, run)
         result = {
             "train_folder": train_folder,
@@ -193,6 +189,15 @@ def _fit_and_report(
         test.write(run / predictions_name("test"))
         result["test"] = test.scores()
     return result
+
+
+def _features(
+    kind: str, extractor: Extractor | None, num_workers: int, tiles: TransformedTiles
+) -> np.ndarray:
+    """Features of a set as a baseline has them, (N, D)."""
+    if kind == LINEAR_PROBE:
+        return probe_features(extractor, tiles.paths, num_workers)
+    return colour_features(tiles.paths, kind)
 
 
 def _how(strength: float, width: int) -> str:

@@ -1,14 +1,22 @@
 """Features of the sets whose fidelity is measured, and the file that keeps the real set's."""
 
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ldm.data.tile_files import TileFiles
 from ldm.errors import UserError
+from ldm.evaluation.fidelity import (
+    KID_SUBSETS,
+    NEIGHBOURS,
+    count_warnings,
+    measure_classes,
+)
 from ldm.features.extractor import Extractor
 from ldm.features.sets import FeatureSet
+from ldm.run import git_revision, hardware, versions
 from ldm.selection.training_folder import DECISIONS, PREFIX, RECORD
 
 log = logging.getLogger(__name__)
@@ -87,6 +95,44 @@ def reference(
         found.save(stats)
         log.info("%s: features of %d images in %s", files.root, len(found.values), stats)
     return found
+
+
+def compare_sets(
+    real: FeatureSet,
+    files: TileFiles,
+    extractor: Extractor,
+    stats: Path | None,
+    seed: int,
+    batch_size: int,
+    num_workers: int,
+) -> dict[str, Any]:
+    """What scripts/fidelity.py writes of one synthetic set: values, both sets, how, warnings.
+
+    Args:
+        stats: File that keeps the features of the real set, for the record.
+        seed: See `fidelity`.
+    """
+    fake = FeatureSet.compute(files, extractor, batch_size, num_workers, raw=True)
+    overall, per_class = measure_classes(
+        real.values, real.class_names, fake.values, fake.class_names, seed
+    )
+    settings = {"kid_subsets": KID_SUBSETS, "kid_seed": seed, "neighbours": NEIGHBOURS}
+    return {
+        "overall": overall,
+        "per_class": per_class,
+        "extractor": {**extractor.record(), "features": real.values.shape[1]},
+        "real": {**set_record(real), "stats": str(stats) if stats else None},
+        "fake": set_record(fake),
+        "warnings": [
+            *count_warnings(overall, per_class),
+            *set_warnings(real, fake, extractor.trained_on),
+        ],
+        "settings": settings,
+        "command": sys.argv,
+        "versions": versions(),
+        "revision": git_revision(),
+        "hardware": hardware(),
+    }
 
 
 def _read_stats(path: Path) -> FeatureSet:

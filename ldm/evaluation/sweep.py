@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ldm.data.tile_files import TileFiles
+from ldm.data.tiles import read_tile
 from ldm.devices import Devices
 from ldm.errors import UserError
 from ldm.evaluation.fidelity import FEWEST_TILES, fidelity
@@ -23,6 +24,7 @@ from ldm.features.extractor import Extractor
 from ldm.features.sets import cached_features
 from ldm.files import write_bytes, write_csv, write_json, write_text
 from ldm.report import plots
+from ldm.report.grids import contact_sheet
 from ldm.report.tables import TextTable, to_markdown
 from ldm.run import git_revision, hardware, versions
 from ldm.synthesis import (
@@ -33,6 +35,8 @@ from ldm.synthesis import (
     make_settings,
     synthesise,
 )
+
+SHEET_TILES = 2  # of each class, in tiles.png
 
 
 @dataclass(frozen=True)
@@ -198,51 +202,96 @@ class Row:
         return {**row, **asdict(self.scores), "folder": folder}
 
 
-def measure(
-    sampling: Sampling,
-    models: Models,
-    devices: Devices,
-    judge_net: Extractor,
-    real: JudgedTiles,
-    out: Path,
-    per_class: int,
-    batch_size: int,
-) -> tuple[Row, dict[tuple[str, int], Path]]:
-    """Sample with one setting into OUT/tiles/SETTING, what is not there yet, and score it.
+class Sweep:
+    """Samples with one setting after another into OUT/tiles/SETTING, and scores them.
+
+    What is there already is not made again.
 
     Args:
+        judge_net: Classifier of the models' classes.
+        real_root: Held-out real tiles, real_root/CLASS/.
         per_class: Images of each class.
         batch_size: Images sampled together.
 
-    Returns:
-        The scores, and the files by (class, index).
+    Attributes:
+        rows: Scores of each setting.
+
+    Raises:
+        UserError: Other classes of real tiles, or too few.
     """
-    by_classifier, classes = models.classifier is not None, models.classes
-    root = out / "tiles" / sampling.label
-    folder = SampleFolder(root, make_settings(sampling, models, devices), models.facts)
-    counts = dict.fromkeys(classes, per_class)
-    synthesise(Synthesiser(models, sampling, devices), folder, counts, batch_size)
-    cache = out / "features" / f"{sampling.label}.safetensors"
-    synthetic = judge(root, judge_net, cache, classes)
-    rows = folder.rows.values()
-    seconds = sum(row["seconds"] for row in rows)
-    probabilities = [row["prob"] for row in rows if row["prob"] is not None]
-    quantity = "guidance_to_noise" if by_classifier else "extrapolation_to_noise"
-    ratios = [getattr(means, quantity) for means in folder.guidance_log]
-    row = Row(
-        guidance="classifier" if by_classifier else "cfg",
-        scale=sampling.scale if by_classifier else sampling.cfg_scale,
-        interval="all" if sampling.interval is None else "{}:{}".format(*sampling.interval),
-        sampler=sampling.sampler,
-        steps=sampling.steps,
-        eta=sampling.eta,
-        scores=score(real, synthetic, len(classes), sampling.seed),
-        probability=sum(probabilities) / len(probabilities) if probabilities else None,
-        guidance_to_noise=max((ratio for ratio in ratios if ratio is not None), default=None),
-        images_per_s=len(rows) / seconds,
-        folder=root.relative_to(out).as_posix(),
-    )
-    return row, {key: root / cells["file"] for key, cells in folder.rows.items()}
+
+    def __init__(
+        self,
+        models: Models,
+        devices: Devices,
+        judge_net: Extractor,
+        real_root: Path,
+        out: Path,
+        per_class: int,
+        batch_size: int,
+    ):
+        self.models, self.devices, self.judge_net = models, devices, judge_net
+        self.real_root, self.out = real_root, out
+        self.per_class, self.batch_size = per_class, batch_size
+        cache = out / "features" / "real.safetensors"
+        self.real = judge(real_root, judge_net, cache, models.classes)
+        check_counts(self.real, f"--real {real_root}", len(models.classes))
+        self.rows: list[Row] = []
+        self._columns = [(name, i) for name in models.classes for i in range(SHEET_TILES)]
+        self._sheet = []  # a caption and its tiles for each row
+
+    def measure(self, sampling: Sampling) -> None:
+        """Sample with one setting, what is not there yet, and score it."""
+        models, out = self.models, self.out
+        by_classifier, classes = models.classifier is not None, models.classes
+        root = out / "tiles" / sampling.label
+        settings = make_settings(sampling, models, self.devices)
+        folder = SampleFolder(root, settings, models.facts)
+        counts = dict.fromkeys(classes, self.per_class)
+        synthesise(Synthesiser(models, sampling, self.devices), folder, counts, self.batch_size)
+        cache = out / "features" / f"{sampling.label}.safetensors"
+        synthetic = judge(root, self.judge_net, cache, classes)
+        rows = folder.rows.values()
+        seconds = sum(row["seconds"] for row in rows)
+        probabilities = [row["prob"] for row in rows if row["prob"] is not None]
+        quantity = "guidance_to_noise" if by_classifier else "extrapolation_to_noise"
+        ratios = [getattr(means, quantity) for means in folder.guidance_log]
+        row = Row(
+            guidance="classifier" if by_classifier else "cfg",
+            scale=sampling.scale if by_classifier else sampling.cfg_scale,
+            interval="all" if sampling.interval is None else "{}:{}".format(*sampling.interval),
+            sampler=sampling.sampler,
+            steps=sampling.steps,
+            eta=sampling.eta,
+            scores=score(self.real, synthetic, len(classes), sampling.seed),
+            probability=sum(probabilities) / len(probabilities) if probabilities else None,
+            guidance_to_noise=max((ratio for ratio in ratios if ratio is not None), default=None),
+            images_per_s=len(rows) / seconds,
+            folder=root.relative_to(out).as_posix(),
+        )
+        self.rows.append(row)
+        caption = f"{row.series}\nscale {row.scale:g}"
+        tiles = [read_tile(root / folder.rows[key]["file"]) for key in self._columns]
+        self._sheet.append((caption, tiles))
+
+    def write(self, facts: dict[str, Any]) -> Row:
+        """Write sweep.csv, sweep.md, sweep.json, sweep.png and tiles.png; return the best row.
+
+        Args:
+            facts: For sweep.json.
+        """
+        out, net = self.out, self.judge_net
+        agreement = self.real.agreement(len(self.models.classes)).mean().item()
+        facts = {
+            "models": self.models.files,
+            **facts,
+            "judge": {"name": net.name, "identity": net.identity, "agreement": agreement},
+            "real": {"folder": str(self.real_root), "tiles": len(self.real.labels)},
+        }
+        heads = [name for name, _ in self._columns]
+        write_bytes(out / "tiles.png", contact_sheet(self._sheet, heads))
+        write_sweep(out, self.rows, agreement, facts)
+        return best(self.rows)
 
 
 def best(rows: Sequence[Row]) -> Row:

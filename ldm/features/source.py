@@ -138,22 +138,3 @@ def _is_run_of_eval(path: Path) -> bool:
 
     payload = load_tensors(path, "features")
     return isinstance(payload, dict) and KEY in payload
-
-
-def published_source(extractor: str | None, weights: str | None) -> FeatureSource:
-    """The source that `--extractor` and `--weights` of scripts/fidelity.py mean together.
-
-    Args:
-        extractor: A kind, `timm:NAME`, or None for the kind of the weights: "vit" for a run or
-            checkpoint of eval.py, "inception" for any other file or for none.
-        weights: A run or checkpoint of eval.py, or a file of weights.
-    """
-    if weights is not None and not Path(weights).expanduser().exists():
-        raise UserError(f"--weights: {weights} does not exist; check the path")
-    if extractor is None:
-        return parse_features(INCEPTION if weights is None else weights)
-    if extractor == VIT:
-        if weights is None:
-            raise UserError("--extractor vit: give --weights RUN, a seed's folder of eval.py")
-        return FeatureSource(VIT, weights)
-    return parse_features(extractor, weights)

@@ -1,19 +1,14 @@
 """The judge of a selection: one network's features of the real and the synthetic tiles."""
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ldm.data.tile_files import TileFiles
-from ldm.devices import resolve_device
 from ldm.errors import UserError
 from ldm.features.centroids import Centroids
 from ldm.features.extractor import Extractor
 from ldm.features.sets import FeatureSet, cached_features
-from ldm.features.source import parse_features
-
-log = logging.getLogger(__name__)
 
 REAL_FILE, SYNTHETIC_FILE = "features_real.safetensors", "features_synthetic.safetensors"
 CENTROIDS_FILE = "centroids.safetensors"
@@ -50,32 +45,6 @@ class Judged:
             )
 
 
-@dataclass(frozen=True)
-class NetworkOptions:
-    """How features are computed, as `ldm.settings.FeatureOptions` has it.
-
-    Attributes:
-        cache: Folder of computed features.
-    """
-
-    pretrained_weights: str | None = None
-    input_size: int | None = None
-    batch_size: int | None = None
-    num_workers: int | None = None
-    device: str | None = None
-    cache: str | None = None
-
-    @property
-    def loading(self) -> dict[str, int]:
-        """Arguments of `cached_features`, those that were given."""
-        both = {"batch_size": self.batch_size, "num_workers": self.num_workers}
-        return {name: value for name, value in both.items() if value is not None}
-
-    @property
-    def given(self) -> list[str]:
-        return [f"--{name}" for name, value in vars(self).items() if value is not None]
-
-
 def is_vis_folder(source: str) -> bool:
     """Whether `source` is a folder of scripts/vis.py (or at least no place of a checkpoint)."""
     path = Path(source).expanduser()
@@ -104,40 +73,27 @@ def read_judged(source: str, synthetic_root: Path) -> Judged:
 
 
 def compute_judged(
-    source: str, real_root: Path, synthetic_root: Path, options: NetworkOptions
+    real_root: Path, synthetic_root: Path, extractor: Extractor, cache: Path | None, **loading: int
 ) -> Judged:
     """Features by a network, from the cache where it was asked for the same tiles before.
 
-    The cache (see `cached_features`) is beside the synthetic folder if no other is named:
-    SYNTHETIC.features.
-
     Args:
-        source: A network, see `parse_features`.
+        cache: See `cached_features`; if None, it is beside the synthetic folder:
+            SYNTHETIC.features.
+        loading: Likewise.
     """
-    network = parse_features(source, options.pretrained_weights, options.input_size)
-    extractor = network.open(resolve_device(options.device))
-    beside = synthetic_root.resolve()  # which has a name, other than "."
-    cache = Path(options.cache or beside.with_name(f"{beside.name}.features"))
-    real, synthetic = labelled_features(real_root, synthetic_root, extractor, cache, cache, options)
+    if cache is None:
+        beside = synthetic_root.resolve()  # which has a name, other than "."
+        cache = beside.with_name(f"{beside.name}.features")
+    files = labelled_files(real_root, synthetic_root)
+    real, synthetic = (cached_features(tiles, extractor, cache, **loading) for tiles in files)
     return Judged(real, synthetic.in_order(), centroids_of(real))
 
 
-def labelled_features(
-    real_root: Path,
-    synthetic_root: Path,
-    extractor: Extractor,
-    real_cache: Path,
-    synthetic_cache: Path,
-    options: NetworkOptions,
-) -> tuple[FeatureSet, FeatureSet]:
-    """Features of two folders with the same classes, each kept in its cache."""
-    # Both are indexed before any features are computed: differing classes are known at once.
-    real = TileFiles.below(real_root, True)
-    synthetic = TileFiles.below(synthetic_root, True, real.classes)
-    return (
-        cached_features(real, extractor, real_cache, **options.loading),
-        cached_features(synthetic, extractor, synthetic_cache, **options.loading),
-    )
+def labelled_files(real_root: Path, synthetic_root: Path) -> tuple[TileFiles, TileFiles]:
+    """Both sets of tiles; UserError where the folders have other classes than one another."""
+    real = TileFiles.below(real_root)
+    return real, TileFiles.below(synthetic_root, classes=real.classes)
 
 
 def centroids_of(real: FeatureSet) -> Centroids:

@@ -359,9 +359,9 @@ class Choice:
     """A strategy as a user names it, with its options.
 
     Attributes:
-        name: One of `ldm.selection.options.STRATEGIES`.
+        name: centroid, confidence, knn, coverage or random.
         neighbors: Of knn.
-        confidence: Of confidence, one of `ldm.selection.options.CONFIDENCES`.
+        confidence: Of confidence: judge or manifest.
         seed: Of random.
     """
 

@@ -10,15 +10,31 @@ import io
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from ldm.data.images import decode_tiles, read_tile
-from ldm.selection.projection import CENTROID, Points, class_colours
+from ldm.features.centroids import Centroids
+from ldm.features.sets import FeatureSet
+from ldm.files import write_bytes, write_text
+from ldm.selection.projection import (
+    CENTROID,
+    REAL,
+    SYNTHETIC,
+    Points,
+    by_decision,
+    class_colours,
+    draw,
+    project,
+    to_csv,
+)
 from ldm.selection.select import ACCEPTED, FILLED, REJECTED, REMOVED, SURPLUS
 
+TITLE = "UMAP of features"
 SIDE = 64  # pixels of a thumbnail
 QUALITY = 80
 MARKERS = {
@@ -231,3 +247,58 @@ def _as_script(content: object) -> str:
     """JSON that is safe inside a script element, whatever names it holds."""
     # "</script>" or "<!--" in a name would change what the element that holds it is.
     return json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The plane picture of real and synthetic tiles and of centroids.
+
+    Attributes:
+        groups: Real points, synthetic ones, centroids.
+        classes: K names.
+    """
+
+    groups: list[Points]
+    classes: Sequence[str]
+
+    @classmethod
+    def of(
+        cls,
+        real: FeatureSet,
+        synthetic: FeatureSet,
+        centroids: Centroids,
+        decisions: Mapping[str, str] | None,
+        neighbors: int,
+        min_dist: float,
+        seed: int,
+    ) -> "Picture":
+        """Project features.
+
+        Args:
+            decisions: By synthetic file, which are then apart.
+            neighbors, min_dist, seed: See `project`.
+        """
+        sets = (real.values, synthetic.values, centroids.values)
+        plane = project(torch.cat(sets).numpy(), neighbors, min_dist, seed)
+        ends = np.cumsum([len(values) for values in sets])
+        real_xy, synthetic_xy, centroids_xy = np.split(plane, ends[:-1])
+        made = (synthetic.labels.tolist(), synthetic.files, synthetic_xy)
+        groups = [
+            Points(REAL, real.labels.tolist(), real.files, real_xy),
+            *([Points(SYNTHETIC, *made)] if decisions is None else by_decision(*made, decisions)),
+            Points(CENTROID, range(len(real.classes)), (), centroids_xy),
+        ]
+        return cls(groups, real.classes)
+
+    def write(self, out: Path, real_root: Path, synthetic_root: Path, thumbnails: int) -> None:
+        """Write OUT/umap.csv, umap.png and umap.html.
+
+        Args:
+            real_root, synthetic_root: Where the files are.
+            thumbnails: Most tiles in umap.html.
+        """
+        roots = {group.kind: synthetic_root for group in self.groups} | {REAL: real_root}
+        write_text(out / "umap.csv", to_csv(self.groups, self.classes))
+        write_bytes(out / "umap.png", draw(self.groups, self.classes, TITLE))
+        page = render(self.groups, self.classes, roots, thumbnails, TITLE)
+        write_text(out / "umap.html", page)

@@ -1,0 +1,114 @@
+"""A selection as a whole: from the features of a judge to a training folder and its record."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ldm.data.tile_files import TileFiles
+from ldm.features.centroids import centroid_distances
+from ldm.features.extractor import Extractor
+from ldm.run import MadeFolder, git_revision, versions
+from ldm.selection.judge import Judged, conflicts
+from ldm.selection.select import Selection, select
+from ldm.selection.sheets import Sheets, sheet_path
+from ldm.selection.strategies import Choice, Strategy
+from ldm.selection.training_folder import RECORD, build_training_folder
+
+
+@dataclass(frozen=True)
+class WantedFolder:
+    """A training folder that is wanted.
+
+    Attributes:
+        out: The folder.
+        real: Its labelled real tiles.
+        synthetic_root: Folder of the tiles that are chosen among.
+        judged: Features of both.
+        choice: The strategy.
+        wanted: Most images to use, by class.
+        ratio: Percent of the real tiles that `wanted` was found from, for the record.
+        fill: Use the best of the rejected images where candidates are too few.
+        link: See `build_training_folder`.
+    """
+
+    out: Path
+    real: TileFiles
+    synthetic_root: Path
+    judged: Judged
+    choice: Choice
+    wanted: Sequence[int]
+    ratio: int | None
+    fill: bool
+    link: str
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What decides the content of the folder."""
+        return {
+            **self.choice.settings(),
+            "fill": self.fill,
+            "ratio": self.ratio,
+            "wanted": self.wanted,
+            "classes": self.real.classes,
+            "extractor": self.judged.real.extractor,
+            "centroid_tiles": self.judged.real.tiles,
+            "real_tiles": self.real.digest,
+            "synthetic_tiles": self.judged.synthetic.tiles,
+            "link": self.link,
+        }
+
+    def is_made(self) -> bool:
+        """Whether the folder is there; UserError where something else is there."""
+        return MadeFolder(self.out, self.settings, RECORD).exists()
+
+    def has_sheets(self, sheets: Path) -> bool:
+        """Whether there is a contact sheet of each class."""
+        return all(sheet_path(sheets, name).is_file() for name in self.real.classes)
+
+    @cached_property
+    def _decided(self) -> tuple[Strategy, Selection]:
+        real, synthetic = self.judged.real, self.judged.synthetic
+        distances = centroid_distances(synthetic.values, self.judged.centroids.values)
+        strategy = self.choice.make(synthetic, real, distances, self.synthetic_root)
+        return strategy, select(strategy, synthetic, distances.numpy(), self.wanted, self.fill)
+
+    def draw_sheets(self, sheets: Path) -> None:
+        """Write a contact sheet of each class."""
+        strategy, selection = self._decided
+        Sheets(
+            selection,
+            self.judged.synthetic,
+            self.judged.real,
+            self.synthetic_root,
+            self.real.root,
+            strategy.score,
+        ).write(sheets)
+
+    def make(self, downstream: Extractor | None) -> tuple[dict[str, dict[str, int]], list[str]]:
+        """Make the folder.
+
+        Args:
+            downstream: The model that the images are for, where it is known.
+
+        Returns:
+            What `Selection.counts` gives, and warnings of judges that are no good witnesses.
+        """
+        _, selection = self._decided
+        counts = selection.counts()
+        facts, warnings = conflicts(self.judged, self.real, downstream)
+        record = {
+            "settings": self.settings,
+            "counts": counts,
+            **facts,
+            "warnings": warnings,
+            "command": sys.argv,
+            "versions": versions(),
+            "revision": git_revision(),
+        }
+        build_training_folder(
+            self.out, self.real, self.synthetic_root, selection, record, self.link
+        )
+        return counts, warnings
