@@ -29,6 +29,46 @@ LOSSES = {"l1": lambda error: error.abs(), "l2": lambda error: error.square()}
 WEIGHTINGS = ("none", "min_snr")
 
 
+def _check_objective(
+    loss_type: str, parameterization: str, loss_weighting: str, min_snr_gamma: float
+) -> None:
+    """Check what the network predicts and how its error is measured.
+
+    Raises:
+        UserError: A value is not allowed, or the weighting does not go with the prediction.
+    """
+    for name, value, allowed in (
+        ("loss_type", loss_type, LOSSES),
+        ("parameterization", parameterization, PREDICTIONS),
+        ("loss_weighting", loss_weighting, WEIGHTINGS),
+    ):
+        if value not in allowed:
+            raise UserError(f"model.params.{name}={value!r} must be one of {', '.join(allowed)}")
+    if loss_weighting == "min_snr" and parameterization == "flow":
+        raise UserError(
+            "model.params.loss_weighting=min_snr weighs the steps of a noise schedule; a flow "
+            "chooses its times by model.params.time_sampling: set loss_weighting=none"
+        )
+    if not min_snr_gamma > 0:
+        raise UserError(f"model.params.min_snr_gamma={min_snr_gamma} must be above 0")
+
+
+def _check_scale(scale_factor: float | list[float] | None, channels: int) -> None:
+    """Check a given latent scale: above 0, and one value or one for each channel.
+
+    Raises:
+        UserError: A value is 0 or less, or their number is another than that of the channels.
+    """
+    if scale_factor is not None and not (scale_tensor(scale_factor) > 0).all():
+        raise UserError(
+            f"model.params.scale_factor={scale_factor} must be above 0 (or null to measure it)"
+        )
+    if isinstance(scale_factor, list) and len(scale_factor) != channels:
+        raise UserError(
+            f"model.params.scale_factor has {len(scale_factor)} values for {channels} channels"
+        )
+
+
 class LatentDiffusion(HistoModule):
     """Unconditional diffusion in the latent space of a frozen autoencoder (Rombach et al. 2022).
 
@@ -107,20 +147,7 @@ class LatentDiffusion(HistoModule):
         monitor: str | None = None,
     ):
         super().__init__()
-        for name, value, allowed in (
-            ("loss_type", loss_type, LOSSES),
-            ("parameterization", parameterization, PREDICTIONS),
-            ("loss_weighting", loss_weighting, WEIGHTINGS),
-        ):
-            if value not in allowed:
-                raise UserError(
-                    f"model.params.{name}={value!r} must be one of {', '.join(allowed)}"
-                )
-        if loss_weighting == "min_snr" and parameterization == "flow":
-            raise UserError(
-                "model.params.loss_weighting=min_snr weighs the steps of a noise schedule; a flow "
-                "chooses its times by model.params.time_sampling: set loss_weighting=none"
-            )
+        _check_objective(loss_type, parameterization, loss_weighting, min_snr_gamma)
         if rescale_zero_terminal_snr and parameterization != "v":
             raise UserError(
                 f"model.params.rescale_zero_terminal_snr=true needs parameterization=v, not "
@@ -128,16 +155,7 @@ class LatentDiffusion(HistoModule):
             )
         if isinstance(time_shift, str) and time_shift != "auto":
             raise UserError(f"model.params.time_shift={time_shift!r} must be auto or a number")
-        if not min_snr_gamma > 0:
-            raise UserError(f"model.params.min_snr_gamma={min_snr_gamma} must be above 0")
-        if scale_factor is not None and not (scale_tensor(scale_factor) > 0).all():
-            raise UserError(
-                f"model.params.scale_factor={scale_factor} must be above 0 (or null to measure it)"
-            )
-        if isinstance(scale_factor, list) and len(scale_factor) != channels:
-            raise UserError(
-                f"model.params.scale_factor has {len(scale_factor)} values for {channels} channels"
-            )
+        _check_scale(scale_factor, channels)
         if parameterization == "flow":
             shift = max(1.0, image_size / 16) if time_shift == "auto" else time_shift
             self.schedule = RectifiedFlow(time_sampling, time_mean, time_std, shift, timesteps)
