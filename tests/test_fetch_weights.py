@@ -79,11 +79,11 @@ def test_a_file_is_fetched_once_into_the_cache_of_torch(caches, server, monkeypa
     digest = hashlib.sha256(b"weights").hexdigest()
     entry = published(monkeypatch, server, b"weights", digest[:8])
     with pytest.raises(UserError, match="not on this machine"):
-        entry.require("--weights")
+        entry.require()
     fetch_weights.main(["inception"])
     line = f"inception: {entry.place} sha256 {digest}"
     assert capsys.readouterr().out.strip() == line
-    assert entry.place.read_bytes() == b"weights" and entry.require("--weights") == entry.place
+    assert entry.place.read_bytes() == b"weights" and entry.require() == entry.place
     asked = len(server.asked)
     fetch_weights.main(["inception"])  # already there
     assert capsys.readouterr().out.strip() == line

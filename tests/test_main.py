@@ -413,7 +413,7 @@ BAD = {
     "unknown key": (["model.params.embeding_dim=3"], "embed_dim"),
     "monitor without validation": (["data.params.val_fraction=0"], "needs validation tiles"),
     "monitor that is never logged": (["model.params.monitor=val/fid"], "never logged"),
-    "name outside logdir": (["--name", "../x"], "below --logdir"),
+    "name outside logdir": (["--name", "../x"], "must be a folder below logdir"),
     "resume of nothing": (["--resume", "/nowhere"], "no checkpoint"),
     "wrong checkpoint kind": (["model.params.ckpt_path=CLASSIFIER"], "kind classifier"),
 }

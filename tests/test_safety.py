@@ -456,7 +456,7 @@ def test_the_logger_of_the_classifier(labelled, tmp_path):
     assert not (tmp_path / "c" / "tensorboard").exists()
     assert list((tmp_path / "c").glob("metrics/*/metrics.csv"))
     parsed = classifier_train.parse_arguments(["--data_dir", "D"])
-    assert parsed.logger == ["tensorboard"]
+    assert list(parsed.logger) == ["tensorboard"]
 
 
 def test_wandb_without_the_package(data, tmp_path, monkeypatch):  # noqa: F811
