@@ -23,6 +23,7 @@ from ldm.experiment.jobs import (
     ROOT,
     Job,
     JobBusy,
+    Record,
     Records,
     keys_of,
     lock_file,
@@ -291,6 +292,18 @@ def test_jobs_run_at_once_each_with_its_gpus(tmp_path, monkeypatch):
     assert written[2] in ("4,7 3", "7,4 3") and written[3] == " 3"
     with pytest.raises(UserError, match="both wants 2 GPUs and --gpus names 1"):
         run(tmp_path, *jobs, machine=Machine(1, ["0"]))
+
+
+def test_the_start_of_a_job_is_told_where_several_run(tmp_path):
+    """Of one that is seen while it runs; one job at a time has a line for its end alone."""
+    records, one = Records(tmp_path / "jobs"), job(tmp_path, "a")
+    for at_once, expected in ((2, "started: job a\n"), (1, "")):
+        records.path("a").unlink(missing_ok=True)
+        progress = Progress(records, at_once, stream=io.StringIO())
+        progress.begin(records.survey([one]))
+        records.write("a", Record("key", one.title, one.shown))
+        progress.look()
+        assert progress.stream.getvalue() == expected
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path, monkeypatch):
