@@ -23,6 +23,7 @@ from ldm.cli import (
 )
 from ldm.devices import shared_devices
 from ldm.errors import UserError
+from ldm.files import require_outside
 from ldm.settings import MACHINE, LoaderOptions, ProcessOptions
 
 DEFAULT_STEPS = 50
@@ -379,6 +380,9 @@ def main(argv: list[str] | None = None) -> int:
     from ldm.synthesis.shards import write_shards
 
     # Everything that can be wrong is found before other processes are started.
+    tiles = {f"--{name}": getattr(args, name) for name in ("start_from", "balance")}
+    tiles = {name: Path(path) for name, path in tiles.items() if path}
+    require_outside({"--out": Path(args.out) if args.out else None}, tiles)
     devices = shared_devices(args.device, args.devices, args.num_nodes).with_precision(
         args.precision, channels_last=args.channels_last, compile=args.compile
     )

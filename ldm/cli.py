@@ -467,11 +467,6 @@ def existing_path(text: str | os.PathLike, what: str, kind: str = "any") -> Path
     return path
 
 
-def lies_in(path: Path, folder: Path) -> bool:
-    """Whether a path is the folder or below it, wherever links lead."""
-    return folder.resolve() in (path.resolve(), *path.resolve().parents)
-
-
 def _one_line(error: BaseException | str) -> str:
     """The message on one line, freed of the worker traceback that a DataLoader puts before it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -33,6 +33,7 @@ from ldm.cli import (
 )
 from ldm.devices import one_device
 from ldm.errors import UserError
+from ldm.files import remove_leftovers, require_outside
 from ldm.settings import DeviceOption, LoaderOptions, ProcessOptions
 
 
@@ -172,6 +173,8 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(args.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give a folder")
+    require_outside({"--out": out}, {"--real": real_root})
+    remove_leftovers(out)
 
     from ldm.evaluation.sweep import Sweep
     from ldm.features.source import VIT, FeatureSource

@@ -19,6 +19,7 @@ from pydantic import Field
 from ldm.cli import Seed, Share, Whole, existing_path, option, parse, run_command
 from ldm.devices import resolve_device
 from ldm.errors import UserError
+from ldm.files import remove_leftovers, require_outside, write_json
 from ldm.settings import FeatureOptions, NetworkChoice
 
 
@@ -74,11 +75,12 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(args.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give a folder")
+    require_outside({"--out": out}, {"--real": real_root, "--synthetic": synthetic_root})
+    remove_leftovers(out)
 
     from ldm.evaluation.fidelity import FEWEST_TILES, fidelity
     from ldm.features.sets import cached_features
     from ldm.features.source import parse_features
-    from ldm.files import write_json
     from ldm.selection import judge
     from ldm.selection.training_folder import read_decisions
     from ldm.selection.umap_page import Picture

@@ -19,6 +19,7 @@ from pydantic import BeforeValidator
 
 from ldm.cli import Count, existing_path, option, parse, run_command, shown
 from ldm.devices import usable_cores
+from ldm.files import require_outside
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -75,6 +76,7 @@ def main(argv: list[str] | None = None) -> None:
 
     index = CorpusIndex.read(args.index)
     roots = [existing_path(root, "--root", "dir") for root in args.root or index.scanned]
+    require_outside({"--out": out}, {"--root": roots})
     shards = CorpusShards(index, roots, out, args.size)
     if args.dry_run:
         size = shards.bytes_of(range(len(shards)))

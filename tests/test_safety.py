@@ -3,7 +3,6 @@
 import functools
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 import pytorch_lightning as pl
 import tiny
 import torch
+from test_files import limited
 from test_main import (
     ROOT,
     autoencoder_ckpt,  # noqa: F401  a fixture
@@ -58,23 +58,6 @@ def test_a_checkpoint_that_is_being_replaced_stays_until_the_new_one_is_complete
     write_checkpoint(path, {"x": torch.ones(1000), "global_step": 2})
     assert seen == [1] and training_step_of(path) == 2
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
-
-
-def limited(size: int, write) -> None:
-    """Call `write` in a child whose files may not grow beyond `size` bytes, as on a full disk."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-            write()
-        except UserError as error:
-            os.write(2, str(error).encode())
-            status = 2
-        finally:
-            os._exit(status)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2
 
 
 def test_a_disk_that_fills_up_leaves_the_checkpoint_before_it(tmp_path, capfd):

@@ -549,7 +549,7 @@ def test_failure_leaves_nothing(folders, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("ldm.data.folders.shutil.copyfile", fail)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match="out cannot be written .No space"):
         run_distance(folders, tmp_path / "out", "--ratio", "50")
     assert class_folders(tmp_path) == ["out.sheets"]
     assert [path.name for path in tmp_path.iterdir()] == ["out.sheets"]

@@ -6,7 +6,6 @@ stopped; an earlier index serves the same way, so only new and changed files are
 """
 
 import io
-import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from ldm.data.images import UnsupportedImage, map_ahead
 from ldm.data.index import VERSION, CorpusIndex, content_hash, index_table
 from ldm.data.storage import LAYOUTS, Layout, Place, find_files, path_order
 from ldm.errors import UserError
-from ldm.files import write_csv
+from ldm.files import Journal, read_journal, remove_leftovers, write_csv
 
 UNREADABLE, TRUNCATED, UNSUPPORTED = "unreadable", "truncated", "unsupported"
 TOO_SMALL, DUPLICATE = "too small", "duplicate"
@@ -83,17 +82,14 @@ def scan_corpora(roots: Sequence[Path], layout_name: str, out: Path, workers: in
     earlier = _earlier_rows(layout_name, scanned, out)
     rows = [row for stamp in stamps for row in earlier.get(stamp, ())]
     todo = [stamp for stamp in stamps if stamp not in earlier]
-    journal = journal_of(out)
-    journal.parent.mkdir(parents=True, exist_ok=True)
-    # Line by line, so that a scan that is killed loses the file it was at and no more.
-    with journal.open("a", encoding="utf-8", buffering=1) as stream:
-        stream.write("\n" + json.dumps(_header(layout_name, scanned)) + "\n")
+    with Journal(journal_of(out)) as journal:
+        journal.add(_header(layout_name, scanned))
         with tqdm(total=len(stamps), initial=len(stamps) - len(todo), unit="file") as bar:
             found_rows = map_ahead(
                 lambda stamp: scan_file(roots[stamp[0]], layout, stamp), todo, workers, AHEAD
             )
             for stamp, found in zip(todo, found_rows, strict=True):
-                stream.write(json.dumps([*stamp, found]) + "\n")
+                journal.add([*stamp, found])
                 rows += found
                 bar.update()
     return Scan(rows, scanned, folders, len(stamps) - len(todo), len(stamps))
@@ -180,19 +176,18 @@ def _earlier_rows(layout: str, scanned: list[str], out: Path) -> dict[Stamp, lis
                 earlier.setdefault(stamp, []).append(row)
     except UserError:
         pass  # there is none yet, or none of use; it will be written
-    journal = journal_of(out)
-    if journal.is_file():
-        usable = False
-        with journal.open(encoding="utf-8", errors="replace") as stream:
-            for line in stream:
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    continue  # cut off when the scan was
-                if isinstance(entry, dict):
-                    usable = entry == _header(layout, scanned)
-                elif usable:
-                    earlier[tuple(entry[:4])] = entry[4]
+    usable = False
+
+    def take(entry: Any) -> None:
+        nonlocal usable
+        if isinstance(entry, dict):
+            usable = entry == _header(layout, scanned)
+        elif usable:
+            number, file, size, modified, rows = entry
+            earlier[number, file, size, modified] = rows
+
+    if journal_of(out).is_file():
+        read_journal(journal_of(out), take)
     return earlier
 
 
@@ -239,6 +234,7 @@ def index_corpora(
     Raises:
         UserError: A root is missing or empty, a group cannot be told, or no tile is good.
     """
+    remove_leftovers(out, problems_of(out))
     scan = scan_corpora(roots, layout, out, workers)
     rows = sorted(scan.rows, key=lambda row: (row["root"], path_order(row["path"])))
     counts = find_problems(rows, min_size, keep_duplicates)

@@ -23,7 +23,7 @@ from ldm.data.images import map_ahead
 from ldm.data.index import COLUMNS, COMMAND, CorpusIndex, content_hash, index_table, place_of
 from ldm.data.storage import BLOCK, LAYOUTS, Layout, Place, path_order, top_folder
 from ldm.errors import UserError
-from ldm.files import atomic_file, digest_of_text, require_space
+from ldm.files import atomic_file, digest_of_text, remove_leftovers, require_space
 from ldm.run import MadeFolder
 
 if TYPE_CHECKING:
@@ -174,6 +174,7 @@ class CorpusShards:
         todo = [number for number in range(len(self)) if number not in tables]
         require_space(self.out, self.bytes_of(todo), "out: tar shards")
         self._made.begin()
+        remove_leftovers(self.index_path)
         total = self.starts[-1]
         done = sum(len(rows) for rows in tables.values())
         with tqdm(total=total, initial=done, unit="tile") as bar:

@@ -19,6 +19,7 @@ import numpy as np
 
 from ldm.data.images import decode_tile, float_to_uint8, is_image, walk, white_of
 from ldm.errors import UserError
+from ldm.files import require_class_names
 
 OPEN_FILES = 64  # shards or arrays that a process keeps open
 BLOCK = 512  # bytes, of which a tar file is made
@@ -111,6 +112,7 @@ class ArrayLayout(Layout):
             ) from None
         if types.shape != (count,):
             raise UserError(f"{beside}: shape {types.shape} must be ({count},), a name per tile")
+        require_class_names(sorted(set(map(str, types))), str(beside))
         return [str(name) for name in types]
 
     def content(self, root: Path, place: Place) -> np.ndarray:
@@ -148,6 +150,8 @@ class ShardLayout(Layout):
                     end = member.offset_data + -(-member.size // BLOCK) * BLOCK
                     if not member.isreg():
                         continue
+                    if member.name.startswith("/") or ".." in member.name.split("/"):
+                        raise UserError(f"{path}: member {member.name} leaves the shard; rename it")
                     key, extension = split_member(member.name)
                     if extension == "cls":
                         content = archive.extractfile(member).read()
@@ -155,7 +159,7 @@ class ShardLayout(Layout):
                     elif is_image(member.name.rsplit("/", 1)[-1]):
                         if member.name in found:
                             raise UserError(f"{path}: two members {member.name}; rename one")
-                        label = top_folder(member.name)
+                        label = top_folder(member.name.removeprefix("./"))
                         found[member.name] = Place(
                             f"{file}/{member.name}", file, member.offset_data, member.size, label
                         )
@@ -167,10 +171,10 @@ class ShardLayout(Layout):
             raise UserError(f"{path}: not a complete tar file ({error}); write it again") from None
         if not complete:
             raise UserError(f"{path}: not a complete tar file (its end is missing); write it again")
-        return [
-            place._replace(label=classes.get(split_member(name)[0], place.label))
-            for name, place in found.items()
-        ]
+        labels = [classes.get(split_member(name)[0], p.label) for name, p in found.items()]
+        require_class_names(sorted(set(labels) - {None}), str(path))
+        places = zip(found.values(), labels, strict=True)
+        return [place._replace(label=label) for place, label in places]
 
     def content(self, root: Path, place: Place) -> bytes:
         content = _open_shard(str(root / place.file)).read(place.offset, place.size)

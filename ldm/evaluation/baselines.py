@@ -27,7 +27,7 @@ from ldm.evaluation.sets import GroupTable, Splits, TransformedTiles, open_split
 from ldm.evaluation.summary import write_summary
 from ldm.features.extractor import Extractor, directions
 from ldm.features.probe import STRENGTHS, logistic_regression
-from ldm.files import write_json
+from ldm.files import remove_leftovers, write_json
 from ldm.models.vit_settings import Settings
 from ldm.run import git_revision, hardware, versions
 
@@ -121,6 +121,7 @@ def run_baseline(
     folder = logdir / kind / train_folder
     run = folder / "seed0"
     result = _finished(run, current, overwrite)
+    remove_leftovers(folder, run)
     if result is None:
         start = time.monotonic()
         features = partial(_features, kind, extractor, num_workers)

@@ -63,8 +63,10 @@ def read_judged(source: str, synthetic_root: Path) -> Judged:
         FeatureSet.load(folder / SYNTHETIC_FILE).in_order(),
         Centroids.load(folder / CENTROIDS_FILE),
     )
-    classes = judged.real.classes
-    if TileFiles.below(synthetic_root, True, classes).digest != judged.synthetic.tiles:
+    files = TileFiles.below(synthetic_root, True, judged.real.classes)
+    # The names too: they are copied to a new folder by them.
+    same_names = sorted(files.names) == sorted(judged.synthetic.files)
+    if files.digest != judged.synthetic.tiles or not same_names:
         raise UserError(
             f"--synthetic {synthetic_root}: its images are not those of --features {source};"
             " run scripts/vis.py again"

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ldm.data.tiles import read_tile
 from ldm.features.neighbours import nearest
 from ldm.features.sets import FeatureSet
-from ldm.files import write_bytes
+from ldm.files import remove_leftovers, write_bytes
 from ldm.selection.select import ACCEPTED, FILL_REASON, FILLED, REJECTED, SURPLUS, USED, Selection
 
 COLUMNS = 8
@@ -71,6 +71,7 @@ class Sheets:
 
     def write(self, folder: Path) -> None:
         """FOLDER/CLASS.png for every class."""
+        remove_leftovers(folder)
         for name in self.selection.classes:
             write_bytes(sheet_path(folder, name), self.draw(name))
 
