@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
-from ldm.cli import Whole, contradictions, existing_path, option, parse, run_command
+from ldm.cli import MOST, Seed, contradictions, existing_path, option, parse, run_command
 from ldm.devices import Devices, one_device, shared_devices
 from ldm.errors import UserError
 from ldm.models.vit_settings import Settings
@@ -41,11 +41,11 @@ class Options(EvaluationOptions, SharedDevices, Settings):
     )
 
     logdir: str = run_option(default="logs/eval", metavar="DIR", help="results go to LOGDIR/SUBSET")
-    seed: Whole | None = run_option(default=None, help="seed; if omitted 0")
-    seeds: tuple[Whole, ...] | None = run_option(
+    seed: Seed | None = run_option(default=None, help="seed; if omitted 0")
+    seeds: tuple[Seed, ...] | None = run_option(
         default=None, metavar="N", help="several seeds: one network each, then mean and deviation"
     )
-    num_classes: Annotated[int, Field(ge=2)] | None = run_option(
+    num_classes: Annotated[int, Field(ge=2, le=MOST)] | None = run_option(
         default=None, help="compared with the class folders, which decide"
     )
     resume: str | None = run_option(

@@ -26,7 +26,7 @@ from benchmarks.common import (
     print_result,
 )
 from benchmarks.loading import Source, make_source
-from ldm.cli import Count, Whole, like, option, parse, run_command
+from ldm.cli import Count, Workers, like, option, parse, run_command
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -59,7 +59,7 @@ class Options(NetworkOptions):
         published=("--from",),
         help="train from cached latents, from images that are encoded, or one beside the other",
     )
-    workers: Whole = option(default=0, help="loader processes")
+    workers: Workers = option(default=0, help="loader processes")
 
 
 def parse_arguments(argv: list[str] | None = None) -> Options:

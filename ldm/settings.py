@@ -4,11 +4,9 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
-
-from ldm.cli import Count, Seed, Whole, contradictions, option
+from ldm.cli import Count, Pixels, Seed, Workers, contradictions, option
 
 DEVICE_HELP = "auto, cpu, cuda, cuda:INDEX or mps"
 MACHINE = "machine"
@@ -100,7 +98,7 @@ class EvaluationOptions:
     group_column: str | None = _run(
         default=None, metavar="NAME", help="column of --groups; if omitted group"
     )
-    workers: Whole = _run(
+    workers: Workers = _run(
         default_factory=some_cores,
         published=("--num_workers",),
         help="loader processes",
@@ -123,7 +121,7 @@ class LoaderOptions:
     """Reading images: how many at a time, by how many threads."""
 
     batch_size: Count = _machine(default=64, help="images per pass of the network")
-    workers: Whole = _machine(
+    workers: Workers = _machine(
         default=2, published=("--num_workers",), help="threads that decode images"
     )
 
@@ -201,7 +199,7 @@ class ModelOptions:
         help="local weights of the timm network; if omitted, those in the cache of timm (nothing "
         "is downloaded)",
     )
-    input_size: Annotated[int, Field(ge=8)] | None = _features(
+    input_size: Pixels | None = _features(
         default=None, help="pixels that the timm network sees; if omitted, its own size"
     )
 
@@ -242,7 +240,7 @@ class FeatureOptions(ModelOptions):
     batch_size: Count | None = _features(
         default=None, help="images per pass of the network; if omitted 64"
     )
-    workers: Whole | None = _features(
+    workers: Workers | None = _features(
         default=None,
         published=("--num_workers",),
         help="threads that decode images; if omitted 2",

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from ldm.cli import Count, Whole, existing_path, lies_in, option, parse, run_command
+from ldm.cli import Count, Seed, existing_path, lies_in, option, parse, run_command
 from ldm.devices import resolve_device
 from ldm.errors import UserError
 from ldm.settings import FeatureOptions
@@ -72,7 +72,7 @@ class Options(FeatureOptions):
         default=None, help="which images are accepted; if omitted centroid"
     )
     random: bool = option(default=False, help="the same as --strategy random")
-    seed: Whole | None = option(default=None, help="with --strategy random: its seed; if omitted 0")
+    seed: Seed | None = option(default=None, help="with --strategy random: its seed; if omitted 0")
     neighbors: Count | None = option(
         default=None,
         metavar="K",
