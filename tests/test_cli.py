@@ -129,7 +129,9 @@ def test_mistakes_are_one_line_and_status_2(capsys, words, parts):
 
 
 def test_each_mistake_is_a_line(capsys):
-    lines = complaints(capsys, Options, "a --rate x --mode y --seed z --sede 3".split())
+    lines = complaints(
+        capsys, Options, ["a", "--rate", "x", "--mode", "y", "--seed", "z", "--sede", "3"]
+    )
     said = [line.split(": ")[2] for line in lines]
     unknown = "unknown argument --sede (did you mean --seed?)"
     assert sorted(said) == ["--mode", "--rate", "--seed", unknown]
