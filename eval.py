@@ -92,8 +92,9 @@ def evaluate(args: Options, data_path: Path, devices: Devices, groups: "GroupTab
     report = evaluate_checkpoint(checkpoint, data_path, devices, folder, args.workers, groups)
     for name in ("val", "test"):
         if name in report:
-            headline = ", ".join(f"{k} {report[name][k]:.4f}" for k in HEADLINE)
-            print(f"{name}: {headline}\n{format_intervals(report['bootstrap'][name])}")
+            values = {k: report[name][k] for k in (*HEADLINE, "auc")}
+            known = ", ".join(f"{k} {v:.4f}" for k, v in values.items() if v is not None)
+            print(f"{name}: {known}\n{format_intervals(report['bootstrap'][name])}")
             print(f"{format_per_class([report[name]])}\n")
     print(f"{folder / 'evaluation.json'}")
 

@@ -341,12 +341,25 @@ def _started_outside() -> tuple[int | None, int]:
     if "TORCHELASTIC_RUN_ID" in environment:
         local, world = (int(environment[key]) for key in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
         return local, max(1, world // local)
-    interactive = environment.get("SLURM_JOB_NAME") in ("bash", "interactive")
-    if "SLURM_STEP_ID" in environment and not interactive:
-        nodes = int(environment.get("SLURM_NNODES", 1))
-        tasks = int(environment.get("SLURM_NTASKS", 1))
+    if "SLURM_STEP_ID" in environment and not in_shell_of_slurm():
+        # Of the step; where Slurm does not say, of the job.
+        nodes, tasks = (
+            int(environment.get(f"SLURM_STEP_NUM_{what}", environment.get(f"SLURM_{job}", 1)))
+            for what, job in (("NODES", "NNODES"), ("TASKS", "NTASKS"))
+        )
         return max(1, tasks // nodes), nodes
     return None, 1
+
+
+def in_shell_of_slurm() -> bool:
+    """Whether a user types into a shell that `srun --pty` started.
+
+    A command there is one process, whatever number of tasks the variables of the job name. Tasks
+    that srun starts by themselves have no terminal.
+    """
+    if os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
+        return True
+    return "SLURM_STEP_ID" in os.environ and os.isatty(0)
 
 
 def parse_gpus(text: str) -> list[int] | int:

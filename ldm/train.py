@@ -9,7 +9,13 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from ldm.devices import Devices, leave_group, quieten_lightning, training_devices
+from ldm.devices import (
+    Devices,
+    in_shell_of_slurm,
+    leave_group,
+    quieten_lightning,
+    training_devices,
+)
 from ldm.errors import UserError
 from ldm.files import remove_leftovers, require_space, write_text
 from ldm.settings import RunOptions, SpeedOptions
@@ -173,13 +179,15 @@ def build_trainer(
 
 def cluster_plugins() -> list[Any]:
     """What Lightning is to know of the cluster that started this process."""
-    from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+    from pytorch_lightning.plugins import environments
 
-    if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
+    if environments.TorchElasticEnvironment.detect() or not environments.SLURMEnvironment.detect():
         return []
+    if in_shell_of_slurm():
+        return [environments.LightningEnvironment()]
     try:
         # Signals are for StopOnSignal: Lightning would requeue by itself, from a file of its own.
-        return [SLURMEnvironment(auto_requeue=False)]
+        return [environments.SLURMEnvironment(auto_requeue=False)]
     except RuntimeError as error:
         raise UserError(" ".join(str(error).split())) from None
 
