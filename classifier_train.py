@@ -76,6 +76,9 @@ class Options(RunOptions):
     """
 
     program: ClassVar = "classifier_train.py"
+    replaced: ClassVar = {
+        "--classifier-use-fp16": "give --precision 16-mixed instead, or leave it out"
+    }
     example: ClassVar = """\
   python classifier_train.py --data_dir D/train5 --val_data_dir D/val --first_stage logs/ldm \\
       --iterations 10000 --name classifier"""
@@ -517,11 +520,6 @@ def train(args: Options) -> "tuple[pl.Trainer, pl.LightningModule] | None":
         "arguments": vars(args),
     }
     text = describe(args, model, data, devices)
-    if args.dry_run:
-        print(OmegaConf.to_yaml(OmegaConf.create(config)))
-        print(text)
-        return None
-
     run, checkpoint = RunFolder.find(
         args.logdir, args.name, args.resume, "classifier", config["model"]
     )
@@ -548,7 +546,12 @@ def train(args: Options) -> "tuple[pl.Trainer, pl.LightningModule] | None":
         loggers=list(args.logger),
         config=config,
         summary=text,
+        dry_run=args.dry_run,
     )
+    if args.dry_run:
+        print(OmegaConf.to_yaml(OmegaConf.create(config)))
+        print(text)
+        return None
     if trainer.is_global_zero:
         write_result(trainer, run)
     return trainer, model

@@ -278,9 +278,10 @@ def parse(settings: type, argv: Sequence[str] | None = None) -> Any:
     parser = _parser(settings)
     words = sys.argv[1:] if argv is None else argv
     fields = options_of(settings)
+    found: dict[str, str] = {}
+    words = _replaced(words, getattr(settings, "replaced", {}), found)
     given, rest = parser.parse_known_intermixed_args(_spelled(words, parser, fields))
     values = vars(given)
-    found = {}
     if "overrides" in fields:
         _move_overrides(values)
         for word in values["overrides"]:
@@ -384,6 +385,32 @@ def _usage(program: str, fields: Mapping[str, dataclasses.Field]) -> str:
             word = f"{_flag(field)} {word}"
         words.append(word if needed else f"[{word}]")
     return " ".join([program, *words, "[options]"]).replace("%", "%%")
+
+
+def _replaced(
+    words: Sequence[str], replaced: Mapping[str, str], found: dict[str, str]
+) -> list[str]:
+    """The words, with published options that are none here turned into overrides or `found`.
+
+    Args:
+        replaced: By option, the key that it sets, or what to do instead.
+    """
+    result: list[str] = []
+    words = [str(word) for word in words]
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.partition("=")
+        name = name.replace("_", "-")
+        if name not in replaced:
+            result.append(word)
+            continue
+        if not equals and words and not words[0].startswith("-") and "=" not in words[0]:
+            value = words.pop(0)
+        if " " in replaced[name]:
+            found[name] = f"is no option here; {replaced[name]}"
+        else:
+            result.append(f"{replaced[name]}={value or 'true'}")
+    return result
 
 
 def _spelled(

@@ -211,8 +211,33 @@ def test_an_override_may_follow_a_bare_flag(words):
 
 
 def test_words_that_are_no_overrides_are_named(capsys):
-    said = complaints(capsys, main_py.Options, ["--base", "C", "-t", "nonsense", "--no-test"])
-    assert len(said) == 2 and "--no-test" in said[0] and "nonsense" in said[1]
+    said = complaints(capsys, main_py.Options, ["--base", "C", "-t", "nonsense", "--no-such"])
+    assert len(said) == 2 and "--no-such" in said[0] and "nonsense" in said[1]
+
+
+def test_published_options_of_the_trainer_are_overrides():
+    words = "--accumulate_grad_batches 2 -b C --benchmark -t --val-check-interval=0.5 k=1"
+    prefix = "lightning.trainer."
+    expected = ["accumulate_grad_batches=2", "benchmark=true", "val_check_interval=0.5"]
+    found = main_py.parse_arguments(words.split())
+    assert found.train and found.base == ("C",)
+    assert set(found.overrides) == {*(prefix + each for each in expected), "k=1"}
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "instead"),
+    [
+        ("main", "--no-test", "leave it out"),
+        ("main", "-d", "--dry_run"),
+        ("main", "-f x", "--name"),
+        ("main", "-p x", "--logdir"),
+        ("main", "--accelerator gpu", "--gpus"),
+        ("classifier_train", "--data_dir D --classifier_use_fp16 True", "--precision 16-mixed"),
+    ],
+)
+def test_published_options_without_meaning_say_what_to_give(command, words, instead, capsys):
+    (said,) = complaints(capsys, importlib.import_module(command).Options, words.split())
+    assert instead in said
 
 
 COMMANDS = {
