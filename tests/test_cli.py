@@ -209,6 +209,7 @@ def test_words_that_are_no_overrides_are_named(capsys):
 COMMANDS = {
     "main": "",
     "benchmarks.encode": "",
+    "benchmarks.gpu": "",
     "benchmarks.loading": "",
     "benchmarks.sample": "",
     "benchmarks.train": "",
