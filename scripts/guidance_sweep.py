@@ -107,7 +107,7 @@ class Options(DeviceOption):
     n_samples: Annotated[int, Field(ge=8)] = option("-n", default=64, help="images per class")
     batch_size: Count = like(LoaderOptions, "batch_size", 32, help="images sampled together")
     seed: Whole = option(default=0, help="seed of the noise")
-    precision: Literal["auto", "32", "bf16"] = like(ProcessOptions, "precision", "auto")
+    precision: Literal["auto", "32", "bf16"] | None = like(ProcessOptions, "precision", None)
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.classifier is None:
