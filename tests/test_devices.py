@@ -1,9 +1,10 @@
 """Devices, precision and arguments of a run."""
 
 import pytest
+import torch
 
 from ldm import cli
-from ldm.devices import Devices, parse_gpus, training_devices
+from ldm.devices import Devices, parse_gpus, training_devices, within_memory
 from ldm.errors import UserError
 
 
@@ -55,3 +56,10 @@ def test_worker_errors_become_one_line():
         '  File "x.py", line 1\nldm.errors.UserError: tile a.png cannot be read'
     )
     assert cli._one_line(error) == "tile a.png cannot be read"
+
+
+@pytest.mark.parametrize(("batch", "remedy"), [(48, "try 24"), (1, "take a smaller network")])
+def test_too_little_memory_names_the_batch_to_try(batch, remedy):
+    expected = rf"^batch_size: {batch} .*out of memory. Tried to allocate 2 GiB\); {remedy}"
+    with pytest.raises(UserError, match=expected), within_memory(batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2 GiB. GPU 0 has")
