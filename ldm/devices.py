@@ -277,6 +277,26 @@ def usable_cores() -> int:
 
 
 @contextlib.contextmanager
+def within_memory(batch_size: int) -> Iterator[None]:
+    """Say which batch size to try where the memory of the GPU does not suffice.
+
+    Raises:
+        UserError: The GPU has too little memory for `batch_size` images at once.
+    """
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        remedy = f"try {batch_size // 2}"
+        if batch_size < 2:
+            remedy = "take a smaller network or a GPU with more memory"
+        said = ". ".join(" ".join(str(error).split()).split(". ")[:2])
+        message = f"{batch_size} does not fit into the memory of the GPU ({said}); {remedy}"
+        raise UserError(message, "batch_size") from None
+
+
+@contextlib.contextmanager
 def one_thread(device: "torch.device") -> Iterator[None]:
     """Compute on a CPU in one thread: the split among threads decides how sums are rounded."""
     import torch

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm import __version__
-from ldm.devices import Ranks, one_thread
+from ldm.devices import Ranks, one_thread, within_memory
 from ldm.diffusion.samplers import Step
 from ldm.run import git_revision, versions
 from ldm.synthesis.folder import Journal, SampleFolder, image_row
@@ -183,7 +183,7 @@ def synthesise(
     journal = folder.journal(stamp, ranks.rank, _start(synthesiser, ranks))
     try:
         mine = jobs[ranks.rank :: ranks.size]
-        with one_thread(synthesiser.device):
+        with one_thread(synthesiser.device), within_memory(batch_size):
             quiet = not ranks.is_first
             _sample(synthesiser, folder, journal, mine, batch_size, quiet, sources)
         ranks.barrier()
