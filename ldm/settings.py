@@ -9,6 +9,10 @@ from typing import Literal
 from ldm.cli import Count, Pixels, Seed, Workers, contradictions, option
 
 DEVICE_HELP = "auto, cpu, cuda, cuda:INDEX or mps"
+PRECISION_HELP = (
+    "auto: {} where the device is fast in it (GPUs; CPUs with AVX-512 bf16 or AMX), else 32; "
+    "if omitted auto on GPUs, 32 on CPUs"
+)
 MACHINE = "machine"
 TIMM = "timm:"  # begins the name of a network of timm
 
@@ -71,8 +75,8 @@ class RunOptions(SpeedOptions):
         default=None, help="number of devices of the best available kind"
     )
     num_nodes: Count = _devices(default=1, help="number of machines")
-    precision: Literal["auto", "32", "bf16-mixed", "16-mixed", "bf16-true", "64"] = _devices(
-        default="auto", help="auto: bf16-mixed on GPUs that have it, else 32"
+    precision: Literal["auto", "32", "bf16-mixed", "16-mixed", "bf16-true", "64"] | None = _devices(
+        default=None, help=PRECISION_HELP.format("bf16-mixed")
     )
 
 
@@ -144,8 +148,8 @@ class SharedDevices(DeviceOption):
 class ProcessOptions(SharedDevices):
     """How a command runs networks without training them, in one process or several."""
 
-    precision: Literal["auto", "32", "bf16"] = _machine(
-        default="auto", help="auto: bf16 on GPUs that have it, else 32"
+    precision: Literal["auto", "32", "bf16"] | None = _machine(
+        default=None, help=PRECISION_HELP.format("bf16")
     )
     channels_last: bool = _machine(default=False, help="memory layout that suits tensor cores")
 

@@ -15,6 +15,7 @@ from ldm.devices import (
     leave_group,
     quieten_lightning,
     training_devices,
+    within_memory,
 )
 from ldm.errors import UserError
 from ldm.files import remove_leftovers, require_space, write_text
@@ -116,7 +117,8 @@ def _run(
     takes_it = "weights_only" in inspect.signature(trainer.fit).parameters
     safe = {"weights_only": True} if checkpoint and takes_it else {}
     try:
-        trainer.fit(model, datamodule=data, ckpt_path=checkpoint, **safe)
+        with within_memory(data.batch_size):
+            trainer.fit(model, datamodule=data, ckpt_path=checkpoint, **safe)
     except SystemExit:  # what Lightning makes of Ctrl-C; older versions return
         if not trainer.interrupted:
             raise

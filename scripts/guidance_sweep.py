@@ -111,7 +111,7 @@ class Options(DeviceOption):
     )
     batch_size: Count = like(LoaderOptions, "batch_size", 32, help="images sampled together")
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = option(default=0, help="seed of the noise")
-    precision: Literal["auto", "32", "bf16"] = like(ProcessOptions, "precision", "auto")
+    precision: Literal["auto", "32", "bf16"] | None = like(ProcessOptions, "precision", None)
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.classifier is None:

@@ -70,11 +70,14 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(os.path.abspath(Path(args.out).expanduser()))
     existing_path(args.index, "INDEX", "file")
 
+    from ldm.data.arrays import holder
     from ldm.data.index import CorpusIndex
     from ldm.data.shards import CorpusShards
 
     index = CorpusIndex.read(args.index)
-    roots = [existing_path(root, "--root", "dir") for root in args.root or index.scanned]
+    roots = [Path(root).expanduser() for root in args.root or index.scanned]
+    for root in roots:
+        existing_path(holder(root), "--root")
     shards = CorpusShards(index, roots, out, args.size)
     if args.dry_run:
         size = shards.bytes_of(range(len(shards)))

@@ -243,6 +243,7 @@ def test_published_options_without_meaning_say_what_to_give(command, words, inst
 COMMANDS = {
     "main": "",
     "benchmarks.encode": "",
+    "benchmarks.gpu": "",
     "benchmarks.loading": "",
     "benchmarks.sample": "",
     "benchmarks.train": "",

@@ -108,7 +108,7 @@ class Settings:
         help="decay of the moving average per step, after a warm-up of (1 + n) / (10 + n)",
     )
     precision: Literal["auto", "32", "bf16-mixed", "16-mixed"] = option(
-        default="auto", group="run", help="auto: bf16-mixed on GPUs that have it, else 32"
+        default="auto", group="run", help="auto stands for the precision of the device"
     )
 
     crop_flip: bool = _augment(

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm import __version__
-from ldm.devices import Ranks, one_thread
+from ldm.devices import Ranks, one_thread, within_memory
 from ldm.diffusion.samplers import Step
 from ldm.run import git_revision, versions
 from ldm.synthesis.folder import Journal, SampleFolder, image_row
@@ -192,7 +192,7 @@ def synthesise(
         missing = (job for job in part.of(_jobs(counts)) if job not in there)
         mine = islice(missing, ranks.rank, None, ranks.size)
         share = len(range(ranks.rank, wanted - present, ranks.size))
-        with one_thread(synthesiser.device):
+        with one_thread(synthesiser.device), within_memory(batch_size):
             quiet = not ranks.is_first
             _sample(synthesiser, folder, journal, mine, share, batch_size, quiet, sources)
         ranks.barrier()
