@@ -98,7 +98,7 @@ def of_label_file(site, folder):
 
 
 def of_tar_member(site, folder):
-    shard(folder, (".hidden/x.png", b"png"))
+    shard(folder, ("A\\B/x.png", b"png"))
 
 
 def of_array(site, folder):

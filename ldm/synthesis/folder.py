@@ -16,7 +16,7 @@ import csv
 import io
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -159,10 +159,6 @@ class SampleFolder:
         datetime.fromisoformat(row["made"].replace("Z", "+00:00"))
         if (self.root / row["file"]).is_file():
             self.rows[name, index] = row
-
-    def missing(self, wanted: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
-        """Which of these images (class, index) are still to be made."""
-        return [job for job in wanted if job not in self.rows]
 
     # Writing
 
