@@ -48,6 +48,7 @@ from ldm.cli import run_command  # noqa: E402
 from ldm.evaluation import runs  # noqa: E402
 from ldm.files import file_sha256, is_temporary  # noqa: E402
 from ldm.models.vit import TileClassifier  # noqa: E402
+from ldm.run import RunFolder  # noqa: E402
 
 UMASK = 0o027
 SKIPPED_STATUS = 77
@@ -55,6 +56,7 @@ LATEST = 0.97  # share of the time of an undisturbed run at which it is disturbe
 # What two runs of a command differ in: times, speeds, the history of starts.
 VOLATILE = {"command", "started", "seconds", "made", "images_per_second", "images_per_s"}
 VOLATILE |= {"last_start", "hardware", "modified", "train_seconds"}
+VOLATILE |= {"current_score"}  # of the last save; Lightning does not restore it, and only shows it
 SKIPPED = ("tensorboard/*", "metrics/*/*", "configs/start_*", ".parts/*", "README.md")
 
 
@@ -193,11 +195,15 @@ def facts(out: Path, skipped: tuple[str, ...]) -> dict[str, Any]:
     """What every file below a folder says, by its path."""
     files = sorted(path for path in out.rglob("*") if path.is_file())
     left_out = [pattern for pattern in (*SKIPPED, *skipped)]
-    return {
+    found = {
         str(path.relative_to(out)): content(path)
         for path in files
         if not any(path.match(pattern) for pattern in left_out)
     }
+    for path in out.rglob("metrics"):  # of a training, over all its starts
+        name, rows = str(path.relative_to(out)), RunFolder(path.parent).read_metrics()
+        found[name] = dict(flat(sorted(rows, key=lambda row: (row["step"], sorted(row)))))
+    return found
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
