@@ -93,11 +93,11 @@ RANGES: dict[str, Any] = {
 TRAINER_REMEDIES = {
     "callbacks": "write them under lightning.callbacks",
     "logger": "write it under lightning.logger",
-    "default_root_dir": "the run folder is named by --logdir and --name",
-    "gpus": "give --gpus on the command line, or lightning.trainer.devices",
+    "default_root_dir": "the run folder is named by `logdir` and `name`",
+    "gpus": "give `gpus` on the command line, or lightning.trainer.devices",
     "distributed_backend": "use lightning.trainer.strategy",
     "checkpoint_callback": "use lightning.modelcheckpoint",
-    "resume_from_checkpoint": "give --resume on the command line",
+    "resume_from_checkpoint": "give `resume` on the command line",
     "progress_bar_refresh_rate": "use lightning.trainer.enable_progress_bar",
     "weights_summary": "use lightning.trainer.enable_model_summary",
     "terminate_on_nan": "a non-finite loss always stops a run",
@@ -129,7 +129,7 @@ def load_configs(paths: Iterable[str | os.PathLike], overrides: Iterable[str] = 
     """
     paths = list(paths)
     if not paths:
-        raise UserError("no configuration: give at least one YAML file with --base")
+        raise UserError("no configuration: give at least one YAML file with `base`")
     translation = Translation()
     config = OmegaConf.create({})
     for path in paths:

@@ -15,6 +15,7 @@ from typing import Annotated, ClassVar, Literal
 from ldm.cli import Commas, Pixels, Workers, existing_path, like, option, parse, run_command
 from ldm.devices import resolve_device
 from ldm.errors import UserError
+from ldm.features.source import known_forms
 from ldm.settings import TIMM, DeviceOption, EvaluationOptions, some_cores
 
 PROBE = "linear_probe"
@@ -45,8 +46,8 @@ class Options(EvaluationOptions, DeviceOption):
     features: str | None = option(
         default=None,
         group=PROBE,
-        metavar="RUN|timm:NAME",
-        help="network that is probed: a run of eval.py, or timm:NAME",
+        metavar="NAME|RUN|FILE",
+        help=f"network that is probed: {known_forms()}",
     )
     weights: str | None = option(
         default=None,

@@ -270,7 +270,7 @@ def test_variations_of_unlabelled_tiles(models, data, tmp_path):
     sure = Sources(flat, found.diffusion, found.classes, found.classifier, least=0.9999999)
     with pytest.raises(UserError, match="no tile for"):
         sure.require(found.classes)
-    with pytest.raises(UserError, match="unlabelled tiles need --classifier"):
+    with pytest.raises(UserError, match="unlabelled tiles need [-`]*classifier`?"):
         Sources(flat, found.diffusion, found.classes)
 
 

@@ -508,7 +508,7 @@ def test_only_some_rows(small, tmp_path, monkeypatch):
     assert [row["status"] for row in table["rows"]] == ["done", "missing", "missing"]
     ran = [name for name, job in table["record"]["jobs"].items() if job["state"] == "done"]
     assert ran == ["eval-real-seed0"]
-    with pytest.raises(UserError, match=r"--only reel: fits no row \(did you mean real"):
+    with pytest.raises(UserError, match=r"only.? reel: fits no row \(did you mean real"):
         reproduce_table.main(["--config", str(small()), "--only", "reel"])
 
 

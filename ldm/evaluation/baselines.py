@@ -154,8 +154,8 @@ def _finished(run: Path, current: dict[str, Any], overwrite: bool) -> dict[str, 
     changed = differences(result, current)
     if changed and not overwrite:
         raise UserError(
-            f"{run} holds a baseline with other settings: {'; '.join(changed)}; add --overwrite"
-            " to replace it, or choose another --logdir"
+            f"{run} holds a baseline with other settings: {'; '.join(changed)}; add `overwrite`"
+            " to replace it, or choose another `logdir`"
         )
     if changed:
         return None

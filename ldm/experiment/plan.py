@@ -133,7 +133,7 @@ class Plan:
         keys = [row.key for row in self.rows]
         for pattern in patterns:
             if not fnmatch.filter(keys, pattern):
-                raise UserError(f"--only {pattern}: fits no row{nearest(pattern, keys)}")
+                raise UserError(f"`only` {pattern}: fits no row{nearest(pattern, keys)}")
         return [row for row in self.rows if any(fnmatch.fnmatch(row.key, p) for p in patterns)]
 
     def jobs_of(self, rows: Sequence[Arm]) -> list[Job]:

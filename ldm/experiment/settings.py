@@ -213,10 +213,10 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     Raises:
         UserError: The file is missing, or something in it is wrong; all problems in one line.
     """
-    config = read_yaml(existing_path(path, "--config", "file"))
+    config = read_yaml(existing_path(path, "config", "file"))
     for word in overrides:
         config = with_override(config, word)
-    return check_settings(resolve(config), f"--config {path}")
+    return check_settings(resolve(config), f"`config` {path}")
 
 
 def with_override(config: DictConfig, word: str) -> DictConfig:

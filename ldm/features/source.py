@@ -52,12 +52,14 @@ class FeatureSource:
         weights: Local file of weights; None for those in the caches of torch and Hugging Face. The
             kinds "vit", "pixels" and "diffusion" take none.
         input_size: Side of the network's input in pixels; None for its own. For "timm" only.
+        setting: Name of the setting that names the network, for errors.
     """
 
     kind: str
     argument: str = ""
     weights: Path | None = None
     input_size: int | None = None
+    setting: str = "`features`"
 
     def __str__(self) -> str:
         if self.kind == VIT:

@@ -18,7 +18,7 @@ from ldm.models.sharding import gather_shards
 # It halves its scale at each, so that the first one of 65,536 is below 1 by then: smaller cannot
 # help, the gradient itself is not finite.
 SKIPPED_STEPS = 24
-REMEDY = "lower the learning rate, or use --precision bf16-mixed or 32 instead of 16-mixed"
+REMEDY = "lower the learning rate, or use `precision` bf16-mixed or 32 instead of 16-mixed"
 
 
 class HistoModule(pl.LightningModule):

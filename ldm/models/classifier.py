@@ -105,7 +105,7 @@ class LatentSpace:
     scale_factor: float | list[float] | None
 
     @classmethod
-    def load(cls, path: str, what: str = "--first_stage") -> "LatentSpace":
+    def load(cls, path: str, what: str = "`first_stage`") -> "LatentSpace":
         """Of a diffusion checkpoint, or of an autoencoder checkpoint with the paper's schedule."""
         model = load_model(path, ("diffusion", "autoencoder"), what=what)
         if model.kind == "diffusion":
@@ -251,13 +251,13 @@ def start_from_unet(model: "NoisyLatentClassifier", diffusion: LatentDiffusion, 
     """
     if diffusion.autoencoder_fingerprint != model.autoencoder_fingerprint:
         raise UserError(
-            f"{where} was trained on latents of another autoencoder than --first_stage; leave "
-            "--first_stage out"
+            f"{where} was trained on latents of another autoencoder than `first_stage`; leave "
+            "`first_stage` out"
         )
     if diffusion.schedule != model.schedule:
         raise UserError(
-            f"{where} was trained for {diffusion.schedule}, --first_stage says {model.schedule}; "
-            "leave --first_stage out"
+            f"{where} was trained for {diffusion.schedule}, `first_stage` says {model.schedule}; "
+            "leave `first_stage` out"
         )
     unet = diffusion.network()
     for name in ("time_embed", "input_blocks", "middle_block"):
@@ -319,7 +319,7 @@ class GuidingClassifier(HistoModule):
         """Take over what sampling shares with the diffusion model; a network of its own needs none.
 
         Raises:
-            UserError: `where` (for example --classifier CKPT) does not go with the model.
+            UserError: `where` (for example `classifier` CKPT) does not go with the model.
         """
 
     def logits_model(self) -> nn.Module:
@@ -489,7 +489,7 @@ class NoisyLatentClassifier(GuidingClassifier):
         if first_stage.fingerprint() != self.autoencoder_fingerprint:
             raise UserError(
                 "the autoencoder is not the one that the classifier was trained with; "
-                "give the same --first_stage"
+                "give the same `first_stage`"
             )
         if first_stage.embed_dim != self.latent_shape[0]:
             raise UserError(
@@ -518,7 +518,7 @@ class NoisyLatentClassifier(GuidingClassifier):
         if stored["autoencoder_fingerprint"] != self.autoencoder_fingerprint:
             raise UserError(
                 "the checkpoint to resume was trained on latents of another autoencoder; "
-                "give the same --first_stage"
+                "give the same `first_stage`"
             )
         theirs, ours = stored["net_config"]["params"], self.net_config["params"]
         different = [
