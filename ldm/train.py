@@ -136,8 +136,7 @@ def build_trainer(
 ) -> "pl.Trainer":
     """A Lightning trainer for a model, which is prepared for the devices.
 
-    It logs to CSV in the run's folder and shows a progress bar. The arguments are those of `fit`;
-    for a dry run the trainer is one for a CPU.
+    It logs to CSV in the run's folder and shows a progress bar. Arguments: see `fit`.
     """
     import pytorch_lightning as pl
     from pytorch_lightning.callbacks import LearningRateMonitor
@@ -185,8 +184,7 @@ def build_trainer(
     try:
         return pl.Trainer(**arguments)
     except (MisconfigurationException, ValueError) as error:
-        said = " ".join(str(error).split())
-        raise UserError(f"lightning.trainer: {said}; change these settings") from None
+        raise UserError(f"lightning.trainer: {' '.join(str(error).split())}") from None
 
 
 def cluster_plugins() -> list[Any]:

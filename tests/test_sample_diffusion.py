@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import sample_diffusion
-from ldm.checkpoint import load_model
+from ldm.checkpoint import KEY, load_model
 from ldm.devices import one_thread
 from ldm.diffusion.samplers import IndexedNoise, ddim
 from ldm.diffusion.schedule import time_pairs
@@ -367,6 +367,15 @@ def test_user_errors(models, tmp_path, options, message):
 def test_options_that_need_a_classifier(models, tmp_path, options):
     with pytest.raises(UserError, match=f"{options[0][2:]}`?:? needs .*classifier"):
         sample(models, tmp_path / "out", *options, classifier=None)
+
+
+def test_a_classifier_without_classes(models, tmp_path):
+    payload = torch.load(models / "classifier.ckpt", weights_only=True)
+    payload[KEY]["classes"] = None
+    torch.save(payload, tmp_path / "none.ckpt")
+    with pytest.raises(UserError, match="none.ckpt is damaged: it names no classes"):
+        sample(models, tmp_path / "out", classifier=tmp_path / "none.ckpt")
+    assert not (tmp_path / "out").exists()
 
 
 def test_wrong_kinds(models, tmp_path):

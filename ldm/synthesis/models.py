@@ -89,6 +89,8 @@ def load_models(
         files["classifier"] = file_sha256(checkpoint_path(classifier_path))
         facts["classifier"] = _facts(classifier.record)
         where = f"`classifier` {classifier_path}"
+        if not classifier.classes:
+            raise UserError(f"{where} is damaged: it names no classes; give another checkpoint")
         remedy = f"train it with `first_stage` {diffusion_path}"
         _check_latents(diffusion, diffusion_path, classifier, where, remedy)
         classifier.attach(diffusion, where)
@@ -100,11 +102,8 @@ def load_models(
         facts["autoguidance"] = _facts(weak.record)
         where = f"`autoguidance` {autoguidance_path}"
         if files["autoguidance"] == files["diffusion"]:
-            raise UserError(
-                f"{where} is the same checkpoint as {diffusion_path}; give an earlier one"
-            )
-        remedy = "give an earlier checkpoint of the same run"
-        _check_latents(diffusion, diffusion_path, weak, where, remedy)
+            raise UserError(f"{where} is {diffusion_path} itself; give an earlier one of its run")
+        _check_latents(diffusion, diffusion_path, weak, where, "give an earlier one of its run")
         if diffusion.conditional and weak.conditional:
             _check_classes(diffusion, diffusion_path, weak, where)
     if first_stage_path is not None:
