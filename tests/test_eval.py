@@ -602,7 +602,7 @@ def test_a_table_of_groups_that_does_not_fit(data, spoil, options, message):
     words = ["--groups", table, "--group_column", "region", *options.split()]
     with pytest.raises(UserError, match=message) as caught:
         command.main(argv(data, *words))
-    assert "\n" not in str(caught.value) and "--group_rows" not in str(caught.value)
+    assert "\n" not in str(caught.value) and "group_rows" not in str(caught.value)
     assert not (data / "logs").exists()
 
 

@@ -519,10 +519,10 @@ def test_guidance_warnings():
     assert "does almost nothing, at most 0.0190" in line and "t=500" in line and "raise" in line
     (line,) = log_of(guidance_to_noise=[1.5, 0.019]).warnings(ddim)
     assert "dominates, 1.50 times" in line and "t=900" in line
-    assert "--classifier_scale" in line and "--guidance_clip" in line
+    assert "`classifier_scale`" in line and "`guidance_clip`" in line
     cfg = Sampling("ddim", 2, 0.0, 0.0, 0, cfg_scale=9.0)
     (line,) = log_of(extrapolation_to_noise=[2.0, 0.1]).warnings(cfg)
-    assert line.startswith("--cfg_scale: guidance dominates")
+    assert line.startswith("`cfg_scale`: guidance dominates")
     (line,) = log_of(guidance_to_noise=[0.1, 0.5]).warnings(solver)
     assert "second-order solver" in line and "t=500" in line
     assert log_of(guidance_to_noise=[0.1, 0.2]).warnings(solver) == []

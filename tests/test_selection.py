@@ -475,7 +475,7 @@ def test_warns_when_the_judge_is_no_independent_witness(folders, tmp_path, caplo
     record = json.loads((tmp_path / "out" / "selection.json").read_text())
     assert record["downstream"]["is_the_judge"] and record["judge"]["trained_on_real"]
     assert "are the same network" in record["warnings"][0]
-    assert "trained on the very tiles of --real" in record["warnings"][1]
+    assert "trained on the very tiles of `real`" in record["warnings"][1]
     assert all(warning in caplog.text for warning in record["warnings"])
     # Another network, trained on other tiles: no warning.
     torch.manual_seed(5)

@@ -1,6 +1,6 @@
 """What sample_diffusion.py does: images of each class, as its options say."""
 
-import sys
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from ldm.synthesis.settings import Sampling
 from ldm.synthesis.shards import write_shards
 from ldm.synthesis.sources import Sources
 from ldm.synthesis.synthesiser import Synthesiser
+
+log = logging.getLogger(__name__)
 
 
 def check_models(args: Any, models: Models) -> None:
@@ -145,7 +147,7 @@ def sample(args: Any) -> int:
     if not ranks.is_first:
         return 0
     for warning in folder.guidance_log.warnings(sampling):
-        print(f"warning: {warning}", file=sys.stderr)
+        log.warning("warning: %s", warning)
     shards = write_shards(folder, args.tar) if args.tar else []
     if not part.is_whole:
         print(
