@@ -203,7 +203,7 @@ def spoil_image(data):
         (None, "--kind linear_probe --arch vit_small", r"nothing is downloaded; give a local file"),
         (None, "--kind linear_probe --weights nowhere", "nowhere does not exist"),
         (None, "--output_dir nowhere", "nowhere does not exist"),
-        (None, "--group_column x", "belongs to .?groups"),
+        (None, "--group_column x", "belongs to --groups"),
         (spoil_image, "", "more than 8 bits"),
     ],
 )

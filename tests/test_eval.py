@@ -1002,7 +1002,7 @@ def spoil_val(data):
         (spoil_train, "", "one class folder"),
         (spoil_one_train_class, "", "has no class folder LYM, which .*val has: .* add images of"),
         (spoil_train_class_folder, "", "train5.*LYM has no images"),
-        (None, "--group_column region", "belongs to .?groups"),
+        (None, "--group_column region", "belongs to --groups"),
         (None, "--groups nothing.csv", "nothing.csv does not exist"),
         (spoil_val, "", "val does not exist"),
         (None, "--output_dir nowhere", "nowhere does not exist"),

@@ -349,8 +349,8 @@ def test_latent_shape_must_fit(models, tmp_path):
         (("-c", 1001), r"`custom_steps` 1001 must be in \[1, 1000\]"),
         (("-v", "-e", 0.5), "--eta: 0.5 belongs to DDIM"),
         (("--guidance_interval", 5, 4), "LOW must not be above HIGH"),
-        (("--classifier", "missing.ckpt"), "--classifier: no file missing.ckpt"),
-        (("-r", "missing.ckpt"), "--model: no file missing.ckpt"),
+        (("--classifier", "missing.ckpt"), "`classifier`: no file missing.ckpt"),
+        (("-r", "missing.ckpt"), "`model`: no file missing.ckpt"),
         (("--device", "abacus"), "`device` abacus"),
     ],
 )
@@ -385,7 +385,7 @@ def test_wrong_kinds(models, tmp_path):
         "--first_stage": "classifier.ckpt",
     }
     for option, name in swapped.items():
-        with pytest.raises(UserError, match=f"{option}: .*holds a model of kind"):
+        with pytest.raises(UserError, match=f"{option[2:]}`: .*holds a model of kind"):
             sample(models, tmp_path / "out", option, models / name)
 
 

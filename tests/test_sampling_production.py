@@ -545,7 +545,7 @@ def test_guidance_log_merges():
         (("-v", "--sampler", "ddim"), "--sampler: ddim: --vanilla_sample means ddpm"),
         (("--sampler", "dpm++2m", "-e", 1), "--eta: 1 belongs to DDIM"),
         (("--counts", "ADI=1"), "--counts: says how many of which class; leave -n out"),
-        (("--balance", "missing"), "--balance: missing does not exist"),
+        (("--balance", "missing"), "balance: missing does not exist"),
         (("--classifier_scale", 0, "--guidance_clip", 1), "--guidance_clip: does nothing"),
         (("--classifier_scale", 0, "--guidance_interval", 1, 2), "`guidance_interval` needs"),
         (("--guidance_norm", "--guidance_clip", 1), "--guidance_norm: makes guidance as long"),
