@@ -24,11 +24,18 @@ from ldm.diffusion.samplers import IndexedNoise
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 from ldm.models.base import HistoModule
-from ldm.models.diffusion import LatentDiffusion, posterior_of, scale_record, scale_tensor
+from ldm.models.diffusion import (
+    LatentDiffusion,
+    posterior_of,
+    scale_record,
+    scale_tensor,
+    scale_text,
+)
 from ldm.modules.autoencoder import AutoencoderKL as AutoencoderNet
 from ldm.modules.lr_schedule import LinearAnneal
 
 QUARTERS = 4  # ranges of t whose validation accuracy is reported
+SCALE_TOLERANCE = 0.05  # relative difference of latent scales that models bear
 TEMPERATURES = (0.1, 10.0)  # least and largest that calibration gives
 T_SAMPLERS = ("uniform", "stratified")
 
@@ -417,6 +424,33 @@ class GuidingClassifier(HistoModule):
         spread = [zlib.crc32(f"{quarter}/{name}".encode()) % (high - low) for name in names]
         t = torch.tensor([low + s for s in spread], device=z_0.device)  # (B,)
         return t, IndexedNoise(0, quarter, keys, z_0.shape[1:], z_0.device).initial()
+
+
+def check_latents(
+    diffusion: LatentDiffusion,
+    path: str | PurePath,
+    other: GuidingClassifier | LatentDiffusion,
+    where: str,
+    remedy: str,
+) -> None:
+    """UserError unless `other` works on the latents that the diffusion model makes."""
+    if other.autoencoder_fingerprint != diffusion.autoencoder_fingerprint:
+        raise UserError(
+            f"{where} was trained on latents of another autoencoder than {path}; {remedy}"
+        )
+    ours, theirs = tuple(diffusion.latent_shape), tuple(other.latent_shape)
+    if theirs != ours:
+        raise UserError(f"{where} takes latents {theirs}, {path} makes {ours}; {remedy}")
+    scale, other_scale = diffusion.scale_factor, other.scale_factor
+    if ((other_scale / scale - 1).abs() > SCALE_TOLERANCE).any():
+        raise UserError(
+            f"{where} has latent scale {scale_text(other_scale)}, {path} has {scale_text(scale)} "
+            f"(allowed: {SCALE_TOLERANCE:.0%} apart); {remedy}"
+        )
+    if other.schedule != diffusion.schedule:
+        raise UserError(
+            f"{where} was trained for {other.schedule}, {path} for {diffusion.schedule}; {remedy}"
+        )
 
 
 def tile_names(paths: Sequence[str]) -> list[str]:
