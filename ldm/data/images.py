@@ -193,8 +193,8 @@ def to_levels(pixels: np.ndarray, name: str, white: float | None = None) -> np.n
     white = declared_white(Path(name).parent) or white
     if white is None:
         raise UnsupportedImage(
-            f"{name}: {pixels.dtype} values, more than 8 bits; write the value of white (1, 255, 4095"
-            f" or 65535, say) into a file {WHITE} in the folder of the set, or convert to 8-bit RGB"
+            f"{name}: {pixels.dtype} values, more than 8 bits; write the value of white (1, 255 or"
+            f" 65535, say) into a file {WHITE} in the folder of the set, or convert to 8-bit RGB"
         )
     levels = np.rint(pixels * (255 / white))
     if not (levels.min() >= 0 and levels.max() <= 255):  # also false for nan

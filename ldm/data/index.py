@@ -50,6 +50,7 @@ class CorpusIndex:
     scanned: Sequence[str]
     folders: Sequence[dict[str, int]]  # for each root, times of change of its folders, ns
     table: "pyarrow.Table"  # a row per tile, sorted by root and path
+    tiling: dict[str, Any] | None = None  # how slides were cut, see `ldm.data.slides.Tiling`
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> "CorpusIndex":
@@ -71,7 +72,8 @@ class CorpusIndex:
             raise UserError(f"index {path} was not written by {COMMAND}; make it again") from None
         if record.get("version") != VERSION or not set(COLUMNS) <= set(table.column_names):
             raise UserError(f"index {path} is of another version; make it again with {COMMAND}")
-        return cls(path, record["layout"], record["scanned"], record["folders"], table)
+        facts = (record[name] for name in ("layout", "scanned", "folders"))
+        return cls(path, *facts, table, record.get("tiling"))
 
     @classmethod
     def of_roots(
@@ -98,6 +100,7 @@ class CorpusIndex:
             "layout": self.layout,
             "scanned": list(self.scanned),
             "folders": list(self.folders),
+            "tiling": self.tiling,
         }
         write_table(self.path, self.table.replace_schema_metadata({METADATA: json.dumps(record)}))
 

@@ -9,7 +9,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from tqdm import tqdm
 from ldm.data.groups import Grouping
 from ldm.data.images import UnsupportedImage, map_ahead
 from ldm.data.index import VERSION, CorpusIndex, content_hash, index_table
-from ldm.data.storage import LAYOUTS, Layout, Place, find_files, path_order
+from ldm.data.slides import Tiling, report
+from ldm.data.storage import LAYOUTS, Layout, Place, SlideLayout, find_files, path_order
 from ldm.errors import UserError
-from ldm.files import write_csv
+from ldm.files import write_csv, write_text
 
 UNREADABLE, TRUNCATED, UNSUPPORTED = "unreadable", "truncated", "unsupported"
 TOO_SMALL, DUPLICATE = "too small", "duplicate"
@@ -55,17 +56,29 @@ def problems_of(out: Path) -> Path:
     return out.with_name(f"{out.stem}.problems.csv")
 
 
-def scan_corpora(roots: Sequence[Path], layout_name: str, out: Path, workers: int) -> Scan:
+def page_of(out: Path) -> Path:
+    """Path of the page of slides that belongs to an index."""
+    return out.with_name(f"{out.stem}.html")
+
+
+def scan_corpora(
+    roots: Sequence[Path],
+    layout_name: str,
+    out: Path,
+    workers: int,
+    tiling: Tiling | None = None,
+) -> Scan:
     """Decode and hash every tile of the roots; files known from an earlier scan are not read again.
 
     Args:
         out: Path of the index; an earlier index there and the journal beside it are used.
         workers: Number of threads.
+        tiling: How slides are cut.
 
     Raises:
         UserError: A root is missing or empty.
     """
-    layout = LAYOUTS[layout_name]
+    layout = LAYOUTS[layout_name] if tiling is None else SlideLayout(tiling)
     stamps: list[Stamp] = []
     folders = []
     for number, root in enumerate(roots):
@@ -79,14 +92,17 @@ def scan_corpora(roots: Sequence[Path], layout_name: str, out: Path, workers: in
                 stamps.append((number, file, 0, 0))
 
     scanned = [str(root.resolve()) for root in roots]
-    earlier = _earlier_rows(layout_name, scanned, out)
+    # Line of the journal that stands before the rows of a scan.
+    header = {"version": VERSION, "layout": layout_name, "scanned": scanned}
+    header |= {"tiling": asdict(tiling)} if tiling else {}
+    earlier = _earlier_rows(header, out)
     rows = [row for stamp in stamps for row in earlier.get(stamp, ())]
     todo = [stamp for stamp in stamps if stamp not in earlier]
     journal = journal_of(out)
     journal.parent.mkdir(parents=True, exist_ok=True)
     # Line by line, so that a scan that is killed loses the file it was at and no more.
     with journal.open("a", encoding="utf-8", buffering=1) as stream:
-        stream.write("\n" + json.dumps(_header(layout_name, scanned)) + "\n")
+        stream.write("\n" + json.dumps(header) + "\n")
         with tqdm(total=len(stamps), initial=len(stamps) - len(todo), unit="file") as bar:
             found_rows = map_ahead(
                 lambda stamp: scan_file(roots[stamp[0]], layout, stamp), todo, workers, AHEAD
@@ -153,20 +169,16 @@ def _starts_as_image(content: Any) -> bool:
         return content.startswith(np.lib.format.MAGIC_PREFIX)
 
 
-def _header(layout: str, scanned: list[str]) -> dict[str, Any]:
-    """Line of the journal that stands before the rows of a scan."""
-    return {"version": VERSION, "layout": layout, "scanned": scanned}
-
-
-def _earlier_rows(layout: str, scanned: list[str], out: Path) -> dict[Stamp, list[Row]]:
+def _earlier_rows(header: dict[str, Any], out: Path) -> dict[Stamp, list[Row]]:
     """Rows that an earlier index and an unfinished scan have of these folders, by file.
 
     Problems that depend on other tiles or on an option are taken out of them again.
     """
     earlier: dict[Stamp, list[Row]] = {}
+    scanned = header["scanned"]
     try:
         index = CorpusIndex.read(out)
-        if index.layout == layout:
+        if (index.layout, index.tiling) == (header["layout"], header.get("tiling")):
             for row in index.table.to_pylist():
                 folder = index.scanned[row["root"]]
                 if folder not in scanned:
@@ -189,7 +201,7 @@ def _earlier_rows(layout: str, scanned: list[str], out: Path) -> dict[Stamp, lis
                 except ValueError:
                     continue  # cut off when the scan was
                 if isinstance(entry, dict):
-                    usable = entry == _header(layout, scanned)
+                    usable = entry == header
                 elif usable:
                     earlier[tuple(entry[:4])] = entry[4]
     return earlier
@@ -232,13 +244,14 @@ def index_corpora(
     grouping: Grouping | None = None,
     keep_duplicates: bool = False,
     workers: int = 1,
+    tiling: Tiling | None = None,
 ) -> tuple[CorpusIndex, Scan, Counter]:
-    """Scan the roots and write the index and its table of problems.
+    """Scan the roots and write the index and its table of problems, and a page of slides.
 
     Raises:
         UserError: A root is missing or empty, a group cannot be told, or no tile is good.
     """
-    scan = scan_corpora(roots, layout, out, workers)
+    scan = scan_corpora(roots, layout, out, workers, tiling)
     rows = sorted(scan.rows, key=lambda row: (row["root"], path_order(row["path"])))
     counts = find_problems(rows, min_size, keep_duplicates)
     bad = (row for row in rows if row["reason"] is not None)  # kept duplicates included
@@ -248,11 +261,15 @@ def index_corpora(
     for number, root in enumerate(roots):
         if all(row["problem"] for row in rows if row["root"] == number):
             raise UserError(f"{root}: no tile is good; {problems_of(out)} says why")
-    if grouping is not None:
-        for row in rows:
-            if row["problem"] is None:
-                row["group"] = grouping(row["path"])
-    index = CorpusIndex(out, layout, scan.scanned, scan.folders, index_table(rows))
+    for row in rows:
+        name = row["file"] if tiling else row["path"]
+        if row["problem"] is None and (grouping or tiling):
+            row["group"] = grouping(name) if grouping else name
+    table = index_table(rows)
+    options = tiling and asdict(tiling)
+    index = CorpusIndex(out, layout, scan.scanned, scan.folders, table, options)
     index.write()
+    if tiling:
+        write_text(page_of(out), report(index, roots))
     journal_of(out).unlink()
     return index, scan, counts
