@@ -15,7 +15,6 @@ from ldm.errors import UserError
 from ldm.run import RunFolder
 from scripts import index_corpus, write_shards
 
-pytest.importorskip("openslide", reason="slides need openslide")
 ROOT = Path(main_py.__file__).parent
 SIDE = 64  # of a tile at level 0: 32 micrometres at 0.5 each
 TISSUE = (slice(128, 640), slice(192, 960))  # rows, columns

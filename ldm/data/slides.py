@@ -165,7 +165,8 @@ def report(index: "CorpusIndex", roots: list[Path]) -> str:
     count = sum(map(len, slides.values()))
     page.facts([(f"{len(slides):,}", "slides"), (f"{count:,}", "tiles")])
     chosen = sorted(slides)[:: -(-len(slides) // SHOWN)]
-    page.text(f"{len(chosen)} slides, evenly taken; tiles that are read are outlined.", soft=True)
+    cut = "tiles of {micrometres:g} micrometres, read as {pixels} pixels".format(**index.tiling)
+    page.text(f"{len(chosen)} of the slides with their {cut}, outlined.", soft=True)
     for number, file in chosen:
         paths = slides[number, file]
         side = window(paths[0])[2]
