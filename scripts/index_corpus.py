@@ -109,13 +109,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.layout == "slides":
         tiling = Tiling(args.tile_um or 112.0, args.pixels or 224, args.tissue or 0.5, args.mpp)
     options = (args.min_size, grouping, args.keep_duplicates, args.workers, tiling)
-    index, scan, counts = index_corpora(roots, out, args.layout, *options)
+    index, counts = index_corpora(roots, out, args.layout, *options)
     for i, root in enumerate(roots):
         tiles = index.tiles(i)
         labels, groups = (len(set(tiles[name]) - {None}) for name in ("label", "group"))
         print(f"{root}: {len(tiles['path']):,} tiles, {labels:,} labels, {groups:,} groups")
-    print(f"{scan.files:,} files, {scan.known:,} of them known from an earlier scan")
-    if counts:
+    print(f"{counts['files']:,} files, {counts['known']:,} of them known from an earlier scan")
+    if any(counts[name] for name in PROBLEMS):
         found = ", ".join(f"{counts[name]:,} {name}" for name in PROBLEMS if counts[name])
         kept = "; duplicates are kept" if args.keep_duplicates else ""
         print(f"problems: {found}{kept} ({problems_of(out)})")

@@ -12,7 +12,7 @@ import os
 import re
 import struct
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import islice
@@ -85,27 +85,19 @@ def read_folder(path: str | os.PathLike, wanted: Callable[[str], bool]) -> Folde
     return Folder(Path(path), modified, sorted(files), sorted(subfolders), others)
 
 
-def identity(folder: Path) -> tuple[int, int]:
-    """Device and inode of a folder, the same by whatever path it is reached."""
-    state = os.stat(folder)
-    return state.st_dev, state.st_ino
-
-
-def walk(
-    root: str | os.PathLike,
-    wanted: Callable[[str], bool],
-    known: Collection[tuple[int, int]] = (),
-) -> Iterator[Folder]:
+def walk(root: str | os.PathLike, wanted: Callable[[str], bool]) -> Iterator[Folder]:
     """`root` and every folder below it, each once.
 
     Links are followed after all real folders, so that a folder has its own name rather than that of
     a link to it. What else lies in the folders is counted and reported at the end.
-
-    Args:
-        known: Identities of further folders that are not read.
     """
+
+    def identity(folder: Path) -> tuple[int, int]:
+        state = os.stat(folder)
+        return state.st_dev, state.st_ino
+
     root = Path(root)
-    seen = {*known, *map(identity, root.resolve().parents)}  # a link may lead upwards
+    seen = {*map(identity, root.resolve().parents)}  # a link may lead upwards
     folders, links, others = [root], [], Counter()
     while folders or links:
         path = folders.pop() if folders else links.pop()
