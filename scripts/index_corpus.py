@@ -16,7 +16,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ldm.cli import Count, option, parse, run_command
+from ldm.cli import Count, Threads, option, parse, run_command
 from ldm.data.groups import grouping_of
 from ldm.devices import usable_cores
 from ldm.errors import UserError
@@ -54,7 +54,7 @@ class Options(GroupOptions):
         default=False,
         help="list tiles with the same bytes as another, but do not leave them out",
     )
-    workers: Count = option(default_factory=usable_cores, help="threads")
+    workers: Threads = option(default_factory=usable_cores, help="threads")
     tile_um: Micrometres | None = option(
         default=None,
         group=SLIDES,

@@ -17,7 +17,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator
 
-from ldm.cli import Count, existing_path, option, parse, run_command, shown
+from ldm.cli import Threads, existing_path, option, parse, run_command, shown
 from ldm.devices import usable_cores
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -54,7 +54,7 @@ class Options:
         metavar="DIR",
         help="where the corpus is, if not where it was indexed; as many as then",
     )
-    workers: Count = option(default_factory=usable_cores, help="threads that read")
+    workers: Threads = option(default_factory=usable_cores, help="threads that read")
     verify: bool = option(
         default=False, help="read the shards that exist: damaged ones are written again"
     )
