@@ -23,7 +23,7 @@ from ldm.errors import UserError
 from ldm.settings import GroupOptions
 
 SLIDES = "slides"
-Micrometres = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Micrometres = Annotated[float, Field(gt=0, le=10_000)]
 
 
 @dataclass(frozen=True, kw_only=True)

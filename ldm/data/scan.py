@@ -263,7 +263,10 @@ def index_corpora(
     index = CorpusIndex(out, layout, scanned, folders, index_table(rows), options)
     index.write()
     if tiling:
-        write_text(page_of(out), report(index, roots))
+        slides: dict[Path, list[str]] = {}
+        for row in good:
+            slides.setdefault(roots[row["root"]] / row["file"], []).append(row["path"])
+        write_text(page_of(out), report(slides, tiling))
     journal_of(out).unlink()
     counts |= {"files": len(stamps), "known": sum(stamp in earlier for stamp in stamps)}
     return index, counts

@@ -5,6 +5,7 @@ Lengths: micrometres, and pixels of a slide's level 0, its full resolution.
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,8 +18,6 @@ from ldm.errors import UserError
 
 if TYPE_CHECKING:
     import openslide
-
-    from ldm.data.index import CorpusIndex
 
 EXTENSIONS = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".svslide", ".bif")
 OPEN_SLIDES = 16  # that a process keeps open
@@ -150,32 +149,31 @@ def is_tissue(picture: np.ndarray) -> np.ndarray:
     return np.ptp(picture, axis=2) >= CHROMA
 
 
-def report(index: "CorpusIndex", roots: list[Path]) -> str:
-    """A page of slides, evenly taken from the index, with their tiles outlined."""
+def report(slides: Mapping[Path, list[str]], tiling: Tiling) -> str:
+    """A page of slides, evenly taken from all, with their tiles outlined.
+
+    Args:
+        slides: Names of the tiles of each slide.
+    """
     import cv2
 
     from ldm.report.page import Page
 
-    slides: dict[tuple[int, str], list[str]] = {}
-    for number in range(len(roots)):
-        table = index.tiles(number)
-        for file, path in zip(table["file"], table["path"], strict=True):
-            slides.setdefault((number, file), []).append(path)
     page = Page("Slides of a corpus")
     count = sum(map(len, slides.values()))
     page.facts([(f"{len(slides):,}", "slides"), (f"{count:,}", "tiles")])
     chosen = sorted(slides)[:: -(-len(slides) // SHOWN)]
-    cut = "tiles of {micrometres:g} micrometres, read as {pixels} pixels".format(**index.tiling)
-    page.text(f"{len(chosen)} of the slides with their {cut}, outlined.", soft=True)
-    for number, file in chosen:
-        paths = slides[number, file]
-        side = window(paths[0])[2]
-        picture = overview(open_slide(roots[number] / file), side)
+    size = f"{tiling.micrometres:g} micrometres, read as {tiling.pixels} pixels"
+    page.text(f"{len(chosen)} of the slides, with outlines of their tiles of {size}.", soft=True)
+    for path in chosen:
+        names = slides[path]
+        side = window(names[0])[2]
+        picture = overview(open_slide(path), side)
         scale = SIDE / max(picture.shape)
         picture = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-        for x, y, *_ in map(window, paths):
+        for x, y, *_ in map(window, names):
             corners = np.rint(np.array([(x, y), (x + side, y + side)]) * MASK * scale / side)
             cv2.rectangle(picture, *corners.astype(int).tolist(), (0, 110, 70), 1)
         encoded = cv2.imencode(".jpg", picture[..., ::-1])[1].tobytes()
-        page.picture(encoded, f"{file}: {len(paths):,} tiles")
+        page.picture(encoded, f"{path}: {len(names):,} tiles")
     return page.render()
