@@ -101,10 +101,10 @@ def walk(root: str | os.PathLike, wanted: Callable[[str], bool]) -> Iterator[Fol
     folders, links, others = [root], [], Counter()
     while folders or links:
         path = folders.pop() if folders else links.pop()
-        if identity(path) in seen:
+        if (key := identity(path)) in seen:
             _warn(f"{path} leads to a folder that is read already, or that holds {root}; left out")
             continue
-        seen.add(identity(path))
+        seen.add(key)
         folder = read_folder(path, wanted)
         for name in folder.subfolders:
             below = path / name
@@ -312,7 +312,8 @@ def decode_tiles(
 
     with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
         outcomes = list(pool.map(attempt, tiles))
-    require_good([message for _, message in outcomes if message is not None], len(tiles))
+    errors = [message for _, message in outcomes if message is not None]
+    require_good(errors, len(tiles))
     return [value for value, _ in outcomes]
 
 
@@ -324,10 +325,7 @@ def check_tiles(
     """Decode every tile once, so that a bad one is known now and not after hours of training.
 
     Raises:
-        UserError: Some files are bad; the message counts them and names the first few.
+        UserError: See `decode_tiles`.
     """
-
-    def decode(tile: Any) -> None:
-        read(tile)  # the pixels are dropped at once: the set need not fit into memory
-
-    decode_tiles(tiles, decode, workers)
+    # The pixels are dropped at once: the set need not fit into memory.
+    decode_tiles(tiles, lambda tile: read(tile) is None, workers)

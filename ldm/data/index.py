@@ -156,7 +156,11 @@ class CorpusIndex:
                 return f"the folder {root / name} is gone"
         if not touched:
             return None
-        files, indexed = set(find_files(root, layout)[0]), set(rows["file"].to_pylist())
+        try:
+            files = set(find_files(root, layout)[0])
+        except UserError as error:
+            return str(error)
+        indexed = set(rows["file"].to_pylist())
         for what, names in (("are gone", indexed - files), ("were added", files - indexed)):
             if names:
                 return f"{len(names)} files {what}, such as {root / min(names)}"
