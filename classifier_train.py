@@ -443,9 +443,11 @@ def write_result(trainer: "pl.Trainer", run) -> None:
     from ldm.checkpoint import load_model
     from ldm.files import write_json
 
-    last = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-    if not last:
-        return  # the run was complete already
+    # From the files: the last validation may have been in an earlier start of the run.
+    validated = [row for row in run.read_metrics() if "val/accuracy" in row]
+    if not validated:
+        return
+    last = {name: value for name, value in validated[-1].items() if name.startswith("val/")}
     best = next(c for c in trainer.checkpoint_callbacks if c.monitor == "val/accuracy")
     result = {
         "step": trainer.global_step,
