@@ -2,19 +2,19 @@
 
 import csv
 import json
-import os
 import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ldm.data.folders import DECISIONS, RECORD
 from ldm.data.tile_files import TileFiles
 from ldm.errors import UserError
 from ldm.files import atomic_folder, file_sha256, write_csv, write_json
 from ldm.run import MadeFolder
 from ldm.selection.select import REMOVED
-from ldm.selection.training_folder import DECISIONS, PREFIX, RECORD
+from ldm.selection.training_folder import placed
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,6 @@ class TrainingFolder:
                     f"--remove {self.root}: its tile {placed(name)} is not {name} of --synthetic;"
                     " check the synthetic folder that it was chosen from"
                 )
-
-
-def placed(name: str) -> str:
-    """Where a synthetic tile CLASS/NAME is in a training folder."""
-    parent, file = os.path.split(name)
-    return f"{parent}/{PREFIX}{file}"
 
 
 class Removal:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ldm.data.folders import DECISIONS, PREFIX, RECORD
 from ldm.data.tile_files import TileFiles
 from ldm.errors import UserError
 from ldm.evaluation.fidelity import (
@@ -17,7 +18,6 @@ from ldm.evaluation.fidelity import (
 from ldm.features.extractor import Extractor
 from ldm.features.sets import FeatureSet
 from ldm.run import git_revision, hardware, versions
-from ldm.selection.training_folder import DECISIONS, PREFIX, RECORD
 
 log = logging.getLogger(__name__)
 

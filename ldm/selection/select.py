@@ -43,6 +43,7 @@ class Selection:
         scores: Of the strategy, (N,), larger is better; not a number where there is none.
         distances: Mean squared distance to each centroid, (N, K).
         reasons: In words.
+        probabilities: Of a judge, (N, K); None where there is none.
     """
 
     classes: list[str]
@@ -54,6 +55,7 @@ class Selection:
     scores: np.ndarray
     distances: np.ndarray
     reasons: list[str]
+    probabilities: np.ndarray | None = None
 
     def of_class(self, name: str, *decisions: str) -> list[int]:
         """Rows of class `name` with one of these decisions, best first."""
@@ -63,6 +65,21 @@ class Selection:
     def used(self, name: str) -> list[str]:
         """Files of class `name` for the training folder, best first."""
         return [self.files[i] for i in self.of_class(name, *USED)]
+
+    def agreement(self) -> dict[str, dict[str, float | None]]:
+        """Share of images whose judged class is the wanted one, by class: of all, of the used."""
+        right = self.probabilities.argmax(axis=1) == self.labels
+
+        def share(rows: list[int]) -> float | None:
+            return float(right[rows].mean()) if rows else None
+
+        return {
+            name: {
+                "before": share(self.of_class(name, *KINDS)),
+                "after": share(self.of_class(name, *USED)),
+            }
+            for name in self.classes
+        }
 
     def counts(self) -> dict[str, dict[str, int]]:
         """By class: generated, rejected, surplus, accepted, wanted, shortfall and filled.
@@ -89,14 +106,18 @@ class Selection:
         writer = csv.writer(stream, lineterminator="\n")
         distances = [f"distance_{name}" for name in self.classes]
         head = ["class", "file", "decision", "rank", "score", "nearest", "own_distance"]
-        writer.writerow([*head, *distances, "reason"])
+        judged = [] if self.probabilities is None else ["judged", "confidence"]
+        writer.writerow([*head, *distances, "reason", *judged])
         nearest = self.distances.argmin(axis=1)
         for i, (file, label) in enumerate(zip(self.files, self.labels.tolist(), strict=True)):
             row = self.distances[i].tolist()
             score = "" if np.isnan(self.scores[i]) else f"{self.scores[i]:.9g}"
             values = [f"{value:.9g}" for value in (row[label], *row)]
             place = [self.decisions[i], self.ranks[i] or "", score, self.classes[nearest[i]]]
-            writer.writerow([self.classes[label], file, *place, *values, self.reasons[i]])
+            if judged:
+                p = self.probabilities[i]
+                judged = [self.classes[p.argmax()], f"{p.max():.6f}"]
+            writer.writerow([self.classes[label], file, *place, *values, self.reasons[i], *judged])
         return stream.getvalue()
 
 
@@ -120,6 +141,7 @@ def select(
     distances: np.ndarray,
     wanted: Sequence[int],
     fill: bool = False,
+    probabilities: np.ndarray | None = None,
 ) -> Selection:
     """Decide on every image.
 
@@ -128,6 +150,7 @@ def select(
         distances: To every centroid, (N, K), for the record.
         wanted: Most images to use, by class.
         fill: Use the best of the rejected images where candidates are too few.
+        probabilities: Of a judge, (N, K), for the record.
     """
     labels = synthetic.labels.numpy()
     rejected = np.array([reason is not None for reason in strategy.rejections], dtype=bool)
@@ -166,4 +189,5 @@ def select(
         scores=np.array(scores),
         distances=distances[rows],
         reasons=reasons,
+        probabilities=None if probabilities is None else probabilities[rows],
     )
