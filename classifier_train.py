@@ -110,7 +110,7 @@ class Options(RunOptions):
         default=None,
         metavar="CKPT",
         help="diffusion checkpoint whose encoder and middle the classifier starts from, and whose "
-        "latents it takes; its network is then that of the checkpoint",
+        "latents it takes, or an (imported) classifier; the network is that of the checkpoint",
     )
     image_size: Pixels | None = _data(
         default=None, help="pixels of a tile; must be the autoencoder's"
@@ -337,9 +337,11 @@ def _list(values: tuple[int, ...] | None) -> list[int] | None:
 
 
 def net_config(args: Options, space, classes: list[str], source) -> dict[str, Any]:
-    """target/params of the encoder; `source` is the diffusion model of --init_from, or None."""
+    """target/params of the encoder; `source` is the model of --init_from, or None."""
     from ldm.models.classifier import network_config, network_config_of
 
+    if source is not None and source.kind == "classifier":
+        return source.net_config
     if source is not None:
         return network_config_of(
             source,
@@ -366,11 +368,21 @@ def net_config(args: Options, space, classes: list[str], source) -> dict[str, An
 def build_model(args: Options, space, classes: list[str]):
     """The classifier of `args` for a measured `LatentSpace`."""
     from ldm.checkpoint import load_model
-    from ldm.models.classifier import NoisyLatentClassifier, process_params, start_from_unet
+    from ldm.models.classifier import (
+        NoisyLatentClassifier,
+        process_params,
+        start_from_classifier,
+        start_from_unet,
+    )
 
     source = None
     if args.init_from:
-        source = load_model(args.init_from, "diffusion", what="--init_from")
+        source = load_model(args.init_from, ("diffusion", "classifier"), what="--init_from")
+        if not hasattr(source, "net_config") and source.kind == "classifier":
+            raise UserError(
+                f"--init_from {args.init_from} is a readout of a diffusion model, not an encoder "
+                "of its own; give another checkpoint"
+            )
     model = NoisyLatentClassifier(
         net_config=net_config(args, space, classes, source),
         autoencoder_fingerprint=space.first_stage.fingerprint(),
@@ -383,9 +395,10 @@ def build_model(args: Options, space, classes: list[str]):
         anneal_steps=args.iterations if args.anneal_lr else None,
         first_stage=space.first_stage,
     )
-    if source is not None:
-        start_from_unet(model, source, f"--init_from {args.init_from}")
     model.classes, model.seed, model.learning_rate = list(classes), args.seed, args.lr
+    if source is not None:
+        start = start_from_unet if source.kind == "diffusion" else start_from_classifier
+        start(model, source, f"--init_from {args.init_from}")
     return model
 
 

@@ -269,7 +269,8 @@ class RunFolder:
         if checkpoint.parent.name != "checkpoints":
             raise UserError(
                 f"resume={target}: a checkpoint to resume lies in RUN/checkpoints/; this one "
-                "does not"
+                "does not. A new run starts from its weights with init_from (classifier_train.py) "
+                "or model.params.ckpt_path (main.py)"
             )
         return cls(checkpoint.parent.parent), checkpoint
 

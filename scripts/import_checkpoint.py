@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from ldm.exchange import foreign
 
-    node = foreign.read_model_node(args.config) if args.config else None
+    node = foreign.read_model_node(args.config, args.kind) if args.config else None
     state, beside = foreign.read_foreign(source, args.allow_pickle)
     if args.kind == "autoencoder":
         module, report = foreign.import_autoencoder(state, node)
