@@ -26,8 +26,11 @@ class Line(HistoModule):
 
     kind = "autoencoder"
 
-    def __init__(self):
+    accumulate_grad_batches = 1  # `fit` sets it, where the model steps by itself
+
+    def __init__(self, manual: bool):
         super().__init__()
+        self.automatic_optimization = not manual
         self.monitor = "val/score"
         self.net = torch.nn.Linear(3, 1)
         for weight in self.net.parameters():
@@ -44,6 +47,11 @@ class Line(HistoModule):
         x = batch["image"].mean((2, 3))
         loss = (self.net(x + torch.randn_like(x)) - x.sum(1, keepdim=True)).square().mean()
         self.log("train/loss", loss)
+        if not self.automatic_optimization:
+            self.manual_backward(loss)
+            if (batch_idx + 1) % self.accumulate_grad_batches == 0 or self.trainer.is_last_batch:
+                self.optimizers().step()
+                self.optimizers().zero_grad()
         return loss
 
     def validation_step(self, batch, batch_idx):
@@ -78,14 +86,14 @@ class KillAt(pl.Callback):
             raise Killed
 
 
-def train(tiles: Path, root: Path, *more, every: int = 1, **settings):
+def train(tiles: Path, root: Path, *more, every: int = 1, manual: bool = False, **settings):
     """Train `Line` in `root` as the commands do; three batches an epoch. Goes on if it exists."""
     train_node = {
         "target": "ldm.data.tiles.TileFolder",
         "params": {"root": str(tiles), "size": 8, "labelled": True},
     }
     data = DataModuleFromConfig(3, train_node, num_workers=0, val_fraction=0.25)
-    run, model = RunFolder(root), Line()
+    run, model = RunFolder(root), Line(manual)
     model.seed = 0
     has_validation = settings.get("limit_val_batches") != 0
     if not has_validation:
@@ -142,6 +150,7 @@ class Signal(KillAt):
     ("how", "accumulated", "validation"),
     [
         ("kill", 1, EPOCH),
+        ("kill manual", 2, EPOCH),
         ("kill", 1, EVERY_2),
         ("kill", 2, EPOCH),
         ("kill", 2, NEVER),
@@ -168,12 +177,12 @@ def test_a_run_that_goes_on_equals_one_that_was_never_stopped(
         if validation is not NEVER:
             more = (EarlyStopping("val/score", patience=9), *more)
         limit = {"max_steps": -1, "max_epochs": end} if how == "epochs" else {"max_steps": end}
-        train(tiles, root, *more, every=every, **limit, **settings)
+        train(tiles, root, *more, every=every, manual="manual" in how, **limit, **settings)
 
     go(tmp_path / "whole")
     root = tmp_path / "run0"
     for stop in (2, 3, 4, 6):
-        if how == "kill":
+        if "kill" in how:
             with pytest.raises(Killed):
                 go(root, STEPS, KillAt(stop))
         elif how == "signal":

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.cli import existing_path
 from ldm.errors import UserError
-from ldm.files import file_sha256
+from ldm.files import digest_of, file_sha256
 
 if TYPE_CHECKING:
     import torch
@@ -116,7 +116,7 @@ def read_foreign(path: str | Path, allow_pickle: bool = False) -> tuple[State, d
     from ldm.checkpoint import KEY
 
     path = existing_path(path, "FILE", "file")
-    payload = _read_payload(path, allow_pickle)
+    payload = read_payload(path, allow_pickle)
     if not isinstance(payload, dict):
         raise UserError(f"{path} holds a {type(payload).__name__}; needed is a state dictionary")
     if KEY in payload:
@@ -144,7 +144,8 @@ def _plain_name(name: str) -> str:
     return re.sub(r"_orig_mod\.?", "", str(name)).removeprefix("module.")
 
 
-def _read_payload(path: Path, allow_pickle: bool) -> Any:
+def read_payload(path: Path, allow_pickle: bool = False) -> Any:
+    """Read what torch or safetensors saved in a file, see `read_foreign`."""
     import torch
 
     from ldm.checkpoint import load_tensors
@@ -450,6 +451,8 @@ def _tolerance(stored: "torch.Tensor", least: float) -> float:
 def _scale(matcher: _Matcher, stated: float | None, given: float | None) -> float:
     """The latent scale: from the file, as given, or from the configuration; they must agree."""
     stored = matcher.take("scale_factor")
+    if isinstance(stated, list) or (stored is not None and stored.numel() != 1):
+        raise UserError("a latent scale for each channel is not imported; give a single number")
     if stored is not None:
         tolerance = _tolerance(stored, SCALE_TOLERANCE)
         said = {"scale_factor": given, "config: model.params.scale_factor": stated}
@@ -569,9 +572,11 @@ def write_imported(
 
     payload: dict[str, Any] = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(payload)
+    files = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.is_file())
+    digests = [file_sha256(file) for file in files]
     payload[KEY]["source"] = {
         "file": source.name,
-        "sha256": file_sha256(source),
+        "sha256": digests[0] if source.is_file() else digest_of(digests),
         "unused": report.unused,
         "missing": report.missing,
     }
