@@ -8,7 +8,8 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -274,6 +275,39 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+class Arrivals:
+    """Single numbers that a device computes, each handed to a function once it is there.
+
+    Asking a GPU for a number stops the program until all work before it is done, and the GPU then
+    has nothing to do until it is given more. So the number is copied beside that work and is looked
+    at later, usually while the next step is under way. On a CPU it is there at once.
+    """
+
+    def __init__(self):
+        self._waiting: deque[tuple[Any, torch.Tensor, Callable[[float], None]]] = deque()
+
+    def add(self, number: "torch.Tensor", use: Callable[[float], None]) -> None:
+        """Have `use` called with the number, and use what has arrived before it."""
+        import torch
+
+        self.settle(wait=False)
+        number = number.detach()
+        if number.device.type != "cuda":
+            use(float(number))
+            return
+        copy = number.to("cpu", non_blocking=True)  # into pinned memory
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(number.device))
+        self._waiting.append((event, copy, use))
+
+    def settle(self, wait: bool = True) -> None:
+        """Use the numbers that have arrived, or wait for all of them."""
+        while self._waiting and (wait or self._waiting[0][0].query()):
+            event, copy, use = self._waiting.popleft()
+            event.synchronize()
+            use(float(copy))
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Lightning callbacks for image grids, throughput, checkpoints, and stopping on a signal."""
 
+import math
 import signal
 import threading
 import time
@@ -100,12 +101,19 @@ class FollowLayout(pl.Callback):
 
 
 class ProgressBar(TQDMProgressBar):
-    """A progress bar with losses and images per second, but no version number of the log folder."""
+    """A progress bar with losses and images per second, but no version number of the log folder.
+
+    While it trains, they are read once a second: each time, the program waits for the GPU.
+    """
+
+    _read, _metrics = -math.inf, {}
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        return metrics
+        now = time.monotonic()
+        if not trainer.training or now - self._read >= 1:
+            self._read, self._metrics = now, super().get_metrics(trainer, pl_module)
+            self._metrics.pop("v_num", None)
+        return self._metrics
 
 
 def validation_is_due(trainer: pl.Trainer) -> bool:
@@ -311,7 +319,9 @@ class Throughput(pl.Callback):
         # An epoch of a small labelled set may have fewer batches than that.
         if (batch_idx + 1) % self.every == 0 or trainer.is_last_batch:
             seconds = time.perf_counter() - self._since
-            pl_module.log("images_per_s", self._images / seconds, prog_bar=True, batch_size=1)
+            # A tensor, since Lightning waits for the GPU to copy a float to it.
+            speed = torch.tensor(self._images / seconds)
+            pl_module.log("images_per_s", speed, prog_bar=True, batch_size=1)
             self._since = None
 
     def on_validation_start(self, *_: Any) -> None:

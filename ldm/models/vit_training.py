@@ -267,8 +267,11 @@ class VitTraining(HistoModule):
         loss = self.criterion(self.net(images).float(), y)
         mean = self.trainer.strategy.reduce(loss.detach(), reduce_op="mean")
         self.check_finite(mean, batch, batch_idx)
-        self._loss_sum += mean.item()
+        self.arrivals.add(mean, self._add_loss)
         return loss
+
+    def _add_loss(self, mean: float) -> None:
+        self._loss_sum += mean
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         super().on_before_optimizer_step(optimizer)
@@ -284,6 +287,7 @@ class VitTraining(HistoModule):
 
     def validate(self) -> dict[str, float]:
         """Validate the evaluated network, keep it if it is the best so far, and log a row."""
+        self.arrivals.settle()
         trained = time.monotonic()
         self.eval()
         found = self.judge(self.evaluated)
