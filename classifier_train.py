@@ -109,7 +109,7 @@ class Options(RunOptions):
         default=None,
         metavar="CKPT",
         help="diffusion checkpoint whose encoder and middle the classifier starts from, and whose "
-        "latents it takes; its network is then that of the checkpoint",
+        "latents it takes, or an (imported) classifier; the network is that of the checkpoint",
     )
     image_size: Pixels | None = _data(
         default=None, help="pixels of a tile; must be the autoencoder's"

@@ -272,6 +272,23 @@ def start_from_unet(model: "NoisyLatentClassifier", diffusion: LatentDiffusion, 
         load_strictly(getattr(model.net, name), state, f"{where}: {name}")
 
 
+def start_from_classifier(
+    model: "NoisyLatentClassifier", source: "NoisyLatentClassifier", where: str
+) -> None:
+    """Copy the weights of a classifier of the same classes and latents.
+
+    Raises:
+        UserError: `where`: other classes or other latents.
+    """
+    if source.classes != model.classes:
+        raise UserError(f"{where} knows the classes {source.classes}, the data {model.classes}")
+    if source.autoencoder_fingerprint != model.autoencoder_fingerprint:
+        raise UserError(
+            f"{where} was trained on latents of another autoencoder than --first_stage; give its"
+        )
+    load_strictly(model.net, source.net.state_dict(), where)
+
+
 def process_params(settings: dict[str, Any]) -> dict[str, Any]:
     """Parameters of `NoisyLatentClassifier` for a process of these settings.
 
@@ -525,10 +542,12 @@ class NoisyLatentClassifier(GuidingClassifier):
                 "the autoencoder is not the one that the classifier was trained with; "
                 "give the same `first_stage`"
             )
-        if first_stage.embed_dim != self.latent_shape[0]:
+        made = (first_stage.embed_dim, first_stage.latent_size, first_stage.latent_size)
+        if made != self.latent_shape:
+            ours, theirs = ("x".join(map(str, shape)) for shape in (self.latent_shape, made))
             raise UserError(
-                f"the classifier takes latents of {self.latent_shape[0]} channels, the autoencoder "
-                f"makes {first_stage.embed_dim}"
+                f"the classifier takes latents of {ours}, the autoencoder makes {theirs}; give the "
+                "network's in_channels and image_size the autoencoder's, or another autoencoder"
             )
 
     def rebuild_config(self) -> dict[str, Any]:
