@@ -22,6 +22,7 @@ from ldm.cli import Seed, existing_path, option, parse, run_command
 from ldm.data.images import class_folders
 from ldm.devices import resolve_device
 from ldm.errors import UserError
+from ldm.features.source import known_forms
 from ldm.files import remove_leftovers, require_outside, write_json
 from ldm.settings import TIMM, DeviceOption, LoaderOptions
 
@@ -54,9 +55,8 @@ class Options(LoaderOptions, DeviceOption):
     out: str = option(metavar="FILE", help="JSON file to write")
     features: str | None = option(
         default=None,
-        metavar="NAME|RUN",
-        help="network that makes the features: inception, dinov2 (also dinov2_base, dinov2_large, "
-        "dinov2_giant), timm:NAME, or a run (seed's folder) of eval.py; if omitted inception",
+        metavar="NAME|RUN|FILE",
+        help=f"network that makes the features: {known_forms()}; if omitted inception",
     )
     extractor: str | None = option(
         default=None,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from kills import COMMANDS, SKIPPED_STATUS
 
-QUICK = ("index_corpus", "write_shards", "make_subset", "cache_latents")
+QUICK = ("index_corpus", "write_shards", "make_subset", "cache_latents", "diffusion")
 
 
 def disturbed(*words: str) -> None:
