@@ -1,4 +1,4 @@
-"""Checkpoints that survive: full disks, numbers that are not finite; loggers. Kills: test_kills.py."""
+"""Checkpoints that survive full disks and numbers that are not finite; loggers."""
 
 import functools
 import json
