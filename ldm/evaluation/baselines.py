@@ -7,31 +7,24 @@ pre-trained backbone knows already.
 Letters: N images, D features, H W pixels, K classes.
 """
 
-import json
-import logging
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ldm.data.tiles import TileFolder, decode_tiles, read_tile
-from ldm.errors import UserError
-from ldm.evaluation.confusion import write_confusion
 from ldm.evaluation.metrics import confusion_matrix, scores
 from ldm.evaluation.predictions import Predictions, predictions_name
-from ldm.evaluation.runs import RESULT, differences
+from ldm.evaluation.runs import RESULT, read_result
 from ldm.evaluation.sets import GroupTable, Splits, TransformedTiles, open_splits
-from ldm.evaluation.summary import write_summary
+from ldm.evaluation.summary import write_confusion, write_summary
 from ldm.features.extractor import Extractor, directions
 from ldm.features.probe import STRENGTHS, logistic_regression
 from ldm.files import write_json
 from ldm.models.vit_settings import Settings
-from ldm.run import git_revision, hardware, versions
-
-log = logging.getLogger(__name__)
+from ldm.run import hardware, provenance
 
 BINS = 16
 COLOUR_MEAN, COLOUR_HISTOGRAM, LINEAR_PROBE = "colour_mean", "colour_histogram", "linear_probe"
@@ -63,17 +56,10 @@ def colour_features(paths: Sequence[Path], kind: str) -> np.ndarray:
 
 
 def colour_histogram_baseline(train_dir: Path, test_dir: Path) -> dict[str, Any]:
-    """Logistic regression on 3 x 16-bin colour histograms; deterministic.
+    """`ldm.evaluation.metrics.scores` of logistic regression on 3 x 16-bin colour histograms.
 
     Args:
-        train_dir: Folder of class folders to learn from.
-        test_dir: Likewise, to report.
-
-    Returns:
-        Metrics as `ldm.evaluation.metrics.scores` gives them.
-
-    Raises:
-        UserError: Classes differ, a folder is missing or empty, or an image is unreadable.
+        train_dir, test_dir: Folders of class folders to learn from and to report.
     """
     train = TileFolder(train_dir, size=1, labelled=True, check=False)
     test = TileFolder(test_dir, size=1, labelled=True, classes=train.classes, check=False)
@@ -106,9 +92,6 @@ def run_baseline(
 
     Returns:
         The content of summary.json.
-
-    Raises:
-        UserError: Anything wrong with folders or images, or results of other settings.
     """
     splits = open_splits(data_path, train_folder, Settings(input_size=1), None, groups)
     settings: dict[str, Any] = {"baseline": kind, "strengths": list(STRENGTHS)}
@@ -120,47 +103,35 @@ def run_baseline(
     current = {"settings": settings, "data": splits.identity}
     folder = logdir / kind / train_folder
     run = folder / "seed0"
-    result = _finished(run, current, overwrite)
+    result = read_result(run, current, overwrite)
     if result is None:
         start = time.monotonic()
-        features = partial(_features, kind, extractor, num_workers)
+
+        def features(tiles: TransformedTiles) -> np.ndarray:
+            if kind != LINEAR_PROBE:
+                return colour_features(tiles.paths, kind)
+            return probe_features(extractor, tiles.paths, num_workers)
+
         found = _fit_and_report(splits, features, run)
+        note = (
+            f"logistic regression on {found['features']} standardised features, C ="
+            f" {found['strength']:g} chosen on val among {len(STRENGTHS)}; deterministic, so one"
+            " seed"
+        )
         result = {
             "train_folder": train_folder,
             "arch": arch,
             **found,
             "seconds": round(time.monotonic() - start, 3),
             **current,
-            "notes": [_how(found["strength"], found["features"])],
-            "versions": versions(),
-            "revision": git_revision(),
+            "notes": [note],
+            **provenance(),
             "hardware": hardware(),
         }
         write_json(run / RESULT, result)
     summary = write_summary(folder, train_folder, [result], [run], splits.groups, splits.notes)
     write_confusion(folder, summary)
     return summary
-
-
-def _finished(run: Path, current: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
-    """The result that is there already with these settings and files; None where there is none.
-
-    Raises:
-        UserError: It has other settings or files, and is not to be overwritten.
-    """
-    if not (run / RESULT).is_file():
-        return None
-    result = json.loads((run / RESULT).read_text())
-    changed = differences(result, current)
-    if changed and not overwrite:
-        raise UserError(
-            f"{run} holds a baseline with other settings: {'; '.join(changed)}; add --overwrite"
-            " to replace it, or choose another --logdir"
-        )
-    if changed:
-        return None
-    log.info("%s is finished: not computed again", run)
-    return result
 
 
 def _fit_and_report(
@@ -171,7 +142,8 @@ def _fit_and_report(
     known, val_features = features(splits.train), features(splits.val)  # (N, D)
     test_features = None if splits.test is None else features(splits.test)
     strength, model = _choose(known, np.array(splits.train.labels), val_features, splits.val)
-    val = _predict(model, val_features, splits.val)
+    p = model.predict_proba(val_features)  # (N, K)
+    val = Predictions.of(splits.val, p.argmax(axis=1), p)
     val.write(run / predictions_name("val"))
     result = {
         "seed": 0,
@@ -185,26 +157,11 @@ def _fit_and_report(
         "val": val.scores(),
     }
     if splits.test is not None:
-        test = _predict(model, test_features, splits.test)
+        p = model.predict_proba(test_features)
+        test = Predictions.of(splits.test, p.argmax(axis=1), p)
         test.write(run / predictions_name("test"))
         result["test"] = test.scores()
     return result
-
-
-def _features(
-    kind: str, extractor: Extractor | None, num_workers: int, tiles: TransformedTiles
-) -> np.ndarray:
-    """Features of a set as a baseline has them, (N, D)."""
-    if kind == LINEAR_PROBE:
-        return probe_features(extractor, tiles.paths, num_workers)
-    return colour_features(tiles.paths, kind)
-
-
-def _how(strength: float, width: int) -> str:
-    return (
-        f"logistic regression on {width} standardised features, C = {strength:g} chosen on val"
-        f" among {len(STRENGTHS)}; deterministic, so one seed"
-    )
 
 
 def probe_features(extractor: Extractor, paths: Sequence[Path], num_workers: int) -> np.ndarray:
@@ -226,15 +183,3 @@ def _choose(
         accuracy = (p.argmax(axis=1) == val.labels).mean()
         ranked.append((accuracy, -loss, strength, model))
     return max(ranked, key=lambda one: one[:2])[2:]
-
-
-def _predict(model: Any, features: np.ndarray, tiles: TransformedTiles) -> Predictions:
-    p = model.predict_proba(features)
-    return Predictions(
-        tiles.classes,
-        tiles.relative_paths,
-        np.array(tiles.labels),
-        p.argmax(axis=1),
-        p,
-        tiles.groups,
-    )
