@@ -1,10 +1,9 @@
 """Train a ViT on real and synthetic tiles and report what it is worth on held-out real ones.
 
-    python eval.py --arch vit_small --data_path D --output_dir train5+fake50%
-
-trains on `D/train5+fake50%`, chooses the epoch on `D/val` and reports `D/test` once. As in the
-published script, `--output_dir` is the name of the training subset; the results go to
-`logs/eval/<that name>/`. The same command again goes on where it stopped.
+It trains on D/SUBSET, chooses the epoch on D/val and reports D/test once: accuracy, macro F1,
+sensitivity and specificity of the whole set. As in the published script, --output_dir is the name
+of the training subset; the results go to LOGDIR/SUBSET. The same command again goes on where it
+stopped.
 """
 
 from collections.abc import Iterator
@@ -29,12 +28,6 @@ run_option = partial(option, group="run")
 
 @dataclass(frozen=True, kw_only=True)
 class Options(EvaluationOptions, SharedDevices, Settings):
-    """Train a classifier on D/SUBSET, choose its epoch on D/val, report D/test.
-
-    Reports accuracy, macro F1, sensitivity and specificity of the whole set. The results are in
-    LOGDIR/SUBSET; the same command again goes on where it stopped.
-    """
-
     program: ClassVar = "eval.py"
     example: ClassVar = (
         "  python eval.py --arch vit_small --data_path D --subset 'train5+fake50%' --seeds 0 1 2"

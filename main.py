@@ -1,8 +1,5 @@
 """Train an autoencoder, a latent diffusion model or a decoder from YAML configurations.
 
-    python main.py --base configs/autoencoder/autoencoder_histo_kl_64x64x3.yaml -t --gpus 0,1,2,3
-    python main.py --base configs/latent-diffusion/histo-ldm-kl-8.yaml -t --gpus 0,1,2,3
-
 Configurations are merged from left to right, then overridden by `section.key=value` arguments.
 """
 
@@ -23,8 +20,6 @@ log = logging.getLogger("main")
 
 @dataclass(frozen=True, kw_only=True)
 class Options(RunOptions):
-    """Train an autoencoder, a latent diffusion model or a decoder from YAML files."""
-
     program: ClassVar = "main.py"
     example: ClassVar = """\
   python main.py --base configs/latent-diffusion/histo-ldm-kl-8.yaml -t --gpus 0,1,2,3 \\

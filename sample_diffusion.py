@@ -1,4 +1,8 @@
-"""Sample tiles from a latent diffusion model: unconditionally, or guided to classes."""
+"""Sample tiles from a latent diffusion model: unconditionally, or guided to classes.
+
+Writes OUT/CLASS/000000.png, manifest.csv, manifest.parquet, settings.json, guidance.csv,
+grid.png and README.md. The same command again makes what is missing.
+"""
 
 import sys
 from collections.abc import Iterator
@@ -57,12 +61,6 @@ def part_of(text: str | tuple) -> tuple[int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(ProcessOptions):
-    """Sample tiles from a latent diffusion model: unconditionally, or guided to classes.
-
-    Writes OUT/CLASS/000000.png, manifest.csv, manifest.parquet, settings.json, guidance.csv,
-    grid.png and README.md. The same command again makes what is missing.
-    """
-
     program: ClassVar = "sample_diffusion.py"
     example: ClassVar = """\
   python sample_diffusion.py --model logs/ldm --classifier logs/classifier -n 100 -c 50 \\

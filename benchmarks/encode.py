@@ -1,7 +1,4 @@
-"""Measure how fast the autoencoder encodes images, beside those of other libraries.
-
-python -m benchmarks.encode --size paper --batch_size 1 --peers diffusers monai
-"""
+"""Measure how fast the autoencoder encodes images, beside those of other libraries."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -24,8 +21,6 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(NetworkOptions):
-    """Measure how fast the autoencoder encodes images, beside those of other libraries."""
-
     program: ClassVar = "benchmarks.encode"
     example: ClassVar = "  python -m benchmarks.encode --size paper --batch_size 1"
 

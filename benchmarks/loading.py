@@ -1,8 +1,6 @@
 """Measure how fast training tiles are read, decoded, augmented and put into batches.
 
-    python -m benchmarks.loading --workers 0 8 16 --needed 300
-
-compares files, tar shards and cached latents. Tiles are procedural, so that anyone can measure.
+Files, tar shards and cached latents are compared. Tiles are procedural, so that anyone can measure.
 They are few and lie in the page cache: the work of the processor is measured, not the disk.
 """
 
@@ -33,8 +31,6 @@ PREFETCH = 2  # batches per worker, as in training
 
 @dataclass(frozen=True, kw_only=True)
 class Options(BenchmarkOptions):
-    """Measure how fast training tiles are read, decoded, augmented and put into batches."""
-
     program: ClassVar = "benchmarks.loading"
     example: ClassVar = "  python -m benchmarks.loading --workers 0 8 16 --needed 300"
 

@@ -1,7 +1,4 @@
-"""Measure how fast DDIM samples images, beside diffusers, and what classifier guidance costs.
-
-python -m benchmarks.sample --size paper --batch_size 32 -c 50 --precision bf16 --compile
-"""
+"""Measure how fast DDIM samples images, beside diffusers, and what classifier guidance costs."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -35,8 +32,6 @@ CLASSIFIERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Options(NetworkOptions):
-    """Measure how fast DDIM samples images, beside diffusers, and what guidance costs."""
-
     program: ClassVar = "benchmarks.sample"
     example: ClassVar = "  python -m benchmarks.sample --size paper --batch_size 32 -c 50"
 

@@ -1,8 +1,5 @@
 """Measure a step of diffusion training by part, beside the same step of other libraries.
 
-    python -m benchmarks.train --size paper --batch_size 32 --compile --channels_last
-    python -m benchmarks.train --size paper --from latents images --peers
-
 A step takes a batch (data), draws latents (encode), predicts the noise (forward), computes the
 gradients (backward) and updates the weights and their average (optimiser). diffusers adds noise and
 averages weights with its own functions; MONAI's network is trained with ours. Only ours tests for
@@ -47,8 +44,6 @@ LEARNING_RATE, WEIGHT_DECAY, EMA_DECAY = 5e-5, 0.01, 0.9999
 
 @dataclass(frozen=True, kw_only=True)
 class Options(NetworkOptions):
-    """Measure the steps of diffusion training, beside those of other libraries."""
-
     program: ClassVar = "benchmarks.train"
     example: ClassVar = "  python -m benchmarks.train --size paper --batch_size 1 --peers"
 

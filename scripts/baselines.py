@@ -1,10 +1,7 @@
 """What colour alone, or a linear probe of a pre-trained network, reaches on the same sets.
 
-    python scripts/baselines.py --data_path D --output_dir train5 \\
-        --kind colour_mean,colour_histogram --logdir logs/baselines
-
-learns from `D/train5`, chooses on `D/val` and reports `D/test` once, with the results in
-`logs/baselines/KIND/train5/` written as eval.py writes its own, so that tables read both.
+Learns from D/SUBSET, chooses on D/val and reports D/test once, with the results in
+LOGDIR/KIND/SUBSET written as eval.py writes its own, so that tables read both.
 """
 
 from collections.abc import Iterator
@@ -24,11 +21,6 @@ PROBE = "linear_probe"
 
 @dataclass(frozen=True, kw_only=True)
 class Options(EvaluationOptions, DeviceOption):
-    """What colour alone, or a linear probe of a pre-trained network, reaches on the same sets.
-
-    Learns from D/SUBSET, chooses on D/val and reports D/test once, as eval.py does.
-    """
-
     program: ClassVar = "baselines.py"
     example: ClassVar = (
         "  python scripts/baselines.py --data_path D --subset train5 --kind colour_histogram"

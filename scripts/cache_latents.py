@@ -1,14 +1,10 @@
 """Encode tiles once, so that diffusion and classifier training read latents instead of images.
 
-    python scripts/cache_latents.py --model logs/autoencoder --out latents --views 8 \\
-        --data configs/latent-diffusion/histo-ldm-kl-8.yaml 'data.params.train.params.augment=[d4]'
-    python main.py --base configs/latent-diffusion/histo-ldm-kl-8.yaml -t \\
-        data.params.latents=latents
-
-Mean and log-variance of the posterior are stored, so training still draws the latents. `--data`
-takes folders of tiles, or training configurations, whose `data` section says what is training and
-what validation, how tiles are cropped and augmented, and how corpora are weighted. Run the same
-command again after an interruption: finished files are kept.
+Mean and log-variance of the posterior are stored, so training still draws the latents. --data takes
+folders of tiles, or training configurations, whose `data` section says what is training and what
+validation, how tiles are cropped and augmented, and how corpora are weighted; section.key=value
+overrides these. Train with data.params.latents=OUT. Run the same command again after an
+interruption: finished files are kept.
 """
 
 import sys
@@ -32,11 +28,6 @@ FOLDERS = "folders of tiles"
 
 @dataclass(frozen=True, kw_only=True)
 class Options(ProcessOptions, LoaderOptions):
-    """Encode tiles once, so that diffusion and classifier training read latents, not images.
-
-    With YAML files as --data, section.key=value overrides them.
-    """
-
     program: ClassVar = "cache_latents.py"
     example: ClassVar = """\
   python scripts/cache_latents.py --model logs/autoencoder --out latents --views 8 \\

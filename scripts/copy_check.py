@@ -1,8 +1,5 @@
 """Did the generator copy training tiles? Compare synthetic tiles with its training set.
 
-    python scripts/copy_check.py --synthetic OUT --train D/train --holdout D/val --out REPORT \\
-        --weights logs/eval/train5/seed0
-
 --train is what the generator saw, --holdout real tiles that it never saw, of other patients; both
 may lie in folders of any depth. For each synthetic tile, the nearest training tile is searched in
 pixels and, given a network, in its features, over the 8 flips and quarter turns, and compared with
@@ -28,8 +25,6 @@ from ldm.settings import DeviceOption, LoaderOptions, NetworkChoice
 
 @dataclass(frozen=True, kw_only=True)
 class Options(NetworkChoice, DeviceOption):
-    """Did the generator copy training tiles? Compare synthetic tiles with its training set."""
-
     program: ClassVar = "copy_check.py"
     example: ClassVar = """\
   python scripts/copy_check.py --synthetic OUT --train D/train --holdout D/val --out REPORT \\

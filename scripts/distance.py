@@ -1,8 +1,5 @@
 """Choose synthetic tiles by one of five strategies and make a training folder of them.
 
-    python scripts/distance.py --real D/train5 --synthetic OUT --features VIS --ratio 50 \\
-        --out D/train5+fake50%
-
 FEATURES is what scripts/vis.py wrote for the same two folders, a checkpoint (or seed folder) of
 eval.py, timm:NAME or diffusion:RUN@T. Which images are accepted is the strategy's:
 
@@ -35,16 +32,6 @@ NEIGHBORS = 3  # of the published realism score
 
 @dataclass(frozen=True, kw_only=True)
 class Options(FeatureOptions):
-    """Choose synthetic tiles by one of five strategies and make a training folder of them.
-
-    Which images are accepted is the strategy's:
-        centroid    nearest centroid is the own class's, the closest first (as published)
-        confidence  given to their class by a classifier, the most probable first
-        knn         within reach of a real tile of their class, the most realistic first
-        coverage    spread as the real tiles are, each adding most to those before
-        random      drawn from all images (the control arm)
-    """
-
     program: ClassVar = "distance.py"
     example: ClassVar = """\
   python scripts/distance.py --real D/train5 --synthetic OUT --features VIS --ratio 50 \\

@@ -1,9 +1,5 @@
 """FID, KID, precision and recall of synthetic tiles against real ones, per class and overall.
 
-    python scripts/fidelity.py --real D/test --fake OUT --out fidelity.json --extractor dinov2
-    python scripts/fidelity.py --real D/test --fake OUT1 --fake OUT2 --stats test.safetensors \\
-        --weights logs/eval/train5/seed0 --out fidelity.json
-
 DIR/CLASS/images, or a folder of images without classes; of a training folder of
 scripts/distance.py, the synthetic tiles. Prints a table and writes a JSON object (a list for
 several --fake) in which images, extractor and pre-processing stand beside the values. --stats keeps
@@ -30,11 +26,6 @@ NETWORKS = ("inception", "dinov2", "dinov2_base", "dinov2_large", "dinov2_giant"
 
 @dataclass(frozen=True, kw_only=True)
 class Options(LoaderOptions, DeviceOption):
-    """FID, KID, precision and recall of synthetic tiles against real ones, per class and overall.
-
-    Nothing is downloaded: scripts/fetch_weights.py gets weights where there is internet.
-    """
-
     program: ClassVar = "fidelity.py"
     example: ClassVar = """\
   python scripts/fidelity.py --real D/test --fake OUT --features dinov2 --out fidelity.json"""

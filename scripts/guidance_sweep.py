@@ -1,8 +1,5 @@
 """Try guidance scales (and intervals, steps, samplers) and say which serves best.
 
-    python scripts/guidance_sweep.py -r DIFFUSION --classifier CLASSIFIER --real D/val \\
-        --judge logs/eval/train5/seed0 --scales 0,3,10,30 -n 64 --out SWEEP
-
 The judge is a classifier of images from eval.py that took no part in the guidance; --real are
 labelled tiles that neither the generator nor the judge was trained on. With a label adapter as -r
 and without --classifier the scales are those of classifier-free guidance. Writes SWEEP/sweep.csv,
@@ -48,13 +45,6 @@ def interval(text: str) -> tuple[int, int] | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(DeviceOption):
-    """Try guidance scales (and intervals, steps, samplers) and say which serves best.
-
-    The judge is a classifier of images from eval.py that took no part in the guidance; --real are
-    labelled tiles that neither the generator nor the judge was trained on. With a label adapter as
-    --model and without --classifier the scales are those of classifier-free guidance.
-    """
-
     program: ClassVar = "guidance_sweep.py"
     example: ClassVar = """\
   python scripts/guidance_sweep.py --model DIFFUSION --classifier CLASSIFIER --real D/val \\

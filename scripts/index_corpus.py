@@ -1,7 +1,5 @@
 """Scan a corpus of tiles once and write an index that training reads instead of walking the tree.
 
-    python scripts/index_corpus.py ROOT --out corpus.parquet --min_size 224 --group_level 1
-
 Every tile is decoded and hashed. Unreadable, truncated and too small ones and copies of another are
 listed in corpus.problems.csv and left out. Run again after an interruption to go on, and after
 files were added or changed: only those are read.
@@ -20,8 +18,6 @@ from ldm.settings import GroupOptions
 
 @dataclass(frozen=True, kw_only=True)
 class Options(GroupOptions):
-    """Scan a corpus of tiles once and write an index that training reads."""
-
     program: ClassVar = "index_corpus.py"
     example: ClassVar = (
         "  python scripts/index_corpus.py ROOT --out corpus.parquet --min_size 224 --group_level 1"

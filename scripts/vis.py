@@ -1,7 +1,5 @@
 """Features, class centroids and a UMAP picture of real and synthetic tiles.
 
-    python scripts/vis.py --real D/train5 --synthetic OUT --weights logs/eval/train5/seed0 --out VIS
-
 DIR/CLASS/images on both sides, with the same classes. Writes VIS/features_real.safetensors,
 VIS/features_synthetic.safetensors, VIS/centroids.safetensors (scripts/distance.py reads these),
 VIS/umap.png, VIS/umap.html (point at a dot to see its tile), VIS/umap.csv and VIS/fidelity.json
@@ -24,12 +22,6 @@ from ldm.settings import FeatureOptions, NetworkChoice
 
 @dataclass(frozen=True, kw_only=True)
 class Options(NetworkChoice, FeatureOptions):
-    """Features, class centroids and a UMAP picture of real and synthetic tiles.
-
-    With --selection, what scripts/distance.py decided is in the pictures. Features of images that
-    have not changed are taken from OUT.
-    """
-
     program: ClassVar = "vis.py"
     example: ClassVar = """\
   python scripts/vis.py --real D/train5 --synthetic OUT --features logs/eval/train5/seed0 \\
