@@ -470,6 +470,12 @@ def existing_path(text: str | os.PathLike, what: str, kind: str = "any") -> Path
     return path
 
 
+def output_path(text: str | os.PathLike, what: str, kind: str) -> Path:
+    """The path of a file ("file") or folder ("dir") to write; the other must not be there."""
+    path = Path(text).expanduser()
+    return existing_path(path, what, kind) if path.exists() else path
+
+
 def lies_in(path: Path, folder: Path) -> bool:
     """Whether a path is the folder or below it, wherever links lead."""
     return folder.resolve() in (path.resolve(), *path.resolve().parents)

@@ -7,6 +7,8 @@ class UserError(ValueError):
     """Something a user can set is wrong.
 
     The message is a single line: the setting or file, its value, what is allowed and the remedy.
+    Every function that takes what a user gave may raise it; a docstring names it where its reason
+    is not seen in the function.
     Commands print that line and exit with status 2 (see `ldm.cli.run_command`).
 
     Args:

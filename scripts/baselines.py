@@ -105,8 +105,6 @@ def open_network(args: Options):
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     data_path = existing_path(args.data_path, "--data_path", "dir")
-    if args.weights is not None:
-        existing_path(args.weights, "--weights")
 
     from ldm.evaluation.baselines import run_baseline
     from ldm.evaluation.metrics import format_summary

@@ -17,7 +17,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from ldm.cli import Count, existing_path, lies_in, like, option, parse, run_command
+from ldm.cli import Count, existing_path, lies_in, like, option, output_path, parse, run_command
 from ldm.devices import resolve_device
 from ldm.errors import UserError
 from ldm.settings import DeviceOption, LoaderOptions, NetworkChoice
@@ -85,25 +85,18 @@ def check_places(
         for target, folder in targets.items():
             if lies_in(folder, path):
                 raise UserError(f"{target} {folder}: lies in {name} {path}; give a folder outside")
-    for name, folder in targets.items():
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"{name} {folder} is a file; give a folder")
 
 
 def check_paths(args: Options) -> tuple[dict[str, Path], Path]:
     """The folders of the three sets, by name, and that of the report."""
     names = ("synthetic", "train", "holdout")
     sets = {name: existing_path(getattr(args, name), f"--{name}", "dir") for name in names}
-    out = Path(args.out).expanduser()
+    out = output_path(args.out, "--out", "dir")
     targets, more_sources = {"--out": out}, {}
     if args.remove:
-        targets["--removed_to"] = Path(args.removed_to).expanduser()
+        targets["--removed_to"] = output_path(args.removed_to, "--removed_to", "dir")
         more_sources["--remove"] = existing_path(args.remove, "--remove", "dir")
     check_places({f"--{name}": path for name, path in sets.items()}, targets, more_sources)
-    if args.weights:
-        existing_path(args.weights, "--weights")
-    if args.pretrained_weights:
-        existing_path(args.pretrained_weights, "--pretrained_weights", "file")
     return sets, out
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from ldm.cli import Seed, existing_path, option, parse, run_command
+from ldm.cli import Seed, existing_path, option, output_path, parse, run_command
 from ldm.devices import resolve_device
 from ldm.errors import UserError
 from ldm.settings import TIMM, DeviceOption, LoaderOptions
@@ -122,9 +122,7 @@ def to_markdown(results: list[dict]) -> str:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     fake_roots = [existing_path(path, "--fake", "dir") for path in args.fake]
-    out = Path(args.out)
-    if out.is_dir():
-        raise UserError(f"--out {out} is a folder; give a file")
+    out = output_path(args.out, "--out", "file")
     if args.weights:
         existing_path(args.weights, "--weights")
     stats = Path(args.stats).expanduser() if args.stats else None

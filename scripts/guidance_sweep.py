@@ -10,7 +10,6 @@ setting) and the tiles below SWEEP/tiles. The same command again makes what is m
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
@@ -24,6 +23,7 @@ from ldm.cli import (
     existing_path,
     like,
     option,
+    output_path,
     parse,
     run_command,
     shown,
@@ -159,9 +159,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     real_root = existing_path(args.real, "--real", "dir")
     existing_path(args.judge, "--judge")
-    out = Path(args.out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; give a folder")
+    out = output_path(args.out, "--out", "dir")
 
     from ldm.evaluation.sweep import Sweep
     from ldm.features.source import VIT, FeatureSource

@@ -9,12 +9,11 @@ Features of images that have not changed are taken from VIS.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from ldm.cli import Seed, Share, Whole, existing_path, option, parse, run_command
+from ldm.cli import Seed, Share, Whole, existing_path, option, output_path, parse, run_command
 from ldm.devices import resolve_device
 from ldm.errors import UserError
 from ldm.settings import FeatureOptions, NetworkChoice
@@ -59,13 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     real_root = existing_path(args.real, "--real", "dir")
     synthetic_root = existing_path(args.synthetic, "--synthetic", "dir")
-    if args.weights:
-        existing_path(args.weights, "--weights")
-    if args.pretrained_weights:
-        existing_path(args.pretrained_weights, "--pretrained_weights", "file")
-    out = Path(args.out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; give a folder")
+    out = output_path(args.out, "--out", "dir")
 
     from ldm.evaluation.fidelity import FEWEST_TILES, fidelity
     from ldm.features.sets import cached_features

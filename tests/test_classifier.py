@@ -356,7 +356,7 @@ def test_the_temperature_of_the_validation_set(trained, data):
     best = load_model(run / "checkpoints" / "best.ckpt", "classifier")
     object.__setattr__(best, "first_stage", model.first_stage)
     tiles = TileFolder(data / "val", tiny.PIXELS, labelled=True)
-    z_0 = best.encode(torch.stack([tiles[i]["image"] for i in range(len(tiles))]), sample=False)
+    z_0 = best.latents({"image": torch.stack([tile["image"] for tile in tiles])}, sample=False)
     with torch.no_grad():
         logits = [best.noisy_logits(z_0, tiles.relative_paths, q) for q in range(4)]
     y = torch.tensor(tiles.labels).repeat(4)
@@ -441,7 +441,9 @@ def test_published_behaviour(data, tmp_path):
     ((z_t, t),) = seen
     assert t.tolist() == [0] * 4
     # A draw of the posterior without noise of the schedule.
-    assert (z_t - model.encode(batch["image"], sample=False)).std() < 2 * float(model.scale_factor)
+    assert (z_t - model.latents({"image": batch["image"]}, sample=False)).std() < 2 * float(
+        model.scale_factor
+    )
     result = json.loads((tmp_path / "run" / "result.json").read_text())["last"]
     assert result["val/accuracy"] == result["val/accuracy_clean"]
     assert load_model(tmp_path / "run", "classifier").noised is False

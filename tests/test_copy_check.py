@@ -536,7 +536,7 @@ def test_bad_folders(sets, tmp_path):
     with pytest.raises(UserError, match="--out .*: lies in --train"):
         run(sets, report=sets["train"] / "report")
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="--out .* is a file"):
+    with pytest.raises(UserError, match="--out: .* is a file"):
         run(sets, report=tmp_path / "file")
     assert not (tmp_path / "report").exists()
 

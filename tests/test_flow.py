@@ -227,7 +227,7 @@ def test_a_scale_for_each_channel(autoencoder_ckpt):
     again = LatentDiffusion(**params)
     again.load_state_dict(model.state_dict())
     x = torch.rand(2, 3, tiny.PIXELS, tiny.PIXELS) * 2 - 1
-    z = again.encode_first_stage(x, sample=False)
+    z = again.latents({"image": x}, sample=False)
     plain = model.first_stage_model.encode(x).mode()
     torch.testing.assert_close(z[:, 2], 2 * plain[:, 2])
     torch.testing.assert_close(again.decode_first_stage(z), model.first_stage_model.decode(plain))
@@ -267,7 +267,7 @@ def test_a_label_adapter_of_a_flow(autoencoder_ckpt, tmp_path):
     y = torch.tensor([0, 1, -1])
     source = load_model(path, "diffusion")
     with torch.no_grad():
-        assert torch.equal(adapter.conditional_eps()(z, t, y), source.eps_model()(z, t))
+        assert torch.equal(adapter.eps_model()(z, t, y), source.eps_model()(z, t))
         values = adapter.validation_losses(z, t, torch.randn(z.shape), y.clamp(min=0))
     assert values["val/label_gain"] == 0
     loaded = load_model(tiny.save(adapter, tmp_path / "a.ckpt"), "diffusion")

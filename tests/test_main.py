@@ -275,7 +275,7 @@ def test_diffusion_checkpoint_rebuilds_the_model_alone(data, tmp_path):
     assert model.autoencoder_fingerprint == fingerprint
     assert torch.equal(model.scale_factor, trained.scale_factor.cpu())
     x = torch.rand(2, 3, tiny.PIXELS, tiny.PIXELS) * 2 - 1
-    z = model.encode_first_stage(x, sample=False)
+    z = model.latents({"image": x}, sample=False)
     assert z.shape == (2, *tiny.LATENT)
     torch.testing.assert_close(
         model.decode_first_stage(z),
@@ -296,7 +296,7 @@ def test_latent_scale_makes_unit_variance(data, autoencoder_ckpt, tmp_path):
     trainer, model = run(config, tmp_path, "d", 1)
     tiles = trainer.datamodule.train_dataset
     x = torch.stack([tiles[i]["image"] for i in range(len(tiles))])
-    z = model.encode_first_stage(x)
+    z = model.latents({"image": x})
     assert z.std().item() == pytest.approx(1.0, abs=0.05)
 
 

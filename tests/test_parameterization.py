@@ -243,13 +243,13 @@ def test_a_label_adapter_of_a_v_model(v_models, tmp_path):
     y = torch.tensor([0, 1, 2, -1])
     with torch.no_grad():
         expected = source.eps_model()(z_t, t)
-        assert torch.equal(adapter.conditional_eps()(z_t, t, y), expected)  # embeddings start at 0
+        assert torch.equal(adapter.eps_model()(z_t, t, y), expected)  # embeddings start at 0
         tiny.randomise(adapter.ema.net.label_emb, 1)
-        with_label = adapter.conditional_eps()(z_t, t, y)
+        with_label = adapter.eps_model()(z_t, t, y)
         assert not torch.equal(with_label[:3], expected[:3])
         loaded = load_model(tiny.save(adapter, tmp_path / "adapter.ckpt"), "diffusion")
         assert loaded.parameterization == "v"
-        assert torch.equal(loaded.conditional_eps()(z_t, t, y), with_label)
+        assert torch.equal(loaded.eps_model()(z_t, t, y), with_label)
 
 
 def test_log_images_and_validation_take_eps(autoencoder_ckpt):

@@ -23,12 +23,13 @@ from ldm.features.extractor import Extractor
 from ldm.features.sets import cached_features
 from ldm.files import write_bytes, write_csv, write_json, write_text
 from ldm.report import plots
-from ldm.report.grids import contact_sheet
+from ldm.report.grids import Card, card_sheet
 from ldm.report.tables import TextTable, to_markdown
 from ldm.run import hardware, provenance
 from ldm.synthesis import Models, SampleFolder, Sampling, Synthesiser, make_settings, synthesise
 
 SHEET_TILES = 2  # of each class, in tiles.png
+SHEET_SIDE = 96  # pixels of each
 
 
 @dataclass(frozen=True)
@@ -215,8 +216,7 @@ class Sweep:
         self.real = judge(real_root, judge_net, cache, models.classes)
         check_counts(self.real, f"--real {real_root}", len(models.classes))
         self.rows: list[Row] = []
-        self._columns = [(name, i) for name in models.classes for i in range(SHEET_TILES)]
-        self._sheet = []  # a caption and its tiles for each row
+        self._sheet: list[tuple[str, list[Card]]] = []  # a row for each setting
 
     def measure(self, sampling: Sampling) -> None:
         """Sample with one setting, what is not there yet, and score it."""
@@ -248,9 +248,12 @@ class Sweep:
             folder=root.relative_to(out).as_posix(),
         )
         self.rows.append(row)
-        caption = f"{row.series}\nscale {row.scale:g}"
-        tiles = [read_tile(root / folder.rows[key]["file"]) for key in self._columns]
-        self._sheet.append((caption, tiles))
+        cards = [
+            Card([read_tile(root / folder.rows[name, i]["file"])], [name])
+            for name in classes
+            for i in range(SHEET_TILES)
+        ]
+        self._sheet.append((f"{row.series}, scale {row.scale:g}", cards))
 
     def write(self, facts: dict[str, Any]) -> Row:
         """Write sweep.csv, sweep.md, sweep.json, sweep.png and tiles.png; return the best row.
@@ -266,8 +269,7 @@ class Sweep:
             "judge": {"name": net.name, "identity": net.identity, "agreement": agreement},
             "real": {"folder": str(self.real_root), "tiles": len(self.real.labels)},
         }
-        heads = [name for name, _ in self._columns]
-        write_bytes(out / "tiles.png", contact_sheet(self._sheet, heads))
+        write_bytes(out / "tiles.png", card_sheet([], self._sheet, SHEET_SIDE, 1))
         write_sweep(out, self.rows, agreement, facts)
         return best(self.rows)
 

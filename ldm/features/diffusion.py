@@ -27,11 +27,7 @@ SEED = 0
 
 
 def parse_argument(text: str) -> tuple[str, list[int], list[int] | None]:
-    """Run, time steps and blocks (None for all) of `RUN@20`, `RUN@20,60` or `RUN@20/0,3`.
-
-    Raises:
-        UserError: The text has another form.
-    """
+    """Run, time steps and blocks (None for all) of `RUN@20`, `RUN@20,60` or `RUN@20/0,3`."""
     run, at, points = text.rpartition("@")
     times, slash, blocks = points.partition("/")
     try:
@@ -48,11 +44,7 @@ def parse_argument(text: str) -> tuple[str, list[int], list[int] | None]:
 
 
 def open_diffusion(source: FeatureSource, device: torch.device | str) -> Extractor:
-    """Load a diffusion model whose averaged UNet makes features.
-
-    Raises:
-        UserError: The argument has another form, or the model no such time step or block.
-    """
+    """Load a diffusion model whose averaged UNet makes features."""
     run, times, blocks = parse_argument(source.argument)
     model = load_model(run, "diffusion", device, what="features")
     T, widths = model.schedule.T, model.network().feature_widths
@@ -96,7 +88,7 @@ def open_diffusion(source: FeatureSource, device: torch.device | str) -> Extract
 @torch.no_grad()
 def features_of(model: LatentDiffusion, x: Tensor, times: list[int], blocks: list[int]) -> Tensor:
     """Features (B, D) of images (B, 3, H, W) in [-1, 1]: of each time, the mean over noises."""
-    z_0 = model.encode_first_stage(x, sample=False)
+    z_0 = model.latents({"image": x}, sample=False)
     generator = torch.Generator().manual_seed(SEED)
     # The same noises for every image, so that a feature does not depend on its batch.
     noises = torch.randn((NOISES, *z_0.shape[1:]), generator=generator).to(z_0.device)

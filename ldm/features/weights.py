@@ -77,11 +77,7 @@ class Weights:
         return self.place if self.place.is_file() else None
 
     def require(self) -> Path:
-        """The file in a cache of this machine.
-
-        Raises:
-            UserError: It is not on this machine. The message says how to get it.
-        """
+        """The file in a cache of this machine."""
         found = self.find()
         if found is None:
             # timm's repositories have a directory layout of their own, so only a file of torch's
@@ -95,11 +91,7 @@ class Weights:
         return found
 
     def fetch(self) -> Path:
-        """Download the file into its cache; it appears complete and with the right hash, or not.
-
-        Raises:
-            UserError: No connection, or a file that is not the published one.
-        """
+        """Download the file into its cache; it appears complete and with the right hash, or not."""
         try:
             if self.timm_name is not None:
                 return _fetch_timm(self.timm_name)

@@ -113,15 +113,12 @@ class LatentSpace:
             return cls(model.first_stage_model, settings, scale)
         return cls(model.net, NoiseSchedule().settings, None)
 
-    def measured(
-        self, tiles: Dataset, device: torch.device | str = "cpu", count: int = 2048
-    ) -> "LatentSpace":
-        """With a scale of 1 / std over up to `count` of these tiles, where there is none yet."""
+    def measured(self, tiles: Dataset) -> "LatentSpace":
+        """With a scale of 1 / std over up to 2,048 of these tiles, where there is none yet."""
         if self.scale_factor is not None:
             return self
-        chosen = torch.linspace(0, len(tiles) - 1, min(count, len(tiles))).long().unique().tolist()
-        first_stage = self.first_stage.to(device)
-        sums = latent_sums(tiles, chosen, lambda x: first_stage.encode(x.to(device)))
+        chosen = torch.linspace(0, len(tiles) - 1, min(2048, len(tiles))).long().unique().tolist()
+        sums = latent_sums(tiles, chosen, self.first_stage.encode)
         # Six digits, so that measuring it again on another machine gives the same number.
         return replace(self, scale_factor=float(f"{scale_from_sums(sums):.6g}"))
 
@@ -144,9 +141,6 @@ def attention_factors(resolutions: Sequence[int] | None, pixels: int, levels: in
         resolutions: As guided diffusion counts them, `pixels` / factor. None for the paper's
             factors, 8 and 16, as far as there are such levels.
         levels: Number of levels; the factors are 1, 2, ... 2 ** (levels - 1).
-
-    Raises:
-        UserError: A resolution that is not one of a level.
     """
     factors = [2**level for level in range(levels)]
     if resolutions is None:
@@ -244,11 +238,7 @@ def network_config_of(
 
 
 def start_from_unet(model: "NoisyLatentClassifier", diffusion: LatentDiffusion, where: str) -> None:
-    """Copy the averaged weights of a diffusion model's encoder and middle into a classifier.
-
-    Raises:
-        UserError: `where`: other latents, or another network.
-    """
+    """Copy the averaged weights of a diffusion model's encoder and middle into a classifier."""
     if diffusion.autoencoder_fingerprint != model.autoencoder_fingerprint:
         raise UserError(
             f"{where} was trained on latents of another autoencoder than --first_stage; leave "
@@ -316,11 +306,7 @@ class GuidingClassifier(HistoModule):
         self._validated: list[tuple[Tensor, Tensor]] = []  # logits (n, K) and labels (n,)
 
     def attach(self, diffusion: LatentDiffusion, where: str) -> None:
-        """Take over what sampling shares with the diffusion model; a network of its own needs none.
-
-        Raises:
-            UserError: `where` (for example --classifier CKPT) does not go with the model.
-        """
+        """Take over what sampling shares with the diffusion model; some share nothing."""
 
     def logits_model(self) -> nn.Module:
         """(z_t (B, C, H, W), t (B,)) -> logits (B, K)."""
@@ -444,9 +430,6 @@ class NoisyLatentClassifier(GuidingClassifier):
         weight_decay: AdamW's.
         anneal_steps: The learning rate falls linearly to 0 over so many steps; None keeps it.
         first_stage: The frozen autoencoder, needed to train.
-
-    Raises:
-        UserError: Settings out of range, or an autoencoder that does not fit the network.
     """
 
     def __init__(
@@ -535,11 +518,6 @@ class NoisyLatentClassifier(GuidingClassifier):
     def forward(self, z_t: Tensor, t: Tensor) -> Tensor:
         """Logits (B, K) of noisy latents (B, C, H, W) at time steps (B,)."""
         return self.net(z_t, t)
-
-    @torch.no_grad()
-    def encode(self, x: Tensor, sample: bool = True) -> Tensor:
-        """Scaled latents z_0 (B, C, H, W) of images in [-1, 1]: a draw, or the mean."""
-        return self.latents({"image": x}, sample)
 
     @torch.no_grad()
     def latents(self, batch: dict[str, Any], sample: bool = True) -> Tensor:

@@ -32,11 +32,7 @@ WEIGHTINGS = ("none", "min_snr")
 def _check_objective(
     loss_type: str, parameterization: str, loss_weighting: str, min_snr_gamma: float
 ) -> None:
-    """Check what the network predicts and how its error is measured.
-
-    Raises:
-        UserError: A value is not allowed, or the weighting does not go with the prediction.
-    """
+    """Check what the network predicts and how its error is measured."""
     for name, value, allowed in (
         ("loss_type", loss_type, LOSSES),
         ("parameterization", parameterization, PREDICTIONS),
@@ -54,11 +50,7 @@ def _check_objective(
 
 
 def _check_scale(scale_factor: float | list[float] | None, channels: int) -> None:
-    """Check a given latent scale: above 0, and one value or one for each channel.
-
-    Raises:
-        UserError: A value is 0 or less, or their number is another than that of the channels.
-    """
+    """Check a given latent scale: above 0, and one value or one for each channel."""
     if scale_factor is not None and not (scale_tensor(scale_factor) > 0).all():
         raise UserError(
             f"model.params.scale_factor={scale_factor} must be above 0 (or null to measure it)"
@@ -107,9 +99,6 @@ class LatentDiffusion(HistoModule):
         weight_decay, betas: AdamW's.
         ckpt_path: Diffusion checkpoint to start from.
         monitor: Validation metric that chooses the best checkpoint.
-
-    Raises:
-        UserError: An autoencoder whose latent does not fit the UNet, and other wrong settings.
     """
 
     kind = "diffusion"
@@ -296,13 +285,6 @@ class LatentDiffusion(HistoModule):
     # The latent space
 
     @torch.no_grad()
-    def encode_first_stage(
-        self, x: Tensor, generator: torch.Generator | None = None, sample: bool = True
-    ) -> Tensor:
-        """Scaled latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1]: a draw, or the mean."""
-        return self.latents({"image": x}, generator, sample)
-
-    @torch.no_grad()
     def latents(
         self,
         batch: dict[str, Any],
@@ -319,11 +301,7 @@ class LatentDiffusion(HistoModule):
         return self.first_stage_model.decode(z_0 / self.scale_factor)
 
     def replace_first_stage(self, path: str) -> None:
-        """Decode with another autoencoder of the same latent space, one with a tuned decoder.
-
-        Raises:
-            UserError: Its encoder is another one.
-        """
+        """Decode with another autoencoder of the same latent space, one with a tuned decoder."""
         from ldm.checkpoint import load_model
 
         other = load_model(path, "autoencoder", self.device, what="--first_stage").net
@@ -500,7 +478,8 @@ class LatentDiffusion(HistoModule):
     def eps_model(self, use_ema: bool = True) -> nn.Module:
         """The noise predictor eps(z_t, t), with averaged weights where there are any.
 
-        The network itself, or an adapter around one that predicts something else.
+        The network itself, or an adapter around one that predicts something else. One that knows
+        labels also takes these, y (B,) int64 with -1 for none: eps(z_t, t, y).
         """
         net = self.network(use_ema)
         return net if self.parameterization == "eps" else NoisePredictor(net, self.prediction)

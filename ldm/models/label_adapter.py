@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.diffusion.samplers import EpsFn
 from ldm.errors import UserError
@@ -35,9 +35,6 @@ class LabelAdapter(LatentDiffusion):
         scheduler_config, use_ema, ema_decay, weight_decay, monitor: As for `LatentDiffusion`.
         diffusion: Parameters of `LatentDiffusion` that rebuild the model without `pretrained`, from
             its own checkpoint.
-
-    Raises:
-        UserError: A missing or wrong checkpoint, settings out of range, or data without labels.
     """
 
     conditional = True
@@ -137,16 +134,9 @@ class LabelAdapter(LatentDiffusion):
         without_label = self.simple_loss(self.network(), z_0, t, eps).mean()
         return {**values, "val/label_gain": without_label - with_label}
 
-    def conditional_eps(self, use_ema: bool = True) -> nn.Module:
-        """The noise predictor eps(z_t, t, y), y (B,) int64 in [-1, K) where -1 is no label.
-
-        `eps_model` is the same network without y, the prediction without label.
-        """
-        return self.eps_model(use_ema)
-
     def preview_eps(self, count: int) -> EpsFn:
         """The classes in turn."""
-        net, y = self.conditional_eps(), torch.arange(count, device=self.device) % len(self.classes)
+        net, y = self.eps_model(), torch.arange(count, device=self.device) % len(self.classes)
         return lambda z_t, t: net(z_t, t, y)
 
 

@@ -51,9 +51,6 @@ class TileClassifier(nn.Module):
         avgpool_patchtokens: Pool the patch tokens instead of taking the class token.
         drop_path: Stochastic depth; not used, with a line in the log, if the architecture has none.
         mean, std: Of each channel of images in [0, 1], for the normalisation.
-
-    Raises:
-        UserError: The architecture is unknown, or does not take these values.
     """
 
     def __init__(

@@ -18,9 +18,6 @@ def build_lpips(backbone: Mapping[str, Tensor]) -> nn.Module:
 
     Args:
         backbone: State dictionary of torchvision's VGG-16.
-
-    Raises:
-        UserError: A weight of the backbone is missing.
     """
     from torchmetrics.functional.image.lpips import _LPIPS
 
@@ -86,9 +83,6 @@ class LPIPSWithDiscriminator(nn.Module):
         perceptual_weight: Weight of LPIPS; 0 needs no backbone weights.
         perceptual_weights: File of the backbone's weights; None for torchvision's cache. Whoever
             builds this loss reads it and hands the weights to `use_backbone`.
-
-    Raises:
-        UserError: An unknown `disc_loss`, a negative weight.
     """
 
     def __init__(

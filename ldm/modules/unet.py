@@ -131,9 +131,6 @@ class UNetModel(_Encoder):
         num_heads_upsample: Number of heads on the up-sampling path; -1 for `num_heads`.
         num_classes: Labels are embedded and added to the time embedding, see `add_labels`.
         use_checkpoint: Recompute activations in the backward pass: less memory, the same gradients.
-
-    Raises:
-        UserError: Sizes that do not fit together.
     """
 
     def __init__(

@@ -16,11 +16,7 @@ CENTROIDS_FILE = "centroids.safetensors"
 
 @dataclass(frozen=True)
 class Judged:
-    """Features and centroids that belong together; the synthetic ones are in order.
-
-    Raises:
-        UserError: They do not: other classes, another network or other real tiles.
-    """
+    """Features and centroids that belong together (checked); the synthetic ones are in order."""
 
     real: FeatureSet
     synthetic: FeatureSet
@@ -52,11 +48,7 @@ def is_vis_folder(source: str) -> bool:
 
 
 def read_judged(source: str, synthetic_root: Path) -> Judged:
-    """What scripts/vis.py wrote for the images that are in the folder `synthetic_root` now.
-
-    Raises:
-        UserError: Missing or foreign files, or features of other images.
-    """
+    """What scripts/vis.py wrote for the images that are in the folder `synthetic_root` now."""
     folder = Path(source).expanduser()
     judged = Judged(
         FeatureSet.load(folder / REAL_FILE),
@@ -78,9 +70,7 @@ def compute_judged(
     """Features by a network, from the cache where it was asked for the same tiles before.
 
     Args:
-        cache: See `cached_features`; if None, it is beside the synthetic folder:
-            SYNTHETIC.features.
-        loading: Likewise.
+        cache, loading: See `cached_features`; without a cache it is SYNTHETIC.features.
     """
     if cache is None:
         beside = synthetic_root.resolve()  # which has a name, other than "."

@@ -15,6 +15,12 @@ PREFIX = "synthetic_"  # of file names; real tiles keep theirs
 DECISIONS, RECORD = "selection.csv", "selection.json"
 
 
+def placed(name: str) -> str:
+    """Where a synthetic tile CLASS/NAME is in a training folder."""
+    parent, file = os.path.split(name)
+    return f"{parent}/{PREFIX}{file}"
+
+
 def build_training_folder(
     out: Path,
     real: TileFiles,
@@ -32,15 +38,11 @@ def build_training_folder(
         real: Labelled tiles.
         synthetic: Folder that the decisions' files are below.
         link: "copy", "hard" or "symbolic" (to absolute paths).
-
-    Raises:
-        UserError: Two files would have one name, or the file system has no such links.
     """
     files: dict[str, Path] = dict(zip(real.names, real.paths, strict=True))
     for name in selection.classes:
         for path in selection.used(name):
-            parent, file = os.path.split(path)
-            target = f"{parent}/{PREFIX}{file}"
+            target = placed(path)
             if target in files:
                 raise UserError(
                     f"--real has a file {target} already, the name of a synthetic image; give the"
@@ -58,9 +60,6 @@ def read_decisions(path: Path, what: str) -> dict[str, str]:
     Args:
         path: A training folder or its selection.csv.
         what: How error messages call it.
-
-    Raises:
-        UserError: No such file, or not one of ours.
     """
     file = path / DECISIONS if path.is_dir() else path
     if not file.is_file():

@@ -133,8 +133,8 @@ class Sources:
             x = [_turned(image, turn) for image, turn in zip(x, turns, strict=True)]
         device = self.diffusion.scale_factor.device
         # One at a time: an image must not depend on those that are made beside it.
-        encode = self.diffusion.encode_first_stage
-        return torch.cat([encode(image[None].to(device), sample=False) for image in x])
+        batches = ({"image": image[None].to(device)} for image in x)
+        return torch.cat([self.diffusion.latents(batch, sample=False) for batch in batches])
 
 
 def _turned(image: Tensor, turn: int) -> Tensor:

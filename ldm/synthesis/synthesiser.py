@@ -140,8 +140,8 @@ class Synthesiser:
         self, model: LatentDiffusion
     ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """eps(z_t, t, y); a model without labels does not look at y."""
-        net = model.conditional_eps if model.conditional else model.eps_model
-        eps = accelerated(net(use_ema=self.sampling.ema), self.devices, self.device)
+        net = model.eps_model(use_ema=self.sampling.ema)
+        eps = accelerated(net, self.devices, self.device)
         return eps if model.conditional else lambda z_t, t, y: eps(z_t, t)
 
     def _shared_pass(self, classifier: GuidingClassifier) -> Callable | None:
