@@ -185,14 +185,14 @@ def _create(
     return net
 
 
-def eval_transform(input_size: int, interpolation: str = "bicubic"):
+def eval_transform(input_size: int):
     """Make the transform of evaluation: PIL image -> uint8 (3, S, S).
 
     It resizes the shorter side to S / 0.875 and crops the centre, as published (256 and 224 px).
     `TileClassifier` normalises.
     """
     return create_transform(
-        input_size, is_training=False, interpolation=interpolation, crop_pct=0.875, normalize=False
+        input_size, is_training=False, interpolation="bicubic", crop_pct=0.875, normalize=False
     )
 
 
