@@ -82,10 +82,6 @@ def config(folder: Path, path: Path, model: dict | None = None, **train) -> Path
         settings = {"root": str(folder / name), "size": tiny.PIXELS, "labelled": True, **more}
         return {"target": "ldm.data.tiles.TileFolder", "params": settings}
 
-    logger = {
-        "target": "ldm.models.callbacks.ImageLogger",
-        "params": {"batch_frequency": 100, "max_images": 2},
-    }
     data = {"batch_size": 4, "num_workers": 0, "train": tiles("train", **train)}
     tree = {
         "model": {"base_learning_rate": 1e-3, **model},
@@ -94,7 +90,6 @@ def config(folder: Path, path: Path, model: dict | None = None, **train) -> Path
             "params": {**data, "validation": tiles("val")},
         },
         "lightning": {
-            "callbacks": {"image_logger": logger},
             "trainer": {
                 "enable_progress_bar": False,
                 "num_sanity_val_steps": 0,
@@ -256,7 +251,8 @@ def test_training_has_the_losses_of_training_from_images(folder, plain, tmp_path
     _, one = train(path, tmp_path, "images", 6)
     # The folders of the tiles are not looked at.
     nowhere = [f"data.params.{name}.params.root=/nowhere" for name in ("train", "validation")]
-    _, other = train(path, tmp_path, "latents", 6, f"data.params.latents={plain}", *nowhere)
+    pictures = (f"data.params.latents={plain}", *nowhere, *tiny.PICTURES)
+    _, other = train(path, tmp_path, "latents", 6, *pictures)
     assert float(other.scale_factor) == pytest.approx(float(one.scale_factor), rel=1e-6)
     a, b = (logged(tmp_path / name, *names) for name in ("images", "latents"))
     assert len(a["train/loss_simple"]) == 6 and len(a["val/loss_simple"]) == 2
@@ -269,11 +265,10 @@ def test_training_has_the_losses_of_training_from_images(folder, plain, tmp_path
     # Rounded to 16 bits (11 significant), losses agree to 1e-4; another order of tiles does not.
     half = tmp_path / "half"
     cache(folder, half, "--val_data", folder / "val", "--labelled")
-    quiet = "lightning.callbacks.image_logger=null"
-    train(path, tmp_path, "half", 3, f"data.params.latents={half}", quiet)
+    train(path, tmp_path, "half", 3, f"data.params.latents={half}")
     rounded = logged(tmp_path / "half", "train/loss_simple")["train/loss_simple"]
     np.testing.assert_allclose(rounded, a["train/loss_simple"][:3], rtol=1e-4)
-    train(path, tmp_path, "seed", 3, f"data.params.latents={plain}", "data.params.seed=1", quiet)
+    train(path, tmp_path, "seed", 3, f"data.params.latents={plain}", "data.params.seed=1")
     shuffled = logged(tmp_path / "seed", "train/loss_simple")["train/loss_simple"]
     assert np.abs(np.divide(shuffled, a["train/loss_simple"][:3]) - 1).max() > 0.01
 
@@ -296,9 +291,8 @@ def test_label_adapter_trains_on_a_cache(folder, plain, tmp_path):
     model = {"target": "ldm.models.label_adapter.LabelAdapter", "params": params}
     path = config(folder, tmp_path / "c.yaml", model)
     names = ("train/loss_simple", "val/label_gain")
-    quiet = "lightning.callbacks.image_logger=null"
-    train(path, tmp_path, "images", 3, quiet)
-    train(path, tmp_path, "latents", 3, f"data.params.latents={plain}", quiet)
+    train(path, tmp_path, "images", 3)
+    train(path, tmp_path, "latents", 3, f"data.params.latents={plain}")
     a, b = (logged(tmp_path / name, *names) for name in ("images", "latents"))
     np.testing.assert_allclose(b[names[0]], a[names[0]], rtol=1e-5)
     assert a[names[1]][0] and b[names[1]] == pytest.approx(a[names[1]], rel=0.01)

@@ -7,7 +7,13 @@ import pytest
 import ranks
 import tiny
 import torch
-from test_main import autoencoder_model, diffusion_model, run, weights, write_config
+from test_main import (
+    autoencoder_model,
+    diffusion_model,
+    run,
+    weights,
+    write_config,
+)
 
 import classifier_train
 import main as main_py
@@ -107,7 +113,8 @@ def test_sharded_training(one, config, tmp_path):
     run that was resumed, and the checkpoint is one file like any other."""
     alone, logdir = one
     more = ("--devices", "2", "--strategy", "fsdp")
-    first = ranks.in_ranks(2, train_and_tell, config, tmp_path, "fsdp", STEPS // 2, *more)
+    drawn = (*more, *tiny.PICTURES)  # all ranks draw pictures together
+    first = ranks.in_ranks(2, train_and_tell, config, tmp_path, "fsdp", STEPS // 2, *drawn)
     second = ranks.in_ranks(2, train_and_tell, config, tmp_path, "fsdp", STEPS, *more)
     both = [torch.cat([a["losses"], b["losses"]]) for a, b in zip(first, second, strict=True)]
     torch.testing.assert_close((both[0] + both[1]) / 2, alone["losses"], rtol=1e-3, atol=0)
