@@ -18,10 +18,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from ldm.cli import (
+    MOST,
     Commas,
     Count,
     NotNegative,
+    Pixels,
+    Rate,
     Whole,
+    Workers,
     existing_path,
     like,
     option,
@@ -60,6 +64,9 @@ def default_of(name: str) -> str:
 @dataclass(frozen=True, kw_only=True)
 class Options(RunOptions):
     program: ClassVar = "classifier_train.py"
+    replaced: ClassVar = {
+        "--classifier-use-fp16": "give --precision 16-mixed instead, or leave it out"
+    }
     example: ClassVar = """\
   python classifier_train.py --data_dir D/train5 --val_data_dir D/val --first_stage logs/ldm \\
       --iterations 10000 --name classifier"""
@@ -93,14 +100,14 @@ class Options(RunOptions):
         help="diffusion checkpoint whose encoder and middle the classifier starts from, and whose "
         "latents it takes; its network is then that of the checkpoint",
     )
-    image_size: Annotated[int, Field(ge=8)] | None = _data(
+    image_size: Pixels | None = _data(
         default=None, help="pixels of a tile; must be the autoencoder's"
     )
     augment: Literal["none", "d4", "stain", "d4,stain"] | None = _data(
         default=None,
         help=f"d4: the 8 symmetries of the square; stain: its colours; if omitted {AUGMENT}",
     )
-    workers: Whole = _data(default=2, published=("--num_workers",), help="loader processes")
+    workers: Workers = _data(default=2, published=("--num_workers",), help="loader processes")
 
     noised: bool = _training(
         default=True,
@@ -113,10 +120,10 @@ class Options(RunOptions):
     batch_size: Count | None = _training(
         default=None, help=f"images per step and device; {default_of('batch_size')}"
     )
-    microbatch: Annotated[int, Field(ge=-1)] = _training(
+    microbatch: Annotated[int, Field(ge=-1, le=MOST)] = _training(
         default=-1, help="images per pass; -1 for all at once"
     )
-    lr: NotNegative | None = _training(default=None, help=f"learning rate; {default_of('lr')}")
+    lr: Rate | None = _training(default=None, help=f"learning rate; {default_of('lr')}")
     anneal_lr: bool = _training(
         default=True, takes_value=True, help="let the learning rate fall linearly to 0"
     )
@@ -137,7 +144,7 @@ class Options(RunOptions):
         help="loggers beside the CSV files; without a name, none",
     )
 
-    classifier_width: Annotated[int, Field(ge=32)] = _network(
+    classifier_width: Annotated[int, Field(ge=32, le=2**14)] = _network(
         default=128, help="channels of the first level"
     )
     classifier_depth: Count = _network(default=2, help="residual blocks per level")
@@ -501,11 +508,6 @@ def train(args: Options) -> "tuple[pl.Trainer, pl.LightningModule] | None":
         "arguments": vars(args),
     }
     text = describe(args, model, data, devices)
-    if args.dry_run:
-        print(OmegaConf.to_yaml(OmegaConf.create(config)))
-        print(text)
-        return None
-
     run, checkpoint = RunFolder.find(
         args.logdir, args.name, args.resume, "classifier", config["model"]
     )
@@ -532,7 +534,12 @@ def train(args: Options) -> "tuple[pl.Trainer, pl.LightningModule] | None":
         loggers=list(args.logger),
         config=config,
         summary=text,
+        dry_run=args.dry_run,
     )
+    if args.dry_run:
+        print(OmegaConf.to_yaml(OmegaConf.create(config)))
+        print(text)
+        return None
     if trainer.is_global_zero:
         write_result(trainer, run)
     return trainer, model

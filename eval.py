@@ -10,15 +10,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ldm.cli import Whole, contradictions, existing_path, option, parse, run_command
+from ldm.cli import MOST, Seed, contradictions, existing_path, like, option, parse, run_command
 from ldm.devices import Devices, one_device, shared_devices
 from ldm.errors import UserError
 from ldm.models.vit_settings import Settings
-from ldm.settings import EvaluationOptions, SharedDevices
+from ldm.settings import PRECISION_HELP, EvaluationOptions, SharedDevices
 
 if TYPE_CHECKING:
     from ldm.evaluation.sets import GroupTable
@@ -33,12 +33,15 @@ class Options(EvaluationOptions, SharedDevices, Settings):
         "  python eval.py --arch vit_small --data_path D --subset 'train5+fake50%' --seeds 0 1 2"
     )
 
+    precision: Literal["auto", "32", "bf16-mixed", "16-mixed"] | None = like(
+        Settings, "precision", None, help=PRECISION_HELP.format("bf16-mixed")
+    )
     logdir: str = run_option(default="logs/eval", metavar="DIR", help="results go to LOGDIR/SUBSET")
-    seed: Whole | None = run_option(default=None, help="seed; if omitted 0")
-    seeds: tuple[Whole, ...] | None = run_option(
+    seed: Seed | None = run_option(default=None, help="seed; if omitted 0")
+    seeds: tuple[Seed, ...] | None = run_option(
         default=None, metavar="N", help="several seeds: one network each, then mean and deviation"
     )
-    num_classes: Annotated[int, Field(ge=2)] | None = run_option(
+    num_classes: Annotated[int, Field(ge=2, le=MOST)] | None = run_option(
         default=None, help="compared with the class folders, which decide"
     )
     resume: str | None = run_option(
@@ -85,24 +88,27 @@ def evaluate(args: Options, data_path: Path, devices: Devices, groups: "GroupTab
     report = evaluate_checkpoint(checkpoint, data_path, devices, folder, args.workers, groups)
     for name in ("val", "test"):
         if name in report:
-            headline = ", ".join(f"{k} {report[name][k]:.4f}" for k in HEADLINE)
-            print(f"{name}: {headline}\n{format_intervals(report['bootstrap'][name])}")
+            values = {k: report[name][k] for k in (*HEADLINE, "auc")}
+            known = ", ".join(f"{k} {v:.4f}" for k, v in values.items() if v is not None)
+            print(f"{name}: {known}\n{format_intervals(report['bootstrap'][name])}")
             print(f"{format_per_class([report[name]])}\n")
     print(f"{folder / 'evaluation.json'}")
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
     data_path = existing_path(args.data_path, "--data_path", "dir")
-    if settings.finetune:
-        existing_path(settings.finetune, "--finetune", "file")
+    if args.finetune:
+        existing_path(args.finetune, "--finetune", "file")
 
     if args.eval:
         devices = one_device(args.device)
     else:
         devices = shared_devices(args.device, args.devices, args.num_nodes)
-    devices = devices.with_precision(settings.precision)
+    devices = devices.with_precision(args.precision)
+    values = {field.name: getattr(args, field.name) for field in fields(Settings)}
+    # An omitted precision is recorded as it always was.
+    settings = Settings(**values | {"precision": devices.precision if args.precision else "auto"})
     if devices.precision == "16-mixed" and devices.accelerator != "gpu":
         raise UserError(
             f"--precision 16-mixed needs a CUDA device, not {devices.accelerator}; use 32"

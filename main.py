@@ -17,10 +17,34 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("main")
 
+# Options of the published command that are settings of Lightning's trainer.
+OF_TRAINER = [
+    "accumulate_grad_batches",
+    "benchmark",
+    "check_val_every_n_epoch",
+    "deterministic",
+    "gradient_clip_val",
+    "limit_train_batches",
+    "limit_val_batches",
+    "log_every_n_steps",
+    "min_epochs",
+    "min_steps",
+    "num_sanity_val_steps",
+    "overfit_batches",
+    "val_check_interval",
+]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options(RunOptions):
     program: ClassVar = "main.py"
+    replaced: ClassVar = {
+        **{f"--{key.replace('_', '-')}": f"lightning.trainer.{key}" for key in OF_TRAINER},
+        "--accelerator": "give --gpus, --devices or --strategy",
+        **dict.fromkeys(("-d", "--debug"), "give --dry_run, or --max_steps"),
+        **dict.fromkeys(("-f", "--postfix", "-p", "--project"), "give --name and --logdir"),
+        "--no-test": "no test follows a training, leave it out",
+    }
     example: ClassVar = """\
   python main.py --base configs/latent-diffusion/histo-ldm-kl-8.yaml -t --gpus 0,1,2,3 \\
       data.params.train.params.root=/data/tiles"""
@@ -144,11 +168,6 @@ def train(args: Options) -> "tuple[pl.Trainer, pl.LightningModule] | None":
     model.learning_rate = config["model"]["base_learning_rate"] * (batch if args.scale_lr else 1)
     text = describe(config, model, data, batch, model.learning_rate, args.scale_lr)
     text += f"\n{devices.describe()}"
-    if args.dry_run:
-        print(OmegaConf.to_yaml(OmegaConf.create(config)))
-        print(text)
-        return None
-
     stem = Path(args.base[0]).stem if args.base else "run"
     run, checkpoint = RunFolder.find(args.logdir, args.name, args.resume, stem, config["model"])
     nodes = (lightning.get("callbacks") or {}).values()
@@ -169,7 +188,12 @@ def train(args: Options) -> "tuple[pl.Trainer, pl.LightningModule] | None":
         loggers=lightning.get("logger"),
         config=config,
         summary=text,
+        dry_run=args.dry_run,
     )
+    if args.dry_run:
+        print(OmegaConf.to_yaml(OmegaConf.create(config)))
+        print(text)
+        return None
     return trainer, model
 
 

@@ -14,8 +14,11 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from ldm.cli import (
+    MOST,
     Count,
     NotNegative,
+    Pixels,
+    Positive,
     Share,
     Whole,
     existing_path,
@@ -54,6 +57,8 @@ def part_of(text: str | tuple) -> tuple[int, int]:
     if len(words) != 2 or not all(word.isdecimal() for word in words):
         raise ValueError(f"{shown(text)} is not of the form I/N, such as 0/16")
     part, count = map(int, words)
+    if count > MOST:
+        raise ValueError(f"{shown(text)}: there are at most {MOST} parts")
     if part >= count:
         raise ValueError(f"{shown(text)}: parts go from 0/{count} to {count - 1}/{count}")
     return part, count
@@ -106,7 +111,7 @@ class Options(ProcessOptions):
         published=("--outdir", "--logdir"),
         help="folder of the images; if omitted RUN/samples/SETTINGS",
     )
-    out_size: Count | None = _images(
+    out_size: Pixels | None = _images(
         default=None, metavar="PIXELS", help="resize the images to this side"
     )
     start_from: str | None = _images(
@@ -142,7 +147,7 @@ class Options(ProcessOptions):
         "-e", default=None, help="DDIM noise, 0 is deterministic; if omitted 1"
     )
 
-    latent_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = _sampler(
+    latent_limit: Positive | None = _sampler(
         default=None,
         metavar="X",
         help="with euler and heun: keep predicted clean latents within +-X, which strong guidance "
@@ -161,7 +166,7 @@ class Options(ProcessOptions):
         default=False,
         help="make guidance SCALE times as long as the predicted noise, at every step",
     )
-    guidance_clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = _guidance(
+    guidance_clip: Positive | None = _guidance(
         default=None, metavar="R", help="guidance is at most R times as long as the predicted noise"
     )
     temperature: (

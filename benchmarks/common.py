@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from ldm.cli import Count, NotNegative, option
 from ldm.errors import UserError
-from ldm.settings import DEVICE_HELP
+from ldm.settings import DEVICE_HELP, PRECISION_HELP
 
 # Imported before the memory of a contestant is measured: libraries are not what is compared.
 IMPORTS = {
@@ -67,8 +67,8 @@ class NetworkOptions(BenchmarkOptions):
         metavar="LIBRARY",
         help="libraries to compare with, diffusers or monai; without a name: ours alone",
     )
-    precision: Literal["auto", "32", "bf16"] = option(
-        default="auto", help="auto: bf16 on GPUs that have it, else 32"
+    precision: Literal["auto", "32", "bf16"] | None = option(
+        default=None, help=PRECISION_HELP.format("bf16")
     )
     channels_last: bool = option(default=False, help="memory layout that suits tensor cores")
     compile: bool = option(default=False, help="compile the networks")

@@ -12,12 +12,10 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from benchmarks.common import BenchmarkOptions, print_result, rounded, spread
-from ldm.cli import Count, Whole, option, parse, run_command
+from ldm.cli import Count, Positive, Workers, option, parse, run_command
 
 if TYPE_CHECKING:
     from benchmarks.networks import Networks
@@ -40,12 +38,12 @@ class Options(BenchmarkOptions):
     kinds: tuple[Literal["png", "jpeg", "webp", "shards", "latents"], ...] = option(
         default=KINDS, metavar="KIND", help="kinds of files: png, jpeg, webp, shards, latents"
     )
-    workers: tuple[Whole, ...] = option(
+    workers: tuple[Workers, ...] = option(
         default=(0, 1, 2), metavar="N", help="loader processes, one number after the other"
     )
     batch_size: Count = option(default=32, help="images of a batch")
     tiles: Count = option(default=64, help="files that are read again and again")
-    needed: Annotated[float, Field(ge=1e-3, allow_inf_nan=False)] | None = option(
+    needed: Positive | None = option(
         default=None, help="images per second that training would take"
     )
 

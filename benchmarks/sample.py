@@ -1,5 +1,6 @@
 """Measure how fast DDIM samples images, beside diffusers, and what classifier guidance costs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -18,6 +19,8 @@ from benchmarks.common import (
 from ldm.cli import like, option, parse, run_command
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from benchmarks.networks import Execution, Networks
     from ldm.synthesis.models import Models
 
@@ -84,6 +87,47 @@ def random_models(networks: "Networks", classifier: dict[str, Any] | None) -> "M
     return Models(model, randomise(guide).eval().requires_grad_(False))
 
 
+def guided_images(
+    pipeline: Any, classify: Callable[["Tensor", "Tensor"], "Tensor"], z_t: "Tensor", steps: int
+) -> "Tensor":
+    """Images of class 0 by a pipeline of diffusers, which has no classifier guidance of its own.
+
+    Dhariwal & Nichol 2021, algorithm 2, at scale 1, around the pipeline's networks and scheduler.
+
+    Args:
+        classify: Logits (B, K) of noisy latents (B, C, h, w) and time steps (B,).
+        z_t: The initial noise, (B, C, h, w).
+    """
+    import torch
+
+    unet, scheduler = pipeline.unet, pipeline.scheduler
+    scheduler.set_timesteps(steps, device=unet.device)
+    for t in scheduler.timesteps:
+        eps = unet(z_t, t, return_dict=False)[0]
+        with torch.enable_grad():
+            x = z_t.detach().requires_grad_()
+            log_prob = classify(x, t.expand(len(z_t))).float().log_softmax(dim=1)[:, 0]
+            gradient = torch.autograd.grad(log_prob.sum(), x)[0]
+        noise = (1 - scheduler.alphas_cumprod.to(z_t.device)[t]).sqrt()
+        z_t = scheduler.step(eps - noise * gradient, t, z_t, eta=0.0, return_dict=False)[0]
+    return pipeline.vqvae.decode(z_t / pipeline.vqvae.config.scaling_factor, return_dict=False)[0]
+
+
+def guide_flops(net_config: dict[str, Any], latent: tuple[int, ...], batch_size: int) -> int:
+    """Operations of the classifier on a batch: forward, and backward to the latents."""
+    import torch
+
+    from benchmarks.networks import count_flops
+    from ldm.config import instantiate_from_config
+
+    def run() -> None:
+        net = instantiate_from_config(net_config).requires_grad_(False)
+        z_t = torch.empty(batch_size, *latent, requires_grad=True)
+        net(z_t, torch.empty(batch_size).long()).sum().backward()
+
+    return count_flops(run)
+
+
 def build(
     arm: str,
     networks: "Networks",
@@ -92,27 +136,42 @@ def build(
     batch_size: int,
     steps: int,
 ) -> Ready:
-    """A contestant that samples by DDIM at eta 0: "ours", "guided" (ours too) or "diffusers"."""
+    """A contestant that samples by DDIM at eta 0.
+
+    Args:
+        arm: "ours" or "diffusers", or with guidance by our classifier "guided" (ours) or
+            "guided_diffusers".
+    """
     import torch
 
     from benchmarks.networks import autoencoder_flops, count, unet_flops
+    from ldm.data.tiles import to_uint8
     from ldm.devices import one_device
     from ldm.exchange.diffusers_export import build_pipeline
     from ldm.synthesis.settings import Sampling
     from ldm.synthesis.synthesiser import Synthesiser
 
     torch.backends.cudnn.benchmark = True
-    guided = arm == "guided"
-    models = random_models(networks, classifier if guided else None)
-    if arm == "diffusers":
-        pipeline = build_pipeline(models.diffusion)
+    guided = arm.startswith("guided")
+    with execution.device:
+        models = random_models(networks, classifier if guided else None)
+        pipeline = build_pipeline(models.diffusion) if arm.endswith("diffusers") else None
+    if pipeline is not None:
         for net in (pipeline.unet, pipeline.vqvae):
             execution.place(net).requires_grad_(False)
         execution.maybe_compile(pipeline.unet)
+        if guided:
+            classify = execution.place(models.classifier.logits_model())
+            execution.maybe_compile(classify)
 
+        @torch.no_grad()
         def step(lap: Lap) -> None:
             with execution.autocast():
-                pipeline(batch_size, num_inference_steps=steps, output_type="np")
+                if guided:
+                    z_T = torch.randn(batch_size, *networks.latent, device=execution.device)
+                    to_uint8(guided_images(pipeline, classify, execution.place(z_T), steps))
+                else:
+                    pipeline(batch_size, num_inference_steps=steps, output_type="np")
     else:
         devices = one_device(str(execution.device)).with_precision(
             execution.precision,
@@ -129,11 +188,12 @@ def build(
             synthesiser.images(z)
             lap("decode")
 
-    parameters = count(models.diffusion.unet)
+    library = "ours" if pipeline is None else "diffusers"
+    flops = unet_flops(library, networks, batch_size)
     if guided:
-        return Ready(step, parameters)
-    flops = steps * unet_flops(arm, networks, batch_size)
-    return Ready(step, parameters, flops + autoencoder_flops(arm, networks, batch_size, True))
+        flops += guide_flops(models.classifier.net_config, networks.latent, batch_size)
+    flops = steps * flops + autoencoder_flops(library, networks, batch_size, True)
+    return Ready(step, count(models.diffusion.unet), flops)
 
 
 def main(argv: list[str] | None = None) -> None:

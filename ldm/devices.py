@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.errors import UserError
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BACKEND = "inductor"  # of torch.compile
+BF16_FLAGS = {"avx512_bf16", "amx_bf16"}  # in /proc/cpuinfo
 # Ranks have equal shares, but one may wait for the others on a slower machine.
 TIMEOUT = timedelta(days=1)
 # Hints for people who tune, and a deprecation inside Lightning: not for every run's log.
@@ -69,18 +71,33 @@ class Devices:
         kind = "cuda" if self.accelerator == "gpu" else self.accelerator
         return torch.device(kind if isinstance(self.devices, int) else f"{kind}:{self.devices[0]}")
 
-    def with_precision(self, name: str, **others: Any) -> "Devices":
+    def with_precision(self, name: str | None, **others: Any) -> "Devices":
         """The same devices with a precision by name, and other attributes.
 
-        "bf16" stands for "bf16-mixed", and "auto" for it on GPUs that compute in bfloat16 and for
-        "32" elsewhere.
+        "bf16" stands for "bf16-mixed", and "auto" for it where the device is fast in bfloat16 and
+        for "32" elsewhere. None is "auto" on GPUs and "32" on CPUs, where a seed then gives the
+        same numbers whatever the processor can do.
         """
+        on_gpu = self.accelerator == "gpu"
+        if name is None:
+            name = "auto" if on_gpu else "32"
         if name == "auto":
+            name = "bf16" if self._computes_bf16() else "32"
+        elif name.startswith("bf16") and self.accelerator == "cpu" and not cpu_computes_bf16():
+            log.warning(
+                "precision %s: this processor has no instructions for it (AVX-512 bf16 or AMX); "
+                "expect it to be many times slower than float32 (27 times where it was measured); "
+                "--precision auto chooses",
+                name,
+            )
+        return replace(self, precision="bf16-mixed" if name == "bf16" else name, **others)
+
+    def _computes_bf16(self) -> bool:
+        if self.accelerator == "gpu":
             import torch
 
-            on_gpu = self.accelerator == "gpu" and torch.cuda.is_available()
-            name = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "32"
-        return replace(self, precision="bf16-mixed" if name == "bf16" else name, **others)
+            return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return self.accelerator == "cpu" and cpu_computes_bf16()
 
     def autocast(self, device: "torch.device") -> "torch.autocast":
         """Context in which networks compute in the chosen precision on `device`."""
@@ -245,11 +262,38 @@ def leave_group() -> None:
         torch.distributed.destroy_process_group()
 
 
+def cpu_computes_bf16() -> bool:
+    """Whether this processor has fast instructions for bfloat16, as Linux says it."""
+    information = Path("/proc/cpuinfo")
+    words = information.read_text().split() if information.exists() else []
+    return not BF16_FLAGS.isdisjoint(words)
+
+
 def usable_cores() -> int:
     """Number of CPU cores that this process may use, which may be a share of the machine."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def within_memory(batch_size: int) -> Iterator[None]:
+    """Say which batch size to try where the memory of the GPU does not suffice.
+
+    Raises:
+        UserError: The GPU has too little memory for `batch_size` images at once.
+    """
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        remedy = f"try {batch_size // 2}"
+        if batch_size < 2:
+            remedy = "take a smaller network or a GPU with more memory"
+        said = ". ".join(" ".join(str(error).split()).split(". ")[:2])
+        message = f"{batch_size} does not fit into the memory of the GPU ({said}); {remedy}"
+        raise UserError(message, "batch_size") from None
 
 
 @contextlib.contextmanager
@@ -341,12 +385,25 @@ def _started_outside() -> tuple[int | None, int]:
     if "TORCHELASTIC_RUN_ID" in environment:
         local, world = (int(environment[key]) for key in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
         return local, max(1, world // local)
-    interactive = environment.get("SLURM_JOB_NAME") in ("bash", "interactive")
-    if "SLURM_STEP_ID" in environment and not interactive:
-        nodes = int(environment.get("SLURM_NNODES", 1))
-        tasks = int(environment.get("SLURM_NTASKS", 1))
+    if "SLURM_STEP_ID" in environment and not in_shell_of_slurm():
+        # Of the step; where Slurm does not say, of the job.
+        nodes, tasks = (
+            int(environment.get(f"SLURM_STEP_NUM_{what}", environment.get(f"SLURM_{job}", 1)))
+            for what, job in (("NODES", "NNODES"), ("TASKS", "NTASKS"))
+        )
         return max(1, tasks // nodes), nodes
     return None, 1
+
+
+def in_shell_of_slurm() -> bool:
+    """Whether a user types into a shell that `srun --pty` started.
+
+    A command there is one process, whatever number of tasks the variables of the job name. Tasks
+    that srun starts by themselves have no terminal.
+    """
+    if os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
+        return True
+    return "SLURM_STEP_ID" in os.environ and os.isatty(0)
 
 
 def parse_gpus(text: str) -> list[int] | int:

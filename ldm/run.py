@@ -214,6 +214,10 @@ class RunFolder:
         return self.root / "configs"
 
     @property
+    def wandb_id(self) -> Path:
+        return self.root / "wandb" / "run_id.txt"
+
+    @property
     def images(self) -> Path:
         return self.root / "images"
 

@@ -4,13 +4,15 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
-
-from ldm.cli import Count, Seed, Whole, contradictions, option
+from ldm.cli import Count, Pixels, Seed, Workers, contradictions, option
 
 DEVICE_HELP = "auto, cpu, cuda, cuda:INDEX or mps"
+PRECISION_HELP = (
+    "auto: {} where the device is fast in it (GPUs; CPUs with AVX-512 bf16 or AMX), else 32; "
+    "if omitted auto on GPUs, 32 on CPUs"
+)
 MACHINE = "machine"
 TIMM = "timm:"  # begins the name of a network of timm
 
@@ -73,8 +75,8 @@ class RunOptions(SpeedOptions):
         default=None, help="number of devices of the best available kind"
     )
     num_nodes: Count = _devices(default=1, help="number of machines")
-    precision: Literal["auto", "32", "bf16-mixed", "16-mixed", "bf16-true", "64"] = _devices(
-        default="auto", help="auto: bf16-mixed on GPUs that have it, else 32"
+    precision: Literal["auto", "32", "bf16-mixed", "16-mixed", "bf16-true", "64"] | None = _devices(
+        default=None, help=PRECISION_HELP.format("bf16-mixed")
     )
 
 
@@ -100,7 +102,7 @@ class EvaluationOptions:
     group_column: str | None = _run(
         default=None, metavar="NAME", help="column of --groups; if omitted group"
     )
-    workers: Whole = _run(
+    workers: Workers = _run(
         default_factory=some_cores,
         published=("--num_workers",),
         help="loader processes",
@@ -123,7 +125,7 @@ class LoaderOptions:
     """Reading images: how many at a time, by how many threads."""
 
     batch_size: Count = _machine(default=64, help="images per pass of the network")
-    workers: Whole = _machine(
+    workers: Workers = _machine(
         default=2, published=("--num_workers",), help="threads that decode images"
     )
 
@@ -146,8 +148,8 @@ class SharedDevices(DeviceOption):
 class ProcessOptions(SharedDevices):
     """How a command runs networks without training them, in one process or several."""
 
-    precision: Literal["auto", "32", "bf16"] = _machine(
-        default="auto", help="auto: bf16 on GPUs that have it, else 32"
+    precision: Literal["auto", "32", "bf16"] | None = _machine(
+        default=None, help=PRECISION_HELP.format("bf16")
     )
     channels_last: bool = _machine(default=False, help="memory layout that suits tensor cores")
 
@@ -201,7 +203,7 @@ class ModelOptions:
         help="local weights of the timm network; if omitted, those in the cache of timm (nothing "
         "is downloaded)",
     )
-    input_size: Annotated[int, Field(ge=8)] | None = _features(
+    input_size: Pixels | None = _features(
         default=None, help="pixels that the timm network sees; if omitted, its own size"
     )
 
@@ -242,7 +244,7 @@ class FeatureOptions(ModelOptions):
     batch_size: Count | None = _features(
         default=None, help="images per pass of the network; if omitted 64"
     )
-    workers: Whole | None = _features(
+    workers: Workers | None = _features(
         default=None,
         published=("--num_workers",),
         help="threads that decode images; if omitted 2",

@@ -9,7 +9,14 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from ldm.devices import Devices, leave_group, quieten_lightning, training_devices
+from ldm.devices import (
+    Devices,
+    in_shell_of_slurm,
+    leave_group,
+    quieten_lightning,
+    training_devices,
+    within_memory,
+)
 from ldm.errors import UserError
 from ldm.files import remove_leftovers, require_space, write_text
 from ldm.settings import RunOptions, SpeedOptions
@@ -49,6 +56,7 @@ def fit(
     loggers: Any = None,
     config: dict[str, Any] | None = None,
     summary: str = "",
+    dry_run: bool = False,
 ) -> "pl.Trainer":
     """Train a model in a run's folder, and leave `last.ckpt`.
 
@@ -60,6 +68,8 @@ def fit(
             even the CSV files.
         config: Resolved configuration, for the record of this start; None keeps no record.
         summary: What is trained, shown at the start.
+        dry_run: Check everything that can be checked without training; nothing is written, and the
+            devices need not be there.
 
     Returns:
         The trainer, after the last step.
@@ -74,12 +84,15 @@ def fit(
 
     from ldm.checkpoint import read_checkpoint
 
-    trainer = build_trainer(model, run, devices, callbacks, settings or {}, loggers)
+    trainer = build_trainer(model, run, devices, callbacks, settings or {}, loggers, dry_run)
     if checkpoint is not None:
         # A checkpoint that does not fit is refused before anything is written.
         model.on_load_checkpoint(read_checkpoint(checkpoint, (model.kind,), "--resume"))
-    _prepare_disk(trainer, model, run)
-    _start_loggers(trainer)
+    _prepare_disk(trainer, model, run, dry_run)
+    if dry_run:
+        model.configure_optimizers()
+        return trainer
+    _start_loggers(trainer, run)
     if trainer.is_global_zero:
         if config is not None:
             run.record(config, model.seed)
@@ -104,7 +117,8 @@ def _run(
     takes_it = "weights_only" in inspect.signature(trainer.fit).parameters
     safe = {"weights_only": True} if checkpoint and takes_it else {}
     try:
-        trainer.fit(model, datamodule=data, ckpt_path=checkpoint, **safe)
+        with within_memory(data.batch_size):
+            trainer.fit(model, datamodule=data, ckpt_path=checkpoint, **safe)
     except SystemExit:  # what Lightning makes of Ctrl-C; older versions return
         if not trainer.interrupted:
             raise
@@ -119,10 +133,12 @@ def build_trainer(
     callbacks: Sequence["pl.Callback"],
     settings: dict[str, Any],
     loggers: Any = None,
+    dry_run: bool = False,
 ) -> "pl.Trainer":
     """A Lightning trainer for a model, which is prepared for the devices.
 
-    It logs to CSV in the run's folder and shows a progress bar. The arguments are those of `fit`.
+    It logs to CSV in the run's folder and shows a progress bar. The arguments are those of `fit`;
+    for a dry run the trainer is one for a CPU.
     """
     import pytorch_lightning as pl
     from pytorch_lightning.callbacks import LearningRateMonitor
@@ -134,6 +150,9 @@ def build_trainer(
     quieten_lightning()
     settings = dict(settings)
     settings["strategy"] = choose_strategy(settings.get("strategy"), devices, model)
+    if dry_run:  # what was said of devices is checked by now
+        devices = Devices("cpu", 1)
+        settings |= {"strategy": "auto", "plugins": None}
     model.fused = devices.fuses(clips=bool(settings.get(CLIP)))
     devices.prepare(model, model.networks())
     if not model.automatic_optimization:
@@ -161,7 +180,7 @@ def build_trainer(
         "enable_model_summary": False,
         **settings,
         "logger": kept,
-        "plugins": [*plugins, *cluster_plugins(), CheckpointFiles()],
+        "plugins": [*plugins, *([] if dry_run else cluster_plugins()), CheckpointFiles()],
         "callbacks": [*watching, *callbacks],
     }
     try:
@@ -173,13 +192,15 @@ def build_trainer(
 
 def cluster_plugins() -> list[Any]:
     """What Lightning is to know of the cluster that started this process."""
-    from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+    from pytorch_lightning.plugins import environments
 
-    if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
+    if environments.TorchElasticEnvironment.detect() or not environments.SLURMEnvironment.detect():
         return []
+    if in_shell_of_slurm():
+        return [environments.LightningEnvironment()]
     try:
         # Signals are for StopOnSignal: Lightning would requeue by itself, from a file of its own.
-        return [SLURMEnvironment(auto_requeue=False)]
+        return [environments.SLURMEnvironment(auto_requeue=False)]
     except RuntimeError as error:
         raise UserError(" ".join(str(error).split())) from None
 
@@ -338,10 +359,10 @@ def _wandb_logger(run: "RunFolder") -> Any:
     from pytorch_lightning.loggers import WandbLogger
 
     # A run that goes on is the same run at W&B, too.
-    name = run.root / "wandb" / "run_id.txt"
+    name = run.wandb_id
     identity = name.read_text().strip() if name.is_file() else uuid.uuid4().hex[:12]
     try:
-        logger = WandbLogger(
+        return WandbLogger(
             name=run.root.name,
             save_dir=run.root,
             id=identity,
@@ -353,12 +374,9 @@ def _wandb_logger(run: "RunFolder") -> Any:
             "lightning.logger=wandb needs the package wandb, which is not installed; run `pip "
             "install wandb`, or leave lightning.logger out"
         ) from None
-    if not name.is_file():
-        write_text(name, identity + "\n")
-    return logger
 
 
-def _start_loggers(trainer: "pl.Trainer") -> None:
+def _start_loggers(trainer: "pl.Trainer", run: "RunFolder") -> None:
     """Connect to W&B now: whether that is possible is better known before the data is read."""
     from pytorch_lightning.loggers import WandbLogger
 
@@ -366,6 +384,8 @@ def _start_loggers(trainer: "pl.Trainer") -> None:
         if isinstance(logger, WandbLogger):
             import wandb
 
+            if not run.wandb_id.is_file():
+                write_text(run.wandb_id, f"{logger.version}\n")
             try:
                 _ = logger.experiment
             except wandb.errors.Error as error:
@@ -375,13 +395,15 @@ def _start_loggers(trainer: "pl.Trainer") -> None:
                 ) from None
 
 
-def _prepare_disk(trainer: "pl.Trainer", model: "HistoModule", run: "RunFolder") -> None:
+def _prepare_disk(
+    trainer: "pl.Trainer", model: "HistoModule", run: "RunFolder", dry_run: bool
+) -> None:
     """Clear away what a killed run left, and see that the disk has room for the checkpoints."""
     from pytorch_lightning.callbacks import ModelCheckpoint
 
     from ldm.models.saving import MARGIN, expected_size
 
-    if trainer.is_global_zero:
+    if trainer.is_global_zero and not dry_run:
         for path in remove_leftovers(run.checkpoints):
             log.info("removed %s, which a killed run had not finished", path)
     size = run.last.stat().st_size if run.last.is_file() else expected_size(model)

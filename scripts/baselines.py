@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
-
-from ldm.cli import Commas, Whole, existing_path, like, option, parse, run_command
+from ldm.cli import Commas, Pixels, Workers, existing_path, like, option, parse, run_command
 from ldm.devices import resolve_device
 from ldm.errors import UserError
 from ldm.settings import TIMM, DeviceOption, EvaluationOptions, some_cores
@@ -51,11 +49,11 @@ class Options(EvaluationOptions, DeviceOption):
     arch: str | None = option(
         default=None, group=PROBE, metavar="NAME", help="the same as --features timm:NAME"
     )
-    input_size: Annotated[int, Field(ge=8)] | None = option(
+    input_size: Pixels | None = option(
         default=None, group=PROBE, help="pixels, with --arch; if omitted the network's own"
     )
     device: str = like(DeviceOption, "device", "auto", group=PROBE)
-    workers: Whole = like(
+    workers: Workers = like(
         EvaluationOptions, "workers", default_factory=some_cores, help="threads that decode images"
     )
 

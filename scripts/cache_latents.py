@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from ldm.cli import Count, Seed, Whole, existing_path, like, option, parse, run_command
+from ldm.cli import Count, Seed, Workers, existing_path, like, option, parse, run_command
 from ldm.devices import shared_devices
 from ldm.errors import UserError
 from ldm.settings import LoaderOptions, ProcessOptions
@@ -89,7 +89,7 @@ class Options(ProcessOptions, LoaderOptions):
         help="tiles whose paths have the same first group stay on one side of the hold-out",
     )
     batch_size: Count = like(LoaderOptions, "batch_size", 32, help="images encoded together")
-    workers: Whole = like(LoaderOptions, "workers", 2, help="loader processes of each process")
+    workers: Workers = like(LoaderOptions, "workers", 2, help="loader processes of each process")
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if not self.data:

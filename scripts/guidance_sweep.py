@@ -15,9 +15,11 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from ldm.cli import (
+    MOST,
     Commas,
     Count,
     NotNegative,
+    Positive,
     Share,
     Whole,
     existing_path,
@@ -68,7 +70,7 @@ class Options(DeviceOption):
         help="guidance scales; 0 is unguided (classifier), 1 plain conditional (label adapter)",
     )
     intervals: Annotated[
-        tuple[Annotated[tuple[int, int] | None, BeforeValidator(interval)], ...], Commas
+        tuple[Annotated[tuple[Whole, Whole] | None, BeforeValidator(interval)], ...], Commas
     ] = option(
         default=(None,),
         metavar="SPANS",
@@ -84,20 +86,22 @@ class Options(DeviceOption):
         metavar="NAME,NAME",
         help="among ddim, ddpm, dpm++2m, or euler, heun for a flow; if omitted ddim or euler",
     )
-    latent_limit: NotNegative | None = option(
+    latent_limit: Positive | None = option(
         default=None, help="with euler and heun: keep predicted clean latents within +-X"
     )
     eta: Share = option(default=1.0, help="DDIM noise, 0 is deterministic")
     guidance_on: Literal["z_t", "z_0"] = option(default="z_t", help="what the classifier sees")
     guidance_norm: bool = option(default=False, help="scale = |guidance| / |eps|")
-    guidance_clip: NotNegative | None = option(default=None, help="largest |guidance| / |eps|")
-    temperature: NotNegative | None = option(
+    guidance_clip: Positive | None = option(default=None, help="largest |guidance| / |eps|")
+    temperature: Annotated[float, Field(ge=1e-3, le=1e3)] | None = option(
         default=None, help="temperature of the classifier; if omitted its calibrated one"
     )
-    n_samples: Annotated[int, Field(ge=8)] = option("-n", default=64, help="images per class")
+    n_samples: Annotated[int, Field(ge=8, le=MOST)] = option(
+        "-n", default=64, help="images per class"
+    )
     batch_size: Count = like(LoaderOptions, "batch_size", 32, help="images sampled together")
-    seed: Whole = option(default=0, help="seed of the noise")
-    precision: Literal["auto", "32", "bf16"] = like(ProcessOptions, "precision", "auto")
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = option(default=0, help="seed of the noise")
+    precision: Literal["auto", "32", "bf16"] | None = like(ProcessOptions, "precision", None)
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.classifier is None:

@@ -39,7 +39,7 @@ class Options:
         help="diffusion: our autoencoder, for a file without one; classifier: our diffusion model "
         "(or autoencoder) that it works with",
     )
-    scale_factor: Annotated[float, Field(ge=1e-6, allow_inf_nan=False)] | None = option(
+    scale_factor: Annotated[float, Field(ge=1e-6, le=1e6)] | None = option(
         default=None, metavar="X", help="scale of the latents, if the file does not hold it"
     )
     classes: str | None = option(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from ldm.cli import Count, existing_path, option, parse, run_command
+from ldm.cli import Count, Threads, option, parse, run_command
 from ldm.data.groups import grouping_of
 from ldm.devices import usable_cores
 from ldm.errors import UserError
@@ -39,7 +39,7 @@ class Options(GroupOptions):
         default=False,
         help="list tiles with the same bytes as another, but do not leave them out",
     )
-    workers: Count = option(default_factory=usable_cores, help="threads")
+    workers: Threads = option(default_factory=usable_cores, help="threads")
 
 
 def parse_arguments(argv: list[str] | None = None) -> Options:
@@ -48,7 +48,7 @@ def parse_arguments(argv: list[str] | None = None) -> Options:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    roots = [existing_path(root, "ROOT", "dir") for root in args.roots]
+    roots = [Path(root).expanduser() for root in args.roots]
     if len({root.resolve() for root in roots}) < len(roots):
         raise UserError(f"ROOT {' '.join(args.roots)}: the same folder twice; give it once")
     out = Path(args.out).expanduser()

@@ -15,7 +15,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ldm.cli import Count, Whole, contradictions, existing_path, lies_in, option, parse, run_command
+from ldm.cli import Count, Seed, contradictions, existing_path, lies_in, option, parse, run_command
 from ldm.data.groups import grouping_of
 from ldm.errors import UserError
 from ldm.settings import GroupOptions
@@ -52,7 +52,7 @@ class Options(GroupOptions):
         default=False,
         help="no group is both in the subset and in the rest; the remaining tiles are unused",
     )
-    seed: Whole = option(default=0, help="seed of the draw")
+    seed: Seed = option(default=0, help="seed of the draw")
     link: Literal["copy", "hard", "symbolic"] = option(
         default="copy", help="copy the files, or link to them"
     )

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from ldm.cli import Count, Whole, option, parse, run_command
+from ldm.cli import Count, Seed, Threads, Whole, option, parse, run_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +23,11 @@ class Options:
     train5: Whole = option(default=6, help="how many of them are copied to train5")
     val: Whole = option(default=20, help="tiles per class")
     test: Whole = option(default=20, help="tiles per class")
-    seed: Whole = option(default=0, help="seed of the tiles")
+    seed: Seed = option(default=0, help="seed of the tiles")
     classes: tuple[str, ...] | None = option(
         default=None, metavar="CLASS", help="some of the nine classes; if omitted, all"
     )
-    workers: Count = option(default_factory=lambda: os.cpu_count() or 1, help="processes")
+    workers: Threads = option(default_factory=lambda: os.cpu_count() or 1, help="processes")
 
 
 def parse_arguments(argv: list[str] | None = None) -> Options:

@@ -13,7 +13,17 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from ldm.cli import Seed, Share, Whole, existing_path, option, output_path, parse, run_command
+from ldm.cli import (
+    MOST,
+    Seed,
+    Share,
+    Whole,
+    existing_path,
+    option,
+    output_path,
+    parse,
+    run_command,
+)
 from ldm.devices import resolve_device
 from ldm.errors import UserError
 from ldm.settings import FeatureOptions, NetworkChoice
@@ -41,7 +51,9 @@ class Options(NetworkChoice, FeatureOptions):
         help="most tiles that umap.html holds (about 2 kB each), evenly by kind and class",
     )
     seed: Seed = option(default=0, help="seed of the UMAP picture")
-    umap_neighbors: Annotated[int, Field(ge=2)] = option(default=15, help="neighbourhood of UMAP")
+    umap_neighbors: Annotated[int, Field(ge=2, le=MOST)] = option(
+        default=15, help="neighbourhood of UMAP"
+    )
     umap_min_dist: Share = option(default=0.1, help="how closely UMAP packs")
 
     def problems(self) -> Iterator[tuple[str, str]]:

@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator
 
-from ldm.cli import Count, existing_path, option, parse, run_command, shown
+from ldm.cli import Threads, existing_path, option, parse, run_command, shown
 from ldm.devices import usable_cores
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -48,7 +48,7 @@ class Options:
         metavar="DIR",
         help="where the corpus is, if not where it was indexed; as many as then",
     )
-    workers: Count = option(default_factory=usable_cores, help="threads that read")
+    workers: Threads = option(default_factory=usable_cores, help="threads that read")
     verify: bool = option(
         default=False, help="read the shards that exist: damaged ones are written again"
     )
@@ -64,11 +64,14 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(os.path.abspath(Path(args.out).expanduser()))
     existing_path(args.index, "INDEX", "file")
 
+    from ldm.data.arrays import holder
     from ldm.data.index import CorpusIndex
     from ldm.data.shards import CorpusShards
 
     index = CorpusIndex.read(args.index)
-    roots = [existing_path(root, "--root", "dir") for root in args.root or index.scanned]
+    roots = [Path(root).expanduser() for root in args.root or index.scanned]
+    for root in roots:
+        existing_path(holder(root), "--root")
     shards = CorpusShards(index, roots, out, args.size)
     if args.dry_run:
         size = shards.bytes_of(range(len(shards)))

@@ -4,7 +4,9 @@ import json
 import mmap
 import os
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import encode, loading, sample, train
+from benchmarks import encode, gpu, loading, sample, train
 from benchmarks.common import (
     IMPORTS,
     STATUS,
@@ -40,11 +42,16 @@ from benchmarks.networks import (
     count_flops,
     unet_flops,
 )
+from ldm.data.tiles import to_uint8
+from ldm.devices import one_device
+from ldm.diffusion.samplers import IndexedNoise
 from ldm.errors import UserError
-from ldm.exchange.diffusers_export import unet_state
+from ldm.exchange.diffusers_export import build_pipeline, unet_state
 from ldm.modules import autoencoder, blocks
 from ldm.modules.autoencoder import AttnBlock
 from ldm.modules.blocks import AttentionBlock
+from ldm.synthesis.settings import Sampling
+from ldm.synthesis.synthesiser import Synthesiser
 
 SIZES, PEERS = ("demo", "small", "paper"), ("diffusers", "monai")
 CPU = torch.device("cpu")
@@ -268,18 +275,103 @@ def test_training_from_images_encodes_them(sources):
 # Sampling
 
 
-@pytest.mark.parametrize("arm", ["ours", "guided", "diffusers"])
-def test_sampling(arm):
-    classifier = {"width": 32, "depth": 1, "channel_mult": (1, 1)}
-    ready = sample.build(arm, TINY, classifier, EXECUTION, 1, 2)
-    ready.step(lambda part: None)
-    assert (ready.flops is None) == (arm == "guided") and ready.parameters > 0
+CLASSIFIER = {"width": 32, "depth": 1, "channel_mult": (1, 1)}
+
+
+def test_sampling():
+    ready = {
+        arm: sample.build(arm, TINY, CLASSIFIER, EXECUTION, 1, 2)
+        for arm in ("ours", "guided", "diffusers", "guided_diffusers")
+    }
+    for one in ready.values():
+        one.step(lambda part: None)
+    flops = {arm: one.flops for arm, one in ready.items()}
+    assert flops["guided"] > flops["ours"] == flops["diffusers"]
+    assert flops["guided"] == flops["guided_diffusers"]
+    assert len({one.parameters for one in ready.values()}) == 1
+
+
+def test_guidance_of_diffusers_is_ours():
+    """The plain loop around diffusers' networks gives the images that our sampler gives."""
+    models = sample.random_models(TINY, CLASSIFIER)
+    devices = one_device("cpu")
+    ours = Synthesiser(models, Sampling("ddim", 4, eta=0.0, scale=1.0, seed=0), devices)
+    z_T = IndexedNoise(0, [0, 0], range(2), tiny.LATENT, CPU).initial()
+    pipeline = build_pipeline(models.diffusion)
+    with torch.no_grad():
+        images = sample.guided_images(pipeline, models.classifier.logits_model(), z_T, 4)
+    expected = ours.images(ours.latents([0, 0], range(2)))
+    assert np.abs(to_uint8(images).astype(int) - expected).max() <= 1  # rounding to levels
 
 
 def test_random_models_have_the_sizes_of_the_configurations():
     models = sample.random_models(Networks.of("demo"), sample.CLASSIFIERS["demo"])
     assert models.diffusion.latent_shape == (3, 12, 12)
     assert models.classifier.latent_shape == (3, 12, 12) and len(models.classes) == 9
+
+
+# On a GPU
+
+
+def gpu_lines(tmp_path, networks=TINY, tasks=None, seconds=300.0):
+    """Status and results of the GPU's benchmark, with tiny networks on the CPU."""
+    args = gpu.Options(train_batch=2, autoencoder_batch=2, sample_batch=2, custom_steps=2)
+    if tasks is None:
+        tasks = gpu.tasks_of(networks, CLASSIFIER, args)
+    tasks = [replace(task, compilation=1e6) for task in tasks]
+    until, out = time.monotonic() + seconds, tmp_path / "gpu.json"
+    status = gpu.measure_all(tasks, ["diffusers"], CPU, until, 0.05, out, side=64)
+    return status, json.loads(out.read_text())
+
+
+def test_what_the_time_allows_is_measured(tmp_path, capsys):
+    status, result = gpu_lines(tmp_path)
+    peak, *lines = result["lines"]
+    assert status == 0 and peak["tflop_per_s"] > 0
+    eager = [line for line in lines if not line["compiled"]]
+    assert len(eager) == 12 and all("skipped" in line for line in lines if line["compiled"])
+    for line in eager:
+        assert line["images_per_s"] > 0 and line["share_of_peak"] > 0
+    for ours, theirs in zip(eager[::2], eager[1::2], strict=True):
+        assert (ours["library"], theirs["library"]) == ("ours", "diffusers")
+        assert ours["gflop_per_image"] == theirs["gflop_per_image"] > 0
+        assert ours["parameters"] == theirs["parameters"]
+    for summary in result["summaries"]:
+        fastest = {lib: 0.0 for lib in summary["best"]}
+        for line in eager:
+            if line["task"] == summary["task"]:
+                rate = max(fastest[line["library"]], line["images_per_s"])
+                fastest[line["library"]] = rate
+        assert {lib: line["images_per_s"] for lib, line in summary["best"].items()} == fastest
+        ratio = fastest["ours"] / fastest["diffusers"]
+        assert summary["ours_over"]["diffusers"] == pytest.approx(ratio, rel=1e-3)
+    # A line of text each, the card, and a summary of each task.
+    assert len(capsys.readouterr().out.splitlines()) == 2 + len(lines) + 3
+
+
+def test_a_line_that_fails_leaves_the_others(tmp_path):
+    """diffusers has no such autoencoder."""
+    networks = Networks(tiny.UNET, {**tiny.DDCONFIG, "attn_resolutions": [tiny.PIXELS]}, 3)
+    status, result = gpu_lines(tmp_path, networks)
+    failed = [line for line in result["lines"] if "failed" in line]
+    assert status == 1 and {line["library"] for line in failed} == {"diffusers"}
+    assert all("attn_resolutions" in line["failed"] for line in failed)
+    assert {line["task"] for line in failed} == {"guided sampling", "autoencoder step"}
+
+
+def test_no_line_begins_without_the_time_for_it(tmp_path):
+    status, result = gpu_lines(tmp_path, seconds=0.5)
+    assert status == 0 and all("skipped" in line for line in result["lines"][1:])
+
+
+def test_a_batch_is_halved_until_it_fits(tmp_path):
+    def build(library, execution, batch_size):
+        if batch_size > 3:
+            raise torch.OutOfMemoryError
+        return Ready(lambda lap: None, 1, 10)
+
+    _, result = gpu_lines(tmp_path, tasks=[gpu.Task("small", build, 12, 1, 1)])
+    assert result["lines"][1]["batch_size"] == 3
 
 
 # The data path
@@ -360,3 +452,6 @@ def test_usage_errors():
             command.parse_arguments(words)
     with pytest.raises(UserError):
         encode.main(["--device", "abacus"])
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="CUDA"):
+            gpu.main([])

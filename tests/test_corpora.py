@@ -14,8 +14,7 @@ from PIL import Image
 
 import main as main_py
 from ldm.config import load_configs, resolve, validate_config
-from ldm.data import corpora as corpora_module
-from ldm.data import storage, tile_files
+from ldm.data import storage, tile_files, tiles
 from ldm.data.corpora import Corpora
 from ldm.data.datamodule import DataModuleFromConfig, ResumableSampler
 from ldm.data.images import list_images
@@ -126,7 +125,7 @@ def test_an_index_spares_the_walk_and_the_headers(stored, monkeypatch):
     def fail(*arguments):
         raise AssertionError("walked")
 
-    monkeypatch.setattr(corpora_module, "find_files", fail)
+    monkeypatch.setattr(tiles, "find_files", fail)
     monkeypatch.setattr(tile_files, "list_images", fail)
     monkeypatch.setattr(tarfile, "open", fail)
     assert len(Corpora(nodes, SIZE)) == 36

@@ -1,9 +1,12 @@
 """Devices, precision and arguments of a run."""
 
+import sys
+
 import pytest
+import torch
 
 from ldm import cli
-from ldm.devices import Devices, parse_gpus, training_devices
+from ldm.devices import Devices, cpu_computes_bf16, parse_gpus, training_devices, within_memory
 from ldm.errors import UserError
 
 
@@ -55,3 +58,40 @@ def test_worker_errors_become_one_line():
         '  File "x.py", line 1\nldm.errors.UserError: tile a.png cannot be read'
     )
     assert cli._one_line(error) == "tile a.png cannot be read"
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "fast", "name", "expected"),
+    [
+        ("cpu", True, None, "32"),  # a seed gives the same numbers on every processor
+        ("cpu", True, "auto", "bf16-mixed"),
+        ("cpu", False, "auto", "32"),
+        ("cpu", False, "bf16", "bf16-mixed"),
+        ("cpu", True, "bf16-true", "bf16-true"),
+        ("mps", True, "auto", "32"),
+        ("gpu", True, None, "bf16-mixed"),
+        ("gpu", False, None, "32"),
+    ],
+)
+def test_precision_by_what_the_device_computes(
+    monkeypatch, caplog, accelerator, fast, name, expected
+):
+    monkeypatch.setattr("ldm.devices.cpu_computes_bf16", lambda: fast)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: fast)
+    assert Devices(accelerator).with_precision(name).precision == expected
+    slow = accelerator == "cpu" and not fast and expected != "32"
+    assert ["27 times" in record.getMessage() for record in caplog.records] == [True] * slow
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="known on Linux only")
+def test_what_this_processor_computes():
+    known = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    assert cpu_computes_bf16() == known
+
+
+@pytest.mark.parametrize(("batch", "remedy"), [(48, "try 24"), (1, "take a smaller network")])
+def test_too_little_memory_names_the_batch_to_try(batch, remedy):
+    expected = rf"^batch_size: {batch} .*out of memory. Tried to allocate 2 GiB\); {remedy}"
+    with pytest.raises(UserError, match=expected), within_memory(batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2 GiB. GPU 0 has")

@@ -43,6 +43,7 @@ def corpus(tmp_path):
     for i, extension in enumerate(extensions):
         save(root / "AB"[i % 2] / f"p{i % 3}" / f"{i}.{extension}", picture(i))
     np.save(root / "A" / "p0" / "array.npy", picture(20) / 255.0)
+    (root / "A" / "white.txt").write_text("1")
     shutil.copy(root / "A" / "p0" / "0.png", root / "B" / "p1" / "copy.png")
     whole = (root / "A" / "p0" / "0.png").read_bytes()
     (root / "B" / "cut.png").write_bytes(whole[: len(whole) // 2])
@@ -318,10 +319,10 @@ def test_shards(tmp_path):
 
 def test_one_bad_file_is_named_when_there_is_no_index(tmp_path):
     (tmp_path / "images.npy").write_bytes(b"\x93NUMPY nonsense")
-    with pytest.raises(UserError, match="images.npy: no complete numpy array"):
+    with pytest.raises(UserError, match="images.npy: no complete file of arrays"):
         LAYOUTS["array"].places(tmp_path, "images.npy")
-    np.save(tmp_path / "flat.npy", np.zeros((4, 4)))
-    with pytest.raises(UserError, match=r"flat.npy: shape \(4, 4\) must be"):
+    np.save(tmp_path / "flat.npy", np.zeros(4))
+    with pytest.raises(UserError, match=r"flat.npy: shape \(4,\) must be"):
         read_tile(tmp_path / "flat.npy")
     np.save(tmp_path / "many.npy", np.zeros((2, 4, 4, 3)))
     with pytest.raises(UserError, match="array of 2 tiles; read it as a corpus with layout: array"):
@@ -336,7 +337,7 @@ def test_one_bad_file_is_named_when_there_is_no_index(tmp_path):
     [
         (["nowhere"], "nowhere does not exist"),
         (["empty"], "has no image files"),
-        (["corpus", "--layout", "array"], "has no arrays images.npy"),
+        (["corpus", "--layout", "array"], "has no arrays"),
         (["corpus", "corpus"], "same folder twice"),
         (["corpus", "--min_size", "100"], "no tile is good"),
         (["corpus", "--group_level", "5"], "group_level=5"),

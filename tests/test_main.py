@@ -413,14 +413,22 @@ BAD = {
     "name outside logdir": (["--name", "../x"], "must be a folder below logdir"),
     "resume of nothing": (["--resume", "/nowhere"], "no checkpoint"),
     "wrong checkpoint kind": (["model.params.ckpt_path=CLASSIFIER"], "kind classifier"),
+    "tiles of another size": (["data.params.train.params.size=64"], "train.params.size=64"),
+    "trainer": (["lightning.trainer.limit_val_batches=1.5"], "limit_val_batches"),
+    "no loss": (["model.params.lossconfig=null"], "cannot train without a loss"),
+    "fsdp of an autoencoder": (["--strategy", "fsdp"], "fsdp shards the diffusion UNet"),
 }
 
 
 @pytest.mark.skipif(
     torch.cuda.device_count() > 1, reason="some cases name GPUs that this machine must not have"
 )
+@pytest.mark.parametrize("mode", ["-t", "--dry-run"])
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input(case, data, autoencoder_ckpt, tmp_path):
+def test_bad_input(case, mode, data, autoencoder_ckpt, tmp_path):
+    """A dry run finds what a start would find, but for devices, which may be elsewhere."""
+    if (case, mode) == ("no gpu", "--dry-run"):
+        return
     argv, words = BAD[case]
     config = write_config(tmp_path / "c.yaml", data, autoencoder_model())
     if any("CLASSIFIER" in a for a in argv):
@@ -430,9 +438,27 @@ def test_bad_input(case, data, autoencoder_ckpt, tmp_path):
     logs = tmp_path / "logs"
     with pytest.raises(UserError, match=words):
         main_py.train(
-            main_py.parse_arguments(["--base", str(config), "-t", "--logdir", str(logs), *argv])
+            main_py.parse_arguments(["--base", str(config), mode, "--logdir", str(logs), *argv])
         )
     assert not logs.exists(), "nothing half-written"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["image_size=16", "unet_config.params.image_size=16"], "latents of 8"),
+        (["scheduler_config.target=ldm.modules.lr_schedule.LambdaLinear"], "unknown target"),
+    ],
+)
+def test_a_dry_run_looks_at_latents_and_schedules(
+    overrides, words, data, autoencoder_ckpt, tmp_path
+):
+    config = write_config(tmp_path / "c.yaml", data, diffusion_model(autoencoder_ckpt))
+    overrides = [f"model.params.{override}" for override in overrides]
+    argv = ["--base", str(config), "--dry-run", "--logdir", str(tmp_path / "logs"), *overrides]
+    with pytest.raises(UserError, match=words):
+        main_py.train(main_py.parse_arguments(argv))
+    assert not (tmp_path / "logs").exists()
 
 
 def test_diffusion_without_an_autoencoder(data, tmp_path):
@@ -450,9 +476,8 @@ def test_another_model_under_the_same_name_is_refused(data, tmp_path):
 
 def test_a_nan_stops_the_run_and_names_the_files(data, tmp_path):
     config = write_config(tmp_path / "c.yaml", data, autoencoder_model(disc_weight=0.0))
-    with pytest.raises(UserError, match=r"the loss is nan at step 1.*\.png"):
-        # The first step throws the weights out of float range.
-        run(config, tmp_path, "ae", 5, "model.base_learning_rate=1e30")
+    with pytest.raises(UserError, match=r"the loss is inf at step 0.*\.png"):
+        run(config, tmp_path, "ae", 5, "model.params.lossconfig.params.logvar_init=-1000")
 
 
 def test_checkpoints_of_strangers_are_refused(tmp_path, autoencoder_ckpt):

@@ -22,6 +22,7 @@ from tiny import tiles as make_tiles
 
 from ldm.checkpoint import write_checkpoint
 from ldm.cli import run_command
+from ldm.data.folders import PREFIX
 from ldm.data.images import class_folders, list_images
 from ldm.data.tiles import TileFolder
 from ldm.errors import UserError
@@ -35,7 +36,6 @@ from ldm.selection.judge import Judged, read_judged
 from ldm.selection.select import KINDS, USED, Selection, select, wanted_per_class
 from ldm.selection.sheets import COLOURS, Sheets
 from ldm.selection.strategies import AtRandom, by_centroid
-from ldm.selection.training_folder import PREFIX
 from scripts import distance, vis
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -391,6 +391,51 @@ def test_every_strategy_and_network_of_the_command(folders, tmp_path, monkeypatc
     assert both[0] == both[1]
 
 
+def test_unlabelled_tiles_with_the_classes_that_a_judge_gives_them(folders, tmp_path, capsys):
+    pool = tmp_path / "pool"
+    # The tiles are named for their true classes, and the names of folders say nothing.
+    for folder, name in (("LYM/deep", "ADI"), ("", "LYM"), ("ADI", "TUM")):
+        (pool / folder).mkdir(parents=True, exist_ok=True)
+        for path in list_images(folders["fake"] / name):
+            true = "LYM" if "wrong" in path.name else name
+            shutil.copyfile(path, pool / folder / f"{true}{path.name}")
+    shutil.copyfile(path, pool / "again.png")
+    shutil.copytree(folders["real"] / "ADI", pool / "labelled")
+    out = tmp_path / "out"
+    words = ["--real", str(folders["real"]), "--unlabelled", str(pool), "--features", "pixels"]
+    words += ["--features", str(folders["weights"]), "--device", "cpu", "--no-sheets"]
+    words += ["--val", str(folders["fake"]), "--cache", str(tmp_path / "cache")]
+    with pytest.raises(UserError, match="18 of its tiles are those of --val"):
+        distance.main([*words, "--out", str(out)])
+    words[words.index("--val") + 1] = str(make_tiles(tmp_path / "val", per_class=5, seed=9))
+    distance.main([*words, "--per_class", "5", "--out", str(out)])
+    rows = rows_of(out / "selection.csv")
+    assert len(rows) == 18  # neither repeated nor labelled ones
+    assert all(row["judged"] == row["class"] for row in rows)
+    used = [row for row in rows if row["decision"] in USED]
+    for row in used:
+        assert float(row["score"]) == pytest.approx(float(row["confidence"]), abs=1e-6)
+        copy = out / row["class"] / f"pseudo_{row['file'].replace('/', '_')}"
+        assert copy.read_bytes() == (pool / row["file"]).read_bytes()
+    assert len(list_images(out)) == 12 + len(used)
+    assert all(Path(row["file"]).name.startswith(row["class"]) for row in used)
+    judge = json.loads((out / "selection.json").read_text())["judge"]
+    assert judge["val"]["accuracy"] == 1.0 and judge["agreement"] is None
+    assert len(judge["val"]["networks"]) == 2 and judge["val"]["calibration_error"] < 0.5
+    assert "judge on 15 tiles of --val: accuracy 1.000" in capsys.readouterr().out
+    distance.main([*words, "--per_class", "5", "--out", str(out)])
+    assert "there already" in capsys.readouterr().out
+
+
+def test_agreement_of_the_judge_with_the_wanted_classes(folders, tmp_path, capsys):
+    words = ["--real", str(folders["real"]), "--synthetic", str(folders["fake"]), "--no-sheets"]
+    words += ["--features", "pixels", "--cache", str(tmp_path / "cache"), "--ratio", "100"]
+    distance.main([*words, "--strategy", "confidence", "--out", str(tmp_path / "out")])
+    agreement = json.loads((tmp_path / "out" / "selection.json").read_text())["judge"]["agreement"]
+    assert agreement["TUM"] == {"before": pytest.approx(6 / 7), "after": 1.0}
+    assert "0.857" in capsys.readouterr().out
+
+
 def make_manifest(fake: Path) -> None:
     lines = ["class,file,prob"]
     lines += [f"{p.parent.name},{p.parent.name}/{p.name},0.9" for p in list_images(fake)]
@@ -585,6 +630,7 @@ def test_timm_network_with_local_weights(folders, tmp_path):
 
 VIS = ["vis", "--real", "{real}", "--synthetic", "{fake}", "--out", "{new}", "--device", "cpu"]
 DISTANCE = ["distance", "--real", "{real}", "--synthetic", "{fake}", "--out", "{new}"]
+POOL = ["distance", "--real", "{real}", "--out", "{new}", "--features", "pixels"]
 
 
 @pytest.mark.parametrize(
@@ -666,6 +712,12 @@ DISTANCE = ["distance", "--real", "{real}", "--synthetic", "{fake}", "--out", "{
             "has no columns file and decision",
         ),
         ([*DISTANCE, "--features", "{vis}", "--real", "{two}"], "differ"),
+        ([*DISTANCE, "--features", "pixels", "--unlabelled", "{two}"], "not allowed with"),
+        ([*DISTANCE[:3], *DISTANCE[5:], "--features", "pixels"], "--synthetic: is missing"),
+        ([*POOL, "--unlabelled", "{two}", "--features", "{vis}"], "--unlabelled: the features"),
+        ([*POOL, "--unlabelled", "{two}/val"], "for measuring"),
+        ([*POOL, "--unlabelled", "{real}"], "all its tiles are labelled"),
+        ([*DISTANCE, "--features", "{vis}", "--features", "pixels"], "several: the features"),
     ],
 )
 def test_bad_input_is_one_line(folders, tmp_path, monkeypatch, capfd, words, expected):
@@ -673,6 +725,7 @@ def test_bad_input_is_one_line(folders, tmp_path, monkeypatch, capfd, words, exp
     for name in ("ADI", "TUM"):
         (two / name).mkdir(parents=True)
         (two / name / "0.png").write_bytes((folders["real"] / name / "0_0.png").read_bytes())
+    (two / "val").mkdir()
     (two / "foreign.csv").write_text("file,decision\nADI/none.png,accepted\n")
     bare = tmp_path / "bare"  # the very images, without a manifest
     shutil.copytree(folders["fake"], bare, ignore=shutil.ignore_patterns("manifest.csv"))

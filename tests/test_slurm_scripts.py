@@ -9,6 +9,7 @@ import re
 import subprocess
 
 import pytest
+from pytorch_lightning.plugins.environments import LightningEnvironment
 from shells import OTHERS, ROOT, make_site, parse, recorded, shell
 
 import main as main_module
@@ -232,5 +233,10 @@ def test_lightning_leaves_requeueing_to_the_script(monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "2")
     (plugin,) = cluster_plugins()
     assert plugin.auto_requeue is False
+    with monkeypatch.context() as shell_of_a_user:  # srun --pty -J train bash
+        shell_of_a_user.setenv("SLURM_STEP_ID", "0")
+        shell_of_a_user.setattr(os, "isatty", lambda descriptor: True)
+        (plugin,) = cluster_plugins()
+        assert isinstance(plugin, LightningEnvironment)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "torchrun inside a job")
     assert cluster_plugins() == []

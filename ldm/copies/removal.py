@@ -7,12 +7,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from ldm.data.folders import DECISIONS, RECORD
 from ldm.data.tile_files import TileFiles
 from ldm.errors import UserError
 from ldm.files import atomic_folder, file_sha256, write_csv, write_json
 from ldm.run import MadeFolder
 from ldm.selection.select import REMOVED
-from ldm.selection.training_folder import DECISIONS, RECORD, placed
+from ldm.selection.training_folder import placed
 
 
 class Removal:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.data.images import read_folder, walk
+from ldm.data.images import identity, read_folder, walk
 from ldm.data.storage import LAYOUTS, Layout, Place
 from ldm.errors import UserError
 from ldm.files import atomic_file
@@ -147,15 +147,14 @@ class CorpusIndex:
         self, root: Path, known: dict[str, int], rows: "pyarrow.Table", layout: Layout
     ) -> str | None:
         """What was added to or removed from the folders, in words; None if nothing was."""
-        touched = []
+        touched, seen = [], set()
         for name, modified in known.items():
             try:
+                seen.add(identity(root / name))
                 if os.stat(root / name).st_mtime_ns != modified:
                     touched.append((name, read_folder(root / name, layout.holds_tiles)))
             except (FileNotFoundError, NotADirectoryError):
                 return f"the folder {root / name} is gone"
-        if not touched:
-            return None
         files: dict[str, set[str]] = defaultdict(set)
         for file in set(rows["file"].to_pylist()):
             parent, _, name = file.rpartition("/")
@@ -170,7 +169,7 @@ class CorpusIndex:
             for subfolder in folder.subfolders:
                 below = subfolder if name == "." else f"{name}/{subfolder}"
                 if below not in known and any(
-                    new.files for new in walk(root / below, layout.holds_tiles)
+                    new.files for new in walk(root / below, layout.holds_tiles, seen)
                 ):
                     return f"the folder {root / below} was added"
         return None
@@ -186,7 +185,7 @@ def _changed_tiles(root: Path, rows: "pyarrow.Table", layout: Layout) -> str | N
     for row in rows.take(sample).to_pylist():
         file = root / row["file"]
         try:
-            found = os.stat(file)
+            found = layout.state(root, row["file"])
         except (FileNotFoundError, NotADirectoryError):
             return f"{file} is gone"
         if found.st_size != row["file_size"]:

@@ -7,7 +7,6 @@ stopped; an earlier index serves the same way, so only new and changed files are
 
 import io
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,7 +73,7 @@ def scan_corpora(roots: Sequence[Path], layout_name: str, out: Path, workers: in
         folders.append(times)
         for file in files:
             try:
-                state = os.stat(root / file)
+                state = layout.state(root, file)
                 stamps.append((number, file, state.st_size, state.st_mtime_ns))
             except FileNotFoundError:  # a broken link; it cannot be read either
                 stamps.append((number, file, 0, 0))

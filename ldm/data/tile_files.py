@@ -229,8 +229,13 @@ def matching_classes(where: str, found: Sequence[str], wanted: Sequence[str] | N
         where: How the error calls those that were found.
 
     Raises:
-        UserError: There are other classes.
+        UserError: There are other classes, or two names differ only in case.
     """
+    spellings: dict[str, str] = {}
+    for name in (*(wanted or ()), *found):
+        other = spellings.setdefault(name.casefold(), name)
+        if other != name:
+            raise UserError(f"{where}: {other} and {name} differ in case only; rename one")
     classes = list(wanted or found)
     missing = sorted(set(classes) - set(found))
     extra = sorted(set(found) - set(classes))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ldm.errors import UserError
-from ldm.evaluation.metrics import calibration_error, confusion_matrix, scores
+from ldm.evaluation.metrics import calibration_error, confusion_matrix, macro_auc, scores
 from ldm.files import write_text
 
 COLUMNS = ("path", "group", "label", "predicted")
@@ -49,10 +49,11 @@ class Predictions:
         return cls(tiles.classes, names, labels, predicted, probabilities, tiles.groups)
 
     def scores(self) -> dict[str, Any]:
-        """`ldm.evaluation.metrics.scores` of the set, and its `calibration_error`."""
+        """`ldm.evaluation.metrics.scores` of the set, its `auc` and `calibration_error`."""
         matrix = confusion_matrix(self.labels, self.predicted, len(self.classes))
         return {
             **scores(matrix, self.classes),
+            "auc": macro_auc(self.probabilities, self.labels),
             "calibration_error": calibration_error(self.probabilities, self.labels),
         }
 

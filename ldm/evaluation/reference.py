@@ -5,13 +5,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ldm.data.folders import DECISIONS, PREFIX, RECORD
 from ldm.data.tile_files import TileFiles
 from ldm.errors import UserError
 from ldm.evaluation.fidelity import KID_SUBSETS, NEIGHBOURS, count_warnings, measure_classes
 from ldm.features.extractor import Extractor
 from ldm.features.sets import FeatureSet
 from ldm.run import hardware, provenance
-from ldm.selection.training_folder import DECISIONS, PREFIX, RECORD
 
 log = logging.getLogger(__name__)
 

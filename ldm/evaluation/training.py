@@ -90,6 +90,7 @@ class TrainingData(pl.LightningDataModule):
     def __init__(self, tiles: TransformedTiles, batches: RunBatches, workers: int):
         super().__init__()
         self.tiles, self.batches, self.workers = tiles, batches, workers
+        self.batch_size = batches.course.batch_size
 
     def train_dataloader(self) -> DataLoader:
         return make_loader(self.tiles, self.workers, batch_sampler=self.batches)

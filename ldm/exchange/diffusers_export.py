@@ -221,9 +221,9 @@ def vae_settings(ddconfig: dict[str, Any], embed_dim: int, scale_factor: float) 
     Raises:
         UserError: `AutoencoderKL` of diffusers does not have this architecture.
     """
-    from ldm.modules.autoencoder import DDCONFIG_KEYS
+    from ldm.modules.autoencoder import Architecture
 
-    config = {**DDCONFIG_KEYS, **ddconfig}
+    config = vars(Architecture(**ddconfig))
     if config["z_channels"] != embed_dim:
         raise UserError(
             f"ddconfig.z_channels={config['z_channels']} and embed_dim={embed_dim} differ: "

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.data.images import read_tile, require_good
+from ldm.devices import within_memory
 from ldm.errors import UserError
 
 AHEAD = 2  # batches that are decoded while another one is computed
@@ -136,7 +137,8 @@ class Extractor:
         bad: list[str] = []
         batches = _in_batches(paths, prepare, step, num_workers)
         cudnn = torch.backends.cudnn
-        with cudnn.flags(enabled=cudnn.enabled, deterministic=True, allow_tf32=False):
+        flags = cudnn.flags(enabled=cudnn.enabled, deterministic=True, allow_tf32=False)
+        with within_memory(batch_size), flags:
             for batch in tqdm(
                 batches, what, -(-len(paths) // step), unit="batch", dynamic_ncols=True
             ):

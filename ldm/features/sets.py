@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from ldm.features.extractor import (
     directions,
     require_finite,
 )
-from ldm.files import write_bytes
+from ldm.files import digest_of, write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -170,14 +171,30 @@ class FeatureSet:
         """The same set sorted by class and file name, whatever order it came in."""
         labels = self.labels.tolist()
         order = sorted(range(len(labels)), key=lambda i: (labels[i], self.files[i]))
-        if order == list(range(len(labels))):
-            return self
+        return self if order == list(range(len(labels))) else self.select(order)
+
+    def select(self, rows: list[int]) -> "FeatureSet":
+        """The images at some places, in that order; the digest stays that of the set."""
         return replace(
             self,
-            values=self.values[order],
-            labels=self.labels[order],
-            files=[self.files[i] for i in order],
-            others={name: value[order] for name, value in self.others.items()},
+            values=self.values[rows],
+            labels=self.labels[rows],
+            files=[self.files[i] for i in rows],
+            others={name: value[rows] for name, value in self.others.items()},
+        )
+
+    @classmethod
+    def joined(cls, sets: Sequence["FeatureSet"]) -> "FeatureSet":
+        """The same images as several networks see them: features side by side, of length 1."""
+        if len(sets) == 1:
+            return sets[0]
+        return replace(
+            sets[0],
+            values=torch.cat([one.values for one in sets], dim=1) / len(sets) ** 0.5,
+            extractor=digest_of([one.extractor for one in sets]),
+            network=" + ".join(one.network for one in sets),
+            trained_on=next((one.trained_on for one in sets if one.trained_on), None),
+            others={},
         )
 
 

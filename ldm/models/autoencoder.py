@@ -55,6 +55,7 @@ class AutoencoderKL(HistoModule):
         self.betas = tuple(betas)
         self.accumulate_grad_batches = accumulate_grad_batches
         self.net = AutoencoderNet(ddconfig, embed_dim)
+        self.tile_size = self.net.resolution
         self.loss = instantiate_from_config(lossconfig) if lossconfig else None
         if getattr(self.loss, "perceptual_weight", 0) > 0:
             self.loss.use_backbone(read_backbone(self.loss.perceptual_weights))

@@ -68,6 +68,7 @@ class DecoderFinetune(HistoModule):
             )
         self.source_config = source.rebuild_config()
         self.net: AutoencoderNet = source.net
+        self.tile_size = self.net.resolution
         self.net.decoder.requires_grad_(True)
         self.net.post_quant_conv.requires_grad_(True)
         self.aux_arch = aux_arch

@@ -28,6 +28,7 @@ class HistoModule(pl.LightningModule):
     training_only: tuple[str, ...] = ()  # prefixes of names of weights that only training needs
     # Name of the latent space of a model that trains on latents; None for one that needs images.
     autoencoder_fingerprint: str | None = None
+    tile_size: int | None = None  # pixels of the tiles that it is built for; None for any
     fused = False  # whether optimisers take a step in one kernel; `ldm.train.fit` sets it
 
     def __init__(self):
@@ -49,9 +50,21 @@ class HistoModule(pl.LightningModule):
         """Take the class names of the data before training; none if it is unlabelled."""
 
     def check_data(self, data: pl.LightningDataModule) -> None:
-        """Refuse cached latents if the model needs images or has another latent space."""
+        """Check, before a run begins, that this model can train on the data.
+
+        Raises:
+            UserError: Tiles have another size than the model is built for; or latents are cached,
+                and the model needs images or has another latent space.
+        """
         cache = getattr(data, "cache", None)
         if cache is None:
+            for name, tiles in (("train", data.train_dataset), ("validation", data.val_dataset)):
+                size = getattr(tiles, "size", self.tile_size)
+                if self.tile_size not in (None, size):
+                    raise UserError(
+                        f"data.params.{name}.params.size={size}: the model is built for tiles of "
+                        f"{self.tile_size} pixels; set it to that, or change the model"
+                    )
             return
         if self.autoencoder_fingerprint is None:
             raise UserError(

@@ -4,6 +4,7 @@ import logging
 from functools import partial
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
@@ -234,6 +235,21 @@ class LatentDiffusion(HistoModule):
                 f"model.params.image_size={size}"
             )
 
+    def check_data(self, data: pl.LightningDataModule) -> None:
+        first, size = self.first_stage_model, self.latent_shape[1]
+        if first.latent_size != size:
+            raise UserError(
+                f"model.params.image_size={size}, but the autoencoder turns tiles of "
+                f"{first.resolution} pixels into latents of {first.latent_size}"
+            )
+        if data.cache is not None and isinstance(first, PatchPCA) and not first.is_fitted:
+            raise UserError(
+                "model.params.first_stage_config: components are found on images, and data.params."
+                "latents holds none; give model.params.first_stage_ckpt, whose latents were cached"
+            )
+        self.tile_size = first.resolution
+        super().check_data(data)
+
     def rebuild_config(self) -> dict[str, Any]:
         channels, size, _ = self.latent_shape
         process = dict(self.schedule.settings)
@@ -313,12 +329,6 @@ class LatentDiffusion(HistoModule):
         self.first_stage_model = other
 
     def on_fit_start(self) -> None:
-        size = self.first_stage_model.latent_size
-        if size != self.latent_shape[1]:
-            raise UserError(
-                f"model.params.image_size={self.latent_shape[1]}, but the autoencoder turns tiles "
-                f"of {self.first_stage_model.resolution} pixels into latents of {size}"
-            )
         if isinstance(self.first_stage_model, PatchPCA) and not self.first_stage_model.is_fitted:
             fit_first_stage(self.first_stage_model, self.trainer)
         if torch.isnan(self.scale_factor).all():

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ldm.cli import Count, NotNegative, Share, Whole, option
+from ldm.cli import Count, NotNegative, Pixels, Rate, Share, Whole, option
 from ldm.errors import Problems
 
 NO_AUGMENT = "none"
@@ -41,7 +41,7 @@ class Settings:
         default=None,
         help="pixels; if omitted 16 with the four names above, else the architecture's own",
     )
-    input_size: Annotated[int, Field(ge=8)] = _network(default=224, help="pixels")
+    input_size: Pixels = _network(default=224, help="pixels")
     avgpool_patchtokens: Annotated[int, Field(ge=0, le=1)] = _network(
         default=0, help="1: mean of the patch tokens instead of the class token"
     )
@@ -66,13 +66,9 @@ class Settings:
         help="images per step, of all devices together; a smaller set makes one smaller batch",
     )
     opt: str = _training(default="adamw", help="any timm optimizer")
-    lr: NotNegative = _training(
-        default=5e-4, help="learning rate at a batch of 512, scaled to the batch"
-    )
-    min_lr: NotNegative = _training(default=1e-5, help="least learning rate of the schedule")
-    warmup_lr: NotNegative = _training(
-        default=1e-6, help="learning rate at which the warm-up starts"
-    )
+    lr: Rate = _training(default=5e-4, help="learning rate at a batch of 512, scaled to the batch")
+    min_lr: Rate = _training(default=1e-5, help="least learning rate of the schedule")
+    warmup_lr: Rate = _training(default=1e-6, help="learning rate at which the warm-up starts")
     warmup_epochs: Whole | None = _training(
         default=None, help="if omitted 5, or a tenth of the epochs where that is less"
     )
@@ -112,7 +108,7 @@ class Settings:
         help="decay of the moving average per step, after a warm-up of (1 + n) / (10 + n)",
     )
     precision: Literal["auto", "32", "bf16-mixed", "16-mixed"] = option(
-        default="auto", group="run", help="auto: bf16-mixed on GPUs that have it, else 32"
+        default="auto", group="run", help="auto stands for the precision of the device"
     )
 
     crop_flip: bool = _augment(

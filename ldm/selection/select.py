@@ -42,6 +42,7 @@ class Selection:
         scores: Of the strategy, (N,), larger is better; not a number where there is none.
         distances: Mean squared distance to each centroid, (N, K).
         reasons: In words.
+        probabilities: Of a judge, (N, K); None where there is none.
     """
 
     classes: list[str]
@@ -53,6 +54,7 @@ class Selection:
     scores: np.ndarray
     distances: np.ndarray
     reasons: list[str]
+    probabilities: np.ndarray | None = None
 
     def of_class(self, name: str, *decisions: str) -> list[int]:
         """Rows of class `name` with one of these decisions, best first."""
@@ -62,6 +64,21 @@ class Selection:
     def used(self, name: str) -> list[str]:
         """Files of class `name` for the training folder, best first."""
         return [self.files[i] for i in self.of_class(name, *USED)]
+
+    def agreement(self) -> dict[str, dict[str, float | None]]:
+        """Share of images whose judged class is the wanted one, by class: of all, of the used."""
+        right = self.probabilities.argmax(axis=1) == self.labels
+
+        def share(rows: list[int]) -> float | None:
+            return float(right[rows].mean()) if rows else None
+
+        return {
+            name: {
+                "before": share(self.of_class(name, *KINDS)),
+                "after": share(self.of_class(name, *USED)),
+            }
+            for name in self.classes
+        }
 
     def counts(self) -> dict[str, dict[str, int]]:
         """By class: generated, rejected, surplus, accepted, wanted, shortfall and filled.
@@ -87,7 +104,7 @@ class Selection:
         rows, nearest = [], self.distances.argmin(axis=1)
         for i, (file, label) in enumerate(zip(self.files, self.labels.tolist(), strict=True)):
             distances = [f"{value:.9g}" for value in self.distances[i]]
-            rows.append({
+            row = {
                 "class": self.classes[label],
                 "file": file,
                 "decision": self.decisions[i],
@@ -97,7 +114,11 @@ class Selection:
                 "own_distance": distances[label],
                 **{f"distance_{c}": d for c, d in zip(self.classes, distances, strict=True)},
                 "reason": self.reasons[i],
-            })  # fmt: skip
+            }
+            if self.probabilities is not None:
+                p = self.probabilities[i]
+                row |= {"judged": self.classes[p.argmax()], "confidence": f"{p.max():.6f}"}
+            rows.append(row)
         return csv_text(rows, list(rows[0]))
 
 
@@ -117,6 +138,7 @@ def select(
     distances: np.ndarray,
     wanted: Sequence[int],
     fill: bool = False,
+    probabilities: np.ndarray | None = None,
 ) -> Selection:
     """Decide on every image.
 
@@ -125,6 +147,7 @@ def select(
         distances: To every centroid, (N, K), for the record.
         wanted: Most images to use, by class.
         fill: Use the best of the rejected images where candidates are too few.
+        probabilities: Of a judge, (N, K), for the record.
     """
     labels = synthetic.labels.numpy()
     rejected = np.array([reason is not None for reason in strategy.rejections], dtype=bool)
@@ -163,4 +186,5 @@ def select(
         scores=np.array(scores),
         distances=distances[rows],
         reasons=reasons,
+        probabilities=None if probabilities is None else probabilities[rows],
     )

@@ -29,7 +29,6 @@ from ldm.features.neighbours import (
     search,
     squared_distances,
 )
-from ldm.features.probe import cross_validated
 from ldm.features.sets import FeatureSet
 
 BANDWIDTH_NEIGHBOUR = 3  # of the kernel of `Coverage`
@@ -113,19 +112,12 @@ def by_centroid(synthetic: FeatureSet, distances: Tensor) -> Strategy:
     )
 
 
-def by_confidence(synthetic: FeatureSet, real: FeatureSet) -> Strategy:
-    """Images that the judge gives to their class, the most probable (softmax) first.
+def by_confidence(synthetic: FeatureSet, probabilities: Tensor) -> Strategy:
+    """Images that the judge gives to their class, the most probable first.
 
-    Where the network of the features is no classifier of these classes, the judge is a logistic
-    regression on its features of the real tiles.
+    Args:
+        probabilities: Of the judge, (N, K), see `ldm.features.probe.Judge`.
     """
-    if synthetic.logits is not None:
-        judge, probabilities = "the judge", synthetic.logits.double().softmax(dim=1)  # (N, K)
-    else:
-        judge = "a logistic regression on the features of the real tiles"
-        known = real.values.double().numpy()
-        model = cross_validated(known, real.labels.numpy(), real.classes)
-        probabilities = torch.from_numpy(model.predict_proba(synthetic.values.double().numpy()))
     own = probabilities.gather(1, synthetic.labels[:, None])  # (N, 1)
     others = probabilities.scatter(1, synthetic.labels[:, None], -1.0)
     best, winner = others.max(dim=1)
@@ -135,7 +127,7 @@ def by_confidence(synthetic: FeatureSet, real: FeatureSet) -> Strategy:
     return ByScore(
         own[:, 0],
         reasons,
-        score=f"probability by {judge}",
+        score="probability by the judge",
         accepted="judged to be of its class",
         surplus="{} others are more probable",
     )
@@ -358,24 +350,35 @@ class Choice:
     confidence: str
     seed: int
 
+    @property
+    def needs_judge(self) -> bool:
+        """Whether images are ordered by the probabilities of a judge."""
+        return self.name == "confidence" and self.confidence == "judge"
+
     def settings(self) -> dict[str, Any]:
         """Name and the options that this strategy has, for the record."""
         own = {"knn": "neighbors", "confidence": "confidence", "random": "seed"}.get(self.name)
         return {"strategy": self.name, **({own: getattr(self, own)} if own else {})}
 
     def make(
-        self, synthetic: FeatureSet, real: FeatureSet, distances: Tensor, synthetic_root: Path
+        self,
+        synthetic: FeatureSet,
+        real: FeatureSet,
+        distances: Tensor,
+        synthetic_root: Path,
+        probabilities: Tensor | None,
     ) -> Strategy:
         """The strategy for these images.
 
         Args:
             synthetic: In order.
             distances: Of the synthetic images to every centroid, (N, K).
+            probabilities: Of the judge, (N, K); None where there is none, see `needs_judge`.
         """
         if self.name == "centroid":
             return by_centroid(synthetic, distances)
-        if self.name == "confidence" and self.confidence == "judge":
-            return by_confidence(synthetic, real)
+        if self.needs_judge:
+            return by_confidence(synthetic, probabilities)
         if self.name == "confidence":
             return by_manifest(synthetic, synthetic_root)
         if self.name == "knn":

@@ -16,7 +16,7 @@ import csv
 import io
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,10 +146,6 @@ class SampleFolder:
         row = {"source": None} | row  # journals of earlier versions know of none
         if (self.root / row["file"]).is_file():
             self.rows[row["class"], row["index"]] = row
-
-    def missing(self, wanted: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
-        """Which of these images (class, index) are still to be made."""
-        return [job for job in wanted if job not in self.rows]
 
     # Writing
 

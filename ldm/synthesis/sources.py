@@ -12,14 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.data.folders import refuse_held_out
 from ldm.data.tiles import TileFolder
 from ldm.errors import UserError
 from ldm.files import digest_of, file_sha256
 from ldm.models.classifier import GuidingClassifier
 from ldm.models.diffusion import LatentDiffusion
 
-# Names of folders whose tiles are for measuring: what is made of them must not be trained on.
-HELD_OUT = ("val", "valid", "validation", "test", "testing", "holdout", "held_out")
 SYMMETRIES = 8
 BATCH = 64
 
@@ -57,11 +56,7 @@ class Sources:
         least: float = 0.0,
     ):
         self.root, self.diffusion = Path(root).expanduser(), diffusion
-        if self.root.resolve().name.lower() in HELD_OUT:
-            raise UserError(
-                f"--start_from {root}: the folder's name says that its tiles are for measuring; "
-                "variations of them would leak into training: give training tiles"
-            )
+        refuse_held_out(self.root, "--start_from")
         size = diffusion.first_stage_model.resolution
         labelled = all((self.root / name).is_dir() for name in classes)
         self._tiles = TileFolder(self.root, size, labelled, list(classes) if labelled else None)
