@@ -113,18 +113,12 @@ def run_baseline(
             return probe_features(extractor, tiles.paths, num_workers)
 
         found = _fit_and_report(splits, features, run)
-        note = (
-            f"logistic regression on {found['features']} standardised features, C ="
-            f" {found['strength']:g} chosen on val among {len(STRENGTHS)}; deterministic, so one"
-            " seed"
-        )
         result = {
             "train_folder": train_folder,
             "arch": arch,
             **found,
             "seconds": round(time.monotonic() - start, 3),
             **current,
-            "notes": [note],
             **provenance(),
             "hardware": hardware(),
         }
@@ -145,8 +139,13 @@ def _fit_and_report(
     p = model.predict_proba(val_features)  # (N, K)
     val = Predictions.of(splits.val, p.argmax(axis=1), p)
     val.write(run / predictions_name("val"))
+    note = (
+        f"logistic regression on {known.shape[1]} standardised features, C = {strength:g} chosen on"
+        f" val among {len(STRENGTHS)}; deterministic, so one seed"
+    )
     result = {
         "seed": 0,
+        "notes": [note],
         "split": splits.reported,
         "best_epoch": None,
         "updates": None,
