@@ -1,6 +1,7 @@
 """Folders of runs and folders that commands make, and what is needed to repeat a run."""
 
 import csv
+import functools
 import importlib.metadata
 import json
 import logging
@@ -25,6 +26,7 @@ TIME = "%Y-%m-%dT%H-%M-%S"  # of a start, in names of files and folders
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "albumentations", "timm", "numpy")
 
 
+@functools.cache  # of the code that runs, which was read when the process began
 def git_revision() -> str | None:
     """Commit of this checkout, with "+changes" when files differ; None outside a checkout."""
 

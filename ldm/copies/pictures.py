@@ -15,7 +15,7 @@ from ldm.report.grids import Card, card_sheet, shorten
 SIDE = 128  # pixels of a shown tile
 LETTERS = 50  # of a name below a pair
 PAIRS_IN_A_ROW = 3
-FLAGGED, NOT_FLAGGED = (220, 20, 60), (170, 170, 170)
+FLAGGED, NOT_FLAGGED = (220, 20, 60), (130, 130, 130)
 
 
 def sheet(check: CopyCheck, chosen: Sequence[int]) -> bytes:
