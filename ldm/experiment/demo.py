@@ -104,81 +104,18 @@ class Demo:
 
     def _experiment(self) -> dict[str, Any]:
         """The settings of the experiment that the demo is, see `ldm.experiment.settings`."""
-        settings, sampling = self.settings, self.settings["sampling"]
-        evaluation = settings["evaluation"]
-        data: dict[str, Any] = {"root": str(self.source), "labelled": LABELLED}
-        if self.source is None:
-            tiles = {"size": self.size, **settings["tiles"]}
-            data |= {"root": str(self.out / "tiles"), "tiles": tiles}
-        models = {"diffusion": "diffusion", "classifier": "classifier", "decoder": "decoder"}
-        return {
-            "name": "demo",
+        derived = {
             "out": str(self.out),
-            "data": data,
-            "models": self._models(),
-            "generators": {
-                UNGUIDED: {
-                    **models,
-                    "label": "the diffusion model without guidance",
-                    "amount": sampling["unguided"],
-                    "sampling": {"classifier_scale": 0},
-                },
-                GUIDED: {
-                    **models,
-                    "label": "guidance to a class",
-                    "amount": self.per_class,
-                    "sampling": {"classifier_scale": sampling["scale"]},
-                },
-            },
-            "sampling": {
-                "options": {
-                    "custom_steps": sampling["steps"],
-                    "eta": sampling["eta"],
-                    "batch_size": sampling["batch_size"],
-                }
-            },
-            "judge": {"seed": evaluation["seeds"][0], "options": settings["features"]},
-            "selection": {
-                RANDOM: {"strategy": "random"},
-                SELECTED: {"strategy": "centroid"},
-            },
-            "grid": {
-                "generators": [GUIDED],
-                "selection": [RANDOM, SELECTED],
-                "ratios": [self.ratio],
-            },
-            "evaluation": {
-                "seeds": evaluation["seeds"],
-                "arguments": {
-                    "input-size": self.size,
-                    "match_steps": evaluation["steps"],
-                    **evaluation["arguments"],
-                },
-            },
-            "link": "copy",
+            "root": str(self.source or self.out / "tiles"),
+            "size": self.size,
+            "per_class": self.per_class,
+            "ratio": self.ratio,
         }
-
-    def _models(self) -> dict[str, Any]:
-        labels = {
-            "autoencoder": "autoencoder on unlabelled tiles",
-            "diffusion": "latent diffusion on unlabelled tiles",
-            "decoder": "decoder tuned on few labels",
-        }
-        models: dict[str, Any] = {
-            name: {
-                "config": f"{CONFIGS}/{name}.yaml",
-                "overrides": self.settings["overrides"][name],
-                "label": label,
-                "needs": {} if name == "autoencoder" else {"HISTO_AUTOENCODER": "autoencoder"},
-            }
-            for name, label in labels.items()
-        }
-        models["classifier"] = {
-            "classifier": self.settings["classifier"],
-            "label": "noisy-latent classifier on few labels",
-            "needs": {"first_stage": "diffusion"},
-        }
-        return models
+        config = OmegaConf.create({**self.settings, "derived": derived})
+        experiment = OmegaConf.to_container(config, resolve=True)["experiment"]
+        if self.source is not None:
+            del experiment["data"]["tiles"]
+        return experiment
 
     def run(self, model: str) -> RunFolder:
         """The run folder of one of the four models."""
