@@ -76,7 +76,6 @@ def test_signs_do_not_depend_on_the_decomposition():
     [
         ({"patch": 5}, "patch=5 must divide resolution=32"),
         ({"components": 49}, r"components=49 must be in \[1, 48\]"),
-        ({"exponent": 2.0}, r"exponent=2.0 must be in \[0, 1\]"),
     ],
 )
 def test_bad_settings(params, words):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import PurePath
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,6 @@ from ldm.modules.lr_schedule import LinearAnneal
 
 QUARTERS = 4  # ranges of t whose validation accuracy is reported
 TEMPERATURES = (0.1, 10.0)  # least and largest that calibration gives
-T_SAMPLERS = ("uniform", "stratified")
 
 # Least pixels -> width multipliers by level. From 128 as guided diffusion's classifiers (512: their
 # first level is half as wide).
@@ -443,16 +442,12 @@ class NoisyLatentClassifier(GuidingClassifier):
         linear_end: float = 0.0155,
         process: dict | None = None,
         noised: bool = True,
-        t_sampler: str = "uniform",
+        t_sampler: Literal["uniform", "stratified"] = "uniform",
         microbatch: int | None = None,
         weight_decay: float = 0.0,
         anneal_steps: int | None = None,
         first_stage: AutoencoderNet | None = None,
     ):
-        if t_sampler not in T_SAMPLERS:
-            raise UserError(
-                f"schedule_sampler={t_sampler!r} must be one of {', '.join(T_SAMPLERS)}"
-            )
         if process is None:
             schedule = NoiseSchedule(beta_schedule, timesteps, linear_start, linear_end)
             process = schedule.settings

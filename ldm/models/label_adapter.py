@@ -1,6 +1,6 @@
 """Labels for a pre-trained diffusion model: the way to classifier-free guidance."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -9,8 +9,6 @@ from ldm.diffusion.samplers import EpsFn
 from ldm.errors import UserError
 from ldm.models.diffusion import LatentDiffusion
 from ldm.modules.ema import EMA
-
-TUNES = ("embedding", "all")
 
 
 class LabelAdapter(LatentDiffusion):
@@ -44,9 +42,9 @@ class LabelAdapter(LatentDiffusion):
         pretrained: str | None = None,
         pretrained_ema: bool = True,
         label_dropout: float = 0.1,
-        tune: str = "embedding",
+        tune: Literal["embedding", "all"] = "embedding",
         embedding_rate: float = 10.0,
-        loss_type: str | None = None,
+        loss_type: Literal["l1", "l2"] | None = None,
         scheduler_config: dict | None = None,
         use_ema: bool = True,
         ema_decay: float = 0.999,
@@ -54,15 +52,6 @@ class LabelAdapter(LatentDiffusion):
         monitor: str | None = None,
         diffusion: dict | None = None,
     ):
-        if not 0 <= label_dropout < 1:
-            raise UserError(
-                f"model.params.label_dropout={label_dropout} must be in [0, 1): it is the share of "
-                "images that are trained without label"
-            )
-        if tune not in TUNES:
-            raise UserError(f"model.params.tune={tune!r} must be one of {', '.join(TUNES)}")
-        if not embedding_rate > 0:
-            raise UserError(f"model.params.embedding_rate={embedding_rate} must be above 0")
         source = _pretrained(pretrained) if diffusion is None else None
         params = dict(diffusion or source.rebuild_config()["params"])
         if loss_type is not None:

@@ -49,8 +49,6 @@ class PatchPCA(nn.Module):
             raise UserError(
                 f"components={components} must be in [1, {values}], the values of a patch"
             )
-        if not 0 <= exponent <= 1:
-            raise UserError(f"exponent={exponent} must be in [0, 1]")
         self.resolution, self.downsampling, self.embed_dim = resolution, patch, components
         self.exponent = exponent
         self.encoder = _Linear(components, values, components)
