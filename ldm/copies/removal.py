@@ -38,7 +38,7 @@ class Removal:
         for name, path in self.used.items():
             if digests.get(name) != file_sha256(path):
                 raise UserError(
-                    f"--remove {root}: its tile {placed(name)} is not {name} of --synthetic; check"
+                    f"`remove` {root}: its tile {placed(name)} is not {name} of `synthetic`; check"
                     " the synthetic folder that it was chosen from"
                 )
         self.settings = {**self.record["settings"], "copy_check": settings}
@@ -92,7 +92,7 @@ def _read(root: Path) -> tuple[list[str], list[dict[str, str]], dict[str, Any]]:
     right = {"class", "file", "decision", "reason"} <= set(columns)
     if not right or not isinstance(record, dict) or not {"settings", "counts"} <= set(record):
         raise UserError(
-            f"--remove {root}: no training folder of scripts/distance.py ({DECISIONS} and {RECORD}"
+            f"`remove` {root}: no training folder of scripts/distance.py ({DECISIONS} and {RECORD}"
             " with settings and counts are missing or damaged)"
         )
     return columns, rows, record

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 
 from ldm.data.tiles import TileFolder, decode_tiles, read_tile
+from ldm.errors import UserError
 from ldm.evaluation.metrics import confusion_matrix, scores
 from ldm.evaluation.predictions import Predictions, predictions_name
 from ldm.evaluation.runs import RESULT, read_result
 from ldm.evaluation.sets import GroupTable, Splits, TransformedTiles, open_splits
 from ldm.evaluation.summary import write_confusion, write_summary
-from ldm.features.extractor import Extractor, directions
+from ldm.features.extractor import LOGITS, Extractor, directions
 from ldm.features.probe import STRENGTHS, logistic_regression
 from ldm.files import write_json
 from ldm.models.vit_settings import Settings
@@ -28,7 +29,8 @@ from ldm.run import hardware, provenance
 
 BINS = 16
 COLOUR_MEAN, COLOUR_HISTOGRAM, LINEAR_PROBE = "colour_mean", "colour_histogram", "linear_probe"
-KINDS = (COLOUR_MEAN, COLOUR_HISTOGRAM, LINEAR_PROBE)
+CLASSIFIER = "classifier"  # that was trained elsewhere, and is only asked
+KINDS = (COLOUR_MEAN, COLOUR_HISTOGRAM, LINEAR_PROBE, CLASSIFIER)
 BATCH_SIZE = 64  # of the network of a linear probe
 
 
@@ -87,7 +89,7 @@ def run_baseline(
 
     Args:
         kind: One of `KINDS`.
-        extractor: The network of a linear probe.
+        extractor: The network of a linear probe, or the classifier.
         num_workers: Threads that decode images for it.
 
     Returns:
@@ -96,23 +98,27 @@ def run_baseline(
     splits = open_splits(data_path, train_folder, Settings(input_size=1), None, groups)
     settings: dict[str, Any] = {"baseline": kind, "strengths": list(STRENGTHS)}
     arch = f"logistic regression on {kind.replace('_', ' ')}"
-    if kind == LINEAR_PROBE:
+    if kind in (LINEAR_PROBE, CLASSIFIER):
         assert extractor is not None
         settings |= {"network": extractor.name, "extractor": extractor.identity}
         arch = f"linear probe of {extractor.name}"
+    if kind == CLASSIFIER:
+        arch = extractor.name
+        if not extractor.classifies(splits.train.classes):
+            raise UserError(
+                f"--features: {extractor.name} is no classifier of {splits.train.classes}; use"
+                " --kind linear_probe"
+            )
     current = {"settings": settings, "data": splits.identity}
     folder = logdir / kind / train_folder
     run = folder / "seed0"
     result = read_result(run, current, overwrite)
     if result is None:
         start = time.monotonic()
-
-        def features(tiles: TransformedTiles) -> np.ndarray:
-            if kind != LINEAR_PROBE:
-                return colour_features(tiles.paths, kind)
-            return probe_features(extractor, tiles.paths, num_workers)
-
-        found = _fit_and_report(splits, features, run)
+        if kind == CLASSIFIER:
+            found = _report(splits, lambda tiles: _asked(extractor, num_workers, tiles), run)
+        else:
+            found = _fit_and_report(splits, kind, extractor, num_workers, run)
         result = {
             "train_folder": train_folder,
             "arch": arch,
@@ -129,38 +135,46 @@ def run_baseline(
 
 
 def _fit_and_report(
-    splits: Splits, features: Callable[[TransformedTiles], np.ndarray], run: Path
+    splits: Splits, kind: str, extractor: Extractor | None, num_workers: int, run: Path
 ) -> dict[str, Any]:
     """Fit on the training set, choose on val, predict test once; write the predictions."""
+
+    def features(tiles: TransformedTiles) -> np.ndarray:
+        if kind != LINEAR_PROBE:
+            return colour_features(tiles.paths, kind)
+        return probe_features(extractor, tiles.paths, num_workers)
+
     # All images are read before anything is written.
     known, val_features = features(splits.train), features(splits.val)  # (N, D)
     test_features = None if splits.test is None else features(splits.test)
     strength, model = _choose(known, np.array(splits.train.labels), val_features, splits.val)
-    p = model.predict_proba(val_features)  # (N, K)
-    val = Predictions.of(splits.val, p.argmax(axis=1), p)
-    val.write(run / predictions_name("val"))
+    held = {id(splits.val): val_features, id(splits.test): test_features}
+    result = _report(splits, lambda tiles: model.predict_proba(held[id(tiles)]), run)
     note = (
         f"logistic regression on {known.shape[1]} standardised features, C = {strength:g} chosen on"
         f" val among {len(STRENGTHS)}; deterministic, so one seed"
     )
-    result = {
-        "seed": 0,
-        "notes": [note],
-        "split": splits.reported,
-        "best_epoch": None,
-        "updates": None,
-        "epochs": None,
-        "validations": len(STRENGTHS),
-        "strength": strength,
-        "features": known.shape[1],
-        "val": val.scores(),
-    }
-    if splits.test is not None:
-        p = model.predict_proba(test_features)
-        test = Predictions.of(splits.test, p.argmax(axis=1), p)
-        test.write(run / predictions_name("test"))
-        result["test"] = test.scores()
+    facts = {"strength": strength, "features": known.shape[1], "validations": len(STRENGTHS)}
+    return {**result, **facts, "notes": [note]}
+
+
+def _report(
+    splits: Splits, predict: Callable[[TransformedTiles], np.ndarray], run: Path
+) -> dict[str, Any]:
+    """Predict val and test once by probabilities (N, K), and write the predictions."""
+    result: dict[str, Any] = {"seed": 0, "split": splits.reported, "notes": []}
+    result |= dict.fromkeys(("best_epoch", "updates", "epochs"))
+    for name, p in [(name, predict(tiles)) for name, tiles in splits.evaluated.items()]:
+        predictions = Predictions.of(splits.evaluated[name], p.argmax(axis=1), p)
+        predictions.write(run / predictions_name(name))
+        result[name] = predictions.scores()
     return result
+
+
+def _asked(extractor: Extractor, num_workers: int, tiles: TransformedTiles) -> np.ndarray:
+    """Probabilities (N, K) by a classifier."""
+    found = extractor.extract(tiles.paths, BATCH_SIZE, num_workers)
+    return found.others[LOGITS].double().softmax(dim=1).numpy()
 
 
 def probe_features(extractor: Extractor, paths: Sequence[Path], num_workers: int) -> np.ndarray:

@@ -23,7 +23,7 @@ def tiles_of_part(root: Path, synthetic: bool, what: str) -> TileFiles:
 
     Args:
         synthetic: Which part of such a folder is meant.
-        what: How error messages call the folder, for example `--fake`.
+        what: How error messages call the folder, for example `fake`.
     """
     files = TileFiles.if_classes(root, what)
     if not ((root / RECORD).is_file() and (root / DECISIONS).is_file()):
@@ -64,8 +64,8 @@ def reference(
             return known
         if not overwrite:
             raise UserError(
-                f"--stats {stats}: is of {' and '.join(differs)}; give another name, or --real and"
-                " --overwrite to make it anew"
+                f"`stats` {stats}: is of {' and '.join(differs)}; give another name, or `real` and"
+                " `overwrite` to make it anew"
             )
     assert files is not None, "the command has checked that there is one of them"
     found = FeatureSet.compute(files, extractor, raw=True, **loading)
@@ -116,7 +116,7 @@ def _read_stats(path: Path) -> FeatureSet:
         known = None
     if known is None or not known.facts.get("raw"):
         raise UserError(
-            f"--stats {path}: not a file that scripts/fidelity.py --stats wrote; give another name"
+            f"`stats` {path}: not a file that scripts/fidelity.py --stats wrote; give another name"
         )
     return known
 
@@ -176,6 +176,6 @@ def require_known_classes(real: Sequence[str], fake: Sequence[str], root: Path) 
     unknown = sorted(set(fake) - set(real))
     if real and unknown:
         raise UserError(
-            f"--fake {root}: class folders {unknown} are not among those of the real set"
+            f"`fake` {root}: class folders {unknown} are not among those of the real set"
             f" {sorted(set(real))}; rename or remove them"
         )

@@ -22,7 +22,7 @@ from ldm.evaluation.sets import GroupTable, Splits, open_evaluation_sets, open_s
 from ldm.evaluation.summary import write_confusion, write_summary
 from ldm.evaluation.training import Predictor, RunBatches, TrainingData, predictions_of
 from ldm.files import write_json
-from ldm.models.callbacks import LastCheckpoint, StopOnSignal
+from ldm.models.callbacks import LastCheckpoint
 from ldm.models.vit import load_vit
 from ldm.models.vit_settings import Settings
 from ldm.models.vit_training import (
@@ -67,8 +67,8 @@ def is_current(run: Path, earlier: dict[str, Any], now: dict[str, Any], overwrit
     changed = differences(earlier, now)
     if changed and not overwrite:
         raise UserError(
-            f"{run} holds a run with other settings: {'; '.join(changed)}; add --overwrite to"
-            " replace it, or choose another --logdir"
+            f"{run} holds a run with other settings: {'; '.join(changed)}; add `overwrite` to"
+            " replace it, or choose another `logdir`"
         )
     return not changed
 
@@ -113,7 +113,7 @@ class Earlier:
             if (run / RESULT).is_file():
                 if resume is not None:
                     raise UserError(
-                        f"--resume {resume}: {run} is finished; choose another --logdir"
+                        f"`resume` {resume}: {run} is finished; choose another `logdir`"
                     )
                 result = read_result(run, current, overwrite)
                 if result is None:
@@ -121,10 +121,10 @@ class Earlier:
                 else:
                     found.results[seed] = result
             elif resume is not None:
-                earlier = _read_training(resume, "--resume", seed)["training"]
+                earlier = _read_training(resume, "`resume`", seed)["training"]
                 if changed := differences(earlier, current):
                     raise UserError(
-                        f"--resume {resume}: {'; '.join(changed)}; give the same as then"
+                        f"`resume` {resume}: {'; '.join(changed)}; give the same as then"
                     )
                 found.checkpoints[seed] = Path(resume)
             elif (run / LAST).is_file():
@@ -141,7 +141,7 @@ def _read_training(path: str | Path, what: str, seed: int) -> dict[str, Any]:
     training = checkpoint.get("training")
     if training is None:
         raise UserError(
-            f"{what} {path}: a finished network, nothing to go on with; use it with --eval"
+            f"{what} {path}: a finished network, nothing to go on with; use it with `eval`"
         )
     if "updates" not in training:
         raise UserError(
@@ -149,7 +149,7 @@ def _read_training(path: str | Path, what: str, seed: int) -> dict[str, Any]:
             " again"
         )
     if training["seed"] != seed:
-        raise UserError(f"{what} {path}: is of seed {training['seed']}, not {seed}; set --seed")
+        raise UserError(f"{what} {path}: is of seed {training['seed']}, not {seed}; set `seed`")
     return checkpoint
 
 
@@ -292,7 +292,6 @@ def train_to_the_end(
         callbacks=[
             ValidateAtMarks(show),
             LastCheckpoint(train_time_interval=interval, dirpath=run.checkpoints, **OWN_NAMES),
-            StopOnSignal(run.last),
         ],
         settings={
             # All updates are one epoch for Lightning: passes are those of `RunBatches`.
@@ -370,10 +369,10 @@ def evaluate_checkpoint(
 
     Writes evaluation.json and evaluation_val.csv, evaluation_test.csv (predictions) in `out`.
     """
-    model, record = load_vit(checkpoint, devices.device, "--resume")
+    model, record = load_vit(checkpoint, devices.device, "`resume`")
     sets = open_evaluation_sets(data_path, record["classes"], model.input_size, groups)
     if not sets:
-        raise UserError(f"--data_path {data_path} has neither a val nor a test folder")
+        raise UserError(f"`data_path` {data_path} has neither a val nor a test folder")
     report: dict[str, Any] = {
         "checkpoint": str(checkpoint),
         "arch": record["model"]["params"]["arch"],

@@ -214,7 +214,7 @@ class Sweep:
         self.per_class, self.batch_size = per_class, batch_size
         cache = out / "features" / "real.safetensors"
         self.real = judge(real_root, judge_net, cache, models.classes)
-        check_counts(self.real, f"--real {real_root}", len(models.classes))
+        check_counts(self.real, f"`real` {real_root}", len(models.classes))
         self.rows: list[Row] = []
         self._sheet: list[tuple[str, list[Card]]] = []  # a row for each setting
 
