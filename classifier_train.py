@@ -257,10 +257,6 @@ class Options(RunOptions):
         )
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv).with_defaults()
-
-
 def check_paths(args: Options) -> None:
     """Missing files and folders, before anything heavy is imported."""
     if not args.first_stage:
@@ -282,6 +278,7 @@ def check_paths(args: Options) -> None:
 
 def train(args: Options) -> "tuple[pl.Trainer, pl.LightningModule] | None":
     """See `ldm.trainings.classifier.train`."""
+    args = args.with_defaults()
     check_paths(args)
 
     from ldm.trainings.classifier import train
@@ -290,7 +287,7 @@ def train(args: Options) -> "tuple[pl.Trainer, pl.LightningModule] | None":
 
 
 def main(argv: list[str] | None = None) -> None:
-    train(parse_arguments(argv))
+    train(parse(Options, argv))
 
 
 if __name__ == "__main__":

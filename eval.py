@@ -71,10 +71,6 @@ class Options(EvaluationOptions, SharedDevices, Settings):
             yield "devices", f"{self.devices} is for training; leave it out with --eval"
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
 def evaluate(args: Options, data_path: Path, devices: Devices, groups: "GroupTable | None") -> None:
     """Evaluate a trained network on the sets below `data_path`, and print what was found."""
     from ldm.evaluation.metrics import HEADLINE, format_intervals, format_per_class
@@ -96,7 +92,7 @@ def evaluate(args: Options, data_path: Path, devices: Devices, groups: "GroupTab
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
     data_path = existing_path(args.data_path, "--data_path", "dir")
     if args.finetune:
         existing_path(args.finetune, "--finetune", "file")

@@ -66,10 +66,6 @@ class Options(RunOptions):
     )
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
 def train(args: Options) -> "tuple[pl.Trainer, pl.LightningModule] | None":
     """See `ldm.trainings.configured.train`."""
     from ldm.trainings.configured import train
@@ -78,7 +74,7 @@ def train(args: Options) -> "tuple[pl.Trainer, pl.LightningModule] | None":
 
 
 def main(argv: list[str] | None = None) -> None:
-    train(parse_arguments(argv))
+    train(parse(Options, argv))
 
 
 if __name__ == "__main__":

@@ -256,12 +256,8 @@ class Options(ProcessOptions):
             yield "guidance_interval", f"{low} {high}: LOW must not be above HIGH"
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
 def main(argv: list[str] | None = None) -> int:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
 
     from ldm.synthesis.request import sample
 

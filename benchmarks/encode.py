@@ -25,10 +25,6 @@ class Options(NetworkOptions):
     example: ClassVar = "  python -m benchmarks.encode --size paper --batch_size 1"
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
 def build(library: str, networks: "Networks", execution: "Execution", batch_size: int) -> Ready:
     """A contestant that encodes one batch of random images again and again."""
     import torch
@@ -52,7 +48,7 @@ def build(library: str, networks: "Networks", execution: "Execution", batch_size
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
 
     from benchmarks.networks import Execution, Networks
 

@@ -48,10 +48,6 @@ class Options(BenchmarkOptions):
     )
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
 @dataclass(frozen=True)
 class Source:
     """Where training data comes from.
@@ -192,7 +188,7 @@ def cpu_milliseconds(source: Source, seconds: float) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
 
     from benchmarks.networks import Networks
 

@@ -50,10 +50,6 @@ class Options(NetworkOptions):
     )
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
 def random_models(networks: "Networks", classifier: dict[str, Any] | None) -> "Models":
     """Models with random weights; time does not depend on what they say.
 
@@ -197,7 +193,7 @@ def build(
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
 
     from benchmarks.networks import Execution, Networks
 

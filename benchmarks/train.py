@@ -57,10 +57,6 @@ class Options(NetworkOptions):
     workers: Workers = option(default=0, help="loader processes")
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
 def noise_and_average(
     library: str, net: "nn.Module", device: Any
 ) -> tuple[Callable[["Tensor", "Tensor", "Tensor"], "Tensor"], Callable[["nn.Module"], None]]:
@@ -147,7 +143,7 @@ def build(library: str, networks: "Networks", execution: "Execution", source: So
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
 
     from benchmarks.networks import Execution, Networks
 

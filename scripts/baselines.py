@@ -84,10 +84,6 @@ class Options(EvaluationOptions, DeviceOption):
             yield "input_size", "belongs to --arch; a run of eval.py knows its own, leave it out"
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
 def open_network(args: Options):
     """The network of a linear probe, an `ldm.features.extractor.Extractor`."""
     from ldm.features.source import parse_features
@@ -103,7 +99,7 @@ def open_network(args: Options):
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
     data_path = existing_path(args.data_path, "--data_path", "dir")
 
     from ldm.evaluation.baselines import run_baseline

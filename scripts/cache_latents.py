@@ -96,10 +96,6 @@ class Options(ProcessOptions, LoaderOptions):
             yield "data", "give at least one folder or YAML file"
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
 def data_config(args: Options, pixels: int) -> dict[str, Any]:
     """The data node that `--data` means, for tiles of `pixels`.
 
@@ -167,7 +163,7 @@ def _folders_config(args: Options, folders: list[Path], pixels: int) -> dict[str
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
     out = Path(args.out).expanduser()
 
     from ldm.config import instantiate_from_config

@@ -67,10 +67,6 @@ class Options(NetworkChoice, DeviceOption):
             yield missing, "is missing: --remove and --removed_to belong together"
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
 def check_places(
     sets: dict[str, Path], targets: dict[str, Path], more_sources: dict[str, Path]
 ) -> None:
@@ -102,7 +98,7 @@ def check_paths(args: Options) -> tuple[dict[str, Path], Path]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
     sets, out = check_paths(args)
 
     from ldm.copies.check import check_copies

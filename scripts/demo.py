@@ -33,12 +33,8 @@ class Options:
     )
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
 def main(argv: list[str] | None = None) -> int:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
     data = existing_path(args.data, "--data", "dir") if args.data else None
 
     from ldm.experiment import engine

@@ -142,10 +142,6 @@ class Options(FeatureOptions):
             yield "fill", "--strategy random rejects nothing to fill up with; leave it out"
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
 def check_places(places: dict[str, Path | None], sources: dict[str, Path]) -> None:
     """UserError when a folder to be made lies in a folder of images, where it would be a class."""
     for name, place in places.items():
@@ -275,7 +271,7 @@ def wanted_folder(args: Options, real_root: Path, candidates_root: Path):
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
     real_root = existing_path(args.real, "--real", "dir")
     option_name = "--synthetic" if args.unlabelled is None else "--unlabelled"
     candidates_root = existing_path(args.synthetic or args.unlabelled, option_name, "dir")

@@ -35,12 +35,8 @@ class Options:
     )
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
     out = Path(args.out)
     if out.exists():
         raise UserError(f"--out {out} exists; give another name, or remove it")

@@ -36,12 +36,8 @@ class Options:
                 yield "names", f"unknown weights {name}; choose among {', '.join(NAMES)}"
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
 
     from ldm.errors import UserError
     from ldm.features.weights import WEIGHTS

@@ -89,10 +89,6 @@ class Options(LoaderOptions, DeviceOption):
             yield "real", "is needed without --stats; give one of them"
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
 def to_markdown(results: list[dict]) -> str:
     """A row per set over all tiles, then a row per set and class."""
     rows = [(r["fake"]["dir"], "all", r["overall"]) for r in results]
@@ -120,7 +116,7 @@ def to_markdown(results: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
     fake_roots = [existing_path(path, "--fake", "dir") for path in args.fake]
     out = output_path(args.out, "--out", "file")
     if args.weights:

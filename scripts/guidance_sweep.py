@@ -110,10 +110,6 @@ class Options(DeviceOption):
                     yield name, "needs --classifier; give one or leave it out"
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
 def settings_of(args: Options, models) -> list:
     """The settings to try: every combination, but an unguided one once for all intervals.
 
@@ -160,7 +156,7 @@ def temperature_of(args: Options, models) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
     real_root = existing_path(args.real, "--real", "dir")
     existing_path(args.judge, "--judge")
     out = output_path(args.out, "--out", "dir")

@@ -75,12 +75,8 @@ class Options:
                     yield name, "is not needed with --kind autoencoder; leave it out"
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
     source, out = existing_path(args.file, "FILE"), Path(args.out)
     if out.exists():
         raise UserError(f"--out {out} exists; give another name, or remove it")

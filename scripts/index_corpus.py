@@ -79,12 +79,8 @@ class Options(GroupOptions):
                 yield name, "is for --layout slides; give that, or leave it out"
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
     roots = [Path(root).expanduser() for root in args.roots]
     if len({root.resolve() for root in roots}) < len(roots):
         raise UserError(f"ROOT {' '.join(args.roots)}: the same folder twice; give it once")

@@ -66,12 +66,8 @@ class Options(GroupOptions):
             yield "ratio", "is in percent of --include; give that too"
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
     data = existing_path(args.data, "--data", "dir")
     out = Path(args.out).expanduser()
     include = None if args.include is None else existing_path(args.include, "--include", "dir")

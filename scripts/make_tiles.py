@@ -30,12 +30,8 @@ class Options:
     workers: Threads = option(default_factory=lambda: os.cpu_count() or 1, help="processes")
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
 
     from ldm.data.procedural import CLASSES
     from ldm.data.tileset import make_tileset

@@ -57,10 +57,6 @@ class Options:
         yield from contradictions(self, "status", "dry_run", "report", "slurm")
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
 def show_status(standing, rows) -> str:
     """A line per job, then a line per row."""
     from ldm.experiment.jobs import State
@@ -98,7 +94,7 @@ def choose_machine(args: Options, settings):
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
 
     from ldm.experiment import engine
     from ldm.experiment.earlier import convert_records

@@ -70,12 +70,8 @@ class Options(NetworkChoice, FeatureOptions):
             yield "features", "is missing; give a checkpoint of eval.py, or timm:NAME"
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
     real_root = existing_path(args.real, "--real", "dir")
     synthetic_root = existing_path(args.synthetic, "--synthetic", "dir")
     out = output_path(args.out, "--out", "dir")

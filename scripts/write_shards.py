@@ -55,12 +55,8 @@ class Options:
     dry_run: bool = option(default=False, help="print what would be written, and exit")
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
     out = Path(os.path.abspath(Path(args.out).expanduser()))
     existing_path(args.index, "INDEX", "file")
 

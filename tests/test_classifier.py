@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 import classifier_train
 from ldm.checkpoint import load_model, read_checkpoint
+from ldm.cli import parse
 from ldm.data.tiles import TileFolder
 from ldm.errors import UserError
 from ldm.models.classifier import (
@@ -71,7 +72,7 @@ def train(data, logdir, *options, **kwargs):
     argv = [*arguments(data, logdir, *options, **kwargs), "--gpus", "0"]
     argv.remove("--devices")
     argv.remove("1")
-    return classifier_train.train(classifier_train.parse_arguments(argv))
+    return classifier_train.train(parse(classifier_train.Options, argv))
 
 
 @pytest.fixture
@@ -454,7 +455,7 @@ def test_held_out_share_and_early_stop(data, tmp_path):
     argv += ["--lr", "0", "--val_fraction", "0.25", "--augment", "none"]
     argv.remove("--val_data_dir")
     argv.remove(str(data / "val"))
-    trainer, _ = classifier_train.train(classifier_train.parse_arguments(argv))
+    trainer, _ = classifier_train.train(parse(classifier_train.Options, argv))
     assert len(trainer.datamodule.val_dataset) == 6 and len(trainer.datamodule.train_dataset) == 18
     assert trainer.global_step == 2  # a rate of 0 never improves
 
@@ -485,10 +486,10 @@ def test_published_command_line(tmp_path, capsys):
 
 def test_first_stage_from_the_environment(data, tmp_path, monkeypatch):
     monkeypatch.setenv("HISTO_FIRST_STAGE", str(data / "diffusion.ckpt"))
-    args = classifier_train.parse_arguments(["--data_dir", str(data / "train")])
+    args = parse(classifier_train.Options, ["--data_dir", str(data / "train")])
     assert args.first_stage == str(data / "diffusion.ckpt")
     monkeypatch.delenv("HISTO_FIRST_STAGE")
-    args = classifier_train.parse_arguments(["--data_dir", str(data / "train")])
+    args = parse(classifier_train.Options, ["--data_dir", str(data / "train")])
     with pytest.raises(UserError, match="first_stage.? is missing.*HISTO_FIRST_STAGE"):
         classifier_train.train(args)
 
@@ -524,7 +525,7 @@ def test_user_errors(data, tmp_path, classifier):
 )
 def test_bad_options(options):
     with pytest.raises(UserError, match=options[0]):
-        classifier_train.parse_arguments(["--data_dir", "x", *options])
+        parse(classifier_train.Options, ["--data_dir", "x", *options])
 
 
 def test_help_is_quick(tmp_path):

@@ -10,6 +10,7 @@ import yaml
 
 import main as main_py
 from ldm.checkpoint import load_model, read_checkpoint
+from ldm.cli import parse
 from ldm.diffusion.guidance import extrapolate
 from ldm.diffusion.samplers import IndexedNoise, ddim
 from ldm.diffusion.schedule import time_pairs
@@ -215,7 +216,7 @@ def write_config(
 def run(config: Path, logdir: Path, name: str, steps: int, *more: str):
     argv = ["--base", str(config), "-t", "--logdir", str(logdir), "--name", name]
     argv += ["--max_steps", str(steps), "--precision", "32", *more]
-    return main_py.train(main_py.parse_arguments(argv))
+    return main_py.train(parse(main_py.Options, argv))
 
 
 def weights(logdir: Path, name: str) -> dict:

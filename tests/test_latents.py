@@ -21,7 +21,7 @@ import cache_latents
 import classifier_train
 import main as main_py
 from ldm.checkpoint import load_model, read_checkpoint, write_checkpoint
-from ldm.cli import _one_line
+from ldm.cli import _one_line, parse
 from ldm.config import instantiate_from_config
 from ldm.data.caching import CachePlan, Views, make_cache, symmetry
 from ldm.data.datamodule import DataModuleFromConfig, ResumableSampler
@@ -105,7 +105,7 @@ def config(folder: Path, path: Path, model: dict | None = None, **train) -> Path
 def train(config: Path, logdir: Path, name: str, steps: int, *more: str):
     argv = ["--base", str(config), "-t", "--logdir", str(logdir), "--name", name]
     argv += ["--max_steps", str(steps), "--gpus", "0", "--precision", "32", *more]
-    return main_py.train(main_py.parse_arguments(argv))
+    return main_py.train(parse(main_py.Options, argv))
 
 
 def logged(run: Path, *names: str) -> dict[str, list[float]]:
@@ -304,7 +304,7 @@ def classify(folder: Path, logdir: Path, *options):
     argv += ["--batch_size", 8, "--num_workers", 0, "--lr", 1e-3, "--gpus", 0, "--iterations", 6]
     argv += ["--eval_interval", 3, "--log_interval", 1, "--classifier_width", 32]
     argv += ["--classifier_depth", 1, "--classifier_channel_mult", "1,1", *options]
-    return classifier_train.train(classifier_train.parse_arguments([str(word) for word in argv]))
+    return classifier_train.train(parse(classifier_train.Options, [str(word) for word in argv]))
 
 
 def test_classifier_has_the_losses_of_training_from_images(folder, plain, tmp_path):
@@ -326,7 +326,7 @@ def test_classifier_measures_the_scale_from_the_cache(folder, plain, tmp_path):
     argv += ["--logdir", str(tmp_path), "--gpus", "0", "--iterations", "1", "--batch_size", "4"]
     argv += ["--classifier_width", "32", "--classifier_depth", "1", "--num_workers", "0"]
     argv += ["--classifier_channel_mult", "1,1"]
-    _, model = classifier_train.train(classifier_train.parse_arguments(argv))
+    _, model = classifier_train.train(parse(classifier_train.Options, argv))
     scale = LatentCache.read(plain).statistics["scale_factor"]
     assert float(model.scale_factor) == pytest.approx(scale, rel=1e-5)
 
@@ -336,10 +336,10 @@ def test_the_configuration_that_needs_no_tiles(folder, plain, tmp_path, monkeypa
     path.write_text(path.read_text().replace(str(folder / "train"), "${oc.env:HISTO_NOWHERE}"))
     monkeypatch.setenv("HISTO_LATENTS", str(plain))
     argv = ["--base", str(path), str(ROOT / "configs/data/latents.yaml"), "--dry-run"]
-    main_py.train(main_py.parse_arguments(argv))
+    main_py.train(parse(main_py.Options, argv))
     assert "24 training tiles, 12 validation tiles" in capsys.readouterr().out
     with pytest.raises(UserError, match="HISTO_NOWHERE"):
-        main_py.train(main_py.parse_arguments(["--base", str(path), "--dry-run"]))
+        main_py.train(parse(main_py.Options, ["--base", str(path), "--dry-run"]))
 
 
 @pytest.mark.parametrize("kind", ["autoencoder", "decoder"])

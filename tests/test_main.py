@@ -13,6 +13,7 @@ import yaml
 
 import main as main_py
 from ldm.checkpoint import load_model, read_checkpoint
+from ldm.cli import parse
 from ldm.errors import Stopped, UserError
 from ldm.models.callbacks import LastCheckpoint
 from ldm.models.diffusion import LatentDiffusion
@@ -109,7 +110,7 @@ def run(config: Path, logdir: Path, name: str, steps: int, *more: str):
         "--max_steps",
         str(steps),
     ]
-    return main_py.train(main_py.parse_arguments([*argv, "--precision", "32", *more]))
+    return main_py.train(parse(main_py.Options, [*argv, "--precision", "32", *more]))
 
 
 def weights(logdir: Path, name: str) -> dict:
@@ -358,7 +359,7 @@ def test_dry_run_says_what_would_be_trained(data, autoencoder_ckpt, tmp_path, ca
         "--scale_lr",
         "True",
     ]
-    assert main_py.train(main_py.parse_arguments([*argv, "--gpus", "0,1"])) is None
+    assert main_py.train(parse(main_py.Options, [*argv, "--gpus", "0,1"])) is None
     out = capsys.readouterr().out
     assert "base_learning_rate: 0.001" in out and "2 x gpu" in out
     assert "batch        24" in out and "learning rate 0.024" in out  # 2 GPUs x 4 tiles x 3 batches
@@ -372,8 +373,9 @@ def test_files_merge_left_to_right_and_overrides_win(data, autoencoder_ckpt, tmp
     (tmp_path / "b.yaml").write_text(
         "model: {base_learning_rate: 0.5}\ndata: {params: {batch_size: 2}}\n"
     )
-    args = main_py.parse_arguments(
-        ["--base", str(first), str(tmp_path / "b.yaml"), "data.params.batch_size=3"]
+    args = parse(
+        main_py.Options,
+        ["--base", str(first), str(tmp_path / "b.yaml"), "data.params.batch_size=3"],
     )
     config = configured.load_configuration(args)
     assert (
@@ -439,7 +441,7 @@ def test_bad_input(case, mode, data, autoencoder_ckpt, tmp_path):
     logs = tmp_path / "logs"
     with pytest.raises(UserError, match=words):
         main_py.train(
-            main_py.parse_arguments(["--base", str(config), mode, "--logdir", str(logs), *argv])
+            parse(main_py.Options, ["--base", str(config), mode, "--logdir", str(logs), *argv])
         )
     assert not logs.exists(), "nothing half-written"
 
@@ -464,7 +466,7 @@ def test_a_dry_run_looks_at_latents_and_schedules(
     overrides = [f"model.params.{override}" for override in overrides]
     argv = ["--base", str(config), "--dry-run", "--logdir", str(tmp_path / "logs"), *overrides]
     with pytest.raises(UserError, match=words):
-        main_py.train(main_py.parse_arguments(argv))
+        main_py.train(parse(main_py.Options, argv))
     assert not (tmp_path / "logs").exists()
 
 

@@ -20,6 +20,7 @@ import main as main_py
 from ldm import devices as devices_module
 from ldm import train as training
 from ldm.checkpoint import load_model, read_checkpoint
+from ldm.cli import parse
 from ldm.devices import Devices, follow_layout, training_devices
 from ldm.errors import UserError
 from ldm.models.diffusion import LatentDiffusion
@@ -199,7 +200,7 @@ def test_more_processes_than_cores(monkeypatch):
 )
 def test_devices_of_the_configuration(argv, settings, expected):
     """They are counted in the batch and checked as those of the command, which come first."""
-    args = main_py.parse_arguments(argv)
+    args = parse(main_py.Options, argv)
     args = configured.configured_devices(args, settings)
     assert (args.gpus, args.devices, args.num_nodes) == expected and not settings
 
@@ -353,7 +354,7 @@ def test_options_of_the_classifier(data, autoencoder_ckpt, tmp_path):
 
     def train(*options):
         words = [str(word) for word in [*argv, *options]]
-        return classifier_train.train(classifier_train.parse_arguments(words))
+        return classifier_train.train(parse(classifier_train.Options, words))
 
     train("--name", "plain", "--iterations", 2)
     options = ["--classifier_use_checkpoint", "True", "--channels_last", "--fused", "true"]

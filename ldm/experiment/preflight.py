@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 
+from ldm.cli import parse
 from ldm.errors import UserError
 from ldm.experiment.jobs import ROOT, Job
 
@@ -16,7 +17,7 @@ def check_commands(jobs: Sequence[Job]) -> None:
     for job in jobs:
         script, *words = job.command
         try:
-            _load(script).parse_arguments(words)
+            parse(_load(script).Options, words)
         except UserError as error:
             problems.setdefault(f"{script}: {error}", job.name)
     if problems:

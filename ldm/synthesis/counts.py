@@ -7,7 +7,7 @@ from ldm.errors import UserError
 
 
 def find_class(word: str, known: Sequence[str], option: str) -> str:
-    """The class that a name or an index means; a class whose name is a number wins over an index."""
+    """The class that a name or an index means; a name that is a number wins over an index."""
     if word in known:
         return word
     if word.isdecimal() and int(word) < len(known):
