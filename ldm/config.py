@@ -442,7 +442,7 @@ def _mismatch(value: Any, annotation: Any) -> str | None:
     # A node stands for an object, which is built later.
     if isinstance(value, dict) and any(one["type"] == "is_instance_of" for one in errors):
         return None
-    if errors[0]["type"] in RANGE_ERRORS:
+    if errors[0]["type"] in (*RANGE_ERRORS, "literal_error"):
         return reason(errors[0], annotation)
     if typing.get_origin(annotation) is Annotated:
         annotation = annotation.__origin__  # without the range
