@@ -167,3 +167,13 @@ def test_mistakes_are_named(published, tmp_path, name, text):
     with pytest.raises(UserError, match=text) as error:
         TileFolder(tmp_path / name, SIZE, labelled=name != "deep.npz")
     assert "\n" not in str(error.value)
+
+
+def test_damaged_labels_are_named(published, tmp_path):
+    """In a file of their own beside the tiles, of both kinds."""
+    for name, beside in (("level_2_val_x.h5", "level_2_val_y.h5"), ("images.npy", "types.npy")):
+        source = published / ("pcam" if "h5" in name else "pannuke/val")
+        shutil.copy(source / name, tmp_path)
+        (tmp_path / beside).write_bytes((source / beside).read_bytes()[:90])
+        with pytest.raises(UserError, match=f"{name}: no complete file of arrays"):
+            TileFolder(tmp_path / name, SIZE, labelled=True)
