@@ -47,6 +47,7 @@ SECTIONS = ("model", "data", "lightning", "vars")
 LIGHTNING_SECTIONS = ("trainer", "callbacks", "logger", "modelcheckpoint", "strategy")
 LIGHTNING = "pytorch_lightning."
 TRAINER = f"{LIGHTNING}Trainer"
+TILES = "tiles in folders are ldm.data.tiles.TileFolder"
 
 # Parameters that hold plain settings, and the class whose parameters their keys are.
 SETTINGS = {"ddconfig": "ldm.modules.autoencoder.Architecture"}
@@ -93,11 +94,11 @@ RANGES: dict[str, Any] = {
 TRAINER_REMEDIES = {
     "callbacks": "write them under lightning.callbacks",
     "logger": "write it under lightning.logger",
-    "default_root_dir": "the run folder is named by --logdir and --name",
-    "gpus": "give --gpus on the command line, or lightning.trainer.devices",
+    "default_root_dir": "the run folder is named by `logdir` and `name`",
+    "gpus": "give `gpus` on the command line, or lightning.trainer.devices",
     "distributed_backend": "use lightning.trainer.strategy",
     "checkpoint_callback": "use lightning.modelcheckpoint",
-    "resume_from_checkpoint": "give --resume on the command line",
+    "resume_from_checkpoint": "give `resume` on the command line",
     "progress_bar_refresh_rate": "use lightning.trainer.enable_progress_bar",
     "weights_summary": "use lightning.trainer.enable_model_summary",
     "terminate_on_nan": "a non-finite loss always stops a run",
@@ -129,7 +130,7 @@ def load_configs(paths: Iterable[str | os.PathLike], overrides: Iterable[str] = 
     """
     paths = list(paths)
     if not paths:
-        raise UserError("no configuration: give at least one YAML file with --base")
+        raise UserError("no configuration: give at least one YAML file with `base`")
     translation = Translation()
     config = OmegaConf.create({})
     for path in paths:
@@ -357,7 +358,8 @@ def _check_node(node: dict, path: str, problems: Found, supplied: AbstractSet[st
     try:
         constructor = get_obj_from_str(name)
     except UserError as error:
-        problems[join_keys(path, "target")] = str(error)
+        more = f"; {TILES}" if path.startswith("data.") and TILES not in str(error) else ""
+        problems[join_keys(path, "target")] = f"{error}{more}"
         constructor = None
     if not isinstance(params, dict):
         problems[where] = f"{shown(params)} must be a mapping"
@@ -478,7 +480,8 @@ def instantiate_from_config(config: DictConfig | Mapping, **extra: Any) -> Any:
     node = resolve(config)
     if not _is_node(node):
         raise UserError(
-            f"configuration with keys {sorted(map(str, node))} has no target: name the class there"
+            f"configuration with keys {sorted(map(str, node))} has no target: name the class there "
+            f"({TILES})"
         )
     node = _native(node)
     node.pop("base_learning_rate", None)  # of the model's section, for the command

@@ -23,6 +23,7 @@ from pydantic import Field
 from ldm.cli import Count, existing_path, lies_in, like, option, parse, run_command
 from ldm.devices import resolve_device
 from ldm.errors import UserError
+from ldm.features.source import known_forms
 from ldm.settings import DeviceOption, LoaderOptions, NetworkChoice
 
 
@@ -43,8 +44,8 @@ class Options(NetworkChoice, DeviceOption):
         NetworkChoice,
         "features",
         None,
-        help="compare in features of this network too: checkpoint or seed folder of eval.py, or "
-        "timm:NAME; if omitted, in pixels only",
+        help=f"compare in features of this network too: {known_forms()}; if omitted, in pixels "
+        "only",
     )
     quantile: Annotated[float, Field(ge=1e-5, le=0.5)] = option(
         default=0.01, metavar="SHARE", help="share of new tiles that may be flagged by mistake"

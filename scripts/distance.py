@@ -309,7 +309,7 @@ def main(argv: list[str] | None = None) -> None:
         refuse_held_out(candidates_root, option_name)
     folder = wanted_folder(args, real_root, candidates_root)
     if downstream:
-        downstream = FeatureSource(VIT, args.downstream).open("cpu")
+        downstream = FeatureSource(VIT, args.downstream, setting="`downstream`").open("cpu")
     if sheets and folder.real.digest != folder.judged.real.tiles:
         log.warning(
             "%s was made with other real tiles than those in --real %s: they judge, but there are"

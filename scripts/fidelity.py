@@ -21,6 +21,7 @@ from typing import ClassVar
 from ldm.cli import Seed, existing_path, option, parse, run_command
 from ldm.devices import resolve_device
 from ldm.errors import UserError
+from ldm.features.source import known_forms
 from ldm.settings import TIMM, DeviceOption, LoaderOptions
 
 log = logging.getLogger("fidelity")
@@ -52,9 +53,8 @@ class Options(LoaderOptions, DeviceOption):
     out: str = option(metavar="FILE", help="JSON file to write")
     features: str | None = option(
         default=None,
-        metavar="NAME|RUN",
-        help="network that makes the features: inception, dinov2 (also dinov2_base, dinov2_large, "
-        "dinov2_giant), timm:NAME, or a run (seed's folder) of eval.py; if omitted inception",
+        metavar="NAME|RUN|FILE",
+        help=f"network that makes the features: {known_forms()}; if omitted inception",
     )
     extractor: str | None = option(
         default=None,

@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
             "--classifier"
         )
     grid = settings_of(args, models)
-    judge = FeatureSource(VIT, args.judge).open(devices.device)
+    judge = FeatureSource(VIT, args.judge, setting="`judge`").open(devices.device)
     if judge.classes != models.classes:
         raise UserError(
             f"--judge {args.judge} knows the classes {judge.classes}, the models "

@@ -16,9 +16,10 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from ldm.cli import MOST, Seed, Share, Whole, existing_path, option, parse, run_command
+from ldm.cli import MOST, Seed, Share, Whole, existing_path, like, option, parse, run_command
 from ldm.devices import resolve_device
 from ldm.errors import UserError
+from ldm.features.source import known_forms
 from ldm.settings import FeatureOptions, NetworkChoice
 
 
@@ -35,6 +36,12 @@ class Options(NetworkChoice, FeatureOptions):
   python scripts/vis.py --real D/train5 --synthetic OUT --features logs/eval/train5/seed0 \\
       --out VIS"""
 
+    features: str | None = like(
+        NetworkChoice,
+        "features",
+        None,
+        help=f"network that makes the features: {known_forms()}",
+    )
     real: str = option(metavar="DIR", help="labelled real tiles, DIR/CLASS/images")
     synthetic: str = option(metavar="DIR", help="what sample_diffusion.py wrote")
     out: str = option(metavar="DIR", help="folder of the results")

@@ -28,6 +28,7 @@ from ldm.cli import (
     run_command,
 )
 from ldm.errors import Problems, UserError
+from ldm.features.source import KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -335,6 +336,13 @@ def test_features_names_the_network_in_every_command(command, words, published):
     assert found.network
     with pytest.raises(UserError, match="not allowed with"):
         module.parse_arguments([*needed, *words.split(), *published.split()])
+
+
+@pytest.mark.parametrize("command", ["vis", "copy_check", "baselines", "fidelity"])
+def test_help_lists_all_networks_that_make_features(command, capsys):
+    with pytest.raises(SystemExit):
+        parse(importlib.import_module(f"scripts.{command}").Options, ["--help"])
+    assert set(KINDS) <= set(re.findall(r"\w+", capsys.readouterr().out))
 
 
 # By type of the annotation: values that no option of this type takes.

@@ -254,7 +254,7 @@ def test_missing_file_folder_binary_and_nothing_at_all(tmp_path):
     assert "is a folder" in message(load_configs, [tmp_path])
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00\x81")
     assert "b.yaml" in message(load_configs, [tmp_path / "b.yaml"])
-    assert "--base" in message(load_configs, [])
+    assert "`base`" in message(load_configs, [])
 
 
 def test_files_that_cannot_be_merged(tmp_path):
@@ -330,7 +330,7 @@ def test_all_problems_are_reported_together_with_the_nearest_name():
         f"model.params.anything[0].params: {INNER} also needs width |",
         "model.parms: unknown name (did you mean params?)",
         "lightning.trainer.max_step: unknown name",
-        "lightning.trainer.gpus: not a setting here; give --gpus",
+        "lightning.trainer.gpus: not a setting here; give `gpus`",
         "lightning.callback: unknown section (did you mean callbacks?)",
         "modle: unknown section (did you mean model?)",
         "data.target: unknown target ldm.data.datamodule.DataModulFromConfig (did you mean",

@@ -496,7 +496,7 @@ def test_reference_file_is_read_when_it_belongs_and_refused_when_not(tile_sets, 
     net.classes = ["ADI", "LYM", "TUM"]
     other = tmp_path / "other.ckpt"
     write_checkpoint(other, tiny.vit_checkpoint(net))
-    with pytest.raises(UserError, match=r"another extractor.*--overwrite"):
+    with pytest.raises(UserError, match=r"another extractor.*[-`]*overwrite`?"):
         run(tmp_path, real, tile_sets["fake"], weights=other, options=options)
     with pytest.raises(UserError, match="another extractor"):
         run(tmp_path, None, tile_sets["fake"], weights=other, options=options)
@@ -550,7 +550,7 @@ def test_reference_file_notices_tiles_replaced_with_their_times_kept(tile_sets, 
         (["--real", "{real}", "--fake", "{fake}", "--weights", "{none}"], "--weights: {none}"),
         (
             ["--real", "{real}", "--fake", "{fake}", "--weights", "{vit}", "--stats", "{vit}"],
-            "--stats {vit}: not a file that scripts/fidelity.py",
+            "`stats` {vit}: not a file that scripts/fidelity.py",
         ),
         (
             ["--real", "{real}", "--fake", "{fake}", "--weights", "{vit}", "--extractor", "dinov2"],

@@ -145,9 +145,13 @@ def test_the_loss_of_the_vit_falls(folder, tmp_path):
 # Sampling and features
 
 
-def sampled(folder: Path, out: Path, kind: str, *more: str) -> list[dict]:
+def sample(folder: Path, out: Path, kind: str, *more: str) -> int:
     argv = ["--model", folder / f"{kind}.ckpt", "--out", out, "-c", 5, "-n", 4, *more]
-    assert sample_diffusion.main([str(word) for word in argv]) == 0
+    return sample_diffusion.main([str(word) for word in argv])
+
+
+def sampled(folder: Path, out: Path, kind: str, *more: str) -> list[dict]:
+    assert sample(folder, out, kind, *more) == 0
     return list(csv.DictReader((out / "manifest.csv").open()))
 
 
@@ -300,8 +304,8 @@ def test_two_processes_train_on_one_gpu(folder, tmp_path):
 def test_two_processes_sample_on_one_gpu(folder, tmp_path):
     """The same tiles, but for single grey levels."""
     one, two = tmp_path / "one", tmp_path / "two"
-    sampled(folder, one, "eps", "--eta", "0")
-    in_one(sampled, folder, two, "eps", "--eta", "0")
+    sample(folder, one, "eps", "--eta", "0")
+    assert in_one(sample, folder, two, "eps", "--eta", "0") == [0, 0]
     names = sorted(path.relative_to(one) for path in one.rglob("0*.png"))
     assert len(names) == 4
     for name in names:

@@ -376,7 +376,7 @@ def test_a_cache_of_another_autoencoder_is_refused(folder, tmp_path):
     path = config(folder, tmp_path / "c.yaml")
     with pytest.raises(UserError, match="made by another autoencoder"):
         train(path, tmp_path, "run", 1, f"data.params.latents={other.root}")
-    with pytest.raises(UserError, match="--latents: .* made by another autoencoder"):
+    with pytest.raises(UserError, match="latents.?: .* made by another autoencoder"):
         classify(folder, tmp_path, "--latents", other.root)
     assert not (tmp_path / "run").exists()
     # The same latent space with another decoder is no other one.
@@ -671,7 +671,7 @@ def test_bad_data(folder, plain, tmp_path):
     out = tmp_path / "c"
     with pytest.raises(UserError, match="not both"):
         cache(folder, out, data=["train", path])
-    with pytest.raises(UserError, match="--labelled goes with folders"):
+    with pytest.raises(UserError, match="labelled.? goes with folders"):
         cache(folder, out, "--labelled", data=[path])
     with pytest.raises(UserError, match=r"train has tiles of size=16, the autoencoder works on 32"):
         cache(folder, out, "data.params.train.params.size=16", data=[path])

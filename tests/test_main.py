@@ -14,10 +14,11 @@ import yaml
 import main as main_py
 from ldm.checkpoint import load_model, read_checkpoint
 from ldm.errors import Stopped, UserError
-from ldm.models.callbacks import StopOnSignal
+from ldm.models.callbacks import LastCheckpoint
 from ldm.models.diffusion import LatentDiffusion
 from ldm.modules.autoencoder import DiagonalGaussian
 from ldm.run import RunFolder
+from ldm.trainings import configured
 
 ROOT = Path(main_py.__file__).parent
 
@@ -205,7 +206,7 @@ def test_a_signal_before_the_first_step(data, autoencoder_ckpt, tmp_path, monkey
         run(config, tmp_path, "stopped", 4)
     assert read_checkpoint(tmp_path / "stopped")["global_step"] == 1
     calls.clear()
-    monkeypatch.setattr(StopOnSignal, "on_sanity_check_start", lambda *_: None)
+    monkeypatch.setattr(LastCheckpoint, "on_sanity_check_start", lambda *_: None)
     with pytest.raises(KeyboardInterrupt):
         run(config, tmp_path, "late", 4)
     assert not (tmp_path / "late" / "checkpoints").exists()
@@ -377,7 +378,7 @@ def test_files_merge_left_to_right_and_overrides_win(data, autoencoder_ckpt, tmp
     args = main_py.parse_arguments(
         ["--base", str(first), str(tmp_path / "b.yaml"), "data.params.batch_size=3"]
     )
-    config = main_py.load_configuration(args)
+    config = configured.load_configuration(args)
     assert (
         config["model"]["base_learning_rate"] == 0.5 and config["data"]["params"]["batch_size"] == 3
     )
@@ -407,7 +408,7 @@ def test_a_mistake_is_one_line_and_status_2(data, tmp_path):
 BAD = {
     "no gpu": (["--gpus", "0,1"], "0 CUDA GPUs"),
     "gpus and devices": (["--gpus", "0,1", "--devices", "2"], "give one of them"),
-    "bad gpus": (["--gpus", "a"], "--gpus a"),
+    "bad gpus": (["--gpus", "a"], "`gpus` a"),
     "missing base": (["--base", "nowhere.yaml"], "nowhere.yaml"),
     "missing data": (["data.params.train.params.root=/nowhere"], "/nowhere"),
     "unknown key": (["model.params.embeding_dim=3"], "embed_dim"),
@@ -449,8 +450,14 @@ def test_bad_input(case, mode, data, autoencoder_ckpt, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["image_size=16", "unet_config.params.image_size=16"], "latents of 8"),
-        (["scheduler_config.target=ldm.modules.lr_schedule.LambdaLinear"], "unknown target"),
+        (["image_size=8", "unet_config.params.image_size=8"], "latents of 16"),
+        (
+            [
+                "scheduler_config={target: ldm.modules.lr_schedule.WarmupCosine, params: "
+                "{warm_up_steps: 9, total_steps: 2}}"
+            ],
+            "warm_up_steps=9 must be in",
+        ),
     ],
 )
 def test_a_dry_run_looks_at_latents_and_schedules(

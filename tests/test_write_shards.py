@@ -228,7 +228,7 @@ def test_several_roots_share_shards(tmp_path):
         (tmp_path / name).rename(tmp_path / f"{name}-moved")
     made = write(index, tmp_path / "out", "--root", *(f"{root}-moved" for root in roots))
     assert made.tiles(0)["path"] == [f"{NAME.format(0)}/{i}/A/1.png" for i in (0, 1)]
-    with pytest.raises(UserError, match="--root.*one does not exist"):
+    with pytest.raises(UserError, match="root.*one does not exist"):
         write(index, tmp_path / "out2")
 
 
@@ -272,7 +272,7 @@ def test_sizes_and_dry_run(index, tmp_path, capsys):
         20,
     ]
     for text in ("0", "1X", "-1G", "", "G"):
-        with pytest.raises(UserError, match="--size: .* is not a size"):
+        with pytest.raises(UserError, match="size: .* is not a size"):
             write_shards.parse_arguments([str(index), "--out", "x", f"--size={text}"])
 
 

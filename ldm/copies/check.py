@@ -47,7 +47,7 @@ def check_apart(train: TileFiles, held_out: TileFiles) -> None:
     if shared:
         more = f" and {len(shared) - 3} more" if len(shared) > 3 else ""
         raise UserError(
-            f"--holdout {held_out.root}: {len(shared)} of {len(held_out)} tiles are in --train"
+            f"`holdout` {held_out.root}: {len(shared)} of {len(held_out)} tiles are in `train`"
             f" {train.root} too ({', '.join(shared[:3])}{more}); give tiles that the generator"
             " never saw"
         )
@@ -60,7 +60,7 @@ def check_groups_apart(train: TileFiles, held_out: TileFiles, pattern: str) -> N
     shared = sorted(ours & theirs)
     if shared:
         raise UserError(
-            f"--holdout {held_out.root}: {len(shared)} of its {len(theirs)} groups are in --train"
+            f"`holdout` {held_out.root}: {len(shared)} of its {len(theirs)} groups are in `train`"
             f" {train.root} too ({', '.join(shared[:3])}); give tiles of others"
         )
 
@@ -323,18 +323,18 @@ def check_counts(kept: dict[str, TileFiles], groups: int, level: float) -> None:
     """UserError where tiles with structure are too few to say anything."""
     if len(kept["train"]) < FEWEST_TRAIN or groups < 2:
         raise UserError(
-            f"--train {kept['train'].root}: {len(kept['train'])} tiles with structure in {groups}"
+            f"`train` {kept['train'].root}: {len(kept['train'])} tiles with structure in {groups}"
             f" groups; at least {FEWEST_TRAIN} in 2 are needed"
         )
     if not len(kept["synthetic"]):
         raise UserError(
-            f"--synthetic {kept['synthetic'].root}: no tile has any structure (densities deviate"
+            f"`synthetic` {kept['synthetic'].root}: no tile has any structure (densities deviate"
             f" by less than {pixels.LEAST_CONTRAST}); look at the images"
         )
     needed = fewest_held_out(level)
     if len(kept["held_out"]) < needed:
         raise UserError(
-            f"--holdout {kept['held_out'].root}: {len(kept['held_out'])} tiles with structure,"
+            f"`holdout` {kept['held_out'].root}: {len(kept['held_out'])} tiles with structure,"
             f" {needed} are needed for so low a rate of false alarms; give more tiles or raise"
-            " --quantile"
+            " `quantile`"
         )

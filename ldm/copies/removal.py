@@ -46,7 +46,7 @@ class TrainingFolder:
         right = {"class", "file", "decision", "reason"} <= set(columns)
         if not right or not isinstance(record, dict) or not {"settings", "counts"} <= set(record):
             raise UserError(
-                f"--remove {root}: no training folder of scripts/distance.py ({DECISIONS} and"
+                f"`remove` {root}: no training folder of scripts/distance.py ({DECISIONS} and"
                 f" {RECORD} with settings and counts are missing or damaged)"
             )
         return cls(root, columns, rows, record)
@@ -65,7 +65,7 @@ class TrainingFolder:
         for name, path in self.used().items():
             if digests.get(name) != file_sha256(path):
                 raise UserError(
-                    f"--remove {self.root}: its tile {placed(name)} is not {name} of --synthetic;"
+                    f"`remove` {self.root}: its tile {placed(name)} is not {name} of `synthetic`;"
                     " check the synthetic folder that it was chosen from"
                 )
 

@@ -36,7 +36,7 @@ def alarm_threshold(held_out: np.ndarray, level: float) -> float:
     threshold = float(np.sort(held_out)[k - 1])
     if threshold <= 0:
         raise UserError(
-            f"--holdout: {k} or more tiles equal training tiles pixel by pixel; give tiles that the"
+            f"`holdout`: {k} or more tiles equal training tiles pixel by pixel; give tiles that the"
             " generator never saw"
         )
     return threshold

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ldm.diffusion.process import DrawFn, Process
+from ldm.diffusion.process import DrawFn, Process, equal_times
 from ldm.errors import UserError
 
 TIME_SAMPLINGS = ("logit_normal", "uniform")
@@ -104,7 +104,7 @@ class RectifiedFlow(Process):
         return self.T * draw(torch.rand, (count,))
 
     def times(self, t: float, count: int, device: torch.device | str) -> Tensor:
-        return torch.full((count,), t, dtype=torch.float32, device=device)
+        return equal_times(t, count, torch.float32, device)
 
     def time_pairs(self, steps: int, start: float | None = None) -> list[tuple[float, float]]:
         """See `Process.time_pairs`; the last t_prev is 0, the clean end.

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ldm.diffusion.process import Process
+from ldm.diffusion.process import Process, any_within
 from ldm.diffusion.samplers import EpsFn
 from ldm.errors import UserError
 
@@ -93,7 +93,7 @@ def shared_pass(
 
     def eps_fn(z_t: Tensor, t: Tensor) -> Tensor:
         kept.clear()
-        if interval is not None and not ((t >= interval[0]) & (t <= interval[1])).any():
+        if interval is not None and not any_within(t, interval):
             with torch.no_grad():
                 return eps_and_logits(z_t, t)[0]
         with torch.enable_grad():
@@ -230,9 +230,9 @@ def _guided(
     def guided(z_t: Tensor, t: Tensor) -> Tensor:
         eps_pred = eps_fn(z_t, t)
         if interval is not None:
-            inside = ((t >= interval[0]) & (t <= interval[1])).view(-1, 1, 1, 1)
-            if not inside.any():
+            if not any_within(t, interval):
                 return eps_pred
+            inside = ((t >= interval[0]) & (t <= interval[1])).view(-1, 1, 1, 1)
         term = guidance(z_t, t, eps_pred)  # (B, C, H, W)
         if interval is not None:
             term = torch.where(inside, term, 0)

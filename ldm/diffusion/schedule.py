@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ldm.diffusion.process import DrawFn, Process
+from ldm.diffusion.process import DrawFn, Process, equal_times
 from ldm.errors import UserError
 
 NAMES = ("scaled_linear", "linear", "cosine")
@@ -157,7 +157,7 @@ class NoiseSchedule(Process):
         return self.draw_times(draw, count)
 
     def times(self, t: float, count: int, device: torch.device | str) -> Tensor:
-        return torch.full((count,), t, dtype=torch.int64, device=device)
+        return equal_times(t, count, torch.int64, device)
 
     def time_pairs(self, steps: int, start: float | None = None) -> list[tuple[int, int]]:
         """See `time_pairs`; a `start` leaves out the steps above it.

@@ -29,7 +29,7 @@ def tiles_of_part(root: Path, synthetic: bool, what: str) -> TileFiles:
 
     Args:
         synthetic: Which part of such a folder is meant.
-        what: How error messages call the folder, for example `--fake`.
+        what: How error messages call the folder, for example `fake`.
 
     Raises:
         UserError: There are no images.
@@ -80,14 +80,14 @@ def reference(
     if files is None:
         assert known is not None, "the command has checked that there is one of them"
         if differs:
-            raise UserError(f"--stats {stats}: is of {differs[0]}; give --real or another file")
+            raise UserError(f"`stats` {stats}: is of {differs[0]}; give `real` or another file")
         return known
     if known is not None and not differs:
         log.info("%s: %d images, features from %s", files.root, len(known.values), stats)
         return known
     if known is not None and not overwrite:
         raise UserError(
-            f"--stats {stats}: is of {' and '.join(differs)}; give another name, or --overwrite to"
+            f"`stats` {stats}: is of {' and '.join(differs)}; give another name, or `overwrite` to"
             " make it anew"
         )
     found = FeatureSet.compute(files, extractor, batch_size, num_workers, raw=True)
@@ -142,7 +142,7 @@ def _read_stats(path: Path) -> FeatureSet:
         known = None
     if known is None or not known.facts.get("raw"):
         raise UserError(
-            f"--stats {path}: not a file that scripts/fidelity.py --stats wrote; give another name"
+            f"`stats` {path}: not a file that scripts/fidelity.py --stats wrote; give another name"
         )
     return known
 
@@ -207,6 +207,6 @@ def require_known_classes(real: Sequence[str], fake: Sequence[str], root: Path) 
     unknown = sorted(set(fake) - set(real))
     if real and unknown:
         raise UserError(
-            f"--fake {root}: class folders {unknown} are not among those of the real set"
+            f"`fake` {root}: class folders {unknown} are not among those of the real set"
             f" {sorted(set(real))}; rename or remove them"
         )

@@ -23,7 +23,7 @@ from ldm.evaluation.sets import GroupTable, Splits, open_evaluation_sets, open_s
 from ldm.evaluation.summary import write_summary
 from ldm.evaluation.training import Predictor, RunBatches, TrainingData, predictions_of
 from ldm.files import write_json
-from ldm.models.callbacks import LastCheckpoint, StopOnSignal
+from ldm.models.callbacks import LastCheckpoint
 from ldm.models.vit import load_vit
 from ldm.models.vit_settings import Settings
 from ldm.models.vit_training import (
@@ -91,21 +91,21 @@ class Earlier:
             checkpoint = run / LAST if resume is None else Path(resume)
             is_finished = (run / RESULT).is_file()
             if is_finished and resume is not None:
-                raise UserError(f"--resume {resume}: {run} is finished; choose another --logdir")
+                raise UserError(f"`resume` {resume}: {run} is finished; choose another `logdir`")
             if is_finished:
                 earlier = json.loads((run / RESULT).read_text())
             elif checkpoint.is_file() or resume is not None:
-                what = "earlier run" if resume is None else "--resume"
+                what = "earlier run" if resume is None else "`resume`"
                 earlier = _read_training(checkpoint, what, seed)["training"]
             else:
                 continue
             changed = differences(earlier, current)
             if changed and resume is not None:
-                raise UserError(f"--resume {resume}: {'; '.join(changed)}; give the same as then")
+                raise UserError(f"`resume` {resume}: {'; '.join(changed)}; give the same as then")
             if changed and not overwrite:
                 raise UserError(
-                    f"{run} holds a run with other settings: {'; '.join(changed)}; add --overwrite"
-                    " to replace it, or choose another --logdir"
+                    f"{run} holds a run with other settings: {'; '.join(changed)}; add `overwrite`"
+                    " to replace it, or choose another `logdir`"
                 )
             if changed:
                 found.stale.append(run)
@@ -122,7 +122,7 @@ def _read_training(path: str | Path, what: str, seed: int) -> dict[str, Any]:
     training = checkpoint.get("training")
     if training is None:
         raise UserError(
-            f"{what} {path}: a finished network, nothing to go on with; use it with --eval"
+            f"{what} {path}: a finished network, nothing to go on with; use it with `eval`"
         )
     if "updates" not in training:
         raise UserError(
@@ -130,7 +130,7 @@ def _read_training(path: str | Path, what: str, seed: int) -> dict[str, Any]:
             " again"
         )
     if training["seed"] != seed:
-        raise UserError(f"{what} {path}: is of seed {training['seed']}, not {seed}; set --seed")
+        raise UserError(f"{what} {path}: is of seed {training['seed']}, not {seed}; set `seed`")
     return checkpoint
 
 
@@ -277,7 +277,6 @@ def train_to_the_end(
         callbacks=[
             ValidateAtMarks(show),
             LastCheckpoint(train_time_interval=interval, dirpath=run.checkpoints, **OWN_NAMES),
-            StopOnSignal(run.last),
         ],
         settings={
             # All updates are one epoch for Lightning: passes are those of `RunBatches`.
@@ -360,10 +359,10 @@ def evaluate_checkpoint(
         UserError: The file is not a checkpoint of eval.py, neither folder exists, or classes
             differ.
     """
-    model, record = load_vit(checkpoint, devices.device, "--resume")
+    model, record = load_vit(checkpoint, devices.device, "`resume`")
     sets = open_evaluation_sets(data_path, record["classes"], model.input_size, groups)
     if not sets:
-        raise UserError(f"--data_path {data_path} has neither a val nor a test folder")
+        raise UserError(f"`data_path` {data_path} has neither a val nor a test folder")
     report: dict[str, Any] = {
         "checkpoint": str(checkpoint),
         "arch": record["model"]["params"]["arch"],

@@ -12,7 +12,7 @@ from ldm.files import write_json
 SUMMARY = "summary.json"
 SPLITS = ("val", "test")
 OVER_IMAGES = (
-    "the intervals are over images, as no groups were given (--groups): tiles of one slide or"
+    "the intervals are over images, as no groups were given (`groups`): tiles of one slide or"
     " region are alike, so they are too narrow"
 )
 
@@ -51,7 +51,7 @@ def write_summary(
         if runs is None:
             said.append(
                 f"no interval for {split}: an earlier version kept no predictions of some seed;"
-                " --overwrite with a changed setting, or another --logdir, trains it again"
+                " `overwrite` with a changed setting, or another `logdir`, trains it again"
             )
             continue
         found = intervals(runs)
@@ -75,11 +75,11 @@ def _length(result: Mapping[str, Any]) -> str:
     if result["settings"].get("match_steps") is not None:
         return (
             f"{result['updates']} updates ({result['epochs']} passes) and {result['validations']}"
-            " validations, by --match_steps: the same for training sets of any size"
+            " validations, by `match_steps`: the same for training sets of any size"
         )
     return (
         f"{result['epochs']} passes ({result['updates']} updates): larger training sets get more"
-        " updates; --match_steps gives all the same"
+        " updates; `match_steps` gives all the same"
     )
 
 

@@ -235,7 +235,7 @@ class Sweep:
         self.per_class, self.batch_size = per_class, batch_size
         cache = out / "features" / "real.safetensors"
         self.real = judge(real_root, judge_net, cache, models.classes)
-        check_counts(self.real, f"--real {real_root}", len(models.classes))
+        check_counts(self.real, f"`real` {real_root}", len(models.classes))
         self.rows: list[Row] = []
         self._columns = [(name, i) for name in models.classes for i in range(SHEET_TILES)]
         self._sheet = []  # a caption and its tiles for each row

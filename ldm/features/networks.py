@@ -32,7 +32,7 @@ RUN_RESULT = "result.json"  # what eval.py writes in the folder of a seed
 
 def open_vit(source: FeatureSource, device: torch.device | str) -> Extractor:
     """Load a classifier that eval.py trained, from a checkpoint or the folder of a seed."""
-    net, record = load_vit(source.argument, device, "features")
+    net, record = load_vit(source.argument, device, source.setting)
     path = Path(source.argument).expanduser()
     best = path / "checkpoints" / "best.ckpt"
     weights = best if best.is_file() else path

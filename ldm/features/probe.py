@@ -85,7 +85,7 @@ class Probe:
             name = classes[int(counts.argmin())]
             raise UserError(
                 f"class {name} has {counts.min()} labelled tiles and needs at least 2 for a judge"
-                " by logistic regression; add labelled tiles or use --strategy centroid"
+                " by logistic regression; add labelled tiles or use `strategy` centroid"
             )
         folds = StratifiedKFold(min(FOLDS, int(counts.min())), shuffle=True, random_state=0)
         parts = list(folds.split(features, labels))

@@ -258,6 +258,8 @@ class LatentDiffusion(HistoModule):
                 "model.params.first_stage_config: components are found on images, and data.params."
                 "latents holds none; give model.params.first_stage_ckpt, whose latents were cached"
             )
+        if self.scheduler_config is not None:
+            instantiate_from_config(self.scheduler_config)
         self.tile_size = first.resolution
         super().check_data(data)
 
@@ -342,10 +344,10 @@ class LatentDiffusion(HistoModule):
         """
         from ldm.checkpoint import load_model
 
-        other = load_model(path, "autoencoder", self.device, what="--first_stage").net
+        other = load_model(path, "autoencoder", self.device, what="`first_stage`").net
         if other.fingerprint() != self.autoencoder_fingerprint:
             raise UserError(
-                f"--first_stage: {path} has another latent space than the diffusion model; give "
+                f"`first_stage`: {path} has another latent space than the diffusion model; give "
                 "the autoencoder it was trained with, or one whose decoder was fine-tuned from that"
             )
         self.first_stage_model = other

@@ -163,6 +163,6 @@ def _pretrained(path: str | None) -> LatentDiffusion:
     if source.conditional:
         raise UserError(
             f"model.params.pretrained: {path} is a label adapter already; give the diffusion model "
-            "that it started from, or go on with --resume"
+            "that it started from, or go on with `resume`"
         )
     return source

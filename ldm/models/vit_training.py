@@ -66,7 +66,7 @@ class Course:
         if batch_size == 0:
             raise UserError(
                 f"{images} training images in batches of {wanted} are too few for {ranks} devices;"
-                " use fewer --devices"
+                " use fewer `devices`"
             )
         notes: tuple[str, ...] = ()
         if batch_size < wanted:
@@ -105,7 +105,7 @@ class Validation(NamedTuple):
 
 
 def build_network(settings: Settings, classes: list[str]) -> TileClassifier:
-    """The network to train, with the weights of `--finetune`.
+    """The network to train, with the weights of `finetune`.
 
     Raises:
         UserError: The architecture is unknown, or the weights do not fit it.
@@ -136,7 +136,7 @@ def build_optimizer(settings: Settings, net: TileClassifier, lr: float) -> torch
     known = list_optimizers(exclude_filters=["fused*", "bnb*", "adahessian"])
     if settings.opt not in known:
         near = difflib.get_close_matches(settings.opt, known, n=3) or known
-        raise UserError(f"--opt {settings.opt} is no optimizer of timm; use {', '.join(near)}")
+        raise UserError(f"`opt` {settings.opt} is no optimizer of timm; use {', '.join(near)}")
     return create_optimizer_v2(
         net.net,
         opt=settings.opt,
@@ -267,8 +267,11 @@ class VitTraining(HistoModule):
         loss = self.criterion(self.net(images).float(), y)
         mean = self.trainer.strategy.reduce(loss.detach(), reduce_op="mean")
         self.check_finite(mean, batch, batch_idx)
-        self._loss_sum += mean.item()
+        self.arrivals.add(mean, self._add_loss)
         return loss
+
+    def _add_loss(self, mean: float) -> None:
+        self._loss_sum += mean
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         super().on_before_optimizer_step(optimizer)
@@ -284,6 +287,7 @@ class VitTraining(HistoModule):
 
     def validate(self) -> dict[str, float]:
         """Validate the evaluated network, keep it if it is the best so far, and log a row."""
+        self.arrivals.settle()
         trained = time.monotonic()
         self.eval()
         found = self.judge(self.evaluated)

@@ -47,7 +47,7 @@ class LambdaLinearScheduler:
 
 
 class LinearAnneal:
-    """Factor that falls linearly from 1 to 0 over `total_steps` (`--anneal_lr`)."""
+    """Factor that falls linearly from 1 to 0 over `total_steps` (`anneal_lr`)."""
 
     def __init__(self, total_steps: int):
         self.total_steps = total_steps

@@ -89,7 +89,7 @@ def read_judged(source: str, synthetic_root: Path, with_judge: bool = False) -> 
     classes = judged.real.classes
     if TileFiles.below(synthetic_root, True, classes).digest != judged.synthetic.tiles:
         raise UserError(
-            f"--synthetic {synthetic_root}: its images are not those of --features {source};"
+            f"`synthetic` {synthetic_root}: its images are not those of `features` {source};"
             " run scripts/vis.py again"
         )
     return replace(judged, judge=Judge.fit([judged.real])) if with_judge else judged
@@ -165,11 +165,11 @@ def _free_rows(pool: TileFiles, real: TileFiles, val: Sequence[TileFiles]) -> li
         leaked = len(first.keys() & set(tiles.digests))
         if leaked:
             raise UserError(
-                f"--unlabelled {pool.root}: {leaked} of its tiles are those of --val {tiles.root},"
+                f"`unlabelled` {pool.root}: {leaked} of its tiles are those of `val` {tiles.root},"
                 " which must not be trained on; give other tiles"
             )
     if not first:
-        raise UserError(f"--unlabelled {pool.root}: all its tiles are labelled; give other tiles")
+        raise UserError(f"`unlabelled` {pool.root}: all its tiles are labelled; give other tiles")
     return list(first.values())
 
 
@@ -242,11 +242,11 @@ def conflicts(
         if same:
             warnings.append(
                 f"judge and downstream model are the same network ({name}): it is given what it"
-                " agrees with already; judge with another one, for example --features timm:NAME"
+                " agrees with already; judge with another one, for example `features` timm:NAME"
             )
     if trained_here:
         warnings.append(
-            f"the judge ({name}) was trained on the very tiles of --real: they lie closer to their"
+            f"the judge ({name}) was trained on the very tiles of `real`: they lie closer to their"
             " class for it than new tiles do; a judge trained on others is a better witness"
         )
     return facts, warnings

@@ -130,7 +130,7 @@ def wanted_per_class(counts: Sequence[int], ratio: int) -> list[int]:
     wanted = [(count * ratio + 50) // 100 for count in counts]
     if not any(wanted):
         raise UserError(
-            f"--ratio {ratio}: that is less than one image of the {max(counts)} per class; raise it"
+            f"`ratio` {ratio}: that is less than one image of the {max(counts)} per class; raise it"
         )
     return wanted
 

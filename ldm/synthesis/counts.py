@@ -74,7 +74,7 @@ def balance(
     from ldm.cli import existing_path
     from ldm.data.images import class_folders, list_images
 
-    root = existing_path(folder, "--balance", "dir")
+    root = existing_path(folder, "balance", "dir")
     found = {name: len(list_images(root / name)) for name in class_folders(root)}
     different = sorted(found.keys() ^ set(known))
     if different:

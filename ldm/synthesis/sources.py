@@ -56,7 +56,7 @@ class Sources:
         least: float = 0.0,
     ):
         self.root, self.diffusion = Path(root).expanduser(), diffusion
-        refuse_held_out(self.root, "--start_from")
+        refuse_held_out(self.root, "`start_from`")
         size = diffusion.first_stage_model.resolution
         labelled = all((self.root / name).is_dir() for name in classes)
         self._tiles = TileFolder(self.root, size, labelled, list(classes) if labelled else None)
@@ -66,8 +66,8 @@ class Sources:
                 chosen[classes[label]].append(i)
         elif judge is None:
             raise UserError(
-                f"--start_from {root} has no folders {', '.join(classes)}: unlabelled tiles need "
-                "--classifier, which says what they are"
+                f"`start_from` {root} has no folders {', '.join(classes)}: unlabelled tiles need "
+                "`classifier`, which says what they are"
             )
         else:
             chosen = self._judged(classes, judge, least)
@@ -106,8 +106,8 @@ class Sources:
         empty = [name for name in names if not self.by_class[name]]
         if empty:
             raise UserError(
-                f"--start_from {self.root}: no tile for {', '.join(empty)}; lower "
-                "--start_confidence, leave the class out, or give more tiles"
+                f"`start_from` {self.root}: no tile for {', '.join(empty)}; lower "
+                "`start_confidence`, leave the class out, or give more tiles"
             )
 
     def file(self, name: str, index: int) -> str:

@@ -150,7 +150,7 @@ class Synthesiser:
         if shared is None or self.sampling.guidance_on != "z_t" or self.sampling.scale == 0:
             return None
         if not self.sampling.ema:
-            raise UserError("ema=False: the readout reads the averaged weights; leave --ema out")
+            raise UserError("ema=False: the readout reads the averaged weights; leave `ema` out")
         return accelerated(shared, self.devices, self.device)
 
     def _guided(self, z_t: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -265,7 +265,7 @@ class Synthesiser:
         if not z_0.isfinite().all():
             raise UserError(
                 f"sampling gave latents that are not finite (scale={sampling.scale:g}, "
-                f"steps={sampling.steps}); lower --classifier_scale or raise --custom_steps"
+                f"steps={sampling.steps}); lower `classifier_scale` or raise `custom_steps`"
             )
         # One transfer for all steps: asking at each would make a GPU wait.
         sums = torch.stack(seen).double().sum(dim=1).tolist()  # (S, 3)
