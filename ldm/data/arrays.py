@@ -44,7 +44,7 @@ class TileArray:
     """An array of tiles in a file."""
 
     path: str
-    rows: Any  # `rows[i]` reads one, (H, W, 3); has a shape and a dtype
+    rows: Any  # `rows[i]` reads one, (H, W, 3), or (H, W) in grey; has a shape and a dtype
     labels: Any  # an array of N labels; None without labels
 
     def __len__(self) -> int:
@@ -116,7 +116,7 @@ def _open(path: str, process: int) -> dict[str, TileArray]:
         tiles = {
             name: TileArray(path, rows, _labels(path, name, found))
             for name, rows in found.items()
-            if len(rows.shape) == 4 and rows.shape[3] == 3 and 0 not in rows.shape
+            if _holds_tiles(name, rows.shape)
         }
     except (ValueError, EOFError, zipfile.BadZipFile, OSError) as error:
         if isinstance(error, FileNotFoundError | UserError):
@@ -130,6 +130,11 @@ def _open(path: str, process: int) -> dict[str, TileArray]:
     parts = [re.sub(r"_?(images|x)_?", "", name.replace("/", "_")) for name in tiles]
     names = parts if len(set(parts)) == len(parts) else list(tiles)
     return dict(zip(names, tiles.values(), strict=True))
+
+
+def _holds_tiles(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether an array holds tiles in colour; or grey ones, which only its name can tell."""
+    return 0 not in shape and (shape[3:] == (3,) or (len(shape) == 3 and "images" in name))
 
 
 def _labels(path: str, name: str, found: dict[str, Any]) -> Any:
