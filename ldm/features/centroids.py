@@ -42,7 +42,8 @@ def centroid_distances(features: Tensor, centroids: Tensor) -> Tensor:
     Each entry is computed from its own row alone, so it depends neither on the order of the images
     nor on how many there are.
     """
-    distances = torch.empty(len(features), len(centroids), dtype=torch.float64)
+    shape = (len(features), len(centroids))
+    distances = torch.empty(shape, dtype=torch.float64, device=features.device)
     for place, part in in_chunks(features):
         for k, centroid in enumerate(centroids.double()):
             distances[place, k] = (part.double() - centroid).square().mean(dim=1)
