@@ -296,9 +296,7 @@ def parse(settings: type, argv: Sequence[str] | None = None) -> Any:
     try:
         result = checked(settings, values, strict=False)
     except Problems as problems:
-        found |= {
-            flags[name]: _as_options(text, fields) for name, text in problems.found.items()
-        }
+        found |= {flags[name]: _as_options(text, fields) for name, text in problems.found.items()}
     if found:
         raise Problems(found)
     return result
