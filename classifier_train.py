@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -33,6 +34,7 @@ from ldm.cli import (
     parse,
     run_command,
 )
+from ldm.data.arrays import holder
 from ldm.errors import UserError
 from ldm.settings import RunOptions
 
@@ -107,7 +109,7 @@ class Options(RunOptions):
         default=None,
         metavar="CKPT",
         help="diffusion checkpoint whose encoder and middle the classifier starts from, and whose "
-        "latents it takes; its network is then that of the checkpoint",
+        "latents it takes, or an (imported) classifier; the network is that of the checkpoint",
     )
     image_size: Pixels | None = _data(
         default=None, help="pixels of a tile; must be the autoencoder's"
@@ -285,9 +287,9 @@ def check_paths(args: Options) -> None:
     if args.latents:
         existing_path(args.latents, "--latents", "dir")
     else:
-        existing_path(args.data_dir, "--data_dir", "dir")
+        existing_path(holder(Path(args.data_dir).expanduser()), "--data_dir")
     if args.val_data_dir:
-        existing_path(args.val_data_dir, "--val_data_dir", "dir")
+        existing_path(holder(Path(args.val_data_dir).expanduser()), "--val_data_dir")
 
 
 def train(args: Options) -> "tuple[pl.Trainer, pl.LightningModule] | None":

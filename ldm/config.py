@@ -47,6 +47,7 @@ SECTIONS = ("model", "data", "lightning", "vars")
 LIGHTNING_SECTIONS = ("trainer", "callbacks", "logger", "modelcheckpoint", "strategy")
 LIGHTNING = "pytorch_lightning."
 TRAINER = f"{LIGHTNING}Trainer"
+TILES = "tiles in folders are ldm.data.tiles.TileFolder"
 
 # Parameters that hold plain settings, and the class whose parameters their keys are.
 SETTINGS = {"ddconfig": "ldm.modules.autoencoder.Architecture"}
@@ -358,7 +359,8 @@ def _check_node(node: dict, path: str, problems: Found, supplied: AbstractSet[st
     try:
         constructor = get_obj_from_str(name)
     except UserError as error:
-        problems[join_keys(path, "target")] = str(error)
+        more = f"; {TILES}" if path.startswith("data.") and TILES not in str(error) else ""
+        problems[join_keys(path, "target")] = f"{error}{more}"
         constructor = None
     if not isinstance(params, dict):
         problems[where] = f"{shown(params)} must be a mapping"
@@ -480,7 +482,8 @@ def instantiate_from_config(config: DictConfig | Mapping, **extra: Any) -> Any:
     node = resolve(config)
     if not _is_node(node):
         raise UserError(
-            f"configuration with keys {sorted(map(str, node))} has no target: name the class there"
+            f"configuration with keys {sorted(map(str, node))} has no target: name the class there "
+            f"({TILES})"
         )
     node = _native(node)
     node.pop("base_learning_rate", None)  # of the model's section, for the command

@@ -4,6 +4,7 @@ import csv
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import platform
 import re
@@ -268,20 +269,30 @@ class RunFolder:
         if checkpoint.parent.name != "checkpoints":
             raise UserError(
                 f"resume={target}: a checkpoint to resume lies in RUN/checkpoints/; this one "
-                "does not"
+                "does not. A new run starts from its weights with init_from (classifier_train.py) "
+                "or model.params.ckpt_path (main.py)"
             )
         return cls(checkpoint.parent.parent), checkpoint
 
     def read_metrics(self) -> list[dict[str, float]]:
-        """What was logged over all starts of the run: name to value, per logged step."""
+        """What was logged over all starts of the run, one row (name to value) for each step.
+
+        A start that goes on from a checkpoint repeats the steps after it; its numbers count.
+        """
         starts = sorted(
             self.root.glob("metrics/version_*/metrics.csv"), key=lambda p: int(p.parent.name[8:])
         )
-        rows = []
+        rows: dict[float, dict[str, float]] = {}  # by step
         for path in starts:
-            with path.open(newline="") as file:
-                rows += [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
-        return rows
+            # A process that was killed may have left a part of a line at the end.
+            lines = path.read_text().splitlines(keepends=True)
+            read = list(csv.DictReader(line for line in lines if line.endswith("\n")))
+            first = min((float(row["step"]) for row in read), default=math.inf)
+            rows = {step: row for step, row in rows.items() if step < first}
+            for row in read:
+                values = {name: float(value) for name, value in row.items() if value}
+                rows.setdefault(values["step"], {}).update(values)
+        return [rows[step] for step in sorted(rows)]
 
     def record(self, config: dict, seed: int) -> None:
         """Write the resolved configuration, command, versions, revision and hardware of a start."""

@@ -98,7 +98,6 @@ def fit(
         log.info("%s\nwriting to    %s", summary, run.root)
     joined = torch.distributed.is_initialized()
     _run(trainer, model, data, checkpoint)
-    trainer.save_checkpoint(run.last)
     if trainer.is_global_zero:
         log.info("done at step %d: %s", trainer.global_step, run.last)
     if not joined:
@@ -179,12 +178,33 @@ def build_trainer(
         **settings,
         "logger": kept,
         "plugins": [*plugins, *([] if dry_run else cluster_plugins()), CheckpointFiles()],
-        "callbacks": [*watching, *callbacks],
+        "callbacks": [*watching, *_in_order(callbacks)],
     }
     try:
         return pl.Trainer(**arguments)
     except (MisconfigurationException, ValueError) as error:
         raise UserError(f"lightning.trainer: {' '.join(str(error).split())}") from None
+
+
+def _in_order(callbacks: Sequence["pl.Callback"]) -> list["pl.Callback"]:
+    """The callbacks in an order in which `last.ckpt` holds what all others have done.
+
+    What a validation decides is decided at its end: at the end of the epoch, as Lightning does it
+    where each has one validation, is after the checkpoint of the epoch's last step.
+    """
+    from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+
+    from ldm.models.callbacks import LastCheckpoint
+
+    for callback in callbacks:
+        if not str(getattr(callback, "monitor", None)).startswith("val/"):
+            continue
+        if isinstance(callback, EarlyStopping) and callback._check_on_train_epoch_end is None:
+            callback._check_on_train_epoch_end = False
+        if isinstance(callback, ModelCheckpoint) and callback._save_on_train_epoch_end is None:
+            callback._save_on_train_epoch_end = False
+    # Lightning moves checkpoints behind other callbacks, and keeps their order.
+    return sorted(callbacks, key=lambda callback: isinstance(callback, LastCheckpoint))
 
 
 def cluster_plugins() -> list[Any]:
@@ -196,7 +216,7 @@ def cluster_plugins() -> list[Any]:
     if in_shell_of_slurm():
         return [environments.LightningEnvironment()]
     try:
-        # Signals are for StopOnSignal: Lightning would requeue by itself, from a file of its own.
+        # Signals are for LastCheckpoint: Lightning would requeue by itself, from a file of its own.
         return [environments.SLURMEnvironment(auto_requeue=False)]
     except RuntimeError as error:
         raise UserError(" ".join(str(error).split())) from None
@@ -266,7 +286,7 @@ def checkpoint_callbacks(
     """
     from pytorch_lightning.callbacks import ModelCheckpoint
 
-    from ldm.models.callbacks import LastCheckpoint, RecentCheckpoints, StopOnSignal
+    from ldm.models.callbacks import LastCheckpoint, RecentCheckpoints
 
     target = "pytorch_lightning.callbacks.ModelCheckpoint"
     if node and node.get("target", target) != target:
@@ -282,8 +302,7 @@ def checkpoint_callbacks(
     keep = settings.pop("keep_last", None)
     common = {"dirpath": run.checkpoints, **OWN_NAMES}
     stepwise = {"filename": "step_{step:08d}", "every_n_train_steps": every, **common}
-    last = LastCheckpoint(every_n_train_steps=every, **common)
-    callbacks: list[pl.Callback] = [last, StopOnSignal(run.last)]
+    callbacks: list[pl.Callback] = [LastCheckpoint(every_n_train_steps=every, **common)]
     if keep is not None:
         callbacks.append(RecentCheckpoints(keep, **stepwise))
     best = {}

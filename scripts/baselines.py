@@ -19,6 +19,7 @@ from ldm.features.source import known_forms
 from ldm.settings import TIMM, DeviceOption, EvaluationOptions, some_cores
 
 PROBE = "linear_probe"
+OF_NETWORKS = {PROBE, "classifier"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +35,11 @@ class Options(EvaluationOptions, DeviceOption):
     )
 
     kind: Annotated[
-        tuple[Literal["colour_mean", "colour_histogram", "linear_probe"], ...], Commas
+        tuple[Literal["colour_mean", "colour_histogram", "linear_probe", "classifier"], ...], Commas
     ] = option(
         default=("colour_mean", "colour_histogram"),
         metavar="KINDS",
-        help="some of colour_mean,colour_histogram,linear_probe",
+        help="some of colour_mean,colour_histogram,linear_probe,classifier (a network as it is)",
     )
     logdir: str = option(
         default="logs/baselines", metavar="DIR", help="results go to LOGDIR/KIND/SUBSET"
@@ -85,7 +86,7 @@ class Options(EvaluationOptions, DeviceOption):
                 yield "weights", "not allowed with --features RUN; give one of them"
         yield from super().problems()
         for name in ("features", "weights", "arch", "input_size"):
-            if getattr(self, name) is not None and "linear_probe" not in self.kind:
+            if getattr(self, name) is not None and OF_NETWORKS.isdisjoint(self.kind):
                 yield name, "belongs to --kind linear_probe; add that, or leave it out"
         if self.input_size is not None and not (self.network or TIMM).startswith(TIMM):
             yield "input_size", "belongs to --arch; a run of eval.py knows its own, leave it out"
@@ -120,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     from ldm.evaluation.sets import GroupTable
 
     groups, extractor = GroupTable.given(args), None
-    if PROBE in args.kind:  # opened before minutes are spent on the others
+    if not OF_NETWORKS.isdisjoint(args.kind):  # opened before minutes are spent on the others
         extractor = open_network(args)
     for kind in args.kinds:
         summary = run_baseline(

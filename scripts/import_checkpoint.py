@@ -34,7 +34,9 @@ class Options:
   python scripts/import_checkpoint.py ldm.ckpt --kind diffusion --config ldm.yaml \\
       --out models/diffusion.ckpt"""
 
-    file: str = option(positional=True, metavar="FILE", help="checkpoint of other code")
+    file: str = option(
+        positional=True, metavar="FILE", help="checkpoint of other code, or a folder of diffusers"
+    )
     kind: Literal["autoencoder", "diffusion", "classifier"] = option(help="what to make of it")
     config: str | None = option(
         default=None,
@@ -88,14 +90,19 @@ def parse_arguments(argv: list[str] | None = None) -> Options:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    source, out = existing_path(args.file, "FILE", "file"), Path(args.out)
+    source, out = existing_path(args.file, "FILE"), Path(args.out)
     if out.exists():
         raise UserError(f"--out {out} exists; give another name, or remove it")
 
     from ldm.exchange import foreign
 
-    node = foreign.read_model_node(args.config) if args.config else None
-    state, beside = foreign.read_foreign(source, args.allow_pickle)
+    node = foreign.read_model_node(args.config, args.kind) if args.config else None
+    if source.is_dir() and args.kind != "classifier":
+        from ldm.exchange.diffusers_import import read_folder
+
+        state, beside = read_folder(source, node, args.kind), {}
+    else:
+        state, beside = foreign.read_foreign(source, args.allow_pickle)
     if args.kind == "autoencoder":
         module, report = foreign.import_autoencoder(state, node)
     elif args.kind == "diffusion":

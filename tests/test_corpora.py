@@ -313,7 +313,10 @@ def a(target: str, **params) -> dict:
             "fails on a tile of 16",
         ),
         ({"augment": [a("albumentations.Compose", transforms=[])]}, "no single transform"),
-        ({"augment": [a("ldm.data.tiles.StainJitter", strength=2)]}, "strength=2 of StainJitter"),
+        (
+            {"augment": [a("ldm.data.tiles.StainJitter", strength=2)]},
+            "StainJitter: params.strength: 2 must be",
+        ),
         ({"augment": ["d5"]}, "augment=['d5']"),
         ({"preprocess": [a("albumentations.Rotate")]}, "Rotate may not come before the crop"),
         (

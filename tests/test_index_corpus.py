@@ -203,7 +203,7 @@ def test_a_stale_index_is_noticed(corpus):
     (corpus / "A" / "p0" / "new.png").rename(corpus / "A" / "p0" / ".new.png")
     index.check([corpus])  # nothing that counts is different, though the folder's time is
     save(corpus / "C" / "deep" / "new.png", picture(51))
-    assert "folder" in stale(index, corpus) and "was added" in stale(index, corpus)
+    assert "C/deep/new.png" in stale(index, corpus) and "were added" in stale(index, corpus)
     shutil.rmtree(corpus / "C")
     content = path.read_bytes()
     path.unlink()

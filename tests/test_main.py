@@ -14,7 +14,7 @@ import yaml
 import main as main_py
 from ldm.checkpoint import load_model, read_checkpoint
 from ldm.errors import Stopped, UserError
-from ldm.models.callbacks import StopOnSignal
+from ldm.models.callbacks import LastCheckpoint
 from ldm.models.diffusion import LatentDiffusion
 from ldm.modules.autoencoder import DiagonalGaussian
 from ldm.run import RunFolder
@@ -206,7 +206,7 @@ def test_a_signal_before_the_first_step(data, autoencoder_ckpt, tmp_path, monkey
         run(config, tmp_path, "stopped", 4)
     assert read_checkpoint(tmp_path / "stopped")["global_step"] == 1
     calls.clear()
-    monkeypatch.setattr(StopOnSignal, "on_sanity_check_start", lambda *_: None)
+    monkeypatch.setattr(LastCheckpoint, "on_sanity_check_start", lambda *_: None)
     with pytest.raises(KeyboardInterrupt):
         run(config, tmp_path, "late", 4)
     assert not (tmp_path / "late" / "checkpoints").exists()

@@ -1,6 +1,7 @@
 """Checkpoints that survive: kills, full disks, numbers that are not finite; loggers."""
 
 import functools
+import json
 import os
 import random
 import resource
@@ -256,6 +257,28 @@ def test_a_signal_at_a_step_with_a_validation_waits_for_it(labelled, tmp_path, m
         classify(labelled, tmp_path, 4)
     payload = read_checkpoint(tmp_path / "c")
     assert payload["global_step"] == 2 and float(payload["state_dict"]["temperature"]) != 1
+
+
+def test_a_run_that_was_stopped_after_its_last_validation_has_results(
+    labelled, tmp_path, monkeypatch
+):
+    train_batch = NoisyLatentClassifier.training_step
+
+    def interrupted(self, batch, batch_idx):
+        if self.global_step == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return train_batch(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NoisyLatentClassifier, "training_step", interrupted)
+        with pytest.raises(Stopped, match="after step 3"):
+            classify(labelled, tmp_path, 3)
+    classify(labelled, tmp_path, 3)
+    classify(labelled, tmp_path / "whole", 3)
+    results = [
+        json.loads((f / "c" / "result.json").read_text()) for f in (tmp_path, tmp_path / "whole")
+    ]
+    assert results[0] == results[1] and results[0]["step"] == 3
 
 
 # --- Numbers that are not finite -----------------------------------------------------------------

@@ -256,6 +256,9 @@ class Tiles(TileSet):
         size: S, pixels.
         labelled: Whether tiles have classes.
         classes: The classes there must be, in label order. Default: those found, sorted.
+        check: "auto" decodes every file at construction in sets of at most 20,000 without an
+            index; True or False.
+        cache: Keep decoded tiles in memory, as uint8 after resizing (at most 4 GiB).
         augment: Names among "d4" (the 8 symmetries of the square) and "stain", or nodes
             `{target: albumentations.NAME, params: {...}}`, applied in order to the cropped tile.
         crop: "center" or "random".
@@ -275,6 +278,8 @@ class Tiles(TileSet):
         classes: Sequence[str] | None = None,
         augment: Sequence[str | Mapping] | None = None,
         crop: str = "center",
+        check: bool | str = "auto",
+        cache: bool = False,
         preprocess: Sequence[Mapping] | None = None,
         resize: bool = True,
     ):
@@ -288,10 +293,12 @@ class Tiles(TileSet):
             )
         if crop not in CROPS:
             raise UserError(f"crop={crop!r}: choose among {list(CROPS)}")
+        if check not in (True, False, "auto"):
+            raise UserError(f"check={check!r}: choose among true, false and auto")
         if classes is not None and not labelled:
             raise UserError(f"classes={list(classes)}: classes need labelled=true")
         self.size = size
-        self.labelled = labelled
+        self.labelled, self._check, self._cache = labelled, check, cache
         self.augment = augment
         self.preprocess = list(preprocess or [])
         self.crop = crop
@@ -394,17 +401,12 @@ class Tiles(TileSet):
         label_of = {name: label for label, name in enumerate(self.classes)}
         self.labels += [label_of[name] for name in names]
 
-    def _finish(self, check: bool | str, cache: bool, scanned: bool) -> None:
-        """Fill the cache or check the files, as `check` and `cache` of a subclass say.
-
-        Args:
-            scanned: Whether every tile was decoded when it was indexed.
-        """
-        if check not in (True, False, "auto"):
-            raise UserError(f"check={check!r}: choose among true, false and auto")
-        if cache:
+    def _finish(self, scanned: bool) -> None:
+        """Fill the cache or check the files; `scanned` says that an index has decoded them."""
+        unknown = self._check == "auto" and not scanned and len(self) <= CHECK_LIMIT
+        if self._cache:
             self._fill_cache()
-        elif check is True or (check == "auto" and not scanned and len(self) <= CHECK_LIMIT):
+        elif self._check is True or unknown:
             check_tiles(range(len(self)), read=self.read)
 
     def _prepare(self, index: int) -> np.ndarray:
@@ -503,10 +505,7 @@ class TileFolder(Tiles):
     Args:
         root: A folder or several. With `labelled`, each is `root/CLASS/**`. Or files of arrays
             (.npz, .h5, images.npy) with their labels, or a part of one: pathmnist.npz/train.
-        size, augment, crop, preprocess, resize, classes: See `Tiles`.
-        check: "auto" decodes every file at construction in sets of at most 20,000 without an
-            index; True or False.
-        cache: Keep decoded tiles in memory, as uint8 after resizing (at most 4 GiB).
+        size ... resize: See `Tiles`.
         index: Index that scripts/index_corpus.py wrote for the same root or roots. The folders are
             then not walked, and tiles with problems are left out.
 
@@ -532,7 +531,7 @@ class TileFolder(Tiles):
         roots = [root] if isinstance(root, str | os.PathLike | None) else list(root)
         if not roots or any(r is None or not str(r) for r in roots):
             raise UserError(f"root={root!r}: give the folder of the tiles, or a list of folders")
-        super().__init__(size, labelled, classes, augment, crop, preprocess, resize)
+        super().__init__(size, labelled, classes, augment, crop, check, cache, preprocess, resize)
         folders = [Path(folder).expanduser() for folder in roots]
         layout = layout_of(folders[0])
         known = CorpusIndex.of_roots(index, folders, layout) if index is not None else None
@@ -540,9 +539,8 @@ class TileFolder(Tiles):
         for number, folder in enumerate(folders):
             if layout == "folder":
                 files = TileFiles.below(folder, labelled, self.classes or None, known, number)
-                nothing = [0] * len(files)
-                table = {"path": files.names, "file": files.names, "group": files.groups or []}
-                table |= {"offset": nothing, "size": nothing}
+                whole = dict.fromkeys(("offset", "size"), [0] * len(files))  # files of their own
+                table = {"path": files.names, "file": files.names, "group": files.groups, **whole}
                 self.classes = files.classes
                 self.labels += files.labels
                 self._add(folder, LAYOUTS[layout], table)
@@ -550,6 +548,6 @@ class TileFolder(Tiles):
                 table = tiles_below(folder, LAYOUTS[layout], known, number)
                 self._add(folder, LAYOUTS[layout], table)
                 self._add_labels(f"{folder}: classes", table["label"])
-            groups += table["group"]
+            groups += table["group"] or []
         self.groups = groups if known else None
-        self._finish(check, cache, known is not None)
+        self._finish(known is not None)

@@ -25,7 +25,7 @@ from ldm.evaluation.predictions import Predictions, predictions_name
 from ldm.evaluation.runs import RESULT, differences
 from ldm.evaluation.sets import GroupTable, Splits, TransformedTiles, open_splits
 from ldm.evaluation.summary import write_summary
-from ldm.features.extractor import Extractor, directions
+from ldm.features.extractor import LOGITS, Extractor, directions
 from ldm.features.probe import STRENGTHS, logistic_regression
 from ldm.files import write_json
 from ldm.models.vit_settings import Settings
@@ -35,7 +35,8 @@ log = logging.getLogger(__name__)
 
 BINS = 16
 COLOUR_MEAN, COLOUR_HISTOGRAM, LINEAR_PROBE = "colour_mean", "colour_histogram", "linear_probe"
-KINDS = (COLOUR_MEAN, COLOUR_HISTOGRAM, LINEAR_PROBE)
+CLASSIFIER = "classifier"  # that was trained elsewhere, and is only asked
+KINDS = (COLOUR_MEAN, COLOUR_HISTOGRAM, LINEAR_PROBE, CLASSIFIER)
 BATCH_SIZE = 64  # of the network of a linear probe
 
 
@@ -101,7 +102,7 @@ def run_baseline(
 
     Args:
         kind: One of `KINDS`.
-        extractor: The network of a linear probe.
+        extractor: The network of a linear probe, or the classifier.
         num_workers: Threads that decode images for it.
 
     Returns:
@@ -113,25 +114,34 @@ def run_baseline(
     splits = open_splits(data_path, train_folder, Settings(input_size=1), None, groups)
     settings: dict[str, Any] = {"baseline": kind, "strengths": list(STRENGTHS)}
     arch = f"logistic regression on {kind.replace('_', ' ')}"
-    if kind == LINEAR_PROBE:
+    if kind in (LINEAR_PROBE, CLASSIFIER):
         assert extractor is not None
         settings |= {"network": extractor.name, "extractor": extractor.identity}
         arch = f"linear probe of {extractor.name}"
+    if kind == CLASSIFIER:
+        arch = extractor.name
+        if not extractor.classifies(splits.train.classes):
+            raise UserError(
+                f"--features: {extractor.name} is no classifier of {splits.train.classes}; use"
+                " --kind linear_probe"
+            )
     current = {"settings": settings, "data": splits.identity}
     folder = logdir / kind / train_folder
     run = folder / "seed0"
     result = _finished(run, current, overwrite)
     if result is None:
         start = time.monotonic()
-        features = partial(_features, kind, extractor, num_workers)
-        found = _fit_and_report(splits, features, run)
+        if kind == CLASSIFIER:
+            found = _report(splits, partial(_asked, extractor, num_workers), run)
+        else:
+            found = _fit_and_report(splits, partial(_features, kind, extractor, num_workers), run)
         result = {
             "train_folder": train_folder,
             "arch": arch,
             **found,
             "seconds": round(time.monotonic() - start, 3),
             **current,
-            "notes": [_how(found["strength"], found["features"])],
+            "notes": [_how(found["strength"], found["features"])] if "strength" in found else [],
             "versions": versions(),
             "revision": git_revision(),
             "hardware": hardware(),
@@ -171,24 +181,30 @@ def _fit_and_report(
     known, val_features = features(splits.train), features(splits.val)  # (N, D)
     test_features = None if splits.test is None else features(splits.test)
     strength, model = _choose(known, np.array(splits.train.labels), val_features, splits.val)
-    val = _predict(model, val_features, splits.val)
-    val.write(run / predictions_name("val"))
-    result = {
-        "seed": 0,
-        "split": splits.reported,
-        "best_epoch": None,
-        "updates": None,
-        "epochs": None,
-        "validations": len(STRENGTHS),
-        "strength": strength,
-        "features": known.shape[1],
-        "val": val.scores(),
-    }
-    if splits.test is not None:
-        test = _predict(model, test_features, splits.test)
-        test.write(run / predictions_name("test"))
-        result["test"] = test.scores()
+    held = {id(splits.val): val_features, id(splits.test): test_features}
+    result = _report(splits, lambda tiles: model.predict_proba(held[id(tiles)]), run)
+    facts = {"strength": strength, "features": known.shape[1], "validations": len(STRENGTHS)}
+    return {**result, **facts}
+
+
+def _report(
+    splits: Splits, predict: Callable[[TransformedTiles], np.ndarray], run: Path
+) -> dict[str, Any]:
+    """Predict val and test once by probabilities (N, K), and write the predictions."""
+    result: dict[str, Any] = {"seed": 0, "split": splits.reported}
+    result |= dict.fromkeys(("best_epoch", "updates", "epochs"))
+    found = {"val": splits.val} | ({} if splits.test is None else {"test": splits.test})
+    for name, p in [(name, predict(tiles)) for name, tiles in found.items()]:
+        predictions = _predictions(p, found[name])
+        predictions.write(run / predictions_name(name))
+        result[name] = predictions.scores()
     return result
+
+
+def _asked(extractor: Extractor, num_workers: int, tiles: TransformedTiles) -> np.ndarray:
+    """Probabilities (N, K) by a classifier."""
+    found = extractor.extract(tiles.paths, BATCH_SIZE, num_workers)
+    return found.others[LOGITS].double().softmax(dim=1).numpy()
 
 
 def _features(
@@ -228,8 +244,7 @@ def _choose(
     return max(ranked, key=lambda one: one[:2])[2:]
 
 
-def _predict(model: Any, features: np.ndarray, tiles: TransformedTiles) -> Predictions:
-    p = model.predict_proba(features)
+def _predictions(p: np.ndarray, tiles: TransformedTiles) -> Predictions:
     return Predictions(
         tiles.classes,
         tiles.relative_paths,

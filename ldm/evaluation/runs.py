@@ -23,7 +23,7 @@ from ldm.evaluation.sets import GroupTable, Splits, open_evaluation_sets, open_s
 from ldm.evaluation.summary import write_summary
 from ldm.evaluation.training import Predictor, RunBatches, TrainingData, predictions_of
 from ldm.files import write_json
-from ldm.models.callbacks import LastCheckpoint, StopOnSignal
+from ldm.models.callbacks import LastCheckpoint
 from ldm.models.vit import load_vit
 from ldm.models.vit_settings import Settings
 from ldm.models.vit_training import (
@@ -277,7 +277,6 @@ def train_to_the_end(
         callbacks=[
             ValidateAtMarks(show),
             LastCheckpoint(train_time_interval=interval, dirpath=run.checkpoints, **OWN_NAMES),
-            StopOnSignal(run.last),
         ],
         settings={
             # All updates are one epoch for Lightning: passes are those of `RunBatches`.

@@ -68,10 +68,24 @@ class Model(Section):
     gpus: Whole = 1
 
 
-class Generator(Section):
-    """What makes a pool of synthetic tiles; the names are those of `models`."""
+class Draws(Section):
+    """Labelled tiles drawn anew for every seed of the evaluation, in several numbers.
 
-    diffusion: str
+    Models of kind `classifier`, pools, selections, baselines and ceilings are made for each draw.
+    """
+
+    per_class: list[Annotated[int, Field(ge=1, strict=True)]]
+    options: Options = {}  # of scripts/make_subset.py, such as group_csv
+
+
+class Generator(Section):
+    """What makes a pool of synthetic tiles; the names are those of `models`.
+
+    Or real tiles that the judge labels: `unlabelled`, a folder of `data` or a path.
+    """
+
+    diffusion: str | None = None
+    unlabelled: str | None = None
     classifier: str | None = None  # that guides
     decoder: str | None = None  # fine-tuned; its own without
     label: str | None = None  # for people; the name if omitted
@@ -88,14 +102,15 @@ class Sampling(Section):
 
 
 class Judge(Section):
-    """Whose features choose: the classifier of a seed on the labelled tiles, a run of eval.py, or a
-    timm network."""
+    """Whose features choose: the classifier of a seed on the labelled tiles, a run of eval.py, a
+    timm network, or whatever scripts/distance.py takes ({NAME} stands for a model's checkpoint)."""
 
     seed: Seed | None = None
     network: str | None = None  # that classifier: one of `baselines.networks`, not the arms' own
     run: str | None = None
     model: str | None = None
-    options: Options = {}  # of scripts/vis.py
+    features: list[str] = []  # that judge together, such as diffusion:{flow}@400
+    options: Options = {}  # of scripts/vis.py; with `features` of scripts/distance.py
 
 
 class Strategy(Section):
@@ -132,7 +147,8 @@ class Evaluation(Section):
 
 
 class Network(Section):
-    """A further network on the labelled tiles alone: options of eval.py over those of the arms."""
+    """A further classifier on the labelled tiles alone: options of eval.py over those of the arms,
+    or of scripts/baselines.py."""
 
     label: str | None = None
     arguments: Options = {}
@@ -149,6 +165,7 @@ class Baselines(Section):
     kinds: list[str] = []  # of scripts/baselines.py
     options: dict[str, Options] = {}  # by kind
     networks: dict[str, Network] = {}
+    probes: dict[str, Network] = {}  # of features: {NAME} is a model's checkpoint
     ceiling: Ceiling | None = None
 
 
@@ -190,6 +207,7 @@ class Settings(Section):
     paper: str | None = None  # YAML with the numbers of the paper
     vars: Options = {}  # for interpolation only
     data: Data
+    draws: Draws | None = None  # in place of data.labelled
     models: dict[str, Model] = {}
     generators: dict[str, Generator] = {}
     sampling: Sampling = Sampling()
@@ -292,6 +310,7 @@ def _bad_names(settings: Settings) -> Iterable[str]:
         "generators": settings.generators,
         "selection": settings.selection,
         "baselines.networks": baselines.networks,
+        "baselines.probes": baselines.probes,
         "baselines.kinds": baselines.kinds,
         "name": [settings.name],
     }
@@ -299,7 +318,7 @@ def _bad_names(settings: Settings) -> Iterable[str]:
         for name in names:
             if not NAME.fullmatch(name):
                 yield f"{section}: {name!r} must be letters, digits, _ . - and +"
-    keys = [*baselines.kinds, *baselines.networks]
+    keys = [*baselines.kinds, *baselines.networks, *baselines.probes]
     for name in keys:
         if keys.count(name) > 1 or name in (*RESERVED, settings.data.labelled):
             yield f"baselines: the name {name} is taken; choose another"
@@ -355,10 +374,14 @@ def _contradictions(settings: Settings) -> Iterable[str]:
     for name, strategy in settings.selection.items():
         if strategy.redraw and strategy.strategy != "random":
             yield f"selection.{name}.redraw belongs to strategy random; remove it"
+    for name, generator in settings.generators.items():
+        if (generator.diffusion is None) == (generator.unlabelled is None):
+            yield f"generators.{name} must have either diffusion or unlabelled"
     judge = settings.judge
-    judged = [k for k in ("seed", "network", "run", "model") if getattr(judge, k) is not None]
+    keys = ("seed", "network", "run", "model", "features")
+    judged = [key for key in keys if getattr(judge, key) not in (None, [])]
     if len(judged) > 1 and judged != ["seed", "network"]:
-        yield f"judge must have one of seed, run and model, not {', '.join(judged)}"
+        yield f"judge must have one of seed, run, model and features, not {', '.join(judged)}"
     seeds = settings.evaluation.seeds
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         yield "evaluation.seeds must be different whole numbers from 0, such as [0, 1, 2]"

@@ -131,7 +131,7 @@ class HistoModule(pl.LightningModule):
         return drawn[self.trainer.global_rank :: ranks]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the record of the model.
+        """Add the record of the model; the metrics of its steps reach the disk before it does.
 
         Raises:
             UserError: A loss, a gradient or a weight is not finite; every checkpoint that exists is
@@ -147,6 +147,8 @@ class HistoModule(pl.LightningModule):
         checkpoint[KEY] = make_record(
             self.kind, self.rebuild_config(), self.classes, self.seed, self.training_only
         )
+        for logger in [] if self._trainer is None else self.trainer.loggers:
+            logger.save()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if KEY not in checkpoint or checkpoint[KEY]["kind"] != self.kind:

@@ -24,11 +24,18 @@ from ldm.diffusion.samplers import IndexedNoise
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 from ldm.models.base import HistoModule
-from ldm.models.diffusion import LatentDiffusion, posterior_of, scale_record, scale_tensor
+from ldm.models.diffusion import (
+    LatentDiffusion,
+    posterior_of,
+    scale_record,
+    scale_tensor,
+    scale_text,
+)
 from ldm.modules.autoencoder import AutoencoderKL as AutoencoderNet
 from ldm.modules.lr_schedule import LinearAnneal
 
 QUARTERS = 4  # ranges of t whose validation accuracy is reported
+SCALE_TOLERANCE = 0.05  # relative difference of latent scales that models bear
 TEMPERATURES = (0.1, 10.0)  # least and largest that calibration gives
 T_SAMPLERS = ("uniform", "stratified")
 
@@ -265,6 +272,23 @@ def start_from_unet(model: "NoisyLatentClassifier", diffusion: LatentDiffusion, 
         load_strictly(getattr(model.net, name), state, f"{where}: {name}")
 
 
+def start_from_classifier(
+    model: "NoisyLatentClassifier", source: "NoisyLatentClassifier", where: str
+) -> None:
+    """Copy the weights of a classifier of the same classes and latents.
+
+    Raises:
+        UserError: `where`: other classes or other latents.
+    """
+    if source.classes != model.classes:
+        raise UserError(f"{where} knows the classes {source.classes}, the data {model.classes}")
+    if source.autoencoder_fingerprint != model.autoencoder_fingerprint:
+        raise UserError(
+            f"{where} was trained on latents of another autoencoder than --first_stage; give its"
+        )
+    load_strictly(model.net, source.net.state_dict(), where)
+
+
 def process_params(settings: dict[str, Any]) -> dict[str, Any]:
     """Parameters of `NoisyLatentClassifier` for a process of these settings.
 
@@ -419,6 +443,33 @@ class GuidingClassifier(HistoModule):
         return t, IndexedNoise(0, quarter, keys, z_0.shape[1:], z_0.device).initial()
 
 
+def check_latents(
+    diffusion: LatentDiffusion,
+    path: str | PurePath,
+    other: GuidingClassifier | LatentDiffusion,
+    where: str,
+    remedy: str,
+) -> None:
+    """UserError unless `other` works on the latents that the diffusion model makes."""
+    if other.autoencoder_fingerprint != diffusion.autoencoder_fingerprint:
+        raise UserError(
+            f"{where} was trained on latents of another autoencoder than {path}; {remedy}"
+        )
+    ours, theirs = tuple(diffusion.latent_shape), tuple(other.latent_shape)
+    if theirs != ours:
+        raise UserError(f"{where} takes latents {theirs}, {path} makes {ours}; {remedy}")
+    scale, other_scale = diffusion.scale_factor, other.scale_factor
+    if ((other_scale / scale - 1).abs() > SCALE_TOLERANCE).any():
+        raise UserError(
+            f"{where} has latent scale {scale_text(other_scale)}, {path} has {scale_text(scale)} "
+            f"(allowed: {SCALE_TOLERANCE:.0%} apart); {remedy}"
+        )
+    if other.schedule != diffusion.schedule:
+        raise UserError(
+            f"{where} was trained for {other.schedule}, {path} for {diffusion.schedule}; {remedy}"
+        )
+
+
 def tile_names(paths: Sequence[str]) -> list[str]:
     """CLASS/file of each path."""
     return ["/".join(PurePath(path).parts[-2:]) for path in paths]
@@ -491,10 +542,12 @@ class NoisyLatentClassifier(GuidingClassifier):
                 "the autoencoder is not the one that the classifier was trained with; "
                 "give the same `first_stage`"
             )
-        if first_stage.embed_dim != self.latent_shape[0]:
+        made = (first_stage.embed_dim, first_stage.latent_size, first_stage.latent_size)
+        if made != self.latent_shape:
+            ours, theirs = ("x".join(map(str, shape)) for shape in (self.latent_shape, made))
             raise UserError(
-                f"the classifier takes latents of {self.latent_shape[0]} channels, the autoencoder "
-                f"makes {first_stage.embed_dim}"
+                f"the classifier takes latents of {ours}, the autoencoder makes {theirs}; give the "
+                "network's in_channels and image_size the autoencoder's, or another autoencoder"
             )
 
     def rebuild_config(self) -> dict[str, Any]:

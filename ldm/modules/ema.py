@@ -27,7 +27,7 @@ class EMA(nn.Module):
         self.decay = decay
         self.net = copy.deepcopy(net).eval().requires_grad_(False)
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))
-        # `num_updates`, which a GPU would have to be waited for to tell; None where it is not known.
+        # `num_updates`, known without waiting for a GPU; None where it is not known.
         self._count: int | None = None
 
     def train(self, mode: bool = True) -> "EMA":

@@ -18,6 +18,7 @@ from ldm.models.classifier import (
     network_config,
     network_config_of,
     process_params,
+    start_from_classifier,
     start_from_unet,
 )
 from ldm.models.diffusion import scale_text
@@ -71,7 +72,9 @@ def _list(values: tuple[int, ...] | None) -> list[int] | None:
 
 
 def net_config(args: Any, space, classes: list[str], source) -> dict[str, Any]:
-    """target/params of the encoder; `source` is the diffusion model of `init_from`, or None."""
+    """target/params of the encoder; `source` is the model of `init_from`, or None."""
+    if source is not None and source.kind == "classifier":
+        return source.net_config
     if source is not None:
         return network_config_of(
             source,
@@ -99,7 +102,12 @@ def build_model(args: Any, space, classes: list[str]):
     """The classifier of `args` for a measured `LatentSpace`."""
     source = None
     if args.init_from:
-        source = load_model(args.init_from, "diffusion", what="`init_from`")
+        source = load_model(args.init_from, ("diffusion", "classifier"), what="`init_from`")
+        if not hasattr(source, "net_config") and source.kind == "classifier":
+            raise UserError(
+                f"`init_from` {args.init_from} is a readout of a diffusion model, not an encoder "
+                "of its own; give another checkpoint"
+            )
     model = NoisyLatentClassifier(
         net_config=net_config(args, space, classes, source),
         autoencoder_fingerprint=space.first_stage.fingerprint(),
@@ -112,9 +120,10 @@ def build_model(args: Any, space, classes: list[str]):
         anneal_steps=args.iterations if args.anneal_lr else None,
         first_stage=space.first_stage,
     )
-    if source is not None:
-        start_from_unet(model, source, f"`init_from` {args.init_from}")
     model.classes, model.seed, model.learning_rate = list(classes), args.seed, args.lr
+    if source is not None:
+        start = start_from_unet if source.kind == "diffusion" else start_from_classifier
+        start(model, source, f"`init_from` {args.init_from}")
     return model
 
 
@@ -171,9 +180,11 @@ def describe(args: Any, model, data, devices) -> str:
 
 def write_result(trainer: pl.Trainer, run) -> None:
     """result.json: the last validation and the best one."""
-    last = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-    if not last:
-        return  # the run was complete already
+    # From the files: the last validation may have been in an earlier start of the run.
+    validated = [row for row in run.read_metrics() if "val/accuracy" in row]
+    if not validated:
+        return
+    last = {name: value for name, value in validated[-1].items() if name.startswith("val/")}
     best = next(c for c in trainer.checkpoint_callbacks if c.monitor == "val/accuracy")
     result = {
         "step": trainer.global_step,
