@@ -51,7 +51,7 @@ ALLOWED = (("x", "val_check_interval"), ("x", "time_shift"), (-5, "time_mean"))
 NOT_ZERO = re.compile(
     r"(accumulate_grad_batches|base_learning_rate|batch_frequency|batch_size|ch|ch_mult|channel_mult"
     r"|channels|cycle_lengths|embed_dim|every_n_train_steps|image_size|in_channels|max_images"
-    r"|model_channels|num_heads|out_ch|out_channels|patch|resolution|size|timesteps"
+    r"|model_channels|out_ch|out_channels|patch|resolution|size|timesteps"
     r"|z_channels)$"
 )
 

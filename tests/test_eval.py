@@ -617,7 +617,7 @@ def test_notes_about_sets_that_mislead(data):
     assert any("batches of 16 instead of 256" in note for note in notes)
     assert any("`match_steps` gives all the same" in note for note in notes)
     matched = run(data, "--epochs", 300, "--match_steps", 3, "--overwrite")["notes"]
-    assert any("3 updates (3 passes) and 3 validations, by --match_steps" in n for n in matched)
+    assert any("3 updates (3 passes) and 3 validations, by `match_steps`" in n for n in matched)
     assert not any("gives all the same" in note for note in matched)
 
 
