@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm.data.groups import Grouping
-from ldm.data.images import UnsupportedImage, map_ahead
+from ldm.data.images import UnsupportedImage, declared_white, map_ahead
 from ldm.data.index import VERSION, CorpusIndex, content_hash, index_table
 from ldm.data.slides import Tiling, report
 from ldm.data.storage import LAYOUTS, Layout, Place, SlideLayout, find_files, path_order
@@ -178,7 +178,13 @@ def _earlier_rows(header: dict[str, Any], out: Path) -> dict[Stamp, list[Row]]:
 
     if journal_of(out).is_file():
         read_journal(journal_of(out), take)
-    return earlier
+
+    def stays(row: Row) -> bool:
+        """Whether nobody has declared since how pixels of more than 8 bits are to be read."""
+        folder = (Path(scanned[row["root"]]) / row["path"]).parent
+        return row["problem"] != UNSUPPORTED or declared_white(folder) is None
+
+    return {stamp: rows for stamp, rows in earlier.items() if all(map(stays, rows))}
 
 
 def find_problems(rows: Sequence[Row], min_size: int, keep_duplicates: bool) -> Counter:
