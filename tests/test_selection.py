@@ -521,9 +521,7 @@ def test_sheet_shows_the_right_images(folders, tmp_path):
     sheets = Sheets(
         selection, judged.synthetic, judged.real, folders["fake"], folders["real"], strategy.score
     )
-    best, border = (
-        [selection.files[i] for i in section.rows] for section in sheets.sections("TUM")
-    )
+    best, border = ([selection.files[i] for i in rows] for rows in sheets.sections("TUM").values())
     assert best == selection.used("TUM")
     assert border[-1] == "TUM/1_wrong.png"  # the only one that is rejected, so it is not far off
     assert len({*best, *border}) == len(best) + len(border) == 7

@@ -11,7 +11,7 @@ from torch import Tensor
 from ldm.data.tile_files import TileFiles
 from ldm.errors import UserError
 from ldm.evaluation.predictions import Predictions
-from ldm.features.centroids import Centroids
+from ldm.features.centroids import Centroids, class_centroids
 from ldm.features.extractor import Extractor
 from ldm.features.probe import Judge
 from ldm.features.sets import FeatureSet, cached_features
@@ -201,7 +201,8 @@ def labelled_files(real_root: Path, synthetic_root: Path) -> tuple[TileFiles, Ti
 
 def centroids_of(real: FeatureSet) -> Centroids:
     """Centroids of labelled tiles."""
-    return Centroids.of(real.values, real.labels, real.classes, real.extractor, real.tiles)
+    values = class_centroids(real.values, real.labels, len(real.classes))
+    return Centroids(values, real.classes, real.extractor, real.tiles)
 
 
 def conflicts(
