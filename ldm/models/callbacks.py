@@ -260,6 +260,7 @@ class LastCheckpoint(RegularCheckpoint):
         super().on_train_batch_end(trainer)
         if self._stopping and self._waiting:
             # It counts if there is no time left for the validation.
+            trainer._logger_connector.update_train_step_metrics()
             trainer.save_checkpoint(self.path)
 
     def is_due(self, trainer: pl.Trainer) -> bool:
@@ -282,10 +283,33 @@ class LastCheckpoint(RegularCheckpoint):
                 "same command goes on from there"
             )
 
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Let the paths in a checkpoint follow its run folder, if that has been moved.
+
+        Lightning forgets the best score so far if the folder is another, and then replaces the
+        best checkpoint by the next one.
+        """
+        states = checkpoint["callbacks"]
+        before = [s["dirpath"] for name, s in states.items() if name.startswith("LastCheckpoint")]
+        if before:
+            checkpoint["callbacks"] = _with_prefix(states, str(before[0]), str(self.dirpath))
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+
+
+def _with_prefix(value: Any, before: str, now: str) -> Any:
+    """`value` with `now` in place of `before` at the start of all texts in it."""
+    if isinstance(value, dict):
+        items = value.items()
+        return {_with_prefix(k, before, now): _with_prefix(v, before, now) for k, v in items}
+    if isinstance(value, str) and value.startswith(before):
+        return now + value[len(before) :]
+    return value
 
 
 class BestCheckpoints(ModelCheckpoint):
