@@ -220,6 +220,7 @@ class LastCheckpoint(RegularCheckpoint):
         self.agree_every = agree_every
         self.received: signal.Signals | None = None
         self._stopping = False
+        self._validates_first = False  # a run that goes on from what is being saved
         self._batches = 0
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -261,7 +262,9 @@ class LastCheckpoint(RegularCheckpoint):
         if self._stopping and self._waiting:
             # It counts if there is no time left for the validation.
             trainer._logger_connector.update_train_step_metrics()
+            self._validates_first = True
             trainer.save_checkpoint(self.path)
+            self._validates_first = False
 
     def is_due(self, trainer: pl.Trainer) -> bool:
         return super().is_due(trainer) or self._stopping or is_last_step(trainer)
@@ -282,6 +285,18 @@ class LastCheckpoint(RegularCheckpoint):
                 f"stopped by {name} after step {trainer.global_step}: {self.path} is written, the "
                 "same command goes on from there"
             )
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._validates_first:
+            # The counters of a batch that is done, and of a validation that has just begun.
+            loops = checkpoint["loops"]["fit_loop"]
+            for count in ("total", "current"):
+                loops["epoch_loop.batch_progress"][count]["completed"] += 1
+            counts = loops["epoch_loop.val_loop.batch_progress"]
+            counts["current"] = dict.fromkeys(counts["current"], 0)
+            counts["total"] = {**counts["current"], "ready": 1, "started": 1}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
