@@ -87,10 +87,9 @@ def fit(
     trainer = build_trainer(model, run, devices, callbacks, settings or {}, loggers, dry_run)
     if checkpoint is not None:
         # A checkpoint that does not fit is refused before anything is written.
-        model.on_load_checkpoint(read_checkpoint(checkpoint, (model.kind,), "--resume"))
+        model.on_load_checkpoint(read_checkpoint(checkpoint, (model.kind,), "`resume`"))
     _prepare_disk(trainer, model, run, dry_run)
     if dry_run:
-        model.configure_optimizers()
         return trainer
     _start_loggers(trainer, run)
     if trainer.is_global_zero:
@@ -136,8 +135,7 @@ def build_trainer(
 ) -> "pl.Trainer":
     """A Lightning trainer for a model, which is prepared for the devices.
 
-    It logs to CSV in the run's folder and shows a progress bar. The arguments are those of `fit`;
-    for a dry run the trainer is one for a CPU.
+    It logs to CSV in the run's folder and shows a progress bar. Arguments: see `fit`.
     """
     import pytorch_lightning as pl
     from pytorch_lightning.callbacks import LearningRateMonitor
@@ -185,8 +183,7 @@ def build_trainer(
     try:
         return pl.Trainer(**arguments)
     except (MisconfigurationException, ValueError) as error:
-        said = " ".join(str(error).split())
-        raise UserError(f"lightning.trainer: {said}; change these settings") from None
+        raise UserError(f"lightning.trainer: {' '.join(str(error).split())}") from None
 
 
 def _in_order(callbacks: Sequence["pl.Callback"]) -> list["pl.Callback"]:
@@ -226,21 +223,21 @@ def cluster_plugins() -> list[Any]:
 
 
 def choose_strategy(configured: Any, devices: Devices, model: "HistoModule") -> Any:
-    """Lightning's strategy for `--strategy` or `lightning.trainer.strategy` (`configured`).
+    """Lightning's strategy for `strategy` or `lightning.trainer.strategy` (`configured`).
 
     Raises:
         UserError: Both are given, or the strategy does not go with the model or the devices.
     """
     if configured not in (None, "auto") and devices.strategy != "auto":
         raise UserError(
-            f"--strategy {devices.strategy} and lightning.trainer.strategy={configured} both say "
+            f"`strategy` {devices.strategy} and lightning.trainer.strategy={configured} both say "
             "how devices share the work; give one of them"
         )
     name = devices.strategy if configured in (None, "auto") else configured
     if isinstance(name, str) and name.startswith("deepspeed"):
         raise UserError(
-            "--strategy deepspeed: it writes checkpoints that no other command here can read; use "
-            "--strategy fsdp, which shards weights, gradients and optimiser as ZeRO does"
+            "`strategy` deepspeed: it writes checkpoints that no other command here can read; use "
+            "`strategy` fsdp, which shards weights, gradients and optimiser as ZeRO does"
         )
     if name == "fsdp":
         return _sharded(devices, model)
@@ -258,18 +255,18 @@ def _sharded(devices: Devices, model: "HistoModule") -> Any:
 
     if not isinstance(model, LatentDiffusion):
         raise UserError(
-            f"--strategy fsdp shards the diffusion UNet, and {type(model).__name__} has none; use "
-            "--strategy ddp"
+            f"`strategy` fsdp shards the diffusion UNet, and {type(model).__name__} has none; use "
+            "`strategy` ddp"
         )
     if devices.ranks == 1:
-        raise UserError("--strategy fsdp shards over several devices; give --devices or --gpus")
+        raise UserError("`strategy` fsdp shards over several devices; give `devices` or `gpus`")
     if devices.precision not in ("32", "bf16-mixed"):
         raise UserError(
-            f"--strategy fsdp: --precision {devices.precision} must be 32 or bf16-mixed"
+            f"`strategy` fsdp: `precision` {devices.precision} must be 32 or bf16-mixed"
         )
     if devices.compile or devices.channels_last:
-        option = "--compile" if devices.compile else "--channels_last"
-        raise UserError(f"--strategy fsdp: {option} is for whole networks; leave one of them out")
+        option = "`compile`" if devices.compile else "`channels_last`"
+        raise UserError(f"`strategy` fsdp: {option} is for whole networks; leave one of them out")
     return ShardedStrategy(devices.ranks)
 
 

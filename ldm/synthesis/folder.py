@@ -262,7 +262,7 @@ def image_row(
     """A row of the journal for an image that was just written.
 
     Args:
-        source: The real tile that it started from, relative to --start_from.
+        source: The real tile that it started from, relative to `start_from`.
     """
     row = {"class": name, "index": index, "file": file, "prob": prob, "entropy": entropy}
     row["source"] = source

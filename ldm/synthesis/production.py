@@ -170,13 +170,8 @@ def synthesise(
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
     # The same for all: each would find what the others have made already.
     there, stamp = ranks.broadcast((frozenset(folder.rows), f"{stamp}{part.suffix}"))
-    # No list of all images is made: counts may be in the millions.
     wanted = len(range(part.number, sum(counts.values()), part.count))
-    firsts = dict(zip(counts, accumulate(counts.values(), initial=0), strict=False))
-    present = sum(
-        index < counts.get(name, 0) and (firsts[name] + index) % part.count == part.number
-        for name, index in there
-    )
+    present = _count_present(there, counts, part)
     if present == wanted:
         if ranks.is_first and part.is_whole:
             folder.finish()
@@ -206,6 +201,15 @@ def synthesise(
         folder.read()
         folder.finish()
     return SampleReport(wanted - present, present, seconds)
+
+
+def _count_present(there: Iterable[Job], counts: Mapping[str, int], part: Part) -> int:
+    """How many of the images `there` are wanted; no list of all is made, there may be millions."""
+    firsts = dict(zip(counts, accumulate(counts.values(), initial=0), strict=False))
+    return sum(
+        index < counts.get(name, 0) and (firsts[name] + index) % part.count == part.number
+        for name, index in there
+    )
 
 
 def _jobs(counts: Mapping[str, int]) -> Iterator[Job]:
