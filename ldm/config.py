@@ -59,7 +59,8 @@ ALSO = {"lightning.modelcheckpoint": {"keep_last": Count}}
 
 # Range of each number among the parameters of native classes and of Lightning's, by its name.
 # Types are those of the signatures; a list has the range of its numbers.
-Number = Annotated[float, Field(ge=0, le=1e15)]  # of all parameters that are not named here
+Number = Annotated[float, Field(ge=0, le=1e15)]  # of all native parameters that are not named here
+Finite = Annotated[float, Field(allow_inf_nan=False)]  # of those of Lightning's callbacks
 Below1 = Annotated[float, Field(ge=0, lt=1)]
 OrMinus1 = Annotated[int, Field(ge=-1, le=MOST)]  # -1 stands for all, none, or what follows
 Signed = Annotated[float, Field(ge=-1e3, le=1e3)]
@@ -68,9 +69,9 @@ _COUNTS = """accumulate_grad_batches batch_frequency batch_size check_val_every_
     every_n_epochs every_n_train_steps max_images num_nodes prefetch scale_images timesteps
     total_steps"""
 _SIZES = """ch ch_mult channel_mult channels components disc_in_channels disc_num_layers embed_dim
-    image_size in_channels model_channels num_heads out_ch out_channels patch
+    image_size in_channels model_channels out_ch out_channels patch
     resolution size z_channels"""
-_OR_MINUS_1 = """devices max_epochs max_steps num_head_channels num_heads_upsample
+_OR_MINUS_1 = """devices max_epochs max_steps num_head_channels num_heads num_heads_upsample
     num_sanity_val_steps save_top_k"""
 RANGES: dict[str, Any] = {
     **dict.fromkeys(_COUNTS.split(), Count),
@@ -396,7 +397,8 @@ def _check_params(
         where = join_keys(path, key)
         mismatch = _mismatch(value, types.get(key, Any))
         if not mismatch and (_is_own(name) or name.startswith(LIGHTNING)):
-            mismatch = _out_of_range(value, RANGES.get(key, Number))
+            other = Number if _is_own(name) or name == TRAINER else Finite
+            mismatch = _out_of_range(value, RANGES.get(key, other))
         if mismatch:
             problems[where] = mismatch
         elif key in SETTINGS and isinstance(value, dict):
@@ -442,7 +444,7 @@ def _mismatch(value: Any, annotation: Any) -> str | None:
     # A node stands for an object, which is built later.
     if isinstance(value, dict) and any(one["type"] == "is_instance_of" for one in errors):
         return None
-    if errors[0]["type"] in RANGE_ERRORS:
+    if errors[0]["type"] in (*RANGE_ERRORS, "literal_error"):
         return reason(errors[0], annotation)
     if typing.get_origin(annotation) is Annotated:
         annotation = annotation.__origin__  # without the range

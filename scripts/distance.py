@@ -1,10 +1,5 @@
 """Choose synthetic or unlabelled tiles by one of five strategies and make a training folder.
 
-    python scripts/distance.py --real D/train5 --synthetic OUT --features VIS --ratio 50 \\
-        --out D/train5+fake50%
-    python scripts/distance.py --real D/train5 --unlabelled POOL --features diffusion:RUN@400 \\
-        --per_class 30 --val D/val --out D/train5+pseudo
-
 FEATURES is what scripts/vis.py wrote for the same two folders, a checkpoint (or seed folder) of
 eval.py, timm:NAME or diffusion:RUN@T. Which images are accepted is the strategy's:
 
@@ -41,16 +36,6 @@ NEIGHBORS = 3  # of the published realism score
 
 @dataclass(frozen=True, kw_only=True)
 class Options(FeatureOptions):
-    """Choose synthetic or unlabelled tiles by one of five strategies and make a training folder.
-
-    Which images are accepted is the strategy's:
-        centroid    nearest centroid is the own class's, the closest first (as published)
-        confidence  given to their class by a classifier, the most probable first
-        knn         within reach of a real tile of their class, the most realistic first
-        coverage    spread as the real tiles are, each adding most to those before
-        random      drawn from all images (the control arm)
-    """
-
     program: ClassVar = "distance.py"
     example: ClassVar = """\
   python scripts/distance.py --real D/train5 --synthetic OUT --features VIS --ratio 50 \\
@@ -155,10 +140,6 @@ class Options(FeatureOptions):
                 yield name, f"belongs to --strategy {strategy}; leave it out"
         if self.fill and self.chosen_strategy == "random":
             yield "fill", "--strategy random rejects nothing to fill up with; leave it out"
-
-
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
 
 
 def check_places(places: dict[str, Path | None], sources: dict[str, Path]) -> None:
@@ -290,7 +271,7 @@ def wanted_folder(args: Options, real_root: Path, candidates_root: Path):
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
     real_root = existing_path(args.real, "--real", "dir")
     option_name = "--synthetic" if args.unlabelled is None else "--unlabelled"
     candidates_root = existing_path(args.synthetic or args.unlabelled, option_name, "dir")

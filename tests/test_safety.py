@@ -30,7 +30,7 @@ from test_main import (
 import classifier_train
 from ldm import files
 from ldm.checkpoint import read_checkpoint, training_step_of, write_checkpoint
-from ldm.cli import run_command
+from ldm.cli import parse, run_command
 from ldm.config import load_configs, validate_config
 from ldm.errors import Stopped, UserError
 from ldm.models import callbacks, saving
@@ -202,7 +202,7 @@ def classify(root: Path, logdir: Path, iterations: int, *more: str):
     argv += f" --first_stage {root / 'diffusion.ckpt'} --logdir {logdir} --name c --num_workers 0"
     argv += " --classifier_width 32 --classifier_depth 1 --classifier_channel_mult 1,1 --lr 1e-3"
     argv += f" --eval_interval 2 --save_interval 2 --iterations {iterations} --precision 32"
-    return classifier_train.train(classifier_train.parse_arguments([*argv.split(), *more]))
+    return classifier_train.train(parse(classifier_train.Options, [*argv.split(), *more]))
 
 
 def test_a_regular_checkpoint_comes_after_the_validation_of_its_step(
@@ -478,7 +478,7 @@ def test_the_logger_of_the_classifier(labelled, tmp_path):
     classify(labelled, tmp_path, 1, "--logger")
     assert not (tmp_path / "c" / "tensorboard").exists()
     assert list((tmp_path / "c").glob("metrics/*/metrics.csv"))
-    parsed = classifier_train.parse_arguments(["--data_dir", "D"])
+    parsed = parse(classifier_train.Options, ["--data_dir", "D"])
     assert list(parsed.logger) == ["tensorboard"]
 
 

@@ -7,6 +7,7 @@ import pytest
 import tifffile
 
 import main as main_py
+from ldm.cli import parse
 from ldm.data.corpora import Corpora
 from ldm.data.index import CorpusIndex
 from ldm.data.scan import page_of, problems_of
@@ -168,5 +169,5 @@ def test_a_slide_becomes_shards_and_trains(slides, tmp_path, monkeypatch):
         argv += ["--max_steps", "3", "data.params.batch_size=2", "model.params.monitor=null"]
         argv += ["lightning.trainer.limit_val_batches=1", "lightning.callbacks.image_logger=null"]
         argv += ["lightning.trainer.enable_progress_bar=false", "data.params.num_workers=2"]
-        main_py.train(main_py.parse_arguments(argv))
+        main_py.train(parse(main_py.Options, argv))
         assert RunFolder(tmp_path / name).last.is_file()

@@ -11,6 +11,7 @@ import pytest
 import webdataset as wds
 from test_index_corpus import picture, save
 
+from ldm.cli import parse
 from ldm.data.corpora import Corpora
 from ldm.data.images import decode_tile
 from ldm.data.index import CorpusIndex
@@ -273,7 +274,7 @@ def test_sizes_and_dry_run(index, tmp_path, capsys):
     ]
     for text in ("0", "1X", "-1G", "", "G"):
         with pytest.raises(UserError, match="size: .* is not a size"):
-            write_shards.parse_arguments([str(index), "--out", "x", f"--size={text}"])
+            parse(write_shards.Options, [str(index), "--out", "x", f"--size={text}"])
 
 
 def test_write_tar_holds_members_of_any_name():

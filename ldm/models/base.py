@@ -44,6 +44,7 @@ class HistoModule(pl.LightningModule):
         self._stepped = True
         self._skipped: Counter[int] = Counter()  # by optimiser: steps in a row, see SKIPPED_STEPS
         self.arrivals = Arrivals()  # losses and gradient norms to look at
+        self.shown: dict[str, None] = {}  # names of values on the progress bar
 
     def networks(self) -> list[torch.nn.Module]:
         """The networks that training calls, which are worth compiling."""
@@ -222,6 +223,16 @@ class HistoModule(pl.LightningModule):
                 )
 
         self.arrivals.add(self.gradient_norm, check)
+
+    def log(self, name: str, value: Any, prog_bar: bool = False, **options: Any) -> None:
+        """Log a value as Lightning does, and with `prog_bar` have the progress bar show it.
+
+        Lightning would read what is shown at every batch, for which it waits for the GPU;
+        `ldm.models.callbacks.ProgressBar` reads it when it draws the bar.
+        """
+        if prog_bar:
+            self.shown[name] = None
+        super().log(name, value, **options)
 
     def log_losses(
         self, split: str, log: dict[str, Tensor], batch_size: int, bar: Sequence[str]

@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
@@ -17,6 +17,9 @@ from ldm.devices import follow_layout
 from ldm.errors import Stopped
 from ldm.files import write_png
 from ldm.models.sharding import is_sharded
+
+if TYPE_CHECKING:
+    from ldm.models.base import HistoModule
 
 
 def image_grid(images: Tensor, columns: int = 4):
@@ -101,18 +104,19 @@ class FollowLayout(pl.Callback):
 
 
 class ProgressBar(TQDMProgressBar):
-    """A progress bar with losses and images per second, but no version number of the log folder.
+    """A progress bar with losses and images per second.
 
     While it trains, they are read once a second: each time, the program waits for the GPU.
     """
 
     _read, _metrics = -math.inf, {}
 
-    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+    def get_metrics(self, trainer: pl.Trainer, pl_module: "HistoModule") -> dict[str, float]:
         now = time.monotonic()
         if not trainer.training or now - self._read >= 1:
-            self._read, self._metrics = now, super().get_metrics(trainer, pl_module)
-            self._metrics.pop("v_num", None)
+            values = trainer.callback_metrics
+            self._metrics = {n: float(values[n]) for n in pl_module.shown if n in values}
+            self._read = now
         return self._metrics
 
 

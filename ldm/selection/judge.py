@@ -22,16 +22,13 @@ CENTROIDS_FILE = "centroids.safetensors"
 
 @dataclass(frozen=True)
 class Judged:
-    """Features and centroids that belong together; the synthetic ones are in order.
+    """Features and centroids that belong together (checked); the synthetic ones are in order.
 
     Attributes:
         real, synthetic, centroids: Of all networks side by side, see `FeatureSet.joined`.
         networks: The synthetic tiles by network; empty for a single one.
         judge: What gives classes to tiles; None where none was asked for.
         val: What `measured` found; None where there are no labelled tiles to measure on.
-
-    Raises:
-        UserError: They do not: other classes, another network or other real tiles.
     """
 
     real: FeatureSet
@@ -76,9 +73,6 @@ def read_judged(source: str, synthetic_root: Path, with_judge: bool = False) -> 
 
     Args:
         with_judge: Fit a judge.
-
-    Raises:
-        UserError: Missing or foreign files, or features of other images.
     """
     folder = Path(source).expanduser()
     judged = Judged(
@@ -112,14 +106,9 @@ def compute_judged(
         unlabelled: They are the latter: names of folders are ignored, each tile counts for the
             class that the judge gives it to, and tiles among the real ones are left out.
         extractors: Opened one after the other, where it is a generator.
-        cache: See `cached_features`; if None, it is beside the candidates: CANDIDATES.features.
+        cache, loading: See `cached_features`; without a cache it is CANDIDATES.features.
         with_judge: Fit a judge, see `ldm.features.probe.Judge`.
         val_root: Labelled tiles that the judge is measured on.
-        loading: See `cached_features`.
-
-    Raises:
-        UserError: Folders of other classes, unlabelled tiles that are among those of `val_root`,
-            or too few real tiles for a judge.
     """
     if cache is None:
         beside = candidates_root.resolve()  # which has a name, other than "."
