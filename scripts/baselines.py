@@ -1,10 +1,7 @@
 """What colour alone, or a linear probe of a pre-trained network, reaches on the same sets.
 
-    python scripts/baselines.py --data_path D --output_dir train5 \\
-        --kind colour_mean,colour_histogram --logdir logs/baselines
-
-learns from `D/train5`, chooses on `D/val` and reports `D/test` once, with the results in
-`logs/baselines/KIND/train5/` written as eval.py writes its own, so that tables read both.
+Learns from D/SUBSET, chooses on D/val and reports D/test once, with the results in
+LOGDIR/KIND/SUBSET written as eval.py writes its own, so that tables read both.
 """
 
 from collections.abc import Iterator
@@ -12,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
-
-from ldm.cli import Commas, Whole, existing_path, like, option, parse, run_command
+from ldm.cli import Commas, Pixels, Workers, existing_path, like, option, parse, run_command
 from ldm.devices import resolve_device
 from ldm.errors import UserError
+from ldm.features.source import known_forms
 from ldm.settings import TIMM, DeviceOption, EvaluationOptions, some_cores
 
 PROBE = "linear_probe"
@@ -25,11 +21,6 @@ OF_NETWORKS = {PROBE, "classifier"}
 
 @dataclass(frozen=True, kw_only=True)
 class Options(EvaluationOptions, DeviceOption):
-    """What colour alone, or a linear probe of a pre-trained network, reaches on the same sets.
-
-    Learns from D/SUBSET, chooses on D/val and reports D/test once, as eval.py does.
-    """
-
     program: ClassVar = "baselines.py"
     example: ClassVar = (
         "  python scripts/baselines.py --data_path D --subset train5 --kind colour_histogram"
@@ -48,9 +39,8 @@ class Options(EvaluationOptions, DeviceOption):
     features: str | None = option(
         default=None,
         group=PROBE,
-        metavar="RUN|timm:NAME",
-        help="network that is probed or asked: a run of eval.py, timm:NAME, diffusion:RUN@T, or "
-        "guide:CLASSIFIER@RUN (a classifier that guides the diffusion model RUN)",
+        metavar="NAME|RUN|FILE",
+        help=f"network that is probed: {known_forms()}",
     )
     weights: str | None = option(
         default=None,
@@ -61,11 +51,11 @@ class Options(EvaluationOptions, DeviceOption):
     arch: str | None = option(
         default=None, group=PROBE, metavar="NAME", help="the same as --features timm:NAME"
     )
-    input_size: Annotated[int, Field(ge=8)] | None = option(
+    input_size: Pixels | None = option(
         default=None, group=PROBE, help="pixels, with --arch; if omitted the network's own"
     )
     device: str = like(DeviceOption, "device", "auto", group=PROBE)
-    workers: Whole = like(
+    workers: Workers = like(
         EvaluationOptions, "workers", default_factory=some_cores, help="threads that decode images"
     )
 
@@ -94,10 +84,6 @@ class Options(EvaluationOptions, DeviceOption):
             yield "input_size", "belongs to --arch; a run of eval.py knows its own, leave it out"
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
 def open_network(args: Options):
     """The network of a linear probe, an `ldm.features.extractor.Extractor`."""
     from ldm.features.source import parse_features
@@ -113,10 +99,8 @@ def open_network(args: Options):
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
     data_path = existing_path(args.data_path, "--data_path", "dir")
-    if args.weights is not None:
-        existing_path(args.weights, "--weights")
 
     from ldm.evaluation.baselines import run_baseline
     from ldm.evaluation.metrics import format_summary

@@ -1,10 +1,5 @@
 """Choose synthetic or unlabelled tiles by one of five strategies and make a training folder.
 
-    python scripts/distance.py --real D/train5 --synthetic OUT --features VIS --ratio 50 \\
-        --out D/train5+fake50%
-    python scripts/distance.py --real D/train5 --unlabelled POOL --features diffusion:RUN@400 \\
-        --per_class 30 --val D/val --out D/train5+pseudo
-
 FEATURES is what scripts/vis.py wrote for the same two folders, a checkpoint (or seed folder) of
 eval.py, timm:NAME or diffusion:RUN@T. Which images are accepted is the strategy's:
 
@@ -28,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from ldm.cli import Count, Whole, contradictions, existing_path, lies_in, option, parse, run_command
+from ldm.cli import Count, Seed, contradictions, existing_path, lies_in, option, parse, run_command
 from ldm.devices import resolve_device
 from ldm.errors import UserError
 from ldm.settings import TIMM, FeatureOptions
@@ -41,16 +36,6 @@ NEIGHBORS = 3  # of the published realism score
 
 @dataclass(frozen=True, kw_only=True)
 class Options(FeatureOptions):
-    """Choose synthetic or unlabelled tiles by one of five strategies and make a training folder.
-
-    Which images are accepted is the strategy's:
-        centroid    nearest centroid is the own class's, the closest first (as published)
-        confidence  given to their class by a classifier, the most probable first
-        knn         within reach of a real tile of their class, the most realistic first
-        coverage    spread as the real tiles are, each adding most to those before
-        random      drawn from all images (the control arm)
-    """
-
     program: ClassVar = "distance.py"
     example: ClassVar = """\
   python scripts/distance.py --real D/train5 --synthetic OUT --features VIS --ratio 50 \\
@@ -99,7 +84,7 @@ class Options(FeatureOptions):
         help="which images are accepted; if omitted centroid, with --unlabelled confidence",
     )
     random: bool = option(default=False, help="the same as --strategy random")
-    seed: Whole | None = option(default=None, help="with --strategy random: its seed; if omitted 0")
+    seed: Seed | None = option(default=None, help="with --strategy random: its seed; if omitted 0")
     neighbors: Count | None = option(
         default=None,
         metavar="K",
@@ -162,10 +147,6 @@ class Options(FeatureOptions):
                 yield name, f"belongs to --strategy {strategy}; leave it out"
         if self.fill and self.chosen_strategy == "random":
             yield "fill", "--strategy random rejects nothing to fill up with; leave it out"
-
-
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
 
 
 def check_places(places: dict[str, Path | None], sources: dict[str, Path]) -> None:
@@ -303,7 +284,7 @@ def wanted_folder(args: Options, real_root: Path, candidates_root: Path):
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
     real_root = existing_path(args.real, "--real", "dir")
     option_name = "--synthetic" if args.unlabelled is None else "--unlabelled"
     candidates_root = existing_path(args.synthetic or args.unlabelled, option_name, "dir")
@@ -322,7 +303,7 @@ def main(argv: list[str] | None = None) -> None:
         refuse_held_out(candidates_root, option_name)
     folder = wanted_folder(args, real_root, candidates_root)
     if downstream:
-        downstream = FeatureSource(VIT, args.downstream).open("cpu")
+        downstream = FeatureSource(VIT, args.downstream, setting="`downstream`").open("cpu")
     if sheets and folder.real.digest != folder.judged.real.tiles:
         log.warning(
             "%s was made with other real tiles than those in --real %s: they judge, but there are"

@@ -1,9 +1,5 @@
 """FID, KID, precision and recall of synthetic tiles against real ones, per class and overall.
 
-    python scripts/fidelity.py --real D/test --fake OUT --out fidelity.json --extractor dinov2
-    python scripts/fidelity.py --real D/test --fake OUT1 --fake OUT2 --stats test.safetensors \\
-        --weights logs/eval/train5/seed0 --out fidelity.json
-
 DIR/CLASS/images, or a folder of images without classes; of a training folder of
 scripts/distance.py, the synthetic tiles. Prints a table and writes a JSON object (a list for
 several --fake) in which images, extractor and pre-processing stand beside the values. --stats keeps
@@ -18,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from ldm.cli import Seed, existing_path, option, parse, run_command
+from ldm.cli import Seed, existing_path, option, output_path, parse, run_command
 from ldm.devices import resolve_device
 from ldm.errors import UserError
+from ldm.features.source import known_forms
 from ldm.settings import TIMM, DeviceOption, LoaderOptions
 
 log = logging.getLogger("fidelity")
@@ -30,11 +27,6 @@ NETWORKS = ("inception", "dinov2", "dinov2_base", "dinov2_large", "dinov2_giant"
 
 @dataclass(frozen=True, kw_only=True)
 class Options(LoaderOptions, DeviceOption):
-    """FID, KID, precision and recall of synthetic tiles against real ones, per class and overall.
-
-    Nothing is downloaded: scripts/fetch_weights.py gets weights where there is internet.
-    """
-
     program: ClassVar = "fidelity.py"
     example: ClassVar = """\
   python scripts/fidelity.py --real D/test --fake OUT --features dinov2 --out fidelity.json"""
@@ -52,9 +44,8 @@ class Options(LoaderOptions, DeviceOption):
     out: str = option(metavar="FILE", help="JSON file to write")
     features: str | None = option(
         default=None,
-        metavar="NAME|RUN",
-        help="network that makes the features: inception, dinov2 (also dinov2_base, dinov2_large, "
-        "dinov2_giant), timm:NAME, or a run (seed's folder) of eval.py; if omitted inception",
+        metavar="NAME|RUN|FILE",
+        help=f"network that makes the features: {known_forms()}; if omitted inception",
     )
     extractor: str | None = option(
         default=None,
@@ -98,10 +89,6 @@ class Options(LoaderOptions, DeviceOption):
             yield "real", "is needed without --stats; give one of them"
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
 def to_markdown(results: list[dict]) -> str:
     """A row per set over all tiles, then a row per set and class."""
     rows = [(r["fake"]["dir"], "all", r["overall"]) for r in results]
@@ -129,11 +116,9 @@ def to_markdown(results: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
     fake_roots = [existing_path(path, "--fake", "dir") for path in args.fake]
-    out = Path(args.out)
-    if out.is_dir():
-        raise UserError(f"--out {out} is a folder; give a file")
+    out = output_path(args.out, "--out", "file")
     if args.weights:
         existing_path(args.weights, "--weights")
     stats = Path(args.stats).expanduser() if args.stats else None

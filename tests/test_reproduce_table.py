@@ -14,6 +14,7 @@ import yaml
 from inprocess import Here
 
 import main as main_py
+from ldm.cli import parse
 from ldm.config import load_configs, resolve, validate_config
 from ldm.errors import UserError
 from ldm.experiment.gather import read_paper
@@ -126,7 +127,7 @@ def test_published_tables_are_valid(path, given, tmp_path, monkeypatch):
     check_commands(plan.jobs)
     for job in plan.jobs:
         if job.command[0] == "main.py":
-            args = main_py.parse_arguments(list(job.command[1:]))
+            args = parse(main_py.Options, list(job.command[1:]))
             with pytest.MonkeyPatch.context() as patch:
                 for name, value in job.environment.items():
                     patch.setenv(name, value)
@@ -174,6 +175,9 @@ def set_key(key: str, value):
         ("selection.centroid.redraw", True, "redraw belongs to strategy random"),
         ("evaluation.seeds", [1, 1], "seeds must be different"),
         ("evaluation.seeds", "many", "evaluation.seeds"),
+        ("evaluation.seeds", [-1], r"seeds\[0\] -1 must be greater"),
+        ("sampling.gpus", -1, "gpus -1 must be greater"),
+        ("slurm.hours", float("inf"), "hours inf must be"),
         ("sampling.per_wanted", 0.5, "per_wanted 0.5 must be greater"),
         ("judge.run", "x", "judge must have one of"),
         ("judge.network", "wide", "judge.network: unknown wide"),
@@ -598,7 +602,7 @@ def test_only_some_rows(small, tmp_path, monkeypatch):
     assert [row["status"] for row in table["rows"]] == ["done", "missing", "missing"]
     ran = [name for name, job in table["record"]["jobs"].items() if job["state"] == "done"]
     assert ran == ["eval-real-seed0"]
-    with pytest.raises(UserError, match=r"--only reel: fits no row \(did you mean real"):
+    with pytest.raises(UserError, match=r"only.? reel: fits no row \(did you mean real"):
         reproduce_table.main(["--config", str(small()), "--only", "reel"])
 
 

@@ -1,6 +1,7 @@
 """Checkpoints that survive: kills, full disks, numbers that are not finite; loggers."""
 
 import functools
+import json
 import os
 import random
 import resource
@@ -29,7 +30,7 @@ from test_main import (
 import classifier_train
 from ldm import files
 from ldm.checkpoint import read_checkpoint, training_step_of, write_checkpoint
-from ldm.cli import run_command
+from ldm.cli import parse, run_command
 from ldm.config import load_configs, validate_config
 from ldm.errors import Stopped, UserError
 from ldm.models import callbacks, saving
@@ -201,7 +202,7 @@ def classify(root: Path, logdir: Path, iterations: int, *more: str):
     argv += f" --first_stage {root / 'diffusion.ckpt'} --logdir {logdir} --name c --num_workers 0"
     argv += " --classifier_width 32 --classifier_depth 1 --classifier_channel_mult 1,1 --lr 1e-3"
     argv += f" --eval_interval 2 --save_interval 2 --iterations {iterations} --precision 32"
-    return classifier_train.train(classifier_train.parse_arguments([*argv.split(), *more]))
+    return classifier_train.train(parse(classifier_train.Options, [*argv.split(), *more]))
 
 
 def test_a_regular_checkpoint_comes_after_the_validation_of_its_step(
@@ -256,6 +257,28 @@ def test_a_signal_at_a_step_with_a_validation_waits_for_it(labelled, tmp_path, m
         classify(labelled, tmp_path, 4)
     payload = read_checkpoint(tmp_path / "c")
     assert payload["global_step"] == 2 and float(payload["state_dict"]["temperature"]) != 1
+
+
+def test_a_run_that_was_stopped_after_its_last_validation_has_results(
+    labelled, tmp_path, monkeypatch
+):
+    train_batch = NoisyLatentClassifier.training_step
+
+    def interrupted(self, batch, batch_idx):
+        if self.global_step == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return train_batch(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NoisyLatentClassifier, "training_step", interrupted)
+        with pytest.raises(Stopped, match="after step 3"):
+            classify(labelled, tmp_path, 3)
+    classify(labelled, tmp_path, 3)
+    classify(labelled, tmp_path / "whole", 3)
+    results = [
+        json.loads((f / "c" / "result.json").read_text()) for f in (tmp_path, tmp_path / "whole")
+    ]
+    assert results[0] == results[1] and results[0]["step"] == 3
 
 
 # --- Numbers that are not finite -----------------------------------------------------------------
@@ -455,7 +478,7 @@ def test_the_logger_of_the_classifier(labelled, tmp_path):
     classify(labelled, tmp_path, 1, "--logger")
     assert not (tmp_path / "c" / "tensorboard").exists()
     assert list((tmp_path / "c").glob("metrics/*/metrics.csv"))
-    parsed = classifier_train.parse_arguments(["--data_dir", "D"])
+    parsed = parse(classifier_train.Options, ["--data_dir", "D"])
     assert list(parsed.logger) == ["tensorboard"]
 
 

@@ -182,7 +182,7 @@ def test_ratio_rounds_halves_up():
     assert wanted_per_class([10, 3, 1], 50) == [5, 2, 1]
     assert wanted_per_class([555], 300) == [1665]
     assert wanted_per_class([3, 200], 1) == [0, 2]
-    with pytest.raises(UserError, match="--ratio 10"):
+    with pytest.raises(UserError, match="ratio.? 10"):
         wanted_per_class([3, 4], 10)
 
 
@@ -279,7 +279,7 @@ def test_vis_gives_the_same_picture_for_any_batch_size(folders, tmp_path):
         file = f"features_{name}.safetensors"
         (tmp_path / "again" / file).write_bytes((folders["vis"] / file).read_bytes())
     run_vis(folders, tmp_path / "again")
-    for name in ("umap.csv", "umap.png", "umap.html"):
+    for name in ("umap.csv", "umap.png"):
         assert (folders["vis"] / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
@@ -405,7 +405,7 @@ def test_unlabelled_tiles_with_the_classes_that_a_judge_gives_them(folders, tmp_
     words = ["--real", str(folders["real"]), "--unlabelled", str(pool), "--features", "pixels"]
     words += ["--features", str(folders["weights"]), "--device", "cpu", "--no-sheets"]
     words += ["--val", str(folders["fake"]), "--cache", str(tmp_path / "cache")]
-    with pytest.raises(UserError, match="18 of its tiles are those of --val"):
+    with pytest.raises(UserError, match="18 of its tiles are those of [-`]*val`?"):
         distance.main([*words, "--out", str(out)])
     words[words.index("--val") + 1] = str(make_tiles(tmp_path / "val", per_class=5, seed=9))
     distance.main([*words, "--per_class", "5", "--out", str(out)])
@@ -496,7 +496,7 @@ def test_warns_when_the_judge_is_no_independent_witness(folders, tmp_path, caplo
     record = json.loads((tmp_path / "out" / "selection.json").read_text())
     assert record["downstream"]["is_the_judge"] and record["judge"]["trained_on_real"]
     assert "are the same network" in record["warnings"][0]
-    assert "trained on the very tiles of --real" in record["warnings"][1]
+    assert "trained on the very tiles of `real`" in record["warnings"][1]
     assert all(warning in caplog.text for warning in record["warnings"])
     # Another network, trained on other tiles: no warning.
     torch.manual_seed(5)
@@ -658,7 +658,7 @@ POOL = ["distance", "--real", "{real}", "--out", "{new}", "--features", "pixels"
     "words, expected",
     [
         (VIS, "--features: is missing"),
-        ([*VIS, "--weights", "{fake}/none"], "none does not exist"),
+        ([*VIS, "--weights", "{fake}/none"], "nor an existing path"),
         ([*VIS, "--weights", "{fake}/ADI/1_0.png"], "is no checkpoint"),
         ([*VIS, "--model", "resnet19x"], "features timm:resnet19x: "),
         ([*VIS, "--model", "resnet18"], "nothing is downloaded"),
@@ -711,7 +711,7 @@ POOL = ["distance", "--real", "{real}", "--out", "{new}", "--features", "pixels"
         ([*DISTANCE, "--features", "{vis}", "--downstream", "{vis}/none"], "none does not exist"),
         (
             [*DISTANCE, "--features", "{vis}", "--downstream", "{vis}/umap.csv"],
-            "{vis}/umap.csv cannot be read",
+            "`downstream`: {vis}/umap.csv",
         ),
         ([*DISTANCE, "--features", "{vis}", "--out", "{real}/new"], "lies in --real"),
         ([*DISTANCE, "--features", "{vis}", "--sheets", "{new}/sheets"], "lies in --out"),

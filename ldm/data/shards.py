@@ -83,7 +83,8 @@ class CorpusShards:
         self.roots = list(roots)
         self.out = out
         self.layout: Layout = LAYOUTS[index.layout]
-        self._tiles = _good_tiles(index)
+        good = index.table.filter(index.table["problem"].is_null())
+        self._tiles: pyarrow.Table = good.select(list(COLUMNS))
         self._re_encodes = not self.layout.holds_images
         self._white = None if self._re_encodes else self._declared_white()
         self._names = self._member_names()
@@ -289,10 +290,6 @@ class CorpusShards:
         folders = [{".": os.stat(self.out).st_mtime_ns}]
         scanned = [str(self.out.resolve())]
         CorpusIndex(self.index_path, "shards", scanned, folders, table).write()
-
-
-def _good_tiles(index: CorpusIndex) -> "pyarrow.Table":
-    return index.table.filter(index.table["problem"].is_null()).select(list(COLUMNS))
 
 
 def _tar_size(size: int) -> int:

@@ -19,6 +19,7 @@ import numpy as np
 
 from ldm.data.arrays import OPEN_FILES, TileArray, holder, holds_arrays, open_arrays
 from ldm.data.images import decode_tile, is_image, is_junk, to_levels, walk
+from ldm.data.slides import EXTENSIONS, Tiling, chosen_tiles, read_window
 from ldm.errors import UserError
 
 BLOCK = 512  # bytes, of which a tar file is made
@@ -175,7 +176,47 @@ class ShardLayout(Layout):
         return content
 
 
-LAYOUTS = {"folder": Layout(), "array": ArrayLayout(), "shards": ShardLayout()}
+class SlideLayout(Layout):
+    """Whole-slide images, of which tiles are read on the fly, see `ldm.data.slides`.
+
+    The label is the first folder below the root, the group is the slide.
+
+    Args:
+        tiling: Which tiles a slide has; None if an index knows.
+    """
+
+    kind = "slides"
+    holds_images = False
+
+    def __init__(self, tiling: Tiling | None = None):
+        self.tiling = tiling
+
+    def holds_tiles(self, name: str) -> bool:
+        return not is_junk(name) and name.lower().endswith(EXTENSIONS)
+
+    def places(self, root: Path, file: str) -> list[Place]:
+        if self.tiling is None:
+            raise UserError(
+                f"{root}: slides need an index, which says what is tissue; make it with"
+                f" scripts/index_corpus.py {root} --layout slides"
+            )
+        names = chosen_tiles(root / file, self.tiling)
+        size = 3 * self.tiling.pixels**2
+        return [Place(f"{file}/{name}", file, 0, size, top_folder(file)) for name in names]
+
+    def content(self, root: Path, place: Place) -> np.ndarray:
+        return read_window(root / place.file, place.path)
+
+    def decode(self, root: Path, place: Place, content: Any) -> np.ndarray:
+        return content
+
+
+LAYOUTS = {
+    "folder": Layout(),
+    "array": ArrayLayout(),
+    "shards": ShardLayout(),
+    "slides": SlideLayout(),
+}
 
 
 def layout_of(root: Path) -> str:

@@ -78,11 +78,11 @@ class Machine:
             UserError: A job wants more GPUs than there are, or there is no SLURM.
         """
         if self.slurm is not None and shutil.which("sbatch") is None:
-            raise UserError("--slurm: no command sbatch here; run it on a machine of the cluster")
+            raise UserError("`slurm`: no command sbatch here; run it on a machine of the cluster")
         for job in jobs:
             if self.gpus and job.gpus > len(self.gpus):
                 raise UserError(
-                    f"{job.name} wants {job.gpus} GPUs and --gpus names {len(self.gpus)}; name"
+                    f"{job.name} wants {job.gpus} GPUs and `gpus` names {len(self.gpus)}; name"
                     " more, or lower its `gpus`"
                 )
 

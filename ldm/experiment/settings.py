@@ -17,9 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ldm.cli import existing_path, nearest
+from ldm.cli import MOST, Count, Positive, Seed, Whole, existing_path, nearest
 from ldm.config import read_yaml, resolve
-from ldm.errors import UserError
+from ldm.errors import Problems, UserError
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.]*(?:[-+][A-Za-z0-9_.]+)*")  # of folders and jobs
 RESERVED = ("train", "val", "test", "real")
@@ -27,7 +27,9 @@ RESERVED = ("train", "val", "test", "real")
 UNION_PARTS = ("constrained-int", "list[constrained-int]")
 
 Options = dict[str, Any]  # of an entry point: names without dashes
-Ratio = Annotated[int, Field(ge=1, strict=True)]  # synthetic tiles in percent of the labelled ones
+Ratio = Annotated[
+    int, Field(ge=1, le=MOST, strict=True)
+]  # synthetic tiles in percent of the labelled ones
 
 
 class Section(BaseModel):
@@ -63,7 +65,7 @@ class Model(Section):
     needs: dict[str, str] = {}
     checkpoint: Literal["last", "best"] = "last"  # which one of a model trained here is used
     label: str | None = None  # what its training does, for people
-    gpus: int = 1
+    gpus: Whole = 1
 
 
 class Draws(Section):
@@ -87,24 +89,23 @@ class Generator(Section):
     classifier: str | None = None  # that guides
     decoder: str | None = None  # fine-tuned; its own without
     label: str | None = None  # for people; the name if omitted
-    amount: int | None = (
-        None  # tiles per class, also where no arm uses them; else as many as needed
-    )
+    # Tiles per class, also where no arm uses them; else as many as needed.
+    amount: Count | None = None
     factors: Options = {}  # columns of the table
     sampling: Options = {}  # over those of the section `sampling`
 
 
 class Sampling(Section):
-    per_wanted: float = Field(2.0, ge=1)  # tiles made for one that the largest ratio wants
+    per_wanted: float = Field(2.0, ge=1, le=1000)  # tiles made for one that the largest ratio wants
     options: Options = {}  # of sample_diffusion.py
-    gpus: int = 1
+    gpus: Whole = 1
 
 
 class Judge(Section):
     """Whose features choose: the classifier of a seed on the labelled tiles, a run of eval.py, a
     timm network, or whatever scripts/distance.py takes ({NAME} stands for a model's checkpoint)."""
 
-    seed: int | None = None
+    seed: Seed | None = None
     network: str | None = None  # that classifier: one of `baselines.networks`, not the arms' own
     run: str | None = None
     model: str | None = None
@@ -140,9 +141,9 @@ class Grid(Section):
 
 
 class Evaluation(Section):
-    seeds: list[int]
+    seeds: list[Seed]
     arguments: Options = {}  # of eval.py
-    gpus: int = 1
+    gpus: Whole = 1
 
 
 class Network(Section):
@@ -189,11 +190,11 @@ class Slurm(Section):
 
     cluster: Literal["slurm", "local"] = "slurm"  # local: processes of this machine, to try it out
     partition: str | None = None
-    hours: float = 24.0  # time limit of a job; one that needs longer is requeued and goes on
-    cpus: int = 8
-    memory_gb: float | None = None
+    hours: Positive = 24.0  # time limit of a job; one that needs longer is requeued and goes on
+    cpus: Count = 8
+    memory_gb: Positive | None = None
     gpus: bool = True  # False on a cluster without any
-    parallel: int = 16  # jobs in the queue at once
+    parallel: Count = 16  # jobs in the queue at once
     parameters: Options = {}  # further ones, such as slurm_account
 
 
@@ -227,14 +228,11 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
 
     Args:
         overrides: `section.key=value`.
-
-    Raises:
-        UserError: The file is missing, or something in it is wrong; all problems in one line.
     """
-    config = read_yaml(existing_path(path, "--config", "file"))
+    config = read_yaml(existing_path(path, "config", "file"))
     for word in overrides:
         config = with_override(config, word)
-    return check_settings(resolve(config), f"--config {path}")
+    return check_settings(resolve(config), f"`config` {path}")
 
 
 def with_override(config: DictConfig, word: str) -> DictConfig:
@@ -242,9 +240,6 @@ def with_override(config: DictConfig, word: str) -> DictConfig:
 
     Args:
         word: `section.key=value`.
-
-    Raises:
-        UserError: The word has another form, or does not fit the configuration.
     """
     key, equals, _ = word.partition("=")
     if not equals or key.startswith("-"):
@@ -262,7 +257,7 @@ def check_settings(raw: Mapping[str, Any], source: str) -> Settings:
         source: Where they come from, for messages.
 
     Raises:
-        UserError: Something is wrong; all problems in one line.
+        Problems: All that is wrong.
     """
     try:
         settings = Settings.model_validate(raw)
@@ -271,7 +266,7 @@ def check_settings(raw: Mapping[str, Any], source: str) -> Settings:
     else:
         problems = [*_bad_names(settings), *_unknown_names(settings), *_contradictions(settings)]
     if problems:
-        raise UserError(f"{source}: {'; '.join(problems)}")
+        raise Problems(dict.fromkeys(problems, ""), source)
     return settings
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from ldm.evaluation.metrics import HEADLINE, mean_and_std
+from ldm.evaluation.metrics import HEADLINE, OF_PROBABILITIES, mean_and_std
 from ldm.experiment.results import PUBLISHED_GAIN, Row, Table
 from ldm.experiment.statistics import (
     FEWEST_SEEDS,
@@ -541,7 +541,7 @@ def csv_rows(results: Results) -> Iterable[dict[str, Any]]:
                 "epochs": summary.get("epochs"),
                 "validations": summary.get("validations"),
             }
-            for metric in (*HEADLINE, CALIBRATION):
+            for metric in (*HEADLINE, *OF_PROBABILITIES):
                 cells[metric] = mean.get(metric)
                 cells[f"{metric}_std"] = std.get(metric)
                 if metric in METRICS:

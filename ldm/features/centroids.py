@@ -21,14 +21,11 @@ def class_centroids(features: Tensor, labels: Tensor, num_classes: int) -> Tenso
     """Mean of the (normalised) features of each class; the mean itself is not normalised again.
 
     Args:
-        features: (N, D).
+        features: (N, D), of every class some.
         labels: (N,) int64 in [0, K).
 
     Returns:
         (K, D) float32, summed in float64.
-
-    Raises:
-        UserError: A class has no images.
     """
     counts = torch.bincount(labels, minlength=num_classes)  # (K,)
     empty = (counts == 0).nonzero().flatten().tolist()
@@ -40,17 +37,13 @@ def class_centroids(features: Tensor, labels: Tensor, num_classes: int) -> Tenso
 
 
 def centroid_distances(features: Tensor, centroids: Tensor) -> Tensor:
-    """Mean squared distance (over the D features) of every image to every centroid.
+    """Mean squared distance (over D) of images (N, D) to centroids (K, D), (N, K) float64.
 
-    Args:
-        features: (N, D).
-        centroids: (K, D).
-
-    Returns:
-        (N, K) float64. Each entry is computed from its own row alone, so it depends neither on the
-        order of the images nor on how many there are.
+    Each entry is computed from its own row alone, so it depends neither on the order of the images
+    nor on how many there are.
     """
-    distances = torch.empty(len(features), len(centroids), dtype=torch.float64)
+    shape = (len(features), len(centroids))
+    distances = torch.empty(shape, dtype=torch.float64, device=features.device)
     for place, part in in_chunks(features):
         for k, centroid in enumerate(centroids.double()):
             distances[place, k] = (part.double() - centroid).square().mean(dim=1)

@@ -75,9 +75,6 @@ class Probe:
             features: (N, D).
             labels: (N,) in [0, K).
             classes: K names.
-
-        Raises:
-            UserError: A class has a single tile, so that none can be left out.
         """
         from sklearn.model_selection import StratifiedKFold
 
@@ -86,7 +83,7 @@ class Probe:
             name = classes[int(counts.argmin())]
             raise UserError(
                 f"class {name} has {counts.min()} labelled tiles and needs at least 2 for a judge"
-                " by logistic regression; add labelled tiles or use --strategy centroid"
+                " by logistic regression; add labelled tiles or use `strategy` centroid"
             )
         folds = StratifiedKFold(min(FOLDS, int(counts.min())), shuffle=True, random_state=0)
         parts = list(folds.split(features, labels))
@@ -166,9 +163,6 @@ class Judge:
             val: Features of further labelled tiles, by network. They calibrate the classifiers
                 alone, since these may have been trained on `real` and be sure of all of it;
                 without them the temperature of a classifier is 1.
-
-        Raises:
-            UserError: A regression has too few real tiles.
         """
         labels = real[0].labels
         probes = [None if s.logits is not None else Probe.of(s, cache) for s in real]

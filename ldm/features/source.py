@@ -53,12 +53,14 @@ class FeatureSource:
         weights: Local file of weights; None for those in the caches of torch and Hugging Face. The
             kinds "vit", "pixels", "diffusion" and "guide" take none.
         input_size: Side of the network's input in pixels; None for its own. For "timm" only.
+        setting: Name of the setting that names the network, for errors.
     """
 
     kind: str
     argument: str = ""
     weights: Path | None = None
     input_size: int | None = None
+    setting: str = "`features`"
 
     def __str__(self) -> str:
         if self.kind == VIT:
@@ -66,11 +68,7 @@ class FeatureSource:
         return f"{self.kind}:{self.argument}" if self.argument else self.kind
 
     def open(self, device: "torch.device | str") -> "Extractor":
-        """Load the network; nothing is downloaded.
-
-        Raises:
-            UserError: The weights are missing or do not fit.
-        """
+        """Load the network; nothing is downloaded."""
         module, function = KINDS[self.kind].split(":")
         return getattr(importlib.import_module(module), function)(self, device)
 
@@ -91,9 +89,6 @@ def parse_features(
             seed) or checkpoint of eval.py, or a file of weights of torch-fidelity's Inception.
         weights: Local file of weights for the named network.
         input_size: See `FeatureSource`.
-
-    Raises:
-        UserError: An unknown name, a missing path, or a value that the kind does not take.
     """
     kind, colon, argument = text.partition(":")
     weights = None if weights is None else Path(weights).expanduser()

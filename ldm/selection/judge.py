@@ -22,7 +22,7 @@ CENTROIDS_FILE = "centroids.safetensors"
 
 @dataclass(frozen=True)
 class Judged:
-    """Features and centroids that belong together; the synthetic ones are in order.
+    """Features and centroids that belong together (checked); the synthetic ones are in order.
 
     Attributes:
         real, synthetic, centroids: Of all networks side by side, see `FeatureSet.joined`.
@@ -31,9 +31,6 @@ class Judged:
         val: What `measured` found; None where there are no labelled tiles to measure on.
         left_out: Name, cross-entropy and accuracy of each network that has a regression, on
             left-out real tiles.
-
-    Raises:
-        UserError: They do not: other classes, another network or other real tiles.
     """
 
     real: FeatureSet
@@ -79,9 +76,6 @@ def read_judged(source: str, synthetic_root: Path, with_judge: bool = False) -> 
 
     Args:
         with_judge: Fit a judge.
-
-    Raises:
-        UserError: Missing or foreign files, or features of other images.
     """
     folder = Path(source).expanduser()
     judged = Judged(
@@ -92,7 +86,7 @@ def read_judged(source: str, synthetic_root: Path, with_judge: bool = False) -> 
     classes = judged.real.classes
     if TileFiles.below(synthetic_root, True, classes).digest != judged.synthetic.tiles:
         raise UserError(
-            f"--synthetic {synthetic_root}: its images are not those of --features {source};"
+            f"`synthetic` {synthetic_root}: its images are not those of `features` {source};"
             " run scripts/vis.py again"
         )
     return replace(judged, judge=Judge.fit([judged.real])) if with_judge else judged
@@ -116,16 +110,11 @@ def compute_judged(
         unlabelled: They are the latter: names of folders are ignored, each tile counts for the
             class that the judge gives it to, and tiles among the real ones are left out.
         extractors: Opened one after the other, where it is a generator.
-        cache: See `cached_features`; if None, it is beside the candidates: CANDIDATES.features.
+        cache, loading: See `cached_features`; without a cache it is CANDIDATES.features.
         with_judge: Fit a judge, see `ldm.features.probe.Judge`.
         val_root: Labelled tiles that the judge is measured on.
         choose: Use the network alone whose regression has the lowest cross-entropy on left-out
             real tiles.
-        loading: See `cached_features`.
-
-    Raises:
-        UserError: Folders of other classes, unlabelled tiles that are among those of `val_root`,
-            or too few real tiles for a judge.
     """
     if cache is None:
         beside = candidates_root.resolve()  # which has a name, other than "."
@@ -182,11 +171,11 @@ def _free_rows(pool: TileFiles, real: TileFiles, val: Sequence[TileFiles]) -> li
         leaked = len(first.keys() & set(tiles.digests))
         if leaked:
             raise UserError(
-                f"--unlabelled {pool.root}: {leaked} of its tiles are those of --val {tiles.root},"
+                f"`unlabelled` {pool.root}: {leaked} of its tiles are those of `val` {tiles.root},"
                 " which must not be trained on; give other tiles"
             )
     if not first:
-        raise UserError(f"--unlabelled {pool.root}: all its tiles are labelled; give other tiles")
+        raise UserError(f"`unlabelled` {pool.root}: all its tiles are labelled; give other tiles")
     return list(first.values())
 
 
@@ -259,11 +248,11 @@ def conflicts(
         if same:
             warnings.append(
                 f"judge and downstream model are the same network ({name}): it is given what it"
-                " agrees with already; judge with another one, for example --features timm:NAME"
+                " agrees with already; judge with another one, for example `features` timm:NAME"
             )
     if trained_here:
         warnings.append(
-            f"the judge ({name}) was trained on the very tiles of --real: they lie closer to their"
+            f"the judge ({name}) was trained on the very tiles of `real`: they lie closer to their"
             " class for it than new tiles do; a judge trained on others is a better witness"
         )
     return facts, warnings

@@ -1,6 +1,5 @@
 """A selection as a whole: from the features of a judge to a training folder and its record."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +10,7 @@ from ldm.data.folders import RECORD
 from ldm.data.tile_files import TileFiles
 from ldm.features.centroids import centroid_distances
 from ldm.features.extractor import Extractor
-from ldm.run import MadeFolder, git_revision, versions
+from ldm.run import MadeFolder, provenance
 from ldm.selection.judge import Judged, conflicts
 from ldm.selection.select import Selection, select
 from ldm.selection.sheets import Sheets, sheet_path
@@ -119,9 +118,7 @@ class WantedFolder:
             "counts": counts,
             **facts,
             "warnings": warnings,
-            "command": sys.argv,
-            "versions": versions(),
-            "revision": git_revision(),
+            **provenance(),
         }
         build_training_folder(
             self.out, self.real, self.candidates_root, selection, record, self.link, self.pseudo

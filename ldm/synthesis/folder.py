@@ -16,7 +16,7 @@ import csv
 import io
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,10 +147,6 @@ class SampleFolder:
         if (self.root / row["file"]).is_file():
             self.rows[row["class"], row["index"]] = row
 
-    def missing(self, wanted: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
-        """Which of these images (class, index) are still to be made."""
-        return [job for job in wanted if job not in self.rows]
-
     # Writing
 
     def start(self, alone: bool = True) -> None:
@@ -266,7 +262,7 @@ def image_row(
     """A row of the journal for an image that was just written.
 
     Args:
-        source: The real tile that it started from, relative to --start_from.
+        source: The real tile that it started from, relative to `start_from`.
     """
     row = {"class": name, "index": index, "file": file, "prob": prob, "entropy": entropy}
     row["source"] = source

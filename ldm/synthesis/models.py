@@ -73,36 +73,31 @@ def load_models(
         first_stage_path: Checkpoint of kind autoencoder whose decoder was tuned on labels; replaces
             the autoencoder of the diffusion model.
         autoguidance_path: Checkpoint of kind diffusion, worse than the first.
-
-    Raises:
-        UserError: A wrong kind, or models that were not made for one another: another latent space,
-            latent scale, noise schedule or class list.
     """
-    diffusion = load_model(diffusion_path, "diffusion", device, what="--model")
+    diffusion = load_model(diffusion_path, "diffusion", device, what="`model`")
     files = {"diffusion": file_sha256(checkpoint_path(diffusion_path))}
     facts = {"diffusion": _facts(diffusion.record)}
     classifier = weak = None
     if classifier_path is not None:
-        classifier = load_model(classifier_path, "classifier", device, what="--classifier")
+        classifier = load_model(classifier_path, "classifier", device, what="`classifier`")
         files["classifier"] = file_sha256(checkpoint_path(classifier_path))
         facts["classifier"] = _facts(classifier.record)
-        where = f"--classifier {classifier_path}"
-        remedy = f"train it with --first_stage {diffusion_path}"
+        where = f"`classifier` {classifier_path}"
+        if not classifier.classes:
+            raise UserError(f"{where} is damaged: it names no classes; give another checkpoint")
+        remedy = f"train it with `first_stage` {diffusion_path}"
         check_latents(diffusion, diffusion_path, classifier, where, remedy)
         classifier.attach(diffusion, where)
         if diffusion.conditional:
             _check_classes(diffusion, diffusion_path, classifier, where)
     if autoguidance_path is not None:
-        weak = load_model(autoguidance_path, "diffusion", device, what="--autoguidance")
+        weak = load_model(autoguidance_path, "diffusion", device, what="`autoguidance`")
         files["autoguidance"] = file_sha256(checkpoint_path(autoguidance_path))
         facts["autoguidance"] = _facts(weak.record)
-        where = f"--autoguidance {autoguidance_path}"
+        where = f"`autoguidance` {autoguidance_path}"
         if files["autoguidance"] == files["diffusion"]:
-            raise UserError(
-                f"{where} is the same checkpoint as {diffusion_path}; give an earlier one"
-            )
-        remedy = "give an earlier checkpoint of the same run"
-        check_latents(diffusion, diffusion_path, weak, where, remedy)
+            raise UserError(f"{where} is {diffusion_path} itself; give an earlier one of its run")
+        check_latents(diffusion, diffusion_path, weak, where, "give an earlier one of its run")
         if diffusion.conditional and weak.conditional:
             _check_classes(diffusion, diffusion_path, weak, where)
     if first_stage_path is not None:
@@ -113,7 +108,7 @@ def load_models(
         classes = Models(diffusion, classifier).classes
         if classes and record["classes"] and record["classes"] != classes:
             raise UserError(
-                f"--first_stage {first_stage_path} was tuned on classes {record['classes']}, the "
+                f"`first_stage` {first_stage_path} was tuned on classes {record['classes']}, the "
                 f"classifier on {classes}; use models of the same labelled set"
             )
     return Models(diffusion, classifier, weak, files, facts)
