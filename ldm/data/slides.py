@@ -41,12 +41,12 @@ class Tiling:
         known = [slide.properties.get(f"openslide.mpp-{axis}") for axis in "xy"]
         mpp = np.mean([float(value) for value in known]) if all(known) else self.mpp
         if mpp is None:
-            raise UserError(f"{path}: does not say how large its pixels are; give --mpp")
+            raise UserError(f"{path}: does not say how large its pixels are; give `mpp`")
         side = round(self.micrometres / mpp)
         if side < self.pixels * 0.99:
             raise UserError(
                 f"{path}: {self.micrometres:g} micrometres are {side} pixels at {mpp:.3g} each,"
-                f" fewer than --pixels {self.pixels}; give fewer, or larger tiles"
+                f" fewer than `pixels` {self.pixels}; give fewer, or larger tiles"
             )
         return side
 
