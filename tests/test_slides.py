@@ -111,7 +111,7 @@ def test_slides_that_cannot_be_read_are_problems(slides):
     made = index(slides)
     found = problems_of(made.path).read_text()
     assert all(name in found for name in ("unknown.tif", "text.svs", "cut.tif"))
-    assert "give --mpp" in found and len(set(made.tiles(0)["group"])) == 2
+    assert "give `mpp`" in found and len(set(made.tiles(0)["group"])) == 2
     assert len(set(index(slides, "--mpp", 0.5).tiles(0)["group"])) == 2 + 1
 
 
