@@ -122,7 +122,7 @@ def test_slides_that_cannot_be_read_are_problems(slides):
     found = problems_of(made.path).read_text()
     bad = ("unknown.tif", "screen.tif", "text.svs", "cut.tif", "tiny.tif")
     assert all(name in found for name in bad) and "no tile in it" in found
-    assert "give --mpp" in found and len(set(made.tiles(0)["group"])) == 2
+    assert "give `mpp`" in found and len(set(made.tiles(0)["group"])) == 2
     assert len(set(index(slides, "--mpp", 0.5).tiles(0)["group"])) == 2 + 2
 
 
