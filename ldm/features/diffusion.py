@@ -98,7 +98,7 @@ def open_guide(source: FeatureSource, device: torch.device | str) -> Extractor:
 
     @torch.no_grad()
     def forward(images: Tensor) -> dict[str, Tensor]:
-        z_0 = model.encode_first_stage(images, sample=False)
+        z_0 = model.latents({"image": images}, sample=False)
         logits = net(z_0, model.schedule.times(0, len(z_0), z_0.device)).float() / guide.temperature
         return {FEATURES: logits, LOGITS: logits}
 
