@@ -58,6 +58,11 @@ class Options(FeatureOptions):
         help="what scripts/vis.py wrote for them, a checkpoint of eval.py, timm:NAME or "
         "diffusion:RUN@T; several are judge together, as the mean of their calibrated opinions",
     )
+    choose: bool = option(
+        default=False,
+        help="use only that one of --features which tells left-out tiles of --real apart best, for "
+        "example of diffusion:RUN@50, RUN@200 and RUN@400",
+    )
     val: str | None = option(
         default=None,
         metavar="DIR",
@@ -128,6 +133,8 @@ class Options(FeatureOptions):
             yield "synthetic", "is missing; give it, or --unlabelled"
         if self.unlabelled is not None and self.confidence == "manifest":
             yield "confidence", "manifest belongs to --synthetic; leave it out"
+        if self.choose and len(self.features) < 2:
+            yield "choose", "chooses among several --features; give them, or leave it out"
         if self.ratio is not None and self.per_class is not None:
             yield "per_class", "not allowed with --ratio; give one of them"
         if self.no_sheets and self.sheets is not None:
@@ -169,6 +176,11 @@ def report_shortfall(counts: dict[str, dict[str, int]]) -> None:
 def report_judge(judge: dict) -> None:
     """Print what a judge is worth on --val, and how often it sees the wanted classes."""
     rows: dict[str, dict[str, float | None]] = {}
+    for one in judge["left_out"]:
+        print(
+            f"{one['network']}: accuracy {one['accuracy']:.3f}, cross-entropy"
+            f" {one['cross_entropy']:.3f} on left-out tiles of --real"
+        )
     if judge["val"]:
         val = judge["val"]
         print(
@@ -195,7 +207,7 @@ def judge(args: Options, real_root: Path, candidates_root: Path, needed: bool):
     from ldm.features.source import parse_features
     from ldm.selection.judge import compute_judged, is_vis_folder, read_judged
 
-    needed = needed or args.unlabelled is not None or args.val is not None
+    needed = needed or args.choose or args.unlabelled is not None or args.val is not None
     folders = [name for name in args.features if is_vis_folder(name)]
     if not folders:
         sources = [
@@ -213,6 +225,7 @@ def judge(args: Options, real_root: Path, candidates_root: Path, needed: bool):
             Path(args.cache) if args.cache else None,
             needed,
             args.val and existing_path(args.val, "--val", "dir"),
+            args.choose,
             **args.loading,
         )
     names = ("pretrained_weights", "input_size", "batch_size", "workers", "device", "cache")

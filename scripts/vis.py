@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     from ldm.features.source import parse_features
     from ldm.selection import judge
     from ldm.selection.training_folder import read_decisions
-    from ldm.selection.umap_page import Picture
+    from ldm.selection.umap_page import plane_groups, write_pictures
 
     decisions = None
     if args.selection:
@@ -105,10 +105,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     centroids = judge.centroids_of(real)
     centroids.save(out / judge.CENTROIDS_FILE)
-    picture = Picture.of(
+    groups = plane_groups(
         real, synthetic, centroids, decisions, args.umap_neighbors, args.umap_min_dist, args.seed
     )
-    picture.write(out, real_root, synthetic_root, args.thumbnails)
+    write_pictures(out, groups, real.classes, real_root, synthetic_root, args.thumbnails)
     counts = {"real": len(real.files), "synthetic": len(synthetic.files)}
     print("{real} real and {synthetic} synthetic tiles: ".format(**counts), end="")
     print(f"{out}/umap.png and umap.html")

@@ -67,13 +67,6 @@ class Centroids:
     extractor: str
     tiles: str
 
-    @classmethod
-    def of(
-        cls, features: Tensor, labels: Tensor, classes: list[str], extractor: str, tiles: str
-    ) -> "Centroids":
-        """Centroids of labelled features, (N, D) with (N,) labels."""
-        return cls(class_centroids(features, labels, len(classes)), classes, extractor, tiles)
-
     def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file."""
         metadata = {
