@@ -13,6 +13,7 @@ from torch import Tensor
 from ldm.errors import UserError
 from ldm.features.neighbours import in_chunks
 from ldm.features.sets import read_tensors, write_tensors
+from ldm.files import require_class_names
 
 FORMAT = "histodiffusion centroids 1"
 
@@ -81,4 +82,5 @@ class Centroids:
         """Read what `save` wrote; UserError for a missing or foreign file."""
         tensors, metadata = read_tensors(path, FORMAT)
         classes = json.loads(metadata["classes"])
+        require_class_names(classes, str(path))
         return cls(tensors["centroids"], classes, metadata["extractor"], metadata["tiles"])

@@ -11,7 +11,7 @@ import numpy as np
 from ldm.data.tiles import read_tile
 from ldm.features.neighbours import nearest
 from ldm.features.sets import FeatureSet
-from ldm.files import write_bytes
+from ldm.files import remove_leftovers, write_bytes
 from ldm.report.grids import Card, card_sheet, shorten
 from ldm.selection.select import ACCEPTED, FILL_REASON, FILLED, REJECTED, SURPLUS, USED, Selection
 
@@ -41,6 +41,7 @@ class Sheets:
 
     def write(self, folder: Path) -> None:
         """FOLDER/CLASS.png for every class."""
+        remove_leftovers(folder)
         for name in self.selection.classes:
             write_bytes(sheet_path(folder, name), self.draw(name))
 
