@@ -268,7 +268,7 @@ class RunFolder:
     def read_metrics(self) -> list[dict[str, float]]:
         """What was logged over all starts of the run, one row (name to value) for each step.
 
-        A start that goes on from a checkpoint repeats the steps after it; its numbers count.
+        A start that goes on from a checkpoint repeats the steps after it, and its numbers count.
         """
         starts = sorted(
             self.root.glob("metrics/version_*/metrics.csv"), key=lambda p: int(p.parent.name[8:])
@@ -279,7 +279,7 @@ class RunFolder:
             lines = path.read_text().splitlines(keepends=True)
             read = list(csv.DictReader(line for line in lines if line.endswith("\n")))
             first = min((float(row["step"]) for row in read), default=math.inf)
-            rows = {step: row for step, row in rows.items() if step < first}
+            rows = {step: row for step, row in rows.items() if step <= first}
             for row in read:
                 values = {name: float(value) for name, value in row.items() if value}
                 rows.setdefault(values["step"], {}).update(values)

@@ -7,6 +7,7 @@ number, would fail on a GPU or make it wait.
 import functools
 from collections.abc import Callable
 from contextlib import ExitStack
+from itertools import repeat
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader
+from torch.utils.data import default_collate
 
 from ldm import train as training
 from ldm.checkpoint import load_model
@@ -199,6 +200,18 @@ class Anywhere(CPUAccelerator):
         pass
 
 
+class OnMeta(SingleDeviceStrategy):
+    """Trains on `meta`, from which nothing can be brought back."""
+
+    def __init__(self):
+        super().__init__(META, Anywhere())
+
+    def teardown(self) -> None:
+        # Lightning would bring all that was logged to the CPU.
+        self.lightning_module.trainer._results.clear()
+        self.lightning_module.trainer._logger_connector.reset_metrics()
+
+
 class Watch(pl.Callback):
     """Refuses two devices in every batch after the first, which fills tables and caches."""
 
@@ -220,9 +233,10 @@ class Watch(pl.Callback):
 def train(model: pl.LightningModule, item: dict, folder: Path, count: int = 3) -> Watch:
     """The trainer of every stage, on `meta`: batches of an item for so many steps."""
     model.learning_rate, model.seed, model.arrivals, watch = 1e-3, 0, Noted(), Watch()
+    model.on_fit_start = lambda: None  # asks once whether the latent scale is known
     settings = {
         "accelerator": "auto",
-        "strategy": SingleDeviceStrategy(META, Anywhere()),
+        "strategy": OnMeta(),
         "max_steps": count,
         "enable_progress_bar": False,
         "enable_checkpointing": False,
@@ -232,7 +246,7 @@ def train(model: pl.LightningModule, item: dict, folder: Path, count: int = 3) -
     }
     run, args = RunFolder(folder), ([watch], settings, False)
     trainer = training.build_trainer(model, run, Devices(), *args)
-    trainer.fit(model, DataLoader([item] * (BATCH * count), batch_size=BATCH))
+    trainer.fit(model, repeat(default_collate([item] * BATCH)))
     assert watch.batches == count == trainer.global_step
     assert model.arrivals.numbers
     devices = {tensor.device for tensor in model.state_dict().values()}

@@ -46,12 +46,12 @@ class Tiling:
         if not MPP[0] < mpp < MPP[1]:
             mpp = self.mpp
         if mpp is None:
-            raise UserError(f"{path}: does not say how large its pixels are; give --mpp")
+            raise UserError(f"{path}: does not say how large its pixels are; give `mpp`")
         side = round(self.micrometres / mpp)
         if side < self.pixels * 0.99:
             raise UserError(
                 f"{path}: {self.micrometres:g} micrometres are {side} pixels at {mpp:.3g} each,"
-                f" fewer than --pixels {self.pixels}; give fewer, or larger tiles"
+                f" fewer than `pixels` {self.pixels}; give fewer, or larger tiles"
             )
         return side
 

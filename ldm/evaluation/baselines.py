@@ -23,7 +23,7 @@ from ldm.evaluation.sets import GroupTable, Splits, TransformedTiles, open_split
 from ldm.evaluation.summary import write_confusion, write_summary
 from ldm.features.extractor import LOGITS, Extractor, directions
 from ldm.features.probe import STRENGTHS, logistic_regression
-from ldm.files import write_json
+from ldm.files import remove_leftovers, write_json
 from ldm.models.vit_settings import Settings
 from ldm.run import hardware, provenance
 
@@ -106,13 +106,14 @@ def run_baseline(
         arch = extractor.name
         if not extractor.classifies(splits.train.classes):
             raise UserError(
-                f"--features: {extractor.name} is no classifier of {splits.train.classes}; use"
-                " --kind linear_probe"
+                f"`features`: {extractor.name} is no classifier of {splits.train.classes}; use"
+                " `kind` linear_probe"
             )
     current = {"settings": settings, "data": splits.identity}
     folder = logdir / kind / train_folder
     run = folder / "seed0"
     result = read_result(run, current, overwrite)
+    remove_leftovers(folder, run)
     if result is None:
         start = time.monotonic()
         if kind == CLASSIFIER:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.errors import UserError
@@ -113,6 +114,14 @@ class Probe:
         if path is not None:
             write_tensors(path, vars(probe), {"format": FORMAT})
         return probe
+
+    def scores(self, labels: Tensor) -> dict[str, float]:
+        """Cross-entropy and accuracy on the left-out tiles, whose labels are (N,)."""
+        right = self.left_out.argmax(dim=1) == labels
+        return {
+            "cross_entropy": float(F.nll_loss(self.left_out, labels)),
+            "accuracy": float(right.double().mean()),
+        }
 
     def logits(self, features: Tensor) -> Tensor:
         """Logits (N, K) of features (N, D)."""

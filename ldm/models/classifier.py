@@ -269,7 +269,7 @@ def start_from_classifier(
         raise UserError(f"{where} knows the classes {source.classes}, the data {model.classes}")
     if source.autoencoder_fingerprint != model.autoencoder_fingerprint:
         raise UserError(
-            f"{where} was trained on latents of another autoencoder than --first_stage; give its"
+            f"{where} was trained on latents of another autoencoder than `first_stage`; give its"
         )
     load_strictly(model.net, source.net.state_dict(), where)
 

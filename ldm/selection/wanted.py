@@ -112,6 +112,7 @@ class WantedFolder:
             # Unlabelled tiles have their classes from the judge itself.
             agreement = None if self.pseudo else selection.agreement()
             facts["judge"] |= {"agreement": agreement, "val": self.judged.val}
+            facts["judge"]["left_out"] = self.judged.left_out
         record = {
             "settings": self.settings,
             "counts": counts,
