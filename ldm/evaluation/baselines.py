@@ -106,8 +106,8 @@ def run_baseline(
         arch = extractor.name
         if not extractor.classifies(splits.train.classes):
             raise UserError(
-                f"--features: {extractor.name} is no classifier of {splits.train.classes}; use"
-                " --kind linear_probe"
+                f"`features`: {extractor.name} is no classifier of {splits.train.classes}; use"
+                " `kind` linear_probe"
             )
     current = {"settings": settings, "data": splits.identity}
     folder = logdir / kind / train_folder
