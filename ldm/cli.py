@@ -5,7 +5,7 @@ says the default, the help, other names and the group in `--help`:
 
     @dataclass(frozen=True, kw_only=True)
     class TrainSettings:
-        \"\"\"Train a network.\"\"\"
+        \"\"\"Train a network.\"\"\"  # if omitted, the docstring of the module says what is done
 
         program: ClassVar = "train.py"
         steps: Count = option("-n", default=100, help="optimiser steps")
@@ -296,7 +296,7 @@ def parse(settings: type, argv: Sequence[str] | None = None) -> Any:
     try:
         result = checked(settings, values, strict=False)
     except Problems as problems:
-        found |= {flags[name]: text for name, text in problems.found.items()}
+        found |= {flags[name]: _as_options(text, fields) for name, text in problems.found.items()}
     if found:
         raise Problems(found)
     return result
@@ -304,7 +304,10 @@ def parse(settings: type, argv: Sequence[str] | None = None) -> Any:
 
 @functools.cache
 def _parser(settings: type) -> _Parser:
-    description, _, more = (settings.__doc__ or "").partition("\n\n")
+    doc = settings.__doc__ or ""
+    if doc.startswith(f"{settings.__name__}("):  # what dataclass writes: the module says more
+        doc = sys.modules[settings.__module__].__doc__ or ""
+    description, _, more = doc.partition("\n\n")
     example = f"example:\n{settings.example}" if hasattr(settings, "example") else ""
     fields = options_of(settings)
     parser = _Parser(
@@ -321,11 +324,14 @@ def _parser(settings: type) -> _Parser:
         group = field.metadata["option"]["group"]
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
-        _add_option(groups[group], name, field)
+        _add_option(groups[group], name, field, fields)
     return parser
 
 
-def _add_option(group: Any, name: str, field: dataclasses.Field) -> None:
+def _add_option(
+    group: Any, name: str, field: dataclasses.Field, fields: Mapping[str, dataclasses.Field]
+) -> None:
+    help = _as_options(_help(field), fields)
     facts = field.metadata["option"]
     metavar, nargs = facts["metavar"], facts["nargs"]
     if metavar is None:
@@ -339,10 +345,10 @@ def _add_option(group: Any, name: str, field: dataclasses.Field) -> None:
         nargs = "+"
     if facts["positional"]:
         nargs = nargs if nargs != "+" else "*"  # a missing word is a problem like any other
-        group.add_argument(name, nargs=nargs or "?", metavar=metavar, help=_help(field))
+        group.add_argument(name, nargs=nargs or "?", metavar=metavar, help=help)
         return
     common = {"dest": name, "nargs": nargs, "action": "extend" if facts["repeats"] else "store"}
-    group.add_argument(*facts["names"], f"--{name}", metavar=metavar, help=_help(field), **common)
+    group.add_argument(*facts["names"], f"--{name}", metavar=metavar, help=help, **common)
     if facts["published"]:
         group.add_argument(*facts["published"], help=argparse.SUPPRESS, **common)
     for word in facts["off"]:
@@ -514,9 +520,10 @@ def existing_path(text: str | os.PathLike, what: str, kind: str = "any") -> Path
     return path
 
 
-def lies_in(path: Path, folder: Path) -> bool:
-    """Whether a path is the folder or below it, wherever links lead."""
-    return folder.resolve() in (path.resolve(), *path.resolve().parents)
+def output_path(text: str | os.PathLike, what: str, kind: str) -> Path:
+    """The path of a file ("file") or folder ("dir") to write; the other must not be there."""
+    path = Path(text).expanduser()
+    return existing_path(path, what, kind) if path.exists() else path
 
 
 def _one_line(error: BaseException | str) -> str:
@@ -536,17 +543,30 @@ def _messages(error: BaseException, settings: type | None) -> list[str]:
     """
     if isinstance(error, OSError) and error.strerror:
         return [f"{error.strerror}: {error.filename}" if error.filename else error.strerror]
-    known = options_of(settings) if settings else {}
-    flags = {name: _flag(field) for name, field in known.items()}
+    fields = options_of(settings) if settings else {}
     key = getattr(error, "key", None)
-    start = f"{flags.get(key, key)}: " if key else ""
+    start = f"{_flag(fields[key]) if key in fields else key}: " if key else ""
     texts = [error.reason if key else str(error)]
     if isinstance(error, Problems) and len(error.found) > 1:
         texts = error.lines
-    return [
-        re.sub(r"`(\w+)`", lambda name: flags.get(name[1], name[0]), start + _one_line(text))
-        for text in texts
-    ]
+    return [_as_options(start + _one_line(text), fields) for text in texts]
+
+
+def _as_options(text: str, fields: Mapping[str, dataclasses.Field]) -> str:
+    """A text in which settings in backquotes are called as their options."""
+    names = {name: _flag(field) for name, field in fields.items()}
+    return re.sub(r"`(\w+)`", lambda found: names.get(found[1], found[0]), text)
+
+
+class _Formatter(logging.Formatter):
+    """Formats what is logged, with settings called as the options of a command."""
+
+    def __init__(self, settings: type | None):
+        super().__init__("%(message)s")
+        self.fields = options_of(settings) if settings else {}
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _as_options(super().format(record), self.fields)
 
 
 def _nobody_reads() -> bool:
@@ -568,7 +588,9 @@ def run_command(main: Callable[[], int | None], settings: type | None = None) ->
         settings: Class of the command's options, by whose names errors call settings.
     """
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter(settings))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     try:
         status = main() or 0
         sys.stdout.flush()

@@ -18,7 +18,7 @@ from ldm.devices import (
     within_memory,
 )
 from ldm.errors import UserError
-from ldm.files import remove_leftovers, require_space, write_text
+from ldm.files import remove_leftovers, require_outside, require_space, write_text
 from ldm.settings import RunOptions, SpeedOptions
 
 if TYPE_CHECKING:
@@ -83,14 +83,16 @@ def fit(
     import torch
 
     from ldm.checkpoint import read_checkpoint
+    from ldm.config import tile_roots
 
+    if checkpoint is None and config is not None:
+        require_outside({"--logdir": run.root}, {"the folder of tiles": tile_roots(config["data"])})
     trainer = build_trainer(model, run, devices, callbacks, settings or {}, loggers, dry_run)
     if checkpoint is not None:
         # A checkpoint that does not fit is refused before anything is written.
-        model.on_load_checkpoint(read_checkpoint(checkpoint, (model.kind,), "--resume"))
+        model.on_load_checkpoint(read_checkpoint(checkpoint, (model.kind,), "`resume`"))
     _prepare_disk(trainer, model, run, dry_run)
     if dry_run:
-        model.configure_optimizers()
         return trainer
     _start_loggers(trainer, run)
     if trainer.is_global_zero:
@@ -99,7 +101,6 @@ def fit(
         log.info("%s\nwriting to    %s", summary, run.root)
     joined = torch.distributed.is_initialized()
     _run(trainer, model, data, checkpoint)
-    trainer.save_checkpoint(run.last)
     if trainer.is_global_zero:
         log.info("done at step %d: %s", trainer.global_step, run.last)
     if not joined:
@@ -137,8 +138,7 @@ def build_trainer(
 ) -> "pl.Trainer":
     """A Lightning trainer for a model, which is prepared for the devices.
 
-    It logs to CSV in the run's folder and shows a progress bar. The arguments are those of `fit`;
-    for a dry run the trainer is one for a CPU.
+    It logs to CSV in the run's folder and shows a progress bar. Arguments: see `fit`.
     """
     import pytorch_lightning as pl
     from pytorch_lightning.callbacks import LearningRateMonitor
@@ -181,13 +181,33 @@ def build_trainer(
         **settings,
         "logger": kept,
         "plugins": [*plugins, *([] if dry_run else cluster_plugins()), CheckpointFiles()],
-        "callbacks": [*watching, *callbacks],
+        "callbacks": [*watching, *_in_order(callbacks)],
     }
     try:
         return pl.Trainer(**arguments)
     except (MisconfigurationException, ValueError) as error:
-        said = " ".join(str(error).split())
-        raise UserError(f"lightning.trainer: {said}; change these settings") from None
+        raise UserError(f"lightning.trainer: {' '.join(str(error).split())}") from None
+
+
+def _in_order(callbacks: Sequence["pl.Callback"]) -> list["pl.Callback"]:
+    """The callbacks in an order in which `last.ckpt` holds what all others have done.
+
+    What a validation decides is decided at its end: at the end of the epoch, as Lightning does it
+    where each has one validation, is after the checkpoint of the epoch's last step.
+    """
+    from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+
+    from ldm.models.callbacks import LastCheckpoint
+
+    for callback in callbacks:
+        if not str(getattr(callback, "monitor", None)).startswith("val/"):
+            continue
+        if isinstance(callback, EarlyStopping) and callback._check_on_train_epoch_end is None:
+            callback._check_on_train_epoch_end = False
+        if isinstance(callback, ModelCheckpoint) and callback._save_on_train_epoch_end is None:
+            callback._save_on_train_epoch_end = False
+    # Lightning moves checkpoints behind other callbacks, and keeps their order.
+    return sorted(callbacks, key=lambda callback: isinstance(callback, LastCheckpoint))
 
 
 def cluster_plugins() -> list[Any]:
@@ -199,28 +219,28 @@ def cluster_plugins() -> list[Any]:
     if in_shell_of_slurm():
         return [environments.LightningEnvironment()]
     try:
-        # Signals are for StopOnSignal: Lightning would requeue by itself, from a file of its own.
+        # Signals are for LastCheckpoint: Lightning would requeue by itself, from a file of its own.
         return [environments.SLURMEnvironment(auto_requeue=False)]
     except RuntimeError as error:
         raise UserError(" ".join(str(error).split())) from None
 
 
 def choose_strategy(configured: Any, devices: Devices, model: "HistoModule") -> Any:
-    """Lightning's strategy for `--strategy` or `lightning.trainer.strategy` (`configured`).
+    """Lightning's strategy for `strategy` or `lightning.trainer.strategy` (`configured`).
 
     Raises:
         UserError: Both are given, or the strategy does not go with the model or the devices.
     """
     if configured not in (None, "auto") and devices.strategy != "auto":
         raise UserError(
-            f"--strategy {devices.strategy} and lightning.trainer.strategy={configured} both say "
+            f"`strategy` {devices.strategy} and lightning.trainer.strategy={configured} both say "
             "how devices share the work; give one of them"
         )
     name = devices.strategy if configured in (None, "auto") else configured
     if isinstance(name, str) and name.startswith("deepspeed"):
         raise UserError(
-            "--strategy deepspeed: it writes checkpoints that no other command here can read; use "
-            "--strategy fsdp, which shards weights, gradients and optimiser as ZeRO does"
+            "`strategy` deepspeed: it writes checkpoints that no other command here can read; use "
+            "`strategy` fsdp, which shards weights, gradients and optimiser as ZeRO does"
         )
     if name == "fsdp":
         return _sharded(devices, model)
@@ -238,18 +258,18 @@ def _sharded(devices: Devices, model: "HistoModule") -> Any:
 
     if not isinstance(model, LatentDiffusion):
         raise UserError(
-            f"--strategy fsdp shards the diffusion UNet, and {type(model).__name__} has none; use "
-            "--strategy ddp"
+            f"`strategy` fsdp shards the diffusion UNet, and {type(model).__name__} has none; use "
+            "`strategy` ddp"
         )
     if devices.ranks == 1:
-        raise UserError("--strategy fsdp shards over several devices; give --devices or --gpus")
+        raise UserError("`strategy` fsdp shards over several devices; give `devices` or `gpus`")
     if devices.precision not in ("32", "bf16-mixed"):
         raise UserError(
-            f"--strategy fsdp: --precision {devices.precision} must be 32 or bf16-mixed"
+            f"`strategy` fsdp: `precision` {devices.precision} must be 32 or bf16-mixed"
         )
     if devices.compile or devices.channels_last:
-        option = "--compile" if devices.compile else "--channels_last"
-        raise UserError(f"--strategy fsdp: {option} is for whole networks; leave one of them out")
+        option = "`compile`" if devices.compile else "`channels_last`"
+        raise UserError(f"`strategy` fsdp: {option} is for whole networks; leave one of them out")
     return ShardedStrategy(devices.ranks)
 
 
@@ -269,7 +289,7 @@ def checkpoint_callbacks(
     """
     from pytorch_lightning.callbacks import ModelCheckpoint
 
-    from ldm.models.callbacks import LastCheckpoint, RecentCheckpoints, StopOnSignal
+    from ldm.models.callbacks import LastCheckpoint, RecentCheckpoints
 
     target = "pytorch_lightning.callbacks.ModelCheckpoint"
     if node and node.get("target", target) != target:
@@ -285,8 +305,7 @@ def checkpoint_callbacks(
     keep = settings.pop("keep_last", None)
     common = {"dirpath": run.checkpoints, **OWN_NAMES}
     stepwise = {"filename": "step_{step:08d}", "every_n_train_steps": every, **common}
-    last = LastCheckpoint(every_n_train_steps=every, **common)
-    callbacks: list[pl.Callback] = [last, StopOnSignal(run.last)]
+    callbacks: list[pl.Callback] = [LastCheckpoint(every_n_train_steps=every, **common)]
     if keep is not None:
         callbacks.append(RecentCheckpoints(keep, **stepwise))
     best = {}
@@ -404,7 +423,7 @@ def _prepare_disk(
     from ldm.models.saving import MARGIN, expected_size
 
     if trainer.is_global_zero and not dry_run:
-        for path in remove_leftovers(run.checkpoints):
+        for path in remove_leftovers(run.root, run.checkpoints, run.configs, run.images):
             log.info("removed %s, which a killed run had not finished", path)
     size = run.last.stat().st_size if run.last.is_file() else expected_size(model)
     kinds = sum(isinstance(c, ModelCheckpoint) for c in trainer.checkpoint_callbacks)

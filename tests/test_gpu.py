@@ -20,7 +20,7 @@ import classifier_train
 import eval as eval_py
 import sample_diffusion
 from ldm import train as training
-from ldm.cli import run_command
+from ldm.cli import parse, run_command
 from ldm.devices import Devices
 from ldm.features.source import parse_features
 from ldm.models.readout import ReadoutClassifier
@@ -85,7 +85,7 @@ def by_classifier_train(folder: Path, logdir: Path, steps: int, log_every: int, 
     argv += ["--first_stage", folder / "eps.ckpt", "--name", "run", "--workers", 0, "--lr", 1e-3]
     argv += ["--classifier_width", 32, "--classifier_depth", 1, "--classifier_channel_mult", "1,1"]
     argv += ["--batch_size", 24, "--iterations", steps, "--log_interval", log_every]
-    return classifier_train.train(classifier_train.parse_arguments([*map(str, [*argv, *more])]))
+    return classifier_train.train(parse(classifier_train.Options, [*map(str, [*argv, *more])]))
 
 
 def by_readout(folder: Path, logdir: Path, steps: int, log_every: int, *more: str):

@@ -12,9 +12,9 @@ import pytest
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from shells import OTHERS, ROOT, make_site, parse, recorded, shell
 
-import main as main_module
 from ldm.errors import UserError
 from ldm.train import cluster_plugins
+from ldm.trainings import configured
 from scripts import cache_latents
 
 FOLDER = ROOT / "scripts" / "slurm"
@@ -99,7 +99,7 @@ def test_the_guide_runs_and_parses(site, tmp_path, monkeypatch):
         used.add(command[0])
         args = parse(command)
         if command[0] == "main.py":
-            config = main_module.load_configuration(args)
+            config = configured.load_configuration(args)
             assert config["model"]["target"].startswith("ldm.models.")
         if command[0] == "scripts/cache_latents.py" and args.views > 1:
             # All views would be alike, which is refused.

@@ -302,8 +302,8 @@ def test_manifests_that_do_not_serve(tmp_path, rows, columns, expected):
 @pytest.mark.parametrize(
     "name, real, expected",
     [
-        ("knn", [0, 0, 0, 1, 1, 1, 1], "--neighbors 3: class A has 3 real tiles"),
-        ("coverage", [0, 0, 1], "--strategy coverage: class B has 1 real tiles"),
+        ("knn", [0, 0, 0, 1, 1, 1, 1], "`neighbors` 3: class A has 3 real tiles"),
+        ("coverage", [0, 0, 1], "`strategy` coverage: class B has 1 real tiles"),
         ("confidence", [0, 0, 1], "class B has 1 labelled tiles"),
     ],
 )

@@ -11,6 +11,7 @@ import pytest
 import webdataset as wds
 from test_index_corpus import picture, save
 
+from ldm.cli import parse
 from ldm.data.corpora import Corpora
 from ldm.data.images import decode_tile
 from ldm.data.index import CorpusIndex
@@ -228,7 +229,7 @@ def test_several_roots_share_shards(tmp_path):
         (tmp_path / name).rename(tmp_path / f"{name}-moved")
     made = write(index, tmp_path / "out", "--root", *(f"{root}-moved" for root in roots))
     assert made.tiles(0)["path"] == [f"{NAME.format(0)}/{i}/A/1.png" for i in (0, 1)]
-    with pytest.raises(UserError, match="--root.*one does not exist"):
+    with pytest.raises(UserError, match="root.*one does not exist"):
         write(index, tmp_path / "out2")
 
 
@@ -240,7 +241,7 @@ def refused(words, *arguments, **options):
 
 def test_refusals(corpus, index, tmp_path, monkeypatch):
     out = tmp_path / "shards"
-    refused("would replace", index, corpus)
+    refused("would replace", shutil.copy(index, tmp_path / "twin.parquet"), tmp_path / "twin")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     refused("was not made by this command .it has no shards.json", index, tmp_path / "other")
@@ -272,8 +273,8 @@ def test_sizes_and_dry_run(index, tmp_path, capsys):
         20,
     ]
     for text in ("0", "1X", "-1G", "", "G"):
-        with pytest.raises(UserError, match="--size: .* is not a size"):
-            write_shards.parse_arguments([str(index), "--out", "x", f"--size={text}"])
+        with pytest.raises(UserError, match="size: .* is not a size"):
+            parse(write_shards.Options, [str(index), "--out", "x", f"--size={text}"])
 
 
 def test_write_tar_holds_members_of_any_name():

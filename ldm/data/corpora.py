@@ -25,16 +25,12 @@ class Corpus(Weighted):
     """Settings of one corpus."""
 
     roots: list[Path]
-    layout: str | None  # None: the layout of the index, or "folder" if there is no index
+    layout: str | None  # None: that of the index, or what is at the root
     index: Path | None
 
     @classmethod
     def from_settings(cls, name: str, settings: Any) -> "Corpus":
-        """Check what stands under `corpora.NAME`.
-
-        Raises:
-            UserError: A name is unknown, or a value is not allowed.
-        """
+        """Check what stands under `corpora.NAME`."""
         where = f"corpora.{name}"
         if not name or "/" in name:
             raise UserError(f"{where}: a corpus needs a name without slashes")
@@ -62,7 +58,7 @@ class Corpus(Weighted):
 
 
 class Corpora(Tiles):
-    """Tiles of several corpora: folders, arrays and tar shards (see `ldm.data.storage`).
+    """Tiles of several corpora: folders, arrays, tar shards and slides (see `ldm.data.storage`).
 
     A corpus of n tiles and weight w is drawn round(w n) times in a pass. Pass e takes the draws
     e round(w n) ... (e + 1) round(w n) - 1 of an endless sequence of permutations of its tiles, a
@@ -80,21 +76,15 @@ class Corpora(Tiles):
     Args:
         corpora: By name, a mapping of
             `root`: a folder or several;
-            `layout`: "folder", "array" or "shards"; if omitted, the layout of the index, or
-                "folder" without an index;
+            `layout`: one of `ldm.data.storage.LAYOUTS`; if omitted, the layout of the index, else
+                "array" for a file of arrays and "folder" for a folder;
             `weight`: 1 if omitted;
             `index`: file that scripts/index_corpus.py wrote for the same roots; None walks the
                 folders and reads the headers of shards at every start.
             A corpus that is null is left out.
-        size, augment, crop, preprocess, resize, classes: See `ldm.data.tiles.Tiles`.
         labelled: Whether tiles have a class: their first folder, the `.cls` member of a shard or
-            the types.npy of an array.
-        check, cache: See `ldm.data.tiles.TileFolder`; "auto" decodes tiles unless all
-            corpora have an index.
-
-    Raises:
-        UserError: A value is not allowed, a corpus is missing or empty, an index no longer fits its
-            folders, or a file is damaged.
+            the labels of an array.
+        size ... resize: See `ldm.data.tiles.Tiles`; "auto" checks unless all corpora have an index.
     """
 
     def __init__(
@@ -110,7 +100,7 @@ class Corpora(Tiles):
         preprocess: Sequence[Mapping] | None = None,
         resize: bool = True,
     ):
-        super().__init__(size, labelled, classes, augment, crop, preprocess, resize)
+        super().__init__(size, labelled, classes, augment, crop, check, cache, preprocess, resize)
         self.corpora = [
             Corpus.from_settings(name, settings)
             for name, settings in corpora.items()
@@ -134,7 +124,7 @@ class Corpora(Tiles):
         for corpus, count in zip(self.corpora, self.tiles_per_corpus(), strict=True):
             drawn = f"{count:,} tiles x weight {corpus.weight:g} = {corpus.pass_length(count):,}"
             log.info("corpus %s: %s per pass", corpus.name, drawn)
-        self._finish(check, cache, all(corpus.index for corpus in self.corpora))
+        self._finish(all(corpus.index for corpus in self.corpora))
 
     def corpus_numbers(self) -> np.ndarray:
         return np.array(self._corpus_of_root)[self._places["root"]]

@@ -12,7 +12,7 @@ import os
 import re
 import struct
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import islice
@@ -85,34 +85,26 @@ def read_folder(path: str | os.PathLike, wanted: Callable[[str], bool]) -> Folde
     return Folder(Path(path), modified, sorted(files), sorted(subfolders), others)
 
 
-def identity(folder: Path) -> tuple[int, int]:
-    """Device and inode of a folder, the same by whatever path it is reached."""
-    state = os.stat(folder)
-    return state.st_dev, state.st_ino
-
-
-def walk(
-    root: str | os.PathLike,
-    wanted: Callable[[str], bool],
-    known: Collection[tuple[int, int]] = (),
-) -> Iterator[Folder]:
+def walk(root: str | os.PathLike, wanted: Callable[[str], bool]) -> Iterator[Folder]:
     """`root` and every folder below it, each once.
 
     Links are followed after all real folders, so that a folder has its own name rather than that of
     a link to it. What else lies in the folders is counted and reported at the end.
-
-    Args:
-        known: Identities of further folders that are not read.
     """
+
+    def identity(folder: Path) -> tuple[int, int]:
+        state = os.stat(folder)
+        return state.st_dev, state.st_ino
+
     root = Path(root)
-    seen = {*known, *map(identity, root.resolve().parents)}  # a link may lead upwards
+    seen = {*map(identity, root.resolve().parents)}  # a link may lead upwards
     folders, links, others = [root], [], Counter()
     while folders or links:
         path = folders.pop() if folders else links.pop()
-        if identity(path) in seen:
+        if (key := identity(path)) in seen:
             _warn(f"{path} leads to a folder that is read already, or that holds {root}; left out")
             continue
-        seen.add(identity(path))
+        seen.add(key)
         folder = read_folder(path, wanted)
         for name in folder.subfolders:
             below = path / name
@@ -121,7 +113,7 @@ def walk(
         yield folder
     kinds = [f"{n:,} {kind}" for kind, n in sorted(others.items()) if not _RECORDS.fullmatch(kind)]
     if kinds:
-        _warn(f"{root}: left out {', '.join(kinds)} files: they are of no kind that is read here")
+        _warn(f"{root}: left out {', '.join(kinds)} files, which are not read here")
 
 
 @lru_cache(1000)
@@ -151,8 +143,8 @@ def declared_white(folder: Path) -> float | None:
     """
     for place in (folder, *folder.parents):
         try:
-            text = (place / WHITE).read_text()
-        except (FileNotFoundError, NotADirectoryError):
+            text = (place / WHITE).read_text(errors="replace")
+        except OSError:  # there is none, or the folder is in a file
             continue
         try:
             white = float(text)
@@ -193,8 +185,8 @@ def to_levels(pixels: np.ndarray, name: str, white: float | None = None) -> np.n
     white = declared_white(Path(name).parent) or white
     if white is None:
         raise UnsupportedImage(
-            f"{name}: {pixels.dtype} values, more than 8 bits; write the value of white (1, 255, 4095"
-            f" or 65535, say) into a file {WHITE} in the folder of the set, or convert to 8-bit RGB"
+            f"{name}: {pixels.dtype} values, more than 8 bits; write the value of white (1, 255 or"
+            f" 65535, say) into a file {WHITE} in the folder of the set, or convert to 8-bit RGB"
         )
     levels = np.rint(pixels * (255 / white))
     if not (levels.min() >= 0 and levels.max() <= 255):  # also false for nan
@@ -213,7 +205,7 @@ def _decode(content: bytes, name: str) -> np.ndarray:
         with Image.open(io.BytesIO(content)) as image:
             # Pillow takes the upper halves of 16-bit colours without a word.
             if not (image.mode.startswith(("I", "F")) or ";16" in str(image.tile)):
-                image = ImageOps.exif_transpose(image)
+                ImageOps.exif_transpose(image, in_place=True)
                 if image.has_transparency_data:
                     image = image.convert("RGBA")
                     white = Image.new("RGBA", image.size, "white")
@@ -320,7 +312,8 @@ def decode_tiles(
 
     with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
         outcomes = list(pool.map(attempt, tiles))
-    require_good([message for _, message in outcomes if message is not None], len(tiles))
+    errors = [message for _, message in outcomes if message is not None]
+    require_good(errors, len(tiles))
     return [value for value, _ in outcomes]
 
 
@@ -332,10 +325,7 @@ def check_tiles(
     """Decode every tile once, so that a bad one is known now and not after hours of training.
 
     Raises:
-        UserError: Some files are bad; the message counts them and names the first few.
+        UserError: See `decode_tiles`.
     """
-
-    def decode(tile: Any) -> None:
-        read(tile)  # the pixels are dropped at once: the set need not fit into memory
-
-    decode_tiles(tiles, decode, workers)
+    # The pixels are dropped at once: the set need not fit into memory.
+    decode_tiles(tiles, lambda tile: read(tile) is None, workers)

@@ -23,7 +23,13 @@ from ldm.data.images import WHITE, declared_white, map_ahead
 from ldm.data.index import COLUMNS, COMMAND, CorpusIndex, content_hash, index_table, place_of
 from ldm.data.storage import BLOCK, LAYOUTS, Layout, Place, path_order, top_folder
 from ldm.errors import UserError
-from ldm.files import atomic_file, digest_of_text, require_space, write_text
+from ldm.files import (
+    atomic_file,
+    digest_of_text,
+    remove_leftovers,
+    require_space,
+    write_text,
+)
 from ldm.run import MadeFolder
 
 if TYPE_CHECKING:
@@ -83,7 +89,8 @@ class CorpusShards:
         self.roots = list(roots)
         self.out = out
         self.layout: Layout = LAYOUTS[index.layout]
-        self._tiles = _good_tiles(index)
+        good = index.table.filter(index.table["problem"].is_null())
+        self._tiles: pyarrow.Table = good.select(list(COLUMNS))
         self._re_encodes = not self.layout.holds_images
         self._white = None if self._re_encodes else self._declared_white()
         self._names = self._member_names()
@@ -188,6 +195,7 @@ class CorpusShards:
         todo = [number for number in range(len(self)) if number not in tables]
         require_space(self.out, self.bytes_of(todo), "out: tar shards")
         self._made.begin()
+        remove_leftovers(self.index_path)
         if self._white:
             write_text(self.out / WHITE, f"{self._white:g}\n")
         total = self.starts[-1]
@@ -289,10 +297,6 @@ class CorpusShards:
         folders = [{".": os.stat(self.out).st_mtime_ns}]
         scanned = [str(self.out.resolve())]
         CorpusIndex(self.index_path, "shards", scanned, folders, table).write()
-
-
-def _good_tiles(index: CorpusIndex) -> "pyarrow.Table":
-    return index.table.filter(index.table["problem"].is_null()).select(list(COLUMNS))
 
 
 def _tar_size(size: int) -> int:

@@ -19,7 +19,9 @@ import numpy as np
 
 from ldm.data.arrays import OPEN_FILES, TileArray, holder, holds_arrays, open_arrays
 from ldm.data.images import decode_tile, is_image, is_junk, to_levels, walk
+from ldm.data.slides import EXTENSIONS, Tiling, chosen_tiles, read_window
 from ldm.errors import UserError
+from ldm.files import require_class_names
 
 BLOCK = 512  # bytes, of which a tar file is made
 
@@ -143,6 +145,8 @@ class ShardLayout(Layout):
                     end = member.offset_data + -(-member.size // BLOCK) * BLOCK
                     if not member.isreg():
                         continue
+                    if member.name.startswith("/") or ".." in member.name.split("/"):
+                        raise UserError(f"{path}: member {member.name} leaves the shard; rename it")
                     key, extension = split_member(member.name)
                     parts = PurePosixPath(member.name).parts
                     if extension == "cls":
@@ -151,7 +155,7 @@ class ShardLayout(Layout):
                     elif is_image(parts[-1]) and not any(map(is_junk, parts)):
                         if member.name in found:
                             raise UserError(f"{path}: two members {member.name}; rename one")
-                        label = top_folder(member.name)
+                        label = top_folder(member.name.removeprefix("./"))
                         found[member.name] = Place(
                             f"{file}/{member.name}", file, member.offset_data, member.size, label
                         )
@@ -163,10 +167,10 @@ class ShardLayout(Layout):
             raise UserError(f"{path}: not a complete tar file ({error}); write it again") from None
         if not complete:
             raise UserError(f"{path}: not a complete tar file (its end is missing); write it again")
-        return [
-            place._replace(label=classes.get(split_member(name)[0], place.label))
-            for name, place in found.items()
-        ]
+        labels = [classes.get(split_member(name)[0], p.label) for name, p in found.items()]
+        require_class_names(sorted(set(labels) - {None}), str(path))
+        places = zip(found.values(), labels, strict=True)
+        return [place._replace(label=label) for place, label in places]
 
     def content(self, root: Path, place: Place) -> bytes:
         content = _open_shard(str(root / place.file)).read(place.offset, place.size)
@@ -175,7 +179,47 @@ class ShardLayout(Layout):
         return content
 
 
-LAYOUTS = {"folder": Layout(), "array": ArrayLayout(), "shards": ShardLayout()}
+class SlideLayout(Layout):
+    """Whole-slide images, of which tiles are read on the fly, see `ldm.data.slides`.
+
+    The label is the first folder below the root, the group is the slide.
+
+    Args:
+        tiling: Which tiles a slide has; None if an index knows.
+    """
+
+    kind = "slides"
+    holds_images = False
+
+    def __init__(self, tiling: Tiling | None = None):
+        self.tiling = tiling
+
+    def holds_tiles(self, name: str) -> bool:
+        return not is_junk(name) and name.lower().endswith(EXTENSIONS)
+
+    def places(self, root: Path, file: str) -> list[Place]:
+        if self.tiling is None:
+            raise UserError(
+                f"{root}: slides need an index, which says what is tissue; make it with"
+                f" scripts/index_corpus.py {root} --layout slides"
+            )
+        names = chosen_tiles(root / file, self.tiling)
+        size = 3 * self.tiling.pixels**2
+        return [Place(f"{file}/{name}", file, 0, size, top_folder(file)) for name in names]
+
+    def content(self, root: Path, place: Place) -> np.ndarray:
+        return read_window(root / place.file, place.path)
+
+    def decode(self, root: Path, place: Place, content: Any) -> np.ndarray:
+        return content
+
+
+LAYOUTS = {
+    "folder": Layout(),
+    "array": ArrayLayout(),
+    "shards": ShardLayout(),
+    "slides": SlideLayout(),
+}
 
 
 def layout_of(root: Path) -> str:

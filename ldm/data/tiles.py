@@ -107,12 +107,7 @@ def _stain() -> list[A.BasicTransform]:
 
 
 def _build_transform(node: Mapping[str, Any], where: str) -> A.BasicTransform:
-    """The transform of a `{target, params}` node.
-
-    Raises:
-        UserError: The node is no transform of albumentations or `StainJitter`, or has values that
-            the transform does not take.
-    """
+    """The transform of a `{target, params}` node."""
     target = node.get("target") if isinstance(node, Mapping) else None
     own = f"{__name__}.StainJitter"
     if not isinstance(target, str) or not (target == own or target.startswith("albumentations.")):
@@ -256,14 +251,14 @@ class Tiles(TileSet):
         size: S, pixels.
         labelled: Whether tiles have classes.
         classes: The classes there must be, in label order. Default: those found, sorted.
+        check: "auto" decodes every file at construction in sets of at most 20,000 without an
+            index; True or False.
+        cache: Keep decoded tiles in memory, as uint8 after resizing (at most 4 GiB).
         augment: Names among "d4" (the 8 symmetries of the square) and "stain", or nodes
             `{target: albumentations.NAME, params: {...}}`, applied in order to the cropped tile.
         crop: "center" or "random".
         preprocess: Nodes of `PREPROCESSING`, applied in order to the whole tile.
         resize: Whether the shorter side becomes `size`. False crops at the tile's own resolution.
-
-    Raises:
-        UserError: A value is not allowed.
     """
 
     _PER_TILE = ("relative_paths", "labels", "groups", "_places")  # what `subset` takes a part of
@@ -275,6 +270,8 @@ class Tiles(TileSet):
         classes: Sequence[str] | None = None,
         augment: Sequence[str | Mapping] | None = None,
         crop: str = "center",
+        check: bool | str = "auto",
+        cache: bool = False,
         preprocess: Sequence[Mapping] | None = None,
         resize: bool = True,
     ):
@@ -288,10 +285,12 @@ class Tiles(TileSet):
             )
         if crop not in CROPS:
             raise UserError(f"crop={crop!r}: choose among {list(CROPS)}")
+        if check not in (True, False, "auto"):
+            raise UserError(f"check={check!r}: choose among true, false and auto")
         if classes is not None and not labelled:
             raise UserError(f"classes={list(classes)}: classes need labelled=true")
         self.size = size
-        self.labelled = labelled
+        self.labelled, self._check, self._cache = labelled, check, cache
         self.augment = augment
         self.preprocess = list(preprocess or [])
         self.crop = crop
@@ -394,17 +393,12 @@ class Tiles(TileSet):
         label_of = {name: label for label, name in enumerate(self.classes)}
         self.labels += [label_of[name] for name in names]
 
-    def _finish(self, check: bool | str, cache: bool, scanned: bool) -> None:
-        """Fill the cache or check the files, as `check` and `cache` of a subclass say.
-
-        Args:
-            scanned: Whether every tile was decoded when it was indexed.
-        """
-        if check not in (True, False, "auto"):
-            raise UserError(f"check={check!r}: choose among true, false and auto")
-        if cache:
+    def _finish(self, scanned: bool) -> None:
+        """Fill the cache or check the files; `scanned` says that an index has decoded them."""
+        unknown = self._check == "auto" and not scanned and len(self) <= CHECK_LIMIT
+        if self._cache:
             self._fill_cache()
-        elif check is True or (check == "auto" and not scanned and len(self) <= CHECK_LIMIT):
+        elif self._check is True or unknown:
             check_tiles(range(len(self)), read=self.read)
 
     def _prepare(self, index: int) -> np.ndarray:
@@ -480,9 +474,6 @@ def tiles_below(
     Args:
         index: Index of the root, which is then not read.
         number: Number of the root in the index.
-
-    Raises:
-        UserError: There are none.
     """
     if index is not None:
         table = index.tiles(number)
@@ -503,16 +494,9 @@ class TileFolder(Tiles):
     Args:
         root: A folder or several. With `labelled`, each is `root/CLASS/**`. Or files of arrays
             (.npz, .h5, images.npy) with their labels, or a part of one: pathmnist.npz/train.
-        size, augment, crop, preprocess, resize, classes: See `Tiles`.
-        check: "auto" decodes every file at construction in sets of at most 20,000 without an
-            index; True or False.
-        cache: Keep decoded tiles in memory, as uint8 after resizing (at most 4 GiB).
+        size ... resize: See `Tiles`.
         index: Index that scripts/index_corpus.py wrote for the same root or roots. The folders are
             then not walked, and tiles with problems are left out.
-
-    Raises:
-        UserError: A folder is missing or empty, classes differ, an image is unreadable, an index no
-            longer fits its folder, or a value is not allowed.
     """
 
     def __init__(
@@ -532,7 +516,7 @@ class TileFolder(Tiles):
         roots = [root] if isinstance(root, str | os.PathLike | None) else list(root)
         if not roots or any(r is None or not str(r) for r in roots):
             raise UserError(f"root={root!r}: give the folder of the tiles, or a list of folders")
-        super().__init__(size, labelled, classes, augment, crop, preprocess, resize)
+        super().__init__(size, labelled, classes, augment, crop, check, cache, preprocess, resize)
         folders = [Path(folder).expanduser() for folder in roots]
         layout = layout_of(folders[0])
         known = CorpusIndex.of_roots(index, folders, layout) if index is not None else None
@@ -540,9 +524,8 @@ class TileFolder(Tiles):
         for number, folder in enumerate(folders):
             if layout == "folder":
                 files = TileFiles.below(folder, labelled, self.classes or None, known, number)
-                nothing = [0] * len(files)
-                table = {"path": files.names, "file": files.names, "group": files.groups or []}
-                table |= {"offset": nothing, "size": nothing}
+                whole = dict.fromkeys(("offset", "size"), [0] * len(files))  # files of their own
+                table = {"path": files.names, "file": files.names, "group": files.groups, **whole}
                 self.classes = files.classes
                 self.labels += files.labels
                 self._add(folder, LAYOUTS[layout], table)
@@ -550,6 +533,6 @@ class TileFolder(Tiles):
                 table = tiles_below(folder, LAYOUTS[layout], known, number)
                 self._add(folder, LAYOUTS[layout], table)
                 self._add_labels(f"{folder}: classes", table["label"])
-            groups += table["group"]
+            groups += table["group"] or []
         self.groups = groups if known else None
-        self._finish(check, cache, known is not None)
+        self._finish(known is not None)

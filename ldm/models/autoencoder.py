@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
@@ -79,11 +80,14 @@ class AutoencoderKL(HistoModule):
         if self.gradient_clip_val:
             self.clip_gradients(optimizer, self.gradient_clip_val, self.gradient_clip_algorithm)
 
-    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+    def check_data(self, data: pl.LightningDataModule) -> None:
         if self.loss is None:
             raise UserError(
                 "model.params.lossconfig is missing: an autoencoder cannot train without a loss"
             )
+        super().check_data(data)
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         options = {"lr": self.learning_rate, "betas": self.betas, "fused": self.fused or None}
         optimizers = [torch.optim.Adam(self.net.parameters(), **options)]
         if self.loss.discriminator is not None:

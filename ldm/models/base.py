@@ -20,7 +20,7 @@ from ldm.models.sharding import gather_shards
 # It halves its scale at each, so that the first one of 65,536 is below 1 by then: smaller cannot
 # help, the gradient itself is not finite.
 SKIPPED_STEPS = 24
-REMEDY = "lower the learning rate, or use --precision bf16-mixed or 32 instead of 16-mixed"
+REMEDY = "lower the learning rate, or use `precision` bf16-mixed or 32 instead of 16-mixed"
 
 
 class HistoModule(pl.LightningModule):
@@ -132,7 +132,7 @@ class HistoModule(pl.LightningModule):
         return drawn[self.trainer.global_rank :: ranks]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the record of the model.
+        """Add the record of the model; the metrics of its steps reach the disk before it does.
 
         Raises:
             UserError: A loss, a gradient or a weight is not finite; every checkpoint that exists is
@@ -148,6 +148,8 @@ class HistoModule(pl.LightningModule):
         checkpoint[KEY] = make_record(
             self.kind, self.rebuild_config(), self.classes, self.seed, self.training_only
         )
+        for logger in [] if self._trainer is None else self.trainer.loggers:
+            logger.save()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if KEY not in checkpoint or checkpoint[KEY]["kind"] != self.kind:
@@ -161,18 +163,18 @@ class HistoModule(pl.LightningModule):
     def check_start(self, params: dict[str, Any], where: str) -> None:
         """Raise a UserError if weights of a model of these parameters mean something else here."""
 
-    def start_from(self, path: str, what: str = "ckpt_path") -> None:
+    def start_from(self, path: str) -> None:
         """Load the weights of a checkpoint of the same kind as a starting point for training.
 
         Weights that only training needs (a discriminator, say) may be absent on either side.
         """
-        payload = read_checkpoint(path, (self.kind,), what)
-        self.check_start(payload[KEY]["model"]["params"], f"{what}: {path}")
+        payload = read_checkpoint(path, (self.kind,), "ckpt_path")
+        self.check_start(payload[KEY]["model"]["params"], f"ckpt_path: {path}")
         stored, own = payload["state_dict"], self.state_dict()
         extra = {k for k in own.keys() ^ stored.keys() if k.startswith(self.training_only)}
         state = {k: v for k, v in stored.items() if k not in extra}
         state |= {k: own[k] for k in extra & own.keys()}
-        load_strictly(self, state, f"{what}: {path}")
+        load_strictly(self, state, f"ckpt_path: {path}")
 
     def check_finite(self, loss: Tensor, batch: dict[str, Any], batch_idx: int) -> None:
         """Stop at a loss that is not finite, before it reaches a checkpoint.

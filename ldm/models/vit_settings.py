@@ -76,17 +76,17 @@ class Settings:
     match_steps: Count | None = _training(
         default=None,
         metavar="N",
-        help="exactly N updates instead of --epochs, whatever the set's size, so that training "
+        help="exactly N updates instead of `epochs`, whatever the set's size, so that training "
         "sets of different sizes compare",
     )
     validations: Count | None = _training(
         default=None,
         metavar="V",
-        help=f"with --match_steps: validate V times at equal distances; if omitted "
+        help=f"with `match_steps`: validate V times at equal distances; if omitted "
         f"{MATCHED_VALIDATIONS}, or as many times as there are updates",
     )
     warmup_updates: Whole | None = _training(
-        default=None, metavar="W", help="with --match_steps: updates of warm-up; if omitted a tenth"
+        default=None, metavar="W", help="with `match_steps`: updates of warm-up; if omitted a tenth"
     )
     sched: Literal["cosine", "tanh", "constant"] = _training(
         default="cosine", help="learning rate schedule"
@@ -132,7 +132,7 @@ class Settings:
         default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm augmentation policy, or none"
     )
     color_jitter: NotNegative = _augment(
-        default=0.4, help="strength, with --aa none (a policy jitters colours itself)"
+        default=0.4, help="strength, with `aa` none (a policy jitters colours itself)"
     )
     train_interpolation: Literal["random", "bilinear", "bicubic"] = _augment(
         default="bicubic", help="interpolation of random resized crops"

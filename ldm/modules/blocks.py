@@ -20,19 +20,14 @@ from ldm.errors import UserError
 GROUPS = 32
 
 
-def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
+def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """Sinusoidal embedding of time steps (Vaswani et al. 2017; DDPM, Ho et al. 2020, appendix B).
 
-    Args:
-        t: Time steps, (B,), integer or fractional.
-        dim: Width of the result.
-
-    Returns:
-        (B, dim) float32: cosines first, then sines.
+    From (B,), integer or fractional, to (B, dim) float32: cosines first, then sines.
     """
     half = dim // 2
     exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
-    angles = t.float()[:, None] * torch.exp(-math.log(max_period) * exponents)[None]  # (B, dim/2)
+    angles = t.float()[:, None] * torch.exp(-math.log(10_000.0) * exponents)[None]  # (B, dim/2)
     embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
     return F.pad(embedding, (0, dim - 2 * half))
 
@@ -42,8 +37,8 @@ def group_norm(channels: int, eps: float = 1e-5) -> nn.GroupNorm:
     if channels % GROUPS:
         raise UserError(
             f"a layer of {channels} channels cannot be normalised in {GROUPS} groups; choose "
-            "model_channels "
-            f"(or ch) and the channel multipliers so that every layer is a multiple of {GROUPS}"
+            "model_channels (or ch) and the channel multipliers so that every layer is a multiple "
+            f"of {GROUPS}"
         )
     return nn.GroupNorm(GROUPS, channels, eps=eps)
 
@@ -61,17 +56,30 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     These take values of a head that lie beside one another in memory. Of others PyTorch would make
     all N x N scores, without a word: at 64x64 positions seven times slower, and a gigabyte.
     """
-    return F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous())
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class Pointwise(nn.Conv1d):
+    """A convolution of width 1 over tokens whose channels come last, (B, N, C) to (B, N, C').
+
+    It is a matrix product, and faster as one: of such a convolution PyTorch makes, on a CPU, a copy
+    of its input and a product for each image.
+    """
+
+    def __init__(self, channels: int, out_channels: int):
+        super().__init__(channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.squeeze(-1), self.bias)
 
 
 class Upsample(nn.Module):
     """Nearest-neighbour up-sampling by 2, then a 3x3 convolution if `use_conv`."""
 
-    def __init__(self, channels: int, use_conv: bool, out_channels: int | None = None):
+    def __init__(self, channels: int, use_conv: bool):
         super().__init__()
-        self.conv = (
-            nn.Conv2d(channels, out_channels or channels, 3, padding=1) if use_conv else None
-        )
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else None
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")  # (B, C, 2H, 2W)
@@ -81,10 +89,10 @@ class Upsample(nn.Module):
 class Downsample(nn.Module):
     """Down-sampling by 2: a strided 3x3 convolution if `use_conv`, else average pooling."""
 
-    def __init__(self, channels: int, use_conv: bool, out_channels: int | None = None):
+    def __init__(self, channels: int, use_conv: bool):
         super().__init__()
         if use_conv:
-            self.op = nn.Conv2d(channels, out_channels or channels, 3, stride=2, padding=1)
+            self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
         else:
             self.op = nn.AvgPool2d(2)
 
@@ -187,11 +195,11 @@ class AttentionBlock(nn.Module):
         self.num_heads = num_heads if num_head_channels == -1 else channels // num_head_channels
         self.use_checkpoint = use_checkpoint
         self.layout = (
-            "b (s h d) n -> s b h n d" if use_new_attention_order else "b (h s d) n -> s b h n d"
+            "b n (s h d) -> s b h n d" if use_new_attention_order else "b n (h s d) -> s b h n d"
         )
         self.norm = group_norm(channels)
-        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
-        self.proj_out = zero_init(nn.Conv1d(channels, channels, 1))
+        self.qkv = Pointwise(channels, 3 * channels)
+        self.proj_out = zero_init(Pointwise(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.use_checkpoint and torch.is_grad_enabled():
@@ -199,10 +207,10 @@ class AttentionBlock(nn.Module):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        tokens = rearrange(x, "b c h w -> b c (h w)")
-        q, k, v = rearrange(self.qkv(self.norm(tokens)), self.layout, s=3, h=self.num_heads)
-        out = rearrange(attend(q, k, v), "b h n d -> b (h d) n")
-        return x + self.proj_out(out).reshape(x.shape)
+        tokens = rearrange(self.norm(x), "b c h w -> b (h w) c")
+        q, k, v = rearrange(self.qkv(tokens), self.layout, s=3, h=self.num_heads)
+        out = self.proj_out(rearrange(attend(q, k, v), "b h n d -> b n (h d)"))
+        return x + rearrange(out, "b (h w) c -> b c h w", h=x.shape[2])
 
 
 class AttentionPool2d(nn.Module):

@@ -138,15 +138,12 @@ def by_manifest(synthetic: FeatureSet, root: Path) -> Strategy:
 
     The manifest has no probabilities of other classes, so an image is rejected unless its own
     class has more than half: only then no other class can have more.
-
-    Raises:
-        UserError: No manifest, or one without a probability for each of the images.
     """
     known = _read_probabilities(root / MANIFEST)
     missing = [file for file in synthetic.files if file not in known]
     if missing:
         raise UserError(
-            f"--confidence manifest: {root / MANIFEST} has no row for {len(missing)} images, the"
+            f"`confidence` manifest: {root / MANIFEST} has no row for {len(missing)} images, the"
             f" first is {missing[0]}; give the folder as sample_diffusion.py wrote it"
         )
     own = torch.tensor(
@@ -166,14 +163,14 @@ def _read_probabilities(path: Path) -> dict[str, str]:
     """Column `prob` by file."""
     if not path.is_file():
         raise UserError(
-            f"--confidence manifest: no file {path}; give a folder that sample_diffusion.py wrote"
+            f"`confidence` manifest: no file {path}; give a folder that sample_diffusion.py wrote"
         )
     with path.open(newline="") as stream:
         reader = csv.DictReader(stream)
         absent = {"file", "prob"} - set(reader.fieldnames or ())
         if absent:
             raise UserError(
-                f"--confidence manifest: {path} has no column {', '.join(sorted(absent))}; give a"
+                f"`confidence` manifest: {path} has no column {', '.join(sorted(absent))}; give a"
                 " folder that sample_diffusion.py wrote"
             )
         return {row["file"]: row["prob"] for row in reader}
@@ -186,8 +183,8 @@ def _probability(text: str, file: str) -> float:
         value = -1.0
     if not 0 <= value <= 1:
         raise UserError(
-            f"--confidence manifest: {file} has no probability (prob {text!r}); images sampled"
-            " without a classifier have none, use --confidence judge"
+            f"`confidence` manifest: {file} has no probability (prob {text!r}); images sampled"
+            " without a classifier have none, use `confidence` judge"
         )
     return value
 
@@ -197,7 +194,7 @@ def _real_of_class(real: FeatureSet, label: int, least: int, why: str) -> Tensor
     if len(own) < least:
         raise UserError(
             f"{why}: class {real.classes[label]} has {len(own)} real tiles and needs at least"
-            f" {least}; add labelled tiles or use --strategy centroid"
+            f" {least}; add labelled tiles or use `strategy` centroid"
         )
     return own
 
@@ -210,15 +207,12 @@ def by_realism(synthetic: FeatureSet, real: FeatureSet, k: int) -> Strategy:
     inside a ball, infinite on a tile. (The paper leaves out the half of the balls with the largest
     radii; labelled tiles are too few for that here.) Rejected are images outside all balls, and
     those that have a real tile of another class as near as the nearest of their own.
-
-    Raises:
-        UserError: A class has no more than k real tiles.
     """
     realism = torch.empty(len(synthetic.labels), dtype=torch.float64)
     reasons: list[str | None] = [None] * len(realism)
     for label in range(len(synthetic.classes)):
         members = (synthetic.labels == label).nonzero().flatten()
-        own = _real_of_class(real, label, k + 1, f"--neighbors {k}")
+        own = _real_of_class(real, label, k + 1, f"`neighbors` {k}")
         foreign = (real.labels != label).nonzero().flatten()
         radii = neighbour_distances(own, k)  # (R,)
         x = synthetic.values[members]
@@ -263,9 +257,6 @@ class Coverage(Strategy):
     which is kernel herding (Chen et al. 2010). Candidates are images whose nearest centroid is
     their own. The score of an image is its value when it was chosen; images that are not chosen
     are ordered by their last one.
-
-    Raises:
-        UserError: A class has fewer than 2 real tiles.
     """
 
     score = "gain in coverage when chosen"
@@ -276,7 +267,7 @@ class Coverage(Strategy):
         self.synthetic = synthetic
         self.rejections = centroid_rejections(synthetic, distances)
         self.real = [
-            _real_of_class(real, label, 2, "--strategy coverage")
+            _real_of_class(real, label, 2, "`strategy` coverage")
             for label in range(len(real.classes))
         ]
 

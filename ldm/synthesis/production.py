@@ -19,8 +19,9 @@ from tqdm import tqdm
 from ldm import __version__
 from ldm.devices import Ranks, one_thread, within_memory
 from ldm.diffusion.samplers import Step
+from ldm.files import Journal
 from ldm.run import git_revision, versions
-from ldm.synthesis.folder import Journal, SampleFolder, image_row
+from ldm.synthesis.folder import SampleFolder, image_row
 from ldm.synthesis.guidance_log import GuidanceLog
 from ldm.synthesis.sources import Sources
 from ldm.synthesis.synthesiser import Confidence, Synthesiser
@@ -141,7 +142,7 @@ class Writer:
                 batch.jobs, files, batch.confidences, batch.sources, strict=True
             )
         ]
-        self._journal.add(rows, batch.guidance)
+        self._journal.add({"rows": rows, "guidance": batch.guidance.record()})
 
 
 def synthesise(
@@ -170,13 +171,8 @@ def synthesise(
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
     # The same for all: each would find what the others have made already.
     there, stamp = ranks.broadcast((frozenset(folder.rows), f"{stamp}{part.suffix}"))
-    # No list of all images is made: counts may be in the millions.
     wanted = len(range(part.number, sum(counts.values()), part.count))
-    firsts = dict(zip(counts, accumulate(counts.values(), initial=0), strict=False))
-    present = sum(
-        index < counts.get(name, 0) and (firsts[name] + index) % part.count == part.number
-        for name, index in there
-    )
+    present = _count_present(there, counts, part)
     if present == wanted:
         if ranks.is_first and part.is_whole:
             folder.finish()
@@ -187,12 +183,16 @@ def synthesise(
         folder.start(alone=part.is_whole)
     ranks.barrier()
     start = time.perf_counter()
-    journal = folder.journal(stamp, ranks.rank, _start(synthesiser, ranks))
     try:
         missing = (job for job in part.of(_jobs(counts)) if job not in there)
         mine = islice(missing, ranks.rank, None, ranks.size)
         share = len(range(ranks.rank, wanted - present, ranks.size))
-        with one_thread(synthesiser.device), within_memory(batch_size):
+        run = _start(synthesiser, ranks)
+        with (
+            folder.journal(stamp, ranks.rank, run) as journal,
+            one_thread(synthesiser.device),
+            within_memory(batch_size),
+        ):
             quiet = not ranks.is_first
             _sample(synthesiser, folder, journal, mine, share, batch_size, quiet, sources)
         ranks.barrier()
@@ -206,6 +206,15 @@ def synthesise(
         folder.read()
         folder.finish()
     return SampleReport(wanted - present, present, seconds)
+
+
+def _count_present(there: Iterable[Job], counts: Mapping[str, int], part: Part) -> int:
+    """How many of the images `there` are wanted; no list of all is made, there may be millions."""
+    firsts = dict(zip(counts, accumulate(counts.values(), initial=0), strict=False))
+    return sum(
+        index < counts.get(name, 0) and (firsts[name] + index) % part.count == part.number
+        for name, index in there
+    )
 
 
 def _jobs(counts: Mapping[str, int]) -> Iterator[Job]:
