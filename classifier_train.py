@@ -1,13 +1,10 @@
 """Train the noisy-latent classifier that guides sampling, on labelled tiles.
 
-    python classifier_train.py --data_dir D --val_data_dir V --iterations 300000 --anneal_lr True \\
-        --batch_size 32 --lr 5e-5 --save_interval 10000 --weight_decay 0.05 --image_size 256 \\
-        --classifier_attention_resolutions 32,16 --classifier_depth 2 --classifier_width 128 \\
-        --classifier_pool attention --classifier_resblock_updown True \\
-        --classifier_use_scale_shift_norm True --first_stage CKPT
+With --readout it reads the features of a frozen diffusion model, which takes few labels and
+seconds; otherwise it is an encoder of its own, from scratch or from --init_from.
 
-`--image_size` and the attention resolutions are in pixels, as in guided diffusion; the network
-works on the latents of `--first_stage`.
+--image_size and the attention resolutions are in pixels, as in guided diffusion; the network
+works on the latents of --first_stage.
 """
 
 import os
@@ -34,7 +31,6 @@ from ldm.cli import (
     parse,
     run_command,
 )
-from ldm.data.arrays import holder
 from ldm.errors import UserError
 from ldm.settings import RunOptions
 
@@ -65,15 +61,6 @@ def default_of(name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(RunOptions):
-    """Train the noisy-latent classifier that guides sampling, on labelled tiles.
-
-    With --readout it reads the features of a frozen diffusion model, which takes few labels and
-    seconds; otherwise it is an encoder of its own, from scratch or from --init_from.
-
-    --image_size and the attention resolutions are in pixels, as in guided diffusion; the network
-    works on the latents of --first_stage.
-    """
-
     program: ClassVar = "classifier_train.py"
     replaced: ClassVar = {
         "--classifier-use-fp16": "give --precision 16-mixed instead, or leave it out"
@@ -269,12 +256,10 @@ class Options(RunOptions):
         )
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv).with_defaults()
-
-
 def check_paths(args: Options) -> None:
     """Missing files and folders, before anything heavy is imported."""
+    from ldm.data.arrays import holder
+
     if not args.first_stage:
         raise UserError(
             "--first_stage is missing: give a diffusion or autoencoder checkpoint, or export "
@@ -294,6 +279,7 @@ def check_paths(args: Options) -> None:
 
 def train(args: Options) -> "tuple[pl.Trainer, pl.LightningModule] | None":
     """See `ldm.trainings.classifier.train`."""
+    args = args.with_defaults()
     check_paths(args)
 
     from ldm.trainings.classifier import train
@@ -302,7 +288,7 @@ def train(args: Options) -> "tuple[pl.Trainer, pl.LightningModule] | None":
 
 
 def main(argv: list[str] | None = None) -> None:
-    train(parse_arguments(argv))
+    train(parse(Options, argv))
 
 
 if __name__ == "__main__":

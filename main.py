@@ -1,8 +1,5 @@
 """Train an autoencoder, a latent diffusion model or a decoder from YAML configurations.
 
-    python main.py --base configs/autoencoder/autoencoder_histo_kl_64x64x3.yaml -t --gpus 0,1,2,3
-    python main.py --base configs/latent-diffusion/histo-ldm-kl-8.yaml -t --gpus 0,1,2,3
-
 Configurations are merged from left to right, then overridden by `section.key=value` arguments.
 """
 
@@ -36,8 +33,6 @@ OF_TRAINER = [
 
 @dataclass(frozen=True, kw_only=True)
 class Options(RunOptions):
-    """Train an autoencoder, a latent diffusion model or a decoder from YAML files."""
-
     program: ClassVar = "main.py"
     replaced: ClassVar = {
         **{f"--{key.replace('_', '-')}": f"lightning.trainer.{key}" for key in OF_TRAINER},
@@ -71,10 +66,6 @@ class Options(RunOptions):
     )
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
 def train(args: Options) -> "tuple[pl.Trainer, pl.LightningModule] | None":
     """See `ldm.trainings.configured.train`."""
     from ldm.trainings.configured import train
@@ -83,7 +74,7 @@ def train(args: Options) -> "tuple[pl.Trainer, pl.LightningModule] | None":
 
 
 def main(argv: list[str] | None = None) -> None:
-    train(parse_arguments(argv))
+    train(parse(Options, argv))
 
 
 if __name__ == "__main__":

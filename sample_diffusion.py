@@ -1,4 +1,8 @@
-"""Sample tiles from a latent diffusion model: unconditionally, or guided to classes."""
+"""Sample tiles from a latent diffusion model: unconditionally, or guided to classes.
+
+Writes OUT/CLASS/000000.png, manifest.csv, manifest.parquet, settings.json, guidance.csv,
+grid.png and README.md. The same command again makes what is missing.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -60,12 +64,6 @@ def part_of(text: str | tuple) -> tuple[int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(ProcessOptions):
-    """Sample tiles from a latent diffusion model: unconditionally, or guided to classes.
-
-    Writes OUT/CLASS/000000.png, manifest.csv, manifest.parquet, settings.json, guidance.csv,
-    grid.png and README.md. The same command again makes what is missing.
-    """
-
     program: ClassVar = "sample_diffusion.py"
     example: ClassVar = """\
   python sample_diffusion.py --model logs/ldm --classifier logs/classifier -n 100 -c 50 \\
@@ -258,12 +256,8 @@ class Options(ProcessOptions):
             yield "guidance_interval", f"{low} {high}: LOW must not be above HIGH"
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
 def main(argv: list[str] | None = None) -> int:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
 
     from ldm.synthesis.request import sample
 

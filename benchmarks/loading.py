@@ -1,8 +1,6 @@
 """Measure how fast training tiles are read, decoded, augmented and put into batches.
 
-    python -m benchmarks.loading --workers 0 8 16 --needed 300
-
-compares files, tar shards and cached latents. Tiles are procedural, so that anyone can measure.
+Files, tar shards and cached latents are compared. Tiles are procedural, so that anyone can measure.
 They are few and lie in the page cache: the work of the processor is measured, not the disk.
 """
 
@@ -31,8 +29,6 @@ PREFETCH = 2  # batches per worker, as in training
 
 @dataclass(frozen=True, kw_only=True)
 class Options(BenchmarkOptions):
-    """Measure how fast training tiles are read, decoded, augmented and put into batches."""
-
     program: ClassVar = "benchmarks.loading"
     example: ClassVar = "  python -m benchmarks.loading --workers 0 8 16 --needed 300"
 
@@ -50,10 +46,6 @@ class Options(BenchmarkOptions):
     needed: Positive | None = option(
         default=None, help="images per second that training would take"
     )
-
-
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
 
 
 @dataclass(frozen=True)
@@ -196,7 +188,7 @@ def cpu_milliseconds(source: Source, seconds: float) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
 
     from benchmarks.networks import Networks
 

@@ -5,7 +5,7 @@ says the default, the help, other names and the group in `--help`:
 
     @dataclass(frozen=True, kw_only=True)
     class TrainSettings:
-        \"\"\"Train a network.\"\"\"
+        \"\"\"Train a network.\"\"\"  # if omitted, the docstring of the module says what is done
 
         program: ClassVar = "train.py"
         steps: Count = option("-n", default=100, help="optimiser steps")
@@ -304,7 +304,10 @@ def parse(settings: type, argv: Sequence[str] | None = None) -> Any:
 
 @functools.cache
 def _parser(settings: type) -> _Parser:
-    description, _, more = (settings.__doc__ or "").partition("\n\n")
+    doc = settings.__doc__ or ""
+    if doc.startswith(f"{settings.__name__}("):  # what dataclass writes: the module says more
+        doc = sys.modules[settings.__module__].__doc__ or ""
+    description, _, more = doc.partition("\n\n")
     example = f"example:\n{settings.example}" if hasattr(settings, "example") else ""
     fields = options_of(settings)
     parser = _Parser(
@@ -517,9 +520,10 @@ def existing_path(text: str | os.PathLike, what: str, kind: str = "any") -> Path
     return path
 
 
-def lies_in(path: Path, folder: Path) -> bool:
-    """Whether a path is the folder or below it, wherever links lead."""
-    return folder.resolve() in (path.resolve(), *path.resolve().parents)
+def output_path(text: str | os.PathLike, what: str, kind: str) -> Path:
+    """The path of a file ("file") or folder ("dir") to write; the other must not be there."""
+    path = Path(text).expanduser()
+    return existing_path(path, what, kind) if path.exists() else path
 
 
 def _one_line(error: BaseException | str) -> str:

@@ -16,6 +16,7 @@ import os
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
+from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
@@ -444,7 +445,7 @@ def _mismatch(value: Any, annotation: Any) -> str | None:
     # A node stands for an object, which is built later.
     if isinstance(value, dict) and any(one["type"] == "is_instance_of" for one in errors):
         return None
-    if errors[0]["type"] in RANGE_ERRORS:
+    if errors[0]["type"] in (*RANGE_ERRORS, "literal_error"):
         return reason(errors[0], annotation)
     if typing.get_origin(annotation) is Annotated:
         annotation = annotation.__origin__  # without the range
@@ -541,6 +542,17 @@ def require_own_targets(config: DictConfig | Mapping, source: str | os.PathLike)
 
 
 # --- Wording -------------------------------------------------------------------------------------
+
+
+def tile_roots(data: Any) -> list[Path]:
+    """Every folder of tiles that a `data` section names by a key `root`, at any depth."""
+    if isinstance(data, list | tuple):
+        return [root for part in data for root in tile_roots(part)]
+    if not isinstance(data, Mapping):
+        return []
+    named = data.get("root")
+    own = [named] if isinstance(named, str | os.PathLike) else list(named or [])
+    return [Path(root).expanduser() for root in own] + tile_roots(list(data.values()))
 
 
 def _is_node(value: Any) -> bool:

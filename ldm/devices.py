@@ -123,11 +123,7 @@ class Devices:
         }
 
     def fuses(self, clips: bool = False) -> bool:
-        """Whether optimisers take a step in one kernel.
-
-        Raises:
-            UserError: `fused` is "true" where gradients have to be unscaled or clipped before it.
-        """
+        """Whether optimisers take a step in one kernel."""
         # Lightning refuses to clip in mixed precision before an optimiser that could unscale the
         # gradients by itself, as fused ones can.
         why = "float16 with its gradient scaling" if self.precision == "16-mixed" else None
@@ -168,9 +164,6 @@ class Devices:
         Args:
             backend: How tensors travel: gloo where nothing goes between GPUs, which spares NCCL and
                 its timeouts; None for what suits the devices.
-
-        Raises:
-            UserError: The environment of the cluster does not fit the devices.
         """
         if self.ranks == 1:
             yield Ranks(), self.device
@@ -312,11 +305,7 @@ class Arrivals:
 
 @contextlib.contextmanager
 def within_memory(batch_size: int) -> Iterator[None]:
-    """Say which batch size to try where the memory of the GPU does not suffice.
-
-    Raises:
-        UserError: The GPU has too little memory for `batch_size` images at once.
-    """
+    """Say which batch size to try where the memory of the GPU does not suffice."""
     import torch
 
     try:
@@ -345,11 +334,7 @@ def one_thread(device: "torch.device") -> Iterator[None]:
 
 
 def resolve_device(name: str | None) -> "torch.device":
-    """The torch device for `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
-
-    Raises:
-        UserError: An unknown name, or a device that this machine does not have.
-    """
+    """The torch device for `auto`, `cpu`, `cuda`, `cuda:1` or `mps`."""
     import torch
 
     if name in (None, "", "auto"):

@@ -7,8 +7,10 @@ class UserError(ValueError):
     """Something a user can set is wrong.
 
     The message is a single line: the setting or file, its value, what is allowed and the remedy.
-    Commands print that line and exit with status 2 (see `ldm.cli.run_command`). Only they know what
-    their options are called: a text names a setting in backquotes, which they print as its option.
+    Every function that takes what a user gave may raise it; a docstring names it where its reason
+    is not seen in the function. Commands print that line and exit with status 2 (see
+    `ldm.cli.run_command`). Only they know what their options are called: a text names a setting in
+    backquotes, which they print as its option.
 
     Args:
         key: Name of the setting, which then begins the message. A command shows it as the name of

@@ -18,7 +18,7 @@ from ldm.devices import (
     within_memory,
 )
 from ldm.errors import UserError
-from ldm.files import remove_leftovers, require_space, write_text
+from ldm.files import remove_leftovers, require_outside, require_space, write_text
 from ldm.settings import RunOptions, SpeedOptions
 
 if TYPE_CHECKING:
@@ -83,7 +83,10 @@ def fit(
     import torch
 
     from ldm.checkpoint import read_checkpoint
+    from ldm.config import tile_roots
 
+    if checkpoint is None and config is not None:
+        require_outside({"--logdir": run.root}, {"the folder of tiles": tile_roots(config["data"])})
     trainer = build_trainer(model, run, devices, callbacks, settings or {}, loggers, dry_run)
     if checkpoint is not None:
         # A checkpoint that does not fit is refused before anything is written.
@@ -420,7 +423,7 @@ def _prepare_disk(
     from ldm.models.saving import MARGIN, expected_size
 
     if trainer.is_global_zero and not dry_run:
-        for path in remove_leftovers(run.checkpoints):
+        for path in remove_leftovers(run.root, run.checkpoints, run.configs, run.images):
             log.info("removed %s, which a killed run had not finished", path)
     size = run.last.stat().st_size if run.last.is_file() else expected_size(model)
     kinds = sum(isinstance(c, ModelCheckpoint) for c in trainer.checkpoint_callbacks)

@@ -1,10 +1,7 @@
 """What colour alone, or a linear probe of a pre-trained network, reaches on the same sets.
 
-    python scripts/baselines.py --data_path D --output_dir train5 \\
-        --kind colour_mean,colour_histogram --logdir logs/baselines
-
-learns from `D/train5`, chooses on `D/val` and reports `D/test` once, with the results in
-`logs/baselines/KIND/train5/` written as eval.py writes its own, so that tables read both.
+Learns from D/SUBSET, chooses on D/val and reports D/test once, with the results in
+LOGDIR/KIND/SUBSET written as eval.py writes its own, so that tables read both.
 """
 
 from collections.abc import Iterator
@@ -24,11 +21,6 @@ OF_NETWORKS = {PROBE, "classifier"}
 
 @dataclass(frozen=True, kw_only=True)
 class Options(EvaluationOptions, DeviceOption):
-    """What colour alone, or a linear probe of a pre-trained network, reaches on the same sets.
-
-    Learns from D/SUBSET, chooses on D/val and reports D/test once, as eval.py does.
-    """
-
     program: ClassVar = "baselines.py"
     example: ClassVar = (
         "  python scripts/baselines.py --data_path D --subset train5 --kind colour_histogram"
@@ -92,10 +84,6 @@ class Options(EvaluationOptions, DeviceOption):
             yield "input_size", "belongs to --arch; a run of eval.py knows its own, leave it out"
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
 def open_network(args: Options):
     """The network of a linear probe, an `ldm.features.extractor.Extractor`."""
     from ldm.features.source import parse_features
@@ -111,10 +99,8 @@ def open_network(args: Options):
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
     data_path = existing_path(args.data_path, "--data_path", "dir")
-    if args.weights is not None:
-        existing_path(args.weights, "--weights")
 
     from ldm.evaluation.baselines import run_baseline
     from ldm.evaluation.metrics import format_summary

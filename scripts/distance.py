@@ -1,10 +1,5 @@
 """Choose synthetic or unlabelled tiles by one of five strategies and make a training folder.
 
-    python scripts/distance.py --real D/train5 --synthetic OUT --features VIS --ratio 50 \\
-        --out D/train5+fake50%
-    python scripts/distance.py --real D/train5 --unlabelled POOL --features diffusion:RUN@400 \\
-        --per_class 30 --val D/val --out D/train5+pseudo
-
 FEATURES is what scripts/vis.py wrote for the same two folders, a checkpoint (or seed folder) of
 eval.py, timm:NAME or diffusion:RUN@T. Which images are accepted is the strategy's:
 
@@ -28,9 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from ldm.cli import Count, Seed, contradictions, existing_path, lies_in, option, parse, run_command
+from ldm.cli import Count, Seed, contradictions, existing_path, option, parse, run_command
 from ldm.devices import resolve_device
 from ldm.errors import UserError
+from ldm.files import require_outside
 from ldm.settings import TIMM, FeatureOptions
 
 log = logging.getLogger("distance")
@@ -41,16 +37,6 @@ NEIGHBORS = 3  # of the published realism score
 
 @dataclass(frozen=True, kw_only=True)
 class Options(FeatureOptions):
-    """Choose synthetic or unlabelled tiles by one of five strategies and make a training folder.
-
-    Which images are accepted is the strategy's:
-        centroid    nearest centroid is the own class's, the closest first (as published)
-        confidence  given to their class by a classifier, the most probable first
-        knn         within reach of a real tile of their class, the most realistic first
-        coverage    spread as the real tiles are, each adding most to those before
-        random      drawn from all images (the control arm)
-    """
-
     program: ClassVar = "distance.py"
     example: ClassVar = """\
   python scripts/distance.py --real D/train5 --synthetic OUT --features VIS --ratio 50 \\
@@ -71,6 +57,11 @@ class Options(FeatureOptions):
         repeats=True,
         help="what scripts/vis.py wrote for them, a checkpoint of eval.py, timm:NAME or "
         "diffusion:RUN@T; several are judge together, as the mean of their calibrated opinions",
+    )
+    choose: bool = option(
+        default=False,
+        help="use only that one of --features which tells left-out tiles of --real apart best, for "
+        "example of diffusion:RUN@50, RUN@200 and RUN@400",
     )
     val: str | None = option(
         default=None,
@@ -142,6 +133,8 @@ class Options(FeatureOptions):
             yield "synthetic", "is missing; give it, or --unlabelled"
         if self.unlabelled is not None and self.confidence == "manifest":
             yield "confidence", "manifest belongs to --synthetic; leave it out"
+        if self.choose and len(self.features) < 2:
+            yield "choose", "chooses among several --features; give them, or leave it out"
         if self.ratio is not None and self.per_class is not None:
             yield "per_class", "not allowed with --ratio; give one of them"
         if self.no_sheets and self.sheets is not None:
@@ -155,20 +148,6 @@ class Options(FeatureOptions):
                 yield name, f"belongs to --strategy {strategy}; leave it out"
         if self.fill and self.chosen_strategy == "random":
             yield "fill", "--strategy random rejects nothing to fill up with; leave it out"
-
-
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
-def check_places(places: dict[str, Path | None], sources: dict[str, Path]) -> None:
-    """UserError when a folder to be made lies in a folder of images, where it would be a class."""
-    for name, place in places.items():
-        for other, folder in sources.items():
-            if place and lies_in(place, folder):
-                raise UserError(
-                    f"{name} {place}: lies in {other} {folder}; give a folder outside it"
-                )
 
 
 def describe(counts: dict[str, dict[str, int]]) -> str:
@@ -197,6 +176,11 @@ def report_shortfall(counts: dict[str, dict[str, int]]) -> None:
 def report_judge(judge: dict) -> None:
     """Print what a judge is worth on --val, and how often it sees the wanted classes."""
     rows: dict[str, dict[str, float | None]] = {}
+    for one in judge["left_out"]:
+        print(
+            f"{one['network']}: accuracy {one['accuracy']:.3f}, cross-entropy"
+            f" {one['cross_entropy']:.3f} on left-out tiles of --real"
+        )
     if judge["val"]:
         val = judge["val"]
         print(
@@ -223,7 +207,7 @@ def judge(args: Options, real_root: Path, candidates_root: Path, needed: bool):
     from ldm.features.source import parse_features
     from ldm.selection.judge import compute_judged, is_vis_folder, read_judged
 
-    needed = needed or args.unlabelled is not None or args.val is not None
+    needed = needed or args.choose or args.unlabelled is not None or args.val is not None
     folders = [name for name in args.features if is_vis_folder(name)]
     if not folders:
         sources = [
@@ -241,6 +225,7 @@ def judge(args: Options, real_root: Path, candidates_root: Path, needed: bool):
             Path(args.cache) if args.cache else None,
             needed,
             args.val and existing_path(args.val, "--val", "dir"),
+            args.choose,
             **args.loading,
         )
     names = ("pretrained_weights", "input_size", "batch_size", "workers", "device", "cache")
@@ -290,16 +275,16 @@ def wanted_folder(args: Options, real_root: Path, candidates_root: Path):
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
     real_root = existing_path(args.real, "--real", "dir")
     option_name = "--synthetic" if args.unlabelled is None else "--unlabelled"
     candidates_root = existing_path(args.synthetic or args.unlabelled, option_name, "dir")
     out = Path(args.out)
     sheets = None if args.no_sheets else Path(args.sheets or f"{out}.sheets")
     sources = {"--real": real_root, option_name: candidates_root}
-    check_places({"--out": out}, sources)
+    require_outside({"--out": out}, sources)
     cache = Path(args.cache) if args.cache else None
-    check_places({"--sheets": sheets, "--cache": cache}, {**sources, "--out": out})
+    require_outside({"--sheets": sheets, "--cache": cache}, {**sources, "--out": out})
     downstream = args.downstream and existing_path(args.downstream, "--downstream")
 
     from ldm.data.folders import refuse_held_out

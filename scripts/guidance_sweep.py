@@ -1,8 +1,5 @@
 """Try guidance scales (and intervals, steps, samplers) and say which serves best.
 
-    python scripts/guidance_sweep.py -r DIFFUSION --classifier CLASSIFIER --real D/val \\
-        --judge logs/eval/train5/seed0 --scales 0,3,10,30 -n 64 --out SWEEP
-
 The judge is a classifier of images from eval.py that took no part in the guidance; --real are
 labelled tiles that neither the generator nor the judge was trained on. With a label adapter as -r
 and without --classifier the scales are those of classifier-free guidance. Writes SWEEP/sweep.csv,
@@ -13,7 +10,6 @@ setting) and the tiles below SWEEP/tiles. The same command again makes what is m
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
@@ -29,12 +25,14 @@ from ldm.cli import (
     existing_path,
     like,
     option,
+    output_path,
     parse,
     run_command,
     shown,
 )
 from ldm.devices import one_device
 from ldm.errors import UserError
+from ldm.files import remove_leftovers, require_outside
 from ldm.settings import DeviceOption, LoaderOptions, ProcessOptions
 
 
@@ -50,13 +48,6 @@ def interval(text: str) -> tuple[int, int] | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(DeviceOption):
-    """Try guidance scales (and intervals, steps, samplers) and say which serves best.
-
-    The judge is a classifier of images from eval.py that took no part in the guidance; --real are
-    labelled tiles that neither the generator nor the judge was trained on. With a label adapter as
-    --model and without --classifier the scales are those of classifier-free guidance.
-    """
-
     program: ClassVar = "guidance_sweep.py"
     example: ClassVar = """\
   python scripts/guidance_sweep.py --model DIFFUSION --classifier CLASSIFIER --real D/val \\
@@ -120,10 +111,6 @@ class Options(DeviceOption):
                     yield name, "needs --classifier; give one or leave it out"
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
 def settings_of(args: Options, models) -> list:
     """The settings to try: every combination, but an unguided one once for all intervals.
 
@@ -170,12 +157,12 @@ def temperature_of(args: Options, models) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
     real_root = existing_path(args.real, "--real", "dir")
     existing_path(args.judge, "--judge")
-    out = Path(args.out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; give a folder")
+    out = output_path(args.out, "--out", "dir")
+    require_outside({"--out": out}, {"--real": real_root})
+    remove_leftovers(out)
 
     from ldm.evaluation.sweep import Sweep
     from ldm.features.source import VIT, FeatureSource

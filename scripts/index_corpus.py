@@ -1,8 +1,5 @@
 """Scan a corpus of tiles once and write an index that training reads instead of walking the tree.
 
-    python scripts/index_corpus.py ROOT --out corpus.parquet --min_size 224 --group_level 1
-    python scripts/index_corpus.py SLIDES --layout slides --out slides.parquet --tile_um 112
-
 Every tile is decoded and hashed. Unreadable, truncated and too small ones and copies of another are
 listed in corpus.problems.csv and left out; of slides, tiles that show tissue are chosen, and
 slides.html shows which. Run again after an interruption to go on, and after
@@ -20,6 +17,7 @@ from ldm.cli import Count, Threads, option, parse, run_command
 from ldm.data.groups import grouping_of
 from ldm.devices import usable_cores
 from ldm.errors import UserError
+from ldm.files import require_outside
 from ldm.settings import GroupOptions
 
 SLIDES = "slides"
@@ -28,8 +26,6 @@ Micrometres = Annotated[float, Field(gt=0, le=10_000)]
 
 @dataclass(frozen=True, kw_only=True)
 class Options(GroupOptions):
-    """Scan a corpus of tiles once and write an index that training reads."""
-
     program: ClassVar = "index_corpus.py"
     example: ClassVar = (
         "  python scripts/index_corpus.py ROOT --out corpus.parquet --min_size 224 --group_level 1"
@@ -84,12 +80,8 @@ class Options(GroupOptions):
                 yield name, "is for --layout slides; give that, or leave it out"
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
     roots = [Path(root).expanduser() for root in args.roots]
     if len({root.resolve() for root in roots}) < len(roots):
         raise UserError(f"ROOT {' '.join(args.roots)}: the same folder twice; give it once")
@@ -100,6 +92,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(
             f"--out {out}: an index is a Parquet file; give it a name such as {out.stem}.parquet"
         )
+    require_outside({"--out": out}, {"ROOT": roots})
     grouping = grouping_of(args)
 
     from ldm.data.scan import PROBLEMS, index_corpora, page_of, problems_of

@@ -14,11 +14,6 @@ from ldm.cli import Count, Seed, Threads, Whole, option, parse, run_command
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Write procedural H&E-like tiles: OUT/{train,train5,val,test}/CLASS/slide00003_000017.png.
-
-    Run again after an interruption to go on; a complete folder is left as it is.
-    """
-
     program: ClassVar = "make_tiles.py"
     example: ClassVar = "  python scripts/make_tiles.py --out tiles --size 64 --train 60 --train5 6"
 
@@ -35,12 +30,8 @@ class Options:
     workers: Threads = option(default_factory=lambda: os.cpu_count() or 1, help="processes")
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
 
     from ldm.data.procedural import CLASSES
     from ldm.data.tileset import make_tileset

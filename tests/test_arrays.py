@@ -95,6 +95,16 @@ def test_all_parts_of_a_file_and_all_files_of_a_folder(published):
         assert len({image.numpy().tobytes() for image in images}) == TRAIN - TRAIN % 4
 
 
+def test_grey_tiles_and_masks_beside_tiles(tmp_path):
+    images = pictures(3)
+    np.savez_compressed(
+        tmp_path / "x.npz", train_images=images[..., 0], train_masks=images[..., :1]
+    )
+    data = TileFolder(tmp_path / "x.npz", SIZE)
+    assert len(data) == 3 and data.relative_paths[0] == "train/000000"
+    assert np.array_equal(to_uint8(data[2]["image"]), np.stack([images[2, ..., 0]] * 3, axis=2))
+
+
 def test_compressed_rows_are_read_in_any_order(tmp_path, monkeypatch):
     """From the nearest place whose state is known, and in memory for a few rows only."""
     monkeypatch.setattr(arrays, "CHUNK", 512)
@@ -137,7 +147,7 @@ def damaged(path: Path) -> Path:
 def make_mistakes(root: Path, published: Path) -> None:
     """Files that are no sets of tiles, each named for what is wrong with it."""
     images = pictures(3)
-    np.savez(root / "grey.npz", train_images=images[..., 0])
+    np.savez(root / "masks.npz", train_masks=images[..., 0])
     np.savez(root / "pickled.npz", images=np.array([{}, None], dtype=object))
     np.savez(root / "many.npz", images=images, labels=np.zeros((3, 14), int))
     np.savez(root / "few.npz", images=images, labels=np.zeros(2, int))
@@ -151,7 +161,7 @@ def make_mistakes(root: Path, published: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("grey.npz", r"shape \(3, 12, 12\) of train_images must be"),
+        ("masks.npz", r"shape \(3, 12, 12\) of train_masks must be"),
         ("pickled.npz", "hold no tiles"),
         ("many.npz", r"labels, int64 \(3, 14\), must be a number or a name for each of 3 tiles"),
         ("few.npz", "labels"),
@@ -167,3 +177,13 @@ def test_mistakes_are_named(published, tmp_path, name, text):
     with pytest.raises(UserError, match=text) as error:
         TileFolder(tmp_path / name, SIZE, labelled=name != "deep.npz")
     assert "\n" not in str(error.value)
+
+
+def test_damaged_labels_are_named(published, tmp_path):
+    """In a file of their own beside the tiles, of both kinds."""
+    for name, beside in (("level_2_val_x.h5", "level_2_val_y.h5"), ("images.npy", "types.npy")):
+        source = published / ("pcam" if "h5" in name else "pannuke/val")
+        shutil.copy(source / name, tmp_path)
+        (tmp_path / beside).write_bytes((source / beside).read_bytes()[:90])
+        with pytest.raises(UserError, match=f"{name}: no complete file of arrays"):
+            TileFolder(tmp_path / name, SIZE, labelled=True)

@@ -201,7 +201,7 @@ def spoil_image(data):
         (None, "--kind linear_probe --weights {data} --input_size 32", "belongs to --arch"),
         (None, "--kind linear_probe --arch vit_smal --weights {data}/val", "nearest: vit_small"),
         (None, "--kind linear_probe --arch vit_small", r"nothing is downloaded; give a local file"),
-        (None, "--kind linear_probe --weights nowhere", "nowhere does not exist"),
+        (None, "--kind linear_probe --weights nowhere", "nor an existing path"),
         (None, "--output_dir nowhere", "nowhere does not exist"),
         (None, "--group_column x", "belongs to --groups"),
         (spoil_image, "", "more than 8 bits"),

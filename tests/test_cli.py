@@ -205,10 +205,10 @@ def test_only_commands_show_settings_as_options(capsys, key, settings, said):
     ],
 )
 def test_an_override_may_follow_a_bare_flag(words):
-    args = main_py.parse_arguments(words.split())
+    args = parse(main_py.Options, words.split())
     assert (args.base, args.train, args.overrides) == (("C", "D"), True, ("k.a=1",))
-    assert main_py.parse_arguments(["--scale_lr", "k.a=1"]).scale_lr
-    assert not main_py.parse_arguments(["--scale_lr", "False", "k.a=1"]).scale_lr
+    assert parse(main_py.Options, ["--scale_lr", "k.a=1"]).scale_lr
+    assert not parse(main_py.Options, ["--scale_lr", "False", "k.a=1"]).scale_lr
 
 
 def test_words_that_are_no_overrides_are_named(capsys):
@@ -220,7 +220,7 @@ def test_published_options_of_the_trainer_are_overrides():
     words = "--accumulate_grad_batches 2 -b C --benchmark -t --val-check-interval=0.5 k=1"
     prefix = "lightning.trainer."
     expected = ["accumulate_grad_batches=2", "benchmark=true", "val_check_interval=0.5"]
-    found = main_py.parse_arguments(words.split())
+    found = parse(main_py.Options, words.split())
     assert found.train and found.base == ("C",)
     assert set(found.overrides) == {*(prefix + each for each in expected), "k=1"}
 
@@ -331,11 +331,11 @@ def test_every_published_form_of_an_option_still_works(options_of_command, comma
 def test_features_names_the_network_in_every_command(command, words, published):
     needed = COMMANDS[command].replace("--weights W", "").split()
     module = importlib.import_module(command)
-    found = module.parse_arguments([*needed, *words.split()])
-    assert found.network == module.parse_arguments([*needed, *published.split()]).network
+    found = parse(module.Options, [*needed, *words.split()])
+    assert found.network == parse(module.Options, [*needed, *published.split()]).network
     assert found.network
     with pytest.raises(UserError, match="not allowed with"):
-        module.parse_arguments([*needed, *words.split(), *published.split()])
+        parse(module.Options, [*needed, *words.split(), *published.split()])
 
 
 @pytest.mark.parametrize(
@@ -394,7 +394,7 @@ def parts_of(annotation) -> list:
 )
 def test_values_with_a_form_of_their_own(command, words):
     with pytest.raises(UserError) as error:
-        importlib.import_module(command).parse_arguments([*COMMANDS[command].split(), *words])
+        parse(importlib.import_module(command).Options, [*COMMANDS[command].split(), *words])
     assert f"{words[-2]}: " in str(error.value) and len(str(error.value)) < 200
 
 
@@ -451,7 +451,8 @@ def test_help_of_every_command(command, capsys):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_answers_at_once(command):
     """No command imports a library that takes long before its options are right."""
-    code = f"import sys, {command} as c; c.parse_arguments({COMMANDS[command].split()}); "
+    words = COMMANDS[command].split()
+    code = f"import sys, {command} as c; from ldm.cli import parse; parse(c.Options, {words}); "
     loaded = subprocess.run(
         [sys.executable, "-c", code + "print(*sys.modules)"],
         cwd=ROOT,

@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 import main as main_py
-from ldm.cli import run_command
+from ldm.cli import parse, run_command
 from ldm.config import load_configs, resolve, validate_config
 from ldm.errors import Problems
 from ldm.run import RunFolder
@@ -128,7 +128,7 @@ def test_trains_one_step(path, environment, monkeypatch):
     def train(config: str, name: str) -> None:
         argv = ["--base", str(ROOT / config), "-t", "--logdir", str(environment / "logs")]
         argv += ["--name", name, "--max_steps", "1", "lightning.trainer.enable_progress_bar=false"]
-        main_py.train(main_py.parse_arguments([*argv, *small]))
+        main_py.train(parse(main_py.Options, [*argv, *small]))
 
     alone = ("autoencoder.yaml", "flow.yaml", "patch_pca.yaml")
     if not path.endswith(alone):
@@ -153,7 +153,7 @@ def test_paper_sized_configs_train_one_step(environment, monkeypatch):
             "lightning.callbacks.image_logger=null",
             "lightning.trainer.num_sanity_val_steps=0",
         ]
-        main_py.train(main_py.parse_arguments(argv))
+        main_py.train(parse(main_py.Options, argv))
         assert RunFolder(environment / "logs" / name).last.is_file()
 
     # The discriminator at once, so that both networks take part.

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from ldm.checkpoint import write_checkpoint
+from ldm.cli import parse
 from ldm.copies.search import nearest
 from ldm.copies.statistics import (
     alarm_threshold,
@@ -601,4 +602,4 @@ def test_a_mistake_is_one_line_and_exit_status_2(sets):
 def test_bad_options(options, message):
     needed = ["--synthetic", "a", "--train", "b", "--holdout", "c", "--out", "d"]
     with pytest.raises(UserError, match=message):
-        copy_check.parse_arguments([*needed, *options])
+        parse(copy_check.Options, [*needed, *options])

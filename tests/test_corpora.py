@@ -13,6 +13,7 @@ import webdataset as wds
 from PIL import Image
 
 import main as main_py
+from ldm.cli import parse
 from ldm.config import load_configs, resolve, validate_config
 from ldm.data import storage, tile_files, tiles
 from ldm.data.corpora import Corpora
@@ -455,7 +456,7 @@ def test_data_configs_go_over_a_training_configuration_and_train(path, environme
     argv += ["data.params.train.params.size=48", "data.params.batch_size=2"]
     argv += ["lightning.trainer.limit_val_batches=0", "lightning.callbacks.image_logger=null"]
     argv += ["lightning.trainer.enable_progress_bar=false", "model.params.monitor=null"]
-    main_py.train(main_py.parse_arguments(argv))
+    main_py.train(parse(main_py.Options, argv))
     run = RunFolder(environment / "run")
     assert run.last.is_file()
     params = load_configs([run.configs / "resolved.yaml"]).data.params.train.params

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 import classifier_train
 from ldm.checkpoint import KEY, load_model, read_checkpoint
+from ldm.cli import parse
 from ldm.errors import UserError
 from ldm.models.classifier import network_config
 from ldm.modules.unet import EncoderUNetModel
@@ -393,13 +394,13 @@ def test_training_starts_from_an_imported_classifier(ours, tmp_path, monkeypatch
     argv = f"--data_dir {tiles} --first_stage {ours / 'diffusion.ckpt'} --iterations 1 --lr 0"
     argv += f" --logdir {tmp_path} --name c --num_workers 0 --batch_size 3 --precision 32"
     argv = [*argv.split(), "--init_from"]
-    _, model = classifier_train.train(classifier_train.parse_arguments([*argv, str(file)]))
+    _, model = classifier_train.train(parse(classifier_train.Options, [*argv, str(file)]))
     ours_, theirs = model.net.state_dict(), source.net.state_dict()
     assert all(torch.equal(ours_[k], theirs[k]) for k in theirs)
     other = tiny.classifier(load_model(ours / "diffusion.ckpt", "diffusion"), ["A", "B", "C"])
     argv.append(str(tiny.save(other, tmp_path / "other.ckpt")))
     with pytest.raises(UserError, match=r"--init_from .*knows the classes \['A', 'B', 'C'\]"):
-        classifier_train.train(classifier_train.parse_arguments([*argv, "--dry_run"]))
+        classifier_train.train(parse(classifier_train.Options, [*argv, "--dry_run"]))
 
 
 def test_the_published_classifier_needs_no_configuration(ours, tmp_path):
@@ -455,4 +456,4 @@ def test_files_of_other_code_name_the_command_that_imports_them(tmp_path):
 )
 def test_arguments(argv):
     with pytest.raises(UserError):
-        import_checkpoint.parse_arguments(argv)
+        parse(import_checkpoint.Options, argv)

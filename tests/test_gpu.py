@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import ranks
-import test_eval
 import test_label_adapter
 import test_readout
 import tiny
@@ -21,10 +20,11 @@ import classifier_train
 import eval as eval_py
 import sample_diffusion
 from ldm import train as training
-from ldm.cli import run_command
+from ldm.cli import parse, run_command
 from ldm.devices import Devices
 from ldm.features.source import parse_features
 from ldm.models.readout import ReadoutClassifier
+from ldm.models.vit import TileClassifier
 from ldm.synthesis.models import load_models
 from ldm.synthesis.settings import Sampling
 from ldm.synthesis.synthesiser import Synthesiser
@@ -35,7 +35,8 @@ pytestmark = [
 ]
 DEVICE = "cuda"
 PRECISION = ("--precision", "bf16-mixed")
-STEPS = 60
+STEPS = 40
+UNSEEN = ("lightning.trainer.check_val_every_n_epoch=100",)  # an epoch has two or three batches
 QUIET = 1000  # batches between two entries of the log, which reads numbers from the GPU
 
 
@@ -68,7 +69,7 @@ def by_main(model: dict, labelled: bool = False):
         for name in ("first_stage_ckpt", "autoencoder_ckpt"):
             if name in model["params"]:
                 more = (*more, f"model.params.{name}={folder / 'autoencoder.ckpt'}")
-        return run(config, logdir, "run", steps, "data.params.batch_size=16", *more)
+        return run(config, logdir, "run", steps, "data.params.batch_size=16", *UNSEEN, *more)
 
     return train
 
@@ -76,7 +77,7 @@ def by_main(model: dict, labelled: bool = False):
 def by_label_adapter(folder: Path, logdir: Path, steps: int, log_every: int, *more: str):
     trainer = {"log_every_n_steps": log_every}
     config = test_label_adapter.write_config(logdir / "c.yaml", folder, trainer=trainer)
-    return test_label_adapter.run(config, logdir, "run", steps, *more)
+    return test_label_adapter.run(config, logdir, "run", steps, *UNSEEN, *more)
 
 
 def by_classifier_train(folder: Path, logdir: Path, steps: int, log_every: int, *more: str):
@@ -84,7 +85,7 @@ def by_classifier_train(folder: Path, logdir: Path, steps: int, log_every: int, 
     argv += ["--first_stage", folder / "eps.ckpt", "--name", "run", "--workers", 0, "--lr", 1e-3]
     argv += ["--classifier_width", 32, "--classifier_depth", 1, "--classifier_channel_mult", "1,1"]
     argv += ["--batch_size", 24, "--iterations", steps, "--log_interval", log_every]
-    return classifier_train.train(classifier_train.parse_arguments([*map(str, [*argv, *more])]))
+    return classifier_train.train(parse(classifier_train.Options, [*map(str, [*argv, *more])]))
 
 
 def by_readout(folder: Path, logdir: Path, steps: int, log_every: int, *more: str):
@@ -122,19 +123,20 @@ def test_every_loss_falls(stage, folder, tmp_path):
     for name in losses:
         values = logged(tmp_path, "run", name)
         assert len(values) == STEPS
-        assert sum(values[-15:]) < sum(values[:15]), (name, values)
+        assert sum(values[-10:]) < sum(values[:10]), (name, values)
     assert all(v.isfinite().all() for v in weights(tmp_path, "run").values())
 
 
-def vit(folder: Path, logdir: Path, *more: str):
-    options = ["--device", "auto", "--precision", "bf16-mixed", "--logdir", logdir]
-    words = test_eval.argv(folder, *options, *more, epochs=20, subset="train")
-    return eval_py.main(words)
+def vit(folder: Path, logdir: Path, updates: int, validations: int):
+    words = f"--arch test_vit --patch_size 16 --input-size {tiny.PIXELS} --num_workers 0 --lr 0.05"
+    words += f" --match_steps {updates} --validations {validations} --precision bf16-mixed"
+    paths = ["--data_path", folder, "--output_dir", "train", "--logdir", logdir]
+    return eval_py.main([*words.split(), *map(str, paths)])
 
 
 def test_the_loss_of_the_vit_falls(folder, tmp_path):
     """With mixup, the moving average and stochastic depth, and evaluated afterwards."""
-    vit(folder, tmp_path)
+    vit(folder, tmp_path, 20, 20)
     summary = json.loads((tmp_path / "train" / "summary.json").read_text())
     assert "accuracy" in json.dumps(summary)
     (path,) = tmp_path.rglob("metrics.csv")
@@ -199,7 +201,7 @@ def test_a_gpu_samples_what_a_cpu_samples(kind, sampler, folder):
 @pytest.mark.parametrize("name", ["diffusion:{}/eps.ckpt@20", "{}/vit.ckpt"])
 def test_features_of_a_gpu_are_those_of_a_cpu(name, folder):
     if not (folder / "vit.ckpt").exists():
-        net = test_eval.TileClassifier(num_classes=3, **test_eval.NETWORK)
+        net = TileClassifier("test_vit", 3, tiny.PIXELS, patch_size=16)
         net.classes = tiny.CLASSES
         torch.save(tiny.vit_checkpoint(net), folder / "vit.ckpt")
     source, paths = parse_features(name.format(folder)), sorted((folder / "val").rglob("*.png"))
@@ -232,6 +234,9 @@ class FiveSteps(pl.Callback):
         if self.seen in (2, 7):
             self.forbid(self.seen == 2)
 
+    def on_exception(self, *_) -> None:
+        self.forbid(False)
+
 
 @pytest.mark.parametrize("stage", [*STAGES, "vit"])
 def test_training_steps_do_not_wait(stage, folder, tmp_path, monkeypatch, synchronising):
@@ -242,7 +247,7 @@ def test_training_steps_do_not_wait(stage, folder, tmp_path, monkeypatch, synchr
 
     monkeypatch.setattr(training, "build_trainer", watched)
     if stage == "vit":
-        vit(folder, tmp_path, "--match_steps", "8", "--validations", "1")
+        vit(folder, tmp_path, 8, 1)
     else:
         STAGES[stage][0](folder, tmp_path, 8, QUIET, *PRECISION)
     assert watch.seen == 8
@@ -316,10 +321,14 @@ def test_two_processes_sample_on_one_gpu(folder, tmp_path):
 @pytest.mark.parametrize("options", ["--compile", "--channels_last --fused true --tf32 True"])
 def test_faster_options_give_the_same_losses(options, folder, tmp_path):
     train, (name,) = STAGES["eps"]
+    small = [
+        f"model.params.unet_config.params.{key}=[1]"
+        for key in ("channel_mult", "attention_resolutions")
+    ]
     found = []
     for word, more in (("plain", ()), ("fast", options.split())):
         (tmp_path / word).mkdir()
-        train(folder, tmp_path / word, 4, 1, *more)
+        train(folder, tmp_path / word, 4, 1, *small, *more)
         found.append(logged(tmp_path / word, "run", name))
     assert found[1] == pytest.approx(found[0], rel=1e-2)
 

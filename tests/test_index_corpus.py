@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.data import scan
+from ldm.data import images, scan
 from ldm.data.images import read_tile
 from ldm.data.index import CorpusIndex
 from ldm.data.scan import journal_of, problems_of
@@ -142,6 +142,10 @@ def test_a_second_scan_reads_only_what_changed(corpus, reads):
     third = run(corpus, "--min_size", 9)
     assert sorted(reads) == ["A/new.png", "B/cut.png"]
     assert len(third.tiles(0)["path"]) == len(first.tiles(0)["path"]) + 2
+    reads.clear()
+    (corpus / "B" / "white.txt").write_text("65535")
+    images.declared_white.cache_clear()  # as another process
+    assert "B/deep.tif" in run(corpus).tiles(0)["path"] and reads == ["B/deep.tif"]
 
 
 def test_an_interrupted_scan_goes_on(corpus, tmp_path, reads, monkeypatch):

@@ -11,6 +11,7 @@ import torch
 import classifier_train
 import sample_diffusion
 from ldm.checkpoint import load_model, read_checkpoint
+from ldm.cli import parse
 from ldm.data.tiles import TileFolder
 from ldm.devices import Devices
 from ldm.diffusion.guidance import classifier_log_prob_grad, shared_pass
@@ -51,7 +52,7 @@ def train(models: Path, data: Path, logdir: Path, *more: str, kind: str = "flow"
     argv += ["--logdir", str(logdir), "--name", "readout", "--logger", "--workers", "0"]
     argv += ["--readout_draws", "2", "--batch_size", "8", "--readout_width", "16"]
     argv += ["--precision", "32", "--val_fraction", "0.3", *more]
-    return classifier_train.train(classifier_train.parse_arguments(argv))
+    return classifier_train.train(parse(classifier_train.Options, argv))
 
 
 def test_training_reads_the_unet_and_keeps_no_copy(models, data, tmp_path):
@@ -209,7 +210,7 @@ def test_init_from_trains_a_classifier_of_the_diffusion_models_latents(models, d
     argv = ["--init_from", str(models / "flow.ckpt"), "--data_dir", str(data), "--name", "c"]
     argv += ["--logdir", str(tmp_path), "--logger", "--workers", "0", "--iterations", "2"]
     argv += ["--batch_size", "4", "--precision", "32"]
-    _, model = classifier_train.train(classifier_train.parse_arguments(argv))
+    _, model = classifier_train.train(parse(classifier_train.Options, argv))
     loaded = load_models(models / "flow.ckpt", tmp_path / "c")
     assert loaded.classifier.schedule == loaded.diffusion.schedule
     assert model.net.out_channels == 3

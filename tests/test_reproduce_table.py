@@ -14,6 +14,7 @@ import yaml
 from inprocess import Here
 
 import main as main_py
+from ldm.cli import parse
 from ldm.config import load_configs, resolve, validate_config
 from ldm.errors import UserError
 from ldm.experiment.gather import read_paper
@@ -126,7 +127,7 @@ def test_published_tables_are_valid(path, given, tmp_path, monkeypatch):
     check_commands(plan.jobs)
     for job in plan.jobs:
         if job.command[0] == "main.py":
-            args = main_py.parse_arguments(list(job.command[1:]))
+            args = parse(main_py.Options, list(job.command[1:]))
             with pytest.MonkeyPatch.context() as patch:
                 for name, value in job.environment.items():
                     patch.setenv(name, value)

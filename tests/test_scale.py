@@ -7,13 +7,20 @@ import pytest
 import ranks
 import tiny
 import torch
-from test_main import autoencoder_model, diffusion_model, run, weights, write_config
+from test_main import (
+    autoencoder_model,
+    diffusion_model,
+    run,
+    weights,
+    write_config,
+)
 
 import classifier_train
 import main as main_py
 from ldm import devices as devices_module
 from ldm import train as training
 from ldm.checkpoint import load_model, read_checkpoint
+from ldm.cli import parse
 from ldm.devices import Devices, follow_layout, training_devices
 from ldm.errors import UserError
 from ldm.models.diffusion import LatentDiffusion
@@ -108,7 +115,8 @@ def test_sharded_training(one, config, tmp_path):
     run that was resumed, and the checkpoint is one file like any other."""
     alone, logdir = one
     more = ("--devices", "2", "--strategy", "fsdp")
-    first = ranks.in_ranks(2, train_and_tell, config, tmp_path, "fsdp", STEPS // 2, *more)
+    drawn = (*more, *tiny.PICTURES)  # all ranks draw pictures together
+    first = ranks.in_ranks(2, train_and_tell, config, tmp_path, "fsdp", STEPS // 2, *drawn)
     second = ranks.in_ranks(2, train_and_tell, config, tmp_path, "fsdp", STEPS, *more)
     both = [torch.cat([a["losses"], b["losses"]]) for a, b in zip(first, second, strict=True)]
     torch.testing.assert_close((both[0] + both[1]) / 2, alone["losses"], rtol=1e-3, atol=0)
@@ -192,7 +200,7 @@ def test_more_processes_than_cores(monkeypatch):
 )
 def test_devices_of_the_configuration(argv, settings, expected):
     """They are counted in the batch and checked as those of the command, which come first."""
-    args = main_py.parse_arguments(argv)
+    args = parse(main_py.Options, argv)
     args = configured.configured_devices(args, settings)
     assert (args.gpus, args.devices, args.num_nodes) == expected and not settings
 
@@ -346,7 +354,7 @@ def test_options_of_the_classifier(data, autoencoder_ckpt, tmp_path):
 
     def train(*options):
         words = [str(word) for word in [*argv, *options]]
-        return classifier_train.train(classifier_train.parse_arguments(words))
+        return classifier_train.train(parse(classifier_train.Options, words))
 
     train("--name", "plain", "--iterations", 2)
     options = ["--classifier_use_checkpoint", "True", "--channels_last", "--fused", "true"]

@@ -279,7 +279,7 @@ def test_vis_gives_the_same_picture_for_any_batch_size(folders, tmp_path):
         file = f"features_{name}.safetensors"
         (tmp_path / "again" / file).write_bytes((folders["vis"] / file).read_bytes())
     run_vis(folders, tmp_path / "again")
-    for name in ("umap.csv", "umap.png", "umap.html"):
+    for name in ("umap.csv", "umap.png"):
         assert (folders["vis"] / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
@@ -425,6 +425,27 @@ def test_unlabelled_tiles_with_the_classes_that_a_judge_gives_them(folders, tmp_
     assert "judge on 15 tiles of --val: accuracy 1.000" in capsys.readouterr().out
     distance.main([*words, "--per_class", "5", "--out", str(out)])
     assert "there already" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--choose: a classifier"):
+        distance.main([*words, "--choose", "--out", str(tmp_path / "other")])
+
+
+def test_the_network_that_tells_left_out_tiles_apart_is_chosen(folders, tmp_path):
+    """Colours do; a network without training that sees a few grey levels does worse."""
+    net = TileClassifier("vit_tiny", 2, input_size=32, patch_size=8)
+    net.classes = ["other", "classes"]  # so that it is probed
+    write_checkpoint(tmp_path / "blind.ckpt", tiny.vit_checkpoint(net))
+    words = ["--real", str(folders["real"]), "--synthetic", str(folders["fake"]), "--no-sheets"]
+    words += ["--cache", str(tmp_path / "cache"), "--device", "cpu", "--ratio", "50", "--choose"]
+    names = [str(tmp_path / "blind.ckpt"), "pixels"]
+    identities = []
+    for order in (names, names[::-1]):
+        out = tmp_path / f"out{len(identities)}"
+        distance.main([*words, "--features", *order, "--out", str(out)])
+        judge = json.loads((out / "selection.json").read_text())["judge"]
+        scores = {one["network"]: one["cross_entropy"] for one in judge["left_out"]}
+        assert len(scores) == 2 and judge["network"] == min(scores, key=scores.get)
+        identities.append(judge["identity"])
+    assert identities[0] == identities[1]
 
 
 def test_agreement_of_the_judge_with_the_wanted_classes(folders, tmp_path, capsys):
@@ -521,9 +542,7 @@ def test_sheet_shows_the_right_images(folders, tmp_path):
     sheets = Sheets(
         selection, judged.synthetic, judged.real, folders["fake"], folders["real"], strategy.score
     )
-    best, border = (
-        [selection.files[i] for i in section.rows] for section in sheets.sections("TUM")
-    )
+    best, border = ([selection.files[i] for i in rows] for rows in sheets.sections("TUM").values())
     assert best == selection.used("TUM")
     assert border[-1] == "TUM/1_wrong.png"  # the only one that is rejected, so it is not far off
     assert len({*best, *border}) == len(best) + len(border) == 7
@@ -594,7 +613,7 @@ def test_failure_leaves_nothing(folders, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("ldm.data.folders.shutil.copyfile", fail)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match="out cannot be written .No space"):
         run_distance(folders, tmp_path / "out", "--ratio", "50")
     assert class_folders(tmp_path) == ["out.sheets"]
     assert [path.name for path in tmp_path.iterdir()] == ["out.sheets"]
@@ -637,7 +656,7 @@ POOL = ["distance", "--real", "{real}", "--out", "{new}", "--features", "pixels"
     "words, expected",
     [
         (VIS, "--features: is missing"),
-        ([*VIS, "--weights", "{fake}/none"], "none does not exist"),
+        ([*VIS, "--weights", "{fake}/none"], "nor an existing path"),
         ([*VIS, "--weights", "{fake}/ADI/1_0.png"], "is no checkpoint"),
         ([*VIS, "--model", "resnet19x"], "features timm:resnet19x: "),
         ([*VIS, "--model", "resnet18"], "nothing is downloaded"),
@@ -717,6 +736,7 @@ POOL = ["distance", "--real", "{real}", "--out", "{new}", "--features", "pixels"
         ([*POOL, "--unlabelled", "{two}", "--features", "{vis}"], "--unlabelled: the features"),
         ([*POOL, "--unlabelled", "{two}/val"], "for measuring"),
         ([*POOL, "--unlabelled", "{real}"], "all its tiles are labelled"),
+        ([*POOL, "--unlabelled", "{two}", "--choose"], "chooses among several"),
         ([*DISTANCE, "--features", "{vis}", "--features", "pixels"], "several: the features"),
     ],
 )

@@ -11,6 +11,7 @@ import pytest
 import webdataset as wds
 from test_index_corpus import picture, save
 
+from ldm.cli import parse
 from ldm.data.corpora import Corpora
 from ldm.data.images import decode_tile
 from ldm.data.index import CorpusIndex
@@ -240,7 +241,7 @@ def refused(words, *arguments, **options):
 
 def test_refusals(corpus, index, tmp_path, monkeypatch):
     out = tmp_path / "shards"
-    refused("would replace", index, corpus)
+    refused("would replace", shutil.copy(index, tmp_path / "twin.parquet"), tmp_path / "twin")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     refused("was not made by this command .it has no shards.json", index, tmp_path / "other")
@@ -273,7 +274,7 @@ def test_sizes_and_dry_run(index, tmp_path, capsys):
     ]
     for text in ("0", "1X", "-1G", "", "G"):
         with pytest.raises(UserError, match="size: .* is not a size"):
-            write_shards.parse_arguments([str(index), "--out", "x", f"--size={text}"])
+            parse(write_shards.Options, [str(index), "--out", "x", f"--size={text}"])
 
 
 def test_write_tar_holds_members_of_any_name():

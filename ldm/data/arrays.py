@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ldm.errors import UserError
+from ldm.files import require_class_names
 
 PANNUKE, TYPES = "images.npy", "types.npy"  # the tiles of PanNuke, and their tissues
 OPEN_FILES = 64  # files of arrays, or shards, that a process keeps open
@@ -44,7 +45,7 @@ class TileArray:
     """An array of tiles in a file."""
 
     path: str
-    rows: Any  # `rows[i]` reads one, (H, W, 3); has a shape and a dtype
+    rows: Any  # `rows[i]` reads one, (H, W, 3), or (H, W) in grey; has a shape and a dtype
     labels: Any  # an array of N labels; None without labels
 
     def __len__(self) -> int:
@@ -69,7 +70,7 @@ class TileArray:
         """The label of each row as a name; numbers are filled with zeros, to be sorted as such.
 
         Raises:
-            UserError: There is not one number or name for each row.
+            UserError: There is not one number or name for each row, or a name is no folder's.
         """
         if self.labels is None:
             return [None] * len(self)
@@ -87,7 +88,9 @@ class TileArray:
         if labels.dtype.kind in "iu":
             width = len(str(labels.max()))
             return [f"{label:0{width}d}" for label in labels.tolist()]
-        return [str(label) for label in labels.astype(str)]
+        names = [str(label) for label in labels.astype(str)]
+        require_class_names(sorted(set(names)), self.path)
+        return names
 
 
 def open_arrays(path: Path) -> dict[str, TileArray]:
@@ -110,27 +113,31 @@ def open_arrays(path: Path) -> dict[str, TileArray]:
 
 @lru_cache(OPEN_FILES)
 def _open(path: str, process: int) -> dict[str, TileArray]:
-    readers = {".npy": _numpy, ".npz": _zipped}
+    reader = {".npy": _numpy, ".npz": _zipped}.get(Path(path).suffix.lower(), _hdf5)
     try:
-        found = readers.get(Path(path).suffix.lower(), _hdf5)(path)
+        found = reader(path)
+        tiles = {
+            name: TileArray(path, rows, _labels(path, name, found))
+            for name, rows in found.items()
+            if _holds_tiles(name, rows.shape)
+        }
     except (ValueError, EOFError, zipfile.BadZipFile, OSError) as error:
         if isinstance(error, FileNotFoundError | UserError):
             raise
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: no complete file of arrays ({reason}); write it again") from None
-    tiles = {name: rows for name, rows in found.items() if len(rows.shape) == 4}
-    for name, rows in tiles.items() or found.items():
-        if len(rows.shape) != 4 or rows.shape[3] != 3 or 0 in rows.shape:
-            raise UserError(
-                f"{path}: shape {rows.shape}{name and f' of {name}'} must be (tiles, height, width,"
-                " 3)"
-            )
+    for name, rows in () if tiles else found.items():
+        raise UserError(
+            f"{path}: shape {rows.shape}{name and f' of {name}'} must be (tiles, height, width, 3)"
+        )
     parts = [re.sub(r"_?(images|x)_?", "", name.replace("/", "_")) for name in tiles]
     names = parts if len(set(parts)) == len(parts) else list(tiles)
-    return {
-        part: TileArray(path, rows, _labels(path, name, found))
-        for part, (name, rows) in zip(names, tiles.items(), strict=True)
-    }
+    return dict(zip(names, tiles.values(), strict=True))
+
+
+def _holds_tiles(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether an array holds tiles in colour; or grey ones, which only its name can tell."""
+    return 0 not in shape and (shape[3:] == (3,) or (len(shape) == 3 and "images" in name))
 
 
 def _labels(path: str, name: str, found: dict[str, Any]) -> Any:

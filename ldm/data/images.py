@@ -113,7 +113,7 @@ def walk(root: str | os.PathLike, wanted: Callable[[str], bool]) -> Iterator[Fol
         yield folder
     kinds = [f"{n:,} {kind}" for kind, n in sorted(others.items()) if not _RECORDS.fullmatch(kind)]
     if kinds:
-        _warn(f"{root}: left out {', '.join(kinds)} files: they are of no kind that is read here")
+        _warn(f"{root}: left out {', '.join(kinds)} files, which are not read here")
 
 
 @lru_cache(1000)
@@ -143,8 +143,8 @@ def declared_white(folder: Path) -> float | None:
     """
     for place in (folder, *folder.parents):
         try:
-            text = (place / WHITE).read_text()
-        except (FileNotFoundError, NotADirectoryError):
+            text = (place / WHITE).read_text(errors="replace")
+        except OSError:  # there is none, or the folder is in a file
             continue
         try:
             white = float(text)
@@ -205,7 +205,7 @@ def _decode(content: bytes, name: str) -> np.ndarray:
         with Image.open(io.BytesIO(content)) as image:
             # Pillow takes the upper halves of 16-bit colours without a word.
             if not (image.mode.startswith(("I", "F")) or ";16" in str(image.tile)):
-                image = ImageOps.exif_transpose(image)
+                ImageOps.exif_transpose(image, in_place=True)
                 if image.has_transparency_data:
                     image = image.convert("RGBA")
                     white = Image.new("RGBA", image.size, "white")

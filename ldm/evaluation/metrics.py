@@ -7,7 +7,6 @@ Conventions, for class k with TP, FP, FN, TN against the rest:
 
     sensitivity = TP / (TP + FN)      specificity = TN / (TN + FP)
     precision   = TP / (TP + FP)      f1 = 2 TP / (2 TP + FP + FN)
-
 A class that is never predicted has sensitivity and F1 0. A quotient 0 / 0 (the sensitivity of a
 class without images, say) is undefined: None for that class and left out of the macro mean, as
 scikit-learn leaves labels that do not occur out of its macro F1.
@@ -25,11 +24,7 @@ CALIBRATION_BINS = 15
 
 
 def confusion_matrix(labels: ArrayLike, predictions: ArrayLike, num_classes: int) -> np.ndarray:
-    """Counts (K, K) int64, true class by row and predicted class by column, of (N,) integers.
-
-    Raises:
-        ValueError: Lengths differ or a class is not in [0, K).
-    """
+    """Counts (K, K) int64, true class by row and predicted class by column, of (N,) integers."""
     true, predicted = np.asarray(labels), np.asarray(predictions)
     if true.ndim != 1 or true.shape != predicted.shape:
         raise ValueError(f"labels {true.shape} and predictions {predicted.shape} must both be (N,)")
@@ -41,15 +36,7 @@ def confusion_matrix(labels: ArrayLike, predictions: ArrayLike, num_classes: int
 
 
 def scores(confusion: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
-    """Accuracy, macro and per-class metrics as a plain dict that JSON can hold.
-
-    Args:
-        confusion: Counts (K, K) as `confusion_matrix` gives; matrices of parts of a set add up.
-        classes: K names in label order.
-
-    Raises:
-        ValueError: No images, or K names are not K classes.
-    """
+    """Accuracy, macro and per-class metrics, as JSON can hold them, of counts (K, K)."""
     confusion = np.asarray(confusion)
     if confusion.shape != (len(classes), len(classes)):
         raise ValueError(f"confusion matrix {confusion.shape} is not for {len(classes)} classes")
@@ -98,9 +85,6 @@ def calibration_error(
     Args:
         probabilities: (N, K), rows sum to 1.
         labels: True classes, (N,).
-
-    Raises:
-        ValueError: See `_checked`.
     """
     p, true = _checked(probabilities, labels)
     confidence = p.max(axis=1)  # (N,)

@@ -49,9 +49,6 @@ class TransformedTiles(TileSet):
         random: Whether the transform draws random numbers; items are then taken by (index, seed),
             as `ResumableSampler` gives them, and the global generators are left where they end up.
         classes: The classes there must be; None for those of the folder.
-
-    Raises:
-        UserError: The folder is missing or empty, or has other classes.
     """
 
     def __init__(
@@ -82,9 +79,6 @@ class TransformedTiles(TileSet):
         """Decode every tile, so that a bad file is known before training, and keep what fits.
 
         Kept are pixels for a random transform and results for a fixed one.
-
-        Raises:
-            UserError: Naming the unreadable images.
         """
         each = read_tile(self.paths[0]).nbytes if self.is_random else 3 * self.size * self.size
         if each * len(self) <= CACHE_LIMIT:
@@ -225,10 +219,14 @@ class Splits:
     notes: list[str]  # what a reader of the results should know about the sets
 
     @property
+    def evaluated(self) -> dict[str, TransformedTiles]:
+        """The sets that are evaluated on."""
+        return {"val": self.val} if self.test is None else {"val": self.val, "test": self.test}
+
+    @property
     def groups(self) -> dict[str, list[str] | None]:
         """Groups of the tiles that are evaluated on, by set."""
-        sets = {"val": self.val, "test": self.test}
-        return {name: tiles.groups for name, tiles in sets.items() if tiles is not None}
+        return {name: tiles.groups for name, tiles in self.evaluated.items()}
 
     @property
     def classes(self) -> list[str]:
@@ -240,9 +238,8 @@ class Splits:
 
     def load(self) -> None:
         """Decode all tiles (see `TransformedTiles.load`)."""
-        for tiles in (self.train, self.val, self.test):
-            if tiles is not None:
-                tiles.load()
+        for tiles in (self.train, *self.evaluated.values()):
+            tiles.load()
 
 
 def open_evaluation_sets(
@@ -275,10 +272,6 @@ def open_splits(
 
     Args:
         num_classes: What the user believes; checked, never used instead of the folders.
-
-    Raises:
-        UserError: A folder is missing or empty, classes differ, the name leaves `data_path` or a
-            tile has no group.
     """
     root = _training_root(data_path, train_folder)
     train = TransformedTiles(root, settings.input_size, train_transform(settings), random=True)

@@ -6,7 +6,6 @@ Letters: N images, B batch, S side in pixels, K classes.
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
@@ -153,11 +152,4 @@ class Predictor:
 
 def predictions_of(tiles: TransformedTiles, logits: Tensor) -> Predictions:
     """Logits (N, K) of a set, as predictions."""
-    return Predictions(
-        tiles.classes,
-        tiles.relative_paths,
-        np.array(tiles.labels),
-        logits.argmax(1).numpy(),
-        logits.double().softmax(1).numpy(),
-        tiles.groups,
-    )
+    return Predictions.of(tiles, logits.argmax(1).numpy(), logits.double().softmax(1).numpy())

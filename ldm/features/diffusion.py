@@ -31,11 +31,7 @@ SEED = 0
 
 
 def parse_argument(text: str) -> tuple[str, list[int], list[int] | None]:
-    """Run, time steps and blocks (None for all) of `RUN@20`, `RUN@20,60` or `RUN@20/0,3`.
-
-    Raises:
-        UserError: The text has another form.
-    """
+    """Run, time steps and blocks (None for all) of `RUN@20`, `RUN@20,60` or `RUN@20/0,3`."""
     run, at, points = text.rpartition("@")
     times, slash, blocks = points.partition("/")
     try:
@@ -52,11 +48,7 @@ def parse_argument(text: str) -> tuple[str, list[int], list[int] | None]:
 
 
 def open_diffusion(source: FeatureSource, device: torch.device | str) -> Extractor:
-    """Load a diffusion model whose averaged UNet makes features.
-
-    Raises:
-        UserError: The argument has another form, or the model no such time step or block.
-    """
+    """Load a diffusion model whose averaged UNet makes features."""
     run, times, blocks = parse_argument(source.argument)
     model = load_model(run, "diffusion", device, what="features")
     T, widths = model.schedule.T, model.network().feature_widths
@@ -93,11 +85,7 @@ def open_diffusion(source: FeatureSource, device: torch.device | str) -> Extract
 
 
 def open_guide(source: FeatureSource, device: torch.device | str) -> Extractor:
-    """Load a guiding classifier, whose logits at t = 0 are its features, too.
-
-    Raises:
-        UserError: The argument has another form, or the models do not belong together.
-    """
+    """Load a guiding classifier, whose logits at t = 0 are its features, too."""
     classifier, at, run = source.argument.rpartition("@")
     if not at or not run or not classifier:
         raise UserError(f"features {source}: give guide:CLASSIFIER@RUN, RUN a diffusion model")
@@ -144,7 +132,7 @@ def _centre(pixels: int) -> Callable[[np.ndarray], Tensor]:
 @torch.no_grad()
 def features_of(model: LatentDiffusion, x: Tensor, times: list[int], blocks: list[int]) -> Tensor:
     """Features (B, D) of images (B, 3, H, W) in [-1, 1]: of each time, the mean over noises."""
-    z_0 = model.encode_first_stage(x, sample=False)
+    z_0 = model.latents({"image": x}, sample=False)
     generator = torch.Generator().manual_seed(SEED)
     # The same noises for every image, so that a feature does not depend on its batch.
     noises = torch.randn((NOISES, *z_0.shape[1:]), generator=generator).to(z_0.device)

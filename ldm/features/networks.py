@@ -44,9 +44,6 @@ def open_timm(source: FeatureSource, device: torch.device | str) -> Extractor:
     """Load a timm network, with weights from a local file or from the caches of this machine.
 
     The name may have a tag such as `.augreg_in21k`.
-
-    Raises:
-        UserError: An unknown network, or no weights.
     """
     import timm
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.errors import UserError
@@ -74,9 +75,6 @@ class Probe:
             features: (N, D).
             labels: (N,) in [0, K).
             classes: K names.
-
-        Raises:
-            UserError: A class has a single tile, so that none can be left out.
         """
         from sklearn.model_selection import StratifiedKFold
 
@@ -116,6 +114,14 @@ class Probe:
         if path is not None:
             write_tensors(path, vars(probe), {"format": FORMAT})
         return probe
+
+    def scores(self, labels: Tensor) -> dict[str, float]:
+        """Cross-entropy and accuracy on the left-out tiles, whose labels are (N,)."""
+        right = self.left_out.argmax(dim=1) == labels
+        return {
+            "cross_entropy": float(F.nll_loss(self.left_out, labels)),
+            "accuracy": float(right.double().mean()),
+        }
 
     def logits(self, features: Tensor) -> Tensor:
         """Logits (N, K) of features (N, D)."""
@@ -157,9 +163,6 @@ class Judge:
             val: Features of further labelled tiles, by network. They calibrate the classifiers
                 alone, since these may have been trained on `real` and be sure of all of it;
                 without them the temperature of a classifier is 1.
-
-        Raises:
-            UserError: A regression has too few real tiles.
         """
         labels = real[0].labels
         probes = [None if s.logits is not None else Probe.of(s, cache) for s in real]

@@ -28,7 +28,7 @@ from ldm.features.extractor import (
     directions,
     require_finite,
 )
-from ldm.files import digest_of, write_bytes
+from ldm.files import digest_of, remove_leftovers, require_class_names, write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -93,9 +93,6 @@ class FeatureSet:
             raw: Keep the features as the network gives them, and facts about the files with them:
                 root, part, stamp, sha256 (see `TileFiles.listing`), pixels and formats (numbers of
                 images by "WIDTHxHEIGHT" and by extension), extractor (`Extractor.record`).
-
-        Raises:
-            UserError: Unreadable images, or features that are not finite.
         """
         stamp = files.stamp() if raw else ""  # before the files are read
         found = extractor.extract(
@@ -148,14 +145,12 @@ class FeatureSet:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "FeatureSet":
-        """Read what `save` wrote, or a reference file of scripts/fidelity.py of earlier versions.
-
-        Raises:
-            UserError: A missing or foreign file.
-        """
+        """Read what `save` wrote, or a reference of scripts/fidelity.py of earlier versions."""
         tensors, metadata = read_tensors(path, FORMAT, REFERENCE_FORMAT)
         facts = json.loads(metadata.get("facts", "{}"))
         values, labels = tensors.pop(FEATURES), tensors.pop("labels")
+        if metadata["format"] == FORMAT:
+            require_class_names(json.loads(metadata["classes"]), str(path))
         if metadata["format"] == REFERENCE_FORMAT:
             classes = facts.pop("class_names")
             if not classes:
@@ -221,12 +216,10 @@ def cached_features(
             kind of values, and written otherwise. A path that does not end so is a folder, which
             holds a file for each network and set, named by the first 16 digits of their digests.
         batch_size, num_workers, views, raw: See `FeatureSet.compute`.
-
-    Raises:
-        UserError: Unreadable images, or features that are not finite.
     """
     if cache.suffix != SUFFIX:
         cache = cache / f"{extractor.identity[:16]}-{files.digest[:16]}{SUFFIX}"
+    remove_leftovers(cache)
     known = _readable(cache)
     if known is not None:
         if (
@@ -267,11 +260,7 @@ def write_tensors(
 def read_tensors(
     path: str | os.PathLike, *formats: str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file whose metadata name one of `formats`.
-
-    Raises:
-        UserError: A missing or damaged file, or one of another format.
-    """
+    """Tensors and metadata of a safetensors file whose metadata name one of `formats`."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no file {path}; make it with scripts/vis.py")

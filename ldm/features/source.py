@@ -68,11 +68,7 @@ class FeatureSource:
         return f"{self.kind}:{self.argument}" if self.argument else self.kind
 
     def open(self, device: "torch.device | str") -> "Extractor":
-        """Load the network; nothing is downloaded.
-
-        Raises:
-            UserError: The weights are missing or do not fit.
-        """
+        """Load the network; nothing is downloaded."""
         module, function = KINDS[self.kind].split(":")
         return getattr(importlib.import_module(module), function)(self, device)
 
@@ -93,9 +89,6 @@ def parse_features(
             seed) or checkpoint of eval.py, or a file of weights of torch-fidelity's Inception.
         weights: Local file of weights for the named network.
         input_size: See `FeatureSource`.
-
-    Raises:
-        UserError: An unknown name, a missing path, or a value that the kind does not take.
     """
     kind, colon, argument = text.partition(":")
     weights = None if weights is None else Path(weights).expanduser()

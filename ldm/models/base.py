@@ -44,6 +44,7 @@ class HistoModule(pl.LightningModule):
         self._stepped = True
         self._skipped: Counter[int] = Counter()  # by optimiser: steps in a row, see SKIPPED_STEPS
         self.arrivals = Arrivals()  # losses and gradient norms to look at
+        self.shown: dict[str, None] = {}  # names of values on the progress bar
 
     def networks(self) -> list[torch.nn.Module]:
         """The networks that training calls, which are worth compiling."""
@@ -162,18 +163,18 @@ class HistoModule(pl.LightningModule):
     def check_start(self, params: dict[str, Any], where: str) -> None:
         """Raise a UserError if weights of a model of these parameters mean something else here."""
 
-    def start_from(self, path: str, what: str = "ckpt_path") -> None:
+    def start_from(self, path: str) -> None:
         """Load the weights of a checkpoint of the same kind as a starting point for training.
 
         Weights that only training needs (a discriminator, say) may be absent on either side.
         """
-        payload = read_checkpoint(path, (self.kind,), what)
-        self.check_start(payload[KEY]["model"]["params"], f"{what}: {path}")
+        payload = read_checkpoint(path, (self.kind,), "ckpt_path")
+        self.check_start(payload[KEY]["model"]["params"], f"ckpt_path: {path}")
         stored, own = payload["state_dict"], self.state_dict()
         extra = {k for k in own.keys() ^ stored.keys() if k.startswith(self.training_only)}
         state = {k: v for k, v in stored.items() if k not in extra}
         state |= {k: own[k] for k in extra & own.keys()}
-        load_strictly(self, state, f"{what}: {path}")
+        load_strictly(self, state, f"ckpt_path: {path}")
 
     def check_finite(self, loss: Tensor, batch: dict[str, Any], batch_idx: int) -> None:
         """Stop at a loss that is not finite, before it reaches a checkpoint.
@@ -222,6 +223,16 @@ class HistoModule(pl.LightningModule):
                 )
 
         self.arrivals.add(self.gradient_norm, check)
+
+    def log(self, name: str, value: Any, prog_bar: bool = False, **options: Any) -> None:
+        """Log a value as Lightning does, and with `prog_bar` have the progress bar show it.
+
+        Lightning would read what is shown at every batch, for which it waits for the GPU;
+        `ldm.models.callbacks.ProgressBar` reads it when it draws the bar.
+        """
+        if prog_bar:
+            self.shown[name] = None
+        super().log(name, value, **options)
 
     def log_losses(
         self, split: str, log: dict[str, Tensor], batch_size: int, bar: Sequence[str]

@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
@@ -17,6 +17,9 @@ from ldm.devices import follow_layout
 from ldm.errors import Stopped
 from ldm.files import write_png
 from ldm.models.sharding import is_sharded
+
+if TYPE_CHECKING:
+    from ldm.models.base import HistoModule
 
 
 def image_grid(images: Tensor, columns: int = 4):
@@ -57,7 +60,9 @@ class ImageLogger(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
     ) -> None:
         step = trainer.global_step
-        due = step % self.batch_frequency == 0 or step in self._early_steps
+        # At the last step too, before the last checkpoint: a run that is killed after that has no
+        # step left to draw at.
+        due = step % self.batch_frequency == 0 or step in self._early_steps or is_last_step(trainer)
         # With gradient accumulation a step lasts several batches.
         if due and step != self._last_step:
             self._last_step = step
@@ -101,18 +106,19 @@ class FollowLayout(pl.Callback):
 
 
 class ProgressBar(TQDMProgressBar):
-    """A progress bar with losses and images per second, but no version number of the log folder.
+    """A progress bar with losses and images per second.
 
     While it trains, they are read once a second: each time, the program waits for the GPU.
     """
 
     _read, _metrics = -math.inf, {}
 
-    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+    def get_metrics(self, trainer: pl.Trainer, pl_module: "HistoModule") -> dict[str, float]:
         now = time.monotonic()
         if not trainer.training or now - self._read >= 1:
-            self._read, self._metrics = now, super().get_metrics(trainer, pl_module)
-            self._metrics.pop("v_num", None)
+            values = trainer.callback_metrics
+            self._metrics = {n: float(values[n]) for n in pl_module.shown if n in values}
+            self._read = now
         return self._metrics
 
 
@@ -220,6 +226,7 @@ class LastCheckpoint(RegularCheckpoint):
         self.agree_every = agree_every
         self.received: signal.Signals | None = None
         self._stopping = False
+        self._validates_first = False  # a run that goes on from what is being saved
         self._batches = 0
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -260,7 +267,10 @@ class LastCheckpoint(RegularCheckpoint):
         super().on_train_batch_end(trainer)
         if self._stopping and self._waiting:
             # It counts if there is no time left for the validation.
+            trainer._logger_connector.update_train_step_metrics()
+            self._validates_first = True
             trainer.save_checkpoint(self.path)
+            self._validates_first = False
 
     def is_due(self, trainer: pl.Trainer) -> bool:
         return super().is_due(trainer) or self._stopping or is_last_step(trainer)
@@ -282,10 +292,45 @@ class LastCheckpoint(RegularCheckpoint):
                 "same command goes on from there"
             )
 
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._validates_first:
+            # The counters of a batch that is done, and of a validation that has just begun.
+            loops = checkpoint["loops"]["fit_loop"]
+            for count in ("total", "current"):
+                loops["epoch_loop.batch_progress"][count]["completed"] += 1
+            counts = loops["epoch_loop.val_loop.batch_progress"]
+            counts["current"] = dict.fromkeys(counts["current"], 0)
+            counts["total"] = {**counts["current"], "ready": 1, "started": 1}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Let the paths in a checkpoint follow its run folder, if that has been moved.
+
+        Lightning forgets the best score so far if the folder is another, and then replaces the
+        best checkpoint by the next one.
+        """
+        states = checkpoint["callbacks"]
+        before = [s["dirpath"] for name, s in states.items() if name.startswith("LastCheckpoint")]
+        if before:
+            checkpoint["callbacks"] = _with_prefix(states, str(before[0]), str(self.dirpath))
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+
+
+def _with_prefix(value: Any, before: str, now: str) -> Any:
+    """`value` with `now` in place of `before` at the start of all texts in it."""
+    if isinstance(value, dict):
+        items = value.items()
+        return {_with_prefix(k, before, now): _with_prefix(v, before, now) for k, v in items}
+    if isinstance(value, str) and value.startswith(before):
+        return now + value[len(before) :]
+    return value
 
 
 class BestCheckpoints(ModelCheckpoint):

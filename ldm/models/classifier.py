@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import PurePath
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,6 @@ from ldm.modules.lr_schedule import LinearAnneal
 QUARTERS = 4  # ranges of t whose validation accuracy is reported
 SCALE_TOLERANCE = 0.05  # relative difference of latent scales that models bear
 TEMPERATURES = (0.1, 10.0)  # least and largest that calibration gives
-T_SAMPLERS = ("uniform", "stratified")
 
 # Least pixels -> width multipliers by level. From 128 as guided diffusion's classifiers (512: their
 # first level is half as wide).
@@ -120,15 +119,12 @@ class LatentSpace:
             return cls(model.first_stage_model, settings, scale)
         return cls(model.net, NoiseSchedule().settings, None)
 
-    def measured(
-        self, tiles: Dataset, device: torch.device | str = "cpu", count: int = 2048
-    ) -> "LatentSpace":
-        """With a scale of 1 / std over up to `count` of these tiles, where there is none yet."""
+    def measured(self, tiles: Dataset) -> "LatentSpace":
+        """With a scale of 1 / std over up to 2,048 of these tiles, where there is none yet."""
         if self.scale_factor is not None:
             return self
-        chosen = torch.linspace(0, len(tiles) - 1, min(count, len(tiles))).long().unique().tolist()
-        first_stage = self.first_stage.to(device)
-        sums = latent_sums(tiles, chosen, lambda x: first_stage.encode(x.to(device)))
+        chosen = torch.linspace(0, len(tiles) - 1, min(2048, len(tiles))).long().unique().tolist()
+        sums = latent_sums(tiles, chosen, self.first_stage.encode)
         # Six digits, so that measuring it again on another machine gives the same number.
         return replace(self, scale_factor=float(f"{scale_from_sums(sums):.6g}"))
 
@@ -151,9 +147,6 @@ def attention_factors(resolutions: Sequence[int] | None, pixels: int, levels: in
         resolutions: As guided diffusion counts them, `pixels` / factor. None for the paper's
             factors, 8 and 16, as far as there are such levels.
         levels: Number of levels; the factors are 1, 2, ... 2 ** (levels - 1).
-
-    Raises:
-        UserError: A resolution that is not one of a level.
     """
     factors = [2**level for level in range(levels)]
     if resolutions is None:
@@ -251,11 +244,7 @@ def network_config_of(
 
 
 def start_from_unet(model: "NoisyLatentClassifier", diffusion: LatentDiffusion, where: str) -> None:
-    """Copy the averaged weights of a diffusion model's encoder and middle into a classifier.
-
-    Raises:
-        UserError: `where`: other latents, or another network.
-    """
+    """Copy the averaged weights of a diffusion model's encoder and middle into a classifier."""
     if diffusion.autoencoder_fingerprint != model.autoencoder_fingerprint:
         raise UserError(
             f"{where} was trained on latents of another autoencoder than `first_stage`; leave "
@@ -275,11 +264,7 @@ def start_from_unet(model: "NoisyLatentClassifier", diffusion: LatentDiffusion, 
 def start_from_classifier(
     model: "NoisyLatentClassifier", source: "NoisyLatentClassifier", where: str
 ) -> None:
-    """Copy the weights of a classifier of the same classes and latents.
-
-    Raises:
-        UserError: `where`: other classes or other latents.
-    """
+    """Copy the weights of a classifier of the same classes and latents."""
     if source.classes != model.classes:
         raise UserError(f"{where} knows the classes {source.classes}, the data {model.classes}")
     if source.autoencoder_fingerprint != model.autoencoder_fingerprint:
@@ -340,11 +325,7 @@ class GuidingClassifier(HistoModule):
         self._validated: list[tuple[Tensor, Tensor]] = []  # logits (n, K) and labels (n,)
 
     def attach(self, diffusion: LatentDiffusion, where: str) -> None:
-        """Take over what sampling shares with the diffusion model; a network of its own needs none.
-
-        Raises:
-            UserError: `where` (for example `classifier` CKPT) does not go with the model.
-        """
+        """Take over what sampling shares with the diffusion model; some share nothing."""
 
     def logits_model(self) -> nn.Module:
         """(z_t (B, C, H, W), t (B,)) -> logits (B, K)."""
@@ -495,9 +476,6 @@ class NoisyLatentClassifier(GuidingClassifier):
         weight_decay: AdamW's.
         anneal_steps: The learning rate falls linearly to 0 over so many steps; None keeps it.
         first_stage: The frozen autoencoder, needed to train.
-
-    Raises:
-        UserError: Settings out of range, or an autoencoder that does not fit the network.
     """
 
     def __init__(
@@ -511,16 +489,12 @@ class NoisyLatentClassifier(GuidingClassifier):
         linear_end: float = 0.0155,
         process: dict | None = None,
         noised: bool = True,
-        t_sampler: str = "uniform",
+        t_sampler: Literal["uniform", "stratified"] = "uniform",
         microbatch: int | None = None,
         weight_decay: float = 0.0,
         anneal_steps: int | None = None,
         first_stage: AutoencoderNet | None = None,
     ):
-        if t_sampler not in T_SAMPLERS:
-            raise UserError(
-                f"schedule_sampler={t_sampler!r} must be one of {', '.join(T_SAMPLERS)}"
-            )
         if process is None:
             schedule = NoiseSchedule(beta_schedule, timesteps, linear_start, linear_end)
             process = schedule.settings
@@ -588,11 +562,6 @@ class NoisyLatentClassifier(GuidingClassifier):
     def forward(self, z_t: Tensor, t: Tensor) -> Tensor:
         """Logits (B, K) of noisy latents (B, C, H, W) at time steps (B,)."""
         return self.net(z_t, t)
-
-    @torch.no_grad()
-    def encode(self, x: Tensor, sample: bool = True) -> Tensor:
-        """Scaled latents z_0 (B, C, H, W) of images in [-1, 1]: a draw, or the mean."""
-        return self.latents({"image": x}, sample)
 
     @torch.no_grad()
     def latents(self, batch: dict[str, Any], sample: bool = True) -> Tensor:

@@ -51,9 +51,6 @@ class TileClassifier(nn.Module):
         avgpool_patchtokens: Pool the patch tokens instead of taking the class token.
         drop_path: Stochastic depth; not used, with a line in the log, if the architecture has none.
         mean, std: Of each channel of images in [0, 1], for the normalisation.
-
-    Raises:
-        UserError: The architecture is unknown, or does not take these values.
     """
 
     def __init__(
@@ -188,14 +185,14 @@ def _create(
     return net
 
 
-def eval_transform(input_size: int, interpolation: str = "bicubic"):
+def eval_transform(input_size: int):
     """Make the transform of evaluation: PIL image -> uint8 (3, S, S).
 
     It resizes the shorter side to S / 0.875 and crops the centre, as published (256 and 224 px).
     `TileClassifier` normalises.
     """
     return create_transform(
-        input_size, is_training=False, interpolation=interpolation, crop_pct=0.875, normalize=False
+        input_size, is_training=False, interpolation="bicubic", crop_pct=0.875, normalize=False
     )
 
 

@@ -55,9 +55,6 @@ class Course:
 
         A set that is smaller than a batch makes one smaller batch. Otherwise the images that fill
         no batch (others in each pass) are left out, so that all batches are alike.
-
-        Raises:
-            UserError: There are too few images for the devices.
         """
         # Mixing needs pairs, and so do the shares of several processes.
         unit = 2 * ranks if settings.mixes or ranks > 1 else 1
@@ -105,11 +102,7 @@ class Validation(NamedTuple):
 
 
 def build_network(settings: Settings, classes: list[str]) -> TileClassifier:
-    """The network to train, with the weights of `finetune`.
-
-    Raises:
-        UserError: The architecture is unknown, or the weights do not fit it.
-    """
+    """The network to train, with the weights of `finetune`."""
     net = TileClassifier(
         settings.arch,
         len(classes),
@@ -127,11 +120,7 @@ def build_network(settings: Settings, classes: list[str]) -> TileClassifier:
 
 
 def build_optimizer(settings: Settings, net: TileClassifier, lr: float) -> torch.optim.Optimizer:
-    """timm's optimizer of that name, without weight decay of biases, norms and embeddings.
-
-    Raises:
-        UserError: timm has no optimizer of that name.
-    """
+    """timm's optimizer of that name, without weight decay of biases, norms and embeddings."""
     # Those of apex and bitsandbytes need packages that are not ours, adahessian another loop.
     known = list_optimizers(exclude_filters=["fused*", "bnb*", "adahessian"])
     if settings.opt not in known:

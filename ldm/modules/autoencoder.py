@@ -271,9 +271,6 @@ class AutoencoderKL(nn.Module):
             `dropout`, `double_z` (True), `use_checkpoint` (recompute features in the backward pass:
             less memory, the same gradients).
         embed_dim: Channels of the latent.
-
-    Raises:
-        UserError: Unknown or missing keys, or sizes that do not fit together.
     """
 
     def __init__(self, ddconfig: dict, embed_dim: int):

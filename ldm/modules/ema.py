@@ -27,8 +27,8 @@ class EMA(nn.Module):
         self.decay = decay
         self.net = copy.deepcopy(net).eval().requires_grad_(False)
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))
-        # `num_updates`, known without waiting for a GPU; None where it is not known.
-        self._count: int | None = None
+        # `num_updates`, for which a GPU would have to be waited for; None where it is not known.
+        self._count: int | None = 0
 
     def train(self, mode: bool = True) -> "EMA":
         """The average is only ever evaluated, so it stays in evaluation mode."""

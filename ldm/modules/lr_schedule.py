@@ -64,9 +64,6 @@ class WarmupCosine:
         total_steps: Optimiser steps of the whole training; later ones stay at `f_min`.
         plateau: Share of `total_steps` before the descent begins, in [0, 1).
         f_min: Last factor, in [0, 1].
-
-    Raises:
-        UserError: Values out of range.
     """
 
     def __init__(

@@ -11,9 +11,9 @@ from torch import Tensor
 from ldm.data.tile_files import TileFiles
 from ldm.errors import UserError
 from ldm.evaluation.predictions import Predictions
-from ldm.features.centroids import Centroids
+from ldm.features.centroids import Centroids, class_centroids
 from ldm.features.extractor import Extractor
-from ldm.features.probe import Judge
+from ldm.features.probe import Judge, Probe
 from ldm.features.sets import FeatureSet, cached_features
 
 REAL_FILE, SYNTHETIC_FILE = "features_real.safetensors", "features_synthetic.safetensors"
@@ -22,16 +22,15 @@ CENTROIDS_FILE = "centroids.safetensors"
 
 @dataclass(frozen=True)
 class Judged:
-    """Features and centroids that belong together; the synthetic ones are in order.
+    """Features and centroids that belong together (checked); the synthetic ones are in order.
 
     Attributes:
         real, synthetic, centroids: Of all networks side by side, see `FeatureSet.joined`.
         networks: The synthetic tiles by network; empty for a single one.
         judge: What gives classes to tiles; None where none was asked for.
         val: What `measured` found; None where there are no labelled tiles to measure on.
-
-    Raises:
-        UserError: They do not: other classes, another network or other real tiles.
+        left_out: Name, cross-entropy and accuracy of each network that has a regression, on
+            left-out real tiles.
     """
 
     real: FeatureSet
@@ -40,6 +39,7 @@ class Judged:
     networks: tuple[FeatureSet, ...] = ()
     judge: Judge | None = None
     val: dict[str, Any] | None = None
+    left_out: tuple[dict[str, Any], ...] = ()
 
     @cached_property
     def probabilities(self) -> Tensor | None:
@@ -76,9 +76,6 @@ def read_judged(source: str, synthetic_root: Path, with_judge: bool = False) -> 
 
     Args:
         with_judge: Fit a judge.
-
-    Raises:
-        UserError: Missing or foreign files, or features of other images.
     """
     folder = Path(source).expanduser()
     judged = Judged(
@@ -86,8 +83,10 @@ def read_judged(source: str, synthetic_root: Path, with_judge: bool = False) -> 
         FeatureSet.load(folder / SYNTHETIC_FILE).in_order(),
         Centroids.load(folder / CENTROIDS_FILE),
     )
-    classes = judged.real.classes
-    if TileFiles.below(synthetic_root, True, classes).digest != judged.synthetic.tiles:
+    files = TileFiles.below(synthetic_root, True, judged.real.classes)
+    # The names too: they are copied to a new folder by them.
+    same_names = sorted(files.names) == sorted(judged.synthetic.files)
+    if files.digest != judged.synthetic.tiles or not same_names:
         raise UserError(
             f"`synthetic` {synthetic_root}: its images are not those of `features` {source};"
             " run scripts/vis.py again"
@@ -103,6 +102,7 @@ def compute_judged(
     cache: Path | None,
     with_judge: bool,
     val_root: Path | None = None,
+    choose: bool = False,
     **loading: int,
 ) -> Judged:
     """Features by networks, from the cache where they were asked for the same tiles before.
@@ -112,14 +112,11 @@ def compute_judged(
         unlabelled: They are the latter: names of folders are ignored, each tile counts for the
             class that the judge gives it to, and tiles among the real ones are left out.
         extractors: Opened one after the other, where it is a generator.
-        cache: See `cached_features`; if None, it is beside the candidates: CANDIDATES.features.
+        cache, loading: See `cached_features`; without a cache it is CANDIDATES.features.
         with_judge: Fit a judge, see `ldm.features.probe.Judge`.
         val_root: Labelled tiles that the judge is measured on.
-        loading: See `cached_features`.
-
-    Raises:
-        UserError: Folders of other classes, unlabelled tiles that are among those of `val_root`,
-            or too few real tiles for a judge.
+        choose: Use the network alone whose regression has the lowest cross-entropy on left-out
+            real tiles.
     """
     if cache is None:
         beside = candidates_root.resolve()  # which has a name, other than "."
@@ -139,6 +136,16 @@ def compute_judged(
         *([cached_features(tiles, one, cache, **loading) for tiles in files] for one in extractors),
         strict=True,
     )
+    probed = [one for one in real if one.logits is None] if with_judge else []
+    left_out = [(one, Probe.of(one, cache).scores(one.labels)) for one in probed]
+    if choose:
+        if len(probed) < len(real):
+            raise UserError(
+                "--choose: a classifier of these classes may have seen the tiles that would be left"
+                " out; name other networks"
+            )
+        best = min(range(len(real)), key=lambda k: left_out[k][1]["cross_entropy"])
+        real, found, *val = ((sets[best],) for sets in (real, found, *val))
     judge = Judge.fit(real, cache, *val) if with_judge else None
     if unlabelled:
         labels = judge.probabilities(found).argmax(dim=1)
@@ -152,6 +159,7 @@ def compute_judged(
         found,
         judge,
         measured(judge, *val) if val else None,
+        tuple({"network": one.network, **scores} for one, scores in left_out),
     )
 
 
@@ -210,7 +218,8 @@ def labelled_files(real_root: Path, synthetic_root: Path) -> tuple[TileFiles, Ti
 
 def centroids_of(real: FeatureSet) -> Centroids:
     """Centroids of labelled tiles."""
-    return Centroids.of(real.values, real.labels, real.classes, real.extractor, real.tiles)
+    values = class_centroids(real.values, real.labels, len(real.classes))
+    return Centroids(values, real.classes, real.extractor, real.tiles)
 
 
 def conflicts(

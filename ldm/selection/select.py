@@ -11,8 +11,6 @@ A check of the training folder (scripts/copy_check.py) may take further ones out
 The images in the training folder are those of the decisions in USED.
 """
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +18,7 @@ import numpy as np
 
 from ldm.errors import UserError
 from ldm.features.sets import FeatureSet
+from ldm.files import csv_text
 from ldm.selection.strategies import Strategy
 
 ACCEPTED, SURPLUS, FILLED, REJECTED = "accepted", "surplus", "filled", "rejected"
@@ -102,31 +101,29 @@ class Selection:
 
     def to_csv(self) -> str:
         """Every decision, a row per image."""
-        stream = io.StringIO()
-        writer = csv.writer(stream, lineterminator="\n")
-        distances = [f"distance_{name}" for name in self.classes]
-        head = ["class", "file", "decision", "rank", "score", "nearest", "own_distance"]
-        judged = [] if self.probabilities is None else ["judged", "confidence"]
-        writer.writerow([*head, *distances, "reason", *judged])
-        nearest = self.distances.argmin(axis=1)
+        rows, nearest = [], self.distances.argmin(axis=1)
         for i, (file, label) in enumerate(zip(self.files, self.labels.tolist(), strict=True)):
-            row = self.distances[i].tolist()
-            score = "" if np.isnan(self.scores[i]) else f"{self.scores[i]:.9g}"
-            values = [f"{value:.9g}" for value in (row[label], *row)]
-            place = [self.decisions[i], self.ranks[i] or "", score, self.classes[nearest[i]]]
-            if judged:
+            distances = [f"{value:.9g}" for value in self.distances[i]]
+            row = {
+                "class": self.classes[label],
+                "file": file,
+                "decision": self.decisions[i],
+                "rank": self.ranks[i] or "",
+                "score": "" if np.isnan(self.scores[i]) else f"{self.scores[i]:.9g}",
+                "nearest": self.classes[nearest[i]],
+                "own_distance": distances[label],
+                **{f"distance_{c}": d for c, d in zip(self.classes, distances, strict=True)},
+                "reason": self.reasons[i],
+            }
+            if self.probabilities is not None:
                 p = self.probabilities[i]
-                judged = [self.classes[p.argmax()], f"{p.max():.6f}"]
-            writer.writerow([self.classes[label], file, *place, *values, self.reasons[i], *judged])
-        return stream.getvalue()
+                row |= {"judged": self.classes[p.argmax()], "confidence": f"{p.max():.6f}"}
+            rows.append(row)
+        return csv_text(rows, list(rows[0]))
 
 
 def wanted_per_class(counts: Sequence[int], ratio: int) -> list[int]:
-    """`ratio` percent of each count, rounded to the nearest whole image (halves up).
-
-    Raises:
-        UserError: That is no image at all.
-    """
+    """`ratio` percent of each count, rounded to the nearest whole image (halves up)."""
     wanted = [(count * ratio + 50) // 100 for count in counts]
     if not any(wanted):
         raise UserError(

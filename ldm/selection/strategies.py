@@ -138,9 +138,6 @@ def by_manifest(synthetic: FeatureSet, root: Path) -> Strategy:
 
     The manifest has no probabilities of other classes, so an image is rejected unless its own
     class has more than half: only then no other class can have more.
-
-    Raises:
-        UserError: No manifest, or one without a probability for each of the images.
     """
     known = _read_probabilities(root / MANIFEST)
     missing = [file for file in synthetic.files if file not in known]
@@ -210,9 +207,6 @@ def by_realism(synthetic: FeatureSet, real: FeatureSet, k: int) -> Strategy:
     inside a ball, infinite on a tile. (The paper leaves out the half of the balls with the largest
     radii; labelled tiles are too few for that here.) Rejected are images outside all balls, and
     those that have a real tile of another class as near as the nearest of their own.
-
-    Raises:
-        UserError: A class has no more than k real tiles.
     """
     realism = torch.empty(len(synthetic.labels), dtype=torch.float64)
     reasons: list[str | None] = [None] * len(realism)
@@ -263,9 +257,6 @@ class Coverage(Strategy):
     which is kernel herding (Chen et al. 2010). Candidates are images whose nearest centroid is
     their own. The score of an image is its value when it was chosen; images that are not chosen
     are ordered by their last one.
-
-    Raises:
-        UserError: A class has fewer than 2 real tiles.
     """
 
     score = "gain in coverage when chosen"

@@ -46,9 +46,6 @@ def build_training_folder(
         link: "copy", "hard" or "symbolic" (to absolute paths).
         pseudo: They are unlabelled tiles, in folders of any depth, which become
             `pseudo_FOLDER_NAME`.
-
-    Raises:
-        UserError: Two files would have one name, or the file system has no such links.
     """
     files: dict[str, Path] = dict(zip(real.names, real.paths, strict=True))
     for name in selection.classes:
@@ -71,9 +68,6 @@ def read_decisions(path: Path, what: str) -> dict[str, str]:
     Args:
         path: A training folder or its selection.csv.
         what: How error messages call it.
-
-    Raises:
-        UserError: No such file, or not one of ours.
     """
     file = path / DECISIONS if path.is_dir() else path
     if not file.is_file():

@@ -1,6 +1,5 @@
 """A selection as a whole: from the features of a judge to a training folder and its record."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +10,7 @@ from ldm.data.folders import RECORD
 from ldm.data.tile_files import TileFiles
 from ldm.features.centroids import centroid_distances
 from ldm.features.extractor import Extractor
-from ldm.run import MadeFolder, git_revision, versions
+from ldm.run import MadeFolder, provenance
 from ldm.selection.judge import Judged, conflicts
 from ldm.selection.select import Selection, select
 from ldm.selection.sheets import Sheets, sheet_path
@@ -113,14 +112,13 @@ class WantedFolder:
             # Unlabelled tiles have their classes from the judge itself.
             agreement = None if self.pseudo else selection.agreement()
             facts["judge"] |= {"agreement": agreement, "val": self.judged.val}
+            facts["judge"]["left_out"] = self.judged.left_out
         record = {
             "settings": self.settings,
             "counts": counts,
             **facts,
             "warnings": warnings,
-            "command": sys.argv,
-            "versions": versions(),
-            "revision": git_revision(),
+            **provenance(),
         }
         build_training_folder(
             self.out, self.real, self.candidates_root, selection, record, self.link, self.pseudo

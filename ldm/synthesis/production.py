@@ -19,8 +19,9 @@ from tqdm import tqdm
 from ldm import __version__
 from ldm.devices import Ranks, one_thread, within_memory
 from ldm.diffusion.samplers import Step
+from ldm.files import Journal
 from ldm.run import git_revision, versions
-from ldm.synthesis.folder import Journal, SampleFolder, image_row
+from ldm.synthesis.folder import SampleFolder, image_row
 from ldm.synthesis.guidance_log import GuidanceLog
 from ldm.synthesis.sources import Sources
 from ldm.synthesis.synthesiser import Confidence, Synthesiser
@@ -141,7 +142,7 @@ class Writer:
                 batch.jobs, files, batch.confidences, batch.sources, strict=True
             )
         ]
-        self._journal.add(rows, batch.guidance)
+        self._journal.add({"rows": rows, "guidance": batch.guidance.record()})
 
 
 def synthesise(
@@ -182,12 +183,16 @@ def synthesise(
         folder.start(alone=part.is_whole)
     ranks.barrier()
     start = time.perf_counter()
-    journal = folder.journal(stamp, ranks.rank, _start(synthesiser, ranks))
     try:
         missing = (job for job in part.of(_jobs(counts)) if job not in there)
         mine = islice(missing, ranks.rank, None, ranks.size)
         share = len(range(ranks.rank, wanted - present, ranks.size))
-        with one_thread(synthesiser.device), within_memory(batch_size):
+        run = _start(synthesiser, ranks)
+        with (
+            folder.journal(stamp, ranks.rank, run) as journal,
+            one_thread(synthesiser.device),
+            within_memory(batch_size),
+        ):
             quiet = not ranks.is_first
             _sample(synthesiser, folder, journal, mine, share, batch_size, quiet, sources)
         ranks.barrier()

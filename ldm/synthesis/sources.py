@@ -41,10 +41,6 @@ class Sources:
     Attributes:
         by_class: Files of each class, in the order of use.
         digest: SHA-256 of the files and of which class they are used for.
-
-    Raises:
-        UserError: A folder of validation or test tiles, one without tiles for some class, or
-            unlabelled tiles without a judge.
     """
 
     def __init__(
@@ -128,8 +124,8 @@ class Sources:
             x = [_turned(image, turn) for image, turn in zip(x, turns, strict=True)]
         device = self.diffusion.scale_factor.device
         # One at a time: an image must not depend on those that are made beside it.
-        encode = self.diffusion.encode_first_stage
-        return torch.cat([encode(image[None].to(device), sample=False) for image in x])
+        batches = ({"image": image[None].to(device)} for image in x)
+        return torch.cat([self.diffusion.latents(batch, sample=False) for batch in batches])
 
 
 def _turned(image: Tensor, turn: int) -> Tensor:

@@ -140,8 +140,8 @@ class Synthesiser:
         self, model: LatentDiffusion
     ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """eps(z_t, t, y); a model without labels does not look at y."""
-        net = model.conditional_eps if model.conditional else model.eps_model
-        eps = accelerated(net(use_ema=self.sampling.ema), self.devices, self.device)
+        net = model.eps_model(use_ema=self.sampling.ema)
+        eps = accelerated(net, self.devices, self.device)
         return eps if model.conditional else lambda z_t, t, y: eps(z_t, t)
 
     def _shared_pass(self, classifier: GuidingClassifier) -> Callable | None:
@@ -230,9 +230,6 @@ class Synthesiser:
 
         Args:
             sources: Clean scaled latents to start from where there is a `Sampling.strength`.
-
-        Raises:
-            UserError: The latents are not finite.
         """
         sampling, schedule = self.sampling, self.models.diffusion.schedule
         shape = self.models.diffusion.latent_shape
