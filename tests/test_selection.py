@@ -425,7 +425,7 @@ def test_unlabelled_tiles_with_the_classes_that_a_judge_gives_them(folders, tmp_
     assert "judge on 15 tiles of --val: accuracy 1.000" in capsys.readouterr().out
     distance.main([*words, "--per_class", "5", "--out", str(out)])
     assert "there already" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--choose: a classifier"):
+    with pytest.raises(UserError, match="`choose`: a classifier"):
         distance.main([*words, "--choose", "--out", str(tmp_path / "other")])
 
 
