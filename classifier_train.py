@@ -1,43 +1,43 @@
 """Train the noisy-latent classifier that guides sampling, on labelled tiles.
 
-    python classifier_train.py --data_dir D --val_data_dir V --iterations 300000 --anneal_lr True \\
-        --batch_size 32 --lr 5e-5 --save_interval 10000 --weight_decay 0.05 --image_size 256 \\
-        --classifier_attention_resolutions 32,16 --classifier_depth 2 --classifier_width 128 \\
-        --classifier_pool attention --classifier_resblock_updown True \\
-        --classifier_use_scale_shift_norm True --first_stage CKPT
+With --readout it reads the features of a frozen diffusion model, which takes few labels and
+seconds; otherwise it is an encoder of its own, from scratch or from --init_from.
 
-`--image_size` and the attention resolutions are in pixels, as in guided diffusion; the network
-works on the latents of `--first_stage`.
+--image_size and the attention resolutions are in pixels, as in guided diffusion; the network
+works on the latents of --first_stage.
 """
 
-import logging
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from ldm.cli import (
+    MOST,
     Commas,
     Count,
     NotNegative,
+    Pixels,
+    Rate,
     Whole,
+    Workers,
     existing_path,
     like,
     option,
     parse,
     run_command,
 )
+from ldm.data.arrays import holder
 from ldm.errors import UserError
 from ldm.settings import RunOptions
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
-log = logging.getLogger("classifier_train")
 
 FIRST_STAGE_VARIABLE = "HISTO_FIRST_STAGE"
 AUGMENT = "d4"
@@ -62,16 +62,10 @@ def default_of(name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(RunOptions):
-    """Train the noisy-latent classifier that guides sampling, on labelled tiles.
-
-    With --readout it reads the features of a frozen diffusion model, which takes few labels and
-    seconds; otherwise it is an encoder of its own, from scratch or from --init_from.
-
-    --image_size and the attention resolutions are in pixels, as in guided diffusion; the network
-    works on the latents of --first_stage.
-    """
-
     program: ClassVar = "classifier_train.py"
+    replaced: ClassVar = {
+        "--classifier-use-fp16": "give --precision 16-mixed instead, or leave it out"
+    }
     example: ClassVar = """\
   python classifier_train.py --data_dir D/train5 --val_data_dir D/val --first_stage logs/ldm \\
       --iterations 10000 --name classifier"""
@@ -103,16 +97,16 @@ class Options(RunOptions):
         default=None,
         metavar="CKPT",
         help="diffusion checkpoint whose encoder and middle the classifier starts from, and whose "
-        "latents it takes; its network is then that of the checkpoint",
+        "latents it takes, or an (imported) classifier; the network is that of the checkpoint",
     )
-    image_size: Annotated[int, Field(ge=8)] | None = _data(
+    image_size: Pixels | None = _data(
         default=None, help="pixels of a tile; must be the autoencoder's"
     )
     augment: Literal["none", "d4", "stain", "d4,stain"] | None = _data(
         default=None,
         help=f"d4: the 8 symmetries of the square; stain: its colours; if omitted {AUGMENT}",
     )
-    workers: Whole = _data(default=2, published=("--num_workers",), help="loader processes")
+    workers: Workers = _data(default=2, published=("--num_workers",), help="loader processes")
 
     noised: bool = _training(
         default=True,
@@ -125,10 +119,10 @@ class Options(RunOptions):
     batch_size: Count | None = _training(
         default=None, help=f"images per step and device; {default_of('batch_size')}"
     )
-    microbatch: Annotated[int, Field(ge=-1)] = _training(
+    microbatch: Annotated[int, Field(ge=-1, le=MOST)] = _training(
         default=-1, help="images per pass; -1 for all at once"
     )
-    lr: NotNegative | None = _training(default=None, help=f"learning rate; {default_of('lr')}")
+    lr: Rate | None = _training(default=None, help=f"learning rate; {default_of('lr')}")
     anneal_lr: bool = _training(
         default=True, takes_value=True, help="let the learning rate fall linearly to 0"
     )
@@ -149,7 +143,7 @@ class Options(RunOptions):
         help="loggers beside the CSV files; without a name, none",
     )
 
-    classifier_width: Annotated[int, Field(ge=32)] = _network(
+    classifier_width: Annotated[int, Field(ge=32, le=2**14)] = _network(
         default=128, help="channels of the first level"
     )
     classifier_depth: Count = _network(default=2, help="residual blocks per level")
@@ -263,34 +257,6 @@ class Options(RunOptions):
         )
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv).with_defaults()
-
-
-def data_config(args: Options, size: int) -> dict[str, Any]:
-    """The data node: labelled tiles, augmented in training only, or a cache of latents."""
-    params: dict[str, Any] = {
-        "batch_size": args.batch_size,
-        "num_workers": args.workers,
-        "seed": args.seed,
-    }
-    target = "ldm.data.datamodule.DataModuleFromConfig"
-    if args.latents:
-        return {"target": target, "params": {**params, "latents": args.latents}}
-    augment = [] if args.augment == "none" else args.augment.split(",")
-
-    def tiles(root: str, **params: Any) -> dict[str, Any]:
-        params = {"root": root, "size": size, "labelled": True, **params}
-        return {"target": "ldm.data.tiles.TileFolder", "params": params}
-
-    params["train"] = tiles(args.data_dir, augment=augment)
-    if args.val_data_dir:
-        params["validation"] = tiles(args.val_data_dir)
-    else:
-        params["val_fraction"] = args.val_fraction
-    return {"target": target, "params": params}
-
-
 def check_paths(args: Options) -> None:
     """Missing files and folders, before anything heavy is imported."""
     if not args.first_stage:
@@ -305,253 +271,23 @@ def check_paths(args: Options) -> None:
     if args.latents:
         existing_path(args.latents, "--latents", "dir")
     else:
-        existing_path(args.data_dir, "--data_dir", "dir")
+        existing_path(holder(Path(args.data_dir).expanduser()), "--data_dir")
     if args.val_data_dir:
-        existing_path(args.val_data_dir, "--val_data_dir", "dir")
-
-
-def check_cache(cache, space) -> None:
-    """UserError unless the cache has what a classifier on this `LatentSpace` needs."""
-    cache.require(space.first_stage.fingerprint(), "--latents")
-    if not cache.train.classes:
-        raise UserError(
-            f"--latents {cache.root}: its tiles have no labels; make it with labelled tiles"
-        )
-    if cache.validation is None:
-        raise UserError(
-            f"--latents {cache.root}: it holds no validation tiles; make it with --val_data, or "
-            "hold some out"
-        )
-
-
-def _list(values: tuple[int, ...] | None) -> list[int] | None:
-    """A list, as the configuration that is stored with the weights has it."""
-    return None if values is None else list(values)
-
-
-def net_config(args: Options, space, classes: list[str], source) -> dict[str, Any]:
-    """target/params of the encoder; `source` is the diffusion model of --init_from, or None."""
-    from ldm.models.classifier import network_config, network_config_of
-
-    if source is not None:
-        return network_config_of(
-            source,
-            len(classes),
-            pool=args.classifier_pool,
-            dropout=args.classifier_dropout,
-            use_checkpoint=args.classifier_use_checkpoint,
-        )
-    return network_config(
-        space.first_stage,
-        len(classes),
-        width=args.classifier_width,
-        depth=args.classifier_depth,
-        channel_mult=_list(args.classifier_channel_mult),
-        attention_resolutions=_list(args.classifier_attention_resolutions),
-        pool=args.classifier_pool,
-        resblock_updown=args.classifier_resblock_updown,
-        use_scale_shift_norm=args.classifier_use_scale_shift_norm,
-        dropout=args.classifier_dropout,
-        use_checkpoint=args.classifier_use_checkpoint,
-    )
-
-
-def build_model(args: Options, space, classes: list[str]):
-    """The classifier of `args` for a measured `LatentSpace`."""
-    from ldm.checkpoint import load_model
-    from ldm.models.classifier import NoisyLatentClassifier, process_params, start_from_unet
-
-    source = None
-    if args.init_from:
-        source = load_model(args.init_from, "diffusion", what="--init_from")
-    model = NoisyLatentClassifier(
-        net_config=net_config(args, space, classes, source),
-        autoencoder_fingerprint=space.first_stage.fingerprint(),
-        scale_factor=space.scale_factor,
-        **process_params(space.schedule),
-        noised=args.noised,
-        t_sampler=args.schedule_sampler,
-        microbatch=None if args.microbatch == -1 else args.microbatch,
-        weight_decay=args.weight_decay,
-        anneal_steps=args.iterations if args.anneal_lr else None,
-        first_stage=space.first_stage,
-    )
-    if source is not None:
-        start_from_unet(model, source, f"--init_from {args.init_from}")
-    model.classes, model.seed, model.learning_rate = list(classes), args.seed, args.lr
-    return model
-
-
-def build_readout(args: Options, data, devices):
-    """The readout of `args`, and the features that it is trained and validated on."""
-    from ldm.checkpoint import load_model
-    from ldm.models.readout import FeatureData, FeatureMaker, ReadoutClassifier, choose_draws
-
-    if devices.ranks > 1:
-        raise UserError("--readout trains on one device; leave --devices, --gpus, --num_nodes out")
-    diffusion = load_model(args.readout, "diffusion", what="--readout")
-    model = ReadoutClassifier.of(
-        diffusion,
-        data.classes,
-        blocks=_list(args.readout_blocks),
-        width=args.readout_width or 256,
-        dropout=0.3 if args.readout_dropout is None else args.readout_dropout,
-        weight_decay=args.weight_decay,
-        anneal_steps=args.iterations if args.anneal_lr else None,
-    )
-    model.seed, model.learning_rate = args.seed, args.lr
-    if args.dry_run:
-        return model, data
-    tiles = data.train_dataset
-    draws = args.readout_draws or choose_draws(len(tiles))
-    log.info("reading %d draws of %d tiles", draws, len(tiles))
-    maker = FeatureMaker(model, diffusion, devices)
-    train, validation = maker.training(tiles, draws, args.seed), maker.validation(data.val_dataset)
-    model.net.standardise(train.features)
-    return model, FeatureData(train, validation, args.batch_size, args.seed)
-
-
-def describe(args: Options, model, data, devices) -> str:
-    """Parameters, data, batch and latent space, one per line."""
-    from ldm.models.diffusion import scale_text
-
-    counts = [data.train_dataset.labels.count(label) for label in range(len(model.classes))]
-    tiles = ", ".join(f"{name} {n}" for name, n in zip(model.classes, counts, strict=True))
-    channels, size, _ = model.latent_shape
-    scale = scale_text(model.scale_factor)
-    t = "over the whole schedule" if model.noised else "0 only, on clean latents"
-    ranks = devices.ranks
-    passes = math.ceil(args.batch_size / (getattr(model, "microbatch", None) or args.batch_size))
-    return "\n".join(
-        [
-            f"parameters   {sum(p.numel() for p in model.net.parameters()):,}",
-            f"data         {len(data.train_dataset):,} training tiles, "
-            f"{len(data.val_dataset):,} validation tiles",
-            f"classes      {tiles}",
-            f"latents      {channels}x{size}x{size}, scale {scale}, t {t}",
-            f"batch        {ranks * args.batch_size} ({ranks} devices x {args.batch_size}, "
-            f"{passes} passes each)",
-            f"learning rate {args.lr:.3g}{' annealed to 0' if args.anneal_lr else ''} over "
-            f"{args.iterations:,} steps",
-            devices.describe(),
-        ]
-    )
-
-
-def write_result(trainer: "pl.Trainer", run) -> None:
-    """result.json: the last validation and the best one."""
-    from ldm.checkpoint import load_model
-    from ldm.files import write_json
-
-    last = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-    if not last:
-        return  # the run was complete already
-    best = next(c for c in trainer.checkpoint_callbacks if c.monitor == "val/accuracy")
-    result = {
-        "step": trainer.global_step,
-        "last": last,
-        "best": {
-            "val/accuracy": float(best.best_model_score),
-            "temperature": float(load_model(best.best_model_path, "classifier").temperature),
-            "checkpoint": "checkpoints/best.ckpt",
-        },
-    }
-    write_json(run.root / "result.json", result)
-    accuracies = {k.removeprefix("val/"): v for k, v in last.items() if "accuracy" in k}
-    log.info("validation: %s", ", ".join(f"{k} {v:.4f}" for k, v in accuracies.items()))
-    log.info(
-        "best validation accuracy %.4f at temperature %.3f: %s",
-        result["best"]["val/accuracy"],
-        result["best"]["temperature"],
-        best.best_model_path,
-    )
-
-
-def prepare(args: Options, devices):
-    """The labelled tiles with their configuration, the classifier, and what it is trained on."""
-    from ldm.config import instantiate_from_config
-    from ldm.models.classifier import LatentSpace
-
-    space = LatentSpace.load(args.first_stage, "--readout" if args.readout else "--first_stage")
-    pixels = space.first_stage.resolution
-    if args.image_size not in (None, pixels):
-        raise UserError(
-            f"--image_size {args.image_size}: {args.first_stage} works on tiles of {pixels} "
-            f"pixels; give --image_size {pixels}"
-        )
-    node = data_config(args, pixels)
-    data = instantiate_from_config(node)
-    data.setup()
-    if data.cache is not None:
-        check_cache(data.cache, space)
-    if args.readout:
-        model, features = build_readout(args, data, devices)
-    else:
-        space = space.measured(data.train_dataset.without_augmentation())
-        model, features = build_model(args, space, data.classes), data
-    return node, data, model, features
+        existing_path(holder(Path(args.val_data_dir).expanduser()), "--val_data_dir")
 
 
 def train(args: Options) -> "tuple[pl.Trainer, pl.LightningModule] | None":
-    """Build everything and train; returns the trainer and the model, or None after a dry run."""
+    """See `ldm.trainings.classifier.train`."""
+    args = args.with_defaults()
     check_paths(args)
 
-    import pytorch_lightning as pl
-    from omegaconf import OmegaConf
-    from pytorch_lightning.callbacks import EarlyStopping
+    from ldm.trainings.classifier import train
 
-    from ldm.run import RunFolder
-    from ldm.train import checkpoint_callbacks, devices_of, fit
-
-    devices = devices_of(args)
-    pl.seed_everything(args.seed, workers=True, verbose=False)
-
-    node, data, model, features = prepare(args, devices)
-    config = {
-        "model": {**model.rebuild_config(), "base_learning_rate": args.lr},
-        "data": node,
-        "arguments": vars(args),
-    }
-    text = describe(args, model, data, devices)
-    if args.dry_run:
-        print(OmegaConf.to_yaml(OmegaConf.create(config)))
-        print(text)
-        return None
-
-    run, checkpoint = RunFolder.find(
-        args.logdir, args.name, args.resume, "classifier", config["model"]
-    )
-    regular = {"filename": "model_{step:06d}", "every_n_train_steps": args.save_interval}
-    callbacks = checkpoint_callbacks(run, model, True, {"params": regular})
-    if args.patience:
-        callbacks.append(EarlyStopping("val/accuracy", mode="max", patience=args.patience))
-    settings = {
-        "max_steps": args.iterations,
-        "max_epochs": -1,
-        "log_every_n_steps": args.log_interval,
-        # Counted in steps across epochs; a short run still validates once, at its end.
-        "val_check_interval": min(args.eval_interval, args.iterations),
-        "check_val_every_n_epoch": None,
-    }
-    trainer = fit(
-        model,
-        features,
-        run,
-        devices,
-        checkpoint=checkpoint,
-        callbacks=callbacks,
-        settings=settings,
-        loggers=list(args.logger),
-        config=config,
-        summary=text,
-    )
-    if trainer.is_global_zero:
-        write_result(trainer, run)
-    return trainer, model
+    return train(args)
 
 
 def main(argv: list[str] | None = None) -> None:
-    train(parse_arguments(argv))
+    train(parse(Options, argv))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 """Train a ViT on real and synthetic tiles and report what it is worth on held-out real ones.
 
-    python eval.py --arch vit_small --data_path D --output_dir train5+fake50%
-
-trains on `D/train5+fake50%`, chooses the epoch on `D/val` and reports `D/test` once. As in the
-published script, `--output_dir` is the name of the training subset; the results go to
-`logs/eval/<that name>/`. The same command again goes on where it stopped.
+It trains on D/SUBSET, chooses the epoch on D/val and reports D/test once: accuracy, macro F1,
+sensitivity and specificity of the whole set. As in the published script, --output_dir is the name
+of the training subset; the results go to LOGDIR/SUBSET. The same command again goes on where it
+stopped.
 """
 
 from collections.abc import Iterator
@@ -15,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ldm.cli import Whole, contradictions, existing_path, like, option, parse, run_command
+from ldm.cli import MOST, Seed, contradictions, existing_path, like, option, parse, run_command
 from ldm.devices import Devices, one_device, shared_devices
 from ldm.errors import UserError
+from ldm.files import require_outside
 from ldm.models.vit_settings import Settings
 from ldm.settings import PRECISION_HELP, EvaluationOptions, SharedDevices
 
@@ -29,12 +29,6 @@ run_option = partial(option, group="run")
 
 @dataclass(frozen=True, kw_only=True)
 class Options(EvaluationOptions, SharedDevices, Settings):
-    """Train a classifier on D/SUBSET, choose its epoch on D/val, report D/test.
-
-    Reports accuracy, macro F1, sensitivity and specificity of the whole set. The results are in
-    LOGDIR/SUBSET; the same command again goes on where it stopped.
-    """
-
     program: ClassVar = "eval.py"
     example: ClassVar = (
         "  python eval.py --arch vit_small --data_path D --subset 'train5+fake50%' --seeds 0 1 2"
@@ -44,11 +38,11 @@ class Options(EvaluationOptions, SharedDevices, Settings):
         Settings, "precision", None, help=PRECISION_HELP.format("bf16-mixed")
     )
     logdir: str = run_option(default="logs/eval", metavar="DIR", help="results go to LOGDIR/SUBSET")
-    seed: Whole | None = run_option(default=None, help="seed; if omitted 0")
-    seeds: tuple[Whole, ...] | None = run_option(
+    seed: Seed | None = run_option(default=None, help="seed; if omitted 0")
+    seeds: tuple[Seed, ...] | None = run_option(
         default=None, metavar="N", help="several seeds: one network each, then mean and deviation"
     )
-    num_classes: Annotated[int, Field(ge=2)] | None = run_option(
+    num_classes: Annotated[int, Field(ge=2, le=MOST)] | None = run_option(
         default=None, help="compared with the class folders, which decide"
     )
     resume: str | None = run_option(
@@ -78,10 +72,6 @@ class Options(EvaluationOptions, SharedDevices, Settings):
             yield "devices", f"{self.devices} is for training; leave it out with --eval"
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
 def evaluate(args: Options, data_path: Path, devices: Devices, groups: "GroupTable | None") -> None:
     """Evaluate a trained network on the sets below `data_path`, and print what was found."""
     from ldm.evaluation.metrics import HEADLINE, format_intervals, format_per_class
@@ -95,14 +85,15 @@ def evaluate(args: Options, data_path: Path, devices: Devices, groups: "GroupTab
     report = evaluate_checkpoint(checkpoint, data_path, devices, folder, args.workers, groups)
     for name in ("val", "test"):
         if name in report:
-            headline = ", ".join(f"{k} {report[name][k]:.4f}" for k in HEADLINE)
-            print(f"{name}: {headline}\n{format_intervals(report['bootstrap'][name])}")
+            values = {k: report[name][k] for k in (*HEADLINE, "auc")}
+            known = ", ".join(f"{k} {v:.4f}" for k, v in values.items() if v is not None)
+            print(f"{name}: {known}\n{format_intervals(report['bootstrap'][name])}")
             print(f"{format_per_class([report[name]])}\n")
     print(f"{folder / 'evaluation.json'}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
     data_path = existing_path(args.data_path, "--data_path", "dir")
     if args.finetune:
         existing_path(args.finetune, "--finetune", "file")
@@ -125,6 +116,8 @@ def main(argv: list[str] | None = None) -> int:
     from ldm.evaluation.sets import GroupTable
 
     groups = GroupTable.given(args)
+    sets = [data_path / name for name in (args.subset, "val", "test")]
+    require_outside({"--logdir": Path(args.logdir) / args.subset}, {"--data_path": sets})
     if args.eval:
         evaluate(args, data_path, devices, groups)
         return 0

@@ -1,34 +1,39 @@
-"""Sample tiles from a latent diffusion model: unconditionally, or guided to classes."""
+"""Sample tiles from a latent diffusion model: unconditionally, or guided to classes.
 
-import sys
+Writes OUT/CLASS/000000.png, manifest.csv, manifest.parquet, settings.json, guidance.csv,
+grid.png and README.md. The same command again makes what is missing.
+"""
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
 from ldm.cli import (
+    MOST,
     Count,
     NotNegative,
+    Pixels,
+    Positive,
     Share,
     Whole,
-    existing_path,
     like,
     option,
     parse,
     run_command,
     shown,
 )
-from ldm.devices import shared_devices
-from ldm.errors import UserError
-from ldm.settings import MACHINE, LoaderOptions, ProcessOptions
-
-DEFAULT_STEPS = 50
-DEFAULT_SCALE = 10.0
-DEFAULT_COUNT = 10
-DEFAULT_STRENGTH = 0.6
+from ldm.settings import (
+    DEFAULT_COUNT,
+    DEFAULT_SCALE,
+    DEFAULT_STEPS,
+    DEFAULT_STRENGTH,
+    MACHINE,
+    LoaderOptions,
+    ProcessOptions,
+)
 
 _models = partial(option, group="models")
 _images = partial(option, group="images")
@@ -50,6 +55,8 @@ def part_of(text: str | tuple) -> tuple[int, int]:
     if len(words) != 2 or not all(word.isdecimal() for word in words):
         raise ValueError(f"{shown(text)} is not of the form I/N, such as 0/16")
     part, count = map(int, words)
+    if count > MOST:
+        raise ValueError(f"{shown(text)}: there are at most {MOST} parts")
     if part >= count:
         raise ValueError(f"{shown(text)}: parts go from 0/{count} to {count - 1}/{count}")
     return part, count
@@ -57,12 +64,6 @@ def part_of(text: str | tuple) -> tuple[int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(ProcessOptions):
-    """Sample tiles from a latent diffusion model: unconditionally, or guided to classes.
-
-    Writes OUT/CLASS/000000.png, manifest.csv, manifest.parquet, settings.json, guidance.csv,
-    grid.png and README.md. The same command again makes what is missing.
-    """
-
     program: ClassVar = "sample_diffusion.py"
     example: ClassVar = """\
   python sample_diffusion.py --model logs/ldm --classifier logs/classifier -n 100 -c 50 \\
@@ -108,7 +109,7 @@ class Options(ProcessOptions):
         published=("--outdir", "--logdir"),
         help="folder of the images; if omitted RUN/samples/SETTINGS",
     )
-    out_size: Count | None = _images(
+    out_size: Pixels | None = _images(
         default=None, metavar="PIXELS", help="resize the images to this side"
     )
     start_from: str | None = _images(
@@ -120,7 +121,8 @@ class Options(ProcessOptions):
     strength: Annotated[float, Field(gt=0, le=1)] | None = _images(
         default=None,
         metavar="S",
-        help="share of the way to noise that --start_from is noised to; if omitted 0.6",
+        help="share of the way to noise that --start_from is noised to; if omitted "
+        f"{DEFAULT_STRENGTH}",
     )
     start_confidence: Share | None = _images(
         default=None,
@@ -144,7 +146,7 @@ class Options(ProcessOptions):
         "-e", default=None, help="DDIM noise, 0 is deterministic; if omitted 1"
     )
 
-    latent_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = _sampler(
+    latent_limit: Positive | None = _sampler(
         default=None,
         metavar="X",
         help="with euler and heun: keep predicted clean latents within +-X, which strong guidance "
@@ -163,7 +165,7 @@ class Options(ProcessOptions):
         default=False,
         help="make guidance SCALE times as long as the predicted noise, at every step",
     )
-    guidance_clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = _guidance(
+    guidance_clip: Positive | None = _guidance(
         default=None, metavar="R", help="guidance is at most R times as long as the predicted noise"
     )
     temperature: (
@@ -254,169 +256,12 @@ class Options(ProcessOptions):
             yield "guidance_interval", f"{low} {high}: LOW must not be above HIGH"
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
-def check_models(args: Options, models) -> None:
-    """Options that do nothing with these models."""
-    if models.classes is None:
-        for name in ("classes", "counts", "balance"):
-            if getattr(args, name) is not None:
-                raise UserError(f"--{name} needs --classifier, or a model that takes labels as -r")
-    if args.cfg_scale is not None and not models.diffusion.conditional:
-        raise UserError(
-            f"--cfg_scale needs a model that takes labels; {args.model} is unconditional: give a "
-            "label adapter as -r, or guide with --classifier"
-        )
-    guided = models.classifier is not None and args.classifier_scale != 0
-    guided |= args.cfg_scale not in (None, 1) or args.autoguidance_scale is not None
-    if args.guidance_interval and not guided:
-        raise UserError(
-            "--guidance_interval needs --classifier with a scale above 0, --cfg_scale or "
-            "--autoguidance; give one or leave it out"
-        )
-
-
-def choose_counts(args: Options, models) -> dict[str, int]:
-    """Images per class, as the options say."""
-    from ldm.synthesis.counts import balance, choose_classes, parse_counts
-
-    if args.counts is not None:
-        return parse_counts(args.counts, models.names)
-    names = models.names if args.classes is None else choose_classes(args.classes, models.names)
-    if args.balance is not None:
-        return balance(args.balance, names, models.names, args.n_samples or 0)
-    return dict.fromkeys(names, args.n_samples or DEFAULT_COUNT)
-
-
-def choose_sampling(args: Options, models):
-    """The `Sampling` that the options mean for these models."""
-    from ldm.synthesis import Sampling
-
-    process = models.diffusion.schedule
-    T, sampler = process.T, args.sampler_for(process)
-    if sampler not in process.samplers:
-        raise UserError(
-            f"--sampler {sampler} does not suit {args.model}; choose {', '.join(process.samplers)}"
-        )
-    if args.eta is not None and sampler != "ddim":
-        raise UserError(f"--eta {args.eta:g} belongs to DDIM; leave it out with {sampler}")
-    steps = args.custom_steps or (T if sampler == "ddpm" else min(DEFAULT_STEPS, T))
-    if steps > T:
-        raise UserError(f"--custom_steps {steps} must be in [1, {T}], the training time steps")
-    scale, heat = 0.0, 1.0
-    if models.classifier is not None:
-        scale = DEFAULT_SCALE if args.classifier_scale is None else args.classifier_scale
-        heat = args.temperature or float(models.classifier.temperature)
-    # What each sampler is, in DDIM's terms: ancestral sampling has the noise of eta 1.
-    eta = {"ddim": 1.0 if args.eta is None else args.eta, "ddpm": 1.0}
-    interval = tuple(args.guidance_interval) if args.guidance_interval else None
-    if interval is None and scale > 0:
-        interval = process.guided_interval
-    return Sampling(
-        sampler=sampler,
-        steps=steps,
-        eta=eta.get(sampler, 0.0),
-        scale=scale,
-        seed=args.seed,
-        interval=interval,
-        ema=args.ema,
-        guidance_on=args.guidance_on or "z_t",
-        normalise=args.guidance_norm,
-        clip=args.guidance_clip,
-        temperature=heat,
-        cfg_scale=1.0 if args.cfg_scale is None else args.cfg_scale,
-        autoguidance_scale=1.0 if args.autoguidance_scale is None else args.autoguidance_scale,
-        limit=args.latent_limit,
-        strength=(args.strength or DEFAULT_STRENGTH) if args.start_from else None,
-    )
-
-
-def choose_sources(args: Options, models, counts: dict[str, int]):
-    """The tiles of --start_from, which `models` then records; None without it."""
-    if args.start_from is None:
-        return None
-    from ldm.synthesis.sources import Sources
-
-    if models.classes is None:
-        raise UserError(
-            "--start_from needs --classifier, or a model that takes labels as -r: a variation is "
-            "made for a class"
-        )
-    existing_path(args.start_from, "--start_from", "dir")
-    sources = Sources(
-        args.start_from,
-        models.diffusion,
-        models.classes,
-        models.classifier,
-        args.start_confidence or 0.0,
-    )
-    sources.require([name for name, count in counts.items() if count])
-    models.files["start_from"] = sources.digest
-    return sources
-
-
-def default_outdir(checkpoint: Path, label: str) -> Path:
-    """RUN/samples/LABEL for RUN/checkpoints/x.ckpt, else a folder beside the checkpoint."""
-    parent = checkpoint.parent
-    run = parent.parent if parent.name == "checkpoints" else parent
-    return run / "samples" / label
-
-
 def main(argv: list[str] | None = None) -> int:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
 
-    from ldm.checkpoint import checkpoint_path
-    from ldm.synthesis import (
-        SampleFolder,
-        Synthesiser,
-        load_models,
-        make_settings,
-        synthesise,
-    )
-    from ldm.synthesis.production import Part
-    from ldm.synthesis.shards import write_shards
+    from ldm.synthesis.request import sample
 
-    # Everything that can be wrong is found before other processes are started.
-    devices = shared_devices(args.device, args.devices, args.num_nodes).with_precision(
-        args.precision, channels_last=args.channels_last, compile=args.compile
-    )
-    models = load_models(
-        args.model, args.classifier, args.first_stage, autoguidance_path=args.autoguidance
-    )
-    check_models(args, models)
-    sampling, counts = choose_sampling(args, models), choose_counts(args, models)
-    sources = choose_sources(args, models, counts)
-    checkpoint = checkpoint_path(args.model, "--model")
-    outdir = Path(args.out) if args.out else default_outdir(checkpoint, sampling.label)
-    settings = make_settings(sampling, models, devices, args.out_size)
-    part = Part(*(args.part or (0, 1)))
-    folder = SampleFolder(outdir, settings, models.facts)
-
-    with devices.launch() as (ranks, device):
-        synthesiser = Synthesiser(models.to(device), sampling, devices)
-        report = synthesise(synthesiser, folder, counts, args.batch_size, ranks, part, sources)
-    if not ranks.is_first:
-        return 0
-    for warning in folder.guidance_log.warnings(sampling):
-        print(f"warning: {warning}", file=sys.stderr)
-    shards = write_shards(folder, args.tar) if args.tar else []
-    if not part.is_whole:
-        print(
-            f"part {part.number} of {part.count}: {report.made} images made, {report.present} were "
-            f"there, in {outdir}; once all parts are made, the same command without --part"
-        )
-    elif report.made:
-        print(
-            f"{report.made} images of {len(counts)} classes in {outdir}, {report.seconds:.1f} s, "
-            f"{report.images_per_s:.2f} images/s"
-        )
-    else:
-        print(f"nothing to do: all {report.present} images are in {outdir}")
-    if shards:
-        print(f"{len(shards)} shards: {shards[0]} ... {shards[-1].name}")
-    return 0
+    return sample(args)
 
 
 if __name__ == "__main__":

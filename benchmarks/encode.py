@@ -1,7 +1,4 @@
-"""Measure how fast the autoencoder encodes images, beside those of other libraries.
-
-python -m benchmarks.encode --size paper --batch_size 1 --peers diffusers monai
-"""
+"""Measure how fast the autoencoder encodes images, beside those of other libraries."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -24,14 +21,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(NetworkOptions):
-    """Measure how fast the autoencoder encodes images, beside those of other libraries."""
-
     program: ClassVar = "benchmarks.encode"
     example: ClassVar = "  python -m benchmarks.encode --size paper --batch_size 1"
-
-
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
 
 
 def build(library: str, networks: "Networks", execution: "Execution", batch_size: int) -> Ready:
@@ -57,7 +48,7 @@ def build(library: str, networks: "Networks", execution: "Execution", batch_size
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
 
     from benchmarks.networks import Execution, Networks
 

@@ -516,12 +516,8 @@ def measure_all(
     return int(any("failed" in line for line in lines))
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
 def main(argv: list[str] | None = None) -> int:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
 
     import torch
 

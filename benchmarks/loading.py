@@ -1,8 +1,6 @@
 """Measure how fast training tiles are read, decoded, augmented and put into batches.
 
-    python -m benchmarks.loading --workers 0 8 16 --needed 300
-
-compares files, tar shards and cached latents. Tiles are procedural, so that anyone can measure.
+Files, tar shards and cached latents are compared. Tiles are procedural, so that anyone can measure.
 They are few and lie in the page cache: the work of the processor is measured, not the disk.
 """
 
@@ -14,12 +12,10 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from benchmarks.common import BenchmarkOptions, print_result, rounded, spread
-from ldm.cli import Count, Whole, option, parse, run_command
+from ldm.cli import Count, Positive, Workers, option, parse, run_command
 
 if TYPE_CHECKING:
     from benchmarks.networks import Networks
@@ -33,8 +29,6 @@ PREFETCH = 2  # batches per worker, as in training
 
 @dataclass(frozen=True, kw_only=True)
 class Options(BenchmarkOptions):
-    """Measure how fast training tiles are read, decoded, augmented and put into batches."""
-
     program: ClassVar = "benchmarks.loading"
     example: ClassVar = "  python -m benchmarks.loading --workers 0 8 16 --needed 300"
 
@@ -44,18 +38,14 @@ class Options(BenchmarkOptions):
     kinds: tuple[Literal["png", "jpeg", "webp", "shards", "latents"], ...] = option(
         default=KINDS, metavar="KIND", help="kinds of files: png, jpeg, webp, shards, latents"
     )
-    workers: tuple[Whole, ...] = option(
+    workers: tuple[Workers, ...] = option(
         default=(0, 1, 2), metavar="N", help="loader processes, one number after the other"
     )
     batch_size: Count = option(default=32, help="images of a batch")
     tiles: Count = option(default=64, help="files that are read again and again")
-    needed: Annotated[float, Field(ge=1e-3, allow_inf_nan=False)] | None = option(
+    needed: Positive | None = option(
         default=None, help="images per second that training would take"
     )
-
-
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
 
 
 @dataclass(frozen=True)
@@ -198,7 +188,7 @@ def cpu_milliseconds(source: Source, seconds: float) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
 
     from benchmarks.networks import Networks
 

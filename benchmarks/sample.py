@@ -1,7 +1,4 @@
-"""Measure how fast DDIM samples images, beside diffusers, and what classifier guidance costs.
-
-python -m benchmarks.sample --size paper --batch_size 32 -c 50 --precision bf16 --compile
-"""
+"""Measure how fast DDIM samples images, beside diffusers, and what classifier guidance costs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,8 +35,6 @@ CLASSIFIERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Options(NetworkOptions):
-    """Measure how fast DDIM samples images, beside diffusers, and what guidance costs."""
-
     program: ClassVar = "benchmarks.sample"
     example: ClassVar = "  python -m benchmarks.sample --size paper --batch_size 32 -c 50"
 
@@ -53,10 +48,6 @@ class Options(NetworkOptions):
     custom_steps: Annotated[int, Field(ge=1, le=1000)] = option(
         "-c", default=10, help="sampling steps"
     )
-
-
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
 
 
 def random_models(networks: "Networks", classifier: dict[str, Any] | None) -> "Models":
@@ -202,7 +193,7 @@ def build(
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
 
     from benchmarks.networks import Execution, Networks
 

@@ -1,8 +1,5 @@
 """Measure a step of diffusion training by part, beside the same step of other libraries.
 
-    python -m benchmarks.train --size paper --batch_size 32 --compile --channels_last
-    python -m benchmarks.train --size paper --from latents images --peers
-
 A step takes a batch (data), draws latents (encode), predicts the noise (forward), computes the
 gradients (backward) and updates the weights and their average (optimiser). diffusers adds noise and
 averages weights with its own functions; MONAI's network is trained with ours. Only ours tests for
@@ -26,7 +23,7 @@ from benchmarks.common import (
     print_result,
 )
 from benchmarks.loading import Source, make_source
-from ldm.cli import Count, Whole, like, option, parse, run_command
+from ldm.cli import Count, Workers, like, option, parse, run_command
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -47,8 +44,6 @@ LEARNING_RATE, WEIGHT_DECAY, EMA_DECAY = 5e-5, 0.01, 0.9999
 
 @dataclass(frozen=True, kw_only=True)
 class Options(NetworkOptions):
-    """Measure the steps of diffusion training, beside those of other libraries."""
-
     program: ClassVar = "benchmarks.train"
     example: ClassVar = "  python -m benchmarks.train --size paper --batch_size 1 --peers"
 
@@ -59,11 +54,7 @@ class Options(NetworkOptions):
         published=("--from",),
         help="train from cached latents, from images that are encoded, or one beside the other",
     )
-    workers: Whole = option(default=0, help="loader processes")
-
-
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
+    workers: Workers = option(default=0, help="loader processes")
 
 
 def noise_and_average(
@@ -152,7 +143,7 @@ def build(library: str, networks: "Networks", execution: "Execution", source: So
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
 
     from benchmarks.networks import Execution, Networks
 

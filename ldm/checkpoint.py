@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.errors import UserError
-from ldm.files import atomic_file
+from ldm.files import atomic_file, require_class_names
 
 if TYPE_CHECKING:
     import torch
@@ -142,14 +142,27 @@ def check_record(payload: Any, found: Path, kinds: tuple[str, ...] | None, what:
     """Check that `payload`, read from `found`, is a checkpoint of ours and of one of `kinds`.
 
     Raises:
-        UserError: It is something else, of a later format, or of another kind.
+        UserError: It is something else, damaged, of a later format, or of another kind.
     """
     if not isinstance(payload, dict) or KEY not in payload:
         raise UserError(
             f"{what}: {found} was not written by this toolkit (it has no {KEY!r} entry); "
             "scripts/import_checkpoint.py turns a checkpoint of other code into one of ours"
         )
-    record = payload[KEY]
+    record, state = payload[KEY], payload.get("state_dict")
+    types = {"format": int, "kind": str, "model": dict, "training_only": list}
+    if (
+        not isinstance(record, dict)
+        or not all(isinstance(record.get(name), kind) for name, kind in types.items())
+        or not isinstance(record["model"].get("target"), str)
+        or not isinstance(record.get("classes"), list | None)
+        or not isinstance(state, dict)
+        or not all(isinstance(name, str) for name in (*state, *record["training_only"]))
+    ):
+        raise UserError(
+            f"{what}: {found} is damaged: its state_dict, or the entry {KEY!r} that says what it "
+            "holds, is not what this toolkit writes; give another checkpoint"
+        )
     if record["format"] > FORMAT:
         raise UserError(
             f"{what}: {found} has format {record['format']}, this version reads up to {FORMAT}; "
@@ -160,6 +173,8 @@ def check_record(payload: Any, found: Path, kinds: tuple[str, ...] | None, what:
             f"{what}: {found} holds a model of kind {record['kind']}; needed is "
             f"{' or '.join(kinds)}"
         )
+    if record.get("classes") is not None:
+        require_class_names(record["classes"], f"{what}: {found}")
 
 
 def load_model(

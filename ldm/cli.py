@@ -5,7 +5,7 @@ says the default, the help, other names and the group in `--help`:
 
     @dataclass(frozen=True, kw_only=True)
     class TrainSettings:
-        \"\"\"Train a network.\"\"\"
+        \"\"\"Train a network.\"\"\"  # if omitted, the docstring of the module says what is done
 
         program: ClassVar = "train.py"
         steps: Count = option("-n", default=100, help="optimiser steps")
@@ -28,6 +28,7 @@ import functools
 import json
 import logging
 import os
+import re
 import select
 import sys
 import textwrap
@@ -49,10 +50,17 @@ BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 
 # --- Types of options ----------------------------------------------------------------------------
 
-Count = Annotated[int, Field(ge=1)]
-Whole = Annotated[int, Field(ge=0)]
+MOST = 10**9  # more than any number of images, steps or bytes per image
+
+Count = Annotated[int, Field(ge=1, le=MOST)]
+Whole = Annotated[int, Field(ge=0, le=MOST)]
+Workers = Annotated[int, Field(ge=0, le=1024)]
+Threads = Annotated[int, Field(ge=1, le=1024)]
+Pixels = Annotated[int, Field(ge=8, le=2**14)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, le=MOST, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, le=MOST, allow_inf_nan=False)]
+Rate = Annotated[float, Field(ge=0, le=10)]  # learning rates
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -172,6 +180,8 @@ def reason(error: Mapping[str, Any], annotation: Any = None) -> str:
         return str(context["error"])
     if kind in ("int_parsing", "int_type", "int_from_float"):
         return f"{shown(value)} is not a whole number"
+    if kind == "int_parsing_size":
+        return f"{shown(value)} is too large"
     if kind in ("float_parsing", "float_type"):
         return f"{shown(value)} is not a number"
     if kind in ("bool_parsing", "bool_type"):
@@ -180,7 +190,7 @@ def reason(error: Mapping[str, Any], annotation: Any = None) -> str:
         choices = _literals(annotation)
         return f"{shown(value)} must be one of {', '.join(choices)}{nearest(value, choices, '')}"
     if kind in RANGE_ERRORS:
-        return f"{value} must be {_bounds(annotation) or context}"
+        return f"{_shortened(str(value))} must be {_bounds(annotation, context) or context}"
     return f"{shown(value)} {error['msg'].replace('Input should', 'must', 1)}"
 
 
@@ -196,13 +206,18 @@ def _literals(annotation: Any) -> list[str]:
     return [str(choice) for literal in literals for choice in typing.get_args(literal)]
 
 
-def _bounds(annotation: Any) -> str:
-    """`in [1, 8]`, or `at least 1`, of an annotated type."""
+def _bounds(annotation: Any, violated: Mapping[str, Any]) -> str:
+    """`in [1, 8]`, or `at least 1`, of an annotated type.
+
+    The limit `MOST` is named only where it is the one that is `violated`.
+    """
     bounds: dict[str, Any] = {}  # by pydantic's names: gt, ge, lt, le
     for part in _parts(annotation):
         for bound in getattr(part, "metadata", ()):
             bounds |= {key: getattr(bound, key) for key in BOUNDS if hasattr(bound, key)}
-    if not {"lt", "le"} & bounds.keys():
+    if bounds.get("le") == MOST:
+        bounds = {key: value for key, value in bounds.items() if key in violated}
+    if len(bounds) < 2:
         return " and ".join(f"{BOUNDS[key]} {value}" for key, value in bounds.items())
     low = f"[{bounds['ge']}" if "ge" in bounds else f"({bounds.get('gt', '-inf')}"
     return f"in {low}, " + (f"{bounds['le']}]" if "le" in bounds else f"{bounds['lt']})")
@@ -221,7 +236,10 @@ def nearest(name: Any, known: Iterable[str], otherwise: str | None = None) -> st
 
 def shown(value: Any) -> str:
     """A value as an error shows it: at most 60 characters."""
-    text = repr(value)
+    return _shortened(repr(value))
+
+
+def _shortened(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -260,22 +278,25 @@ def parse(settings: type, argv: Sequence[str] | None = None) -> Any:
     parser = _parser(settings)
     words = sys.argv[1:] if argv is None else argv
     fields = options_of(settings)
+    found: dict[str, str] = {}
+    words = _replaced(words, getattr(settings, "replaced", {}), found)
     given, rest = parser.parse_known_intermixed_args(_spelled(words, parser, fields))
     values = vars(given)
-    found = {}
     if "overrides" in fields:
         _move_overrides(values)
         for word in values["overrides"]:
             if "=" not in word:
                 found[f"unknown argument {word}; overrides have the form section.key=value"] = ""
-    for word in rest:
+    for before, word in zip(["", *rest], rest, strict=False):
+        if before.startswith("-") and not word.startswith("-"):
+            continue  # the value of an unknown option
         known = [f"--{name}" for name in fields]
         found[f"unknown argument {word}{nearest(word, known, '')}"] = ""
     flags = {name: _flag(field) for name, field in fields.items()}
     try:
         result = checked(settings, values, strict=False)
     except Problems as problems:
-        found |= {flags[name]: text for name, text in problems.found.items()}
+        found |= {flags[name]: _as_options(text, fields) for name, text in problems.found.items()}
     if found:
         raise Problems(found)
     return result
@@ -283,7 +304,10 @@ def parse(settings: type, argv: Sequence[str] | None = None) -> Any:
 
 @functools.cache
 def _parser(settings: type) -> _Parser:
-    description, _, more = (settings.__doc__ or "").partition("\n\n")
+    doc = settings.__doc__ or ""
+    if doc.startswith(f"{settings.__name__}("):  # what dataclass writes: the module says more
+        doc = sys.modules[settings.__module__].__doc__ or ""
+    description, _, more = doc.partition("\n\n")
     example = f"example:\n{settings.example}" if hasattr(settings, "example") else ""
     fields = options_of(settings)
     parser = _Parser(
@@ -300,11 +324,14 @@ def _parser(settings: type) -> _Parser:
         group = field.metadata["option"]["group"]
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
-        _add_option(groups[group], name, field)
+        _add_option(groups[group], name, field, fields)
     return parser
 
 
-def _add_option(group: Any, name: str, field: dataclasses.Field) -> None:
+def _add_option(
+    group: Any, name: str, field: dataclasses.Field, fields: Mapping[str, dataclasses.Field]
+) -> None:
+    help = _as_options(_help(field), fields)
     facts = field.metadata["option"]
     metavar, nargs = facts["metavar"], facts["nargs"]
     if metavar is None:
@@ -318,10 +345,10 @@ def _add_option(group: Any, name: str, field: dataclasses.Field) -> None:
         nargs = "+"
     if facts["positional"]:
         nargs = nargs if nargs != "+" else "*"  # a missing word is a problem like any other
-        group.add_argument(name, nargs=nargs or "?", metavar=metavar, help=_help(field))
+        group.add_argument(name, nargs=nargs or "?", metavar=metavar, help=help)
         return
     common = {"dest": name, "nargs": nargs, "action": "extend" if facts["repeats"] else "store"}
-    group.add_argument(*facts["names"], f"--{name}", metavar=metavar, help=_help(field), **common)
+    group.add_argument(*facts["names"], f"--{name}", metavar=metavar, help=help, **common)
     if facts["published"]:
         group.add_argument(*facts["published"], help=argparse.SUPPRESS, **common)
     for word in facts["off"]:
@@ -364,6 +391,32 @@ def _usage(program: str, fields: Mapping[str, dataclasses.Field]) -> str:
             word = f"{_flag(field)} {word}"
         words.append(word if needed else f"[{word}]")
     return " ".join([program, *words, "[options]"]).replace("%", "%%")
+
+
+def _replaced(
+    words: Sequence[str], replaced: Mapping[str, str], found: dict[str, str]
+) -> list[str]:
+    """The words, with published options that are none here turned into overrides or `found`.
+
+    Args:
+        replaced: By option, the key that it sets, or what to do instead.
+    """
+    result: list[str] = []
+    words = [str(word) for word in words]
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.partition("=")
+        name = name.replace("_", "-")
+        if name not in replaced:
+            result.append(word)
+            continue
+        if not equals and words and not words[0].startswith("-") and "=" not in words[0]:
+            value = words.pop(0)
+        if " " in replaced[name]:
+            found[name] = f"is no option here; {replaced[name]}"
+        else:
+            result.append(f"{replaced[name]}={value or 'true'}")
+    return result
 
 
 def _spelled(
@@ -467,9 +520,10 @@ def existing_path(text: str | os.PathLike, what: str, kind: str = "any") -> Path
     return path
 
 
-def lies_in(path: Path, folder: Path) -> bool:
-    """Whether a path is the folder or below it, wherever links lead."""
-    return folder.resolve() in (path.resolve(), *path.resolve().parents)
+def output_path(text: str | os.PathLike, what: str, kind: str) -> Path:
+    """The path of a file ("file") or folder ("dir") to write; the other must not be there."""
+    path = Path(text).expanduser()
+    return existing_path(path, what, kind) if path.exists() else path
 
 
 def _one_line(error: BaseException | str) -> str:
@@ -480,6 +534,39 @@ def _one_line(error: BaseException | str) -> str:
     if lines[0].startswith("Caught ") and "DataLoader worker" in lines[0]:
         return lines[-1].split("UserError: ", 1)[-1]
     return " ".join(lines)
+
+
+def _messages(error: BaseException, settings: type | None) -> list[str]:
+    """What is said of an error: a line for each mistake, with settings called as their options.
+
+    A setting is the key of the error, or stands in backquotes: `out` in a text becomes --out.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return [f"{error.strerror}: {error.filename}" if error.filename else error.strerror]
+    fields = options_of(settings) if settings else {}
+    key = getattr(error, "key", None)
+    start = f"{_flag(fields[key]) if key in fields else key}: " if key else ""
+    texts = [error.reason if key else str(error)]
+    if isinstance(error, Problems) and len(error.found) > 1:
+        texts = error.lines
+    return [_as_options(start + _one_line(text), fields) for text in texts]
+
+
+def _as_options(text: str, fields: Mapping[str, dataclasses.Field]) -> str:
+    """A text in which settings in backquotes are called as their options."""
+    names = {name: _flag(field) for name, field in fields.items()}
+    return re.sub(r"`(\w+)`", lambda found: names.get(found[1], found[0]), text)
+
+
+class _Formatter(logging.Formatter):
+    """Formats what is logged, with settings called as the options of a command."""
+
+    def __init__(self, settings: type | None):
+        super().__init__("%(message)s")
+        self.fields = options_of(settings) if settings else {}
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _as_options(super().format(record), self.fields)
 
 
 def _nobody_reads() -> bool:
@@ -495,11 +582,15 @@ def _nobody_reads() -> bool:
 def run_command(main: Callable[[], int | None], settings: type | None = None) -> NoReturn:
     """Run an entry point: a user's mistake or a file-system error is one line and exit status 2.
 
-    Set HISTO_TRACEBACK=1 to see where such an error came from. An error whose key is an option of
-    the class `settings` is printed with the name of the option.
+    Several mistakes are a line each. Set HISTO_TRACEBACK=1 to see where an error came from.
+
+    Args:
+        settings: Class of the command's options, by whose names errors call settings.
     """
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter(settings))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     try:
         status = main() or 0
         sys.stdout.flush()
@@ -514,14 +605,8 @@ def run_command(main: Callable[[], int | None], settings: type | None = None) ->
             raise
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             sys.exit(128 + 13)  # as SIGPIPE ends a command
-        if isinstance(error, OSError) and error.strerror:
-            where = f": {error.filename}" if error.filename else ""
-            message = f"{error.strerror}{where}"
-        elif settings and getattr(error, "key", None) in (known := options_of(settings)):
-            message = f"{_flag(known[error.key])}: {_one_line(error.reason)}"
-        else:
-            message = _one_line(error)
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        for message in _messages(error, settings):
+            print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         status = 2
     sys.stdout.flush()
     sys.stderr.flush()

@@ -16,6 +16,7 @@ import os
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
+from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
@@ -24,33 +25,82 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUndefinedAnnotation, PydanticUserError
 
-from ldm.cli import RANGE_ERRORS, Count, existing_path, join_keys, nearest, reason, shown
+from ldm.cli import (
+    MOST,
+    RANGE_ERRORS,
+    Count,
+    Positive,
+    Rate,
+    Seed,
+    Share,
+    Workers,
+    existing_path,
+    join_keys,
+    nearest,
+    reason,
+    shown,
+)
 from ldm.errors import Problems, UserError
 from ldm.legacy import LEGACY_TARGETS, Translation, environment_remedy
 from ldm.run import LOGGERS
 
 SECTIONS = ("model", "data", "lightning", "vars")
 LIGHTNING_SECTIONS = ("trainer", "callbacks", "logger", "modelcheckpoint", "strategy")
-TRAINER = "pytorch_lightning.Trainer"
+LIGHTNING = "pytorch_lightning."
+TRAINER = f"{LIGHTNING}Trainer"
+TILES = "tiles in folders are ldm.data.tiles.TileFolder"
 
-# Parameters that hold plain settings, and where their keys are defined: {key: default}, None for a
-# required one.
-SETTINGS = {"ddconfig": "ldm.modules.autoencoder.DDCONFIG_KEYS"}
+# Parameters that hold plain settings, and the class whose parameters their keys are.
+SETTINGS = {"ddconfig": "ldm.modules.autoencoder.Architecture"}
 
 # What stands beside `target` and `params`, and what our checkpoints take beside the parameters of
 # Lightning's class.
-BESIDE = {"model": {"base_learning_rate": Annotated[float, Field(gt=0)]}}
+BESIDE = {"model": {"base_learning_rate": Annotated[float, Field(gt=0, le=10)]}}
 ALSO = {"lightning.modelcheckpoint": {"keep_last": Count}}
+
+# Range of each number among the parameters of native classes and of Lightning's, by its name.
+# Types are those of the signatures; a list has the range of its numbers.
+Number = Annotated[float, Field(ge=0, le=1e15)]  # of all native parameters that are not named here
+Finite = Annotated[float, Field(allow_inf_nan=False)]  # of those of Lightning's callbacks
+Below1 = Annotated[float, Field(ge=0, lt=1)]
+OrMinus1 = Annotated[int, Field(ge=-1, le=MOST)]  # -1 stands for all, none, or what follows
+Signed = Annotated[float, Field(ge=-1e3, le=1e3)]
+Size = Annotated[int, Field(ge=1, le=2**14)]  # pixels of a side, channels, layers
+_COUNTS = """accumulate_grad_batches batch_frequency batch_size check_val_every_n_epoch
+    every_n_epochs every_n_train_steps max_images num_nodes prefetch scale_images timesteps
+    total_steps"""
+_SIZES = """ch ch_mult channel_mult channels components disc_in_channels disc_num_layers embed_dim
+    image_size in_channels model_channels out_ch out_channels patch
+    resolution size z_channels"""
+_OR_MINUS_1 = """devices max_epochs max_steps num_head_channels num_heads num_heads_upsample
+    num_sanity_val_steps save_top_k"""
+RANGES: dict[str, Any] = {
+    **dict.fromkeys(_COUNTS.split(), Count),
+    **dict.fromkeys(_SIZES.split(), Size),
+    **dict.fromkeys(_OR_MINUS_1.split(), OrMinus1),
+    **dict.fromkeys(("betas", "dropout", "ema_decay", "label_dropout", "plateau"), Below1),
+    **dict.fromkeys(("embedding_rate", "min_snr_gamma", "scale_factor"), Positive),
+    **dict.fromkeys(("time_shift", "time_std", "val_check_interval"), Positive),
+    **dict.fromkeys(("linear_end", "linear_start", "strength"), Annotated[Below1, Field(gt=0)]),
+    **dict.fromkeys(("logvar_init", "time_mean"), Signed),
+    **dict.fromkeys(("exponent", "p"), Share),
+    "cycle_lengths": Annotated[Number, Field(ge=1)],
+    "num_res_blocks": Annotated[int, Field(ge=0, le=64)],
+    "num_workers": Workers,
+    "seed": Seed,
+    "val_fraction": Annotated[float, Field(ge=0, le=0.5)],
+    "weight_decay": Rate,
+}
 
 # Trainer settings of Lightning 1, and those that another section of the configuration owns.
 TRAINER_REMEDIES = {
     "callbacks": "write them under lightning.callbacks",
     "logger": "write it under lightning.logger",
-    "default_root_dir": "the run folder is named by --logdir and --name",
-    "gpus": "give --gpus on the command line, or lightning.trainer.devices",
+    "default_root_dir": "the run folder is named by `logdir` and `name`",
+    "gpus": "give `gpus` on the command line, or lightning.trainer.devices",
     "distributed_backend": "use lightning.trainer.strategy",
     "checkpoint_callback": "use lightning.modelcheckpoint",
-    "resume_from_checkpoint": "give --resume on the command line",
+    "resume_from_checkpoint": "give `resume` on the command line",
     "progress_bar_refresh_rate": "use lightning.trainer.enable_progress_bar",
     "weights_summary": "use lightning.trainer.enable_model_summary",
     "terminate_on_nan": "a non-finite loss always stops a run",
@@ -82,7 +132,7 @@ def load_configs(paths: Iterable[str | os.PathLike], overrides: Iterable[str] = 
     """
     paths = list(paths)
     if not paths:
-        raise UserError("no configuration: give at least one YAML file with --base")
+        raise UserError("no configuration: give at least one YAML file with `base`")
     translation = Translation()
     config = OmegaConf.create({})
     for path in paths:
@@ -310,7 +360,8 @@ def _check_node(node: dict, path: str, problems: Found, supplied: AbstractSet[st
     try:
         constructor = get_obj_from_str(name)
     except UserError as error:
-        problems[join_keys(path, "target")] = str(error)
+        more = f"; {TILES}" if path.startswith("data.") and TILES not in str(error) else ""
+        problems[join_keys(path, "target")] = f"{error}{more}"
         constructor = None
     if not isinstance(params, dict):
         problems[where] = f"{shown(params)} must be a mapping"
@@ -345,10 +396,14 @@ def _check_params(
     types = {**_type_hints(constructor), **also}
     for key, value in params.items():
         where = join_keys(path, key)
-        if mismatch := _mismatch(value, types.get(key, Any)):
+        mismatch = _mismatch(value, types.get(key, Any))
+        if not mismatch and (_is_own(name) or name.startswith(LIGHTNING)):
+            other = Number if _is_own(name) or name == TRAINER else Finite
+            mismatch = _out_of_range(value, RANGES.get(key, other))
+        if mismatch:
             problems[where] = mismatch
         elif key in SETTINGS and isinstance(value, dict):
-            _check_names(value, get_obj_from_str(SETTINGS[key]), where, problems)
+            _check_params(SETTINGS[key], get_obj_from_str(SETTINGS[key]), value, where, problems)
 
 
 def _check_names(
@@ -390,12 +445,25 @@ def _mismatch(value: Any, annotation: Any) -> str | None:
     # A node stands for an object, which is built later.
     if isinstance(value, dict) and any(one["type"] == "is_instance_of" for one in errors):
         return None
-    if errors[0]["type"] in RANGE_ERRORS:
+    if errors[0]["type"] in (*RANGE_ERRORS, "literal_error"):
         return reason(errors[0], annotation)
     if typing.get_origin(annotation) is Annotated:
         annotation = annotation.__origin__  # without the range
     wanted = inspect.formatannotation(annotation).replace("typing.", "")
     return f"{shown(value)} must be {wanted.replace('collections.abc.', '')}"
+
+
+def _out_of_range(value: Any, allowed: Any) -> str | None:
+    """What is wrong with a number, or with one in a list, by its range; None for other values."""
+    if isinstance(value, list) and not value and allowed in (Size, Count):
+        return "[] must hold a number"
+    numbers = value if isinstance(value, list) else [value]
+    found = (
+        _mismatch(number, allowed)
+        for number in numbers
+        if isinstance(number, int | float) and not isinstance(number, bool)
+    )
+    return next(filter(None, found), None)
 
 
 # --- Building ------------------------------------------------------------------------------------
@@ -415,7 +483,8 @@ def instantiate_from_config(config: DictConfig | Mapping, **extra: Any) -> Any:
     node = resolve(config)
     if not _is_node(node):
         raise UserError(
-            f"configuration with keys {sorted(map(str, node))} has no target: name the class there"
+            f"configuration with keys {sorted(map(str, node))} has no target: name the class there "
+            f"({TILES})"
         )
     node = _native(node)
     node.pop("base_learning_rate", None)  # of the model's section, for the command
@@ -423,7 +492,12 @@ def instantiate_from_config(config: DictConfig | Mapping, **extra: Any) -> Any:
     _check_nodes(node, "", problems, supplied=extra.keys())
     if problems:
         raise Problems(problems, node["target"])
-    return get_obj_from_str(node["target"])(**{**(node.get("params") or {}), **extra})
+    try:
+        return get_obj_from_str(node["target"])(**{**(node.get("params") or {}), **extra})
+    except (ValueError, ArithmeticError) as error:
+        if isinstance(error, UserError) or not _is_own(node["target"]):
+            raise
+        raise UserError(f"{node['target']} does not take these params: {error}") from error
 
 
 def get_obj_from_str(name: str) -> Any:
@@ -468,6 +542,17 @@ def require_own_targets(config: DictConfig | Mapping, source: str | os.PathLike)
 
 
 # --- Wording -------------------------------------------------------------------------------------
+
+
+def tile_roots(data: Any) -> list[Path]:
+    """Every folder of tiles that a `data` section names by a key `root`, at any depth."""
+    if isinstance(data, list | tuple):
+        return [root for part in data for root in tile_roots(part)]
+    if not isinstance(data, Mapping):
+        return []
+    named = data.get("root")
+    own = [named] if isinstance(named, str | os.PathLike) else list(named or [])
+    return [Path(root).expanduser() for root in own] + tile_roots(list(data.values()))
 
 
 def _is_node(value: Any) -> bool:

@@ -8,7 +8,8 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -87,7 +88,7 @@ class Devices:
             log.warning(
                 "precision %s: this processor has no instructions for it (AVX-512 bf16 or AMX); "
                 "expect it to be many times slower than float32 (27 times where it was measured); "
-                "--precision auto chooses",
+                "`precision` auto chooses",
                 name,
             )
         return replace(self, precision="bf16-mixed" if name == "bf16" else name, **others)
@@ -122,18 +123,14 @@ class Devices:
         }
 
     def fuses(self, clips: bool = False) -> bool:
-        """Whether optimisers take a step in one kernel.
-
-        Raises:
-            UserError: `fused` is "true" where gradients have to be unscaled or clipped before it.
-        """
+        """Whether optimisers take a step in one kernel."""
         # Lightning refuses to clip in mixed precision before an optimiser that could unscale the
         # gradients by itself, as fused ones can.
         why = "float16 with its gradient scaling" if self.precision == "16-mixed" else None
         if clips and self.precision.endswith("-mixed"):
             why = f"gradient clipping in {self.precision}"
         if self.fused == "true" and why:
-            raise UserError(f"--fused true does not go with {why}; leave it out")
+            raise UserError(f"`fused` true does not go with {why}; leave it out")
         on_gpu = self.accelerator == "gpu" and why is None
         return self.fused == "true" or (self.fused == "auto" and on_gpu)
 
@@ -167,9 +164,6 @@ class Devices:
         Args:
             backend: How tensors travel: gloo where nothing goes between GPUs, which spares NCCL and
                 its timeouts; None for what suits the devices.
-
-        Raises:
-            UserError: The environment of the cluster does not fit the devices.
         """
         if self.ranks == 1:
             yield Ranks(), self.device
@@ -199,7 +193,7 @@ class Devices:
             )
             fabric.launch()
         except (ValueError, RuntimeError) as error:
-            raise UserError(f"--devices {self.count}: {error}") from None
+            raise UserError(f"`devices` {self.count}: {error}") from None
         return Ranks(fabric.global_rank, fabric.world_size, fabric)
 
 
@@ -276,6 +270,55 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+class Arrivals:
+    """Single numbers that a device computes, each handed to a function once it is there.
+
+    Asking a GPU for a number stops the program until all work before it is done, and the GPU then
+    has nothing to do until it is given more. So the number is copied beside that work and is looked
+    at later, usually while the next step is under way. On a CPU it is there at once.
+    """
+
+    def __init__(self):
+        self._waiting: deque[tuple[Any, torch.Tensor, Callable[[float], None]]] = deque()
+
+    def add(self, number: "torch.Tensor", use: Callable[[float], None]) -> None:
+        """Have `use` called with the number, and use what has arrived before it."""
+        import torch
+
+        self.settle(wait=False)
+        number = number.detach()
+        if number.device.type != "cuda":
+            use(float(number))
+            return
+        copy = number.to("cpu", non_blocking=True)  # into pinned memory
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(number.device))
+        self._waiting.append((event, copy, use))
+
+    def settle(self, wait: bool = True) -> None:
+        """Use the numbers that have arrived, or wait for all of them."""
+        while self._waiting and (wait or self._waiting[0][0].query()):
+            event, copy, use = self._waiting.popleft()
+            event.synchronize()
+            use(float(copy))
+
+
+@contextlib.contextmanager
+def within_memory(batch_size: int) -> Iterator[None]:
+    """Say which batch size to try where the memory of the GPU does not suffice."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        remedy = f"try {batch_size // 2}"
+        if batch_size < 2:
+            remedy = "take a smaller network or a GPU with more memory"
+        said = ". ".join(" ".join(str(error).split()).split(". ")[:2])
+        message = f"{batch_size} does not fit into the memory of the GPU ({said}); {remedy}"
+        raise UserError(message, "batch_size") from None
+
+
 @contextlib.contextmanager
 def one_thread(device: "torch.device") -> Iterator[None]:
     """Compute on a CPU in one thread: the split among threads decides how sums are rounded."""
@@ -291,11 +334,7 @@ def one_thread(device: "torch.device") -> Iterator[None]:
 
 
 def resolve_device(name: str | None) -> "torch.device":
-    """The torch device for `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
-
-    Raises:
-        UserError: An unknown name, or a device that this machine does not have.
-    """
+    """The torch device for `auto`, `cpu`, `cuda`, `cuda:1` or `mps`."""
     import torch
 
     if name in (None, "", "auto"):
@@ -307,41 +346,41 @@ def resolve_device(name: str | None) -> "torch.device":
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"--device {name}: use auto, cpu, cuda, cuda:INDEX or mps")
+        raise UserError(f"`device` {name}: use auto, cpu, cuda, cuda:INDEX or mps")
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
-        raise UserError(f"--device {name}: this machine has {count} CUDA devices; use auto or cpu")
+        raise UserError(f"`device` {name}: this machine has {count} CUDA devices; use auto or cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"--device {name}: this machine has no MPS device; use auto or cpu")
+        raise UserError(f"`device` {name}: this machine has no MPS device; use auto or cpu")
     return device
 
 
 def one_device(name: str | None) -> Devices:
-    """The devices of a command that runs in one process, for its option `--device`."""
+    """The devices of a command that runs in one process, for its option `device`."""
     device = resolve_device(name)
     kind = "gpu" if device.type == "cuda" else device.type
     return Devices(kind, 1 if device.index is None else [device.index])
 
 
 def shared_devices(device: str, devices: int | None, num_nodes: int | None) -> Devices:
-    """The devices of a command with the options --device, --devices and --num_nodes.
+    """The devices of a command with the options `device`, `devices` and `num_nodes`.
 
     Where the options say nothing, what torchrun or srun started is taken from their variables.
     """
     started, nodes = _started_outside()
     if started is not None and devices not in (None, started):
         raise UserError(
-            f"--devices {devices}: {started} processes were started on this machine; leave "
-            "--devices out, or start as many"
+            f"`devices` {devices}: {started} processes were started on this machine; leave "
+            "`devices` out, or start as many"
         )
     count, num_nodes = devices or started or 1, num_nodes or nodes
     if count * num_nodes == 1:
         return one_device(device)
     kind, _, index = device.partition(":")
     if index:
-        raise UserError(f"--device {device}: one device; leave its number out with --devices")
+        raise UserError(f"`device` {device}: one device; leave its number out with `devices`")
     if kind not in ("auto", "cpu", "cuda"):
-        raise UserError(f"--device {device}: several processes need auto, cpu or cuda")
+        raise UserError(f"`device` {device}: several processes need auto, cpu or cuda")
     if kind == "cpu":
         return _cores(count, num_nodes)
     resolve_device(kind)  # refuses cuda where there is none
@@ -353,7 +392,7 @@ def _cores(count: int, num_nodes: int, check: bool = True) -> Devices:
     cores = os.cpu_count() or 1
     if check and count > cores:
         raise UserError(
-            f"--devices {count}: there is no GPU to use here, and {cores} CPU cores; give at most "
+            f"`devices` {count}: there is no GPU to use here, and {cores} CPU cores; give at most "
             f"{cores}"
         )
     return Devices("cpu", count, num_nodes)
@@ -365,12 +404,25 @@ def _started_outside() -> tuple[int | None, int]:
     if "TORCHELASTIC_RUN_ID" in environment:
         local, world = (int(environment[key]) for key in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
         return local, max(1, world // local)
-    interactive = environment.get("SLURM_JOB_NAME") in ("bash", "interactive")
-    if "SLURM_STEP_ID" in environment and not interactive:
-        nodes = int(environment.get("SLURM_NNODES", 1))
-        tasks = int(environment.get("SLURM_NTASKS", 1))
+    if "SLURM_STEP_ID" in environment and not in_shell_of_slurm():
+        # Of the step; where Slurm does not say, of the job.
+        nodes, tasks = (
+            int(environment.get(f"SLURM_STEP_NUM_{what}", environment.get(f"SLURM_{job}", 1)))
+            for what, job in (("NODES", "NNODES"), ("TASKS", "NTASKS"))
+        )
         return max(1, tasks // nodes), nodes
     return None, 1
+
+
+def in_shell_of_slurm() -> bool:
+    """Whether a user types into a shell that srun started on a terminal.
+
+    A command there is one process, whatever number of tasks the variables of the job name. Tasks
+    that srun starts by themselves have no terminal.
+    """
+    if os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
+        return True
+    return "SLURM_STEP_ID" in os.environ and os.isatty(0)
 
 
 def parse_gpus(text: str) -> list[int] | int:
@@ -387,14 +439,14 @@ def parse_gpus(text: str) -> list[int] | int:
         return count
     except ValueError:
         raise UserError(
-            f"--gpus {text}: give a list of distinct GPUs ('0,1' or '0,') or a count ('2')"
+            f"`gpus` {text}: give a list of distinct GPUs ('0,1' or '0,') or a count ('2')"
         ) from None
 
 
 def training_devices(
     gpus: str | None, devices: int | None, num_nodes: int = 1, dry_run: bool = False
 ) -> Devices:
-    """The devices of a training with the options --gpus, --devices and --num_nodes.
+    """The devices of a training with the options `gpus`, `devices` and `num_nodes`.
 
     If neither GPUs nor devices are given, one device of the best kind is used. With `dry_run`,
     devices need not be there (a dry run on a login node).
@@ -402,7 +454,7 @@ def training_devices(
     import torch
 
     if gpus is not None and devices is not None:
-        raise UserError("--gpus and --devices both say where to train; give one of them")
+        raise UserError("`gpus` and `devices` both say where to train; give one of them")
     found = torch.cuda.device_count()
     if gpus is not None and gpus.strip() not in ("0", ""):  # `--gpus 0` is a count of none
         wanted = parse_gpus(gpus)
@@ -410,14 +462,14 @@ def training_devices(
         needed = max(wanted) + 1 if isinstance(wanted, list) else wanted
         if (needed > found or wanted == 0) and not dry_run:
             raise UserError(
-                f"--gpus {gpus}: this machine has {found} CUDA GPUs; leave --gpus out to train on "
+                f"`gpus` {gpus}: this machine has {found} CUDA GPUs; leave `gpus` out to train on "
                 "the best available device, or name fewer"
             )
         return Devices("gpu", wanted, num_nodes)
     count = devices or 1
     if found and gpus is None:
         if count > found and not dry_run:
-            raise UserError(f"--devices {count}: this machine has {found} CUDA GPUs; name fewer")
+            raise UserError(f"`devices` {count}: this machine has {found} CUDA GPUs; name fewer")
         return Devices("gpu", count, num_nodes)
     if torch.backends.mps.is_available() and count == 1 and gpus is None:
         return Devices("mps", 1, num_nodes)

@@ -7,7 +7,10 @@ class UserError(ValueError):
     """Something a user can set is wrong.
 
     The message is a single line: the setting or file, its value, what is allowed and the remedy.
-    Commands print that line and exit with status 2 (see `ldm.cli.run_command`).
+    Every function that takes what a user gave may raise it; a docstring names it where its reason
+    is not seen in the function. Commands print that line and exit with status 2 (see
+    `ldm.cli.run_command`). Only they know what their options are called: a text names a setting in
+    backquotes, which they print as its option.
 
     Args:
         key: Name of the setting, which then begins the message. A command shows it as the name of
@@ -20,7 +23,7 @@ class UserError(ValueError):
 
 
 class Problems(UserError):
-    """Several settings are wrong: all of them in one line.
+    """Several settings are wrong: all of them, in one line here and a line each in a command.
 
     Args:
         found: Name or dotted path of a setting, and what is wrong with it and what to do.
@@ -29,10 +32,10 @@ class Problems(UserError):
 
     def __init__(self, found: Mapping[str, str], subject: str | None = None):
         self.found = dict(found)
-        lines = [f"{name}: {text}" if text else name for name, text in found.items()]
-        message = " | ".join(lines)
-        if len(lines) > 1:
-            message = f"{len(lines)} problems: {message}"
+        self.lines = [f"{name}: {text}" if text else name for name, text in found.items()]
+        message = " | ".join(self.lines)
+        if len(self.lines) > 1:
+            message = f"{len(self.lines)} problems: {message}"
         super().__init__(message, subject)
 
     def __reduce__(self):

@@ -84,7 +84,7 @@ _OFF = WithoutEffect((False,), "set it to False")
 _ZERO = WithoutEffect((0,), "set it to 0")
 _UNET_NAMES = {
     "dims": WithoutEffect((2,), "only images are; set it to 2"),
-    "use_fp16": WithoutEffect((False,), "set it to False and give --precision bf16-mixed"),
+    "use_fp16": WithoutEffect((False,), "set it to False and give `precision` bf16-mixed"),
     "use_spatial_transformer": WithoutEffect(
         (False,), "there is no text conditioning; set it to False"
     ),

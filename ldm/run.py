@@ -1,9 +1,11 @@
 """Folders of runs and folders that commands make, and what is needed to repeat a run."""
 
 import csv
+import functools
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import platform
 import re
@@ -25,6 +27,7 @@ TIME = "%Y-%m-%dT%H-%M-%S"  # of a start, in names of files and folders
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "albumentations", "timm", "numpy")
 
 
+@functools.cache  # of the code that runs, which was read when the process began
 def git_revision() -> str | None:
     """Commit of this checkout, with "+changes" when files differ; None outside a checkout."""
 
@@ -119,11 +122,7 @@ class MadeFolder:
     name: str = "out"  # of the setting that names the folder, for errors
 
     def read(self) -> dict[str, Any] | None:
-        """The content of the record; None where no command has begun the folder.
-
-        Raises:
-            UserError: A file is in the way, the folder holds other files, or its record is damaged.
-        """
+        """The content of the record; None where no command has begun the folder."""
         if not self.path.exists():
             return None
         if not self.path.is_dir():
@@ -154,9 +153,6 @@ class MadeFolder:
         Returns:
             False where it can be made: there is no folder yet, or nothing in it but unfinished
             files of a killed process.
-
-        Raises:
-            UserError: See `read`; or the folder was made with other settings, all of them named.
         """
         content = self.read()
         if content is None:
@@ -214,6 +210,10 @@ class RunFolder:
         return self.root / "configs"
 
     @property
+    def wandb_id(self) -> Path:
+        return self.root / "wandb" / "run_id.txt"
+
+    @property
     def images(self) -> Path:
         return self.root / "images"
 
@@ -229,10 +229,6 @@ class RunFolder:
         Args:
             name: May contain slashes; must stay below `logdir`.
             stem: Name of the configuration, for an unnamed run.
-
-        Raises:
-            UserError: There is no checkpoint to resume from, `name` leaves `logdir`, or the run has
-                another model.
         """
         from omegaconf import OmegaConf
 
@@ -264,20 +260,30 @@ class RunFolder:
         if checkpoint.parent.name != "checkpoints":
             raise UserError(
                 f"resume={target}: a checkpoint to resume lies in RUN/checkpoints/; this one "
-                "does not"
+                "does not. A new run starts from its weights with init_from (classifier_train.py) "
+                "or model.params.ckpt_path (main.py)"
             )
         return cls(checkpoint.parent.parent), checkpoint
 
     def read_metrics(self) -> list[dict[str, float]]:
-        """What was logged over all starts of the run: name to value, per logged step."""
+        """What was logged over all starts of the run, one row (name to value) for each step.
+
+        A start that goes on from a checkpoint repeats the steps after it, and its numbers count.
+        """
         starts = sorted(
             self.root.glob("metrics/version_*/metrics.csv"), key=lambda p: int(p.parent.name[8:])
         )
-        rows = []
+        rows: dict[float, dict[str, float]] = {}  # by step
         for path in starts:
-            with path.open(newline="") as file:
-                rows += [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
-        return rows
+            # A process that was killed may have left a part of a line at the end.
+            lines = path.read_text().splitlines(keepends=True)
+            read = list(csv.DictReader(line for line in lines if line.endswith("\n")))
+            first = min((float(row["step"]) for row in read), default=math.inf)
+            rows = {step: row for step, row in rows.items() if step <= first}
+            for row in read:
+                values = {name: float(value) for name, value in row.items() if value}
+                rows.setdefault(values["step"], {}).update(values)
+        return [rows[step] for step in sorted(rows)]
 
     def record(self, config: dict, seed: int) -> None:
         """Write the resolved configuration, command, versions, revision and hardware of a start."""

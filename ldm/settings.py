@@ -4,11 +4,9 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
-
-from ldm.cli import Count, Seed, Whole, contradictions, option
+from ldm.cli import Count, Pixels, Seed, Workers, contradictions, option
 
 DEVICE_HELP = "auto, cpu, cuda, cuda:INDEX or mps"
 PRECISION_HELP = (
@@ -16,6 +14,8 @@ PRECISION_HELP = (
     "if omitted auto on GPUs, 32 on CPUs"
 )
 MACHINE = "machine"
+# Of sample_diffusion.py, where nothing is given.
+DEFAULT_STEPS, DEFAULT_SCALE, DEFAULT_COUNT, DEFAULT_STRENGTH = 50, 10.0, 10, 0.6
 TIMM = "timm:"  # begins the name of a network of timm
 
 _run = partial(option, group="run")
@@ -102,9 +102,9 @@ class EvaluationOptions:
         "columns path (or file, below the set's folder) and group, and split where paths repeat",
     )
     group_column: str | None = _run(
-        default=None, metavar="NAME", help="column of --groups; if omitted group"
+        default=None, metavar="NAME", help="column of `groups`; if omitted group"
     )
-    workers: Whole = _run(
+    workers: Workers = _run(
         default_factory=some_cores,
         published=("--num_workers",),
         help="loader processes",
@@ -112,7 +112,7 @@ class EvaluationOptions:
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.group_column is not None and self.groups is None:
-            yield "group_column", "belongs to --groups; give that too, or leave it out"
+            yield "group_column", "belongs to `groups`; give that too, or leave it out"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,7 @@ class LoaderOptions:
     """Reading images: how many at a time, by how many threads."""
 
     batch_size: Count = _machine(default=64, help="images per pass of the network")
-    workers: Whole = _machine(
+    workers: Workers = _machine(
         default=2, published=("--num_workers",), help="threads that decode images"
     )
 
@@ -180,19 +180,19 @@ class GroupOptions:
     group_column: str | None = _groups(
         default=None,
         metavar="NAME",
-        help="column of --group_csv that names the group; if omitted: group",
+        help="column of `group_csv` that names the group; if omitted: group",
     )
     group_rows: str | None = _groups(
         default=None,
         metavar="COLUMN=VALUE",
-        help="read only these rows of --group_csv, such as split=train",
+        help="read only these rows of `group_csv`, such as split=train",
     )
 
     def problems(self):
         yield from contradictions(self, "group_level", "group_regex", "group_csv")
         for name in ("group_column", "group_rows"):
             if getattr(self, name) is not None and self.group_csv is None:
-                yield name, "belongs to --group_csv; give that too, or leave it out"
+                yield name, "belongs to `group_csv`; give that too, or leave it out"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +205,7 @@ class ModelOptions:
         help="local weights of the timm network; if omitted, those in the cache of timm (nothing "
         "is downloaded)",
     )
-    input_size: Annotated[int, Field(ge=8)] | None = _features(
+    input_size: Pixels | None = _features(
         default=None, help="pixels that the timm network sees; if omitted, its own size"
     )
 
@@ -216,14 +216,14 @@ class NetworkChoice(ModelOptions):
 
     features: str | None = _features(
         default=None,
-        metavar="RUN|timm:NAME",
-        help="network that makes the features: checkpoint or seed folder of eval.py, or timm:NAME",
+        metavar="NAME|RUN|FILE",
+        help="network that makes the features",
     )
     weights: str | None = _features(
-        default=None, metavar="CKPT", help="the same as --features CKPT"
+        default=None, metavar="CKPT", help="the same as `features` CKPT"
     )
     model: str | None = _features(
-        default=None, metavar="NAME", help="the same as --features timm:NAME"
+        default=None, metavar="NAME", help="the same as `features` timm:NAME"
     )
 
     @property
@@ -236,7 +236,7 @@ class NetworkChoice(ModelOptions):
         of_timm = (self.network or "").startswith(TIMM)
         for name in ("pretrained_weights", "input_size"):
             if getattr(self, name) is not None and not of_timm:
-                yield name, "belongs to --model (--features timm:NAME); a checkpoint has its own"
+                yield name, "belongs to `model` (`features` timm:NAME); a checkpoint has its own"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +246,7 @@ class FeatureOptions(ModelOptions):
     batch_size: Count | None = _features(
         default=None, help="images per pass of the network; if omitted 64"
     )
-    workers: Whole | None = _features(
+    workers: Workers | None = _features(
         default=None,
         published=("--num_workers",),
         help="threads that decode images; if omitted 2",

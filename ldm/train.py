@@ -9,9 +9,16 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from ldm.devices import Devices, leave_group, quieten_lightning, training_devices
+from ldm.devices import (
+    Devices,
+    in_shell_of_slurm,
+    leave_group,
+    quieten_lightning,
+    training_devices,
+    within_memory,
+)
 from ldm.errors import UserError
-from ldm.files import remove_leftovers, require_space, write_text
+from ldm.files import remove_leftovers, require_outside, require_space, write_text
 from ldm.settings import RunOptions, SpeedOptions
 
 if TYPE_CHECKING:
@@ -49,6 +56,7 @@ def fit(
     loggers: Any = None,
     config: dict[str, Any] | None = None,
     summary: str = "",
+    dry_run: bool = False,
 ) -> "pl.Trainer":
     """Train a model in a run's folder, and leave `last.ckpt`.
 
@@ -60,6 +68,8 @@ def fit(
             even the CSV files.
         config: Resolved configuration, for the record of this start; None keeps no record.
         summary: What is trained, shown at the start.
+        dry_run: Check everything that can be checked without training; nothing is written, and the
+            devices need not be there.
 
     Returns:
         The trainer, after the last step.
@@ -73,20 +83,24 @@ def fit(
     import torch
 
     from ldm.checkpoint import read_checkpoint
+    from ldm.config import tile_roots
 
-    trainer = build_trainer(model, run, devices, callbacks, settings or {}, loggers)
+    if checkpoint is None and config is not None:
+        require_outside({"--logdir": run.root}, {"the folder of tiles": tile_roots(config["data"])})
+    trainer = build_trainer(model, run, devices, callbacks, settings or {}, loggers, dry_run)
     if checkpoint is not None:
         # A checkpoint that does not fit is refused before anything is written.
-        model.on_load_checkpoint(read_checkpoint(checkpoint, (model.kind,), "--resume"))
-    _prepare_disk(trainer, model, run)
-    _start_loggers(trainer)
+        model.on_load_checkpoint(read_checkpoint(checkpoint, (model.kind,), "`resume`"))
+    _prepare_disk(trainer, model, run, dry_run)
+    if dry_run:
+        return trainer
+    _start_loggers(trainer, run)
     if trainer.is_global_zero:
         if config is not None:
             run.record(config, model.seed)
         log.info("%s\nwriting to    %s", summary, run.root)
     joined = torch.distributed.is_initialized()
     _run(trainer, model, data, checkpoint)
-    trainer.save_checkpoint(run.last)
     if trainer.is_global_zero:
         log.info("done at step %d: %s", trainer.global_step, run.last)
     if not joined:
@@ -104,7 +118,8 @@ def _run(
     takes_it = "weights_only" in inspect.signature(trainer.fit).parameters
     safe = {"weights_only": True} if checkpoint and takes_it else {}
     try:
-        trainer.fit(model, datamodule=data, ckpt_path=checkpoint, **safe)
+        with within_memory(data.batch_size):
+            trainer.fit(model, datamodule=data, ckpt_path=checkpoint, **safe)
     except SystemExit:  # what Lightning makes of Ctrl-C; older versions return
         if not trainer.interrupted:
             raise
@@ -119,10 +134,11 @@ def build_trainer(
     callbacks: Sequence["pl.Callback"],
     settings: dict[str, Any],
     loggers: Any = None,
+    dry_run: bool = False,
 ) -> "pl.Trainer":
     """A Lightning trainer for a model, which is prepared for the devices.
 
-    It logs to CSV in the run's folder and shows a progress bar. The arguments are those of `fit`.
+    It logs to CSV in the run's folder and shows a progress bar. Arguments: see `fit`.
     """
     import pytorch_lightning as pl
     from pytorch_lightning.callbacks import LearningRateMonitor
@@ -134,6 +150,9 @@ def build_trainer(
     quieten_lightning()
     settings = dict(settings)
     settings["strategy"] = choose_strategy(settings.get("strategy"), devices, model)
+    if dry_run:  # what was said of devices is checked by now
+        devices = Devices("cpu", 1)
+        settings |= {"strategy": "auto", "plugins": None}
     model.fused = devices.fuses(clips=bool(settings.get(CLIP)))
     devices.prepare(model, model.networks())
     if not model.automatic_optimization:
@@ -161,45 +180,67 @@ def build_trainer(
         "enable_model_summary": False,
         **settings,
         "logger": kept,
-        "plugins": [*plugins, *cluster_plugins(), CheckpointFiles()],
-        "callbacks": [*watching, *callbacks],
+        "plugins": [*plugins, *([] if dry_run else cluster_plugins()), CheckpointFiles()],
+        "callbacks": [*watching, *_in_order(callbacks)],
     }
     try:
         return pl.Trainer(**arguments)
     except (MisconfigurationException, ValueError) as error:
-        said = " ".join(str(error).split())
-        raise UserError(f"lightning.trainer: {said}; change these settings") from None
+        raise UserError(f"lightning.trainer: {' '.join(str(error).split())}") from None
+
+
+def _in_order(callbacks: Sequence["pl.Callback"]) -> list["pl.Callback"]:
+    """The callbacks in an order in which `last.ckpt` holds what all others have done.
+
+    What a validation decides is decided at its end: at the end of the epoch, as Lightning does it
+    where each has one validation, is after the checkpoint of the epoch's last step.
+    """
+    from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+
+    from ldm.models.callbacks import LastCheckpoint
+
+    for callback in callbacks:
+        if not str(getattr(callback, "monitor", None)).startswith("val/"):
+            continue
+        if isinstance(callback, EarlyStopping) and callback._check_on_train_epoch_end is None:
+            callback._check_on_train_epoch_end = False
+        if isinstance(callback, ModelCheckpoint) and callback._save_on_train_epoch_end is None:
+            callback._save_on_train_epoch_end = False
+    # Lightning moves checkpoints behind other callbacks, and keeps their order.
+    return sorted(callbacks, key=lambda callback: isinstance(callback, LastCheckpoint))
 
 
 def cluster_plugins() -> list[Any]:
     """What Lightning is to know of the cluster that started this process."""
-    from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+    from pytorch_lightning.plugins import environments
 
-    if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
+    if environments.TorchElasticEnvironment.detect() or not environments.SLURMEnvironment.detect():
         return []
+    if in_shell_of_slurm():
+        return [environments.LightningEnvironment()]
     try:
-        # Signals are for StopOnSignal: Lightning would requeue by itself, from a file of its own.
-        return [SLURMEnvironment(auto_requeue=False)]
+        # Signals are for LastCheckpoint: Lightning would requeue by itself, from a file of its own.
+        return [environments.SLURMEnvironment(auto_requeue=False)]
     except RuntimeError as error:
         raise UserError(" ".join(str(error).split())) from None
 
 
 def choose_strategy(configured: Any, devices: Devices, model: "HistoModule") -> Any:
-    """Lightning's strategy for `--strategy` or `lightning.trainer.strategy` (`configured`).
+    """Lightning's strategy for `strategy` or `lightning.trainer.strategy` (`configured`).
 
     Raises:
         UserError: Both are given, or the strategy does not go with the model or the devices.
     """
     if configured not in (None, "auto") and devices.strategy != "auto":
         raise UserError(
-            f"--strategy {devices.strategy} and lightning.trainer.strategy={configured} both say "
+            f"`strategy` {devices.strategy} and lightning.trainer.strategy={configured} both say "
             "how devices share the work; give one of them"
         )
     name = devices.strategy if configured in (None, "auto") else configured
     if isinstance(name, str) and name.startswith("deepspeed"):
         raise UserError(
-            "--strategy deepspeed: it writes checkpoints that no other command here can read; use "
-            "--strategy fsdp, which shards weights, gradients and optimiser as ZeRO does"
+            "`strategy` deepspeed: it writes checkpoints that no other command here can read; use "
+            "`strategy` fsdp, which shards weights, gradients and optimiser as ZeRO does"
         )
     if name == "fsdp":
         return _sharded(devices, model)
@@ -217,18 +258,18 @@ def _sharded(devices: Devices, model: "HistoModule") -> Any:
 
     if not isinstance(model, LatentDiffusion):
         raise UserError(
-            f"--strategy fsdp shards the diffusion UNet, and {type(model).__name__} has none; use "
-            "--strategy ddp"
+            f"`strategy` fsdp shards the diffusion UNet, and {type(model).__name__} has none; use "
+            "`strategy` ddp"
         )
     if devices.ranks == 1:
-        raise UserError("--strategy fsdp shards over several devices; give --devices or --gpus")
+        raise UserError("`strategy` fsdp shards over several devices; give `devices` or `gpus`")
     if devices.precision not in ("32", "bf16-mixed"):
         raise UserError(
-            f"--strategy fsdp: --precision {devices.precision} must be 32 or bf16-mixed"
+            f"`strategy` fsdp: `precision` {devices.precision} must be 32 or bf16-mixed"
         )
     if devices.compile or devices.channels_last:
-        option = "--compile" if devices.compile else "--channels_last"
-        raise UserError(f"--strategy fsdp: {option} is for whole networks; leave one of them out")
+        option = "`compile`" if devices.compile else "`channels_last`"
+        raise UserError(f"`strategy` fsdp: {option} is for whole networks; leave one of them out")
     return ShardedStrategy(devices.ranks)
 
 
@@ -248,7 +289,7 @@ def checkpoint_callbacks(
     """
     from pytorch_lightning.callbacks import ModelCheckpoint
 
-    from ldm.models.callbacks import LastCheckpoint, RecentCheckpoints, StopOnSignal
+    from ldm.models.callbacks import LastCheckpoint, RecentCheckpoints
 
     target = "pytorch_lightning.callbacks.ModelCheckpoint"
     if node and node.get("target", target) != target:
@@ -264,8 +305,7 @@ def checkpoint_callbacks(
     keep = settings.pop("keep_last", None)
     common = {"dirpath": run.checkpoints, **OWN_NAMES}
     stepwise = {"filename": "step_{step:08d}", "every_n_train_steps": every, **common}
-    last = LastCheckpoint(every_n_train_steps=every, **common)
-    callbacks: list[pl.Callback] = [last, StopOnSignal(run.last)]
+    callbacks: list[pl.Callback] = [LastCheckpoint(every_n_train_steps=every, **common)]
     if keep is not None:
         callbacks.append(RecentCheckpoints(keep, **stepwise))
     best = {}
@@ -338,10 +378,10 @@ def _wandb_logger(run: "RunFolder") -> Any:
     from pytorch_lightning.loggers import WandbLogger
 
     # A run that goes on is the same run at W&B, too.
-    name = run.root / "wandb" / "run_id.txt"
+    name = run.wandb_id
     identity = name.read_text().strip() if name.is_file() else uuid.uuid4().hex[:12]
     try:
-        logger = WandbLogger(
+        return WandbLogger(
             name=run.root.name,
             save_dir=run.root,
             id=identity,
@@ -353,12 +393,9 @@ def _wandb_logger(run: "RunFolder") -> Any:
             "lightning.logger=wandb needs the package wandb, which is not installed; run `pip "
             "install wandb`, or leave lightning.logger out"
         ) from None
-    if not name.is_file():
-        write_text(name, identity + "\n")
-    return logger
 
 
-def _start_loggers(trainer: "pl.Trainer") -> None:
+def _start_loggers(trainer: "pl.Trainer", run: "RunFolder") -> None:
     """Connect to W&B now: whether that is possible is better known before the data is read."""
     from pytorch_lightning.loggers import WandbLogger
 
@@ -366,6 +403,8 @@ def _start_loggers(trainer: "pl.Trainer") -> None:
         if isinstance(logger, WandbLogger):
             import wandb
 
+            if not run.wandb_id.is_file():
+                write_text(run.wandb_id, f"{logger.version}\n")
             try:
                 _ = logger.experiment
             except wandb.errors.Error as error:
@@ -375,14 +414,16 @@ def _start_loggers(trainer: "pl.Trainer") -> None:
                 ) from None
 
 
-def _prepare_disk(trainer: "pl.Trainer", model: "HistoModule", run: "RunFolder") -> None:
+def _prepare_disk(
+    trainer: "pl.Trainer", model: "HistoModule", run: "RunFolder", dry_run: bool
+) -> None:
     """Clear away what a killed run left, and see that the disk has room for the checkpoints."""
     from pytorch_lightning.callbacks import ModelCheckpoint
 
     from ldm.models.saving import MARGIN, expected_size
 
-    if trainer.is_global_zero:
-        for path in remove_leftovers(run.checkpoints):
+    if trainer.is_global_zero and not dry_run:
+        for path in remove_leftovers(run.root, run.checkpoints, run.configs, run.images):
             log.info("removed %s, which a killed run had not finished", path)
     size = run.last.stat().st_size if run.last.is_file() else expected_size(model)
     kinds = sum(isinstance(c, ModelCheckpoint) for c in trainer.checkpoint_callbacks)

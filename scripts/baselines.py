@@ -1,10 +1,7 @@
 """What colour alone, or a linear probe of a pre-trained network, reaches on the same sets.
 
-    python scripts/baselines.py --data_path D --output_dir train5 \\
-        --kind colour_mean,colour_histogram --logdir logs/baselines
-
-learns from `D/train5`, chooses on `D/val` and reports `D/test` once, with the results in
-`logs/baselines/KIND/train5/` written as eval.py writes its own, so that tables read both.
+Learns from D/SUBSET, chooses on D/val and reports D/test once, with the results in
+LOGDIR/KIND/SUBSET written as eval.py writes its own, so that tables read both.
 """
 
 from collections.abc import Iterator
@@ -12,34 +9,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
-
-from ldm.cli import Commas, Whole, existing_path, like, option, parse, run_command
+from ldm.cli import Commas, Pixels, Workers, existing_path, like, option, parse, run_command
 from ldm.devices import resolve_device
 from ldm.errors import UserError
+from ldm.features.source import known_forms
 from ldm.settings import TIMM, DeviceOption, EvaluationOptions, some_cores
 
 PROBE = "linear_probe"
+OF_NETWORKS = {PROBE, "classifier"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(EvaluationOptions, DeviceOption):
-    """What colour alone, or a linear probe of a pre-trained network, reaches on the same sets.
-
-    Learns from D/SUBSET, chooses on D/val and reports D/test once, as eval.py does.
-    """
-
     program: ClassVar = "baselines.py"
     example: ClassVar = (
         "  python scripts/baselines.py --data_path D --subset train5 --kind colour_histogram"
     )
 
     kind: Annotated[
-        tuple[Literal["colour_mean", "colour_histogram", "linear_probe"], ...], Commas
+        tuple[Literal["colour_mean", "colour_histogram", "linear_probe", "classifier"], ...], Commas
     ] = option(
         default=("colour_mean", "colour_histogram"),
         metavar="KINDS",
-        help="some of colour_mean,colour_histogram,linear_probe",
+        help="some of colour_mean,colour_histogram,linear_probe,classifier (a network as it is)",
     )
     logdir: str = option(
         default="logs/baselines", metavar="DIR", help="results go to LOGDIR/KIND/SUBSET"
@@ -47,8 +39,8 @@ class Options(EvaluationOptions, DeviceOption):
     features: str | None = option(
         default=None,
         group=PROBE,
-        metavar="RUN|timm:NAME",
-        help="network that is probed: a run of eval.py, or timm:NAME",
+        metavar="NAME|RUN|FILE",
+        help=f"network that is probed: {known_forms()}",
     )
     weights: str | None = option(
         default=None,
@@ -59,11 +51,11 @@ class Options(EvaluationOptions, DeviceOption):
     arch: str | None = option(
         default=None, group=PROBE, metavar="NAME", help="the same as --features timm:NAME"
     )
-    input_size: Annotated[int, Field(ge=8)] | None = option(
+    input_size: Pixels | None = option(
         default=None, group=PROBE, help="pixels, with --arch; if omitted the network's own"
     )
     device: str = like(DeviceOption, "device", "auto", group=PROBE)
-    workers: Whole = like(
+    workers: Workers = like(
         EvaluationOptions, "workers", default_factory=some_cores, help="threads that decode images"
     )
 
@@ -86,14 +78,10 @@ class Options(EvaluationOptions, DeviceOption):
                 yield "weights", "not allowed with --features RUN; give one of them"
         yield from super().problems()
         for name in ("features", "weights", "arch", "input_size"):
-            if getattr(self, name) is not None and "linear_probe" not in self.kind:
+            if getattr(self, name) is not None and OF_NETWORKS.isdisjoint(self.kind):
                 yield name, "belongs to --kind linear_probe; add that, or leave it out"
         if self.input_size is not None and not (self.network or TIMM).startswith(TIMM):
             yield "input_size", "belongs to --arch; a run of eval.py knows its own, leave it out"
-
-
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
 
 
 def open_network(args: Options):
@@ -111,17 +99,15 @@ def open_network(args: Options):
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
     data_path = existing_path(args.data_path, "--data_path", "dir")
-    if args.weights is not None:
-        existing_path(args.weights, "--weights")
 
     from ldm.evaluation.baselines import run_baseline
     from ldm.evaluation.metrics import format_summary
     from ldm.evaluation.sets import GroupTable
 
     groups, extractor = GroupTable.given(args), None
-    if PROBE in args.kind:  # opened before minutes are spent on the others
+    if not OF_NETWORKS.isdisjoint(args.kind):  # opened before minutes are spent on the others
         extractor = open_network(args)
     for kind in args.kinds:
         summary = run_baseline(

@@ -1,14 +1,10 @@
 """Encode tiles once, so that diffusion and classifier training read latents instead of images.
 
-    python scripts/cache_latents.py --model logs/autoencoder --out latents --views 8 \\
-        --data configs/latent-diffusion/histo-ldm-kl-8.yaml 'data.params.train.params.augment=[d4]'
-    python main.py --base configs/latent-diffusion/histo-ldm-kl-8.yaml -t \\
-        data.params.latents=latents
-
-Mean and log-variance of the posterior are stored, so training still draws the latents. `--data`
-takes folders of tiles, or training configurations, whose `data` section says what is training and
-what validation, how tiles are cropped and augmented, and how corpora are weighted. Run the same
-command again after an interruption: finished files are kept.
+Mean and log-variance of the posterior are stored, so training still draws the latents. --data takes
+folders of tiles, or training configurations, whose `data` section says what is training and what
+validation, how tiles are cropped and augmented, and how corpora are weighted; section.key=value
+overrides these. Train with data.params.latents=OUT. Run the same command again after an
+interruption: finished files are kept.
 """
 
 import sys
@@ -19,9 +15,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from ldm.cli import Count, Seed, Whole, existing_path, like, option, parse, run_command
+from ldm.cli import Count, Seed, Workers, existing_path, like, option, parse, run_command
 from ldm.devices import shared_devices
 from ldm.errors import UserError
+from ldm.files import require_outside
 from ldm.settings import LoaderOptions, ProcessOptions
 
 DATA_TARGET = "ldm.data.datamodule.DataModuleFromConfig"
@@ -32,11 +29,6 @@ FOLDERS = "folders of tiles"
 
 @dataclass(frozen=True, kw_only=True)
 class Options(ProcessOptions, LoaderOptions):
-    """Encode tiles once, so that diffusion and classifier training read latents, not images.
-
-    With YAML files as --data, section.key=value overrides them.
-    """
-
     program: ClassVar = "cache_latents.py"
     example: ClassVar = """\
   python scripts/cache_latents.py --model logs/autoencoder --out latents --views 8 \\
@@ -98,15 +90,11 @@ class Options(ProcessOptions, LoaderOptions):
         help="tiles whose paths have the same first group stay on one side of the hold-out",
     )
     batch_size: Count = like(LoaderOptions, "batch_size", 32, help="images encoded together")
-    workers: Whole = like(LoaderOptions, "workers", 2, help="loader processes of each process")
+    workers: Workers = like(LoaderOptions, "workers", 2, help="loader processes of each process")
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if not self.data:
             yield "data", "give at least one folder or YAML file"
-
-
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
 
 
 def data_config(args: Options, pixels: int) -> dict[str, Any]:
@@ -176,10 +164,10 @@ def _folders_config(args: Options, folders: list[Path], pixels: int) -> dict[str
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
     out = Path(args.out).expanduser()
 
-    from ldm.config import instantiate_from_config
+    from ldm.config import instantiate_from_config, tile_roots
     from ldm.data.caching import CachePlan, gibibytes, make_cache
     from ldm.models.classifier import LatentSpace
 
@@ -188,7 +176,9 @@ def main(argv: list[str] | None = None) -> None:
         args.precision, channels_last=args.channels_last
     )
     net = LatentSpace.load(args.model, "--model").first_stage
-    data = instantiate_from_config(data_config(args, net.resolution))
+    node = data_config(args, net.resolution)
+    require_outside({"--out": out}, {"--data": tile_roots(node)})
+    data = instantiate_from_config(node)
     plan = CachePlan(out, net, data, args.views, args.dtype, args.seed, devices, args.shard_tiles)
     jobs = plan.missing()
     if args.dry_run:

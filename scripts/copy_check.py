@@ -1,8 +1,5 @@
 """Did the generator copy training tiles? Compare synthetic tiles with its training set.
 
-    python scripts/copy_check.py --synthetic OUT --train D/train --holdout D/val --out REPORT \\
-        --weights logs/eval/train5/seed0
-
 --train is what the generator saw, --holdout real tiles that it never saw, of other patients; both
 may lie in folders of any depth. For each synthetic tile, the nearest training tile is searched in
 pixels and, given a network, in its features, over the 8 flips and quarter turns, and compared with
@@ -20,16 +17,16 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from ldm.cli import Count, existing_path, lies_in, like, option, parse, run_command
+from ldm.cli import Count, existing_path, like, option, output_path, parse, run_command
 from ldm.devices import resolve_device
 from ldm.errors import UserError
+from ldm.features.source import known_forms
+from ldm.files import lies_in, remove_leftovers, require_outside
 from ldm.settings import DeviceOption, LoaderOptions, NetworkChoice
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(NetworkChoice, DeviceOption):
-    """Did the generator copy training tiles? Compare synthetic tiles with its training set."""
-
     program: ClassVar = "copy_check.py"
     example: ClassVar = """\
   python scripts/copy_check.py --synthetic OUT --train D/train --holdout D/val --out REPORT \\
@@ -43,8 +40,8 @@ class Options(NetworkChoice, DeviceOption):
         NetworkChoice,
         "features",
         None,
-        help="compare in features of this network too: checkpoint or seed folder of eval.py, or "
-        "timm:NAME; if omitted, in pixels only",
+        help=f"compare in features of this network too: {known_forms()}; if omitted, in pixels "
+        "only",
     )
     quantile: Annotated[float, Field(ge=1e-5, le=0.5)] = option(
         default=0.01, metavar="SHARE", help="share of new tiles that may be flagged by mistake"
@@ -71,10 +68,6 @@ class Options(NetworkChoice, DeviceOption):
             yield missing, "is missing: --remove and --removed_to belong together"
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
 def check_places(
     sets: dict[str, Path], targets: dict[str, Path], more_sources: dict[str, Path]
 ) -> None:
@@ -86,35 +79,26 @@ def check_places(
                 raise UserError(
                     f"{name} {path}: {where} {other} {folder}; give folders apart from one another"
                 )
-    for name, path in {**sets, **more_sources}.items():
-        for target, folder in targets.items():
-            if lies_in(folder, path):
-                raise UserError(f"{target} {folder}: lies in {name} {path}; give a folder outside")
-    for name, folder in targets.items():
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"{name} {folder} is a file; give a folder")
+    require_outside(targets, {**sets, **more_sources})
 
 
 def check_paths(args: Options) -> tuple[dict[str, Path], Path]:
     """The folders of the three sets, by name, and that of the report."""
     names = ("synthetic", "train", "holdout")
     sets = {name: existing_path(getattr(args, name), f"--{name}", "dir") for name in names}
-    out = Path(args.out).expanduser()
+    out = output_path(args.out, "--out", "dir")
     targets, more_sources = {"--out": out}, {}
     if args.remove:
-        targets["--removed_to"] = Path(args.removed_to).expanduser()
+        targets["--removed_to"] = output_path(args.removed_to, "--removed_to", "dir")
         more_sources["--remove"] = existing_path(args.remove, "--remove", "dir")
     check_places({f"--{name}": path for name, path in sets.items()}, targets, more_sources)
-    if args.weights:
-        existing_path(args.weights, "--weights")
-    if args.pretrained_weights:
-        existing_path(args.pretrained_weights, "--pretrained_weights", "file")
     return sets, out
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
     sets, out = check_paths(args)
+    remove_leftovers(out, out / "cache")
 
     from ldm.copies.check import check_copies
     from ldm.copies.removal import Removal

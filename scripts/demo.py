@@ -1,11 +1,8 @@
 """The whole method on one machine in minutes: tiles, training, sampling, selection, evaluation.
 
-    python scripts/demo.py                      # procedural tiles, nothing to download
-    python scripts/demo.py --data DIR           # DIR/{train,train5,val,test}/CLASS/images
-    python scripts/demo.py sampling.scale=5     # see configs/demo/demo.yaml
-
-Each job is one command of the other entry points. Run again, it goes on where it stopped. Writes
-OUT/report.html and OUT/table.csv; the log of each job is OUT/jobs/NAME.log.
+Settings are those of configs/demo/demo.yaml; section.key=value overrides one. Each job is one
+command of the other entry points. Run again, it goes on where it stopped. Writes OUT/report.html
+and OUT/table.csv; the log of each job is OUT/jobs/NAME.log.
 """
 
 import signal
@@ -20,12 +17,6 @@ from ldm.cli import STOPPED, existing_path, option, parse, run_command
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The whole method on one machine in minutes: tiles, training, sampling, selection, evaluation.
-
-    Settings are those of configs/demo/demo.yaml; section.key=value overrides one. Run again, it
-    goes on where it stopped.
-    """
-
     program: ClassVar = "demo.py"
     example: ClassVar = "  python scripts/demo.py --out logs/demo sampling.scale=5"
 
@@ -42,12 +33,8 @@ class Options:
     )
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
 def main(argv: list[str] | None = None) -> int:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
     data = existing_path(args.data, "--data", "dir") if args.data else None
 
     from ldm.experiment import engine

@@ -1,7 +1,5 @@
 """Write a diffusion model as a pipeline of the diffusers library.
 
-    python scripts/export_diffusers.py --model logs/ldm --out exported/ldm
-
 The folder holds the networks (UNet2DModel, AutoencoderKL), the DDIM scheduler, and a README.md that
 says how to load it and sample. What is written is compared with the model before.
 """
@@ -19,8 +17,6 @@ log = logging.getLogger("export_diffusers")
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Write a diffusion model as a pipeline of the diffusers library."""
-
     program: ClassVar = "export_diffusers.py"
     example: ClassVar = "  python scripts/export_diffusers.py --model logs/ldm --out exported/ldm"
 
@@ -39,12 +35,8 @@ class Options:
     )
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
     out = Path(args.out)
     if out.exists():
         raise UserError(f"--out {out} exists; give another name, or remove it")

@@ -1,8 +1,5 @@
 """Fetch published weights into the caches that the other commands look into.
 
-    python scripts/fetch_weights.py inception dinov2 lpips
-    python scripts/fetch_weights.py --list
-
 Run it where there is internet; no other command downloads anything. Prints name, path and SHA-256
 of each file. What is there already is not fetched again. The caches follow TORCH_HOME and HF_HOME.
 """
@@ -22,11 +19,6 @@ NAMES = ("inception", "lpips", "dinov2", "dinov2_base", "dinov2_large", "dinov2_
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Fetch published weights into the caches that the other commands look into.
-
-    Run it where there is internet; no other command downloads anything.
-    """
-
     program: ClassVar = "fetch_weights.py"
     example: ClassVar = "  python scripts/fetch_weights.py inception dinov2 lpips"
 
@@ -44,12 +36,8 @@ class Options:
                 yield "names", f"unknown weights {name}; choose among {', '.join(NAMES)}"
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
 
     from ldm.errors import UserError
     from ldm.features.weights import WEIGHTS

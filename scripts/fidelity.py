@@ -1,9 +1,5 @@
 """FID, KID, precision and recall of synthetic tiles against real ones, per class and overall.
 
-    python scripts/fidelity.py --real D/test --fake OUT --out fidelity.json --extractor dinov2
-    python scripts/fidelity.py --real D/test --fake OUT1 --fake OUT2 --stats test.safetensors \\
-        --weights logs/eval/train5/seed0 --out fidelity.json
-
 DIR/CLASS/images, or a folder of images without classes; of a training folder of
 scripts/distance.py, the synthetic tiles. Prints a table and writes a JSON object (a list for
 several --fake) in which images, extractor and pre-processing stand beside the values. --stats keeps
@@ -18,9 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from ldm.cli import Seed, existing_path, option, parse, run_command
+from ldm.cli import Seed, existing_path, option, output_path, parse, run_command
+from ldm.data.images import class_folders
 from ldm.devices import resolve_device
 from ldm.errors import UserError
+from ldm.features.source import known_forms
+from ldm.files import remove_leftovers, require_outside, write_json
 from ldm.settings import TIMM, DeviceOption, LoaderOptions
 
 log = logging.getLogger("fidelity")
@@ -30,11 +29,6 @@ NETWORKS = ("inception", "dinov2", "dinov2_base", "dinov2_large", "dinov2_giant"
 
 @dataclass(frozen=True, kw_only=True)
 class Options(LoaderOptions, DeviceOption):
-    """FID, KID, precision and recall of synthetic tiles against real ones, per class and overall.
-
-    Nothing is downloaded: scripts/fetch_weights.py gets weights where there is internet.
-    """
-
     program: ClassVar = "fidelity.py"
     example: ClassVar = """\
   python scripts/fidelity.py --real D/test --fake OUT --features dinov2 --out fidelity.json"""
@@ -52,9 +46,8 @@ class Options(LoaderOptions, DeviceOption):
     out: str = option(metavar="FILE", help="JSON file to write")
     features: str | None = option(
         default=None,
-        metavar="NAME|RUN",
-        help="network that makes the features: inception, dinov2 (also dinov2_base, dinov2_large, "
-        "dinov2_giant), timm:NAME, or a run (seed's folder) of eval.py; if omitted inception",
+        metavar="NAME|RUN|FILE",
+        help=f"network that makes the features: {known_forms()}; if omitted inception",
     )
     extractor: str | None = option(
         default=None,
@@ -98,10 +91,6 @@ class Options(LoaderOptions, DeviceOption):
             yield "real", "is needed without --stats; give one of them"
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
 def to_markdown(results: list[dict]) -> str:
     """A row per set over all tiles, then a row per set and class."""
     rows = [(r["fake"]["dir"], "all", r["overall"]) for r in results]
@@ -129,11 +118,9 @@ def to_markdown(results: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
     fake_roots = [existing_path(path, "--fake", "dir") for path in args.fake]
-    out = Path(args.out)
-    if out.is_dir():
-        raise UserError(f"--out {out} is a folder; give a file")
+    out = output_path(args.out, "--out", "file")
     if args.weights:
         existing_path(args.weights, "--weights")
     stats = Path(args.stats).expanduser() if args.stats else None
@@ -142,6 +129,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.real is None:
         existing_path(stats, "--stats (without --real)", "file")
     real_root = existing_path(args.real, "--real", "dir") if args.real else None
+    # Beside the class folders of a set is no harm done.
+    folders = {"--real": [real_root] if real_root else [], "--fake": fake_roots}
+    classes = {k: [r / n for r in roots for n in class_folders(r)] for k, roots in folders.items()}
+    require_outside({"--out": out, "--stats": stats}, classes)
+    remove_leftovers(out, *([stats] if stats else []))
 
     from ldm.evaluation.reference import (
         compare_sets,
@@ -150,7 +142,6 @@ def main(argv: list[str] | None = None) -> None:
         tiles_of_part,
     )
     from ldm.features.source import parse_features
-    from ldm.files import write_json
 
     # All are indexed before any features are computed: what is wrong with one is known at once.
     real_files = None if real_root is None else tiles_of_part(real_root, False, "--real")

@@ -1,8 +1,5 @@
 """Try guidance scales (and intervals, steps, samplers) and say which serves best.
 
-    python scripts/guidance_sweep.py -r DIFFUSION --classifier CLASSIFIER --real D/val \\
-        --judge logs/eval/train5/seed0 --scales 0,3,10,30 -n 64 --out SWEEP
-
 The judge is a classifier of images from eval.py that took no part in the guidance; --real are
 labelled tiles that neither the generator nor the judge was trained on. With a label adapter as -r
 and without --classifier the scales are those of classifier-free guidance. Writes SWEEP/sweep.csv,
@@ -13,26 +10,29 @@ setting) and the tiles below SWEEP/tiles. The same command again makes what is m
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
 from ldm.cli import (
+    MOST,
     Commas,
     Count,
     NotNegative,
+    Positive,
     Share,
     Whole,
     existing_path,
     like,
     option,
+    output_path,
     parse,
     run_command,
     shown,
 )
 from ldm.devices import one_device
 from ldm.errors import UserError
+from ldm.files import remove_leftovers, require_outside
 from ldm.settings import DeviceOption, LoaderOptions, ProcessOptions
 
 
@@ -48,13 +48,6 @@ def interval(text: str) -> tuple[int, int] | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(DeviceOption):
-    """Try guidance scales (and intervals, steps, samplers) and say which serves best.
-
-    The judge is a classifier of images from eval.py that took no part in the guidance; --real are
-    labelled tiles that neither the generator nor the judge was trained on. With a label adapter as
-    --model and without --classifier the scales are those of classifier-free guidance.
-    """
-
     program: ClassVar = "guidance_sweep.py"
     example: ClassVar = """\
   python scripts/guidance_sweep.py --model DIFFUSION --classifier CLASSIFIER --real D/val \\
@@ -78,7 +71,7 @@ class Options(DeviceOption):
         help="guidance scales; 0 is unguided (classifier), 1 plain conditional (label adapter)",
     )
     intervals: Annotated[
-        tuple[Annotated[tuple[int, int] | None, BeforeValidator(interval)], ...], Commas
+        tuple[Annotated[tuple[Whole, Whole] | None, BeforeValidator(interval)], ...], Commas
     ] = option(
         default=(None,),
         metavar="SPANS",
@@ -94,19 +87,21 @@ class Options(DeviceOption):
         metavar="NAME,NAME",
         help="among ddim, ddpm, dpm++2m, or euler, heun for a flow; if omitted ddim or euler",
     )
-    latent_limit: NotNegative | None = option(
+    latent_limit: Positive | None = option(
         default=None, help="with euler and heun: keep predicted clean latents within +-X"
     )
     eta: Share = option(default=1.0, help="DDIM noise, 0 is deterministic")
     guidance_on: Literal["z_t", "z_0"] = option(default="z_t", help="what the classifier sees")
     guidance_norm: bool = option(default=False, help="scale = |guidance| / |eps|")
-    guidance_clip: NotNegative | None = option(default=None, help="largest |guidance| / |eps|")
-    temperature: NotNegative | None = option(
+    guidance_clip: Positive | None = option(default=None, help="largest |guidance| / |eps|")
+    temperature: Annotated[float, Field(ge=1e-3, le=1e3)] | None = option(
         default=None, help="temperature of the classifier; if omitted its calibrated one"
     )
-    n_samples: Annotated[int, Field(ge=8)] = option("-n", default=64, help="images per class")
+    n_samples: Annotated[int, Field(ge=8, le=MOST)] = option(
+        "-n", default=64, help="images per class"
+    )
     batch_size: Count = like(LoaderOptions, "batch_size", 32, help="images sampled together")
-    seed: Whole = option(default=0, help="seed of the noise")
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = option(default=0, help="seed of the noise")
     precision: Literal["auto", "32", "bf16"] | None = like(ProcessOptions, "precision", None)
 
     def problems(self) -> Iterator[tuple[str, str]]:
@@ -114,10 +109,6 @@ class Options(DeviceOption):
             for name in ("guidance_on", "guidance_norm", "guidance_clip", "temperature"):
                 if getattr(self, name) != getattr(Options, name):
                     yield name, "needs --classifier; give one or leave it out"
-
-
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
 
 
 def settings_of(args: Options, models) -> list:
@@ -166,12 +157,12 @@ def temperature_of(args: Options, models) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
     real_root = existing_path(args.real, "--real", "dir")
     existing_path(args.judge, "--judge")
-    out = Path(args.out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; give a folder")
+    out = output_path(args.out, "--out", "dir")
+    require_outside({"--out": out}, {"--real": real_root})
+    remove_leftovers(out)
 
     from ldm.evaluation.sweep import Sweep
     from ldm.features.source import VIT, FeatureSource
@@ -185,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
             "--classifier"
         )
     grid = settings_of(args, models)
-    judge = FeatureSource(VIT, args.judge).open(devices.device)
+    judge = FeatureSource(VIT, args.judge, setting="`judge`").open(devices.device)
     if judge.classes != models.classes:
         raise UserError(
             f"--judge {args.judge} knows the classes {judge.classes}, the models "

@@ -1,12 +1,5 @@
 """Turn a checkpoint of latent diffusion, or of the published method's code, into one of ours.
 
-    python scripts/import_checkpoint.py model.ckpt --kind autoencoder --config kl-f4.yaml \\
-        --out models/autoencoder.ckpt
-    python scripts/import_checkpoint.py ldm.ckpt --kind diffusion --config ldm.yaml \\
-        --out models/diffusion.ckpt
-    python scripts/import_checkpoint.py model_010000.pt --kind classifier --classes ADI,BACK,DEB \\
-        --autoencoder models/diffusion.ckpt --out models/classifier.ckpt
-
 The configuration, native or published, says what the networks look like. A report lists the
 weights that were used, left out and missing.
 """
@@ -21,20 +14,21 @@ from pydantic import Field
 
 from ldm.cli import existing_path, option, parse, run_command
 from ldm.errors import UserError
+from ldm.files import remove_leftovers, require_class_names
 
 log = logging.getLogger("import_checkpoint")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Turn a checkpoint of latent diffusion, or of the published code, into one of ours."""
-
     program: ClassVar = "import_checkpoint.py"
     example: ClassVar = """\
   python scripts/import_checkpoint.py ldm.ckpt --kind diffusion --config ldm.yaml \\
       --out models/diffusion.ckpt"""
 
-    file: str = option(positional=True, metavar="FILE", help="checkpoint of other code")
+    file: str = option(
+        positional=True, metavar="FILE", help="checkpoint of other code, or a folder of diffusers"
+    )
     kind: Literal["autoencoder", "diffusion", "classifier"] = option(help="what to make of it")
     config: str | None = option(
         default=None,
@@ -48,7 +42,7 @@ class Options:
         help="diffusion: our autoencoder, for a file without one; classifier: our diffusion model "
         "(or autoencoder) that it works with",
     )
-    scale_factor: Annotated[float, Field(ge=1e-6, allow_inf_nan=False)] | None = option(
+    scale_factor: Annotated[float, Field(ge=1e-6, le=1e6)] | None = option(
         default=None, metavar="X", help="scale of the latents, if the file does not hold it"
     )
     classes: str | None = option(
@@ -82,28 +76,30 @@ class Options:
                     yield name, "is not needed with --kind autoencoder; leave it out"
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
-    source, out = existing_path(args.file, "FILE", "file"), Path(args.out)
+    args = parse(Options, argv)
+    source, out = existing_path(args.file, "FILE"), Path(args.out)
     if out.exists():
         raise UserError(f"--out {out} exists; give another name, or remove it")
+    classes = [name.strip() for name in (args.classes or "").split(",")]
+    if args.kind == "classifier":
+        require_class_names(classes, "--classes")
+    remove_leftovers(out)
 
     from ldm.exchange import foreign
 
-    node = foreign.read_model_node(args.config) if args.config else None
-    state, beside = foreign.read_foreign(source, args.allow_pickle)
+    node = foreign.read_model_node(args.config, args.kind) if args.config else None
+    if source.is_dir() and args.kind != "classifier":
+        from ldm.exchange.diffusers_import import read_folder
+
+        state, beside = read_folder(source, node, args.kind), {}
+    else:
+        state, beside = foreign.read_foreign(source, args.allow_pickle)
     if args.kind == "autoencoder":
         module, report = foreign.import_autoencoder(state, node)
     elif args.kind == "diffusion":
         module, report = foreign.import_diffusion(state, node, args.autoencoder, args.scale_factor)
     else:
-        classes = [name.strip() for name in args.classes.split(",")]
-        if len(set(classes)) < len(classes) or "" in classes:
-            raise UserError(f"--classes {args.classes}: names must differ and not be empty")
         module, report = foreign.import_classifier(
             state, args.autoencoder, classes, node, args.scale_factor, args.noised
         )

@@ -1,15 +1,10 @@
 """Draw a few-label subset of a labelled folder, class by class and spread over the groups.
 
-    python scripts/make_subset.py --data D/train --fraction 0.05 --group_csv slides.csv \\
-        --out D/train5
-
 The subset is a folder of copies or links with subset.csv, which says of every tile of --data
 whether it is in the subset or in the rest (its class, file and group), and subset.json with
-settings and counts. With --by_group no patient, slide or region is in both.
-
-    python scripts/make_subset.py --data D/train --include D/train5 --ratio 100 --out D/real100
-
-makes the ceiling of an experiment with synthetic tiles: D/train5 and as many real tiles more.
+settings and counts. With --by_group no patient, slide or region is in both. With --include D/train5
+--ratio 100 it is D/train5 and as many real tiles more: the ceiling of an experiment with synthetic
+tiles.
 """
 
 import logging
@@ -20,9 +15,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ldm.cli import Count, Whole, contradictions, existing_path, lies_in, option, parse, run_command
+from ldm.cli import Count, Seed, contradictions, existing_path, option, parse, run_command
 from ldm.data.groups import grouping_of
 from ldm.errors import UserError
+from ldm.files import require_outside
 from ldm.settings import GroupOptions
 
 log = logging.getLogger("make_subset")
@@ -30,8 +26,6 @@ log = logging.getLogger("make_subset")
 
 @dataclass(frozen=True, kw_only=True)
 class Options(GroupOptions):
-    """Draw a few-label subset of a labelled folder, class by class and spread over the groups."""
-
     program: ClassVar = "make_subset.py"
     example: ClassVar = """\
   python scripts/make_subset.py --data D/train --fraction 0.05 --group_csv slides.csv --by_group \\
@@ -59,7 +53,7 @@ class Options(GroupOptions):
         default=False,
         help="no group is both in the subset and in the rest; the remaining tiles are unused",
     )
-    seed: Whole = option(default=0, help="seed of the draw")
+    seed: Seed = option(default=0, help="seed of the draw")
     link: Literal["copy", "hard", "symbolic"] = option(
         default="copy", help="copy the files, or link to them"
     )
@@ -73,18 +67,12 @@ class Options(GroupOptions):
             yield "ratio", "is in percent of --include; give that too"
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
     data = existing_path(args.data, "--data", "dir")
     out = Path(args.out).expanduser()
     include = None if args.include is None else existing_path(args.include, "--include", "dir")
-    for name, folder in (("data", data), ("include", include)):
-        if folder and lies_in(out, folder):
-            raise UserError(f"--out {out}: lies in --{name} {folder}; give a folder outside it")
+    require_outside({"--out": out}, {"--data": data, "--include": include})
     grouping = grouping_of(args)
     if args.by_group and grouping is None:
         raise UserError(

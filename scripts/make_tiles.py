@@ -9,16 +9,11 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from ldm.cli import Count, Whole, option, parse, run_command
+from ldm.cli import Count, Seed, Threads, Whole, option, parse, run_command
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Write procedural H&E-like tiles: OUT/{train,train5,val,test}/CLASS/slide00003_000017.png.
-
-    Run again after an interruption to go on; a complete folder is left as it is.
-    """
-
     program: ClassVar = "make_tiles.py"
     example: ClassVar = "  python scripts/make_tiles.py --out tiles --size 64 --train 60 --train5 6"
 
@@ -28,19 +23,15 @@ class Options:
     train5: Whole = option(default=6, help="how many of them are copied to train5")
     val: Whole = option(default=20, help="tiles per class")
     test: Whole = option(default=20, help="tiles per class")
-    seed: Whole = option(default=0, help="seed of the tiles")
+    seed: Seed = option(default=0, help="seed of the tiles")
     classes: tuple[str, ...] | None = option(
         default=None, metavar="CLASS", help="some of the nine classes; if omitted, all"
     )
-    workers: Count = option(default_factory=lambda: os.cpu_count() or 1, help="processes")
-
-
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
+    workers: Threads = option(default_factory=lambda: os.cpu_count() or 1, help="processes")
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
 
     from ldm.data.procedural import CLASSES
     from ldm.data.tileset import make_tileset

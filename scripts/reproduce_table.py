@@ -1,14 +1,10 @@
 """A whole table of experiments: every arm trained, evaluated and compared, from one file.
 
-    python scripts/reproduce_table.py --config configs/tables/crc5.yaml
-    python scripts/reproduce_table.py --config configs/tables/crc5.yaml --gpus 0,1,2,3
-    python scripts/reproduce_table.py --config configs/tables/crc5.yaml --slurm
-    python scripts/reproduce_table.py --config configs/tables/crc5.yaml --status
-
-Each cell is a job, one command of the other entry points, with its own folder below the table's
-`out`; Snakemake runs them. Run again, what is done is not run again, what was interrupted goes on,
-and what depends on a changed setting is made anew. A job that fails stops only what needs it: the
-table says so. Writes OUT/table.md, table.tex, table.csv, table.json and report.html.
+Settings are those of --config; section.key=value overrides one. Each cell is a job, one command of
+the other entry points, with its own folder below the table's `out`; Snakemake runs them. Run again,
+what is done is not run again, what was interrupted goes on, and what depends on a changed setting
+is made anew. A job that fails stops only what needs it: the table says so. Writes OUT/table.md,
+table.tex, table.csv, table.json and report.html.
 """
 
 import os
@@ -25,12 +21,6 @@ from ldm.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """A whole table of experiments: every arm trained, evaluated and compared, from one file.
-
-    Settings are those of --config; section.key=value overrides one. Run again, what is done is not
-    run again, and what was interrupted goes on.
-    """
-
     program: ClassVar = "reproduce_table.py"
     example: ClassVar = (
         "  python scripts/reproduce_table.py --config configs/tables/crc5.yaml --gpus 0,1,2,3"
@@ -65,10 +55,6 @@ class Options:
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from contradictions(self, "status", "dry_run", "report", "slurm")
-
-
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
 
 
 def show_status(standing, rows) -> str:
@@ -108,7 +94,7 @@ def choose_machine(args: Options, settings):
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
 
     from ldm.experiment import engine
     from ldm.experiment.earlier import convert_records

@@ -1,7 +1,5 @@
 """Features, class centroids and a UMAP picture of real and synthetic tiles.
 
-    python scripts/vis.py --real D/train5 --synthetic OUT --weights logs/eval/train5/seed0 --out VIS
-
 DIR/CLASS/images on both sides, with the same classes. Writes VIS/features_real.safetensors,
 VIS/features_synthetic.safetensors, VIS/centroids.safetensors (scripts/distance.py reads these),
 VIS/umap.png, VIS/umap.html (point at a dot to see its tile), VIS/umap.csv and VIS/fidelity.json
@@ -11,30 +9,42 @@ Features of images that have not changed are taken from VIS.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from ldm.cli import Seed, Share, Whole, existing_path, option, parse, run_command
+from ldm.cli import (
+    MOST,
+    Seed,
+    Share,
+    Whole,
+    existing_path,
+    like,
+    option,
+    output_path,
+    parse,
+    run_command,
+)
 from ldm.devices import resolve_device
 from ldm.errors import UserError
+from ldm.features.source import known_forms
+from ldm.files import remove_leftovers, require_outside, write_json
 from ldm.settings import FeatureOptions, NetworkChoice
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(NetworkChoice, FeatureOptions):
-    """Features, class centroids and a UMAP picture of real and synthetic tiles.
-
-    With --selection, what scripts/distance.py decided is in the pictures. Features of images that
-    have not changed are taken from OUT.
-    """
-
     program: ClassVar = "vis.py"
     example: ClassVar = """\
   python scripts/vis.py --real D/train5 --synthetic OUT --features logs/eval/train5/seed0 \\
       --out VIS"""
 
+    features: str | None = like(
+        NetworkChoice,
+        "features",
+        None,
+        help=f"network that makes the features: {known_forms()}",
+    )
     real: str = option(metavar="DIR", help="labelled real tiles, DIR/CLASS/images")
     synthetic: str = option(metavar="DIR", help="what sample_diffusion.py wrote")
     out: str = option(metavar="DIR", help="folder of the results")
@@ -50,7 +60,9 @@ class Options(NetworkChoice, FeatureOptions):
         help="most tiles that umap.html holds (about 2 kB each), evenly by kind and class",
     )
     seed: Seed = option(default=0, help="seed of the UMAP picture")
-    umap_neighbors: Annotated[int, Field(ge=2)] = option(default=15, help="neighbourhood of UMAP")
+    umap_neighbors: Annotated[int, Field(ge=2, le=MOST)] = option(
+        default=15, help="neighbourhood of UMAP"
+    )
     umap_min_dist: Share = option(default=0.1, help="how closely UMAP packs")
 
     def problems(self) -> Iterator[tuple[str, str]]:
@@ -59,29 +71,20 @@ class Options(NetworkChoice, FeatureOptions):
             yield "features", "is missing; give a checkpoint of eval.py, or timm:NAME"
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
     real_root = existing_path(args.real, "--real", "dir")
     synthetic_root = existing_path(args.synthetic, "--synthetic", "dir")
-    if args.weights:
-        existing_path(args.weights, "--weights")
-    if args.pretrained_weights:
-        existing_path(args.pretrained_weights, "--pretrained_weights", "file")
-    out = Path(args.out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; give a folder")
+    out = output_path(args.out, "--out", "dir")
+    require_outside({"--out": out}, {"--real": real_root, "--synthetic": synthetic_root})
+    remove_leftovers(out)
 
     from ldm.evaluation.fidelity import FEWEST_TILES, fidelity
     from ldm.features.sets import cached_features
     from ldm.features.source import parse_features
-    from ldm.files import write_json
     from ldm.selection import judge
     from ldm.selection.training_folder import read_decisions
-    from ldm.selection.umap_page import Picture
+    from ldm.selection.umap_page import plane_groups, write_pictures
 
     decisions = None
     if args.selection:
@@ -102,10 +105,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     centroids = judge.centroids_of(real)
     centroids.save(out / judge.CENTROIDS_FILE)
-    picture = Picture.of(
+    groups = plane_groups(
         real, synthetic, centroids, decisions, args.umap_neighbors, args.umap_min_dist, args.seed
     )
-    picture.write(out, real_root, synthetic_root, args.thumbnails)
+    write_pictures(out, groups, real.classes, real_root, synthetic_root, args.thumbnails)
     counts = {"real": len(real.files), "synthetic": len(synthetic.files)}
     print("{real} real and {synthetic} synthetic tiles: ".format(**counts), end="")
     print(f"{out}/umap.png and umap.html")

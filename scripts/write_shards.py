@@ -1,12 +1,8 @@
 """Pack an indexed corpus into tar shards, and write the index of these.
 
-    python scripts/index_corpus.py /data/tcga --out tcga.parquet --min_size 224 --group_level 1
-    python scripts/write_shards.py tcga.parquet --out /scratch/tcga_shards --size 1G
-
-writes /scratch/tcga_shards/shard-000000.tar, ... and /scratch/tcga_shards.parquet, which keeps the
-groups and labels; train with configs/data/shards.yaml.
-Tiles with a problem are left out, and every other is compared with its hash on the way. Run the
-same command again after an interruption: whole shards are kept.
+Writes OUT/shard-000000.tar, ... and OUT.parquet, which keeps the groups and labels; train with
+configs/data/shards.yaml. Tiles with a problem are left out, and every other is compared with its
+hash on the way. Run the same command again after an interruption: whole shards are kept.
 """
 
 import os
@@ -17,8 +13,9 @@ from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator
 
-from ldm.cli import Count, existing_path, option, parse, run_command, shown
+from ldm.cli import Threads, existing_path, option, parse, run_command, shown
 from ldm.devices import usable_cores
+from ldm.files import require_outside
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -37,8 +34,6 @@ def size_in_bytes(text: str | int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Pack an indexed corpus into tar shards, and write the index of these."""
-
     program: ClassVar = "write_shards.py"
     example: ClassVar = (
         "  python scripts/write_shards.py tcga.parquet --out /scratch/tcga_shards --size 1G"
@@ -54,27 +49,27 @@ class Options:
         metavar="DIR",
         help="where the corpus is, if not where it was indexed; as many as then",
     )
-    workers: Count = option(default_factory=usable_cores, help="threads that read")
+    workers: Threads = option(default_factory=usable_cores, help="threads that read")
     verify: bool = option(
         default=False, help="read the shards that exist: damaged ones are written again"
     )
     dry_run: bool = option(default=False, help="print what would be written, and exit")
 
 
-def parse_arguments(argv: list[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args = parse(Options, argv)
     out = Path(os.path.abspath(Path(args.out).expanduser()))
     existing_path(args.index, "INDEX", "file")
 
+    from ldm.data.arrays import holder
     from ldm.data.index import CorpusIndex
     from ldm.data.shards import CorpusShards
 
     index = CorpusIndex.read(args.index)
-    roots = [existing_path(root, "--root", "dir") for root in args.root or index.scanned]
+    roots = [Path(root).expanduser() for root in args.root or index.scanned]
+    for root in roots:
+        existing_path(holder(root), "--root")
+    require_outside({"--out": out}, {"--root": roots})
     shards = CorpusShards(index, roots, out, args.size)
     if args.dry_run:
         size = shards.bytes_of(range(len(shards)))

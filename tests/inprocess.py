@@ -25,7 +25,7 @@ class Here:
             for name, value in environment.items():
                 patch.setenv(name, value)
             with redirect_stdout(stream), redirect_stderr(stream), pytest.raises(SystemExit) as end:
-                run_command(lambda: module.main(argv))
+                run_command(lambda: module.main(argv), module.Options)
         return end.value.code
 
     def run(self, plan: Plan) -> None:

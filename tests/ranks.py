@@ -12,19 +12,25 @@ _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["main", "ldm.models.diffusion", "ldm.train", "ldm.models.saving"])
 
 
-def in_ranks(count: int, fn: Callable[..., Any], *args: Any, seconds: float = 300) -> list[Any]:
+def in_ranks(
+    count: int, fn: Callable[..., Any], *args: Any, seconds: float = 300, apart: bool = False
+) -> list[Any]:
     """What `fn(*args)` gives in each of so many ranks, started as torchrun would start them.
 
     Args:
         fn: A function of a module that the ranks can import. What it gives is pickled.
+        apart: Each rank as if on a machine of its own, so that all use the first GPU of this one.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     pipes, processes = [], []
     for rank in range(count):
+        place = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "LOCAL_RANK": rank}
+        if apart:
+            place |= {"LOCAL_WORLD_SIZE": 1, "LOCAL_RANK": 0, "GROUP_RANK": rank}
         mine, theirs = _SERVER.Pipe(duplex=False)
-        process = _SERVER.Process(target=_rank, args=(theirs, rank, count, port, fn, args))
+        process = _SERVER.Process(target=_rank, args=(theirs, rank, place, port, fn, args))
         process.start()
         theirs.close()
         pipes.append(mine)
@@ -43,13 +49,13 @@ def in_ranks(count: int, fn: Callable[..., Any], *args: Any, seconds: float = 30
             process.join()
 
 
-def _rank(pipe: Any, rank: int, count: int, port: int, fn: Callable[..., Any], args: tuple) -> None:
+def _rank(
+    pipe: Any, rank: int, place: dict[str, int], port: int, fn: Callable[..., Any], args: tuple
+) -> None:
     os.environ |= {
         "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
         "GROUP_RANK": "0",
+        **{name: str(value) for name, value in place.items()},
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": "test",

@@ -6,6 +6,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from ldm import cli
+
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = """{
     printf "%s\\037" "$@"
@@ -108,6 +110,6 @@ def parse(command: list[str]):
         assert (ROOT / module).is_file(), module
         module = module.removesuffix(".py").replace("/", ".")
     entry = importlib.import_module(module)
-    if hasattr(entry, "parse_arguments"):
-        return entry.parse_arguments(words)
+    if hasattr(entry, "Options"):
+        return cli.parse(entry.Options, words)
     return entry.make_parser().parse_args(words)

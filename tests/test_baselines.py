@@ -142,7 +142,7 @@ def test_what_is_there_is_not_computed_again(data, monkeypatch):
         assert grouped["bootstrap"]["test"]["groups"] == 6
         assert grouped["per_seed"] == first["per_seed"]
     shutil.copy(data / "val/ADI/1_0.png", data / "train5/ADI/another.png")
-    with pytest.raises(UserError, match="files of train changed; add --overwrite"):
+    with pytest.raises(UserError, match="files of train changed; add [-`]*overwrite`?"):
         run(data, "colour_mean")
 
 
@@ -162,7 +162,7 @@ def test_linear_probe_of_timm_weights_and_of_a_run(data):
     assert summary["mean"]["accuracy"] > 0.6, "random features of plain colours; chance is 1/3"
     # Other weights are another baseline.
     timm_weights(weights, seed=1)
-    with pytest.raises(UserError, match="extractor .* there, .* now; add --overwrite"):
+    with pytest.raises(UserError, match="extractor .* there, .* now; add [-`]*overwrite`?"):
         run(data, "linear_probe", *options)
 
     torch.manual_seed(0)
@@ -201,7 +201,7 @@ def spoil_image(data):
         (None, "--kind linear_probe --weights {data} --input_size 32", "belongs to --arch"),
         (None, "--kind linear_probe --arch vit_smal --weights {data}/val", "nearest: vit_small"),
         (None, "--kind linear_probe --arch vit_small", r"nothing is downloaded; give a local file"),
-        (None, "--kind linear_probe --weights nowhere", "nowhere does not exist"),
+        (None, "--kind linear_probe --weights nowhere", "nor an existing path"),
         (None, "--output_dir nowhere", "nowhere does not exist"),
         (None, "--group_column x", "belongs to --groups"),
         (spoil_image, "", "more than 8 bits"),
@@ -218,5 +218,5 @@ def test_a_mistake_is_one_line_and_writes_nothing(data, spoil, options, message)
 
 
 def test_an_unknown_kind_is_refused(data):
-    with pytest.raises(UserError, match="--kind: 'texture' must be one of colour_mean, colour_h"):
+    with pytest.raises(UserError, match="kind: 'texture' must be one of colour_mean, colour_h"):
         baselines.main(argv(data, "--kind", "colour_mean,texture"))

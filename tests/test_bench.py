@@ -42,6 +42,7 @@ from benchmarks.networks import (
     count_flops,
     unet_flops,
 )
+from ldm.cli import parse
 from ldm.data.tiles import to_uint8
 from ldm.devices import one_device
 from ldm.diffusion.samplers import IndexedNoise
@@ -160,7 +161,7 @@ def test_an_error_of_a_contestant_is_told_in_one_line(build, message):
 def test_the_end_of_a_process_is_told_in_one_line(monkeypatch):
     # A new process finds this module by its name.
     monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}{os.pathsep}{Path().resolve()}")
-    args = encode.parse_arguments(["--repeats", "1", "--min_run_time", "0"])
+    args = parse(encode.Options, ["--repeats", "1", "--min_run_time", "0"])
     with pytest.raises(UserError, match="the process of x ended early"):
         compete({"x": Contestant(end, CPU)}, args)
 
@@ -450,7 +451,7 @@ def test_usage_errors():
         (loading, ["--needed", "0"], "--needed"),
     ):
         with pytest.raises(UserError, match=name):
-            command.parse_arguments(words)
+            parse(command.Options, words)
     with pytest.raises(UserError):
         encode.main(["--device", "abacus"])
     if not torch.cuda.is_available():

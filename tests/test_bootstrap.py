@@ -9,9 +9,9 @@ from PIL import Image
 
 from ldm.errors import UserError
 from ldm.evaluation.bootstrap import accuracy_and_macro_f1, intervals, resampled_confusions
-from ldm.evaluation.confusion import write_confusion
 from ldm.evaluation.metrics import confusion_matrix, scores
 from ldm.evaluation.predictions import Predictions
+from ldm.evaluation.summary import write_confusion
 from ldm.report.plots import COLOURS, confusion_picture
 
 CLASSES = ["a", "b", "c"]

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 import classifier_train
 from ldm.checkpoint import load_model, read_checkpoint
+from ldm.cli import parse
 from ldm.data.tiles import TileFolder
 from ldm.errors import UserError
 from ldm.models.classifier import (
@@ -71,7 +72,7 @@ def train(data, logdir, *options, **kwargs):
     argv = [*arguments(data, logdir, *options, **kwargs), "--gpus", "0"]
     argv.remove("--devices")
     argv.remove("1")
-    return classifier_train.train(classifier_train.parse_arguments(argv))
+    return classifier_train.train(parse(classifier_train.Options, argv))
 
 
 @pytest.fixture
@@ -356,7 +357,7 @@ def test_the_temperature_of_the_validation_set(trained, data):
     best = load_model(run / "checkpoints" / "best.ckpt", "classifier")
     object.__setattr__(best, "first_stage", model.first_stage)
     tiles = TileFolder(data / "val", tiny.PIXELS, labelled=True)
-    z_0 = best.encode(torch.stack([tiles[i]["image"] for i in range(len(tiles))]), sample=False)
+    z_0 = best.latents({"image": torch.stack([tile["image"] for tile in tiles])}, sample=False)
     with torch.no_grad():
         logits = [best.noisy_logits(z_0, tiles.relative_paths, q) for q in range(4)]
     y = torch.tensor(tiles.labels).repeat(4)
@@ -441,7 +442,9 @@ def test_published_behaviour(data, tmp_path):
     ((z_t, t),) = seen
     assert t.tolist() == [0] * 4
     # A draw of the posterior without noise of the schedule.
-    assert (z_t - model.encode(batch["image"], sample=False)).std() < 2 * float(model.scale_factor)
+    assert (z_t - model.latents({"image": batch["image"]}, sample=False)).std() < 2 * float(
+        model.scale_factor
+    )
     result = json.loads((tmp_path / "run" / "result.json").read_text())["last"]
     assert result["val/accuracy"] == result["val/accuracy_clean"]
     assert load_model(tmp_path / "run", "classifier").noised is False
@@ -452,7 +455,7 @@ def test_held_out_share_and_early_stop(data, tmp_path):
     argv += ["--lr", "0", "--val_fraction", "0.25", "--augment", "none"]
     argv.remove("--val_data_dir")
     argv.remove(str(data / "val"))
-    trainer, _ = classifier_train.train(classifier_train.parse_arguments(argv))
+    trainer, _ = classifier_train.train(parse(classifier_train.Options, argv))
     assert len(trainer.datamodule.val_dataset) == 6 and len(trainer.datamodule.train_dataset) == 18
     assert trainer.global_step == 2  # a rate of 0 never improves
 
@@ -483,29 +486,29 @@ def test_published_command_line(tmp_path, capsys):
 
 def test_first_stage_from_the_environment(data, tmp_path, monkeypatch):
     monkeypatch.setenv("HISTO_FIRST_STAGE", str(data / "diffusion.ckpt"))
-    args = classifier_train.parse_arguments(["--data_dir", str(data / "train")])
+    args = parse(classifier_train.Options, ["--data_dir", str(data / "train")])
     assert args.first_stage == str(data / "diffusion.ckpt")
     monkeypatch.delenv("HISTO_FIRST_STAGE")
-    args = classifier_train.parse_arguments(["--data_dir", str(data / "train")])
-    with pytest.raises(UserError, match="--first_stage is missing.*HISTO_FIRST_STAGE"):
+    args = parse(classifier_train.Options, ["--data_dir", str(data / "train")])
+    with pytest.raises(UserError, match="first_stage.? is missing.*HISTO_FIRST_STAGE"):
         classifier_train.train(args)
 
 
 def test_user_errors(data, tmp_path, classifier):
-    with pytest.raises(UserError, match="--image_size 64: .* works on tiles of 32 pixels"):
+    with pytest.raises(UserError, match="image_size.? 64: .* works on tiles of 32 pixels"):
         train(data, tmp_path, "--image_size", 64)
     with pytest.raises(UserError, match="classifier_attention_resolutions=5"):
         train(data, tmp_path, "--classifier_attention_resolutions", 5)
     with pytest.raises(UserError, match="pool='mean'"):
         train(data, tmp_path, "--classifier_pool", "mean")
     path = tiny.save(classifier, tmp_path / "classifier.ckpt")
-    with pytest.raises(UserError, match="--first_stage: .*kind classifier; needed is diffusion"):
+    with pytest.raises(UserError, match="first_stage.?: .*kind classifier; needed is diffusion"):
         train(data, tmp_path, first_stage=path)
     shutil.copytree(data / "val", tmp_path / "val")
     (tmp_path / "val" / "TUM").rename(tmp_path / "val" / "STR")
     with pytest.raises(UserError, match="STR"):
         train(data, tmp_path, "--val_data_dir", tmp_path / "val")
-    with pytest.raises(UserError, match="--data_dir: .*does not exist"):
+    with pytest.raises(UserError, match="data_dir: .*does not exist"):
         train(data, tmp_path, "--data_dir", tmp_path / "nowhere")
     assert not (tmp_path / "run").exists()
 
@@ -522,7 +525,7 @@ def test_user_errors(data, tmp_path, classifier):
 )
 def test_bad_options(options):
     with pytest.raises(UserError, match=options[0]):
-        classifier_train.parse_arguments(["--data_dir", "x", *options])
+        parse(classifier_train.Options, ["--data_dir", "x", *options])
 
 
 def test_help_is_quick(tmp_path):

@@ -1,12 +1,15 @@
 """Every YAML under configs/ is valid and trains one step, shrunk in batch and data only."""
 
+import re
 from pathlib import Path
 
 import pytest
 import tiny
 
 import main as main_py
+from ldm.cli import parse, run_command
 from ldm.config import load_configs, resolve, validate_config
+from ldm.errors import Problems
 from ldm.run import RunFolder
 
 ROOT = Path(main_py.__file__).parent
@@ -23,19 +26,98 @@ def test_there_are_as_many_as_expected():
 
 
 @pytest.fixture
-def environment(monkeypatch, tmp_path):
+def variables(monkeypatch, tmp_path):
     monkeypatch.setenv("HISTO_DATA", str(tmp_path))
     for name in ("HISTO_AUTOENCODER", "HISTO_DIFFUSION"):
         monkeypatch.setenv(name, str(tmp_path / "none.ckpt"))
     monkeypatch.setenv("HISTO_LC25000", str(tmp_path / "lc25000"))
+
+
+@pytest.fixture
+def environment(variables, tmp_path):
     for folder in ("train", "train5", "val", "lc25000"):
         tiny.tiles(tmp_path / folder, per_class=2, pixels=64)
     return tmp_path
 
 
 @pytest.mark.parametrize("path", TRAINING)
-def test_valid(path, environment):
+def test_valid(path, variables):
     validate_config(resolve(load_configs([ROOT / path])))
+
+
+BAD = ["x", -5, 1e30, float("nan"), True]
+# Values that are none to complain of: a duration, a word that the model looks at, a mean.
+ALLOWED = (("x", "val_check_interval"), ("x", "time_shift"), (-5, "time_mean"))
+NOT_ZERO = re.compile(
+    r"(accumulate_grad_batches|base_learning_rate|batch_frequency|batch_size|ch|ch_mult|channel_mult"
+    r"|channels|cycle_lengths|embed_dim|every_n_train_steps|image_size|in_channels|max_images"
+    r"|model_channels|out_ch|out_channels|patch|resolution|size|timesteps"
+    r"|z_channels)$"
+)
+
+
+def numbers(tree: dict, path: str = "") -> dict[str, float | list]:
+    """The numbers and lists of numbers in a configuration, by dotted path."""
+    found = {}
+    for key, value in tree.items():
+        where = f"{path}.{key}" if path else key
+        first = value[0] if isinstance(value, list) and value else value
+        if isinstance(value, dict):
+            found |= numbers(value, where)
+        elif isinstance(first, int | float) and not isinstance(first, bool):
+            found[where] = value
+    return found
+
+
+@pytest.mark.parametrize("bad", [*BAD, 0], ids=str)
+@pytest.mark.parametrize("path", TRAINING)
+def test_every_number_has_a_type_and_a_range(path, bad, variables):
+    """All wrong ones are reported together, each by its name."""
+    config = resolve(load_configs([ROOT / path]))
+    config["lightning"].setdefault("trainer", {})["accumulate_grad_batches"] = 1
+    params = {"every_n_train_steps": 10}
+    target = "pytorch_lightning.callbacks.ModelCheckpoint"
+    config["lightning"]["modelcheckpoint"] = {"target": target, "params": params}
+    places = {
+        where: value
+        for where, value in numbers({k: v for k, v in config.items() if k != "vars"}).items()
+        if (bad, where.rsplit(".")[-1]) not in ALLOWED
+        and (bad != 0 or NOT_ZERO.match(where.rsplit(".")[-1]))
+    }
+    assert len(places) > 5 or bad == 0
+    for where, value in places.items():
+        *parents, last = where.split(".")
+        node = config
+        for key in parents:
+            node = node[key]
+        node[last] = [bad, *value[1:]] if isinstance(value, list) else bad
+    with pytest.raises(Problems) as error:
+        validate_config(config)
+    assert error.value.found.keys() == places.keys()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "lightning.callbacks.image_logger.params.batch_frequency=0",
+        "model.params.ddconfig.ch=-4",
+        "model.params.ddconfig.ch_mult=abc",
+        "model.params.ddconfig.ch_mult=[]",
+        "model.params.embed_dim=0",
+        "lightning.modelcheckpoint.params.every_n_train_steps=0",
+        "lightning.trainer.accumulate_grad_batches=-2",
+        "model.base_learning_rate=1e30",
+    ],
+)
+def test_a_wrong_number_is_one_line_before_anything_is_made(override, environment, capsys):
+    before = sorted(environment.rglob("*"))
+    words = ["--base", str(ROOT / "configs/demo/autoencoder.yaml"), "-t", override]
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: main_py.main([*words, "--logdir", str(environment / "logs")]))
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1
+    assert f"{override.partition('=')[0]}: " in said
+    assert sorted(environment.rglob("*")) == before
 
 
 @pytest.mark.parametrize("path", [p for p in TRAINING if not p.startswith(PAPER_SIZED)])
@@ -46,7 +128,7 @@ def test_trains_one_step(path, environment, monkeypatch):
     def train(config: str, name: str) -> None:
         argv = ["--base", str(ROOT / config), "-t", "--logdir", str(environment / "logs")]
         argv += ["--name", name, "--max_steps", "1", "lightning.trainer.enable_progress_bar=false"]
-        main_py.train(main_py.parse_arguments([*argv, *small]))
+        main_py.train(parse(main_py.Options, [*argv, *small]))
 
     alone = ("autoencoder.yaml", "flow.yaml", "patch_pca.yaml")
     if not path.endswith(alone):
@@ -71,7 +153,7 @@ def test_paper_sized_configs_train_one_step(environment, monkeypatch):
             "lightning.callbacks.image_logger=null",
             "lightning.trainer.num_sanity_val_steps=0",
         ]
-        main_py.train(main_py.parse_arguments(argv))
+        main_py.train(parse(main_py.Options, argv))
         assert RunFolder(environment / "logs" / name).last.is_file()
 
     # The discriminator at once, so that both networks take part.

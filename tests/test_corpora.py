@@ -13,9 +13,9 @@ import webdataset as wds
 from PIL import Image
 
 import main as main_py
+from ldm.cli import parse
 from ldm.config import load_configs, resolve, validate_config
-from ldm.data import corpora as corpora_module
-from ldm.data import storage, tile_files
+from ldm.data import storage, tile_files, tiles
 from ldm.data.corpora import Corpora
 from ldm.data.datamodule import DataModuleFromConfig, ResumableSampler
 from ldm.data.images import list_images
@@ -126,7 +126,7 @@ def test_an_index_spares_the_walk_and_the_headers(stored, monkeypatch):
     def fail(*arguments):
         raise AssertionError("walked")
 
-    monkeypatch.setattr(corpora_module, "find_files", fail)
+    monkeypatch.setattr(tiles, "find_files", fail)
     monkeypatch.setattr(tile_files, "list_images", fail)
     monkeypatch.setattr(tarfile, "open", fail)
     assert len(Corpora(nodes, SIZE)) == 36
@@ -314,7 +314,10 @@ def a(target: str, **params) -> dict:
             "fails on a tile of 16",
         ),
         ({"augment": [a("albumentations.Compose", transforms=[])]}, "no single transform"),
-        ({"augment": [a("ldm.data.tiles.StainJitter", strength=2)]}, "strength=2 of StainJitter"),
+        (
+            {"augment": [a("ldm.data.tiles.StainJitter", strength=2)]},
+            "StainJitter: params.strength: 2 must be",
+        ),
         ({"augment": ["d5"]}, "augment=['d5']"),
         ({"preprocess": [a("albumentations.Rotate")]}, "Rotate may not come before the crop"),
         (
@@ -453,7 +456,7 @@ def test_data_configs_go_over_a_training_configuration_and_train(path, environme
     argv += ["data.params.train.params.size=48", "data.params.batch_size=2"]
     argv += ["lightning.trainer.limit_val_batches=0", "lightning.callbacks.image_logger=null"]
     argv += ["lightning.trainer.enable_progress_bar=false", "model.params.monitor=null"]
-    main_py.train(main_py.parse_arguments(argv))
+    main_py.train(parse(main_py.Options, argv))
     run = RunFolder(environment / "run")
     assert run.last.is_file()
     params = load_configs([run.configs / "resolved.yaml"]).data.params.train.params

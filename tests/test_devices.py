@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ldm import cli
-from ldm.devices import Devices, cpu_computes_bf16, parse_gpus, training_devices
+from ldm.devices import Devices, cpu_computes_bf16, parse_gpus, training_devices, within_memory
 from ldm.errors import UserError
 
 
@@ -20,7 +20,7 @@ def test_gpus_mean_what_they_meant_in_lightning_1(text, meaning):
 
 @pytest.mark.parametrize("text", ["a", "0,0", ",", "-2", "1.5", "0,-1"])
 def test_bad_gpus(text):
-    with pytest.raises(UserError, match="--gpus"):
+    with pytest.raises(UserError, match="gpus"):
         parse_gpus(text)
 
 
@@ -43,7 +43,7 @@ def test_devices_where_there_are_four_gpus(monkeypatch, gpus, devices, expected)
 @pytest.mark.parametrize(("gpus", "devices"), [("0,4", None), ("5", None), (None, 5), ("1", 1)])
 def test_more_devices_than_there_are(monkeypatch, gpus, devices):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    with pytest.raises(UserError, match="--(gpus|devices)"):
+    with pytest.raises(UserError, match="(gpus|devices)"):
         training_devices(gpus, devices)
 
 
@@ -88,3 +88,10 @@ def test_precision_by_what_the_device_computes(
 def test_what_this_processor_computes():
     known = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     assert cpu_computes_bf16() == known
+
+
+@pytest.mark.parametrize(("batch", "remedy"), [(48, "try 24"), (1, "take a smaller network")])
+def test_too_little_memory_names_the_batch_to_try(batch, remedy):
+    expected = rf"^batch_size: {batch} .*out of memory. Tried to allocate 2 GiB\); {remedy}"
+    with pytest.raises(UserError, match=expected), within_memory(batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2 GiB. GPU 0 has")

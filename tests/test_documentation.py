@@ -11,8 +11,8 @@ from unittest import mock
 import pytest
 from shells import OTHERS, ROOT, make_site, parse, recorded_with_variables, shell
 
-import main as main_module
 from ldm.errors import UserError
+from ldm.trainings import configured
 
 DOCUMENTS = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md"))]
 STARTERS = (*OTHERS, "export", "python", "sbatch", "srun", "torchrun", ".venv/bin/python")
@@ -139,7 +139,7 @@ def mistake(words: list[str]) -> str | None:
         with contextlib.redirect_stderr(output):
             args = parse([PLACEHOLDERS.get(word, word) for word in words])
             if words[0] == "main.py" and args.base:
-                main_module.load_configuration(args)
+                configured.load_configuration(args)
     except SystemExit as stop:
         return f"status {stop.code}: {output.getvalue().strip()}" if stop.code else None
     except (UserError, AssertionError) as error:

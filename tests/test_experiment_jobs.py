@@ -290,7 +290,7 @@ def test_jobs_run_at_once_each_with_its_gpus(tmp_path, monkeypatch):
     written = [(tmp_path / name).read_text() for name in ("a", "b", "both", "none")]
     assert sorted(written[:2]) == ["4 3", "7 3"]  # half of the cores
     assert written[2] in ("4,7 3", "7,4 3") and written[3] == " 3"
-    with pytest.raises(UserError, match="both wants 2 GPUs and --gpus names 1"):
+    with pytest.raises(UserError, match="both wants 2 GPUs and [-`]*gpus`? names 1"):
         run(tmp_path, *jobs, machine=Machine(1, ["0"]))
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import yaml
 
 from ldm.checkpoint import load_model
 from ldm.diffusion.samplers import ddim
@@ -20,6 +21,7 @@ from ldm.models.diffusion import LatentDiffusion
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import export_diffusers
+import import_checkpoint
 
 diffusers = pytest.importorskip("diffusers", reason="the optional package diffusers is missing")
 
@@ -103,6 +105,15 @@ def strangers_heads(folder: Path) -> str:
     return done.stdout.strip() or done.stderr
 
 
+def imported(folder: Path, kind: str, config: dict, out: Path):
+    """What import_checkpoint.py makes of an exported folder."""
+    path = out.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump({"model": config}))
+    argv = [folder, "--kind", kind, "--config", path, "--out", out]
+    import_checkpoint.main([str(word) for word in argv])
+    return load_model(out, kind)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_samples_equal_ours(name, tmp_path):
     """Networks, schedule and pipeline as read back by the library: DDIM images to 1e-4."""
@@ -140,6 +151,35 @@ def test_samples_equal_ours(name, tmp_path):
     assert images.std() > 0.05
     np.testing.assert_allclose(found, images, atol=1e-4)
     assert not list(tmp_path.glob(".exported*"))
+
+    back = imported(out, "diffusion", ours.record["model"], tmp_path / "back.ckpt")
+    theirs, wanted = back.unet.state_dict(), ours.ema.net.state_dict()
+    assert all(torch.equal(theirs[k], wanted[k]) for k in wanted)
+    assert back.autoencoder_fingerprint == ours.autoencoder_fingerprint
+    assert float(back.scale_factor) == pytest.approx(0.8)
+    first = imported(out, "autoencoder", ours.record["model"], tmp_path / "vae.ckpt")
+    assert first.net.fingerprint() == ours.autoencoder_fingerprint
+
+
+def test_what_is_not_described_by_the_configuration_is_not_imported(tmp_path):
+    path = model(tmp_path, tiny.UNET)
+    record = load_model(path, "diffusion").record["model"]
+    export_diffusers.main(["--checkpoint", str(path), "--out", str(tmp_path / "out")])
+    params = record["params"]
+    wider = {**params["unet_config"], "params": {**params["unet_config"]["params"]}}
+    wider["params"]["model_channels"] = 64
+    for changed, words in (
+        ({"unet_config": wider}, "by the configuration"),
+        ({"linear_end": 0.02}, "noise schedule is not"),
+        ({"parameterization": "v"}, "prediction_type=epsilon"),
+        ({"scale_factor": 0.5}, "the file holds 0.8"),
+    ):
+        config = {**record, "params": {**params, **changed}}
+        with pytest.raises(UserError, match=words):
+            imported(tmp_path / "out", "diffusion", config, tmp_path / "back.ckpt")
+    with pytest.raises(UserError, match="holds no autoencoder of diffusers"):
+        imported(tmp_path, "autoencoder", record, tmp_path / "back.ckpt")
+    assert not (tmp_path / "back.ckpt").exists()
 
 
 def test_eta_and_the_network_without_average(tmp_path):

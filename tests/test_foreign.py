@@ -11,8 +11,11 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
+from safetensors.torch import save_file
 
+import classifier_train
 from ldm.checkpoint import KEY, load_model, read_checkpoint
+from ldm.cli import parse
 from ldm.errors import UserError
 from ldm.models.classifier import network_config
 from ldm.modules.unet import EncoderUNetModel
@@ -195,6 +198,70 @@ def test_a_diffusion_model_of_latent_diffusion(ema, ours, tmp_path, caplog):
     assert not ema or (imported.ema.num_updates == 41 and imported.ema.decay == 0.9999)
 
 
+def renamed(state: dict, before: str, now: str) -> dict:
+    return {now + k.removeprefix(before): v for k, v in state.items() if k.startswith(before)}
+
+
+def cast(state: dict, dtype: torch.dtype) -> dict:
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+
+
+PREFIX = "model.diffusion_model."
+VARIANTS = {
+    "compiled": lambda s: {"state_dict": renamed(s, "", "_orig_mod.")},
+    "distributed and compiled": lambda s: {"state_dict": renamed(s, "", "module._orig_mod.")},
+    "parts compiled": lambda s: {
+        **s,
+        **renamed(s, PREFIX, f"{PREFIX}_orig_mod."),
+        **renamed(s, "model_ema.diffusion_model", "model_ema.diffusion_model_orig_mod"),
+        **renamed(s, "first_stage_model.", "first_stage_model._orig_mod."),
+    },
+    "float16": lambda s: {"state_dict": cast(s, torch.float16)},
+    "bfloat16": lambda s: cast(s, torch.bfloat16),
+    "only averages": lambda s: {k: v for k, v in s.items() if not k.startswith(PREFIX)},
+    "entry ema": lambda s: {"model": {k: 0 * v for k, v in s.items()}, "ema": s},
+    "entry params_ema": lambda s: {"params_ema": s},
+    "bare UNet": lambda s: {
+        **renamed(s, PREFIX, ""),
+        **{k: v for k, v in s.items() if not k.startswith(("model.", "model_ema."))},
+    },
+    "safetensors": lambda s: s,
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_other_ways_to_store_the_same_weights(variant, ours, tmp_path):
+    model = load_model(ours / "diffusion.ckpt", "diffusion")
+    content = VARIANTS[variant](diffusion_state(model))
+    file = tmp_path / ("f.safetensors" if variant == "safetensors" else "f.ckpt")
+    if variant == "safetensors":
+        save_file({k: v.clone().contiguous() for k, v in content.items()}, file)
+    else:
+        torch.save(content, file)
+    config, out = ldm_yaml(tmp_path / "c.yaml", ema_decay=0.99), tmp_path / "out.ckpt"
+    convert(file, "--kind", "diffusion", "--config", config, "--out", out)
+    imported = load_model(out, "diffusion")
+    rounded = {"float16": 1e-2, "bfloat16": 1e-1}.get(variant, 0.0)
+    unet = model.ema.net if variant == "only averages" else model.unet
+    average = model.unet if variant == "bare UNet" else model.ema.net
+    with torch.no_grad():
+        for ours_, theirs in ((imported.unet, unet), (imported.eps_model(), average)):
+            difference = (ours_(Z, T) - theirs(Z, T)).abs().max()
+            assert difference <= rounded * theirs(Z, T).abs().max()
+    assert float(imported.scale_factor) == pytest.approx(0.8, rel=rounded or 1e-7)
+    if imported.ema is not None:  # 0.9999 is 1 in half precision
+        assert imported.ema.decay == (0.99 if rounded else 0.9999)
+
+
+def test_the_autoencoder_of_a_conditional_model(ours, tmp_path):
+    model = load_model(ours / "diffusion.ckpt", "diffusion")
+    torch.save(diffusion_state(model), tmp_path / "f.ckpt")
+    more = {"conditioning_key": "crossattn", "cond_stage_config": {"target": "x.CLIP"}}
+    config, out = ldm_yaml(tmp_path / "c.yaml", **more), tmp_path / "out.ckpt"
+    convert(tmp_path / "f.ckpt", "--kind", "autoencoder", "--config", config, "--out", out)
+    assert load_model(out, "autoencoder").net.fingerprint() == model.autoencoder_fingerprint
+
+
 def test_a_first_stage_from_a_diffusion_file_and_beside_one(ours, tmp_path):
     model = load_model(ours / "diffusion.ckpt", "diffusion")
     torch.save({"state_dict": diffusion_state(model)}, tmp_path / "whole.ckpt")
@@ -240,6 +307,8 @@ def test_the_latent_scale(ours, tmp_path):
         scale("without.ckpt", measured)
     with pytest.raises(UserError, match="the file holds 0.8"):
         scale("with.ckpt", measured, "--scale_factor", "0.5")
+    with pytest.raises(UserError, match=r"config: .*scale_factor=0.18215: the file holds 0.8"):
+        scale("with.ckpt", stated)
 
 
 def test_what_does_not_fit_is_refused(ours, tmp_path):
@@ -306,6 +375,34 @@ def test_a_published_classifier(ours, tmp_path, caplog):
         convert(*argv, "--classes", "A,A,B")
 
 
+def test_a_classifier_of_latents_of_another_size(ours, tmp_path):
+    net = {**load_model(ours / "classifier.ckpt", "classifier").net_config["params"]}
+    net |= {"image_size": 8, "pool": "spatial"}  # the weights do not depend on the size
+    torch.save(EncoderUNetModel(**net).state_dict(), tmp_path / "m.pt")
+    config = write_yaml(tmp_path / "c.yaml", "ldm.modules.unet.EncoderUNetModel", net)
+    argv = [tmp_path / "m.pt", "--kind", "classifier", "--config", config, "--classes", "A,B,C"]
+    argv += ["--autoencoder", ours / "diffusion.ckpt", "--out", tmp_path / "out.ckpt"]
+    with pytest.raises(UserError, match="latents of 3x8x8, the autoencoder makes 3x16x16"):
+        convert(*argv)
+    assert not (tmp_path / "out.ckpt").exists()
+
+
+def test_training_starts_from_an_imported_classifier(ours, tmp_path, monkeypatch):
+    source = load_model(ours / "classifier.ckpt", "classifier")
+    file = ours / "classifier.ckpt"
+    tiles = tiny.tiles(tmp_path / "tiles", 4)
+    argv = f"--data_dir {tiles} --first_stage {ours / 'diffusion.ckpt'} --iterations 1 --lr 0"
+    argv += f" --logdir {tmp_path} --name c --num_workers 0 --batch_size 3 --precision 32"
+    argv = [*argv.split(), "--init_from"]
+    _, model = classifier_train.train(parse(classifier_train.Options, [*argv, str(file)]))
+    ours_, theirs = model.net.state_dict(), source.net.state_dict()
+    assert all(torch.equal(ours_[k], theirs[k]) for k in theirs)
+    other = tiny.classifier(load_model(ours / "diffusion.ckpt", "diffusion"), ["A", "B", "C"])
+    argv.append(str(tiny.save(other, tmp_path / "other.ckpt")))
+    with pytest.raises(UserError, match=r"--init_from .*knows the classes \['A', 'B', 'C'\]"):
+        classifier_train.train(parse(classifier_train.Options, [*argv, "--dry_run"]))
+
+
 def test_the_published_classifier_needs_no_configuration(ours, tmp_path):
     """Width 128, two blocks per level, attention pooling: what classifier_train.py builds."""
     model = load_model(ours / "diffusion.ckpt", "diffusion")
@@ -316,6 +413,27 @@ def test_the_published_classifier_needs_no_configuration(ours, tmp_path):
     convert(*argv)
     stored = read_checkpoint(tmp_path / "out.ckpt")["state_dict"]
     assert all(torch.equal(stored[f"net.{k}"], v) for k, v in net.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        (KEY, "text"),
+        (KEY, {}),
+        (KEY, {"model": {}}),
+        (KEY, {"classes": 3}),
+        (KEY, {"format": None}),
+        ("state_dict", None),
+        ("state_dict", {1: torch.zeros(1)}),
+    ],
+)
+def test_a_damaged_record(entry, value, ours, tmp_path):
+    payload = read_checkpoint(ours / "autoencoder.ckpt")
+    whole = isinstance(value, dict) and value and entry == KEY
+    payload[entry] = {**payload[entry], **value} if whole else value
+    torch.save(payload, tmp_path / "f.ckpt")
+    with pytest.raises(UserError, match=r"f\.ckpt is damaged"):
+        load_model(tmp_path / "f.ckpt", "autoencoder")
 
 
 def test_files_of_other_code_name_the_command_that_imports_them(tmp_path):
@@ -338,4 +456,4 @@ def test_files_of_other_code_name_the_command_that_imports_them(tmp_path):
 )
 def test_arguments(argv):
     with pytest.raises(UserError):
-        import_checkpoint.parse_arguments(argv)
+        parse(import_checkpoint.Options, argv)

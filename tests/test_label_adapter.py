@@ -10,6 +10,7 @@ import yaml
 
 import main as main_py
 from ldm.checkpoint import load_model, read_checkpoint
+from ldm.cli import parse
 from ldm.diffusion.guidance import extrapolate
 from ldm.diffusion.samplers import IndexedNoise, ddim
 from ldm.diffusion.schedule import time_pairs
@@ -69,7 +70,7 @@ def test_it_starts_as_the_pre_trained_model_bit_for_bit(folder, source, pretrain
     for use_ema in (True, False):
         assert torch.equal(model.eps_model(use_ema)(z_t, t), expected)
         for y in ([0, 1, 2, 0], [-1, -1, -1, -1], [-1, 2, -1, 1]):
-            assert torch.equal(model.conditional_eps(use_ema)(z_t, t, torch.tensor(y)), expected)
+            assert torch.equal(model.eps_model(use_ema)(z_t, t, torch.tensor(y)), expected)
     assert model.autoencoder_fingerprint == source.autoencoder_fingerprint
     assert model.scale_factor == source.scale_factor and model.schedule == source.schedule
     assert model.latent_shape == source.latent_shape
@@ -82,13 +83,13 @@ def test_no_label_adds_nothing(folder, source):
     model = with_random_labels(build(folder))
     z_t, t = inputs()
     unconditional = source.eps_model()(z_t, t)
-    labelled = model.conditional_eps()(z_t, t, torch.tensor([0, 1, 2, 1]))
-    mixed = model.conditional_eps()(z_t, t, torch.tensor([-1, 1, -1, 1]))
+    labelled = model.eps_model()(z_t, t, torch.tensor([0, 1, 2, 1]))
+    mixed = model.eps_model()(z_t, t, torch.tensor([-1, 1, -1, 1]))
     assert torch.equal(model.eps_model()(z_t, t), unconditional)
     assert torch.equal(mixed[[0, 2]], unconditional[[0, 2]])
     assert torch.equal(mixed[[1, 3]], labelled[[1, 3]])
     assert (labelled != unconditional).flatten(1).any(1).all()
-    other = model.conditional_eps()(z_t, t, torch.tensor([1, 2, 0, 2]))
+    other = model.eps_model()(z_t, t, torch.tensor([1, 2, 0, 2]))
     assert (labelled != other).flatten(1).any(1).all()
 
 
@@ -101,13 +102,11 @@ def test_classifier_free_guidance(folder):
 
     def sample(scale):
         def strong(z_t, t):
-            return model.conditional_eps()(z_t, t, y)
+            return model.eps_model()(z_t, t, y)
 
         return ddim(extrapolate(model.eps_model(), strong, scale), model.schedule, z_T, pairs)
 
-    conditional = ddim(
-        lambda z_t, t: model.conditional_eps()(z_t, t, y), model.schedule, z_T, pairs
-    )
+    conditional = ddim(lambda z_t, t: model.eps_model()(z_t, t, y), model.schedule, z_T, pairs)
     assert torch.equal(sample(1.0), conditional)
     unconditional = ddim(model.eps_model(), model.schedule, z_T, pairs)
     torch.testing.assert_close(sample(0.0), unconditional, rtol=1e-3, atol=1e-3)
@@ -217,7 +216,7 @@ def write_config(
 def run(config: Path, logdir: Path, name: str, steps: int, *more: str):
     argv = ["--base", str(config), "-t", "--logdir", str(logdir), "--name", name]
     argv += ["--max_steps", str(steps), "--precision", "32", *more]
-    return main_py.train(main_py.parse_arguments(argv))
+    return main_py.train(parse(main_py.Options, argv))
 
 
 def weights(logdir: Path, name: str) -> dict:
@@ -245,8 +244,8 @@ def test_the_checkpoint_alone_gives_the_model(trained):
     z_t, t = inputs()
     y = torch.tensor([0, 1, 2, -1])
     for use_ema in (True, False):
-        eps = loaded.conditional_eps(use_ema)(z_t, t, y)
-        assert torch.equal(eps, model.eval().conditional_eps(use_ema)(z_t, t, y))
+        eps = loaded.eps_model(use_ema)(z_t, t, y)
+        assert torch.equal(eps, model.eval().eps_model(use_ema)(z_t, t, y))
     assert (root / "images" / "samples_00000006.png").is_file()
     assert (root / "checkpoints" / "best.ckpt").is_file()
     logged = {name for row in RunFolder(root).read_metrics() for name in row}
@@ -291,13 +290,9 @@ def bad(folder, tmp_path, words, *more, **params):
 @pytest.mark.parametrize(
     ("params", "words"),
     [
-        ({"label_dropout": 1.0}, r"label_dropout=1.0 must be in \[0, 1\)"),
-        ({"label_dropout": -0.1}, r"label_dropout=-0.1 must be in \[0, 1\)"),
-        ({"embedding_rate": 0}, "embedding_rate=0 must be above 0"),
-        ({"tune": "head"}, "tune='head' must be one of embedding, all"),
+        ({"label_dropout": 1.0}, r"label_dropout: 1.0 must be in \[0, 1\)"),
         ({"pretrained": None}, "pretrained is not set: export HISTO_DIFFUSION"),
         ({"pretrained": "nowhere.ckpt"}, "model.params.pretrained: no file nowhere.ckpt"),
-        ({"loss_type": "l3"}, "loss_type='l3' must be one of l1, l2"),
         ({"labelled": False}, "needs labelled tiles: set data.params.train.params.labelled=true"),
         ({"monitor": "val/label_gian"}, "val/label_gian.*never logged.*val/label_gain"),
     ],

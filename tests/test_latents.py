@@ -21,7 +21,7 @@ import cache_latents
 import classifier_train
 import main as main_py
 from ldm.checkpoint import load_model, read_checkpoint, write_checkpoint
-from ldm.cli import _one_line
+from ldm.cli import _one_line, parse
 from ldm.config import instantiate_from_config
 from ldm.data.caching import CachePlan, Views, make_cache, symmetry
 from ldm.data.datamodule import DataModuleFromConfig, ResumableSampler
@@ -82,10 +82,6 @@ def config(folder: Path, path: Path, model: dict | None = None, **train) -> Path
         settings = {"root": str(folder / name), "size": tiny.PIXELS, "labelled": True, **more}
         return {"target": "ldm.data.tiles.TileFolder", "params": settings}
 
-    logger = {
-        "target": "ldm.models.callbacks.ImageLogger",
-        "params": {"batch_frequency": 100, "max_images": 2},
-    }
     data = {"batch_size": 4, "num_workers": 0, "train": tiles("train", **train)}
     tree = {
         "model": {"base_learning_rate": 1e-3, **model},
@@ -94,7 +90,6 @@ def config(folder: Path, path: Path, model: dict | None = None, **train) -> Path
             "params": {**data, "validation": tiles("val")},
         },
         "lightning": {
-            "callbacks": {"image_logger": logger},
             "trainer": {
                 "enable_progress_bar": False,
                 "num_sanity_val_steps": 0,
@@ -110,7 +105,7 @@ def config(folder: Path, path: Path, model: dict | None = None, **train) -> Path
 def train(config: Path, logdir: Path, name: str, steps: int, *more: str):
     argv = ["--base", str(config), "-t", "--logdir", str(logdir), "--name", name]
     argv += ["--max_steps", str(steps), "--gpus", "0", "--precision", "32", *more]
-    return main_py.train(main_py.parse_arguments(argv))
+    return main_py.train(parse(main_py.Options, argv))
 
 
 def logged(run: Path, *names: str) -> dict[str, list[float]]:
@@ -256,7 +251,8 @@ def test_training_has_the_losses_of_training_from_images(folder, plain, tmp_path
     _, one = train(path, tmp_path, "images", 6)
     # The folders of the tiles are not looked at.
     nowhere = [f"data.params.{name}.params.root=/nowhere" for name in ("train", "validation")]
-    _, other = train(path, tmp_path, "latents", 6, f"data.params.latents={plain}", *nowhere)
+    pictures = (f"data.params.latents={plain}", *nowhere, *tiny.PICTURES)
+    _, other = train(path, tmp_path, "latents", 6, *pictures)
     assert float(other.scale_factor) == pytest.approx(float(one.scale_factor), rel=1e-6)
     a, b = (logged(tmp_path / name, *names) for name in ("images", "latents"))
     assert len(a["train/loss_simple"]) == 6 and len(a["val/loss_simple"]) == 2
@@ -269,11 +265,10 @@ def test_training_has_the_losses_of_training_from_images(folder, plain, tmp_path
     # Rounded to 16 bits (11 significant), losses agree to 1e-4; another order of tiles does not.
     half = tmp_path / "half"
     cache(folder, half, "--val_data", folder / "val", "--labelled")
-    quiet = "lightning.callbacks.image_logger=null"
-    train(path, tmp_path, "half", 3, f"data.params.latents={half}", quiet)
+    train(path, tmp_path, "half", 3, f"data.params.latents={half}")
     rounded = logged(tmp_path / "half", "train/loss_simple")["train/loss_simple"]
     np.testing.assert_allclose(rounded, a["train/loss_simple"][:3], rtol=1e-4)
-    train(path, tmp_path, "seed", 3, f"data.params.latents={plain}", "data.params.seed=1", quiet)
+    train(path, tmp_path, "seed", 3, f"data.params.latents={plain}", "data.params.seed=1")
     shuffled = logged(tmp_path / "seed", "train/loss_simple")["train/loss_simple"]
     assert np.abs(np.divide(shuffled, a["train/loss_simple"][:3]) - 1).max() > 0.01
 
@@ -296,9 +291,8 @@ def test_label_adapter_trains_on_a_cache(folder, plain, tmp_path):
     model = {"target": "ldm.models.label_adapter.LabelAdapter", "params": params}
     path = config(folder, tmp_path / "c.yaml", model)
     names = ("train/loss_simple", "val/label_gain")
-    quiet = "lightning.callbacks.image_logger=null"
-    train(path, tmp_path, "images", 3, quiet)
-    train(path, tmp_path, "latents", 3, f"data.params.latents={plain}", quiet)
+    train(path, tmp_path, "images", 3)
+    train(path, tmp_path, "latents", 3, f"data.params.latents={plain}")
     a, b = (logged(tmp_path / name, *names) for name in ("images", "latents"))
     np.testing.assert_allclose(b[names[0]], a[names[0]], rtol=1e-5)
     assert a[names[1]][0] and b[names[1]] == pytest.approx(a[names[1]], rel=0.01)
@@ -310,7 +304,7 @@ def classify(folder: Path, logdir: Path, *options):
     argv += ["--batch_size", 8, "--num_workers", 0, "--lr", 1e-3, "--gpus", 0, "--iterations", 6]
     argv += ["--eval_interval", 3, "--log_interval", 1, "--classifier_width", 32]
     argv += ["--classifier_depth", 1, "--classifier_channel_mult", "1,1", *options]
-    return classifier_train.train(classifier_train.parse_arguments([str(word) for word in argv]))
+    return classifier_train.train(parse(classifier_train.Options, [str(word) for word in argv]))
 
 
 def test_classifier_has_the_losses_of_training_from_images(folder, plain, tmp_path):
@@ -332,7 +326,7 @@ def test_classifier_measures_the_scale_from_the_cache(folder, plain, tmp_path):
     argv += ["--logdir", str(tmp_path), "--gpus", "0", "--iterations", "1", "--batch_size", "4"]
     argv += ["--classifier_width", "32", "--classifier_depth", "1", "--num_workers", "0"]
     argv += ["--classifier_channel_mult", "1,1"]
-    _, model = classifier_train.train(classifier_train.parse_arguments(argv))
+    _, model = classifier_train.train(parse(classifier_train.Options, argv))
     scale = LatentCache.read(plain).statistics["scale_factor"]
     assert float(model.scale_factor) == pytest.approx(scale, rel=1e-5)
 
@@ -342,10 +336,10 @@ def test_the_configuration_that_needs_no_tiles(folder, plain, tmp_path, monkeypa
     path.write_text(path.read_text().replace(str(folder / "train"), "${oc.env:HISTO_NOWHERE}"))
     monkeypatch.setenv("HISTO_LATENTS", str(plain))
     argv = ["--base", str(path), str(ROOT / "configs/data/latents.yaml"), "--dry-run"]
-    main_py.train(main_py.parse_arguments(argv))
+    main_py.train(parse(main_py.Options, argv))
     assert "24 training tiles, 12 validation tiles" in capsys.readouterr().out
     with pytest.raises(UserError, match="HISTO_NOWHERE"):
-        main_py.train(main_py.parse_arguments(["--base", str(path), "--dry-run"]))
+        main_py.train(parse(main_py.Options, ["--base", str(path), "--dry-run"]))
 
 
 @pytest.mark.parametrize("kind", ["autoencoder", "decoder"])
@@ -376,7 +370,7 @@ def test_a_cache_of_another_autoencoder_is_refused(folder, tmp_path):
     path = config(folder, tmp_path / "c.yaml")
     with pytest.raises(UserError, match="made by another autoencoder"):
         train(path, tmp_path, "run", 1, f"data.params.latents={other.root}")
-    with pytest.raises(UserError, match="--latents: .* made by another autoencoder"):
+    with pytest.raises(UserError, match="latents.?: .* made by another autoencoder"):
         classify(folder, tmp_path, "--latents", other.root)
     assert not (tmp_path / "run").exists()
     # The same latent space with another decoder is no other one.
@@ -671,7 +665,7 @@ def test_bad_data(folder, plain, tmp_path):
     out = tmp_path / "c"
     with pytest.raises(UserError, match="not both"):
         cache(folder, out, data=["train", path])
-    with pytest.raises(UserError, match="--labelled goes with folders"):
+    with pytest.raises(UserError, match="labelled.? goes with folders"):
         cache(folder, out, "--labelled", data=[path])
     with pytest.raises(UserError, match=r"train has tiles of size=16, the autoencoder works on 32"):
         cache(folder, out, "data.params.train.params.size=16", data=[path])
@@ -685,7 +679,7 @@ def test_bad_data(folder, plain, tmp_path):
     with pytest.raises(UserError, match="splits.train.tiles 24 there, 12 now"):
         cache(folder, plain, *options, "--dtype", "float32", data=["val"])
     with pytest.raises(UserError, match="exists and was not made by this command"):
-        cache(folder, folder / "train")
+        cache(folder, folder / "val")
     (path := tmp_path / "model.yaml").write_text("model: {target: x}\n")
     with pytest.raises(UserError, match="no section data"):
         cache(folder, out, data=[path])

@@ -13,11 +13,13 @@ import yaml
 
 import main as main_py
 from ldm.checkpoint import load_model, read_checkpoint
+from ldm.cli import parse
 from ldm.errors import Stopped, UserError
-from ldm.models.callbacks import StopOnSignal
+from ldm.models.callbacks import LastCheckpoint
 from ldm.models.diffusion import LatentDiffusion
 from ldm.modules.autoencoder import DiagonalGaussian
 from ldm.run import RunFolder
+from ldm.trainings import configured
 
 ROOT = Path(main_py.__file__).parent
 
@@ -53,12 +55,6 @@ def write_config(path: Path, data: Path, model: dict, labelled: bool = False, **
             },
         },
         "lightning": {
-            "callbacks": {
-                "image_logger": {
-                    "target": "ldm.models.callbacks.ImageLogger",
-                    "params": {"batch_frequency": 100, "max_images": 2},
-                }
-            },
             "trainer": {"enable_progress_bar": False, "num_sanity_val_steps": 0, **trainer},
         },
     }
@@ -114,7 +110,7 @@ def run(config: Path, logdir: Path, name: str, steps: int, *more: str):
         "--max_steps",
         str(steps),
     ]
-    return main_py.train(main_py.parse_arguments([*argv, "--precision", "32", *more]))
+    return main_py.train(parse(main_py.Options, [*argv, "--precision", "32", *more]))
 
 
 def weights(logdir: Path, name: str) -> dict:
@@ -142,12 +138,15 @@ def models(ckpt: Path) -> dict[str, tuple[dict, bool]]:
 @pytest.mark.parametrize("kind", ["autoencoder", "diffusion", "decoder"])
 def test_resumed_equals_uninterrupted(kind, data, autoencoder_ckpt, tmp_path):
     """Train 6 = train 3, stop, train 3 more: weights, averages, scale, bit for bit (3 steps an
-    epoch)."""
+    epoch). Pictures change nothing."""
     model, labelled = models(autoencoder_ckpt)[kind]
     config = write_config(tmp_path / "c.yaml", data, model, labelled)
     run(config, tmp_path, "whole", 6)
-    run(config, tmp_path, "halves", 3)
+    run(config, tmp_path, "halves", 3, *tiny.PICTURES)
     half = weights(tmp_path, "halves")
+    pictures = {p.name for p in (tmp_path / "halves" / "images").iterdir()}
+    names = ["inputs", "reconstructions", *([] if kind == "decoder" else ["samples"])]
+    assert pictures == {f"{name}_00000003.png" for name in names}
     trainer, _ = run(config, tmp_path, "halves", 6)
     assert trainer.global_step == 6
     whole, halves = weights(tmp_path, "whole"), weights(tmp_path, "halves")
@@ -205,7 +204,7 @@ def test_a_signal_before_the_first_step(data, autoencoder_ckpt, tmp_path, monkey
         run(config, tmp_path, "stopped", 4)
     assert read_checkpoint(tmp_path / "stopped")["global_step"] == 1
     calls.clear()
-    monkeypatch.setattr(StopOnSignal, "on_sanity_check_start", lambda *_: None)
+    monkeypatch.setattr(LastCheckpoint, "on_sanity_check_start", lambda *_: None)
     with pytest.raises(KeyboardInterrupt):
         run(config, tmp_path, "late", 4)
     assert not (tmp_path / "late" / "checkpoints").exists()
@@ -275,7 +274,7 @@ def test_diffusion_checkpoint_rebuilds_the_model_alone(data, tmp_path):
     assert model.autoencoder_fingerprint == fingerprint
     assert torch.equal(model.scale_factor, trained.scale_factor.cpu())
     x = torch.rand(2, 3, tiny.PIXELS, tiny.PIXELS) * 2 - 1
-    z = model.encode_first_stage(x, sample=False)
+    z = model.latents({"image": x}, sample=False)
     assert z.shape == (2, *tiny.LATENT)
     torch.testing.assert_close(
         model.decode_first_stage(z),
@@ -296,7 +295,7 @@ def test_latent_scale_makes_unit_variance(data, autoencoder_ckpt, tmp_path):
     trainer, model = run(config, tmp_path, "d", 1)
     tiles = trainer.datamodule.train_dataset
     x = torch.stack([tiles[i]["image"] for i in range(len(tiles))])
-    z = model.encode_first_stage(x)
+    z = model.latents({"image": x})
     assert z.std().item() == pytest.approx(1.0, abs=0.05)
 
 
@@ -360,7 +359,7 @@ def test_dry_run_says_what_would_be_trained(data, autoencoder_ckpt, tmp_path, ca
         "--scale_lr",
         "True",
     ]
-    assert main_py.train(main_py.parse_arguments([*argv, "--gpus", "0,1"])) is None
+    assert main_py.train(parse(main_py.Options, [*argv, "--gpus", "0,1"])) is None
     out = capsys.readouterr().out
     assert "base_learning_rate: 0.001" in out and "2 x gpu" in out
     assert "batch        24" in out and "learning rate 0.024" in out  # 2 GPUs x 4 tiles x 3 batches
@@ -374,10 +373,11 @@ def test_files_merge_left_to_right_and_overrides_win(data, autoencoder_ckpt, tmp
     (tmp_path / "b.yaml").write_text(
         "model: {base_learning_rate: 0.5}\ndata: {params: {batch_size: 2}}\n"
     )
-    args = main_py.parse_arguments(
-        ["--base", str(first), str(tmp_path / "b.yaml"), "data.params.batch_size=3"]
+    args = parse(
+        main_py.Options,
+        ["--base", str(first), str(tmp_path / "b.yaml"), "data.params.batch_size=3"],
     )
-    config = main_py.load_configuration(args)
+    config = configured.load_configuration(args)
     assert (
         config["model"]["base_learning_rate"] == 0.5 and config["data"]["params"]["batch_size"] == 3
     )
@@ -407,7 +407,7 @@ def test_a_mistake_is_one_line_and_status_2(data, tmp_path):
 BAD = {
     "no gpu": (["--gpus", "0,1"], "0 CUDA GPUs"),
     "gpus and devices": (["--gpus", "0,1", "--devices", "2"], "give one of them"),
-    "bad gpus": (["--gpus", "a"], "--gpus a"),
+    "bad gpus": (["--gpus", "a"], "`gpus` a"),
     "missing base": (["--base", "nowhere.yaml"], "nowhere.yaml"),
     "missing data": (["data.params.train.params.root=/nowhere"], "/nowhere"),
     "unknown key": (["model.params.embeding_dim=3"], "embed_dim"),
@@ -416,14 +416,22 @@ BAD = {
     "name outside logdir": (["--name", "../x"], "must be a folder below logdir"),
     "resume of nothing": (["--resume", "/nowhere"], "no checkpoint"),
     "wrong checkpoint kind": (["model.params.ckpt_path=CLASSIFIER"], "kind classifier"),
+    "tiles of another size": (["data.params.train.params.size=64"], "train.params.size=64"),
+    "trainer": (["lightning.trainer.limit_val_batches=1.5"], "limit_val_batches"),
+    "no loss": (["model.params.lossconfig=null"], "cannot train without a loss"),
+    "fsdp of an autoencoder": (["--strategy", "fsdp"], "fsdp shards the diffusion UNet"),
 }
 
 
 @pytest.mark.skipif(
     torch.cuda.device_count() > 1, reason="some cases name GPUs that this machine must not have"
 )
+@pytest.mark.parametrize("mode", ["-t", "--dry-run"])
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input(case, data, autoencoder_ckpt, tmp_path):
+def test_bad_input(case, mode, data, autoencoder_ckpt, tmp_path):
+    """A dry run finds what a start would find, but for devices, which may be elsewhere."""
+    if (case, mode) == ("no gpu", "--dry-run"):
+        return
     argv, words = BAD[case]
     config = write_config(tmp_path / "c.yaml", data, autoencoder_model())
     if any("CLASSIFIER" in a for a in argv):
@@ -433,9 +441,33 @@ def test_bad_input(case, data, autoencoder_ckpt, tmp_path):
     logs = tmp_path / "logs"
     with pytest.raises(UserError, match=words):
         main_py.train(
-            main_py.parse_arguments(["--base", str(config), "-t", "--logdir", str(logs), *argv])
+            parse(main_py.Options, ["--base", str(config), mode, "--logdir", str(logs), *argv])
         )
     assert not logs.exists(), "nothing half-written"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["image_size=8", "unet_config.params.image_size=8"], "latents of 16"),
+        (
+            [
+                "scheduler_config={target: ldm.modules.lr_schedule.WarmupCosine, params: "
+                "{warm_up_steps: 9, total_steps: 2}}"
+            ],
+            "warm_up_steps=9 must be in",
+        ),
+    ],
+)
+def test_a_dry_run_looks_at_latents_and_schedules(
+    overrides, words, data, autoencoder_ckpt, tmp_path
+):
+    config = write_config(tmp_path / "c.yaml", data, diffusion_model(autoencoder_ckpt))
+    overrides = [f"model.params.{override}" for override in overrides]
+    argv = ["--base", str(config), "--dry-run", "--logdir", str(tmp_path / "logs"), *overrides]
+    with pytest.raises(UserError, match=words):
+        main_py.train(parse(main_py.Options, argv))
+    assert not (tmp_path / "logs").exists()
 
 
 def test_diffusion_without_an_autoencoder(data, tmp_path):
@@ -453,9 +485,8 @@ def test_another_model_under_the_same_name_is_refused(data, tmp_path):
 
 def test_a_nan_stops_the_run_and_names_the_files(data, tmp_path):
     config = write_config(tmp_path / "c.yaml", data, autoencoder_model(disc_weight=0.0))
-    with pytest.raises(UserError, match=r"the loss is nan at step 1.*\.png"):
-        # The first step throws the weights out of float range.
-        run(config, tmp_path, "ae", 5, "model.base_learning_rate=1e30")
+    with pytest.raises(UserError, match=r"the loss is inf at step 0.*\.png"):
+        run(config, tmp_path, "ae", 5, "model.params.lossconfig.params.logvar_init=-1000")
 
 
 def test_checkpoints_of_strangers_are_refused(tmp_path, autoencoder_ckpt):

@@ -10,6 +10,7 @@ from sklearn.metrics import (
     f1_score,
     multilabel_confusion_matrix,
     recall_score,
+    roc_auc_score,
 )
 from sklearn.metrics import confusion_matrix as sklearn_confusion_matrix
 from torchmetrics.functional.classification import multiclass_calibration_error
@@ -18,6 +19,7 @@ from ldm.evaluation.metrics import (
     calibration_error,
     confusion_matrix,
     format_summary,
+    macro_auc,
     mean_and_std,
     scores,
 )
@@ -165,6 +167,25 @@ def test_calibration_error_grows_with_overconfidence_and_not_with_order():
 def test_calibration_error_refuses_what_are_no_probabilities(p, labels):
     with pytest.raises(ValueError, match="probabilities"):
         calibration_error(p, labels)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+@pytest.mark.parametrize("digits", [1, 6], ids=["ties", "none"])
+def test_auc_equals_scikit_learn(classes, digits):
+    generator = np.random.default_rng(3)
+    labels = generator.integers(classes, size=200)
+    p = generator.dirichlet(np.ones(classes), size=200) + 0.5 * np.eye(classes)[labels]
+    p = np.round(p, digits)
+    p /= p.sum(axis=1, keepdims=True)
+    expected = [roc_auc_score(labels == k, p[:, k]) for k in range(classes)]
+    assert macro_auc(p, labels) == pytest.approx(np.mean(expected))
+    # Without images of a class the others count; of one class alone nothing is known.
+    some = labels != 0
+    if classes == 2:
+        assert macro_auc(p[some], labels[some]) is None
+        return
+    of_others = [roc_auc_score(labels[some] == k, p[some, k]) for k in range(1, classes)]
+    assert macro_auc(p[some], labels[some]) == pytest.approx(np.mean(of_others))
 
 
 def test_better_predictions_have_better_numbers():

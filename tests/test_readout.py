@@ -11,15 +11,19 @@ import torch
 import classifier_train
 import sample_diffusion
 from ldm.checkpoint import load_model, read_checkpoint
+from ldm.cli import parse
+from ldm.data.tiles import TileFolder
 from ldm.devices import Devices
 from ldm.diffusion.guidance import classifier_log_prob_grad, shared_pass
 from ldm.errors import UserError
+from ldm.features.source import parse_features
 from ldm.models.classifier import network_config_of, start_from_unet
 from ldm.models.readout import FeatureMaker, ReadoutClassifier
 from ldm.modules.unet import EncoderUNetModel, UNetModel
 from ldm.synthesis.models import load_models
 from ldm.synthesis.settings import Sampling
 from ldm.synthesis.synthesiser import Synthesiser
+from scripts import baselines
 
 KINDS = ("eps", "v", "flow")
 
@@ -48,7 +52,7 @@ def train(models: Path, data: Path, logdir: Path, *more: str, kind: str = "flow"
     argv += ["--logdir", str(logdir), "--name", "readout", "--logger", "--workers", "0"]
     argv += ["--readout_draws", "2", "--batch_size", "8", "--readout_width", "16"]
     argv += ["--precision", "32", "--val_fraction", "0.3", *more]
-    return classifier_train.train(classifier_train.parse_arguments(argv))
+    return classifier_train.train(parse(classifier_train.Options, argv))
 
 
 def test_training_reads_the_unet_and_keeps_no_copy(models, data, tmp_path):
@@ -206,7 +210,7 @@ def test_init_from_trains_a_classifier_of_the_diffusion_models_latents(models, d
     argv = ["--init_from", str(models / "flow.ckpt"), "--data_dir", str(data), "--name", "c"]
     argv += ["--logdir", str(tmp_path), "--logger", "--workers", "0", "--iterations", "2"]
     argv += ["--batch_size", "4", "--precision", "32"]
-    _, model = classifier_train.train(classifier_train.parse_arguments(argv))
+    _, model = classifier_train.train(parse(classifier_train.Options, argv))
     loaded = load_models(models / "flow.ckpt", tmp_path / "c")
     assert loaded.classifier.schedule == loaded.diffusion.schedule
     assert model.net.out_channels == 3
@@ -226,6 +230,36 @@ def sample(models: Path, out: Path, *more: str, kind: str = "flow") -> list[dict
     argv += ["--classifier", str(models / f"{kind}-readout.ckpt"), *more]
     assert sample_diffusion.main(argv) == 0
     return list(csv.DictReader((out / "manifest.csv").open()))
+
+
+def test_a_readout_is_asked_for_the_class_of_clean_tiles(models, data, tmp_path):
+    """As features that are logits, and as a row of a table that nothing is fitted for."""
+    name = f"guide:{models / 'flow-readout.ckpt'}@{models / 'flow.ckpt'}"
+    tiles = TileFolder(data, tiny.PIXELS, labelled=True)
+    found = parse_features(name).open("cpu").extract(tiles.paths, batch_size=5)
+    loaded = load_models(models / "flow.ckpt", models / "flow-readout.ckpt")
+    x = torch.stack([tiles[i]["image"] for i in range(len(tiles))])
+    with torch.no_grad():
+        z_0 = loaded.diffusion.encode_first_stage(x, sample=False)
+        t = torch.zeros(len(x), dtype=torch.int64)
+        logits = loaded.classifier.logits_model()(z_0, t) / loaded.classifier.temperature
+    torch.testing.assert_close(found.others["logits"], logits, rtol=1e-4, atol=1e-4)
+
+    for split in ("train5", "val", "test"):
+        (tmp_path / split).symlink_to(data)
+    argv = ["--data_path", str(tmp_path), "--subset", "train5", "--kind", "classifier"]
+    argv += ["--logdir", str(tmp_path / "logs"), "--workers", "0", "--device", "cpu"]
+    baselines.main([*argv, "--features", name])
+    summary = json.loads((tmp_path / "logs/classifier/train5/summary.json").read_text())
+    right = (logits.argmax(dim=1) == torch.tensor(tiles.labels)).double().mean()
+    assert summary["per_seed"][0]["test"]["accuracy"] == pytest.approx(float(right))
+    for features, words in (
+        (f"diffusion:{models / 'flow.ckpt'}@20", "is no classifier"),
+        (f"guide:{models / 'flow-readout.ckpt'}", "give guide:CLASSIFIER@RUN"),
+        (f"guide:{models / 'flow-readout.ckpt'}@{models / 'eps.ckpt'}", "flow-readout"),
+    ):
+        with pytest.raises(UserError, match=words):
+            baselines.main([*argv, "--features", features])
 
 
 def test_the_command_samples_a_flow_with_a_readout(models, tmp_path):
@@ -270,7 +304,7 @@ def test_variations_of_unlabelled_tiles(models, data, tmp_path):
     sure = Sources(flat, found.diffusion, found.classes, found.classifier, least=0.9999999)
     with pytest.raises(UserError, match="no tile for"):
         sure.require(found.classes)
-    with pytest.raises(UserError, match="unlabelled tiles need --classifier"):
+    with pytest.raises(UserError, match="unlabelled tiles need [-`]*classifier`?"):
         Sources(flat, found.diffusion, found.classes)
 
 

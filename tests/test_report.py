@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from ldm.report import plots
-from ldm.report.grids import Tile, TileRow, contact_sheet, thumbnail
+from ldm.report.grids import Card, Tile, TileRow, card_sheet, thumbnail
 from ldm.report.page import Page, embeddable
 from ldm.report.plots import Estimate, Level, Series
 from ldm.report.tables import TextTable, escape_latex, to_latex, to_markdown
@@ -105,8 +105,15 @@ def test_big_pictures_are_made_smaller_for_the_page(tmp_path):
         assert image.size == (800, 360)
     assert embeddable(tmp_path / "small.png") == (tmp_path / "small.png").read_bytes()
     assert thumbnail(pixels, 100).shape == (45, 100, 3)
-    sheet = contact_sheet([("a", [pixels[:8, :8]] * 2), ("b", [pixels[:8, :8]] * 2)], ["1", "2"])
-    assert min(Image.open(io.BytesIO(sheet)).size) > 100
+
+
+def test_a_sheet_of_cards():
+    red, blue = (np.full((8, 8, 3), colour, np.uint8) for colour in ((255, 0, 0), (0, 0, 255)))
+    rows = [("heading", [Card([red, blue], ["a", "b"], (1, 2, 3))] * 2), ("", [Card([red])])]
+    sheet = Image.open(io.BytesIO(card_sheet(["title"], rows, 20, 1)))
+    assert sheet.width >= 4 * 20
+    counts = {colour: count for count, colour in sheet.getcolors(2**24)}
+    assert counts[255, 0, 0] == 3 * 400 and counts[0, 0, 255] == 2 * 400 and (1, 2, 3) in counts
 
 
 # Plots

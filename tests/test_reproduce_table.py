@@ -14,10 +14,11 @@ import yaml
 from inprocess import Here
 
 import main as main_py
+from ldm.cli import parse
 from ldm.config import load_configs, resolve, validate_config
 from ldm.errors import UserError
 from ldm.experiment.gather import read_paper
-from ldm.experiment.jobs import ROOT
+from ldm.experiment.jobs import ROOT, needed_by
 from ldm.experiment.plan import Plan
 from ldm.experiment.preflight import check_commands
 from ldm.experiment.settings import read_settings
@@ -126,14 +127,14 @@ def test_published_tables_are_valid(path, given, tmp_path, monkeypatch):
     check_commands(plan.jobs)
     for job in plan.jobs:
         if job.command[0] == "main.py":
-            args = main_py.parse_arguments(list(job.command[1:]))
+            args = parse(main_py.Options, list(job.command[1:]))
             with pytest.MonkeyPatch.context() as patch:
                 for name, value in job.environment.items():
                     patch.setenv(name, value)
                 validate_config(resolve(load_configs(args.base, args.overrides)))
     keys = [row.key for row in plan.rows]
     read_paper(plan.settings.paper, plan.settings.name, keys)
-    assert "real" in keys and len(keys) > 5
+    assert any(key.split("@")[0] == "real" for key in keys) and len(keys) > 5
 
 
 def test_the_paper_s_grid_is_whole():
@@ -174,9 +175,15 @@ def set_key(key: str, value):
         ("selection.centroid.redraw", True, "redraw belongs to strategy random"),
         ("evaluation.seeds", [1, 1], "seeds must be different"),
         ("evaluation.seeds", "many", "evaluation.seeds"),
+        ("evaluation.seeds", [-1], r"seeds\[0\] -1 must be greater"),
+        ("sampling.gpus", -1, "gpus -1 must be greater"),
+        ("slurm.hours", float("inf"), "hours inf must be"),
         ("sampling.per_wanted", 0.5, "per_wanted 0.5 must be greater"),
         ("judge.run", "x", "judge must have one of"),
         ("judge.network", "wide", "judge.network: unknown wide"),
+        ("judge.features", ["pixels"], "judge must have one of seed, run, model and features"),
+        ("draws", {"per_class": [0]}, r"draws.per_class\[0\] 0 must be greater"),
+        ("generators.tuned.unlabelled", "train", "either diffusion or unlabelled"),
         ("link", "hardly", "link 'hardly' must be 'copy'"),
         ("slurm.cluster", "pbs", "slurm.cluster 'pbs' must be"),
         ("data.root", "${oc.env:HISTO_NOWHERE}", "HISTO_NOWHERE is not set"),
@@ -397,6 +404,93 @@ def test_models_trained_here(small, monkeypatch):
     check_commands(plan.jobs)
 
 
+# Draws of labels
+
+
+def with_draws(settings) -> None:
+    """Two numbers of labels, each with a draw of its own for each of two seeds."""
+    settings["draws"] = {"per_class": [2, 3]}
+    settings["models"]["guide"] = {
+        "classifier": {"iterations": 5},
+        "needs": {"first_stage": "pretrained"},
+    }
+    settings["generators"]["pool"] = {"unlabelled": "train", "label": "pseudo-labelled"}
+    settings["generators"]["tuned"]["sampling"] = {"start_from": "{labelled}", "strength": 0.5}
+    settings["judge"] = {"features": ["pixels", "diffusion:{pretrained}@20"]}
+    settings["selection"]["sure"] = {"strategy": "confidence", "sheets": False}
+    settings["grid"] |= {"generators": ["tuned", "pool"], "selection": ["random", "sure"]}
+    settings["grid"]["without"] = [{"generator": "pool", "selection": "random"}]
+    guide = {"kind": "classifier", "features": "guide:{guide}@{pretrained}"}
+    probe = {"features": "diffusion:{pretrained}@20"}
+    settings["baselines"] = {
+        "kinds": ["colour_histogram"],
+        "probes": {"judge": {"arguments": probe}, "guide": {"arguments": guide}},
+        "ceiling": {"ratios": [100]},
+    }
+
+
+def test_everything_that_sees_labels_is_made_for_each_draw(small, given, tmp_path):
+    plan = plan_of(small(with_draws))
+    check_commands(plan.jobs)
+    arms = ["colour_histogram", "judge", "guide", "real"]
+    arms += ["tuned-random-100", "tuned-sure-100", "pool-sure-100", "ceiling-100"]
+    assert [row.key for row in plan.rows] == [f"{arm}@{n}" for n in (2, 3) for arm in arms]
+    jobs = {job.name: job for job in plan.jobs}
+    assert len(jobs) == 4 * (len(arms) + 1 + 1 + 1 + 4)  # labels, guide, pool, folders
+    for row in plan.rows:
+        labels = row.factors["labels"]
+        assert list(row.jobs) == [0, 1]
+        parts = [f"@{labels}-{seed}" for seed in (0, 1)]
+        for job, part in zip(row.jobs.values(), parts, strict=True):
+            assert part in job
+            # It sees its own labels only.
+            needed = {one.name for one in needed_by(plan.jobs, [job])}
+            assert f"subset-labels{part}" in needed
+            assert {f"@{name.split('@')[1].split('-seed')[0]}" for name in needed} == {part}
+    assert plan.rows[4].wanted == 6 and plan.rows[-3].wanted == 9
+    words = jobs["sample-tuned@3-1"].command
+    assert words[words.index("--start_from") + 1].endswith("data/labels@3-1")
+    assert words[words.index("--classifier") + 1].endswith("models/guide@3-1/checkpoints/last.ckpt")
+    words = jobs["select-pool-sure-100@3-1"].command
+    assert words[words.index("--unlabelled") + 1].endswith("data/train")
+    assert words[words.index("--features") + 2] == f"diffusion:{given / 'diffusion.ckpt'}@20"
+
+
+def test_a_small_table_with_draws(small, here, tmp_path):
+    """Rows over the labels, each against real tiles with as many labels."""
+
+    def change(settings):
+        with_draws(settings)
+        settings["judge"] = {"features": ["pixels"]}
+        settings["grid"]["generators"] = ["pool"]
+        settings["baselines"] = {"kinds": ["colour_histogram"]}
+
+    path = small(change)
+    here.run(plan_of(path))
+    assert reproduce_table.main(["--config", str(path)]) == 0
+    out = tmp_path / "out"
+    table = json.loads((out / "table.json").read_text())
+    rows = {row["key"]: row for row in table["rows"]}
+    assert {row["status"] for row in rows.values()} == {"done"}
+    assert [rows[f"real@{n}"]["images"] for n in (2, 3)] == [6, 9]
+    assert rows["pool-sure-100@3"]["images"] == 9 + rows["pool-sure-100@3"]["synthetic"]
+    for row in rows.values():
+        assert row["summary"]["seeds"] == [0, 1] and set(row["predictions"]) == {"0", "1"}
+    drawn = [{p.name for p in (out / "data" / f"labels@2-{s}").rglob("*.png")} for s in (0, 1)]
+    assert drawn[0] != drawn[1]
+    with (out / "table.csv").open(newline="") as stream:
+        lines = {line["row"]: line for line in csv.DictReader(stream) if line["split"] == "val"}
+    for name in ("colour_histogram", "pool-sure-100"):
+        for n in ("2", "3"):
+            one, real = lines[f"{name}@{n}"], lines[f"real@{n}"]
+            gain = float(one["accuracy"]) - float(real["accuracy"])
+            assert float(one["delta_accuracy"]) == pytest.approx(gain)
+            assert one["factor_labels"] == n
+    for split in ("val", "test"):
+        assert (out / f"labels_{split}.png").read_bytes().startswith(b"\x89PNG")
+    assert "Accuracy over labels per class" in (out / "report.html").read_text()
+
+
 def test_another_checkpoint_is_another_job(small, given, tmp_path):
     """By content: the same file elsewhere, or touched, is the same."""
     path = small()
@@ -508,7 +602,7 @@ def test_only_some_rows(small, tmp_path, monkeypatch):
     assert [row["status"] for row in table["rows"]] == ["done", "missing", "missing"]
     ran = [name for name, job in table["record"]["jobs"].items() if job["state"] == "done"]
     assert ran == ["eval-real-seed0"]
-    with pytest.raises(UserError, match=r"--only reel: fits no row \(did you mean real"):
+    with pytest.raises(UserError, match=r"only.? reel: fits no row \(did you mean real"):
         reproduce_table.main(["--config", str(small()), "--only", "reel"])
 
 

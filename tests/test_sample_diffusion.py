@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 
 import sample_diffusion
-from ldm.checkpoint import load_model
+from ldm.checkpoint import KEY, load_model
 from ldm.devices import one_thread
 from ldm.diffusion.samplers import IndexedNoise, ddim
 from ldm.diffusion.schedule import time_pairs
 from ldm.errors import UserError
 from ldm.synthesis import UNCONDITIONAL, Sampling, Synthesiser, load_models
+from ldm.synthesis.folder import COLUMNS
 from ldm.synthesis.models import Models
 from ldm.synthesis.synthesiser import fixed_batches
 
@@ -299,7 +300,7 @@ def test_tuned_decoder(models, tmp_path):
     assert abs((changed - own)[inside] - 63.75).max() < 1.5
 
     other = tiny.save(tiny.autoencoder(seed=9), tmp_path / "other.ckpt")
-    with pytest.raises(UserError, match="--first_stage: .*another latent space"):
+    with pytest.raises(UserError, match="first_stage.?: .*another latent space"):
         sample(models, tmp_path / "out", "--first_stage", other)
     tuned.classes = ["A", "B", "C"]
     path = tiny.save(tuned, tmp_path / "classes.ckpt")
@@ -346,12 +347,12 @@ def test_latent_shape_must_fit(models, tmp_path):
     [
         (("--classes", "TUM,XXX"), "unknown class 'XXX'; the model knows 0=ADI, 1=LYM, 2=TUM"),
         (("--classes", ","), "empty list"),
-        (("-c", 1001), r"--custom_steps 1001 must be in \[1, 1000\]"),
+        (("-c", 1001), r"`custom_steps` 1001 must be in \[1, 1000\]"),
         (("-v", "-e", 0.5), "--eta: 0.5 belongs to DDIM"),
         (("--guidance_interval", 5, 4), "LOW must not be above HIGH"),
-        (("--classifier", "missing.ckpt"), "--classifier: no file missing.ckpt"),
-        (("-r", "missing.ckpt"), "--model: no file missing.ckpt"),
-        (("--device", "abacus"), "--device abacus"),
+        (("--classifier", "missing.ckpt"), "`classifier`: no file missing.ckpt"),
+        (("-r", "missing.ckpt"), "`model`: no file missing.ckpt"),
+        (("--device", "abacus"), "`device` abacus"),
     ],
 )
 def test_user_errors(models, tmp_path, options, message):
@@ -365,8 +366,17 @@ def test_user_errors(models, tmp_path, options, message):
     [("--classes", "TUM"), ("--classifier_scale", "3"), ("--guidance_interval", "0", "9")],
 )
 def test_options_that_need_a_classifier(models, tmp_path, options):
-    with pytest.raises(UserError, match=f"{options[0]}:? needs --classifier"):
+    with pytest.raises(UserError, match=f"{options[0][2:]}`?:? needs .*classifier"):
         sample(models, tmp_path / "out", *options, classifier=None)
+
+
+def test_a_classifier_without_classes(models, tmp_path):
+    payload = torch.load(models / "classifier.ckpt", weights_only=True)
+    payload[KEY]["classes"] = None
+    torch.save(payload, tmp_path / "none.ckpt")
+    with pytest.raises(UserError, match="none.ckpt is damaged: it names no classes"):
+        sample(models, tmp_path / "out", classifier=tmp_path / "none.ckpt")
+    assert not (tmp_path / "out").exists()
 
 
 def test_wrong_kinds(models, tmp_path):
@@ -376,7 +386,7 @@ def test_wrong_kinds(models, tmp_path):
         "--first_stage": "classifier.ckpt",
     }
     for option, name in swapped.items():
-        with pytest.raises(UserError, match=f"{option}: .*holds a model of kind"):
+        with pytest.raises(UserError, match=f"{option[2:]}`: .*holds a model of kind"):
             sample(models, tmp_path / "out", option, models / name)
 
 
@@ -393,6 +403,14 @@ def test_folders_that_are_not_ours(models, tmp_path):
     (out / "manifest.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match="columns"):
         sample(models, out, "--classes", "ADI", n=1, steps=1)
+    columns = ",".join(COLUMNS).encode() + b"\n"
+    for line in (b"ADI,one,ADI/000000.png\n", b"\xff\xfe\n", b"ADI,0,ADI/000001.png\n", b'"'):
+        (out / "manifest.csv").write_bytes(columns + line)
+        with pytest.raises(UserError, match="manifest.csv is damaged .*; remove it"):
+            sample(models, out, "--classes", "ADI", n=1, steps=1)
+    (out / "manifest.csv").unlink()
+    sample(models, out, "--classes", "ADI", n=1, steps=1)
+    assert [row["file"] for row in manifest(out)] == ["ADI/000000.png"]
     (out / "settings.json").write_text("{")
     with pytest.raises(UserError, match="is damaged"):
         sample(models, out, "--classes", "ADI", n=1, steps=1)
@@ -401,7 +419,7 @@ def test_folders_that_are_not_ours(models, tmp_path):
 def test_latents_that_are_not_finite(models):
     loaded = load_models(models / "diffusion.ckpt", models / "classifier.ckpt")
     synthesiser = Synthesiser(loaded, Sampling("ddim", 4, 1.0, float("inf"), 0))
-    with pytest.raises(UserError, match="not finite.*lower --classifier_scale"):
+    with pytest.raises(UserError, match="not finite.*lower [-`]*classifier_scale`?"):
         synthesiser.latents([0], [0])
 
 

@@ -238,7 +238,7 @@ def test_parts_make_all_images_between_them(models, tmp_path, capsys):
 
 @pytest.mark.parametrize("part", ["2/2", "1", "a/b", "0/0", "-1/2"])
 def test_parts_that_there_are_not(models, tmp_path, part):
-    with pytest.raises(UserError, match="--part: "):
+    with pytest.raises(UserError, match="part.?: "):
         sample(models, tmp_path / "out", f"--part={part}")
 
 
@@ -435,9 +435,9 @@ def test_autoguidance(models, adapter, weak, tmp_path):
     other = LabelAdapter(pretrained=str(models / "diffusion.ckpt"))
     other.use_classes(["A", "B"])
     path = tiny.save(other, tmp_path / "other.ckpt")
-    with pytest.raises(UserError, match="--autoguidance .* knows the classes .'A', 'B'.*ADI"):
+    with pytest.raises(UserError, match="autoguidance.? .* knows the classes .'A', 'B'.*ADI"):
         load_models(adapter, autoguidance_path=path)
-    with pytest.raises(UserError, match="--classifier .* knows the classes .*ADI.*'A', 'B'"):
+    with pytest.raises(UserError, match="classifier.? .* knows the classes .*ADI.*'A', 'B'"):
         load_models(path, models / "classifier.ckpt")
 
 
@@ -519,10 +519,10 @@ def test_guidance_warnings():
     assert "does almost nothing, at most 0.0190" in line and "t=500" in line and "raise" in line
     (line,) = log_of(guidance_to_noise=[1.5, 0.019]).warnings(ddim)
     assert "dominates, 1.50 times" in line and "t=900" in line
-    assert "--classifier_scale" in line and "--guidance_clip" in line
+    assert "`classifier_scale`" in line and "`guidance_clip`" in line
     cfg = Sampling("ddim", 2, 0.0, 0.0, 0, cfg_scale=9.0)
     (line,) = log_of(extrapolation_to_noise=[2.0, 0.1]).warnings(cfg)
-    assert line.startswith("--cfg_scale: guidance dominates")
+    assert line.startswith("`cfg_scale`: guidance dominates")
     (line,) = log_of(guidance_to_noise=[0.1, 0.5]).warnings(solver)
     assert "second-order solver" in line and "t=500" in line
     assert log_of(guidance_to_noise=[0.1, 0.2]).warnings(solver) == []
@@ -545,15 +545,15 @@ def test_guidance_log_merges():
         (("-v", "--sampler", "ddim"), "--sampler: ddim: --vanilla_sample means ddpm"),
         (("--sampler", "dpm++2m", "-e", 1), "--eta: 1 belongs to DDIM"),
         (("--counts", "ADI=1"), "--counts: says how many of which class; leave -n out"),
-        (("--balance", "missing"), "--balance: missing does not exist"),
+        (("--balance", "missing"), "balance: missing does not exist"),
         (("--classifier_scale", 0, "--guidance_clip", 1), "--guidance_clip: does nothing"),
-        (("--classifier_scale", 0, "--guidance_interval", 1, 2), "--guidance_interval needs"),
+        (("--classifier_scale", 0, "--guidance_interval", 1, 2), "`guidance_interval` needs"),
         (("--guidance_norm", "--guidance_clip", 1), "--guidance_norm: makes guidance as long"),
         (("--guidance_clip", 0), "--guidance_clip: 0 must be above 0"),
         (("--autoguidance_scale", 2), "go together"),
         (("--autoguidance", "x", "--autoguidance_scale", 1), "1 is no guidance"),
-        (("--cfg_scale", 2), "--cfg_scale needs a model that takes labels"),
-        (("--device", "cpu", "--devices", 4096), "--devices 4096: there is no GPU to use here"),
+        (("--cfg_scale", 2), "`cfg_scale` needs a model that takes labels"),
+        (("--device", "cpu", "--devices", 4096), "`devices` 4096: there is no GPU to use here"),
         (("--device", "cpu:1", "--devices", 2), "leave its number out"),
         (("--device", "mps", "--devices", 2), "several processes need auto, cpu or cuda"),
     ],
@@ -566,7 +566,9 @@ def test_user_errors(models, tmp_path, options, message):
 
 def test_contradictions(models, adapter, weak, tmp_path):
     for other in (["--classes", "ADI"], ["--balance", tmp_path]):
-        with pytest.raises(UserError, match="--counts: .* (leave --classes out|as --balance does)"):
+        with pytest.raises(
+            UserError, match="counts: .* (leave [-`]*classes`? out|as [-`]*balance`? does)"
+        ):
             sample(models, tmp_path / "out", "--counts", "ADI=1", *other, n=None)
     options = ["-r", adapter, "--cfg_scale", 2, "--autoguidance", weak, "--autoguidance_scale", 2]
     with pytest.raises(UserError, match="both extrapolate the same prediction"):
@@ -576,7 +578,7 @@ def test_contradictions(models, adapter, weak, tmp_path):
 @pytest.mark.parametrize("option", ["guidance_on", "guidance_clip", "temperature", "guidance_norm"])
 def test_options_that_need_a_classifier(models, tmp_path, option):
     value = {"guidance_on": ["z_0"], "guidance_norm": []}.get(option, [1])
-    with pytest.raises(UserError, match=f"--{option}: needs --classifier"):
+    with pytest.raises(UserError, match=f"{option}: needs [-`]*classifier`?"):
         sample(models, tmp_path / "out", f"--{option}", *value, classifier=None)
 
 
@@ -586,6 +588,8 @@ def test_processes_started_by_torchrun_or_srun(monkeypatch):
     for variables in (
         {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "6"},
         {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "6", "SLURM_NNODES": "3"},
+        {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "9", "SLURM_STEP_NUM_TASKS": "6"}
+        | {"SLURM_STEP_NUM_NODES": "3"},
     ):
         with monkeypatch.context() as context:
             for name, value in variables.items():
@@ -593,8 +597,11 @@ def test_processes_started_by_torchrun_or_srun(monkeypatch):
             context.setattr(os, "cpu_count", lambda: 2)
             devices = shared_devices("cpu", None, None)
             assert (devices.count, devices.num_nodes) == (2, 3)
-            with pytest.raises(UserError, match="--devices 3: 2 processes were started"):
+            with pytest.raises(UserError, match="devices.? 3: 2 processes were started"):
                 shared_devices("cpu", 3, None)
+            if "SLURM_STEP_ID" in variables:  # in a shell that srun --pty started
+                context.setattr(os, "isatty", lambda descriptor: True)
+                assert shared_devices("cpu", None, None).ranks == 1
 
 
 def test_temperature_of_the_classifier_is_used(models, tmp_path):

@@ -22,6 +22,7 @@ from tiny import tiles as make_tiles
 
 from ldm.checkpoint import write_checkpoint
 from ldm.cli import run_command
+from ldm.data.folders import PREFIX
 from ldm.data.images import class_folders, list_images
 from ldm.data.tiles import TileFolder
 from ldm.errors import UserError
@@ -35,7 +36,6 @@ from ldm.selection.judge import Judged, read_judged
 from ldm.selection.select import KINDS, USED, Selection, select, wanted_per_class
 from ldm.selection.sheets import COLOURS, Sheets
 from ldm.selection.strategies import AtRandom, by_centroid
-from ldm.selection.training_folder import PREFIX
 from scripts import distance, vis
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -182,7 +182,7 @@ def test_ratio_rounds_halves_up():
     assert wanted_per_class([10, 3, 1], 50) == [5, 2, 1]
     assert wanted_per_class([555], 300) == [1665]
     assert wanted_per_class([3, 200], 1) == [0, 2]
-    with pytest.raises(UserError, match="--ratio 10"):
+    with pytest.raises(UserError, match="ratio.? 10"):
         wanted_per_class([3, 4], 10)
 
 
@@ -279,7 +279,7 @@ def test_vis_gives_the_same_picture_for_any_batch_size(folders, tmp_path):
         file = f"features_{name}.safetensors"
         (tmp_path / "again" / file).write_bytes((folders["vis"] / file).read_bytes())
     run_vis(folders, tmp_path / "again")
-    for name in ("umap.csv", "umap.png", "umap.html"):
+    for name in ("umap.csv", "umap.png"):
         assert (folders["vis"] / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
@@ -391,6 +391,72 @@ def test_every_strategy_and_network_of_the_command(folders, tmp_path, monkeypatc
     assert both[0] == both[1]
 
 
+def test_unlabelled_tiles_with_the_classes_that_a_judge_gives_them(folders, tmp_path, capsys):
+    pool = tmp_path / "pool"
+    # The tiles are named for their true classes, and the names of folders say nothing.
+    for folder, name in (("LYM/deep", "ADI"), ("", "LYM"), ("ADI", "TUM")):
+        (pool / folder).mkdir(parents=True, exist_ok=True)
+        for path in list_images(folders["fake"] / name):
+            true = "LYM" if "wrong" in path.name else name
+            shutil.copyfile(path, pool / folder / f"{true}{path.name}")
+    shutil.copyfile(path, pool / "again.png")
+    shutil.copytree(folders["real"] / "ADI", pool / "labelled")
+    out = tmp_path / "out"
+    words = ["--real", str(folders["real"]), "--unlabelled", str(pool), "--features", "pixels"]
+    words += ["--features", str(folders["weights"]), "--device", "cpu", "--no-sheets"]
+    words += ["--val", str(folders["fake"]), "--cache", str(tmp_path / "cache")]
+    with pytest.raises(UserError, match="18 of its tiles are those of [-`]*val`?"):
+        distance.main([*words, "--out", str(out)])
+    words[words.index("--val") + 1] = str(make_tiles(tmp_path / "val", per_class=5, seed=9))
+    distance.main([*words, "--per_class", "5", "--out", str(out)])
+    rows = rows_of(out / "selection.csv")
+    assert len(rows) == 18  # neither repeated nor labelled ones
+    assert all(row["judged"] == row["class"] for row in rows)
+    used = [row for row in rows if row["decision"] in USED]
+    for row in used:
+        assert float(row["score"]) == pytest.approx(float(row["confidence"]), abs=1e-6)
+        copy = out / row["class"] / f"pseudo_{row['file'].replace('/', '_')}"
+        assert copy.read_bytes() == (pool / row["file"]).read_bytes()
+    assert len(list_images(out)) == 12 + len(used)
+    assert all(Path(row["file"]).name.startswith(row["class"]) for row in used)
+    judge = json.loads((out / "selection.json").read_text())["judge"]
+    assert judge["val"]["accuracy"] == 1.0 and judge["agreement"] is None
+    assert len(judge["val"]["networks"]) == 2 and judge["val"]["calibration_error"] < 0.5
+    assert "judge on 15 tiles of --val: accuracy 1.000" in capsys.readouterr().out
+    distance.main([*words, "--per_class", "5", "--out", str(out)])
+    assert "there already" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--choose: a classifier"):
+        distance.main([*words, "--choose", "--out", str(tmp_path / "other")])
+
+
+def test_the_network_that_tells_left_out_tiles_apart_is_chosen(folders, tmp_path):
+    """Colours do; a network without training that sees a few grey levels does worse."""
+    net = TileClassifier("vit_tiny", 2, input_size=32, patch_size=8)
+    net.classes = ["other", "classes"]  # so that it is probed
+    write_checkpoint(tmp_path / "blind.ckpt", tiny.vit_checkpoint(net))
+    words = ["--real", str(folders["real"]), "--synthetic", str(folders["fake"]), "--no-sheets"]
+    words += ["--cache", str(tmp_path / "cache"), "--device", "cpu", "--ratio", "50", "--choose"]
+    names = [str(tmp_path / "blind.ckpt"), "pixels"]
+    identities = []
+    for order in (names, names[::-1]):
+        out = tmp_path / f"out{len(identities)}"
+        distance.main([*words, "--features", *order, "--out", str(out)])
+        judge = json.loads((out / "selection.json").read_text())["judge"]
+        scores = {one["network"]: one["cross_entropy"] for one in judge["left_out"]}
+        assert len(scores) == 2 and judge["network"] == min(scores, key=scores.get)
+        identities.append(judge["identity"])
+    assert identities[0] == identities[1]
+
+
+def test_agreement_of_the_judge_with_the_wanted_classes(folders, tmp_path, capsys):
+    words = ["--real", str(folders["real"]), "--synthetic", str(folders["fake"]), "--no-sheets"]
+    words += ["--features", "pixels", "--cache", str(tmp_path / "cache"), "--ratio", "100"]
+    distance.main([*words, "--strategy", "confidence", "--out", str(tmp_path / "out")])
+    agreement = json.loads((tmp_path / "out" / "selection.json").read_text())["judge"]["agreement"]
+    assert agreement["TUM"] == {"before": pytest.approx(6 / 7), "after": 1.0}
+    assert "0.857" in capsys.readouterr().out
+
+
 def make_manifest(fake: Path) -> None:
     lines = ["class,file,prob"]
     lines += [f"{p.parent.name},{p.parent.name}/{p.name},0.9" for p in list_images(fake)]
@@ -430,7 +496,7 @@ def test_warns_when_the_judge_is_no_independent_witness(folders, tmp_path, caplo
     record = json.loads((tmp_path / "out" / "selection.json").read_text())
     assert record["downstream"]["is_the_judge"] and record["judge"]["trained_on_real"]
     assert "are the same network" in record["warnings"][0]
-    assert "trained on the very tiles of --real" in record["warnings"][1]
+    assert "trained on the very tiles of `real`" in record["warnings"][1]
     assert all(warning in caplog.text for warning in record["warnings"])
     # Another network, trained on other tiles: no warning.
     torch.manual_seed(5)
@@ -476,9 +542,7 @@ def test_sheet_shows_the_right_images(folders, tmp_path):
     sheets = Sheets(
         selection, judged.synthetic, judged.real, folders["fake"], folders["real"], strategy.score
     )
-    best, border = (
-        [selection.files[i] for i in section.rows] for section in sheets.sections("TUM")
-    )
+    best, border = ([selection.files[i] for i in rows] for rows in sheets.sections("TUM").values())
     assert best == selection.used("TUM")
     assert border[-1] == "TUM/1_wrong.png"  # the only one that is rejected, so it is not far off
     assert len({*best, *border}) == len(best) + len(border) == 7
@@ -549,7 +613,7 @@ def test_failure_leaves_nothing(folders, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("ldm.data.folders.shutil.copyfile", fail)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match="out cannot be written .No space"):
         run_distance(folders, tmp_path / "out", "--ratio", "50")
     assert class_folders(tmp_path) == ["out.sheets"]
     assert [path.name for path in tmp_path.iterdir()] == ["out.sheets"]
@@ -585,13 +649,14 @@ def test_timm_network_with_local_weights(folders, tmp_path):
 
 VIS = ["vis", "--real", "{real}", "--synthetic", "{fake}", "--out", "{new}", "--device", "cpu"]
 DISTANCE = ["distance", "--real", "{real}", "--synthetic", "{fake}", "--out", "{new}"]
+POOL = ["distance", "--real", "{real}", "--out", "{new}", "--features", "pixels"]
 
 
 @pytest.mark.parametrize(
     "words, expected",
     [
         (VIS, "--features: is missing"),
-        ([*VIS, "--weights", "{fake}/none"], "none does not exist"),
+        ([*VIS, "--weights", "{fake}/none"], "nor an existing path"),
         ([*VIS, "--weights", "{fake}/ADI/1_0.png"], "is no checkpoint"),
         ([*VIS, "--model", "resnet19x"], "features timm:resnet19x: "),
         ([*VIS, "--model", "resnet18"], "nothing is downloaded"),
@@ -644,7 +709,7 @@ DISTANCE = ["distance", "--real", "{real}", "--synthetic", "{fake}", "--out", "{
         ([*DISTANCE, "--features", "{vis}", "--downstream", "{vis}/none"], "none does not exist"),
         (
             [*DISTANCE, "--features", "{vis}", "--downstream", "{vis}/umap.csv"],
-            "{vis}/umap.csv cannot be read",
+            "`downstream`: {vis}/umap.csv",
         ),
         ([*DISTANCE, "--features", "{vis}", "--out", "{real}/new"], "lies in --real"),
         ([*DISTANCE, "--features", "{vis}", "--sheets", "{new}/sheets"], "lies in --out"),
@@ -666,6 +731,13 @@ DISTANCE = ["distance", "--real", "{real}", "--synthetic", "{fake}", "--out", "{
             "has no columns file and decision",
         ),
         ([*DISTANCE, "--features", "{vis}", "--real", "{two}"], "differ"),
+        ([*DISTANCE, "--features", "pixels", "--unlabelled", "{two}"], "not allowed with"),
+        ([*DISTANCE[:3], *DISTANCE[5:], "--features", "pixels"], "--synthetic: is missing"),
+        ([*POOL, "--unlabelled", "{two}", "--features", "{vis}"], "--unlabelled: the features"),
+        ([*POOL, "--unlabelled", "{two}/val"], "for measuring"),
+        ([*POOL, "--unlabelled", "{real}"], "all its tiles are labelled"),
+        ([*POOL, "--unlabelled", "{two}", "--choose"], "chooses among several"),
+        ([*DISTANCE, "--features", "{vis}", "--features", "pixels"], "several: the features"),
     ],
 )
 def test_bad_input_is_one_line(folders, tmp_path, monkeypatch, capfd, words, expected):
@@ -673,6 +745,7 @@ def test_bad_input_is_one_line(folders, tmp_path, monkeypatch, capfd, words, exp
     for name in ("ADI", "TUM"):
         (two / name).mkdir(parents=True)
         (two / name / "0.png").write_bytes((folders["real"] / name / "0_0.png").read_bytes())
+    (two / "val").mkdir()
     (two / "foreign.csv").write_text("file,decision\nADI/none.png,accepted\n")
     bare = tmp_path / "bare"  # the very images, without a manifest
     shutil.copytree(folders["fake"], bare, ignore=shutil.ignore_patterns("manifest.csv"))

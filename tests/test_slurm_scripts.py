@@ -9,11 +9,12 @@ import re
 import subprocess
 
 import pytest
+from pytorch_lightning.plugins.environments import LightningEnvironment
 from shells import OTHERS, ROOT, make_site, parse, recorded, shell
 
-import main as main_module
 from ldm.errors import UserError
 from ldm.train import cluster_plugins
+from ldm.trainings import configured
 from scripts import cache_latents
 
 FOLDER = ROOT / "scripts" / "slurm"
@@ -98,7 +99,7 @@ def test_the_guide_runs_and_parses(site, tmp_path, monkeypatch):
         used.add(command[0])
         args = parse(command)
         if command[0] == "main.py":
-            config = main_module.load_configuration(args)
+            config = configured.load_configuration(args)
             assert config["model"]["target"].startswith("ldm.models.")
         if command[0] == "scripts/cache_latents.py" and args.views > 1:
             # All views would be alike, which is refused.
@@ -232,5 +233,10 @@ def test_lightning_leaves_requeueing_to_the_script(monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "2")
     (plugin,) = cluster_plugins()
     assert plugin.auto_requeue is False
+    with monkeypatch.context() as shell_of_a_user:  # srun --pty -J train bash
+        shell_of_a_user.setenv("SLURM_STEP_ID", "0")
+        shell_of_a_user.setattr(os, "isatty", lambda descriptor: True)
+        (plugin,) = cluster_plugins()
+        assert isinstance(plugin, LightningEnvironment)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "torchrun inside a job")
     assert cluster_plugins() == []

@@ -17,6 +17,7 @@ from ldm.evaluation.fidelity import fidelity
 from ldm.features import neighbours
 from ldm.features.centroids import centroid_distances
 from ldm.features.neighbours import nearest, neighbour_distances, squared_distances
+from ldm.features.probe import Judge
 from ldm.features.sets import FeatureSet
 from ldm.selection.judge import centroids_of
 from ldm.selection.select import FILL_REASON, Selection, select
@@ -64,7 +65,10 @@ IMAGES = feature_set(SYNTHETIC, LABELS, others={"logits": logits_of(SYNTHETIC)})
 def choose(name: str, wanted, images=IMAGES, real=REAL, fill=False, k=3, seed=0) -> Selection:
     images = images.in_order()
     distances = centroid_distances(images.values, centroids_of(real).values)
-    strategy = Choice(name, k, "judge", seed).make(images, real, distances, None)
+    sure = None
+    if name == "confidence":
+        sure = Judge.fit([real if images.logits is None else images]).probabilities([images])
+    strategy = Choice(name, k, "judge", seed).make(images, real, distances, None, sure)
     return select(strategy, images, distances.numpy(), wanted, fill)
 
 
@@ -173,7 +177,7 @@ def test_coverage_is_greedy_in_the_discrepancy():
         chosen.append(int(np.argmin(values)))
     centroids = centroids_of(REAL)
     distances = centroid_distances(images.values, centroids.values)
-    strategy = Choice("coverage", 3, "judge", 0).make(images, REAL, distances, None)
+    strategy = Choice("coverage", 3, "judge", 0).make(images, REAL, distances, None, None)
     strategy.rejections = [None] * 40
     selection = select(strategy, images, distances.numpy(), [15, 0])
     assert selection.used("A") == [f"A/{i:05d}" for i in chosen]
@@ -231,6 +235,38 @@ def test_a_network_without_classes_judges_by_regression_on_the_real_tiles():
     assert rejected == len(LABELS) - 1
 
 
+def test_a_judge_of_several_networks_is_the_mean_of_their_calibrated_opinions(tmp_path):
+    labels = torch.tensor([0] * 20 + [1] * 20)
+    good, noise = normal(40, 0, 0.0, 0.0), normal(40, 1, 0.0, 0.0)
+    good[:, 0] += labels
+    sets = [feature_set(good, labels), replace(feature_set(noise, labels), extractor="other")]
+    judge = Judge.fit(sets, tmp_path)
+    alone = [Judge.fit([one]).probabilities([one]) for one in sets]
+    p = judge.probabilities(sets)
+    mean = torch.stack([q.log() for q in alone]).mean(dim=0) / judge.temperature
+    torch.testing.assert_close(p, mean.softmax(dim=1))
+    assert min(*judge.temperatures, judge.temperature) >= 1
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    again = Judge.fit(sets, tmp_path).probabilities(sets)
+    assert torch.equal(again, p) and len(written) == 2
+    assert written == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+
+
+def test_a_classifier_is_calibrated_on_further_tiles_alone():
+    """It may have been trained on the labelled tiles, where it is always right and very sure."""
+    labels = [0, 1] * 50
+    sure = torch.tensor([[9.0, -9.0] if label == 0 else [-9.0, 9.0] for label in labels])
+    values = normal(100, 0, 0.0)
+    known = feature_set(values, labels, others={"logits": sure})
+    often_wrong = [1 - label if i < 20 else label for i, label in enumerate(labels)]
+    val = feature_set(values, often_wrong, others={"logits": sure})
+    assert Judge.fit([known]).temperatures == [1.0]
+    judge = Judge.fit([known], val=[val])
+    # 80 of 100 are right: p = 0.8 where the logits differ by log 4.
+    assert judge.temperatures[0] == pytest.approx(10.0)
+    assert judge.calibrated_on == val.tiles
+
+
 def manifest(folder, rows, columns=("file", "prob")) -> None:
     with (folder / "manifest.csv").open("w", newline="") as stream:
         csv.writer(stream).writerows([columns, *rows])
@@ -266,8 +302,8 @@ def test_manifests_that_do_not_serve(tmp_path, rows, columns, expected):
 @pytest.mark.parametrize(
     "name, real, expected",
     [
-        ("knn", [0, 0, 0, 1, 1, 1, 1], "--neighbors 3: class A has 3 real tiles"),
-        ("coverage", [0, 0, 1], "--strategy coverage: class B has 1 real tiles"),
+        ("knn", [0, 0, 0, 1, 1, 1, 1], "`neighbors` 3: class A has 3 real tiles"),
+        ("coverage", [0, 0, 1], "`strategy` coverage: class B has 1 real tiles"),
         ("confidence", [0, 0, 1], "class B has 1 labelled tiles"),
     ],
 )

@@ -20,6 +20,7 @@ from ldm.experiment.statistics import (
     influence,
     inverse_trigamma,
     prior_of,
+    pseudo_pairs,
     random_pairs,
     read_arm,
     resample_means,
@@ -353,6 +354,26 @@ def test_selected_rows_are_paired_with_random_ones_of_the_same_pool():
         row("real", "real"),
     ]
     assert random_pairs(rows) == [("a50", "a50r"), ("a100", "a100r"), ("a100k", "a100r")]
+
+
+def test_rows_are_compared_with_those_of_as_many_labels():
+    """With real tiles alone, and selected synthetic tiles with pseudo-labelled real ones."""
+    rows = []
+    for n in (10, 25):
+        rows.append(row(f"real@{n}", "real", factors={"labels": n}))
+        for kind, selection in (("synthetic", "random"), ("synthetic", "sure"), ("pseudo", "sure")):
+            factors = {"selection": selection, "ratio": 100, "labels": n}
+            rows.append(row(f"{kind}-{selection}@{n}", kind, factors=factors))
+    fields = {"umap": None, "record": {}, "settings": {}, "paper": {}}
+    table = Table("t", "T", rows, "real@10", ["test"], CLASSES, **fields)
+    assert [table.reference_of(one) for one in rows] == ["real@10"] * 4 + ["real@25"] * 4
+    assert pseudo_pairs(rows) == [
+        ("synthetic-sure@10", "pseudo-sure@10"),
+        ("synthetic-sure@25", "pseudo-sure@25"),
+    ]
+    families = {(d.family, d.row, d.reference) for d in differences(table)}
+    assert ("pseudo", "synthetic-sure@25", "pseudo-sure@25") in families
+    assert ("reference", "real@25", "real@10") not in families
 
 
 # Arithmetic

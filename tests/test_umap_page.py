@@ -55,7 +55,8 @@ def test_thumbnails_are_the_tiles_of_their_points(tmp_path):
         assert abs(seen.mean((0, 1)) - written.mean((0, 1))).max() < 4
         assert np.corrcoef(seen.mean(2).ravel(), written.mean(2).ravel())[0, 1] > 0.8
         assert abs(seen.mean((0, 1)) - np.array(COLOURS[point["label"]])).max() < 15
-    assert render(groups, CLASSES, roots, 100, "A < B") == text
+    number = re.compile(r'"p\d+"')  # bokeh counts the parts of all pages of a process
+    assert number.sub("", render(groups, CLASSES, roots, 100, "A < B")) == number.sub("", text)
     assert "8 of 21 tiles are in this file" in (few := render(groups, CLASSES, roots, 8, ""))
     assert sum(bool(point["picture"]) for point in points_of(few)) == 8
     none = points_of(render(groups, CLASSES, roots, 0, ""))

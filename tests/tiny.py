@@ -15,7 +15,12 @@ PIXELS = 32
 LATENT = (3, 16, 16)
 CLASSES = ["ADI", "LYM", "TUM"]
 COLOURS = {"ADI": (230, 220, 225), "LYM": (90, 40, 140), "TUM": (200, 90, 150)}
-
+# Overrides of a run that draws pictures; sampling for them takes as long as ten steps of training.
+PICTURES = [
+    "lightning.callbacks.image_logger.target=ldm.models.callbacks.ImageLogger",
+    "lightning.callbacks.image_logger.params.batch_frequency=3",
+    "lightning.callbacks.image_logger.params.max_images=2",
+]
 
 DDCONFIG = {
     "ch": 32,

@@ -47,7 +47,7 @@ def check_apart(train: TileFiles, held_out: TileFiles) -> None:
     if shared:
         more = f" and {len(shared) - 3} more" if len(shared) > 3 else ""
         raise UserError(
-            f"--holdout {held_out.root}: {len(shared)} of {len(held_out)} tiles are in --train"
+            f"`holdout` {held_out.root}: {len(shared)} of {len(held_out)} tiles are in `train`"
             f" {train.root} too ({', '.join(shared[:3])}{more}); give tiles that the generator"
             " never saw"
         )
@@ -60,7 +60,7 @@ def check_groups_apart(train: TileFiles, held_out: TileFiles, pattern: str) -> N
     shared = sorted(ours & theirs)
     if shared:
         raise UserError(
-            f"--holdout {held_out.root}: {len(shared)} of its {len(theirs)} groups are in --train"
+            f"`holdout` {held_out.root}: {len(shared)} of its {len(theirs)} groups are in `train`"
             f" {train.root} too ({', '.join(shared[:3])}); give tiles of others"
         )
 
@@ -110,14 +110,11 @@ class Comparison:
         """Relative distances of synthetic tiles over the threshold, (M,): flagged below 1."""
         return self.synthetic.relative / self.threshold
 
-    def copying(self, members: np.ndarray | slice = slice(None)) -> CopyingTest:
+    def copying(self, members: np.ndarray) -> CopyingTest:
         """C_T of some synthetic tiles against all held-out ones."""
-        synthetic, held_out = self.synthetic, self.held_out
+        ours, theirs = self.synthetic, self.held_out
         return copying_test(
-            synthetic.distance[members],
-            synthetic.cells[members],
-            held_out.distance,
-            held_out.cells,
+            ours.distance[members], ours.cells[members], theirs.distance, theirs.cells
         )
 
 
@@ -131,7 +128,7 @@ class Space:
         synthetic, held_out: M and H rows of what `orient` takes.
         train_again: Training tiles at some indices, as `orient` takes them.
         orient: From B rows to all their orientations, (B, 8, D).
-        cells: Cell of each training tile, (N,).
+        unturned: Vectors of the training tiles that do not depend on how a tile is turned, (N, D).
     """
 
     name: str
@@ -140,22 +137,14 @@ class Space:
     held_out: Tensor
     train_again: Callable[[Tensor], Tensor]
     orient: Callable[[Tensor], Tensor]
-    cells: np.ndarray
+    unturned: Tensor
 
 
 def pixel_space(synthetic: Tensor, held_out: Tensor, train: Tensor) -> Space:
     """The space of small pictures, see `ldm.features.pixels`."""
-    # Averages over orientations, so that the cells do not depend on how a tile is turned.
     parts = [pixels.oriented_vectors(part.float()).mean(dim=1) for part in train.split(4096)]
-    return Space(
-        "pixels",
-        train,
-        synthetic,
-        held_out,
-        lambda index: train[index],
-        pixels.oriented_vectors,
-        training_cells(torch.cat(parts).numpy(), min(len(synthetic), len(held_out))),
-    )
+    orient = pixels.oriented_vectors
+    return Space("pixels", train, synthetic, held_out, train.__getitem__, orient, torch.cat(parts))
 
 
 def feature_space(
@@ -180,7 +169,7 @@ def feature_space(
         features(held_out, "held_out"),
         lambda index: features(train.select(index.tolist()), "neighbours"),
         lambda rows: rows,
-        training_cells(vectors.numpy(), min(len(synthetic), len(held_out))),
+        vectors,
     )
 
 
@@ -194,6 +183,8 @@ def compare(
             neighbours.
         level: Rate of false alarms.
     """
+    fewest = min(len(space.synthetic), len(space.held_out))
+    cells = training_cells(space.unturned.numpy(), fewest)
     found = [
         nearest(queries, space.train, SCALE_NEIGHBOUR, space.orient, device=device, what=what)
         for queries, what in ((space.synthetic, "synthetic"), (space.held_out, "held out"))
@@ -205,9 +196,7 @@ def compare(
     )  # fmt: skip
     own = torch.empty(len(space.train), dtype=torch.float64)
     own[chosen] = near.distance
-    sides = [
-        Compared(part, own[part.index].numpy(), space.cells[part.index.numpy()]) for part in found
-    ]
+    sides = [Compared(part, own[part.index].numpy(), cells[part.index.numpy()]) for part in found]
     return Comparison(space.name, *sides, alarm_threshold(sides[1].relative, level))
 
 
@@ -278,9 +267,6 @@ def check_copies(
             both `held_out` and `train`, and training tiles of one group are not compared with one
             another.
         batch_size: Images per pass of the network.
-
-    Raises:
-        UserError: Held-out tiles or groups among the training tiles, too few tiles, bad images.
     """
     check_apart(train, held_out)
     if group_regex:
@@ -310,31 +296,26 @@ def check_copies(
     variations = find_variations(
         kept["synthetic"], train, kept["train"], vectors["synthetic"], vectors["train"]
     )
-    return CopyCheck(
-        **kept,
-        without_structure=without,
-        comparisons=comparisons,
-        variations=variations,
-        quantile=quantile,
-    )
+    return CopyCheck(**kept, without_structure=without, comparisons=comparisons,
+                     variations=variations, quantile=quantile)  # fmt: skip
 
 
 def check_counts(kept: dict[str, TileFiles], groups: int, level: float) -> None:
     """UserError where tiles with structure are too few to say anything."""
     if len(kept["train"]) < FEWEST_TRAIN or groups < 2:
         raise UserError(
-            f"--train {kept['train'].root}: {len(kept['train'])} tiles with structure in {groups}"
+            f"`train` {kept['train'].root}: {len(kept['train'])} tiles with structure in {groups}"
             f" groups; at least {FEWEST_TRAIN} in 2 are needed"
         )
     if not len(kept["synthetic"]):
         raise UserError(
-            f"--synthetic {kept['synthetic'].root}: no tile has any structure (densities deviate"
+            f"`synthetic` {kept['synthetic'].root}: no tile has any structure (densities deviate"
             f" by less than {pixels.LEAST_CONTRAST}); look at the images"
         )
     needed = fewest_held_out(level)
     if len(kept["held_out"]) < needed:
         raise UserError(
-            f"--holdout {kept['held_out'].root}: {len(kept['held_out'])} tiles with structure,"
+            f"`holdout` {kept['held_out'].root}: {len(kept['held_out'])} tiles with structure,"
             f" {needed} are needed for so low a rate of false alarms; give more tiles or raise"
-            " --quantile"
+            " `quantile`"
         )

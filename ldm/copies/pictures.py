@@ -1,26 +1,21 @@
-"""Pictures of a copy check: the most suspicious pairs, and the distances as histograms.
+"""Pictures of a copy check: the most suspicious pairs, and the distances as histograms."""
 
-Letters: S side of a shown tile in pixels.
-"""
-
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from ldm.copies.check import CopyCheck
 from ldm.data.tiles import read_tile
 from ldm.features.pixels import centre_square, turned_back
 from ldm.report import plots
+from ldm.report.grids import Card, card_sheet, shorten
 
-SHOWN = 128  # S
-GAP = 6
-TEXT = 58  # height of the lines below a pair
-LETTERS = 62  # that fit below a pair
+SIDE = 128  # pixels of a shown tile
+LETTERS = 50  # of a name below a pair
 PAIRS_IN_A_ROW = 3
+FLAGGED, NOT_FLAGGED = (220, 20, 60), (130, 130, 130)
 
 
 def sheet(check: CopyCheck, chosen: Sequence[int]) -> bytes:
@@ -31,19 +26,13 @@ def sheet(check: CopyCheck, chosen: Sequence[int]) -> bytes:
     Args:
         chosen: Synthetic tiles.
     """
-    columns = min(PAIRS_IN_A_ROW, len(chosen))
-    rows = -(-len(chosen) // columns)
-    width, height = 3 * SHOWN + 4 * GAP, SHOWN + TEXT + 2 * GAP
-    page = Image.new("RGB", (columns * width, rows * height), "white")
-    for place, i in enumerate(chosen):
-        corner = (place % columns * width, place // columns * height)
-        page.paste(_pair(check, int(i), (width, height)), corner)
-    stream = io.BytesIO()
-    page.save(stream, format="PNG")
-    return stream.getvalue()
+    cards = [_pair(check, int(i)) for i in chosen]
+    starts = range(0, len(cards), PAIRS_IN_A_ROW)
+    rows = [("", cards[start : start + PAIRS_IN_A_ROW]) for start in starts]
+    return card_sheet([], rows, SIDE, 3)
 
 
-def _pair(check: CopyCheck, i: int, size: tuple[int, int]) -> Image.Image:
+def _pair(check: CopyCheck, i: int) -> Card:
     comparison = check.closest(i)
     side = comparison.synthetic
     neighbour = int(side.neighbours.index[i])
@@ -51,34 +40,20 @@ def _pair(check: CopyCheck, i: int, size: tuple[int, int]) -> Image.Image:
     train = turned_back(_square(check.train.paths[neighbour]), int(side.neighbours.orientation[i]))
     difference = np.abs(synthetic.astype(int) - train).astype(np.uint8)
     flagged = bool(check.flagged[i])
-    card = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(card)
-    edge = "crimson" if flagged else "lightgray"
-    draw.rectangle((1, 1, size[0] - 2, size[1] - 2), outline=edge, width=2)
-    for column, picture in enumerate((synthetic, train, difference)):
-        card.paste(Image.fromarray(picture), (GAP + column * (SHOWN + GAP), GAP))
     lines = (
-        f"synthetic  {_short(check.synthetic.names[i])}",
-        f"training   {_short(check.train.names[neighbour])}",
         f"{comparison.name}: distance {side.distance[i]:.3f}, relative {side.relative[i]:.3f}"
         f" ({'below' if flagged else 'above'} {comparison.threshold:.3f})",
+        f"synthetic  {shorten(check.synthetic.names[i], LETTERS)}",
+        f"training   {shorten(check.train.names[neighbour], LETTERS)}",
     )
-    font = ImageFont.load_default(12)
-    for number, line in enumerate(lines):
-        draw.text((GAP, SHOWN + 2 * GAP + 16 * number), line, fill="black", font=font)
-    return card
+    return Card((synthetic, train, difference), lines, FLAGGED if flagged else NOT_FLAGGED)
 
 
 def _square(path: Path) -> np.ndarray:
-    """The centre square of a file as it is shown, uint8 (S, S, 3)."""
+    """The centre square of a file as it is shown, uint8 (SIDE, SIDE, 3)."""
     image = centre_square(read_tile(path))
-    kind = cv2.INTER_AREA if len(image) > SHOWN else cv2.INTER_CUBIC
-    return cv2.resize(image, (SHOWN, SHOWN), interpolation=kind)
-
-
-def _short(name: str) -> str:
-    limit = LETTERS - 11
-    return name if len(name) <= limit else "..." + name[3 - limit :]
+    kind = cv2.INTER_AREA if len(image) > SIDE else cv2.INTER_CUBIC
+    return cv2.resize(image, (SIDE, SIDE), interpolation=kind)
 
 
 def histogram(check: CopyCheck) -> bytes:

@@ -2,100 +2,46 @@
 
 import csv
 import json
-import os
 import shutil
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ldm.data.folders import DECISIONS, RECORD
 from ldm.data.tile_files import TileFiles
 from ldm.errors import UserError
 from ldm.files import atomic_folder, file_sha256, write_csv, write_json
 from ldm.run import MadeFolder
 from ldm.selection.select import REMOVED
-from ldm.selection.training_folder import DECISIONS, PREFIX, RECORD
-
-
-@dataclass(frozen=True)
-class TrainingFolder:
-    """A folder that scripts/distance.py made.
-
-    Attributes:
-        root: It.
-        columns: Of its table of decisions.
-        rows: These decisions, by column.
-        record: Its settings and counts.
-    """
-
-    root: Path
-    columns: list[str]
-    rows: list[dict[str, str]]
-    record: dict[str, Any]
-
-    @classmethod
-    def read(cls, root: Path) -> "TrainingFolder":
-        """Read a folder; UserError where it is not one."""
-        try:
-            record = json.loads((root / RECORD).read_text())
-            with (root / DECISIONS).open(newline="") as stream:
-                reader = csv.DictReader(stream)
-                rows, columns = list(reader), list(reader.fieldnames or ())
-        except (OSError, ValueError, csv.Error):
-            record, rows, columns = {}, [], []
-        right = {"class", "file", "decision", "reason"} <= set(columns)
-        if not right or not isinstance(record, dict) or not {"settings", "counts"} <= set(record):
-            raise UserError(
-                f"--remove {root}: no training folder of scripts/distance.py ({DECISIONS} and"
-                f" {RECORD} with settings and counts are missing or damaged)"
-            )
-        return cls(root, columns, rows, record)
-
-    def used(self) -> dict[str, Path]:
-        """The synthetic tiles in the folder: name below the synthetic folder to file here."""
-        files = {row["file"]: self.root / placed(row["file"]) for row in self.rows}
-        return {name: path for name, path in files.items() if path.is_file()}
-
-    def check_same(self, digests: dict[str, str]) -> None:
-        """UserError unless its synthetic tiles are those of the checked folder.
-
-        Args:
-            digests: SHA-256 of each synthetic tile that was checked, by name.
-        """
-        for name, path in self.used().items():
-            if digests.get(name) != file_sha256(path):
-                raise UserError(
-                    f"--remove {self.root}: its tile {placed(name)} is not {name} of --synthetic;"
-                    " check the synthetic folder that it was chosen from"
-                )
-
-
-def placed(name: str) -> str:
-    """Where a synthetic tile CLASS/NAME is in a training folder."""
-    parent, file = os.path.split(name)
-    return f"{parent}/{PREFIX}{file}"
+from ldm.selection.training_folder import placed
 
 
 class Removal:
     """Makes a copy of a training folder without the tiles that a copy check flags.
 
     Args:
-        root: The training folder.
+        root: A folder that scripts/distance.py made.
         out: The folder to be made.
-        synthetic: The tiles that are checked.
+        synthetic: The tiles that are checked; those of the training folder must be among them.
         settings: What is checked and how; they are added to those of the folder.
 
     Attributes:
         is_made: Whether `out` is there already, made so.
-
-    Raises:
-        UserError: `root` is no training folder or has other tiles, or something else is at `out`.
     """
 
     def __init__(self, root: str, out: str, synthetic: TileFiles, settings: dict[str, Any]):
-        self.folder, self.out = TrainingFolder.read(Path(root).expanduser()), Path(out).expanduser()
-        self.folder.check_same(dict(zip(synthetic.names, synthetic.digests, strict=True)))
-        self.settings = {**self.folder.record["settings"], "copy_check": settings}
+        self.root, self.out = Path(root).expanduser(), Path(out).expanduser()
+        self.columns, self.rows, self.record = _read(self.root)
+        files = {row["file"]: self.root / placed(row["file"]) for row in self.rows}
+        self.used = {name: path for name, path in files.items() if path.is_file()}
+        digests = dict(zip(synthetic.names, synthetic.digests, strict=True))
+        for name, path in self.used.items():
+            if digests.get(name) != file_sha256(path):
+                raise UserError(
+                    f"`remove` {root}: its tile {placed(name)} is not {name} of `synthetic`; check"
+                    " the synthetic folder that it was chosen from"
+                )
+        self.settings = {**self.record["settings"], "copy_check": settings}
         self.is_made = MadeFolder(self.out, self.settings, RECORD, name="removed_to").exists()
 
     def remove(self, reasons: dict[str, str]) -> int:
@@ -107,11 +53,10 @@ class Removal:
         Args:
             reasons: Why, by name, of the flagged tiles.
         """
-        folder = self.folder
-        removed = {name: path for name, path in folder.used().items() if name in reasons}
-        rows, counts = [], {name: dict(row) for name, row in folder.record["counts"].items()}
+        removed = {name: path for name, path in self.used.items() if name in reasons}
+        rows, counts = [], {name: dict(row) for name, row in self.record["counts"].items()}
         change: Counter[tuple[str, str]] = Counter()
-        for row in folder.rows:
+        for row in self.rows:
             if row["file"] in removed:
                 change[row["class"], row["decision"]] += 1
                 row = {**row, "decision": REMOVED, "reason": f"copy check: {reasons[row['file']]}"}
@@ -121,8 +66,6 @@ class Removal:
             counts[name][REMOVED] = counts[name].get(REMOVED, 0) + number
             if decision == "accepted":
                 counts[name]["shortfall"] += number
-        record = {**folder.record, "settings": self.settings, "counts": counts}
-
         gone = {path.resolve() for path in removed.values()}
 
         def without(parent: str, names: list[str]) -> list[str]:
@@ -130,7 +73,26 @@ class Removal:
             return [name for name in names if inside / name in gone]
 
         with atomic_folder(self.out) as partial:
-            shutil.copytree(folder.root, partial, symlinks=True, ignore=without, dirs_exist_ok=True)
-            write_csv(partial / DECISIONS, rows, folder.columns)
+            shutil.copytree(self.root, partial, symlinks=True, ignore=without, dirs_exist_ok=True)
+            write_csv(partial / DECISIONS, rows, self.columns)
+            record = {**self.record, "settings": self.settings, "counts": counts}
             write_json(partial / RECORD, record)
         return len(removed)
+
+
+def _read(root: Path) -> tuple[list[str], list[dict[str, str]], dict[str, Any]]:
+    """Columns and rows of the decisions in a training folder, and its record."""
+    try:
+        record = json.loads((root / RECORD).read_text())
+        with (root / DECISIONS).open(newline="") as stream:
+            reader = csv.DictReader(stream)
+            rows, columns = list(reader), list(reader.fieldnames or ())
+    except (OSError, ValueError, csv.Error):
+        record, rows, columns = {}, [], []
+    right = {"class", "file", "decision", "reason"} <= set(columns)
+    if not right or not isinstance(record, dict) or not {"settings", "counts"} <= set(record):
+        raise UserError(
+            f"`remove` {root}: no training folder of scripts/distance.py ({DECISIONS} and {RECORD}"
+            " with settings and counts are missing or damaged)"
+        )
+    return columns, rows, record

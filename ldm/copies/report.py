@@ -1,8 +1,5 @@
 """What a copy check found, as a table, as numbers and in words."""
 
-import csv
-import io
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +10,9 @@ from ldm.copies.pictures import histogram, sheet
 from ldm.copies.statistics import FEWEST_IN_CELL
 from ldm.data.tile_files import TileFiles
 from ldm.features import pixels
-from ldm.files import write_bytes, write_json, write_text
+from ldm.files import write_bytes, write_csv, write_json, write_text
 from ldm.report import tables
-from ldm.run import git_revision, versions
+from ldm.run import provenance
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75)
 ALL = "all"  # name of the row over all classes
@@ -29,55 +26,49 @@ def write_report(check: CopyCheck, out: Path, settings: dict[str, Any], pairs: i
         pairs: In suspicious.png.
     """
     numbers = summary(check)
-    facts = {
-        "settings": settings,
-        "command": sys.argv,
-        "versions": versions(),
-        "revision": git_revision(),
-    }
-    write_text(out / "copies.csv", to_csv(check))
-    write_bytes(out / "suspicious.png", sheet(check, suspicious_first(check)[:pairs]))
+    # The most suspicious first; ties by name.
+    order = np.lexsort((np.array(check.synthetic.names), check.suspicion))
+    rows = rows_of(check, order)
+    write_csv(out / "copies.csv", rows, list(rows[0]))
+    write_bytes(out / "suspicious.png", sheet(check, order[:pairs]))
     write_bytes(out / "histogram.png", histogram(check))
-    write_json(out / "report.json", {**numbers, **facts})
+    write_json(out / "report.json", {**numbers, "settings": settings, **provenance()})
     write_text(out / "report.md", to_markdown(check, numbers, settings))
 
 
-def suspicious_first(check: CopyCheck) -> np.ndarray:
-    """Indices of the synthetic tiles, the most suspicious first; ties by name."""
-    return np.lexsort((np.array(check.synthetic.names), check.suspicion))
-
-
-def to_csv(check: CopyCheck) -> str:
-    """A row per synthetic tile, the most suspicious first, those without structure last."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    columns = ("train", "orientation", "distance", "relative", "percentile")
-    spaces = [f"{c.name}_{column}" for c in check.comparisons for column in columns]
-    own = [] if check.variations is None else ["source", "source_distance"]
-    writer.writerow(["class", "file", "structure", "flagged", "reason", "suspicion", *spaces, *own])
+def rows_of(check: CopyCheck, order: np.ndarray) -> list[dict[str, Any]]:
+    """A row per synthetic tile in this order, those without structure last."""
+    rows: list[dict[str, Any]] = []
     percentiles = [percentile(c) for c in check.comparisons]
     flagged, suspicion, labels = check.flagged, check.suspicion, _labels(check.synthetic)
-    for i in suspicious_first(check):
-        row = [labels[i], check.synthetic.names[i], "yes"]
-        row += ["yes" if flagged[i] else "no", check.reason(i), f"{suspicion[i]:.4f}"]
+    for i in order:
+        row = {
+            "class": labels[i],
+            "file": check.synthetic.names[i],
+            "structure": "yes",
+            "flagged": "yes" if flagged[i] else "no",
+            "reason": check.reason(i),
+            "suspicion": f"{suspicion[i]:.4f}",
+        }
         for comparison, share in zip(check.comparisons, percentiles, strict=True):
-            side = comparison.synthetic
-            row += [
-                check.train.names[side.neighbours.index[i]],
-                pixels.ORIENTATIONS[side.neighbours.orientation[i]],
-                f"{side.distance[i]:.5f}",
-                f"{side.relative[i]:.5f}",
-                f"{share[i]:.2f}",
-            ]
+            side, name = comparison.synthetic, comparison.name
+            row |= {
+                f"{name}_train": check.train.names[side.neighbours.index[i]],
+                f"{name}_orientation": pixels.ORIENTATIONS[side.neighbours.orientation[i]],
+                f"{name}_distance": f"{side.distance[i]:.5f}",
+                f"{name}_relative": f"{side.relative[i]:.5f}",
+                f"{name}_percentile": f"{share[i]:.2f}",
+            }
         if check.variations is not None:
             distance = check.variations.distance[i]
-            row += [check.variations.sources[i], "" if np.isnan(distance) else f"{distance:.5f}"]
-        writer.writerow(row)
+            row["source"] = check.variations.sources[i]
+            row["source_distance"] = "" if np.isnan(distance) else f"{distance:.5f}"
+        rows.append(row)
     background = check.without_structure["synthetic"]
+    row = {"structure": "no", "flagged": "no", "reason": "background: not compared"}
     for label, name in zip(_labels(background), background.names, strict=True):
-        row = [label, name, "no", "no", "background: not compared"]
-        writer.writerow(row + [""] * (1 + len(spaces) + len(own)))
-    return stream.getvalue()
+        rows.append({"class": label, "file": name, **row})
+    return rows
 
 
 def _labels(tiles: TileFiles) -> list[str]:
@@ -105,11 +96,8 @@ def summary(check: CopyCheck) -> dict[str, Any]:
                 "compared": len(tiles),
                 "without_structure": len(check.without_structure[name]),
             }
-            for name, tiles in (
-                ("synthetic", check.synthetic),
-                ("held_out", check.held_out),
-                ("train", check.train),
-            )
+            for name, tiles in vars(check).items()
+            if name in ("synthetic", "held_out", "train")
         },
         "method": {
             "pixels": f"optical density, {pixels.SIDE} px, channels standardised",
@@ -184,12 +172,7 @@ def _quantiles(values: np.ndarray) -> dict[str, float]:
 
 
 def to_markdown(check: CopyCheck, numbers: dict[str, Any], settings: dict[str, Any]) -> str:
-    """The report in words and tables, for a supplement.
-
-    Args:
-        numbers: What `summary` gives.
-        settings: Of the command.
-    """
+    """The report in words and tables, for a supplement; `numbers` are those of `summary`."""
     flagged = numbers["flagged"][ALL]
     lines = [
         "# Copy check",

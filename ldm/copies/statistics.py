@@ -27,16 +27,13 @@ def alarm_threshold(held_out: np.ndarray, level: float) -> float:
     The k-th smallest of the H held-out values with k = floor(level (H + 1)): whatever their
     distribution, a tile of the same one is below it with a probability of k / (H + 1), or less
     with ties (split conformal prediction, Vovk et al. 2005).
-
-    Raises:
-        UserError: The threshold is 0, below which nothing falls.
     """
     k = math.floor(level * (len(held_out) + 1) + 1e-9)
     assert k >= 1, (level, len(held_out))
     threshold = float(np.sort(held_out)[k - 1])
     if threshold <= 0:
         raise UserError(
-            f"--holdout: {k} or more tiles equal training tiles pixel by pixel; give tiles that the"
+            f"`holdout`: {k} or more tiles equal training tiles pixel by pixel; give tiles that the"
             " generator never saw"
         )
     return threshold

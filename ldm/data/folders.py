@@ -9,8 +9,23 @@ from pathlib import Path
 from ldm.errors import UserError
 from ldm.files import atomic_folder, write_text
 
+# Of a training folder: where its decisions and settings are, and how its added tiles are named.
+DECISIONS, RECORD = "selection.csv", "selection.json"
+PREFIX, PSEUDO = "synthetic_", "pseudo_"  # real tiles keep their names
+# Names of folders whose tiles are for measuring: what is made of them must not be trained on.
+HELD_OUT = ("val", "valid", "validation", "test", "testing", "holdout", "held_out")
+
 # What the operating system says where it has no such links.
 _NO_LINKS = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
+def refuse_held_out(root: Path, option: str) -> None:
+    """UserError when a folder that tiles are trained from is named as one for measuring."""
+    if root.resolve().name.lower() in HELD_OUT:
+        raise UserError(
+            f"{option} {root}: the folder's name says that its tiles are for measuring; what is"
+            " made of them would leak into training: give training tiles"
+        )
 
 
 def build_folder(
@@ -25,9 +40,6 @@ def build_folder(
         files: Where each file comes from, by its path in `out`.
         notes: Text files to write beside them: content by path in `out`.
         link: "copy", "hard" or "symbolic" (to absolute paths).
-
-    Raises:
-        UserError: The file system has no such links.
     """
     put = {"copy": shutil.copyfile, "hard": os.link, "symbolic": os.symlink}[link]
     with atomic_folder(out) as partial:

@@ -5,23 +5,41 @@ Imports no torch, so that a command which only looks at files starts at once.
 Letters: H W pixels of a file. A tile is a uint8 array (H, W, 3) in RGB.
 """
 
+import io
+import logging
+import math
 import os
+import re
 import struct
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ldm.errors import UserError
 
+log = logging.getLogger(__name__)
+
 ARRAY_EXTENSION = ".npy"
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ARRAY_EXTENSION})
+WHITE = "white.txt"  # says which value is white in a set that has more than 8 bits per channel
 
+# What operating systems and file servers leave in folders, beside hidden files.
+_JUNK = ("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "@eadir")
+_JUNK += ("lost+found", "system volume information")
+# Kinds of files that stand beside tiles and that nobody takes for tiles: records and models.
+_RECORDS = re.compile(
+    r"(\.(csv|tsv|xlsx|json|jsonl|txt|md|pdf|html|xml|ya?ml|log|py|sh|parquet|md5|sha256|part|ckpt"
+    r"|pt|pth|safetensors))?"
+)
+
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # first bytes
 # What Pillow and numpy raise for files that are cut short, mislabelled or hostile.
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error)
 
@@ -37,121 +55,207 @@ class Folder(NamedTuple):
     modified: int  # st_mtime_ns, read before the names: a later change has a later time
     files: list[str]
     subfolders: list[str]
+    others: Counter  # extensions of the other files
+
+
+def is_junk(name: str) -> bool:
+    """Whether a file or folder of this name is hidden, or what an operating system left."""
+    return name.startswith(".") or name.lower() in _JUNK
 
 
 def is_image(name: str) -> bool:
-    """Whether a file name is that of a tile: a known extension, and not hidden."""
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
+    """Whether a file name is that of a tile: a known extension, and no junk."""
+    return not is_junk(name) and os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
 def read_folder(path: str | os.PathLike, wanted: Callable[[str], bool]) -> Folder:
-    """One folder's wanted files and its subfolders, without hidden ones, sorted."""
+    """One folder's wanted files and its subfolders, without junk, sorted."""
     modified = os.stat(path).st_mtime_ns
-    files, subfolders = [], []
+    files, subfolders, others = [], [], Counter()
     with os.scandir(path) as entries:
         for entry in entries:
-            if entry.name.startswith("."):
+            if is_junk(entry.name):
                 continue
             if entry.is_dir():
                 subfolders.append(entry.name)
             elif wanted(entry.name):
                 files.append(entry.name)
-    return Folder(Path(path), modified, sorted(files), sorted(subfolders))
+            else:
+                others[os.path.splitext(entry.name)[1].lower()] += 1
+    return Folder(Path(path), modified, sorted(files), sorted(subfolders), others)
 
 
 def walk(root: str | os.PathLike, wanted: Callable[[str], bool]) -> Iterator[Folder]:
-    """`root` and every folder below it; links are followed."""
-    waiting = [Path(root)]
-    while waiting:
-        folder = read_folder(waiting.pop(), wanted)
-        waiting += [folder.path / name for name in folder.subfolders]
+    """`root` and every folder below it, each once.
+
+    Links are followed after all real folders, so that a folder has its own name rather than that of
+    a link to it. What else lies in the folders is counted and reported at the end.
+    """
+
+    def identity(folder: Path) -> tuple[int, int]:
+        state = os.stat(folder)
+        return state.st_dev, state.st_ino
+
+    root = Path(root)
+    seen = {*map(identity, root.resolve().parents)}  # a link may lead upwards
+    folders, links, others = [root], [], Counter()
+    while folders or links:
+        path = folders.pop() if folders else links.pop()
+        if (key := identity(path)) in seen:
+            _warn(f"{path} leads to a folder that is read already, or that holds {root}; left out")
+            continue
+        seen.add(key)
+        folder = read_folder(path, wanted)
+        for name in folder.subfolders:
+            below = path / name
+            (links if below.is_symlink() else folders).append(below)
+        others += folder.others
         yield folder
+    kinds = [f"{n:,} {kind}" for kind, n in sorted(others.items()) if not _RECORDS.fullmatch(kind)]
+    if kinds:
+        _warn(f"{root}: left out {', '.join(kinds)} files, which are not read here")
+
+
+@lru_cache(1000)
+def _warn(text: str) -> None:
+    """Log a warning once, since a command lists the same folder several times."""
+    log.warning(text)
 
 
 def list_images(root: str | os.PathLike) -> list[Path]:
-    """Every image file below `root`, sorted by path; hidden files and folders are skipped."""
+    """Every image file below `root`, sorted by path; junk is skipped."""
     if not os.path.isdir(root):
         return []
     return sorted(folder.path / name for folder in walk(root, is_image) for name in folder.files)
 
 
 def class_folders(root: str | os.PathLike) -> list[str]:
-    """Names of the class folders directly below `root`, sorted; hidden ones are skipped."""
-    with os.scandir(root) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    """Names of the class folders directly below `root`, sorted; junk is skipped."""
+    return read_folder(root, is_image).subfolders
 
 
-def white_of(high: float) -> float:
-    """The value of white, 1 or 255, in floats whose largest value is `high`."""
-    return 1.0 if high <= 1.001 else 255.0  # 1 with the rounding errors of a colour transform
-
-
-def float_to_uint8(values: np.ndarray, white: float, name: str) -> np.ndarray:
-    """Levels of a float image in [0, white], rounded to 0 .. 255.
+@lru_cache(4096)
+def declared_white(folder: Path) -> float | None:
+    """The value of white that `WHITE` in this folder, or in one above it, declares; else None.
 
     Raises:
-        UnsupportedImage: Values are outside that range, or not finite.
+        UserError: The file holds no number above 0.
     """
-    levels = np.rint(values * (255 / white))
-    if not (levels.min() >= 0 and levels.max() <= 255):  # also false for nan
-        raise UnsupportedImage(
-            f"{name}: values from {values.min():g} to {values.max():g} must be within"
-            f" [0, {white:g}]; rescale them"
-        )
-    return levels.astype(np.uint8)
+    for place in (folder, *folder.parents):
+        try:
+            text = (place / WHITE).read_text(errors="replace")
+        except OSError:  # there is none, or the folder is in a file
+            continue
+        try:
+            white = float(text)
+        except ValueError:
+            white = 0
+        if not 0 < white < math.inf:
+            raise UserError(f"{place / WHITE} must hold a number, such as 1, 255, 4095 or 65535")
+        return white
+    return None
 
 
-def _array_tile(array: Any, name: str) -> np.ndarray:
-    shape = getattr(array, "shape", ())
+def to_levels(pixels: np.ndarray, name: str, white: float | None = None) -> np.ndarray:
+    """Pixels of any depth, (H, W) or (H, W, 3), as a tile.
+
+    8 bits stay as they are. Of others, [0, white] becomes 0 .. 255, rounded.
+
+    Args:
+        name: Path of the file, for errors; `declared_white` of its folder comes first.
+        white: The value of white where none is declared.
+
+    Raises:
+        UnsupportedImage: White is not declared, values are outside its range or not finite, or the
+            shape is that of no tile.
+    """
+    shape = getattr(pixels, "shape", ())
+    if len(shape) == 2:
+        return to_levels(np.stack([pixels] * 3, axis=2), name, white)
     if len(shape) == 4:
         raise UnsupportedImage(
             f"{name}: an array of {shape[0]} tiles; read it as a corpus with layout: array"
         )
     if len(shape) != 3 or shape[2] != 3 or 0 in shape:
         raise UnsupportedImage(f"{name}: shape {shape} must be (height, width, 3)")
-    if array.dtype == np.uint8:
-        return array
-    if array.dtype.kind != "f":
-        raise UnsupportedImage(f"{name}: {array.dtype} values must be uint8 or float; convert them")
-    return float_to_uint8(array, white_of(array.max()), name)
+    if pixels.dtype == np.uint8:
+        return pixels
+    if pixels.dtype.kind not in "iuf":
+        raise UnsupportedImage(f"{name}: {pixels.dtype} values must be numbers; convert them")
+    white = declared_white(Path(name).parent) or white
+    if white is None:
+        raise UnsupportedImage(
+            f"{name}: {pixels.dtype} values, more than 8 bits; write the value of white (1, 255 or"
+            f" 65535, say) into a file {WHITE} in the folder of the set, or convert to 8-bit RGB"
+        )
+    levels = np.rint(pixels * (255 / white))
+    if not (levels.min() >= 0 and levels.max() <= 255):  # also false for nan
+        raise UnsupportedImage(
+            f"{name}: values from {pixels.min():g} to {pixels.max():g} must be within"
+            f" [0, {white:g}]; rescale them, or correct {WHITE}"
+        )
+    return levels.astype(np.uint8)
 
 
-def decode_tile(source: str | os.PathLike | IO[bytes], name: str) -> np.ndarray:
-    """Decode one image to uint8 RGB, (H, W, 3); transparency is laid on white, like a slide.
+def _decode(content: bytes, name: str) -> np.ndarray:
+    """The pixels of a file at its own depth, turned as its orientation says."""
+    if name.lower().endswith(ARRAY_EXTENSION):
+        return np.load(io.BytesIO(content), allow_pickle=False)
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            # Pillow takes the upper halves of 16-bit colours without a word.
+            if not (image.mode.startswith(("I", "F")) or ";16" in str(image.tile)):
+                ImageOps.exif_transpose(image, in_place=True)
+                if image.has_transparency_data:
+                    image = image.convert("RGBA")
+                    white = Image.new("RGBA", image.size, "white")
+                    image = Image.alpha_composite(white, image)
+                return np.array(image.convert("RGB"))
+            image.load()  # OpenCV takes files that are cut short
+            if image.has_transparency_data:
+                raise UnsupportedImage(
+                    f"{name}: more than 8 bits per channel and transparency; convert to 8-bit RGB"
+                )
+    except UnidentifiedImageError:
+        if not content.startswith(_TIFF):  # Pillow knows no colours of 32 bits in these
+            raise
+    import cv2
 
-    A float array is taken to be in [0, 1] when no value exceeds 1, else in [0, 255].
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    # These flags keep the depth and turn the image; IMREAD_UNCHANGED does not turn all formats.
+    flags = cv2.IMREAD_ANYDEPTH | cv2.IMREAD_ANYCOLOR
+    pixels = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
+    if pixels is None:
+        raise ValueError
+    return pixels if pixels.ndim == 2 else np.ascontiguousarray(pixels[..., ::-1])
+
+
+def decode_tile(content: bytes, name: str) -> np.ndarray:
+    """Decode an image file to uint8 RGB, (H, W, 3); transparency is laid on white, like a slide.
 
     Args:
-        source: A path or an open binary file.
-        name: How errors call it; its extension tells arrays from images.
+        name: Path of the file: its extension tells arrays from images, and see `to_levels`.
 
     Raises:
-        UserError: The file is missing, no image, or cut short.
-        UnsupportedImage: More than 8 bits per channel, or an array of another shape.
+        UserError: The file is no image, or cut short.
+        UnsupportedImage: See `to_levels`.
     """
     try:
-        if name.lower().endswith(ARRAY_EXTENSION):
-            return _array_tile(np.load(source, allow_pickle=False), name)
-        with Image.open(source) as image:
-            if image.mode.startswith(("I", "F")):
-                raise UnsupportedImage(
-                    f"{name}: more than 8 bits per pixel (mode {image.mode}); convert to 8-bit RGB"
-                )
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image)
-            return np.array(image.convert("RGB"))
+        return to_levels(_decode(content, name), name)
     except UserError:
         raise
-    except (*_DECODE_ERRORS, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or "unreadable or truncated image"
-        raise UserError(f"{name}: {reason}; replace or remove the file") from error
+    except (*_DECODE_ERRORS, Image.DecompressionBombError):
+        reason = "unreadable or truncated image"
+        raise UserError(f"{name}: {reason}; replace or remove the file") from None
 
 
 def read_tile(path: str | os.PathLike) -> np.ndarray:
-    """Decode one image file; see `decode_tile`."""
-    return decode_tile(path, os.fspath(path))
+    """Read and decode an image file, see `decode_tile`; UserError where it cannot be read."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; replace or remove the file") from error
+    return decode_tile(content, os.fspath(path))
 
 
 def map_ahead(
@@ -208,7 +312,8 @@ def decode_tiles(
 
     with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
         outcomes = list(pool.map(attempt, tiles))
-    require_good([message for _, message in outcomes if message is not None], len(tiles))
+    errors = [message for _, message in outcomes if message is not None]
+    require_good(errors, len(tiles))
     return [value for value, _ in outcomes]
 
 
@@ -220,10 +325,7 @@ def check_tiles(
     """Decode every tile once, so that a bad one is known now and not after hours of training.
 
     Raises:
-        UserError: Some files are bad; the message counts them and names the first few.
+        UserError: See `decode_tiles`.
     """
-
-    def decode(tile: Any) -> None:
-        read(tile)  # the pixels are dropped at once: the set need not fit into memory
-
-    decode_tiles(tiles, decode, workers)
+    # The pixels are dropped at once: the set need not fit into memory.
+    decode_tiles(tiles, lambda tile: read(tile) is None, workers)

@@ -10,16 +10,14 @@ of the stored bytes), `group` (patient, slide or region), `label` (class name), 
 import hashlib
 import json
 import os
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.data.images import read_folder, walk
-from ldm.data.storage import LAYOUTS, Layout, Place
+from ldm.data.storage import LAYOUTS, Layout, Place, find_files
 from ldm.errors import UserError
-from ldm.files import atomic_file
+from ldm.files import atomic_file, require_class_names
 
 if TYPE_CHECKING:
     import pyarrow
@@ -50,6 +48,7 @@ class CorpusIndex:
     scanned: Sequence[str]
     folders: Sequence[dict[str, int]]  # for each root, times of change of its folders, ns
     table: "pyarrow.Table"  # a row per tile, sorted by root and path
+    tiling: dict[str, Any] | None = None  # how slides were cut, see `ldm.data.slides.Tiling`
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> "CorpusIndex":
@@ -59,6 +58,7 @@ class CorpusIndex:
             UserError: The file does not exist, or is not an index of this version.
         """
         import pyarrow as pa
+        import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
         path = Path(path).expanduser()
@@ -71,7 +71,16 @@ class CorpusIndex:
             raise UserError(f"index {path} was not written by {COMMAND}; make it again") from None
         if record.get("version") != VERSION or not set(COLUMNS) <= set(table.column_names):
             raise UserError(f"index {path} is of another version; make it again with {COMMAND}")
-        return cls(path, record["layout"], record["scanned"], record["folders"], table)
+        require_class_names(sorted(pc.unique(table["label"].drop_null()).to_pylist()), str(path))
+        for name in ("path", "file"):
+            leaves = table.filter(pc.match_substring_regex(table[name], r"^/|(^|/)\.\.(/|$)"))
+            if len(leaves):
+                raise UserError(
+                    f"index {path}: {leaves[name][0].as_py()} lies outside of its root; make the"
+                    f" index again with {COMMAND}"
+                )
+        facts = (record[name] for name in ("layout", "scanned", "folders"))
+        return cls(path, *facts, table, record.get("tiling"))
 
     @classmethod
     def of_roots(
@@ -98,6 +107,7 @@ class CorpusIndex:
             "layout": self.layout,
             "scanned": list(self.scanned),
             "folders": list(self.folders),
+            "tiling": self.tiling,
         }
         write_table(self.path, self.table.replace_schema_metadata({METADATA: json.dumps(record)}))
 
@@ -116,7 +126,7 @@ class CorpusIndex:
     def check(self, roots: Sequence[Path]) -> None:
         """Check that these folders are still as they were when they were indexed.
 
-        Every folder's time of change is compared, and where it differs, its listing; so files that
+        Every folder's time of change is compared, and where one differs, the files; so those that
         were added, removed or renamed are noticed. Of some tiles, spread evenly, the file's size is
         compared and, where its time differs, the stored bytes. A corpus may thus be copied
         elsewhere.
@@ -147,32 +157,22 @@ class CorpusIndex:
         self, root: Path, known: dict[str, int], rows: "pyarrow.Table", layout: Layout
     ) -> str | None:
         """What was added to or removed from the folders, in words; None if nothing was."""
-        touched = []
+        touched = False
         for name, modified in known.items():
             try:
-                if os.stat(root / name).st_mtime_ns != modified:
-                    touched.append((name, read_folder(root / name, layout.holds_tiles)))
+                touched |= os.stat(root / name).st_mtime_ns != modified
             except (FileNotFoundError, NotADirectoryError):
                 return f"the folder {root / name} is gone"
         if not touched:
             return None
-        files: dict[str, set[str]] = defaultdict(set)
-        for file in set(rows["file"].to_pylist()):
-            parent, _, name = file.rpartition("/")
-            files[parent or "."].add(name)
-        for name, folder in touched:
-            gone = sorted(files[name] - set(folder.files))
-            added = sorted(set(folder.files) - files[name])
-            if gone:
-                return f"{len(gone)} files of {root / name} are gone, such as {gone[0]}"
-            if added:
-                return f"{len(added)} files were added to {root / name}, such as {added[0]}"
-            for subfolder in folder.subfolders:
-                below = subfolder if name == "." else f"{name}/{subfolder}"
-                if below not in known and any(
-                    new.files for new in walk(root / below, layout.holds_tiles)
-                ):
-                    return f"the folder {root / below} was added"
+        try:
+            files = set(find_files(root, layout)[0])
+        except UserError as error:
+            return str(error)
+        indexed = set(rows["file"].to_pylist())
+        for what, names in (("are gone", indexed - files), ("were added", files - indexed)):
+            if names:
+                return f"{len(names)} files {what}, such as {root / min(names)}"
         return None
 
 
@@ -186,7 +186,7 @@ def _changed_tiles(root: Path, rows: "pyarrow.Table", layout: Layout) -> str | N
     for row in rows.take(sample).to_pylist():
         file = root / row["file"]
         try:
-            found = os.stat(file)
+            found = layout.state(root, row["file"])
         except (FileNotFoundError, NotADirectoryError):
             return f"{file} is gone"
         if found.st_size != row["file_size"]:

@@ -6,11 +6,9 @@ stopped; an earlier index serves the same way, so only new and changed files are
 """
 
 import io
-import json
-import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +17,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm.data.groups import Grouping
-from ldm.data.images import UnsupportedImage, map_ahead
+from ldm.data.images import UnsupportedImage, declared_white, map_ahead
 from ldm.data.index import VERSION, CorpusIndex, content_hash, index_table
-from ldm.data.storage import LAYOUTS, Layout, Place, find_files, path_order
+from ldm.data.slides import Tiling, report
+from ldm.data.storage import LAYOUTS, Layout, Place, SlideLayout, find_files, path_order
 from ldm.errors import UserError
-from ldm.files import write_csv
+from ldm.files import Journal, read_journal, remove_leftovers, write_csv, write_text
 
 UNREADABLE, TRUNCATED, UNSUPPORTED = "unreadable", "truncated", "unsupported"
 TOO_SMALL, DUPLICATE = "too small", "duplicate"
@@ -33,17 +32,6 @@ AHEAD = 16  # files per thread that wait, so that a scan of millions holds no mi
 
 Row = dict[str, Any]  # of the index, by column
 Stamp = tuple[int, str, int, int]  # root number, file, its bytes, its time of change
-
-
-@dataclass(frozen=True)
-class Scan:
-    """A finished scan."""
-
-    rows: list[Row]  # of every tile found, of all roots
-    scanned: list[str]  # absolute paths of the roots, by which a later scan knows their folders
-    folders: list[dict[str, int]]  # for each root, its folders and their times of change
-    known: int  # files that did not have to be read again
-    files: int
 
 
 def journal_of(out: Path) -> Path:
@@ -56,47 +44,49 @@ def problems_of(out: Path) -> Path:
     return out.with_name(f"{out.stem}.problems.csv")
 
 
-def scan_corpora(roots: Sequence[Path], layout_name: str, out: Path, workers: int) -> Scan:
-    """Decode and hash every tile of the roots; files known from an earlier scan are not read again.
+def page_of(out: Path) -> Path:
+    """Path of the page of slides that belongs to an index."""
+    return out.with_name(f"{out.stem}.html")
 
-    Args:
-        out: Path of the index; an earlier index there and the journal beside it are used.
-        workers: Number of threads.
 
-    Raises:
-        UserError: A root is missing or empty.
-    """
-    layout = LAYOUTS[layout_name]
-    stamps: list[Stamp] = []
-    folders = []
+def _stamps(roots: Sequence[Path], layout: Layout) -> tuple[list[Stamp], list[dict[str, int]]]:
+    """The files of the roots, and for each root its folders and their times of change."""
+    stamps, folders = [], []
     for number, root in enumerate(roots):
         files, times = find_files(root, layout)
         folders.append(times)
         for file in files:
             try:
-                state = os.stat(root / file)
+                state = layout.state(root, file)
                 stamps.append((number, file, state.st_size, state.st_mtime_ns))
             except FileNotFoundError:  # a broken link; it cannot be read either
                 stamps.append((number, file, 0, 0))
+    return stamps, folders
 
-    scanned = [str(root.resolve()) for root in roots]
-    earlier = _earlier_rows(layout_name, scanned, out)
+
+def _scan(
+    roots: Sequence[Path],
+    layout: Layout,
+    stamps: Sequence[Stamp],
+    path: Path,
+    header: Row,
+    earlier: dict[Stamp, list[Row]],
+    workers: int,
+) -> list[Row]:
+    """The rows of all files; those that `earlier` lacks are read, and put down in the journal."""
     rows = [row for stamp in stamps for row in earlier.get(stamp, ())]
     todo = [stamp for stamp in stamps if stamp not in earlier]
-    journal = journal_of(out)
-    journal.parent.mkdir(parents=True, exist_ok=True)
-    # Line by line, so that a scan that is killed loses the file it was at and no more.
-    with journal.open("a", encoding="utf-8", buffering=1) as stream:
-        stream.write("\n" + json.dumps(_header(layout_name, scanned)) + "\n")
+    with Journal(path) as journal:
+        journal.add(header)
         with tqdm(total=len(stamps), initial=len(stamps) - len(todo), unit="file") as bar:
             found_rows = map_ahead(
                 lambda stamp: scan_file(roots[stamp[0]], layout, stamp), todo, workers, AHEAD
             )
             for stamp, found in zip(todo, found_rows, strict=True):
-                stream.write(json.dumps([*stamp, found]) + "\n")
+                journal.add([*stamp, found])
                 rows += found
                 bar.update()
-    return Scan(rows, scanned, folders, len(stamps) - len(todo), len(stamps))
+    return sorted(rows, key=lambda row: (row["root"], path_order(row["path"])))
 
 
 def scan_file(root: Path, layout: Layout, stamp: Stamp) -> list[Row]:
@@ -154,20 +144,16 @@ def _starts_as_image(content: Any) -> bool:
         return content.startswith(np.lib.format.MAGIC_PREFIX)
 
 
-def _header(layout: str, scanned: list[str]) -> dict[str, Any]:
-    """Line of the journal that stands before the rows of a scan."""
-    return {"version": VERSION, "layout": layout, "scanned": scanned}
-
-
-def _earlier_rows(layout: str, scanned: list[str], out: Path) -> dict[Stamp, list[Row]]:
+def _earlier_rows(header: dict[str, Any], out: Path) -> dict[Stamp, list[Row]]:
     """Rows that an earlier index and an unfinished scan have of these folders, by file.
 
     Problems that depend on other tiles or on an option are taken out of them again.
     """
     earlier: dict[Stamp, list[Row]] = {}
+    scanned = header["scanned"]
     try:
         index = CorpusIndex.read(out)
-        if index.layout == layout:
+        if (index.layout, index.tiling) == (header["layout"], header.get("tiling")):
             for row in index.table.to_pylist():
                 folder = index.scanned[row["root"]]
                 if folder not in scanned:
@@ -180,20 +166,25 @@ def _earlier_rows(layout: str, scanned: list[str], out: Path) -> dict[Stamp, lis
                 earlier.setdefault(stamp, []).append(row)
     except UserError:
         pass  # there is none yet, or none of use; it will be written
-    journal = journal_of(out)
-    if journal.is_file():
-        usable = False
-        with journal.open(encoding="utf-8", errors="replace") as stream:
-            for line in stream:
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    continue  # cut off when the scan was
-                if isinstance(entry, dict):
-                    usable = entry == _header(layout, scanned)
-                elif usable:
-                    earlier[tuple(entry[:4])] = entry[4]
-    return earlier
+    usable = False
+
+    def take(entry: Any) -> None:
+        nonlocal usable
+        if isinstance(entry, dict):
+            usable = entry == header
+        elif usable:
+            number, file, size, modified, rows = entry
+            earlier[number, file, size, modified] = rows
+
+    if journal_of(out).is_file():
+        read_journal(journal_of(out), take)
+
+    def stays(row: Row) -> bool:
+        """Whether nobody has declared since how pixels of more than 8 bits are to be read."""
+        folder = (Path(scanned[row["root"]]) / row["path"]).parent
+        return row["problem"] != UNSUPPORTED or declared_white(folder) is None
+
+    return {stamp: rows for stamp, rows in earlier.items() if all(map(stays, rows))}
 
 
 def find_problems(rows: Sequence[Row], min_size: int, keep_duplicates: bool) -> Counter:
@@ -233,27 +224,52 @@ def index_corpora(
     grouping: Grouping | None = None,
     keep_duplicates: bool = False,
     workers: int = 1,
-) -> tuple[CorpusIndex, Scan, Counter]:
-    """Scan the roots and write the index and its table of problems.
+    tiling: Tiling | None = None,
+) -> tuple[CorpusIndex, Counter]:
+    """Scan the roots and write the index and its table of problems, and a page of slides.
+
+    Every tile is decoded and hashed, but for those of files that an earlier index or the journal
+    beside it knows.
+
+    Args:
+        workers: Number of threads.
+        tiling: How slides are cut.
+
+    Returns:
+        The index; and how many tiles have each problem, how many "files" there are and how many of
+        them were "known".
 
     Raises:
         UserError: A root is missing or empty, a group cannot be told, or no tile is good.
     """
-    scan = scan_corpora(roots, layout, out, workers)
-    rows = sorted(scan.rows, key=lambda row: (row["root"], path_order(row["path"])))
+    remove_leftovers(out, problems_of(out))
+    reader = LAYOUTS[layout] if tiling is None else SlideLayout(tiling)
+    stamps, folders = _stamps(roots, reader)
+    scanned = [str(root.resolve()) for root in roots]
+    options = tiling and asdict(tiling)
+    # Line of the journal that stands before the rows of a scan.
+    header = {"version": VERSION, "layout": layout, "scanned": scanned}
+    header |= {"tiling": options} if options else {}
+    earlier = _earlier_rows(header, out)
+    rows = _scan(roots, reader, stamps, journal_of(out), header, earlier, workers)
     counts = find_problems(rows, min_size, keep_duplicates)
     bad = (row for row in rows if row["reason"] is not None)  # kept duplicates included
     bad = (r | {"root": roots[r["root"]], "problem": r["problem"] or DUPLICATE} for r in bad)
     columns = [{name: row[name] for name in PROBLEM_COLUMNS} for row in bad]
     write_csv(problems_of(out), columns, PROBLEM_COLUMNS)
-    for number, root in enumerate(roots):
-        if all(row["problem"] for row in rows if row["root"] == number):
-            raise UserError(f"{root}: no tile is good; {problems_of(out)} says why")
-    if grouping is not None:
-        for row in rows:
-            if row["problem"] is None:
-                row["group"] = grouping(row["path"])
-    index = CorpusIndex(out, layout, scan.scanned, scan.folders, index_table(rows))
+    good = [row for row in rows if row["problem"] is None]
+    for number in sorted(set(range(len(roots))) - {row["root"] for row in good}):
+        raise UserError(f"{roots[number]}: no tile is good; {problems_of(out)} says why")
+    for row in good if grouping or tiling else ():
+        name = row["file"] if tiling else row["path"]
+        row["group"] = grouping(name) if grouping else name
+    index = CorpusIndex(out, layout, scanned, folders, index_table(rows), options)
     index.write()
+    if tiling:
+        slides: dict[Path, list[str]] = {}
+        for row in good:
+            slides.setdefault(roots[row["root"]] / row["file"], []).append(row["path"])
+        write_text(page_of(out), report(slides, tiling))
     journal_of(out).unlink()
-    return index, scan, counts
+    counts |= {"files": len(stamps), "known": sum(stamp in earlier for stamp in stamps)}
+    return index, counts

@@ -19,11 +19,17 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ldm.data.images import map_ahead
+from ldm.data.images import WHITE, declared_white, map_ahead
 from ldm.data.index import COLUMNS, COMMAND, CorpusIndex, content_hash, index_table, place_of
 from ldm.data.storage import BLOCK, LAYOUTS, Layout, Place, path_order, top_folder
 from ldm.errors import UserError
-from ldm.files import atomic_file, digest_of_text, require_space
+from ldm.files import (
+    atomic_file,
+    digest_of_text,
+    remove_leftovers,
+    require_space,
+    write_text,
+)
 from ldm.run import MadeFolder
 
 if TYPE_CHECKING:
@@ -61,8 +67,8 @@ class Report(NamedTuple):
 class CorpusShards:
     """The tar shards of the tiles of an index; tiles with a problem are left out.
 
-    Bytes are stored as they are; a row of an array becomes a PNG of the pixels that training would
-    see. Labels are stored in KEY.cls, groups in the index of the shards.
+    Image files are stored as they are; rows of arrays and tiles of slides become PNG files of the
+    pixels that training would see. Labels are stored in KEY.cls, groups in the index of the shards.
 
     Args:
         index: Index of the corpus.
@@ -83,13 +89,16 @@ class CorpusShards:
         self.roots = list(roots)
         self.out = out
         self.layout: Layout = LAYOUTS[index.layout]
-        self._re_encodes = index.layout == "array"
-        self._tiles = _good_tiles(index)
+        good = index.table.filter(index.table["problem"].is_null())
+        self._tiles: pyarrow.Table = good.select(list(COLUMNS))
+        self._re_encodes = not self.layout.holds_images
+        self._white = None if self._re_encodes else self._declared_white()
         self._names = self._member_names()
         self._sizes = self._most_bytes()
         self.starts = self._divide(size)  # of each shard, in tiles, and the end
         settings = {"version": VERSION, "size": size, "tiles": len(self._tiles)}
         settings |= {"shards": len(self), "corpus": self._identity(index)}
+        settings |= {"white": self._white} if self._white else {}
         self._made = MadeFolder(out, settings, RECORD, key=None)
         self._made.exists()
 
@@ -108,6 +117,18 @@ class CorpusShards:
         columns = (self._tiles[n].to_pylist() for n in ("root", "path", "label", "group", "hash"))
         parts = (f"{part}\0" for column in columns for part in column)
         return digest_of_text(chain([index.layout], parts))
+
+    def _declared_white(self) -> float | None:
+        """The value of white of the tiles that are not 8-bit, to be declared for the shards too."""
+        columns = (self._tiles[name].to_pylist() for name in ("root", "path"))
+        folders = {(self.roots[root] / path).parent for root, path in zip(*columns, strict=True)}
+        found = sorted({declared_white(folder) for folder in folders} - {None})
+        if len(found) > 1:
+            raise UserError(
+                f"{self.roots[0]}: {WHITE} files say {found}; shards have one value of white, so"
+                " index and pack these tiles apart"
+            )
+        return found[0] if found else None
 
     def _member_names(self) -> list[str]:
         """Names in the shards: those below the roots, with one dot, since the first ends the key
@@ -174,6 +195,9 @@ class CorpusShards:
         todo = [number for number in range(len(self)) if number not in tables]
         require_space(self.out, self.bytes_of(todo), "out: tar shards")
         self._made.begin()
+        remove_leftovers(self.index_path)
+        if self._white:
+            write_text(self.out / WHITE, f"{self._white:g}\n")
         total = self.starts[-1]
         done = sum(len(rows) for rows in tables.values())
         with tqdm(total=total, initial=done, unit="tile") as bar:
@@ -273,10 +297,6 @@ class CorpusShards:
         folders = [{".": os.stat(self.out).st_mtime_ns}]
         scanned = [str(self.out.resolve())]
         CorpusIndex(self.index_path, "shards", scanned, folders, table).write()
-
-
-def _good_tiles(index: CorpusIndex) -> "pyarrow.Table":
-    return index.table.filter(index.table["problem"].is_null()).select(list(COLUMNS))
 
 
 def _tar_size(size: int) -> int:

@@ -7,22 +7,23 @@ from its start, so they are not used for this. Keys and extensions of members ar
 library's rule, shards that it writes are read here, and a test compares what both of them see.
 """
 
-import io
+import math
 import os
 import re
 import tarfile
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ldm.data.images import decode_tile, float_to_uint8, is_image, walk, white_of
+from ldm.data.arrays import OPEN_FILES, TileArray, holder, holds_arrays, open_arrays
+from ldm.data.images import decode_tile, is_image, is_junk, to_levels, walk
+from ldm.data.slides import EXTENSIONS, Tiling, chosen_tiles, read_window
 from ldm.errors import UserError
+from ldm.files import require_class_names
 
-OPEN_FILES = 64  # shards or arrays that a process keeps open
 BLOCK = 512  # bytes, of which a tar file is made
-ARRAY_NAME, TYPES_NAME = "images.npy", "types.npy"  # of PanNuke
 
 
 class Place(NamedTuple):
@@ -57,6 +58,7 @@ class Layout:
     """
 
     kind = "image files"
+    holds_images = True  # whether the stored bytes of a tile are an image file
 
     def holds_tiles(self, name: str) -> bool:
         """Whether a file of this name holds tiles."""
@@ -70,60 +72,55 @@ class Layout:
         """
         return [Place(file, file, 0, 0, top_folder(file))]
 
+    def state(self, root: Path, file: str) -> os.stat_result:
+        """Size and times of a file that `find_files` found."""
+        return os.stat(root / file)
+
     def content(self, root: Path, place: Place) -> Any:
         """The stored bytes of a tile, or its row of an array."""
         return (root / place.file).read_bytes()
 
     def decode(self, root: Path, place: Place, content: Any) -> np.ndarray:
         """The pixels that `content` stands for, uint8 (H, W, 3)."""
-        return decode_tile(io.BytesIO(content), str(root / place.path))
+        return decode_tile(content, str(root / place.path))
 
 
 class ArrayLayout(Layout):
-    """PanNuke's arrays: every images.npy below the root, (N, H, W, 3) uint8 or float.
+    """Rows of the arrays in .npy, .npz and HDF5 files, see `ldm.data.arrays`.
 
-    Arrays are memory-mapped. One of floats is taken to be in [0, 1] when no value in 16 rows spread
-    over it exceeds 1, else in [0, 255]. The label of a row is that of types.npy beside it.
+    A root may also be one such file, or FILE/PART, one of its arrays: pathmnist.npz/train.
     """
 
-    kind = f"arrays {ARRAY_NAME}"
+    kind = "arrays (images.npy, .npz, .h5)"
+    holds_images = False
 
     def holds_tiles(self, name: str) -> bool:
-        return name == ARRAY_NAME
+        return not is_junk(name) and holds_arrays(name)
+
+    def state(self, root: Path, file: str) -> os.stat_result:
+        return os.stat(holder(root / file))
 
     def places(self, root: Path, file: str) -> list[Place]:
-        rows = _open_array(str(root / file)).rows
-        types = self._types(root / file, len(rows))
-        return [
-            Place(f"{file}/{i:06d}", file, i, rows[i].nbytes, types[i]) for i in range(len(rows))
-        ]
+        found = []
+        for part, array in open_arrays(root / file).items():
+            name = "/".join(filter(None, (file if file != "." else "", part)))
+            size = array.rows.dtype.itemsize * math.prod(array.rows.shape[1:])
+            found += [
+                Place(f"{name}/{i:06d}" if name else f"{i:06d}", file, i, size, label)
+                for i, label in enumerate(array.class_names())
+            ]
+        return found
 
-    def _types(self, path: Path, count: int) -> list[str | None]:
-        beside = path.with_name(TYPES_NAME)
-        if not beside.is_file():
-            return [None] * count
-        try:
-            types = np.load(beside, allow_pickle=False)
-        except (OSError, ValueError, EOFError):
-            raise UserError(
-                f"{beside}: no array of names (pickled arrays are not read); save it again with a"
-                " text dtype, or remove it"
-            ) from None
-        if types.shape != (count,):
-            raise UserError(f"{beside}: shape {types.shape} must be ({count},), a name per tile")
-        return [str(name) for name in types]
+    def _array(self, root: Path, place: Place) -> TileArray:
+        name = place.path if place.file == "." else place.path.removeprefix(f"{place.file}/")
+        return open_arrays(root / place.file)[name.rpartition("/")[0]]
 
     def content(self, root: Path, place: Place) -> np.ndarray:
-        rows = _open_array(str(root / place.file)).rows
-        if place.offset >= len(rows):
-            raise UserError(f"{root / place.file} has {len(rows)} tiles, not {place.offset + 1}")
-        return np.ascontiguousarray(rows[place.offset])
+        return self._array(root, place)[place.offset]
 
     def decode(self, root: Path, place: Place, content: Any) -> np.ndarray:
-        if content.dtype == np.uint8:
-            return content
-        white = _open_array(str(root / place.file)).white
-        return float_to_uint8(content, white, str(root / place.path))
+        name, array = str(root / place.path), self._array(root, place)
+        return to_levels(content, name, array.white)
 
 
 class ShardLayout(Layout):
@@ -135,7 +132,7 @@ class ShardLayout(Layout):
     kind = "tar shards"
 
     def holds_tiles(self, name: str) -> bool:
-        return name.lower().endswith(".tar") and not name.startswith(".")
+        return name.lower().endswith(".tar") and not is_junk(name)
 
     def places(self, root: Path, file: str) -> list[Place]:
         path = root / file
@@ -148,14 +145,17 @@ class ShardLayout(Layout):
                     end = member.offset_data + -(-member.size // BLOCK) * BLOCK
                     if not member.isreg():
                         continue
+                    if member.name.startswith("/") or ".." in member.name.split("/"):
+                        raise UserError(f"{path}: member {member.name} leaves the shard; rename it")
                     key, extension = split_member(member.name)
+                    parts = PurePosixPath(member.name).parts
                     if extension == "cls":
                         content = archive.extractfile(member).read()
                         classes[key] = content.decode(errors="replace").strip()
-                    elif is_image(member.name.rsplit("/", 1)[-1]):
+                    elif is_image(parts[-1]) and not any(map(is_junk, parts)):
                         if member.name in found:
                             raise UserError(f"{path}: two members {member.name}; rename one")
-                        label = top_folder(member.name)
+                        label = top_folder(member.name.removeprefix("./"))
                         found[member.name] = Place(
                             f"{file}/{member.name}", file, member.offset_data, member.size, label
                         )
@@ -167,10 +167,10 @@ class ShardLayout(Layout):
             raise UserError(f"{path}: not a complete tar file ({error}); write it again") from None
         if not complete:
             raise UserError(f"{path}: not a complete tar file (its end is missing); write it again")
-        return [
-            place._replace(label=classes.get(split_member(name)[0], place.label))
-            for name, place in found.items()
-        ]
+        labels = [classes.get(split_member(name)[0], p.label) for name, p in found.items()]
+        require_class_names(sorted(set(labels) - {None}), str(path))
+        places = zip(found.values(), labels, strict=True)
+        return [place._replace(label=label) for place, label in places]
 
     def content(self, root: Path, place: Place) -> bytes:
         content = _open_shard(str(root / place.file)).read(place.offset, place.size)
@@ -179,7 +179,53 @@ class ShardLayout(Layout):
         return content
 
 
-LAYOUTS = {"folder": Layout(), "array": ArrayLayout(), "shards": ShardLayout()}
+class SlideLayout(Layout):
+    """Whole-slide images, of which tiles are read on the fly, see `ldm.data.slides`.
+
+    The label is the first folder below the root, the group is the slide.
+
+    Args:
+        tiling: Which tiles a slide has; None if an index knows.
+    """
+
+    kind = "slides"
+    holds_images = False
+
+    def __init__(self, tiling: Tiling | None = None):
+        self.tiling = tiling
+
+    def holds_tiles(self, name: str) -> bool:
+        return not is_junk(name) and name.lower().endswith(EXTENSIONS)
+
+    def places(self, root: Path, file: str) -> list[Place]:
+        if self.tiling is None:
+            raise UserError(
+                f"{root}: slides need an index, which says what is tissue; make it with"
+                f" scripts/index_corpus.py {root} --layout slides"
+            )
+        names = chosen_tiles(root / file, self.tiling)
+        size = 3 * self.tiling.pixels**2
+        return [Place(f"{file}/{name}", file, 0, size, top_folder(file)) for name in names]
+
+    def content(self, root: Path, place: Place) -> np.ndarray:
+        return read_window(root / place.file, place.path)
+
+    def decode(self, root: Path, place: Place, content: Any) -> np.ndarray:
+        return content
+
+
+LAYOUTS = {
+    "folder": Layout(),
+    "array": ArrayLayout(),
+    "shards": ShardLayout(),
+    "slides": SlideLayout(),
+}
+
+
+def layout_of(root: Path) -> str:
+    """The layout of tiles at `root`, where none is given: arrays if it is a file of these."""
+    file = holder(root)
+    return "array" if holds_arrays(file.name) and file.is_file() else "folder"
 
 
 def path_order(path: str) -> list[str]:
@@ -193,6 +239,8 @@ def find_files(root: Path, layout: Layout) -> tuple[list[str], dict[str, int]]:
     Raises:
         UserError: The folder does not exist, or holds no tiles.
     """
+    if layout_of(root) == "array" and layout is LAYOUTS["array"]:
+        return ["."], {}
     if not root.is_dir():
         reason = "is not a folder" if root.exists() else "does not exist"
         raise UserError(f"corpus {root} {reason}; check the path")
@@ -222,26 +270,6 @@ def read_place(root: Path, layout: Layout, place: Place) -> np.ndarray:
     return layout.decode(root, place, content)
 
 
-class _Array:
-    """A memory-mapped array of tiles, (N, H, W, 3)."""
-
-    def __init__(self, path: str):
-        try:
-            self.rows = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{path}: no complete numpy array ({reason}); write it again") from None
-        shape, kind = self.rows.shape, self.rows.dtype
-        if len(shape) != 4 or shape[3] != 3 or 0 in shape:
-            raise UserError(f"{path}: shape {shape} must be (tiles, height, width, 3)")
-        if kind != np.uint8 and kind.kind != "f":
-            raise UserError(f"{path}: {kind} values must be uint8 or float; convert them")
-        if kind.kind == "f":
-            some = np.linspace(0, len(self.rows) - 1, 16).astype(int)
-            # fmax looks past rows that are not finite; those are reported when they are read.
-            self.white = white_of(np.fmax.reduce([self.rows[i].max() for i in some]))
-
-
 class _Shard:
     """An open file, read at any place by any thread, also after a fork."""
 
@@ -260,5 +288,4 @@ class _Shard:
             os.close(self._descriptor)
 
 
-_open_array = lru_cache(OPEN_FILES)(_Array)
 _open_shard = lru_cache(OPEN_FILES)(_Shard)

@@ -25,10 +25,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.config import instantiate_from_config
-from ldm.data.images import check_tiles, decode_tiles, read_tile
+from ldm.data.images import check_tiles, decode_tiles, read_tile  # noqa: F401  also for others
 from ldm.data.index import CorpusIndex
 from ldm.data.stain import jitter_stains
-from ldm.data.tile_files import TileFiles
+from ldm.data.storage import LAYOUTS, Layout, Place, find_files, layout_of, read_place
+from ldm.data.tile_files import TileFiles, matching_classes
 from ldm.errors import UserError, require_whole
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,9 @@ CROPS = ("center", "random")
 PREPROCESSING = ("CenterCrop", "LongestMaxSize", "PadIfNeeded", "Resize", "SmallestMaxSize")
 CHECK_LIMIT = 20_000  # `check="auto"` decodes sets up to this size (about 0.3 ms per 64 px tile)
 CACHE_LIMIT = 4 * 2**30  # bytes of decoded tiles that one set may hold
+# Where a tile is stored, an array of numbers since there may be millions: its root, its file among
+# those that hold several tiles (-1: a file of its own), see `ldm.data.storage.Place`.
+PLACES = [("root", np.int16), ("file", np.int64), ("offset", np.int64), ("size", np.int64)]
 
 
 def to_tensor(image: np.ndarray) -> Tensor:
@@ -103,12 +107,7 @@ def _stain() -> list[A.BasicTransform]:
 
 
 def _build_transform(node: Mapping[str, Any], where: str) -> A.BasicTransform:
-    """The transform of a `{target, params}` node.
-
-    Raises:
-        UserError: The node is no transform of albumentations or `StainJitter`, or has values that
-            the transform does not take.
-    """
+    """The transform of a `{target, params}` node."""
     target = node.get("target") if isinstance(node, Mapping) else None
     own = f"{__name__}.StainJitter"
     if not isinstance(target, str) or not (target == own or target.startswith("albumentations.")):
@@ -246,28 +245,33 @@ class Tiles(TileSet):
     `preprocess`, has its shorter side resized to `size`, is cropped to a square and augmented.
     Random crops and augmentation are a function of one integer per item, see `TileSet`.
 
-    A subclass fills in the attributes, says what a tile's pixels and name are (`read`, `path`), and
-    calls `_finish`.
+    A subclass adds the tiles of each root, with their labels, and calls `_finish`.
 
     Args:
         size: S, pixels.
+        labelled: Whether tiles have classes.
+        classes: The classes there must be, in label order. Default: those found, sorted.
+        check: "auto" decodes every file at construction in sets of at most 20,000 without an
+            index; True or False.
+        cache: Keep decoded tiles in memory, as uint8 after resizing (at most 4 GiB).
         augment: Names among "d4" (the 8 symmetries of the square) and "stain", or nodes
             `{target: albumentations.NAME, params: {...}}`, applied in order to the cropped tile.
         crop: "center" or "random".
         preprocess: Nodes of `PREPROCESSING`, applied in order to the whole tile.
         resize: Whether the shorter side becomes `size`. False crops at the tile's own resolution.
-
-    Raises:
-        UserError: A value is not allowed.
     """
 
-    _PER_TILE = ("relative_paths", "labels", "groups")  # what `subset` takes a part of
+    _PER_TILE = ("relative_paths", "labels", "groups", "_places")  # what `subset` takes a part of
 
     def __init__(
         self,
         size: int,
+        labelled: bool = False,
+        classes: Sequence[str] | None = None,
         augment: Sequence[str | Mapping] | None = None,
         crop: str = "center",
+        check: bool | str = "auto",
+        cache: bool = False,
         preprocess: Sequence[Mapping] | None = None,
         resize: bool = True,
     ):
@@ -281,15 +285,23 @@ class Tiles(TileSet):
             )
         if crop not in CROPS:
             raise UserError(f"crop={crop!r}: choose among {list(CROPS)}")
+        if check not in (True, False, "auto"):
+            raise UserError(f"check={check!r}: choose among true, false and auto")
+        if classes is not None and not labelled:
+            raise UserError(f"classes={list(classes)}: classes need labelled=true")
         self.size = size
+        self.labelled, self._check, self._cache = labelled, check, cache
         self.augment = augment
         self.preprocess = list(preprocess or [])
         self.crop = crop
         self.resize = resize
-        self.classes: list[str] = []
+        self.classes: list[str] = list(classes or [])
         self.relative_paths: list[str] = []
         self.labels: list[int] = []
         self.groups: list[str] | None = None
+        self._roots: list[tuple[Path, Layout, str]] = []  # with what begins the tiles' names
+        self._files: list[str] = []  # that hold several tiles
+        self._places = np.zeros(0, PLACES)
         self._cached: list[np.ndarray] | None = None
         steps = _preprocessing(self.preprocess)
         self._prepare_image = A.Compose([*steps, *([_resize(size)] if resize else [])])
@@ -325,17 +337,68 @@ class Tiles(TileSet):
             )
         return transform
 
+    def _add(self, root: Path, layout: Layout, table: Mapping[str, list], prefix: str = "") -> None:
+        """Add the tiles of a root.
+
+        Args:
+            table: See `tiles_below`.
+            prefix: What begins the names of the tiles.
+        """
+        holders = sorted(set(table["file"]) - set(table["path"]))  # files of several tiles
+        number_of = {file: len(self._files) + n for n, file in enumerate(holders)}
+        self._files += holders
+        self.relative_paths += [f"{prefix}{path}" for path in table["path"]]
+        places = np.zeros(len(table["path"]), PLACES)
+        places["root"] = len(self._roots)
+        places["file"] = [number_of.get(file, -1) for file in table["file"]]
+        places["offset"], places["size"] = table["offset"], table["size"]
+        self._places = np.concatenate([self._places, places])
+        self._roots.append((root, layout, prefix))
+
+    def _place(self, index: int) -> tuple[Path, Layout, Place]:
+        number, file, offset, size = self._places[index].tolist()
+        root, layout, prefix = self._roots[number]
+        path = self.relative_paths[index].removeprefix(prefix)
+        place = Place(path, path if file < 0 else self._files[file], offset, size, None)
+        return root, layout, place
+
     def read(self, index: int) -> np.ndarray:
         """The stored pixels of a tile, uint8 (H, W, 3)."""
-        raise NotImplementedError
+        return read_place(*self._place(index))
 
-    def _finish(self, check: bool | str, cache: bool) -> None:
-        """Fill the cache or check the files, as `check` and `cache` of a subclass say."""
-        if check not in (True, False, "auto"):
-            raise UserError(f"check={check!r}: choose among true, false and auto")
-        if cache:
+    def path(self, index: int) -> str:
+        root, _, place = self._place(index)
+        return str(root / place.path)
+
+    @property
+    def paths(self) -> list[Path]:
+        """Where each tile is stored."""
+        return [Path(self.path(i)) for i in range(len(self))]
+
+    def _add_labels(self, where: str, names: Sequence[str | None]) -> None:
+        """Label the tiles that have no label yet, the last ones, by the names of their classes.
+
+        Args:
+            where: How errors call the classes.
+        """
+        if not self.labelled:
+            self.labels += [-1] * len(names)
+            return
+        if None in names:
+            tile = self.relative_paths[len(self.labels) + names.index(None)]
+            raise UserError(
+                f"labelled=true: no class is known of {tile}; put tiles into class folders"
+            )
+        self.classes = matching_classes(where, sorted(set(names)), self.classes or None)
+        label_of = {name: label for label, name in enumerate(self.classes)}
+        self.labels += [label_of[name] for name in names]
+
+    def _finish(self, scanned: bool) -> None:
+        """Fill the cache or check the files; `scanned` says that an index has decoded them."""
+        unknown = self._check == "auto" and not scanned and len(self) <= CHECK_LIMIT
+        if self._cache:
             self._fill_cache()
-        elif check is True or (check == "auto" and len(self) <= CHECK_LIMIT):
+        elif self._check is True or unknown:
             check_tiles(range(len(self)), read=self.read)
 
     def _prepare(self, index: int) -> np.ndarray:
@@ -403,28 +466,38 @@ class Tiles(TileSet):
         return {"image": to_tensor(image), "label": self.labels[index], "path": self.path(index)}
 
 
-class TileFolder(Tiles):
-    """Tiles below one or more folders, a file each.
-
-    Attributes:
-        paths: Files, sorted within each class (labelled) or root (unlabelled).
+def tiles_below(
+    root: Path, layout: Layout, index: CorpusIndex | None = None, number: int = 0
+) -> dict[str, list]:
+    """The tiles of a root: a list for each field of `Place`, and `group` (its name if unknown).
 
     Args:
-        root: A folder or several. With `labelled`, each is `root/CLASS/**`.
-        size, augment, crop, preprocess, resize: See `Tiles`.
-        classes: The classes there must be, in label order. Default: the folders' names, sorted.
-        check: "auto" decodes every file at construction in sets of at most 20,000 without an
-            index; True or False.
-        cache: Keep decoded tiles in memory, as uint8 after resizing (at most 4 GiB).
+        index: Index of the root, which is then not read.
+        number: Number of the root in the index.
+    """
+    if index is not None:
+        table = index.tiles(number)
+        table["group"] = [g or p for g, p in zip(table["group"], table["path"], strict=True)]
+        return table
+    places = [p for file in find_files(root, layout)[0] for p in layout.places(root, file)]
+    if not places:
+        raise UserError(f"corpus {root}: its {layout.kind} hold no tiles")
+    table = dict(zip(Place._fields, map(list, zip(*places, strict=True)), strict=True))
+    return table | {"group": table["path"]}
+
+
+class TileFolder(Tiles):
+    """Tiles below one or more folders, a file each; or in files of arrays.
+
+    Files are sorted within each class (labelled) or root (unlabelled).
+
+    Args:
+        root: A folder or several. With `labelled`, each is `root/CLASS/**`. Or files of arrays
+            (.npz, .h5, images.npy) with their labels, or a part of one: pathmnist.npz/train.
+        size ... resize: See `Tiles`.
         index: Index that scripts/index_corpus.py wrote for the same root or roots. The folders are
             then not walked, and tiles with problems are left out.
-
-    Raises:
-        UserError: A folder is missing or empty, classes differ, an image is unreadable, an index no
-            longer fits its folder, or a value is not allowed.
     """
-
-    _PER_TILE = (*Tiles._PER_TILE, "paths")
 
     def __init__(
         self,
@@ -443,29 +516,23 @@ class TileFolder(Tiles):
         roots = [root] if isinstance(root, str | os.PathLike | None) else list(root)
         if not roots or any(r is None or not str(r) for r in roots):
             raise UserError(f"root={root!r}: give the folder of the tiles, or a list of folders")
-        if classes is not None and not labelled:
-            raise UserError(f"classes={list(classes)}: classes need labelled=true")
-        super().__init__(size, augment, crop, preprocess, resize)
+        super().__init__(size, labelled, classes, augment, crop, check, cache, preprocess, resize)
         folders = [Path(folder).expanduser() for folder in roots]
-        known = None
-        if index is not None:
-            known = CorpusIndex.of_roots(index, folders, "folder")
-            check = False if check == "auto" else check  # the scan has decoded every tile
-        self.classes = list(classes or [])
-        self.paths: list[Path] = []
+        layout = layout_of(folders[0])
+        known = CorpusIndex.of_roots(index, folders, layout) if index is not None else None
         groups: list[str] = []
         for number, folder in enumerate(folders):
-            files = TileFiles.below(folder, labelled, self.classes or None, known, number)
-            self.classes = files.classes
-            self.paths += files.paths
-            self.relative_paths += files.names
-            self.labels += files.labels
-            groups += files.groups or []
+            if layout == "folder":
+                files = TileFiles.below(folder, labelled, self.classes or None, known, number)
+                whole = dict.fromkeys(("offset", "size"), [0] * len(files))  # files of their own
+                table = {"path": files.names, "file": files.names, "group": files.groups, **whole}
+                self.classes = files.classes
+                self.labels += files.labels
+                self._add(folder, LAYOUTS[layout], table)
+            else:
+                table = tiles_below(folder, LAYOUTS[layout], known, number)
+                self._add(folder, LAYOUTS[layout], table)
+                self._add_labels(f"{folder}: classes", table["label"])
+            groups += table["group"] or []
         self.groups = groups if known else None
-        self._finish(check, cache)
-
-    def read(self, index: int) -> np.ndarray:
-        return read_tile(self.paths[index])
-
-    def path(self, index: int) -> str:
-        return str(self.paths[index])
+        self._finish(known is not None)

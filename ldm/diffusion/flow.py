@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ldm.diffusion.process import DrawFn, Process
+from ldm.diffusion.process import DrawFn, Process, equal_times
 from ldm.errors import UserError
 
 TIME_SAMPLINGS = ("logit_normal", "uniform")
@@ -32,9 +32,6 @@ class RectifiedFlow(Process):
             sampling (Esser et al. 2024, eq. 23). Larger latents need more: at the same s their
             neighbouring values tell more of one another, so less is hidden.
         timesteps: T.
-
-    Raises:
-        UserError: A value out of range.
     """
 
     samplers = ("euler", "heun")
@@ -104,7 +101,7 @@ class RectifiedFlow(Process):
         return self.T * draw(torch.rand, (count,))
 
     def times(self, t: float, count: int, device: torch.device | str) -> Tensor:
-        return torch.full((count,), t, dtype=torch.float32, device=device)
+        return equal_times(t, count, torch.float32, device)
 
     def time_pairs(self, steps: int, start: float | None = None) -> list[tuple[float, float]]:
         """See `Process.time_pairs`; the last t_prev is 0, the clean end.

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ldm.diffusion.process import Process
+from ldm.diffusion.process import Process, any_within
 from ldm.diffusion.samplers import EpsFn
 from ldm.errors import UserError
 
@@ -38,9 +38,6 @@ def classifier_log_prob_grad(
 
     Returns:
         (z_t, t) -> gradient shaped like z_t; each image's gradient is its own.
-
-    Raises:
-        UserError: The temperature is not above 0.
     """
     return _log_prob_grad(net, y, temperature, on_log_prob)
 
@@ -93,7 +90,7 @@ def shared_pass(
 
     def eps_fn(z_t: Tensor, t: Tensor) -> Tensor:
         kept.clear()
-        if interval is not None and not ((t >= interval[0]) & (t <= interval[1])).any():
+        if interval is not None and not any_within(t, interval):
             with torch.no_grad():
                 return eps_and_logits(z_t, t)[0]
         with torch.enable_grad():
@@ -169,9 +166,6 @@ def classifier_guidance(
         clip: The guidance is at most so many times as long as eps, image by image.
         on_ratio: Called with t (B,) and |guidance| / |eps| (B,) at each evaluation: whether
             guidance does nothing or drowns the noise predictor.
-
-    Raises:
-        UserError: `clip` is not above 0.
     """
     if clip is not None and not clip > 0:
         raise UserError(f"clip={clip} of the guidance must be above 0 (None for no limit)")
@@ -230,9 +224,9 @@ def _guided(
     def guided(z_t: Tensor, t: Tensor) -> Tensor:
         eps_pred = eps_fn(z_t, t)
         if interval is not None:
-            inside = ((t >= interval[0]) & (t <= interval[1])).view(-1, 1, 1, 1)
-            if not inside.any():
+            if not any_within(t, interval):
                 return eps_pred
+            inside = ((t >= interval[0]) & (t <= interval[1])).view(-1, 1, 1, 1)
         term = guidance(z_t, t, eps_pred)  # (B, C, H, W)
         if interval is not None:
             term = torch.where(inside, term, 0)

@@ -16,6 +16,20 @@ from torch import Tensor
 DrawFn = Callable[..., Tensor]
 
 
+def equal_times(t: float, count: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """`count` times t, (count,); `any_within` knows them without asking the device."""
+    times = torch.full((count,), t, dtype=dtype, device=device)
+    times.known = torch.tensor(t, dtype=dtype).item()
+    return times
+
+
+def any_within(t: Tensor, interval: tuple[float, float]) -> bool:
+    """Whether one of the times t (B,) is in [lo, hi]. A GPU is waited for unless all are known."""
+    low, high = interval
+    known = getattr(t, "known", None)
+    return bool(((t >= low) & (t <= high)).any()) if known is None else low <= known <= high
+
+
 class Process(ABC):
     """A forward process q(z_t | z_0).
 
@@ -71,9 +85,6 @@ class Process(ABC):
         Args:
             steps: Sampler steps.
             start: Begin at this time, from a latent that was noised to it; None begins from noise.
-
-        Raises:
-            UserError: `steps` or `start` is out of range.
         """
 
     @abstractmethod

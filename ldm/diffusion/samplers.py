@@ -73,7 +73,10 @@ class IndexedNoise:
             ).standard_normal(self._shape, dtype=np.float32)
             for key in self._keys
         ]
-        return torch.from_numpy(np.stack(draws)).to(self._device)  # (B, C, H, W)
+        noise = torch.from_numpy(np.stack(draws))  # (B, C, H, W)
+        if torch.device(self._device).type == "cuda":
+            return noise.pin_memory().to(self._device, non_blocking=True)  # beside its other work
+        return noise.to(self._device)
 
     def initial(self) -> Tensor:
         """z_T, (B, C, H, W)."""
@@ -105,16 +108,13 @@ def ddim(
 
     Returns:
         The latents at the last t_prev, (B, C, H, W).
-
-    Raises:
-        UserError: when eta is not in [0, 1].
     """
     if not 0 <= eta <= 1:
         raise UserError(f"eta={eta} must be in [0, 1] (0 deterministic, 1 as noisy as DDPM)")
     assert eta == 0 or noise_fn is not None
     z = z_T
     for j, (t, t_prev) in enumerate(pairs):
-        steps = torch.full((len(z),), t, dtype=torch.int64, device=z.device)  # (B,)
+        steps = schedule.times(t, len(z), z.device)  # (B,)
         eps_pred = eps_fn(z, steps)
         z_0_pred = schedule.predict_z_0(z, steps, eps_pred)
         # Scalars in float64; the latents keep their type.
@@ -148,7 +148,7 @@ def ddpm(
     pairs = time_pairs(schedule.T, schedule.T) if pairs is None else pairs
     z = z_T
     for j, (t, t_prev) in enumerate(pairs):
-        steps = torch.full((len(z),), t, dtype=torch.int64, device=z.device)  # (B,)
+        steps = schedule.times(t, len(z), z.device)  # (B,)
         z_0_pred = schedule.predict_z_0(z, steps, eps_fn(z, steps))
         alpha_bar_t, alpha_bar_prev = _alpha_bars(schedule, t, t_prev)
         alpha = alpha_bar_t / alpha_bar_prev  # of the step t_prev -> t
@@ -181,7 +181,7 @@ def dpm_solver_pp_2m(
     z, last = z_T, len(pairs) - 1
     z_0_before, h_before = None, None
     for j, (t, t_prev) in enumerate(pairs):
-        steps = torch.full((len(z),), t, dtype=torch.int64, device=z.device)  # (B,)
+        steps = schedule.times(t, len(z), z.device)  # (B,)
         z_0_pred = schedule.predict_z_0(z, steps, eps_fn(z, steps))
         alpha_bar_t, alpha_bar_prev = _alpha_bars(schedule, t, t_prev)
         # exp(-lambda) at both ends; 0 at the clean one.

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ldm.diffusion.process import DrawFn, Process
+from ldm.diffusion.process import DrawFn, Process, equal_times
 from ldm.errors import UserError
 
 NAMES = ("scaled_linear", "linear", "cosine")
@@ -36,9 +36,6 @@ def make_betas(
         timesteps: T, at least 1.
         linear_start: First beta of the two linear schedules.
         linear_end: Last beta, at least `linear_start` and below 1.
-
-    Raises:
-        UserError: for an unknown name or values out of range.
     """
     if name not in NAMES:
         raise UserError(f"schedule={name!r} must be one of {', '.join(NAMES)}")
@@ -67,9 +64,6 @@ class NoiseSchedule(Process):
         rescale_zero_terminal_snr: Stretch sqrt(alpha_bar) so that the last step is noise alone (Lin
             et al. 2024, algorithm 1). Without it a trace of the image is left at t = T - 1, which a
             sampler that starts from noise lacks: it cannot make very bright or very dark images.
-
-    Raises:
-        UserError: See `make_betas`.
     """
 
     samplers = ("ddim", "ddpm", "dpm++2m")
@@ -157,7 +151,7 @@ class NoiseSchedule(Process):
         return self.draw_times(draw, count)
 
     def times(self, t: float, count: int, device: torch.device | str) -> Tensor:
-        return torch.full((count,), t, dtype=torch.int64, device=device)
+        return equal_times(t, count, torch.int64, device)
 
     def time_pairs(self, steps: int, start: float | None = None) -> list[tuple[int, int]]:
         """See `time_pairs`; a `start` leaves out the steps above it.
@@ -210,9 +204,6 @@ def time_pairs(T: int, steps: int, offset: int = 1) -> list[tuple[int, int]]:
     the last one goes to t_0 - 1. With offset 1, as published with latent diffusion, that end is
     step 0 (alpha_bar = alphas_cumprod[0]); with offset 0 it is -1 (alpha_bar = 1). Steps that would
     leave the table (S = T) take offset 0. S need not divide T.
-
-    Raises:
-        UserError: when `steps` is not in [1, T].
     """
     if not 1 <= steps <= T:
         raise UserError(f"sampling steps={steps} must be in [1, {T}], the training time steps")

@@ -7,11 +7,8 @@ pre-trained backbone knows already.
 Letters: N images, D features, H W pixels, K classes.
 """
 
-import json
-import logging
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +16,21 @@ import numpy as np
 
 from ldm.data.tiles import TileFolder, decode_tiles, read_tile
 from ldm.errors import UserError
-from ldm.evaluation.confusion import write_confusion
 from ldm.evaluation.metrics import confusion_matrix, scores
 from ldm.evaluation.predictions import Predictions, predictions_name
-from ldm.evaluation.runs import RESULT, differences
+from ldm.evaluation.runs import RESULT, read_result
 from ldm.evaluation.sets import GroupTable, Splits, TransformedTiles, open_splits
-from ldm.evaluation.summary import write_summary
-from ldm.features.extractor import Extractor, directions
+from ldm.evaluation.summary import write_confusion, write_summary
+from ldm.features.extractor import LOGITS, Extractor, directions
 from ldm.features.probe import STRENGTHS, logistic_regression
-from ldm.files import write_json
+from ldm.files import remove_leftovers, write_json
 from ldm.models.vit_settings import Settings
-from ldm.run import git_revision, hardware, versions
-
-log = logging.getLogger(__name__)
+from ldm.run import hardware, provenance
 
 BINS = 16
 COLOUR_MEAN, COLOUR_HISTOGRAM, LINEAR_PROBE = "colour_mean", "colour_histogram", "linear_probe"
-KINDS = (COLOUR_MEAN, COLOUR_HISTOGRAM, LINEAR_PROBE)
+CLASSIFIER = "classifier"  # that was trained elsewhere, and is only asked
+KINDS = (COLOUR_MEAN, COLOUR_HISTOGRAM, LINEAR_PROBE, CLASSIFIER)
 BATCH_SIZE = 64  # of the network of a linear probe
 
 
@@ -63,17 +58,10 @@ def colour_features(paths: Sequence[Path], kind: str) -> np.ndarray:
 
 
 def colour_histogram_baseline(train_dir: Path, test_dir: Path) -> dict[str, Any]:
-    """Logistic regression on 3 x 16-bin colour histograms; deterministic.
+    """`ldm.evaluation.metrics.scores` of logistic regression on 3 x 16-bin colour histograms.
 
     Args:
-        train_dir: Folder of class folders to learn from.
-        test_dir: Likewise, to report.
-
-    Returns:
-        Metrics as `ldm.evaluation.metrics.scores` gives them.
-
-    Raises:
-        UserError: Classes differ, a folder is missing or empty, or an image is unreadable.
+        train_dir, test_dir: Folders of class folders to learn from and to report.
     """
     train = TileFolder(train_dir, size=1, labelled=True, check=False)
     test = TileFolder(test_dir, size=1, labelled=True, classes=train.classes, check=False)
@@ -101,39 +89,44 @@ def run_baseline(
 
     Args:
         kind: One of `KINDS`.
-        extractor: The network of a linear probe.
+        extractor: The network of a linear probe, or the classifier.
         num_workers: Threads that decode images for it.
 
     Returns:
         The content of summary.json.
-
-    Raises:
-        UserError: Anything wrong with folders or images, or results of other settings.
     """
     splits = open_splits(data_path, train_folder, Settings(input_size=1), None, groups)
     settings: dict[str, Any] = {"baseline": kind, "strengths": list(STRENGTHS)}
     arch = f"logistic regression on {kind.replace('_', ' ')}"
-    if kind == LINEAR_PROBE:
+    if kind in (LINEAR_PROBE, CLASSIFIER):
         assert extractor is not None
         settings |= {"network": extractor.name, "extractor": extractor.identity}
         arch = f"linear probe of {extractor.name}"
+    if kind == CLASSIFIER:
+        arch = extractor.name
+        if not extractor.classifies(splits.train.classes):
+            raise UserError(
+                f"`features`: {extractor.name} is no classifier of {splits.train.classes}; use"
+                " `kind` linear_probe"
+            )
     current = {"settings": settings, "data": splits.identity}
     folder = logdir / kind / train_folder
     run = folder / "seed0"
-    result = _finished(run, current, overwrite)
+    result = read_result(run, current, overwrite)
+    remove_leftovers(folder, run)
     if result is None:
         start = time.monotonic()
-        features = partial(_features, kind, extractor, num_workers)
-        found = _fit_and_report(splits, features, run)
+        if kind == CLASSIFIER:
+            found = _report(splits, lambda tiles: _asked(extractor, num_workers, tiles), run)
+        else:
+            found = _fit_and_report(splits, kind, extractor, num_workers, run)
         result = {
             "train_folder": train_folder,
             "arch": arch,
             **found,
             "seconds": round(time.monotonic() - start, 3),
             **current,
-            "notes": [_how(found["strength"], found["features"])],
-            "versions": versions(),
-            "revision": git_revision(),
+            **provenance(),
             "hardware": hardware(),
         }
         write_json(run / RESULT, result)
@@ -142,69 +135,47 @@ def run_baseline(
     return summary
 
 
-def _finished(run: Path, current: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
-    """The result that is there already with these settings and files; None where there is none.
-
-    Raises:
-        UserError: It has other settings or files, and is not to be overwritten.
-    """
-    if not (run / RESULT).is_file():
-        return None
-    result = json.loads((run / RESULT).read_text())
-    changed = differences(result, current)
-    if changed and not overwrite:
-        raise UserError(
-            f"{run} holds a baseline with other settings: {'; '.join(changed)}; add --overwrite"
-            " to replace it, or choose another --logdir"
-        )
-    if changed:
-        return None
-    log.info("%s is finished: not computed again", run)
-    return result
-
-
 def _fit_and_report(
-    splits: Splits, features: Callable[[TransformedTiles], np.ndarray], run: Path
+    splits: Splits, kind: str, extractor: Extractor | None, num_workers: int, run: Path
 ) -> dict[str, Any]:
     """Fit on the training set, choose on val, predict test once; write the predictions."""
+
+    def features(tiles: TransformedTiles) -> np.ndarray:
+        if kind != LINEAR_PROBE:
+            return colour_features(tiles.paths, kind)
+        return probe_features(extractor, tiles.paths, num_workers)
+
     # All images are read before anything is written.
     known, val_features = features(splits.train), features(splits.val)  # (N, D)
     test_features = None if splits.test is None else features(splits.test)
     strength, model = _choose(known, np.array(splits.train.labels), val_features, splits.val)
-    val = _predict(model, val_features, splits.val)
-    val.write(run / predictions_name("val"))
-    result = {
-        "seed": 0,
-        "split": splits.reported,
-        "best_epoch": None,
-        "updates": None,
-        "epochs": None,
-        "validations": len(STRENGTHS),
-        "strength": strength,
-        "features": known.shape[1],
-        "val": val.scores(),
-    }
-    if splits.test is not None:
-        test = _predict(model, test_features, splits.test)
-        test.write(run / predictions_name("test"))
-        result["test"] = test.scores()
+    held = {id(splits.val): val_features, id(splits.test): test_features}
+    result = _report(splits, lambda tiles: model.predict_proba(held[id(tiles)]), run)
+    note = (
+        f"logistic regression on {known.shape[1]} standardised features, C = {strength:g} chosen on"
+        f" val among {len(STRENGTHS)}; deterministic, so one seed"
+    )
+    facts = {"strength": strength, "features": known.shape[1], "validations": len(STRENGTHS)}
+    return {**result, **facts, "notes": [note]}
+
+
+def _report(
+    splits: Splits, predict: Callable[[TransformedTiles], np.ndarray], run: Path
+) -> dict[str, Any]:
+    """Predict val and test once by probabilities (N, K), and write the predictions."""
+    result: dict[str, Any] = {"seed": 0, "split": splits.reported, "notes": []}
+    result |= dict.fromkeys(("best_epoch", "updates", "epochs"))
+    for name, p in [(name, predict(tiles)) for name, tiles in splits.evaluated.items()]:
+        predictions = Predictions.of(splits.evaluated[name], p.argmax(axis=1), p)
+        predictions.write(run / predictions_name(name))
+        result[name] = predictions.scores()
     return result
 
 
-def _features(
-    kind: str, extractor: Extractor | None, num_workers: int, tiles: TransformedTiles
-) -> np.ndarray:
-    """Features of a set as a baseline has them, (N, D)."""
-    if kind == LINEAR_PROBE:
-        return probe_features(extractor, tiles.paths, num_workers)
-    return colour_features(tiles.paths, kind)
-
-
-def _how(strength: float, width: int) -> str:
-    return (
-        f"logistic regression on {width} standardised features, C = {strength:g} chosen on val"
-        f" among {len(STRENGTHS)}; deterministic, so one seed"
-    )
+def _asked(extractor: Extractor, num_workers: int, tiles: TransformedTiles) -> np.ndarray:
+    """Probabilities (N, K) by a classifier."""
+    found = extractor.extract(tiles.paths, BATCH_SIZE, num_workers)
+    return found.others[LOGITS].double().softmax(dim=1).numpy()
 
 
 def probe_features(extractor: Extractor, paths: Sequence[Path], num_workers: int) -> np.ndarray:
@@ -226,15 +197,3 @@ def _choose(
         accuracy = (p.argmax(axis=1) == val.labels).mean()
         ranked.append((accuracy, -loss, strength, model))
     return max(ranked, key=lambda one: one[:2])[2:]
-
-
-def _predict(model: Any, features: np.ndarray, tiles: TransformedTiles) -> Predictions:
-    p = model.predict_proba(features)
-    return Predictions(
-        tiles.classes,
-        tiles.relative_paths,
-        np.array(tiles.labels),
-        p.argmax(axis=1),
-        p,
-        tiles.groups,
-    )

@@ -28,13 +28,7 @@ def resampled_confusions(
 
     Args:
         runs: Predictions of S networks for the same images, in the same order.
-        resamples: R.
-
-    Yields:
-        Parts of an array (R, S, K, K) along its first axis.
-
-    Raises:
-        UserError: The predictions are of different images, or in another order.
+        resamples: R; yielded are parts of an array (R, S, K, K) along its first axis.
     """
     from scipy.sparse import coo_array
 
@@ -61,13 +55,9 @@ def resampled_confusions(
 
 
 def accuracy_and_macro_f1(confusions: np.ndarray) -> dict[str, np.ndarray]:
-    """Two metrics of many confusion matrices, as `ldm.evaluation.metrics.scores` defines them.
+    """Accuracy and macro F1, (...), of many confusion matrices, (..., K, K), true classes by row.
 
-    Args:
-        confusions: Counts (..., K, K), rows are true classes.
-
-    Returns:
-        `accuracy` and `macro_f1`, (...).
+    They are defined as in `ldm.evaluation.metrics.scores`.
     """
     correct = np.diagonal(confusions, axis1=-2, axis2=-1)  # (..., K)
     with np.errstate(invalid="ignore"):
@@ -90,13 +80,9 @@ def intervals(
     They tell what another test set of the same kind might have said of the same networks; how much
     networks of other seeds differ is the deviation beside the mean, and is not part of it.
 
-    Args:
-        runs: As `resampled_confusions` takes them.
-        level: Share of the resamples inside, in (0, 1).
-
     Returns:
-        `accuracy` and `macro_f1` ([low, high]), `groups` (their number; None where images were
-        drawn), `resamples` and `level`.
+        `accuracy` and `macro_f1` ([low, high], with a share `level` of the resamples inside),
+        `groups` (their number; None where images were drawn), `resamples` and `level`.
     """
     found: dict[str, list[np.ndarray]] = {"accuracy": [], "macro_f1": []}
     for confusions in resampled_confusions(runs, resamples, seed):

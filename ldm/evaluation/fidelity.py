@@ -18,11 +18,18 @@ from ldm.errors import UserError
 KID_SUBSETS = 50
 KID_SUBSET_SIZE = 1000  # at most; smaller sets are taken whole in halves
 FEWEST_TILES = 8
+# Names of the values of `fidelity` in the records of scripts/fidelity.py.
+METRICS = {
+    "frechet_distance": "fid",
+    "kernel_distance": "kid",
+    "kernel_distance_std": "kid_std",
+    "precision": "precision",
+    "recall": "recall",
+}
 NEIGHBOURS = 3  # of improved precision and recall
 DISTANCES = 50_000_000  # at most, in memory together (400 MB) for precision and recall
 UNBIASED_FROM = 2000  # images of a set, below which a Frechet distance is mostly bias
 MOST_SHIFT = 0.05  # of a class's share, beyond which two sets are not of the same mixture
-METRICS = ("fid", "kid", "kid_std", "precision", "recall")
 
 
 def kid_subset_size(real: int, synthetic: int) -> int:
@@ -61,19 +68,15 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
 
 
 def fidelity(real: Tensor, synthetic: Tensor, seed: int = 0) -> dict[str, float]:
-    """Distances of two sets of features.
+    """Distances of two sets of features, (N, D) and (M, D); at least 8 of each.
 
     Args:
-        real, synthetic: Features, (N, D) and (M, D); at least 8 of each.
-        seed: Of the subsets that the kernel distance is averaged over.
+        seed: Seed of the subsets that the kernel distance is averaged over.
 
     Returns:
         `frechet_distance` (Heusel et al. 2017; biased for sets of a few thousand and less),
         `kernel_distance` and `kernel_distance_std` (Binkowski et al. 2018; unbiased), `precision`
         and `recall` in [0, 1] (Kynkaanniemi et al. 2019).
-
-    Raises:
-        UserError: Too few tiles, or features of different widths.
     """
     from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
@@ -119,24 +122,15 @@ def fidelity(real: Tensor, synthetic: Tensor, seed: int = 0) -> dict[str, float]
 def measure(real: Tensor, fake: Tensor, seed: int = 0) -> dict[str, Any]:
     """`fidelity` with numbers of images, as scripts/fidelity.py writes it.
 
-    Returns:
-        `images_real`, `images_fake`, the `METRICS` and `kid_subset_size`. Where one side has fewer
-        than 8 images all of these are None and `reason` says so.
+    Where one side has fewer than 8 images, the values are None and `reason` says so.
     """
-    counts = {"images_real": len(real), "images_fake": len(fake)}
-    if min(counts.values()) < FEWEST_TILES:
+    found = {"images_real": len(real), "images_fake": len(fake)}
+    if min(found.values()) < FEWEST_TILES:
         few = f"fewer than {FEWEST_TILES} images: {len(real)} real, {len(fake)} fake"
-        return {**counts, **dict.fromkeys(METRICS), "kid_subset_size": None, "reason": few}
-    found = fidelity(real, fake, seed)
-    return {
-        **counts,
-        "fid": found["frechet_distance"],
-        "kid": found["kernel_distance"],
-        "kid_std": found["kernel_distance_std"],
-        "precision": found["precision"],
-        "recall": found["recall"],
-        "kid_subset_size": kid_subset_size(len(real), len(fake)),
-    }
+        return {**found, **dict.fromkeys(METRICS.values()), "kid_subset_size": None, "reason": few}
+    values = fidelity(real, fake, seed)
+    found |= {short: values[name] for name, short in METRICS.items()}
+    return {**found, "kid_subset_size": kid_subset_size(len(real), len(fake))}
 
 
 def measure_classes(
@@ -148,10 +142,7 @@ def measure_classes(
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """All images together, and each class of the real set against the same class of the other.
 
-    Args:
-        real, fake: Features, (N, D) and (M, D).
-        real_classes, fake_classes: Class of each row; empty lists of sets without classes.
-        seed: See `fidelity`.
+    The classes are those of each row, empty lists of sets without classes.
     """
     overall = measure(real, fake, seed)
     per_class = {}

@@ -7,7 +7,6 @@ Conventions, for class k with TP, FP, FN, TN against the rest:
 
     sensitivity = TP / (TP + FN)      specificity = TN / (TN + FP)
     precision   = TP / (TP + FP)      f1 = 2 TP / (2 TP + FP + FN)
-
 A class that is never predicted has sensitivity and F1 0. A quotient 0 / 0 (the sensitivity of a
 class without images, say) is undefined: None for that class and left out of the macro mean, as
 scikit-learn leaves labels that do not occur out of its macro F1.
@@ -20,15 +19,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 HEADLINE = ("accuracy", "macro_f1", "sensitivity", "specificity")
+OF_PROBABILITIES = ("auc", "calibration_error")  # not in results of earlier versions
 CALIBRATION_BINS = 15
 
 
 def confusion_matrix(labels: ArrayLike, predictions: ArrayLike, num_classes: int) -> np.ndarray:
-    """Counts (K, K) int64, true class by row and predicted class by column, of (N,) integers.
-
-    Raises:
-        ValueError: Lengths differ or a class is not in [0, K).
-    """
+    """Counts (K, K) int64, true class by row and predicted class by column, of (N,) integers."""
     true, predicted = np.asarray(labels), np.asarray(predictions)
     if true.ndim != 1 or true.shape != predicted.shape:
         raise ValueError(f"labels {true.shape} and predictions {predicted.shape} must both be (N,)")
@@ -40,15 +36,7 @@ def confusion_matrix(labels: ArrayLike, predictions: ArrayLike, num_classes: int
 
 
 def scores(confusion: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
-    """Accuracy, macro and per-class metrics as a plain dict that JSON can hold.
-
-    Args:
-        confusion: Counts (K, K) as `confusion_matrix` gives; matrices of parts of a set add up.
-        classes: K names in label order.
-
-    Raises:
-        ValueError: No images, or K names are not K classes.
-    """
+    """Accuracy, macro and per-class metrics, as JSON can hold them, of counts (K, K)."""
     confusion = np.asarray(confusion)
     if confusion.shape != (len(classes), len(classes)):
         raise ValueError(f"confusion matrix {confusion.shape} is not for {len(classes)} classes")
@@ -97,6 +85,39 @@ def calibration_error(
     Args:
         probabilities: (N, K), rows sum to 1.
         labels: True classes, (N,).
+    """
+    p, true = _checked(probabilities, labels)
+    confidence = p.max(axis=1)  # (N,)
+    correct = p.argmax(axis=1) == true
+    where = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)  # ranges (low, high]
+    # |sum correct - sum confidence| of a range is its size times its gap.
+    gaps = np.bincount(where, correct - confidence, minlength=bins)
+    return float(np.abs(gaps).sum() / len(p))
+
+
+def macro_auc(probabilities: ArrayLike, labels: ArrayLike) -> float | None:
+    """Area under the ROC curve, the mean over classes of each against the rest.
+
+    The area of a class is the probability that an image of it has a higher probability of it than
+    another image, equal ones counting half (Hand & Till 2001). Classes without images, and one that
+    has all, are left out; None if there is no other.
+
+    Args:
+        probabilities, labels: As for `calibration_error`.
+    """
+    from scipy.stats import rankdata
+
+    p, true = _checked(probabilities, labels)
+    own = true[:, None] == np.arange(p.shape[1])  # (N, K)
+    positive = own.sum(axis=0)  # (K,)
+    pairs = positive * (len(p) - positive)
+    ranks = (rankdata(p, axis=0) * own).sum(axis=0)
+    above = ranks - positive * (positive + 1) / 2  # pairs in the right order
+    return _mean(np.divide(above, pairs, out=np.full(len(pairs), np.nan), where=pairs > 0))
+
+
+def _checked(probabilities: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Both as arrays.
 
     Raises:
         ValueError: Shapes that do not go together, no images, or rows that are no probabilities.
@@ -106,22 +127,17 @@ def calibration_error(
         raise ValueError(f"probabilities {p.shape} and labels {true.shape} must be (N, K) and (N,)")
     if not np.allclose(p.sum(axis=1), 1, atol=1e-4):
         raise ValueError("the probabilities of an image must sum to 1")
-    confidence = p.max(axis=1)  # (N,)
-    correct = p.argmax(axis=1) == true
-    where = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)  # ranges (low, high]
-    # |sum correct - sum confidence| of a range is its size times its gap.
-    gaps = np.bincount(where, correct - confidence, minlength=bins)
-    return float(np.abs(gaps).sum() / len(p))
+    return p, true
 
 
 def mean_and_std(runs: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Mean and sample standard deviation (n - 1) of the headline metrics over repeated runs.
 
-    The deviation of a single run is None: it is unknown, not zero. `calibration_error` is there
-    where all runs have it.
+    The deviation of a single run is None: it is unknown, not zero. `OF_PROBABILITIES` are there
+    where all runs have them.
     """
     mean, std = {}, {}
-    extra = ["calibration_error"] if all("calibration_error" in run for run in runs) else []
+    extra = [name for name in OF_PROBABILITIES if all(name in run for run in runs)]
     for name in [*HEADLINE, *extra]:
         values = [run[name] for run in runs]
         defined = None not in values
@@ -147,7 +163,7 @@ def format_summary(summary: dict[str, Any]) -> str:
     lines = [
         f"{summary['train_folder']}: {summary['arch']} on {summary['n_train']} images,"
         f" {split} set of {summary['n_' + split]} images",
-        _table(rows, ["seed", "epoch"], ["val acc", *HEADLINE]),
+        _table(rows, ["seed", "epoch"], ["val acc", *HEADLINE, "auc"]),
     ]
     interval = summary.get("bootstrap", {}).get(split)
     if interval:

@@ -3,8 +3,6 @@
 Letters: N images, K classes.
 """
 
-import csv
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ldm.errors import UserError
-from ldm.evaluation.metrics import calibration_error, confusion_matrix, scores
+from ldm.evaluation.metrics import calibration_error, confusion_matrix, macro_auc, scores
 from ldm.files import write_text
 
 COLUMNS = ("path", "group", "label", "predicted")
@@ -43,51 +41,53 @@ class Predictions:
     probabilities: np.ndarray
     groups: list[str] | None = None
 
+    @classmethod
+    def of(cls, tiles, predicted: np.ndarray, probabilities: np.ndarray) -> "Predictions":
+        """Predictions for a set, an `ldm.evaluation.sets.TransformedTiles`."""
+        labels = np.array(tiles.labels)
+        names = tiles.relative_paths
+        return cls(tiles.classes, names, labels, predicted, probabilities, tiles.groups)
+
     def scores(self) -> dict[str, Any]:
-        """`ldm.evaluation.metrics.scores` of the set, and its `calibration_error`."""
+        """`ldm.evaluation.metrics.scores` of the set, its `auc` and `calibration_error`."""
         matrix = confusion_matrix(self.labels, self.predicted, len(self.classes))
         return {
             **scores(matrix, self.classes),
+            "auc": macro_auc(self.probabilities, self.labels),
             "calibration_error": calibration_error(self.probabilities, self.labels),
         }
 
     def write(self, path: Path) -> None:
         """Columns path, group, label, predicted and p_CLASS for each class."""
-        stream = io.StringIO()
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow([*COLUMNS, *(PROBABILITY + name for name in self.classes)])
-        groups = self.groups or [""] * len(self.paths)
-        rows = zip(self.paths, groups, self.labels, self.predicted, self.probabilities, strict=True)
-        for name, group, label, predicted, p in rows:
-            # Nine digits give float32 back exactly.
-            shares = (f"{value:.9g}" for value in p)
-            writer.writerow([name, group, self.classes[label], self.classes[predicted], *shares])
-        write_text(path, stream.getvalue())
+        import pandas as pd
+
+        names = np.array(self.classes)
+        columns = (self.paths, self.groups or "", names[self.labels], names[self.predicted])
+        table = pd.DataFrame(dict(zip(COLUMNS, columns, strict=True)))
+        shares = pd.DataFrame(self.probabilities, columns=[PROBABILITY + c for c in self.classes])
+        # Nine digits give float32 back exactly.
+        text = table.join(shares).to_csv(index=False, float_format="%.9g", lineterminator="\n")
+        write_text(path, text)
 
     @classmethod
     def read(cls, path: Path) -> "Predictions":
-        """What `write` wrote.
+        """Read what `write` wrote; UserError for another table."""
+        import pandas as pd
 
-        Raises:
-            UserError: It is no such table.
-        """
-        with path.open(newline="", encoding="utf-8") as stream:
-            header, *rows = list(csv.reader(stream)) or [[]]
-        names = [name.removeprefix(PROBABILITY) for name in header[len(COLUMNS) :]]
-        number = {name: k for k, name in enumerate(names)}
         try:
-            if tuple(header[: len(COLUMNS)]) != COLUMNS or not rows:
+            table = pd.read_csv(path, dtype=str, keep_default_na=False)
+            if tuple(table.columns[: len(COLUMNS)]) != COLUMNS or table.empty:
                 raise ValueError("no such columns, or no rows")
-            columns = list(zip(*rows, strict=True))
-            paths, groups, labels, predicted = columns[: len(COLUMNS)]
-            probabilities = np.array(columns[len(COLUMNS) :], dtype=np.float64).T
+            paths, groups, labels, predicted = (table[name].tolist() for name in COLUMNS)
+            names = [name.removeprefix(PROBABILITY) for name in table.columns[len(COLUMNS) :]]
+            number = {name: k for k, name in enumerate(names)}
             return cls(
                 names,
-                list(paths),
+                paths,
                 np.array([number[name] for name in labels]),
                 np.array([number[name] for name in predicted]),
-                probabilities,
-                list(groups) if all(groups) else None,
+                table.iloc[:, len(COLUMNS) :].to_numpy(np.float64),
+                groups if all(groups) else None,
             )
         except (ValueError, KeyError) as error:
             raise UserError(

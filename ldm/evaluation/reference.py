@@ -1,23 +1,17 @@
 """Features of the sets whose fidelity is measured, and the file that keeps the real set's."""
 
 import logging
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ldm.data.folders import DECISIONS, PREFIX, RECORD
 from ldm.data.tile_files import TileFiles
 from ldm.errors import UserError
-from ldm.evaluation.fidelity import (
-    KID_SUBSETS,
-    NEIGHBOURS,
-    count_warnings,
-    measure_classes,
-)
+from ldm.evaluation.fidelity import KID_SUBSETS, NEIGHBOURS, count_warnings, measure_classes
 from ldm.features.extractor import Extractor
 from ldm.features.sets import FeatureSet
-from ldm.run import git_revision, hardware, versions
-from ldm.selection.training_folder import DECISIONS, PREFIX, RECORD
+from ldm.run import hardware, provenance
 
 log = logging.getLogger(__name__)
 
@@ -29,10 +23,7 @@ def tiles_of_part(root: Path, synthetic: bool, what: str) -> TileFiles:
 
     Args:
         synthetic: Which part of such a folder is meant.
-        what: How error messages call the folder, for example `--fake`.
-
-    Raises:
-        UserError: There are no images.
+        what: How error messages call the folder, for example `fake`.
     """
     files = TileFiles.if_classes(root, what)
     if not ((root / RECORD).is_file() and (root / DECISIONS).is_file()):
@@ -46,15 +37,8 @@ def tiles_of_part(root: Path, synthetic: bool, what: str) -> TileFiles:
 
 def set_record(features: FeatureSet) -> dict[str, Any]:
     """Facts about a set of tiles that stand beside a measured value."""
-    facts = features.facts
-    return {
-        "dir": facts["root"],
-        "part": facts["part"],
-        "images": len(features.values),
-        "sha256": facts["sha256"],
-        "pixels": facts["pixels"],
-        "formats": facts["formats"],
-    }
+    facts = {name: features.facts[name] for name in ("part", "sha256", "pixels", "formats")}
+    return {"dir": features.facts["root"], "images": len(features.values), **facts}
 
 
 def reference(
@@ -62,8 +46,7 @@ def reference(
     extractor: Extractor,
     stats: Path | None,
     overwrite: bool,
-    batch_size: int,
-    num_workers: int,
+    **loading: int,
 ) -> FeatureSet:
     """Features of the real set, from the file `stats` where it is of these images and network.
 
@@ -71,26 +54,21 @@ def reference(
         files: The real tiles; None when the file stands for them.
         stats: File of features, made where there is none. None keeps none.
         overwrite: Replace the file when it is of other images or of another network.
-
-    Raises:
-        UserError: The file is of other images or of another network, or is no such file.
+        loading: See `FeatureSet.compute`.
     """
-    known = _read_stats(stats) if stats is not None and stats.exists() else None
-    differs = [] if known is None else list(_differences(known, files, extractor))
-    if files is None:
-        assert known is not None, "the command has checked that there is one of them"
-        if differs:
-            raise UserError(f"--stats {stats}: is of {differs[0]}; give --real or another file")
-        return known
-    if known is not None and not differs:
-        log.info("%s: %d images, features from %s", files.root, len(known.values), stats)
-        return known
-    if known is not None and not overwrite:
-        raise UserError(
-            f"--stats {stats}: is of {' and '.join(differs)}; give another name, or --overwrite to"
-            " make it anew"
-        )
-    found = FeatureSet.compute(files, extractor, batch_size, num_workers, raw=True)
+    if stats is not None and stats.exists():
+        known = _read_stats(stats)
+        differs = list(_differences(known, files, extractor))
+        if not differs:
+            log.info("features of %d images from %s", len(known.values), stats)
+            return known
+        if not overwrite:
+            raise UserError(
+                f"`stats` {stats}: is of {' and '.join(differs)}; give another name, or `real` and"
+                " `overwrite` to make it anew"
+            )
+    assert files is not None, "the command has checked that there is one of them"
+    found = FeatureSet.compute(files, extractor, raw=True, **loading)
     if stats is not None:
         found.save(stats)
         log.info("%s: features of %d images in %s", files.root, len(found.values), stats)
@@ -103,20 +81,18 @@ def compare_sets(
     extractor: Extractor,
     stats: Path | None,
     seed: int,
-    batch_size: int,
-    num_workers: int,
+    **loading: int,
 ) -> dict[str, Any]:
     """What scripts/fidelity.py writes of one synthetic set: values, both sets, how, warnings.
 
     Args:
         stats: File that keeps the features of the real set, for the record.
-        seed: See `fidelity`.
+        seed, loading: See `fidelity` and `FeatureSet.compute`.
     """
-    fake = FeatureSet.compute(files, extractor, batch_size, num_workers, raw=True)
+    fake = FeatureSet.compute(files, extractor, raw=True, **loading)
     overall, per_class = measure_classes(
         real.values, real.class_names, fake.values, fake.class_names, seed
     )
-    settings = {"kid_subsets": KID_SUBSETS, "kid_seed": seed, "neighbours": NEIGHBOURS}
     return {
         "overall": overall,
         "per_class": per_class,
@@ -127,10 +103,8 @@ def compare_sets(
             *count_warnings(overall, per_class),
             *set_warnings(real, fake, extractor.trained_on),
         ],
-        "settings": settings,
-        "command": sys.argv,
-        "versions": versions(),
-        "revision": git_revision(),
+        "settings": {"kid_subsets": KID_SUBSETS, "kid_seed": seed, "neighbours": NEIGHBOURS},
+        **provenance(),
         "hardware": hardware(),
     }
 
@@ -142,7 +116,7 @@ def _read_stats(path: Path) -> FeatureSet:
         known = None
     if known is None or not known.facts.get("raw"):
         raise UserError(
-            f"--stats {path}: not a file that scripts/fidelity.py --stats wrote; give another name"
+            f"`stats` {path}: not a file that scripts/fidelity.py --stats wrote; give another name"
         )
     return known
 
@@ -174,18 +148,13 @@ def set_warnings(real: FeatureSet, fake: FeatureSet, trained_on: str | None) -> 
     real_facts, fake_facts = real.facts, fake.facts
     if real_facts["sha256"] == fake_facts["sha256"]:
         warnings.append("both sets are the same files")
-    if real_facts["pixels"].keys() != fake_facts["pixels"].keys():
-        warnings.append(
-            f"tiles differ in size ({_most(real_facts['pixels'])} real,"
-            f" {_most(fake_facts['pixels'])} fake pixels): resampling"
-            " counts as a difference; resize both alike first"
-        )
-    if real_facts["formats"].keys() != fake_facts["formats"].keys():
-        warnings.append(
-            f"files differ in format ({_most(real_facts['formats'])} real,"
-            f" {_most(fake_facts['formats'])} fake): traces of"
-            " compression count as a difference"
-        )
+    for fact, differ, result in (
+        ("pixels", "tiles differ in size", "resampling counts as a difference; resize both alike"),
+        ("formats", "files differ in format", "traces of compression count as a difference"),
+    ):
+        if real_facts[fact].keys() != fake_facts[fact].keys():
+            both = f"{_most(real_facts[fact])} real, {_most(fake_facts[fact])} fake"
+            warnings.append(f"{differ} ({both}): {result}")
     if not (real.classes and fake.classes):
         plain = (fake_facts if real.classes else real_facts)["root"]
         warnings.append(f"{plain} has no class folders: there are no values per class")
@@ -207,6 +176,6 @@ def require_known_classes(real: Sequence[str], fake: Sequence[str], root: Path) 
     unknown = sorted(set(fake) - set(real))
     if real and unknown:
         raise UserError(
-            f"--fake {root}: class folders {unknown} are not among those of the real set"
+            f"`fake` {root}: class folders {unknown} are not among those of the real set"
             f" {sorted(set(real))}; rename or remove them"
         )

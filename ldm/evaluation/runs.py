@@ -17,13 +17,12 @@ from ldm.data.seeds import seed_generators
 from ldm.devices import Devices, Ranks
 from ldm.errors import UserError
 from ldm.evaluation.bootstrap import intervals
-from ldm.evaluation.confusion import write_confusion
 from ldm.evaluation.predictions import predictions_name
 from ldm.evaluation.sets import GroupTable, Splits, open_evaluation_sets, open_splits
-from ldm.evaluation.summary import write_summary
+from ldm.evaluation.summary import write_confusion, write_summary
 from ldm.evaluation.training import Predictor, RunBatches, TrainingData, predictions_of
-from ldm.files import write_json
-from ldm.models.callbacks import LastCheckpoint, StopOnSignal
+from ldm.files import remove_leftovers, write_json
+from ldm.models.callbacks import LastCheckpoint
 from ldm.models.vit import load_vit
 from ldm.models.vit_settings import Settings
 from ldm.models.vit_training import (
@@ -33,7 +32,7 @@ from ldm.models.vit_training import (
     build_network,
     build_optimizer,
 )
-from ldm.run import RunFolder, git_revision, hardware, versions
+from ldm.run import RunFolder, hardware, provenance
 from ldm.run import differences as settings_differences
 from ldm.train import OWN_NAMES, fit
 
@@ -59,6 +58,32 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return found
 
 
+def is_current(run: Path, earlier: dict[str, Any], now: dict[str, Any], overwrite: bool) -> bool:
+    """Whether a run was made with the settings and data of now.
+
+    Raises:
+        UserError: It was not, and is not to be overwritten.
+    """
+    changed = differences(earlier, now)
+    if changed and not overwrite:
+        raise UserError(
+            f"{run} holds a run with other settings: {'; '.join(changed)}; add `overwrite` to"
+            " replace it, or choose another `logdir`"
+        )
+    return not changed
+
+
+def read_result(run: Path, now: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
+    """The result of a finished run, if it has the settings and data of now (see `is_current`)."""
+    if not (run / RESULT).is_file():
+        return None
+    result = json.loads((run / RESULT).read_text())
+    if not is_current(run, result, now, overwrite):
+        return None
+    log.info("%s is finished: not made again", run)
+    return result
+
+
 @dataclass
 class Earlier:
     """What earlier starts of the same command left."""
@@ -81,39 +106,33 @@ class Earlier:
         Args:
             current: The settings and data of now.
             resume: Checkpoint to go on from, instead of `last.ckpt` in the folder of a seed.
-
-        Raises:
-            UserError: A run was made with other settings or files, and is not to be overwritten.
         """
         found = cls()
         for seed in seeds:
             run = folder / f"seed{seed}"
-            checkpoint = run / LAST if resume is None else Path(resume)
-            is_finished = (run / RESULT).is_file()
-            if is_finished and resume is not None:
-                raise UserError(f"--resume {resume}: {run} is finished; choose another --logdir")
-            if is_finished:
-                earlier = json.loads((run / RESULT).read_text())
-            elif checkpoint.is_file() or resume is not None:
-                what = "earlier run" if resume is None else "--resume"
-                earlier = _read_training(checkpoint, what, seed)["training"]
-            else:
-                continue
-            changed = differences(earlier, current)
-            if changed and resume is not None:
-                raise UserError(f"--resume {resume}: {'; '.join(changed)}; give the same as then")
-            if changed and not overwrite:
-                raise UserError(
-                    f"{run} holds a run with other settings: {'; '.join(changed)}; add --overwrite"
-                    " to replace it, or choose another --logdir"
-                )
-            if changed:
-                found.stale.append(run)
-            elif is_finished:
-                found.results[seed] = earlier
-                log.info("%s is finished: not trained again", run)
-            else:
-                found.checkpoints[seed] = checkpoint
+            if (run / RESULT).is_file():
+                if resume is not None:
+                    raise UserError(
+                        f"`resume` {resume}: {run} is finished; choose another `logdir`"
+                    )
+                result = read_result(run, current, overwrite)
+                if result is None:
+                    found.stale.append(run)
+                else:
+                    found.results[seed] = result
+            elif resume is not None:
+                earlier = _read_training(resume, "`resume`", seed)["training"]
+                if changed := differences(earlier, current):
+                    raise UserError(
+                        f"`resume` {resume}: {'; '.join(changed)}; give the same as then"
+                    )
+                found.checkpoints[seed] = Path(resume)
+            elif (run / LAST).is_file():
+                earlier = _read_training(run / LAST, "earlier run", seed)["training"]
+                if is_current(run, earlier, current, overwrite):
+                    found.checkpoints[seed] = run / LAST
+                else:
+                    found.stale.append(run)
         return found
 
 
@@ -122,7 +141,7 @@ def _read_training(path: str | Path, what: str, seed: int) -> dict[str, Any]:
     training = checkpoint.get("training")
     if training is None:
         raise UserError(
-            f"{what} {path}: a finished network, nothing to go on with; use it with --eval"
+            f"{what} {path}: a finished network, nothing to go on with; use it with `eval`"
         )
     if "updates" not in training:
         raise UserError(
@@ -130,7 +149,7 @@ def _read_training(path: str | Path, what: str, seed: int) -> dict[str, Any]:
             " again"
         )
     if training["seed"] != seed:
-        raise UserError(f"{what} {path}: is of seed {training['seed']}, not {seed}; set --seed")
+        raise UserError(f"{what} {path}: is of seed {training['seed']}, not {seed}; set `seed`")
     return checkpoint
 
 
@@ -183,10 +202,6 @@ def train_and_report(
 
     Returns:
         The content of summary.json; None in another process than the first.
-
-    Raises:
-        UserError: Settings, folders, images or earlier results are wrong; this is found before the
-            first step.
     """
     settings.check()
     splits = open_splits(data_path, train_folder, settings, num_classes, groups)
@@ -210,6 +225,8 @@ def _report(
     if ranks.is_first:
         for run in earlier.stale:
             shutil.rmtree(run)
+        runs = [arm.folder / f"seed{seed}" for seed in seeds]
+        remove_leftovers(arm.folder, *runs, *((run / LAST).parent for run in runs))
     for seed in seeds:
         if seed not in results:
             results[seed] = train_one(arm, seed, ranks, earlier.checkpoints.get(seed))
@@ -277,7 +294,6 @@ def train_to_the_end(
         callbacks=[
             ValidateAtMarks(show),
             LastCheckpoint(train_time_interval=interval, dirpath=run.checkpoints, **OWN_NAMES),
-            StopOnSignal(run.last),
         ],
         settings={
             # All updates are one epoch for Lightning: passes are those of `RunBatches`.
@@ -338,8 +354,7 @@ def _results(arm: Arm, model: VitTraining, ranks: Ranks) -> tuple[dict[str, Any]
         **arm.facts,
         "precision": arm.devices.precision,
         "devices": ranks.size,
-        "versions": versions(),
-        "revision": git_revision(),
+        **provenance(),
         "hardware": hardware(),
     }, predictions
 
@@ -355,15 +370,11 @@ def evaluate_checkpoint(
     """Metrics of a trained network on those of `val` and `test` that are below `data_path`.
 
     Writes evaluation.json and evaluation_val.csv, evaluation_test.csv (predictions) in `out`.
-
-    Raises:
-        UserError: The file is not a checkpoint of eval.py, neither folder exists, or classes
-            differ.
     """
-    model, record = load_vit(checkpoint, devices.device, "--resume")
+    model, record = load_vit(checkpoint, devices.device, "`resume`")
     sets = open_evaluation_sets(data_path, record["classes"], model.input_size, groups)
     if not sets:
-        raise UserError(f"--data_path {data_path} has neither a val nor a test folder")
+        raise UserError(f"`data_path` {data_path} has neither a val nor a test folder")
     report: dict[str, Any] = {
         "checkpoint": str(checkpoint),
         "arch": record["model"]["params"]["arch"],

@@ -49,9 +49,6 @@ class TransformedTiles(TileSet):
         random: Whether the transform draws random numbers; items are then taken by (index, seed),
             as `ResumableSampler` gives them, and the global generators are left where they end up.
         classes: The classes there must be; None for those of the folder.
-
-    Raises:
-        UserError: The folder is missing or empty, or has other classes.
     """
 
     def __init__(
@@ -82,9 +79,6 @@ class TransformedTiles(TileSet):
         """Decode every tile, so that a bad file is known before training, and keep what fits.
 
         Kept are pixels for a random transform and results for a fixed one.
-
-        Raises:
-            UserError: Naming the unreadable images.
         """
         each = read_tile(self.paths[0]).nbytes if self.is_random else 3 * self.size * self.size
         if each * len(self) <= CACHE_LIMIT:
@@ -168,7 +162,7 @@ def _timm_steps(settings: Settings) -> list[list[Callable]]:
         )
     except (AssertionError, ValueError, KeyError):
         raise UserError(
-            f"--aa {settings.aa} is no policy that timm knows; use for example"
+            f"`aa` {settings.aa} is no policy that timm knows; use for example"
             " rand-m9-mstd0.5-inc1, augmix-m5-w4-d2, original, v0 or none"
         ) from None
     return [part.transforms for part in parts]
@@ -195,10 +189,10 @@ class GroupTable:
 
     @classmethod
     def given(cls, options: EvaluationOptions) -> "GroupTable | None":
-        """What the options --groups and --group_column say."""
+        """What the options `groups` and `group_column` say."""
         if options.groups is None:
             return None
-        path = existing_path(options.groups, "--groups", "file")
+        path = existing_path(options.groups, "groups", "file")
         return cls(path, options.group_column or "group")
 
     def groups(self, split: str, names: Sequence[str]) -> list[str]:
@@ -211,7 +205,7 @@ class GroupTable:
         except UserError as error:
             # Rows are chosen by the column `split` here, not by an option.
             message = str(error).replace("choose rows with group_rows", "add a column split")
-            raise UserError(f"--groups, {split} set: {message}") from None
+            raise UserError(f"`groups`, {split} set: {message}") from None
 
 
 @dataclass
@@ -225,10 +219,14 @@ class Splits:
     notes: list[str]  # what a reader of the results should know about the sets
 
     @property
+    def evaluated(self) -> dict[str, TransformedTiles]:
+        """The sets that are evaluated on."""
+        return {"val": self.val} if self.test is None else {"val": self.val, "test": self.test}
+
+    @property
     def groups(self) -> dict[str, list[str] | None]:
         """Groups of the tiles that are evaluated on, by set."""
-        sets = {"val": self.val, "test": self.test}
-        return {name: tiles.groups for name, tiles in sets.items() if tiles is not None}
+        return {name: tiles.groups for name, tiles in self.evaluated.items()}
 
     @property
     def classes(self) -> list[str]:
@@ -240,9 +238,8 @@ class Splits:
 
     def load(self) -> None:
         """Decode all tiles (see `TransformedTiles.load`)."""
-        for tiles in (self.train, self.val, self.test):
-            if tiles is not None:
-                tiles.load()
+        for tiles in (self.train, *self.evaluated.values()):
+            tiles.load()
 
 
 def open_evaluation_sets(
@@ -275,21 +272,17 @@ def open_splits(
 
     Args:
         num_classes: What the user believes; checked, never used instead of the folders.
-
-    Raises:
-        UserError: A folder is missing or empty, classes differ, the name leaves `data_path` or a
-            tile has no group.
     """
     root = _training_root(data_path, train_folder)
     train = TransformedTiles(root, settings.input_size, train_transform(settings), random=True)
     if num_classes not in (None, len(train.classes)):
         raise UserError(
-            f"--num_classes {num_classes}: {root} has {len(train.classes)} class folders"
+            f"`num_classes` {num_classes}: {root} has {len(train.classes)} class folders"
             f" ({', '.join(train.classes)}); leave the option out or correct the folders"
         )
     if len(train.classes) < 2:
         raise UserError(f"{root} has one class folder, {train.classes[0]}; two or more are needed")
-    existing_path(data_path / "val", "--data_path (val, which chooses the epoch)", "dir")
+    existing_path(data_path / "val", "`data_path` (val, which chooses the epoch)", "dir")
     _refuse_untrained_classes(root, data_path, train.classes)
     evaluation = open_evaluation_sets(data_path, train.classes, settings.input_size, groups)
     notes = list(_notes(train, evaluation))
@@ -316,12 +309,12 @@ def _training_root(data_path: Path, name: str) -> Path:
     relative = Path(name)
     if relative.is_absolute() or ".." in relative.parts or not relative.parts:
         raise UserError(
-            f"--output_dir {name}: must name a folder below --data_path {data_path}; it is"
+            f"`subset` {name}: must name a folder below `data_path` {data_path}; it is"
             " the training subset, and its results go to LOGDIR under the same name"
         )
     if relative.parts[0] in EVALUATED:
         raise UserError(
-            f"--output_dir {name} is what the network is evaluated on; name the folder"
+            f"`subset` {name} is what the network is evaluated on; name the folder"
             " of the training images"
         )
     return data_path / relative

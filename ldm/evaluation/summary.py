@@ -1,18 +1,24 @@
-"""What is written about all networks of one training set: summary.json."""
+"""What is written about all networks of one training set: summary.json, tables and a picture.
+
+Letters: K classes, S seeds.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ldm.evaluation.bootstrap import FEW_GROUPS, intervals
 from ldm.evaluation.metrics import VAL_WARNING, mean_and_std
 from ldm.evaluation.predictions import Predictions, predictions_name
-from ldm.files import write_json
+from ldm.files import write_bytes, write_json, write_text
+from ldm.report.plots import confusion_picture
 
 SUMMARY = "summary.json"
 SPLITS = ("val", "test")
 OVER_IMAGES = (
-    "the intervals are over images, as no groups were given (--groups): tiles of one slide or"
+    "the intervals are over images, as no groups were given (`groups`): tiles of one slide or"
     " region are alike, so they are too narrow"
 )
 
@@ -25,18 +31,14 @@ def write_summary(
     groups: Mapping[str, list[str] | None] | None = None,
     notes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Write summary.json.
+    """Write summary.json into a folder, and return its content.
 
     Args:
-        folder: Folder of the new file.
         train_folder: Name of the training set in the summary.
         results: Contents of result.json, one per seed.
         seed_folders: Folder of each seed, which holds its predictions_SPLIT.csv.
         groups: Group of each image by split; if omitted, the groups in the predictions are used.
         notes: Remarks on the sets.
-
-    Returns:
-        The content of summary.json.
     """
     summary = summarise(train_folder, results)
     said = [*notes, *(note for result in results for note in result.get("notes", []))]
@@ -51,7 +53,7 @@ def write_summary(
         if runs is None:
             said.append(
                 f"no interval for {split}: an earlier version kept no predictions of some seed;"
-                " --overwrite with a changed setting, or another --logdir, trains it again"
+                " `overwrite` with a changed setting, or another `logdir`, trains it again"
             )
             continue
         found = intervals(runs)
@@ -75,19 +77,18 @@ def _length(result: Mapping[str, Any]) -> str:
     if result["settings"].get("match_steps") is not None:
         return (
             f"{result['updates']} updates ({result['epochs']} passes) and {result['validations']}"
-            " validations, by --match_steps: the same for training sets of any size"
+            " validations, by `match_steps`: the same for training sets of any size"
         )
     return (
         f"{result['epochs']} passes ({result['updates']} updates): larger training sets get more"
-        " updates; --match_steps gives all the same"
+        " updates; `match_steps` gives all the same"
     )
 
 
 def read_predictions(paths: Sequence[Path], groups: list[str] | None) -> list[Predictions] | None:
-    """Read the predictions of all seeds; write the groups into files that have other ones.
+    """Read the predictions of all seeds; None if a file is missing.
 
-    Returns:
-        The predictions, or None if the file of a seed is missing.
+    Files that have other groups than these are written again.
     """
     if not all(path.is_file() for path in paths):
         return None
@@ -124,3 +125,30 @@ def summarise(train_folder: str, results: Sequence[dict[str, Any]]) -> dict[str,
         "data": first["data"],
         "versions": first["versions"],
     }
+
+
+def write_confusion(folder: Path, summary: dict[str, Any]) -> None:
+    """Write confusion.csv and per_class.csv of val and test, and confusion.png of what is reported.
+
+    Args:
+        summary: Content of summary.json.
+    """
+    import pandas as pd
+
+    runs, split = summary["per_seed"], summary["split"]
+    matrices, classes = {}, {}
+    for name in SPLITS:
+        for run in (run for run in runs if name in run):
+            part, key = run[name], (name, run["seed"])
+            names = list(part["per_class"])
+            matrices[key] = pd.DataFrame(part["confusion"], names, names)
+            classes[key] = pd.DataFrame.from_dict(part["per_class"], "index")
+    for file, tables, index in (("confusion", matrices, "label"), ("per_class", classes, "class")):
+        table = pd.concat(tables, names=["split", "seed", index])
+        text = table.to_csv(float_format="%.6g", lineterminator="\n")
+        write_text(folder / f"{file}.csv", text)
+    counts = np.array([run[split]["confusion"] for run in runs])  # (S, K, K)
+    title = f"{summary['train_folder']}: {summary['arch']}, {split} set"
+    if len(runs) > 1:
+        title += f", mean of {len(runs)} seeds"
+    write_bytes(folder / "confusion.png", confusion_picture(counts.mean(axis=0), names, title))

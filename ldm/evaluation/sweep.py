@@ -5,9 +5,8 @@ guidance, says which class a synthetic tile looks like; held-out real tiles say 
 each class are from tissue.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +23,13 @@ from ldm.features.extractor import Extractor
 from ldm.features.sets import cached_features
 from ldm.files import write_bytes, write_csv, write_json, write_text
 from ldm.report import plots
-from ldm.report.grids import contact_sheet
+from ldm.report.grids import Card, card_sheet
 from ldm.report.tables import TextTable, to_markdown
-from ldm.run import git_revision, hardware, versions
-from ldm.synthesis import (
-    Models,
-    SampleFolder,
-    Sampling,
-    Synthesiser,
-    make_settings,
-    synthesise,
-)
+from ldm.run import hardware, provenance
+from ldm.synthesis import Models, SampleFolder, Sampling, Synthesiser, make_settings, synthesise
 
 SHEET_TILES = 2  # of each class, in tiles.png
+SHEET_SIDE = 96  # pixels of each
 
 
 @dataclass(frozen=True)
@@ -57,10 +50,6 @@ class JudgedTiles:
         """Features of class k."""
         return self.features[self.labels == k]
 
-    def count(self, k: int) -> int:
-        """Tiles of class k."""
-        return int((self.labels == k).sum())
-
     def agreement(self, num_classes: int) -> Tensor:
         """Share of the tiles of each class that the judge gives that class, (K,)."""
         hits = (self.predicted == self.labels).double()
@@ -68,11 +57,7 @@ class JudgedTiles:
 
 
 def judge(root: Path, extractor: Extractor, cache: Path, classes: Sequence[str]) -> JudgedTiles:
-    """Features (kept in `cache`) and predicted classes of the tiles below root/CLASS/.
-
-    Raises:
-        UserError: Other class folders, or unreadable tiles.
-    """
+    """Features (kept in `cache`) and predicted classes of the tiles below root/CLASS/."""
     found = cached_features(TileFiles.below(root, True, classes), extractor, cache)
     assert found.logits is not None, "the judge classifies these classes"
     return JudgedTiles(found.values, found.logits.argmax(dim=1), found.labels)
@@ -113,9 +98,6 @@ def score(real: JudgedTiles, synthetic: JudgedTiles, num_classes: int, seed: int
     Args:
         num_classes: K; both sets have at least `FEWEST_TILES` tiles of each class.
         seed: Seed of the subsets that kernel distances are averaged over.
-
-    Raises:
-        UserError: A class has too few tiles.
     """
     classes = range(num_classes)
     check_counts(real, "the real tiles", num_classes)
@@ -145,7 +127,7 @@ def score(real: JudgedTiles, synthetic: JudgedTiles, num_classes: int, seed: int
 
 def check_counts(tiles: JudgedTiles, what: str, num_classes: int) -> None:
     """UserError unless there are enough tiles of each class to compare distributions."""
-    fewest = min(tiles.count(k) for k in range(num_classes))
+    fewest = int(torch.bincount(tiles.labels, minlength=num_classes).min())
     if fewest < FEWEST_TILES:
         raise UserError(
             f"{what}: a class has {fewest} tiles, each needs {FEWEST_TILES} or more; add some"
@@ -197,9 +179,9 @@ class Row:
 
     def cells(self) -> dict[str, Any]:
         """Column to value, the scores among them."""
-        row = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "scores"}
-        folder = row.pop("folder")
-        return {**row, **asdict(self.scores), "folder": folder}
+        row = asdict(self)
+        scores, folder = row.pop("scores"), row.pop("folder")
+        return {**row, **scores, "folder": folder}
 
 
 class Sweep:
@@ -215,9 +197,6 @@ class Sweep:
 
     Attributes:
         rows: Scores of each setting.
-
-    Raises:
-        UserError: Other classes of real tiles, or too few.
     """
 
     def __init__(
@@ -235,10 +214,9 @@ class Sweep:
         self.per_class, self.batch_size = per_class, batch_size
         cache = out / "features" / "real.safetensors"
         self.real = judge(real_root, judge_net, cache, models.classes)
-        check_counts(self.real, f"--real {real_root}", len(models.classes))
+        check_counts(self.real, f"`real` {real_root}", len(models.classes))
         self.rows: list[Row] = []
-        self._columns = [(name, i) for name in models.classes for i in range(SHEET_TILES)]
-        self._sheet = []  # a caption and its tiles for each row
+        self._sheet: list[tuple[str, list[Card]]] = []  # a row for each setting
 
     def measure(self, sampling: Sampling) -> None:
         """Sample with one setting, what is not there yet, and score it."""
@@ -270,9 +248,12 @@ class Sweep:
             folder=root.relative_to(out).as_posix(),
         )
         self.rows.append(row)
-        caption = f"{row.series}\nscale {row.scale:g}"
-        tiles = [read_tile(root / folder.rows[key]["file"]) for key in self._columns]
-        self._sheet.append((caption, tiles))
+        cards = [
+            Card([read_tile(root / folder.rows[name, i]["file"])], [name])
+            for name in classes
+            for i in range(SHEET_TILES)
+        ]
+        self._sheet.append((f"{row.series}, scale {row.scale:g}", cards))
 
     def write(self, facts: dict[str, Any]) -> Row:
         """Write sweep.csv, sweep.md, sweep.json, sweep.png and tiles.png; return the best row.
@@ -288,8 +269,7 @@ class Sweep:
             "judge": {"name": net.name, "identity": net.identity, "agreement": agreement},
             "real": {"folder": str(self.real_root), "tiles": len(self.real.labels)},
         }
-        heads = [name for name, _ in self._columns]
-        write_bytes(out / "tiles.png", contact_sheet(self._sheet, heads))
+        write_bytes(out / "tiles.png", card_sheet([], self._sheet, SHEET_SIDE, 1))
         write_sweep(out, self.rows, agreement, facts)
         return best(self.rows)
 
@@ -321,16 +301,8 @@ def write_sweep(
     write_csv(out / "sweep.csv", short, list(cells[0]))
     write_text(out / "sweep.md", markdown(rows, real_agreement))
     write_bytes(out / "sweep.png", draw(rows, real_agreement))
-    content = {
-        "command": sys.argv,
-        **facts,
-        "best": best(rows).cells(),
-        "settings": cells,
-        "hardware": hardware(),
-        "versions": versions(),
-        "revision": git_revision(),
-    }
-    write_json(out / "sweep.json", content)
+    content = {"best": best(rows).cells(), "settings": cells, **provenance()}
+    write_json(out / "sweep.json", {**facts, **content, "hardware": hardware()})
 
 
 def markdown(rows: Sequence[Row], real_agreement: float) -> str:

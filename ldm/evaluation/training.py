@@ -6,7 +6,6 @@ Letters: N images, B batch, S side in pixels, K classes.
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
@@ -91,6 +90,7 @@ class TrainingData(pl.LightningDataModule):
     def __init__(self, tiles: TransformedTiles, batches: RunBatches, workers: int):
         super().__init__()
         self.tiles, self.batches, self.workers = tiles, batches, workers
+        self.batch_size = batches.course.batch_size
 
     def train_dataloader(self) -> DataLoader:
         return make_loader(self.tiles, self.workers, batch_sampler=self.batches)
@@ -152,11 +152,4 @@ class Predictor:
 
 def predictions_of(tiles: TransformedTiles, logits: Tensor) -> Predictions:
     """Logits (N, K) of a set, as predictions."""
-    return Predictions(
-        tiles.classes,
-        tiles.relative_paths,
-        np.array(tiles.labels),
-        logits.argmax(1).numpy(),
-        logits.double().softmax(1).numpy(),
-        tiles.groups,
-    )
+    return Predictions.of(tiles, logits.argmax(1).numpy(), logits.double().softmax(1).numpy())

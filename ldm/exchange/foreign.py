@@ -8,12 +8,17 @@ weights:
                   first_stage_model.* (the autoencoder), scale_factor, betas and other tables
     classifier    the bare weights of a half UNet, `model_010000.pt`
 
+Prefixes of compiled and of distributed models are left out (`_orig_mod.`, `module.`), and averages
+that stand in an entry of their own (`ema`, `params_ema`) are the weights that are read.
+
 Such a file does not describe its network, so the architecture comes from a configuration, native or
 published.
 """
 
 import logging
+import math
 import pickle
+import re
 import types
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -22,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.cli import existing_path
 from ldm.errors import UserError
-from ldm.files import file_sha256
+from ldm.files import digest_of, file_sha256
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +39,11 @@ log = logging.getLogger(__name__)
 # Files and training settings in a published model node, which importing weights does not need.
 UNNEEDED = ("ckpt_path", "first_stage_ckpt", "lossconfig", "scheduler_config", "monitor")
 BETAS_TOLERANCE = 1e-4  # relative; tables are stored in float32, other schedules differ by more
+SCALE_TOLERANCE = 1e-5  # relative
+# Entries that hold the weights; those of averages come first.
+ENTRIES = ("ema", "model_ema", "params_ema", "state_dict_ema", "ema_state_dict")
+ENTRIES += ("state_dict", "model", "params")
+UNET, AVERAGE = "model.diffusion_model.", "model_ema.diffusion_model"
 
 State = dict[str, "torch.Tensor"]
 
@@ -96,18 +106,56 @@ def read_foreign(path: str | Path, allow_pickle: bool = False) -> tuple[State, d
     Args:
         allow_pickle: Also read files that hold other objects beside tensors and plain data, as
             those of Lightning 1 do (callbacks, settings). Such objects are never built.
-
-    Raises:
-        UserError: The file does not exist, is not a checkpoint, is one of this toolkit already, or
-            needs `allow_pickle`.
     """
     import torch
 
-    from ldm.checkpoint import KEY, load_tensors
+    from ldm.checkpoint import KEY
 
     path = existing_path(path, "FILE", "file")
+    payload = read_payload(path, allow_pickle)
+    if not isinstance(payload, dict):
+        raise UserError(f"{path} holds a {type(payload).__name__}; needed is a state dictionary")
+    if KEY in payload:
+        raise UserError(f"{path} was written by this toolkit: it can be used as it is")
+    state: State = {}
+    for entry in (*ENTRIES, None):
+        inner = payload if entry is None else payload.get(entry)
+        found = inner.items() if isinstance(inner, dict) else ()
+        state = {_plain_name(k): v for k, v in found if isinstance(v, torch.Tensor)}
+        if state:
+            break
+    if not state:
+        raise UserError(
+            f"{path} holds no weights by name, only {', '.join(map(str, list(payload)[:8]))}; give "
+            "a checkpoint with a state_dict"
+        )
+    if entry in ENTRIES[:-3]:
+        log.info("%s: averaged weights, those of its entry %r", path, entry)
+    beside = {k: v for k, v in payload.items() if isinstance(v, int | float | str)}
+    return state, beside
+
+
+def _plain_name(name: str) -> str:
+    """The name of a weight without what torch.compile and DistributedDataParallel put before."""
+    return re.sub(r"_orig_mod\.?", "", str(name)).removeprefix("module.")
+
+
+def read_payload(path: Path, allow_pickle: bool = False) -> Any:
+    """Read what torch or safetensors saved in a file, see `read_foreign`."""
+    import torch
+
+    from ldm.checkpoint import load_tensors
+
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise UserError(f"{path} is no safetensors file ({error}); give another") from None
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if not _is_pickle_of_more(error):
             load_tensors(path, "FILE")  # says what is wrong with it
@@ -117,21 +165,9 @@ def read_foreign(path: str | Path, allow_pickle: bool = False) -> tuple[State, d
                 "code to be run; if you know where it comes from, set allow_pickle, which reads "
                 "the weights and leaves the objects unbuilt"
             ) from None
-        payload = _load_without_objects(path)
+        return _load_without_objects(path)
     except (RuntimeError, EOFError, ValueError, LookupError):
-        payload = load_tensors(path, "FILE")
-    if not isinstance(payload, dict):
-        raise UserError(f"{path} holds a {type(payload).__name__}; needed is a state dictionary")
-    if KEY in payload:
-        raise UserError(f"{path} was written by this toolkit: it can be used as it is")
-    inner = next(
-        (payload[k] for k in ("state_dict", "model") if isinstance(payload.get(k), dict)), payload
-    )
-    state = {k.removeprefix("module."): v for k, v in inner.items() if isinstance(v, torch.Tensor)}
-    if not state:
-        raise UserError(f"{path} holds no weights by name; give a checkpoint with a state_dict")
-    beside = {k: v for k, v in payload.items() if isinstance(v, int | float | str)}
-    return state, beside
+        return load_tensors(path, "FILE")
 
 
 def _is_pickle_of_more(error: pickle.UnpicklingError) -> bool:
@@ -158,14 +194,13 @@ def _load_without_objects(path: Path) -> Any:
     return payload
 
 
-def read_model_node(path: str | Path) -> dict[str, Any]:
+def read_model_node(path: str | Path, kind: str) -> dict[str, Any]:
     """Read the `model` section of a configuration, native or published, in native names.
 
-    Settings of training (files, loss, learning-rate schedule) are dropped and the data section is
-    not read: importing needs neither, and both may refer to files that this machine does not have.
-
-    Raises:
-        UserError: The file has no model section, or a setting that is not supported.
+    For an autoencoder it is its part `first_stage_config`, if there is one, whatever the rest asks
+    for. Settings of training (files, loss, learning-rate schedule) are dropped and the data section
+    is not read: importing needs neither, and both may refer to files that this machine does not
+    have.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -177,6 +212,9 @@ def read_model_node(path: str | Path) -> dict[str, Any]:
     if not OmegaConf.is_dict(node) or "target" not in node:
         raise UserError(f"config: {path} has no model: section with a target:")
     params = node.get("params") or {}
+    if kind == "autoencoder" and params.get("first_stage_config"):
+        node = params.first_stage_config
+        params = node.get("params") or {}
     for part in (params, (params.get("first_stage_config") or {}).get("params") or {}):
         for name in UNNEEDED:
             if name in list(part):  # without resolving it
@@ -240,9 +278,6 @@ class _Matcher:
 
         Args:
             names: Name in `module` -> name in the file.
-
-        Raises:
-            UserError: A weight of another shape: the configuration describes another network.
         """
         own, wrong, found = module.state_dict(), [], {}
         for name, theirs in names.items():
@@ -278,12 +313,10 @@ def import_autoencoder(state: State, node: dict[str, Any]) -> "tuple[HistoModule
 
     Args:
         state: From `read_foreign`.
-        node: From `read_model_node`: an autoencoder's, or a diffusion model's.
+        node: From `read_model_node`.
     """
     from ldm.models.autoencoder import AutoencoderKL
 
-    params = node.get("params") or {}
-    node = params.get("first_stage_config") or node
     params = node.get("params") or {}
     wanted = {k: params[k] for k in ("ddconfig", "embed_dim") if k in params}
     if len(wanted) < 2:
@@ -307,10 +340,6 @@ def import_diffusion(
         state, node: As for `import_autoencoder`.
         autoencoder: Autoencoder checkpoint of this toolkit, for a file without first stage.
         scale_factor: Latent scale, for a file that does not hold it.
-
-    Raises:
-        UserError: The weights have other shapes or another noise schedule than the configuration
-            says; or the latent scale or the autoencoder is missing or given twice and different.
     """
     import torch
 
@@ -326,8 +355,11 @@ def import_diffusion(
         other = load_model(autoencoder, "autoencoder", what="autoencoder")
     in_file = any(k.startswith("first_stage_model.") for k in state)
     params["first_stage_config"] = _first_stage_config(params, in_file, other)
-    params["use_ema"] = any(k.startswith("model_ema.") for k in state)
-    if not params["use_ema"]:
+    has_unet, has_average = (any(k.startswith(p) for k in state) for p in (UNET, AVERAGE))
+    params["use_ema"] = has_average and has_unet
+    if has_average and not has_unet:
+        matcher.report.notes.append("only averaged weights (model_ema.*): they are the UNet's")
+    elif not has_average:
         matcher.report.notes.append("no averaged weights (model_ema.*): samples come from the UNet")
     scale = _scale(matcher, stated, scale_factor)
     module = LatentDiffusion(**params, scale_factor=scale)
@@ -340,7 +372,10 @@ def import_diffusion(
             )
     else:
         net.load_state_dict(other.net.state_dict())
-    matcher.fill(module.unet, _identical_names(module.unet, "model.diffusion_model."), "UNet")
+    names = _identical_names(module.unet, UNET if has_unet else "")
+    if has_average and not has_unet:
+        names = _average_names(module.unet)
+    matcher.fill(module.unet, names, "UNet")
     if params["use_ema"]:
         _fill_average(matcher, module)
     _check_schedule(matcher, module.schedule)
@@ -374,29 +409,49 @@ def _first_stage_config(
     )
 
 
+def _average_names(unet: "torch.nn.Module") -> dict[str, str]:
+    return {name: AVERAGE + name.replace(".", "") for name in unet.state_dict()}
+
+
 def _fill_average(matcher: _Matcher, module: "HistoModule") -> None:
     """Fill the average of the UNet's weights, its count of updates and its decay."""
     ema = module.ema
-    names = {
-        name: "model_ema." + f"diffusion_model.{name}".replace(".", "")
-        for name in ema.net.state_dict()
-    }
-    matcher.fill(ema.net, names, "averaged UNet")
-    if (updates := matcher.take("model_ema.num_updates")) is not None:
+    matcher.fill(ema.net, _average_names(ema.net), "averaged UNet")
+    updates, decay = matcher.take("model_ema.num_updates"), matcher.take("model_ema.decay")
+    if updates is not None and math.isfinite(updates):
         ema.num_updates.fill_(int(updates))
-    if (decay := matcher.take("model_ema.decay")) is not None:
+    if decay is not None and 0 <= round(float(decay), 6) < 1:
         module.ema_decay = ema.decay = round(float(decay), 6)
+    elif decay is not None:  # 0.9999 in float16
+        note = f"model_ema.decay is {float(decay):g}: {ema.decay:g} of the configuration is kept"
+        matcher.report.notes.append(note)
+
+
+def _tolerance(stored: "torch.Tensor", least: float) -> float:
+    """Relative tolerance for numbers that a file stores, perhaps in half precision."""
+    import torch
+
+    return max(least, 2 * torch.finfo(stored.dtype).eps) if stored.is_floating_point() else least
 
 
 def _scale(matcher: _Matcher, stated: float | None, given: float | None) -> float:
-    """The latent scale: from the file, else as given, else from the configuration."""
+    """The latent scale: from the file, as given, or from the configuration; they must agree."""
     stored = matcher.take("scale_factor")
+    if isinstance(stated, list) or (stored is not None and stored.numel() != 1):
+        raise UserError("a latent scale for each channel is not imported; give a single number")
     if stored is not None:
-        if given is not None and abs(float(stored) - given) > 1e-5 * given:
-            raise UserError(
-                f"scale_factor={given}: the file holds {float(stored):.6g}; leave it out"
-            )
-        return float(stored)
+        tolerance = _tolerance(stored, SCALE_TOLERANCE)
+        said = {"scale_factor": given, "config: model.params.scale_factor": stated}
+        said = {name: value for name, value in said.items() if value is not None}
+        for name, value in said.items():
+            if abs(float(stored) - value) > tolerance * abs(value):
+                raise UserError(
+                    f"{name}={value}: the file holds {float(stored):.6g}; leave it out, or give "
+                    "the file's"
+                )
+        # What is said has all its digits.
+        rounded = tolerance > SCALE_TOLERANCE
+        return float(next(iter(said.values()))) if said and rounded else float(stored)
     if given is not None:
         return given
     if stated is None:
@@ -419,9 +474,9 @@ def _check_schedule(matcher: _Matcher, schedule) -> None:
         if theirs is None:
             continue
         seen = True
-        theirs = theirs.double()
+        tolerance, theirs = _tolerance(theirs, BETAS_TOLERANCE), theirs.double()
         if theirs.shape != ours.shape or not torch.allclose(
-            theirs, ours, rtol=BETAS_TOLERANCE, atol=1e-7
+            theirs, ours, rtol=tolerance, atol=1e-7
         ):
             raise UserError(
                 f"the file's noise schedule is not the configuration's: {name} goes from "
@@ -487,6 +542,7 @@ def import_classifier(
         scale_factor=scale,
         **process_params(space.schedule),
         noised=noised,
+        first_stage=space.first_stage,
     )
     module.classes = list(classes)
     matcher = _Matcher(state)
@@ -502,9 +558,11 @@ def write_imported(
 
     payload: dict[str, Any] = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(payload)
+    files = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.is_file())
+    digests = [file_sha256(file) for file in files]
     payload[KEY]["source"] = {
         "file": source.name,
-        "sha256": file_sha256(source),
+        "sha256": digests[0] if source.is_file() else digest_of(digests),
         "unused": report.unused,
         "missing": report.missing,
     }

@@ -27,9 +27,6 @@ def read_settings(overrides: Sequence[str] = (), fast: bool = False) -> dict[str
 
     Args:
         fast: Merge its `fast` section over the rest.
-
-    Raises:
-        UserError: An override that is malformed or names nothing that is there.
     """
     config = read_yaml(ROOT / SETTINGS)
     quick = config.pop("fast")
@@ -75,9 +72,6 @@ class Demo:
         size: Side of a tile in pixels.
         per_class: Tiles of each class that are sampled under guidance.
         ratio: Synthetic tiles in percent of the labelled ones; lowered where too few are sampled.
-
-    Raises:
-        UserError: Something is missing in `source`, or `out` holds other files.
     """
 
     def __init__(self, out: Path, source: Path | None, settings: dict[str, Any]):
@@ -104,81 +98,18 @@ class Demo:
 
     def _experiment(self) -> dict[str, Any]:
         """The settings of the experiment that the demo is, see `ldm.experiment.settings`."""
-        settings, sampling = self.settings, self.settings["sampling"]
-        evaluation = settings["evaluation"]
-        data: dict[str, Any] = {"root": str(self.source), "labelled": LABELLED}
-        if self.source is None:
-            tiles = {"size": self.size, **settings["tiles"]}
-            data |= {"root": str(self.out / "tiles"), "tiles": tiles}
-        models = {"diffusion": "diffusion", "classifier": "classifier", "decoder": "decoder"}
-        return {
-            "name": "demo",
+        derived = {
             "out": str(self.out),
-            "data": data,
-            "models": self._models(),
-            "generators": {
-                UNGUIDED: {
-                    **models,
-                    "label": "the diffusion model without guidance",
-                    "amount": sampling["unguided"],
-                    "sampling": {"classifier_scale": 0},
-                },
-                GUIDED: {
-                    **models,
-                    "label": "guidance to a class",
-                    "amount": self.per_class,
-                    "sampling": {"classifier_scale": sampling["scale"]},
-                },
-            },
-            "sampling": {
-                "options": {
-                    "custom_steps": sampling["steps"],
-                    "eta": sampling["eta"],
-                    "batch_size": sampling["batch_size"],
-                }
-            },
-            "judge": {"seed": evaluation["seeds"][0], "options": settings["features"]},
-            "selection": {
-                RANDOM: {"strategy": "random"},
-                SELECTED: {"strategy": "centroid"},
-            },
-            "grid": {
-                "generators": [GUIDED],
-                "selection": [RANDOM, SELECTED],
-                "ratios": [self.ratio],
-            },
-            "evaluation": {
-                "seeds": evaluation["seeds"],
-                "arguments": {
-                    "input-size": self.size,
-                    "match_steps": evaluation["steps"],
-                    **evaluation["arguments"],
-                },
-            },
-            "link": "copy",
+            "root": str(self.source or self.out / "tiles"),
+            "size": self.size,
+            "per_class": self.per_class,
+            "ratio": self.ratio,
         }
-
-    def _models(self) -> dict[str, Any]:
-        labels = {
-            "autoencoder": "autoencoder on unlabelled tiles",
-            "diffusion": "latent diffusion on unlabelled tiles",
-            "decoder": "decoder tuned on few labels",
-        }
-        models: dict[str, Any] = {
-            name: {
-                "config": f"{CONFIGS}/{name}.yaml",
-                "overrides": self.settings["overrides"][name],
-                "label": label,
-                "needs": {} if name == "autoencoder" else {"HISTO_AUTOENCODER": "autoencoder"},
-            }
-            for name, label in labels.items()
-        }
-        models["classifier"] = {
-            "classifier": self.settings["classifier"],
-            "label": "noisy-latent classifier on few labels",
-            "needs": {"first_stage": "diffusion"},
-        }
-        return models
+        config = OmegaConf.create({**self.settings, "derived": derived})
+        experiment = OmegaConf.to_container(config, resolve=True)["experiment"]
+        if self.source is not None:
+            del experiment["data"]["tiles"]
+        return experiment
 
     def run(self, model: str) -> RunFolder:
         """The run folder of one of the four models."""

@@ -17,7 +17,7 @@ from ldm.experiment.jobs import ROOT, Standing, State
 from ldm.experiment.numbers import read_csv, read_json
 from ldm.experiment.plan import REAL, Arm, Plan
 from ldm.experiment.results import PUBLISHED_GAIN, Row, Table
-from ldm.files import write_text
+from ldm.files import remove_leftovers, write_text
 from ldm.run import git_revision, hardware, versions
 
 
@@ -30,14 +30,14 @@ def gather(plan: Plan, standing: Mapping[str, Standing]) -> Table:
     rows = [gather_row(plan, arm, standing) for arm in plan.rows]
     done = [row.summary for row in rows if row.summary]
     classes = list(done[0]["per_seed"][0]["val"]["per_class"]) if done else []
-    names = [name for name, *_ in plan.combinations()]
-    umaps = [plan.features(name) for name in dict.fromkeys(names)]
+    pools = dict.fromkeys(arm.generator for arm in plan.rows if arm.generator)
+    umaps = [plan.features(pool) for pool in pools]
     settings = plan.settings
     table = Table(
         name=settings.name,
         title=settings.title or settings.name,
         rows=rows,
-        reference=REAL,
+        reference=next(row.key for row in rows if row.kind == REAL),
         splits=[s for s in SPLITS if not done or any(s in x["per_seed"][0] for x in done)],
         classes=classes,
         settings=settings.model_dump(),
@@ -60,6 +60,7 @@ def gather(plan: Plan, standing: Mapping[str, Standing]) -> Table:
         },
     )
     content = json.dumps(dataclasses.asdict(table), indent=2, default=str)
+    remove_leftovers(plan.out)
     write_text(plan.out / "table.json", f"{content}\n")
     return table
 
@@ -73,14 +74,11 @@ def gather_row(plan: Plan, arm: Arm, standing: Mapping[str, Standing]) -> Row:
     def read_if_done(path: Path, job: str) -> dict[str, Any] | None:
         return read_json(path) if is_done(job) else None
 
-    places = {
-        seed: plan.results(arm.key) / arm.folders[seed] / f"seed{seed}"
-        for seed, job in arm.jobs.items()
-        if is_done(job)
-    }
-    summary = merge(plan, arm, list(places.values())) if places else None
+    places = {seed: arm.places[seed] for seed, job in arm.jobs.items() if is_done(job)}
+    summary = merge(plan, arm, places) if places else None
     images = summary.get("n_train") if summary else None
     predictions = {seed: _predictions(place) for seed, place in places.items()}
+    first = arm.first or arm.key
     row = Row(
         key=arm.key,
         label=arm.label,
@@ -94,7 +92,7 @@ def gather_row(plan: Plan, arm: Arm, standing: Mapping[str, Standing]) -> Row:
         seeds=len(arm.jobs),
         summary=summary,
         predictions={seed: files for seed, files in predictions.items() if files},
-        fidelity=read_if_done(plan.fidelity(arm.key), f"fidelity-{arm.key}"),
+        fidelity=read_if_done(plan.fidelity(first), f"fidelity-{first}"),
         copies=None,
         chosen_copies=None,
         samples=None,
@@ -126,28 +124,29 @@ def _status(states: Sequence[State]) -> str:
     return "failed" if {State.FAILED, State.BLOCKED} & set(states) else "missing"
 
 
-def merge(plan: Plan, arm: Arm, places: Sequence[Path]) -> dict[str, Any]:
+def merge(plan: Plan, arm: Arm, places: Mapping[int, Path]) -> dict[str, Any]:
     """summary.json over the seeds that are done, each of which another command trained.
 
     Patients or slides come in here: a better table of them changes intervals, not networks.
 
     Args:
-        places: Folder of each seed.
+        places: Folder by seed, which is also the number of the draw of labels.
     """
     from ldm.evaluation.sets import GroupTable
 
-    results = [read_json(place / "result.json") for place in places]
+    results = [read_json(place / "result.json") | {"seed": s} for s, place in places.items()]
     data, groups = plan.settings.data, {}
     if data.groups is not None:
         table = GroupTable(Path(data.groups).expanduser(), data.group_column)
-        for split, file in _predictions(places[0]).items():
+        for split, file in _predictions(next(iter(places.values()))).items():
             groups[split] = table.groups(split, Predictions.read(file).paths)
     # What eval.py said about the sets.
-    said = [place.parent / SUMMARY for place in places]
+    said = [place.parent / SUMMARY for place in places.values()]
     notes = [note for file in said if file.is_file() for note in read_json(file).get("notes", [])]
     if groups:
         notes = [note for note in notes if note != OVER_IMAGES]
-    return write_summary(plan.results(arm.key), arm.key, results, places, groups, notes)
+    folders = list(places.values())
+    return write_summary(plan.results(arm.key), arm.key, results, folders, groups, notes)
 
 
 def _predictions(place: Path) -> dict[str, Path]:

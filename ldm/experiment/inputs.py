@@ -40,11 +40,7 @@ class Split:
 
     @cached_property
     def counts(self) -> dict[str, int]:
-        """Tiles by class folder.
-
-        Raises:
-            UserError: There are no class folders, or one is empty.
-        """
+        """Tiles by class folder."""
         counts = {
             name: sum(len(folder.files) for folder in walk(self.root / name, is_image))
             for name in class_folders(self.root)

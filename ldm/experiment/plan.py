@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ from ldm.cli import existing_path, nearest
 from ldm.errors import UserError
 from ldm.experiment.inputs import Checkpoints, Split
 from ldm.experiment.jobs import ROOT, Job, arguments, needed_by, show_path
-from ldm.experiment.settings import Cells, Generator, Model, Settings, as_list
+from ldm.experiment.settings import Cells, Generator, Model, Options, Settings, as_list
 
 REAL = "real"  # key of the row without synthetic tiles
+PSEUDO = "pseudo"  # kind of rows with real tiles that a judge labelled
 TILES = "tiles"  # job that makes procedural ones
+PLACE = re.compile(r"\{(\w+)\}")
 VARIABLE = re.compile(r"\$\{oc\.env:\s*(\w+)")
 DATA_VARIABLE = "HISTO_DATA"
 
@@ -32,9 +34,12 @@ class Arm:
 
     Attributes:
         folders: Training folder (below OUT/data) of each seed.
+        places: Folder of each seed's results.
         jobs: The job of each seed that trains and evaluates; baselines of colours have seed 0 only.
         other_jobs: Further jobs whose results stand in the row.
         wanted: Synthetic tiles, all classes together.
+        generator: Its pool, of the first draw of labels where there are several.
+        first: Key of the row's part that belongs to the first of several draws.
     """
 
     key: str
@@ -42,10 +47,12 @@ class Arm:
     kind: str
     factors: dict[str, str | int] = field(default_factory=dict)
     folders: dict[int, str] = field(default_factory=dict)
+    places: dict[int, Path] = field(default_factory=dict)
     jobs: dict[int, str] = field(default_factory=dict)
     other_jobs: list[str] = field(default_factory=list)
     wanted: int | None = None
     generator: str | None = None
+    first: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,15 +69,25 @@ class Needs:
 NOTHING = Needs()
 
 
+@dataclass(frozen=True)
+class Draw:
+    """A draw of labelled tiles; the seed is that of the networks, too."""
+
+    per_class: int
+    seed: int
+
+    @property
+    def part(self) -> str:
+        """End of the names of all that belongs to this draw."""
+        return f"@{self.per_class}-{self.seed}"
+
+
 class Plan:
     """Rows and jobs of an experiment.
 
     Attributes:
         rows: In the order of the table.
         other_jobs: Names of the jobs that no row needs.
-
-    Raises:
-        UserError: Tiles, checkpoints or options that are missing or wrong.
     """
 
     def __init__(self, settings: Settings):
@@ -82,7 +99,10 @@ class Plan:
         self.rows: list[Arm] = []
         self.other_jobs: list[str] = []
         self._jobs: dict[str, Job] = {}
-        names = (settings.data.unlabelled, settings.data.labelled, "val", "test")
+        self._draw: Draw | None = None  # the one that is planned
+        names = [settings.data.unlabelled, "val", "test"]
+        if settings.draws is None:
+            names.insert(1, settings.data.labelled)
         self._splits = {name: Split(self.root / name) for name in names}
         self._check_out()
         self._check_inputs()
@@ -92,6 +112,28 @@ class Plan:
     def jobs(self) -> list[Job]:
         """All jobs, each after those that it needs."""
         return list(self._jobs.values())
+
+    # Draws of labels
+
+    @property
+    def _part(self) -> str:
+        return self._draw.part if self._draw else ""
+
+    @property
+    def _labelled(self) -> str:
+        """Folder of the labelled tiles, below `data`."""
+        return f"labels{self._part}" if self._draw else self.settings.data.labelled
+
+    @property
+    def _seeds(self) -> list[int]:
+        """Seeds of the networks of an arm."""
+        return [self._draw.seed] if self._draw else self.settings.evaluation.seeds
+
+    def _depends_on_labels(self, name: str) -> bool:
+        """Whether a model is trained anew for every draw of labels."""
+        model = self.settings.models[name]
+        others = model.needs.values()
+        return model.classifier is not None or any(self._depends_on_labels(one) for one in others)
 
     # Places
 
@@ -120,20 +162,21 @@ class Plan:
         model = self.settings.models[name]
         if model.run is not None:
             return Path(model.run).expanduser().absolute()
-        return self.out / "models" / name / "checkpoints" / f"{model.checkpoint}.ckpt"
+        folder = self.out / "models" / self._model_name(name)
+        return folder / "checkpoints" / f"{model.checkpoint}.ckpt"
+
+    def _model_name(self, name: str) -> str:
+        """Name of the run of a model that is trained here."""
+        return name + self._part if self._draw and self._depends_on_labels(name) else name
 
     def select_rows(self, patterns: Sequence[str]) -> list[Arm]:
-        """The rows whose key fits a pattern such as `*-centroid-100`; all without patterns.
-
-        Raises:
-            UserError: A pattern fits none.
-        """
+        """The rows whose key fits a pattern such as `*-centroid-100`; all without patterns."""
         if not patterns:
             return self.rows
         keys = [row.key for row in self.rows]
         for pattern in patterns:
             if not fnmatch.filter(keys, pattern):
-                raise UserError(f"--only {pattern}: fits no row{nearest(pattern, keys)}")
+                raise UserError(f"`only` {pattern}: fits no row{nearest(pattern, keys)}")
         return [row for row in self.rows if any(fnmatch.fnmatch(row.key, p) for p in patterns)]
 
     def jobs_of(self, rows: Sequence[Arm]) -> list[Job]:
@@ -167,11 +210,7 @@ class Plan:
             raise UserError(f"out {out} lies in data.root {self.root}; give a folder outside")
 
     def _check_inputs(self) -> None:
-        """Check that everything from elsewhere is there.
-
-        Raises:
-            UserError: Something is missing; all that is missing, in one line.
-        """
+        """Check that everything from elsewhere is there."""
         settings, data = self.settings, self.settings.data
         checks: list[tuple] = [(self._check_tiles,)]  # a function and its arguments
         if data.groups is not None:
@@ -211,20 +250,26 @@ class Plan:
         data, splits = self.settings.data, self._splits
         if splits[data.unlabelled].is_empty:
             raise UserError(f"{splits[data.unlabelled].root} has no tiles; add some")
-        known = splits[data.labelled].counts
+        labelled = data.labelled if data.labelled in splits else data.unlabelled
+        known = splits[labelled].counts
         for split in (splits["val"], splits["test"]):
             if list(split.counts) != list(known):
                 differ = ", ".join(sorted(set(split.counts) ^ set(known)))
                 raise UserError(
-                    f"{split.root} has other classes than {data.labelled} ({differ}); the names"
+                    f"{split.root} has other classes than {labelled} ({differ}); the names"
                     " of their class folders must be equal"
                 )
 
     def _tiles(self, *splits: str) -> Needs:
         """What a job needs that reads these splits."""
+        drawn = NOTHING
+        if self._draw and self._labelled in splits:
+            drawn = Needs((f"subset-{self._labelled}",))
+            splits = tuple(name for name in splits if name != self._labelled)
         if self.settings.data.tiles is not None:
-            return Needs((TILES,))
-        return Needs(data=json.dumps({name: self._splits[name].identity for name in splits}))
+            return drawn + Needs((TILES,))
+        known = {name: self._splits[name].identity for name in splits}
+        return drawn + Needs(data=json.dumps(known) if known else "")
 
     def _folder(self, name: str, key: str) -> tuple[Path, Needs]:
         """A split by its name, or a folder from elsewhere, and what a job needs that reads it."""
@@ -235,12 +280,15 @@ class Plan:
 
     def _class_counts(self) -> dict[str, int]:
         """Labelled tiles by class; of procedural ones, which may not be there yet, as many."""
-        tiles = self.settings.data.tiles
-        if tiles is None:
-            return self._splits[self.settings.data.labelled].counts
-        from ldm.data.procedural import CLASSES
+        data, draw = self.settings.data, self._draw
+        if data.tiles is None:
+            counts = self._splits[data.unlabelled if draw else data.labelled].counts
+        else:
+            from ldm.data.procedural import CLASSES
 
-        return dict.fromkeys(tiles.get("classes") or CLASSES, int(tiles.get("train5", 6)))
+            names = data.tiles.get("classes") or CLASSES
+            counts = dict.fromkeys(names, int(data.tiles.get("train5", 6)))
+        return dict.fromkeys(counts, draw.per_class) if draw else counts
 
     def _wanted(self, ratio: int) -> dict[str, int]:
         """Synthetic tiles of a ratio, by class, rounded as scripts/distance.py does."""
@@ -278,17 +326,74 @@ class Plan:
             options = {"out": self.root, **settings.data.tiles}
             self._add(TILES, "procedural tiles", "scripts/make_tiles.py", options, (self.root,),
                       NOTHING, gpus=0, kind="tiles")  # fmt: skip
-        baselines = [self._baseline(kind) for kind in settings.baselines.kinds]
-        real = self._real_arm(None)
-        networks = [self._real_arm(name) for name in settings.baselines.networks]
-        synthetic = self._synthetic_arms()
-        ceiling = settings.baselines.ceiling
-        ceilings = [self._ceiling_arm(ratio) for ratio in (ceiling.ratios if ceiling else ())]
-        self.rows = [*baselines, real, *networks, *synthetic, *ceilings]
+        if settings.draws is None:
+            self.rows = self._arms()
+        else:
+            for number in settings.draws.per_class:
+                arms: dict[str, Arm] = {}
+                for seed in settings.evaluation.seeds:
+                    self._draw = Draw(number, seed)
+                    self._draw_labels()
+                    for arm in self._arms():
+                        _add_draw(arms, arm, self._draw)
+                self._draw = None
+                self.rows += arms.values()
         keys = [row.key for row in self.rows]
         twice = sorted({key for key in keys if keys.count(key) > 1})
         if twice:
             raise UserError(f"two rows are named {', '.join(twice)}; rename one of their parts")
+
+    def _arms(self) -> list[Arm]:
+        """All rows, of the draw that is planned."""
+        baselines = self.settings.baselines
+        ceiling = baselines.ceiling
+        return [
+            *(self._baseline(kind, kind) for kind in baselines.kinds),
+            *(self._probe(name) for name in baselines.probes),
+            self._real_arm(None),
+            *(self._real_arm(name) for name in baselines.networks),
+            *self._synthetic_arms(),
+            *(self._ceiling_arm(ratio) for ratio in (ceiling.ratios if ceiling else ())),
+        ]
+
+    def _draw_labels(self) -> None:
+        """Add the job that draws the labelled tiles."""
+        draw, unlabelled = self._draw, self.settings.data.unlabelled
+        out = self.data / self._labelled
+        options = {
+            "data": self.data / unlabelled,
+            "per_class": draw.per_class,
+            "seed": draw.seed,
+            "link": self.settings.link,
+            "out": out,
+            **self.settings.draws.options,
+        }
+        title = f"{draw.per_class} labelled tiles per class, draw {draw.seed}"
+        self._add(f"subset-{self._labelled}", title, "scripts/make_subset.py", options, (out,),
+                  self._tiles(unlabelled), kind="subset", gpus=0)  # fmt: skip
+
+    def _filled_options(self, options: Options) -> tuple[Options, Needs]:
+        """Options with `_filled` values; a folder of labelled tiles is needed, too."""
+        values, needs = self._filled(list(options.values()))
+        if any("{labelled}" in str(value) for value in options.values()):
+            needs += self._tiles(self._labelled)
+        return dict(zip(options, values, strict=True)), needs
+
+    def _filled(self, texts: Sequence[Any]) -> tuple[list[Any], Needs]:
+        """Texts with the places of models for {NAME}, and of the labelled tiles for {labelled}."""
+        used: set[str] = set()
+
+        def place(found: re.Match) -> str:
+            if found[1] == "labelled":
+                return show_path(self.data / self._labelled)
+            if found[1] not in self.settings.models:
+                known = [*self.settings.models, "labelled"]
+                raise UserError(f"{found[0]}: no such model{nearest(found[1], known)}")
+            used.add(found[1])
+            return show_path(self.model(found[1]))
+
+        filled = [PLACE.sub(place, one) if isinstance(one, str) else one for one in texts]
+        return filled, self._models(*sorted(used))
 
     def _models(self, *names: str) -> Needs:
         """What a job needs that uses these models: those trained here, digests of the others."""
@@ -305,9 +410,12 @@ class Plan:
     def _training(self, name: str, model: Model) -> str:
         data = self.settings.data
         given = {key: self.model(other) for key, other in model.needs.items()}
-        common = {"name": name, "logdir": self.out / "models"}
+        run = self._model_name(name)
+        common = {"name": run, "logdir": self.out / "models"}
         if model.config is not None:
             script, splits = "main.py", (data.unlabelled, data.labelled, "val")
+            if self.settings.draws is not None:  # it is the same for all draws
+                splits = (data.unlabelled, "val")
             files = tuple(self._config_file(path, name) for path in as_list(model.config))
             options = {"base": files, "t": True, **common, **model.arguments}
             environment = {DATA_VARIABLE: show_path(self.data), **model.env}
@@ -317,16 +425,19 @@ class Plan:
                     if variable in os.environ:  # its value decides the result, too
                         environment.setdefault(variable, os.environ[variable])
         else:
-            script, splits, files = "classifier_train.py", (data.labelled, "val"), ()
-            options = {"data_dir": self.data / data.labelled, "val_data_dir": self.data / "val"}
-            options |= {**given, **common, **(model.classifier or {})}
+            script, files = "classifier_train.py", ()
+            splits = (self._labelled, "val")
+            options = {"data_dir": self.data / self._labelled, "val_data_dir": self.data / "val"}
+            options |= {**given, **common}
+            options |= {"seed": self._draw.seed} if self._draw else {}
+            options |= model.classifier or {}
             environment = dict(model.env)
         return self._add(
-            f"train-{name}",
-            model.label or f"training of {name}",
+            f"train-{run}",
+            model.label or f"training of {run}",
             script,
             options,
-            (self.out / "models" / name,),
+            (self.out / "models" / run,),
             self._tiles(*splits) + self._models(*model.needs.values()),
             model.overrides,
             files=files,
@@ -352,23 +463,30 @@ class Plan:
             amount: dict[str, Any] = {"n_samples": next(iter(amounts.values()))}
         else:
             amount = {"counts": ",".join(f"{c}={n}" for c, n in amounts.items())}
+        further, needs = self._filled_options({**sampling.options, **generator.sampling})
+        pool = self.samples(name + self._part)
         options = {
             "resume": self.model(generator.diffusion),
             "classifier": generator.classifier and self.model(generator.classifier),
             "first_stage": generator.decoder and self.model(generator.decoder),
             **amount,
-            "outdir": self.samples(name),
-            **sampling.options,
-            **generator.sampling,
+            "outdir": pool,
+            **({"seed": self._draw.seed} if self._draw else {}),
+            **further,
         }
         models = filter(None, (generator.diffusion, generator.classifier, generator.decoder))
-        title, output = f"sampling by {generator.label or name}", (self.samples(name),)
-        return self._add(f"sample-{name}", title, "sample_diffusion.py", options, output,
-                         self._models(*models), kind="sample", gpus=sampling.gpus)  # fmt: skip
+        title = f"sampling by {generator.label or name}"
+        return self._add(f"sample-{name}{self._part}", title, "sample_diffusion.py", options,
+                         (pool,), self._models(*models) + needs, kind="sample",
+                         gpus=sampling.gpus)  # fmt: skip
 
     def _judge(self) -> tuple[dict[str, Any], Needs]:
-        """The judge as an option (`weights` or `model`), and what a job needs that uses it."""
+        """The judge as an option (`weights`, `model` or `features`), and what a job needs that uses
+        it; of several networks the first."""
         judge = self.settings.judge
+        if judge.features:
+            texts, needs = self._filled(judge.features)
+            return {"features": texts[0]}, needs
         if judge.run is not None:
             path = existing_path(judge.run, "judge.run").absolute()
             file = path / "checkpoints" / "best.ckpt" if path.is_dir() else path
@@ -376,35 +494,35 @@ class Plan:
             return {"weights": path}, Needs(data=self.checkpoints.digest(file))
         if judge.model is not None:
             return {"model": judge.model}, NOTHING
-        seed = self.settings.evaluation.seeds[0] if judge.seed is None else judge.seed
-        labelled = self.settings.data.labelled
+        seed = self._seeds[0] if judge.seed is None or self._draw else judge.seed
+        labelled = self._labelled
         key, label, overrides = self._network(judge.network)
         job = self._evaluation(key, label, labelled, seed, overrides)
-        return {"weights": self.results(key) / labelled / f"seed{seed}"}, Needs((job,))
+        return {"weights": self._jobs[job].output[0]}, Needs((job,))
 
     def _features(self, name: str, sample_job: str) -> str:
         """The job that makes the features of a generator's pool, by which its tiles are chosen."""
-        labelled = self.settings.data.labelled
+        labelled, pool = self._labelled, name + self._part
         judge, needs = self._judge()
         options = {
             "real": self.data / labelled,
-            "synthetic": self.samples(name),
-            "out": self.features(name),
+            "synthetic": self.samples(pool),
+            "out": self.features(pool),
             **judge,
             **self.settings.judge.options,
         }
         needs = self._tiles(labelled) + Needs((sample_job,)) + needs
-        title, output = f"features and UMAP of {name}", (self.features(name),)
-        return self._add(f"features-{name}", title, "scripts/vis.py", options, output, needs,
+        title, output = f"features and UMAP of {pool}", (self.features(pool),)
+        return self._add(f"features-{pool}", title, "scripts/vis.py", options, output, needs,
                          kind="features")  # fmt: skip
 
     def _selection(self, arm: Arm, folder: str, selection: str, ratio: int, seed: int) -> Needs:
         """What a job needs that uses the training folder of an arm; adds the job that makes it."""
-        labelled, strategy = self.settings.data.labelled, self.settings.selection[selection]
+        labelled, strategy = self._labelled, self.settings.selection[selection]
+        candidates, needs = self._candidates(arm)
         options: dict[str, Any] = {
             "real": self.data / labelled,
-            "synthetic": self.samples(arm.generator),
-            "features": self.features(arm.generator),
+            **candidates,
             "ratio": ratio,
             "strategy": strategy.strategy,
             "link": self.settings.link,
@@ -414,15 +532,39 @@ class Plan:
         if strategy.strategy == "random":
             options["seed"] = seed
         if strategy.sheets and strategy.strategy != "random":
-            output.append(self.out / "sheets" / arm.key)
+            output.append(self.out / "sheets" / folder)
             options["sheets"] = output[-1]
         else:
             options["no-sheets"] = True
-        needs = self._tiles(labelled) + Needs((f"features-{arm.generator}",))
+        needs = self._tiles(labelled) + needs
         title, options = f"selection of {folder}", {**options, **strategy.options}
+        # Without a folder of scripts/vis.py the selection computes features itself.
         job = self._add(f"select-{folder}", title, "scripts/distance.py", options, tuple(output),
-                        needs, kind="select", gpus=0)  # fmt: skip
+                        needs, kind="select", gpus=int("cache" in candidates))  # fmt: skip
         return Needs((job,))
+
+    def _candidates(self, arm: Arm) -> tuple[Options, Needs]:
+        """The tiles that an arm chooses among, and their judge, as options of a selection."""
+        name = arm.generator.removesuffix(self._part)
+        unlabelled, judge = self.settings.generators[name].unlabelled, self.settings.judge
+        if unlabelled is None:
+            options: Options = {"synthetic": self.samples(arm.generator)}
+            needs = Needs((f"sample-{arm.generator}",))
+            if not judge.features:
+                features = self.features(arm.generator)
+                return {**options, "features": features}, Needs((f"features-{arm.generator}",))
+        else:
+            place, needs = self._folder(unlabelled, f"generators.{name}.unlabelled")
+            options = {"unlabelled": place}
+        if judge.features:
+            texts, models = self._filled(judge.features)
+        else:
+            named, models = self._judge()
+            texts = [f"timm:{named['model']}" if "model" in named else named["weights"]]
+        cache = self.out / "features" / "kept"
+        options |= {"features": texts, "val": self.data / "val", "cache": cache}
+        options |= judge.options if judge.features else {}
+        return options, needs + models + self._tiles("val")
 
     def _evaluation(
         self,
@@ -433,7 +575,7 @@ class Plan:
         overrides: dict[str, Any],
         needs: Needs = NOTHING,
     ) -> str:
-        evaluation, data = self.settings.evaluation, self.settings.data
+        evaluation = self.settings.evaluation
         options = {
             "data_path": self.data,
             "output_dir": folder,
@@ -447,7 +589,7 @@ class Plan:
             "eval.py",
             options,
             (self.results(key) / folder / f"seed{seed}",),
-            self._tiles(data.labelled, "val", "test") + needs,
+            self._tiles(self._labelled, "val", "test") + needs,
             ("--seed", str(seed)),
             kind="eval",
             gpus=evaluation.gpus,
@@ -464,38 +606,56 @@ class Plan:
         overrides: dict[str, Any] | None = None,
     ) -> None:
         """Add a network for each seed (of the evaluation, if omitted), trained on a folder."""
-        for seed in seeds or self.settings.evaluation.seeds:
+        for seed in seeds or self._seeds:
             arm.folders[seed] = folder
-            arm.jobs[seed] = self._evaluation(
-                arm.key, arm.label, folder, seed, overrides or {}, needs
-            )
+            job = self._evaluation(arm.key, arm.label, folder, seed, overrides or {}, needs)
+            arm.jobs[seed], arm.places[seed] = job, self._jobs[job].output[0]
 
-    def _baseline(self, kind: str) -> Arm:
-        data, results = self.settings.data, self.results(kind)
-        arm = Arm(kind, kind.replace("_", " "), "baseline", folders={0: data.labelled})
+    def _baseline(
+        self,
+        key: str,
+        kind: str,
+        label: str | None = None,
+        options: Options | None = None,
+        needs: Needs = NOTHING,
+    ) -> Arm:
+        """A classifier that scripts/baselines.py fits; nothing in it is random but the labels."""
+        seed, labelled, results = self._seeds[0] if self._draw else 0, self._labelled, self.out
+        results = results / "eval" if key == kind else results / "eval" / key
+        arm = Arm(key + self._part, label or kind.replace("_", " "), "baseline")
+        arm.folders[seed], output = labelled, results / kind
+        if self._draw or key != kind:
+            output /= labelled
         options = {
             "data_path": self.data,
-            "output_dir": data.labelled,
+            "output_dir": labelled,
             "kind": kind,
-            "logdir": results.parent,
-            **self.settings.baselines.options.get(kind, {}),
+            "logdir": results,
+            **(self.settings.baselines.options.get(kind, {}) if options is None else options),
         }
-        needs = self._tiles(data.labelled, "val", "test")
-        arm.jobs[0] = self._add(f"baseline-{kind}", arm.label, "scripts/baselines.py", options,
-                                (results,), needs, kind="baseline")  # fmt: skip
+        needs += self._tiles(labelled, "val", "test")
+        arm.places[seed] = results / kind / labelled / "seed0"
+        arm.jobs[seed] = self._add(f"baseline-{arm.key}", arm.label, "scripts/baselines.py",
+                                   options, (output,), needs, kind="baseline")  # fmt: skip
         return arm
+
+    def _probe(self, name: str) -> Arm:
+        probe = self.settings.baselines.probes[name]
+        options, needs = self._filled_options(probe.arguments)
+        kind = options.pop("kind", "linear_probe")
+        return self._baseline(name, kind, probe.label or name, options, needs)
 
     def _network(self, name: str | None) -> tuple[str, str, dict[str, Any]]:
         """Key, label and options of a network on the labelled tiles; None: that of all arms."""
         if name is None:
-            return REAL, "real only", {}
+            return REAL + self._part, "real only", {}
         network = self.settings.baselines.networks[name]
-        return name, network.label or name, network.arguments
+        return name + self._part, network.label or name, network.arguments
 
     def _real_arm(self, name: str | None) -> Arm:
         key, label, overrides = self._network(name)
         arm = Arm(key, label, REAL if name is None else "baseline")
-        self._add_seeds(arm, self.settings.data.labelled, overrides=overrides)
+        self._add_seeds(arm, self._labelled, overrides=overrides)
         return arm
 
     def combinations(self) -> list[tuple[str, str, int]]:
@@ -516,17 +676,20 @@ class Plan:
         return list(dict.fromkeys([*found, *(cell for one in grid.also for cell in cells(one))]))
 
     def _synthetic_arms(self) -> list[Arm]:
-        arms, combinations = [], self.combinations()
-        for name, generator in self.settings.generators.items():
+        arms, combinations, settings = [], self.combinations(), self.settings
+        for name, generator in settings.generators.items():
             mine = [cell for cell in combinations if cell[0] == name]
             if not mine and generator.amount is None:
                 continue
-            sample_job = self._sampling(name, max((ratio for *_, ratio in mine), default=0))
-            if not mine:
-                self.other_jobs.append(sample_job)
-                continue
-            self._features(name, sample_job)
-            copy_jobs = self._copy_check(name, sample_job)
+            copy_jobs: list[str] = []
+            if generator.unlabelled is None:
+                sample_job = self._sampling(name, max((ratio for *_, ratio in mine), default=0))
+                if not mine:
+                    self.other_jobs.append(sample_job)
+                    continue
+                if not settings.judge.features:
+                    self._features(name, sample_job)
+                copy_jobs = self._copy_check(name, sample_job)
             for _, selection, ratio in mine:
                 arm = self._synthetic_arm(name, generator, selection, ratio)
                 arm.other_jobs += copy_jobs
@@ -534,27 +697,32 @@ class Plan:
         return arms
 
     def _synthetic_arm(self, name: str, generator: Generator, selection: str, ratio: int) -> Arm:
-        settings, key = self.settings, f"{name}-{selection}-{ratio}"
+        settings, key = self.settings, f"{name}-{selection}-{ratio}{self._part}"
+        pseudo = generator.unlabelled is not None
+        guidance = _guidance({**settings.sampling.options, **generator.sampling}, generator)
+        made = {"decoder": generator.decoder or "own", "guidance": guidance}
         factors = {
             "generator": name,
-            "decoder": generator.decoder or "own",
-            "guidance": _guidance({**settings.sampling.options, **generator.sampling}, generator),
+            **({} if pseudo else made),
             **{k: v if isinstance(v, int) else str(v) for k, v in generator.factors.items()},
             "selection": selection,
             "ratio": ratio,
         }
         label = f"{generator.label or name}, {selection} {ratio}%"
-        arm = Arm(key, label, "synthetic", factors, generator=name)
+        kind = PSEUDO if pseudo else "synthetic"
+        arm = Arm(key, label, kind, factors, generator=name + self._part)
         arm.wanted = sum(self._wanted(ratio).values())
         if not arm.wanted:
             raise UserError(f"ratio {ratio}: less than one tile per class; raise it")
-        if settings.selection[selection].redraw:
+        if settings.selection[selection].redraw and not self._draw:
             for seed in settings.evaluation.seeds:
                 needs = self._selection(arm, f"{key}@{seed}", selection, ratio, seed)
                 self._add_seeds(arm, f"{key}@{seed}", needs, [seed])
         else:
-            self._add_seeds(arm, key, self._selection(arm, key, selection, ratio, 0))
-        self._add_fidelity(arm)
+            seed = self._draw.seed if self._draw else 0
+            self._add_seeds(arm, key, self._selection(arm, key, selection, ratio, seed))
+        if not pseudo:
+            self._add_fidelity(arm)
         return arm
 
     def _add_fidelity(self, arm: Arm) -> None:
@@ -569,7 +737,8 @@ class Plan:
         if fidelity.judge:
             judge, judged = self._judge()
             model = judge.get("model")
-            options |= {"extractor": f"timm:{model}"} if model else judge
+            named = f"timm:{model}" if model else judge.get("features")
+            options |= {"extractor": named} if named else judge
             needs += judged
         title = f"fidelity of {arm.key}"
         job = self._add(f"fidelity-{arm.key}", title, "scripts/fidelity.py", options, (output,),
@@ -583,39 +752,59 @@ class Plan:
             return []
         holdout, needs = self._folder(copies.holdout, "copies.holdout")
         needs += Needs((sample_job,)) + self._tiles(data.unlabelled)
+        pool = name + self._part
         options = {
-            "synthetic": self.samples(name),
+            "synthetic": self.samples(pool),
             "train": self.data / data.unlabelled,
             "holdout": holdout,
-            "out": self.copies(name),
+            "out": self.copies(pool),
             **copies.options,
         }
         if copies.judge:
             judge, judged = self._judge()
             options |= judge
             needs += judged
-        title, output = f"copy check of {name}", (self.copies(name),)
-        return [self._add(f"copies-{name}", title, "scripts/copy_check.py", options, output, needs,
+        title, output = f"copy check of {pool}", (self.copies(pool),)
+        return [self._add(f"copies-{pool}", title, "scripts/copy_check.py", options, output, needs,
                           kind="copies")]  # fmt: skip
 
     def _ceiling_arm(self, ratio: int) -> Arm:
         """Real tiles in place of synthetic ones."""
-        data, key = self.settings.data, f"ceiling-{ratio}"
+        unlabelled, key = self.settings.data.unlabelled, f"ceiling-{ratio}{self._part}"
         options = {
-            "data": self.data / data.unlabelled,
-            "include": self.data / data.labelled,
+            "data": self.data / unlabelled,
+            "include": self.data / self._labelled,
             "ratio": ratio,
             "link": self.settings.link,
             "out": self.data / key,
+            **({"seed": self._draw.seed} if self._draw else {}),
             **self.settings.baselines.ceiling.options,
         }
-        needs = self._tiles(data.unlabelled, data.labelled)
+        needs = self._tiles(unlabelled, self._labelled)
         job = self._add(f"subset-{key}", f"{ratio}% more real tiles", "scripts/make_subset.py",
                         options, (self.data / key,), needs, kind="subset", gpus=0)  # fmt: skip
         factors = {"selection": REAL, "ratio": ratio}
         arm = Arm(key, f"real tiles instead, {ratio}%", "ceiling", factors)
         self._add_seeds(arm, key, Needs((job,)))
         return arm
+
+
+def _add_draw(arms: dict[str, Arm], arm: Arm, draw: Draw) -> None:
+    """Add what a draw of labels makes of a row to that row, which is named by the first draw."""
+    key = f"{arm.key.removesuffix(draw.part)}@{draw.per_class}"
+    row = arms.setdefault(
+        key,
+        replace(
+            arm,
+            key=key,
+            label=f"{arm.label}, {draw.per_class} labels per class",
+            factors={**arm.factors, "labels": draw.per_class},
+            first=arm.key,
+        ),
+    )
+    for mine, its in ((row.folders, arm.folders), (row.places, arm.places), (row.jobs, arm.jobs)):
+        mine.update(its)
+    row.other_jobs += [job for job in arm.other_jobs if job not in row.other_jobs]
 
 
 def _guidance(options: dict[str, Any], generator: Generator) -> str:

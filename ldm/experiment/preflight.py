@@ -6,22 +6,18 @@ from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 
+from ldm.cli import parse
 from ldm.errors import UserError
 from ldm.experiment.jobs import ROOT, Job
 
 
 def check_commands(jobs: Sequence[Job]) -> None:
-    """Parse all command lines, as the commands will.
-
-    Raises:
-        UserError: Options that a command does not have, or values that it does not take; all
-            problems at once, each option once.
-    """
+    """Parse all command lines, as the commands will."""
     problems: dict[str, str] = {}
     for job in jobs:
         script, *words = job.command
         try:
-            _load(script).parse_arguments(words)
+            parse(_load(script).Options, words)
         except UserError as error:
             problems.setdefault(f"{script}: {error}", job.name)
     if problems:

@@ -29,7 +29,7 @@ from ldm.experiment.tables import (
     text_tables,
     word,
 )
-from ldm.files import write_csv, write_text
+from ldm.files import write_bytes, write_csv, write_text
 from ldm.report.grids import Tile, TileRow, thumbnail
 from ldm.report.page import Page, embeddable
 from ldm.report.plots import (
@@ -39,6 +39,7 @@ from ldm.report.plots import (
     Series,
     bounds,
     confusion_chart,
+    curves_picture,
     estimate_chart,
     series_chart,
 )
@@ -75,6 +76,7 @@ def write_results(
     first, *rest = text_tables(results)
     _arms(page, results)
     _table(page, first)
+    _label_curves(page, results, out)
     _curves(page, results)
     for one in rest:
         _table(page, one)
@@ -174,7 +176,29 @@ def _arms(page: Page, results: Results) -> None:
         )
 
 
+def _label_curves(page: Page, results: Results, out: Path) -> None:
+    """Every arm over the number of labels: OUT/labels_SPLIT.png."""
+    splits = [results.reported, *results.table.splits[-2::-1]] if results.by_labels else []
+    for split in splits:
+        series = []
+        for label, rows in results.by_labels.items():
+            stats = [(row.factors["labels"], results.stats(row, split)) for row in rows]
+            found = [(labels, *_accuracy(*one)) for labels, one in stats if one[0]]
+            if found:
+                series.append(_series(label, found))
+        if not series:
+            continue
+        path = out / f"labels_{split}.png"
+        title = f"Accuracy over labels per class, {split}"
+        write_bytes(path, curves_picture(title, series, "labels per class", "accuracy, %"))
+        page.heading(title)
+        caption = "Percent, mean and deviation over draws of labels, each with its own seed."
+        page.picture(embeddable(path), caption)
+
+
 def _curves(page: Page, results: Results) -> None:
+    if results.by_labels:  # the amount is not what differs
+        return
     for split in (results.reported, *results.table.splits[-2::-1]):
         charts = list(_curves_of(results, split))
         if charts:
@@ -321,11 +345,11 @@ def _samples(page: Page, results: Results) -> None:
         page.grid(rows, [label for label, _ in part], caption, SIDE)
 
 
-def first_tiles(folder: Path, count: int = TILES) -> list[Tile]:
+def first_tiles(folder: Path) -> list[Tile]:
     """The first tiles of a folder, small enough for a page."""
     if not folder.is_dir():
         return []
-    return [Tile(thumbnail(read_tile(path), SOURCE)) for path in list_images(folder)[:count]]
+    return [Tile(thumbnail(read_tile(path), SOURCE)) for path in list_images(folder)[:TILES]]
 
 
 def _labelled_folder(table: Table) -> Path | None:

@@ -18,8 +18,9 @@ class Row:
 
     key: str  # "in_domain-tuned-centroid-100"
     label: str  # for people
-    factors: dict[str, str | int]  # generator, decoder, guidance, selection, ratio; {} of baselines
-    kind: str  # "real", "synthetic", "baseline", "ceiling"
+    # generator, decoder, guidance, selection, ratio, labels (per class, where there are several)
+    factors: dict[str, str | int]
+    kind: str  # "real", "synthetic", "pseudo", "baseline", "ceiling"
     status: str  # "done", "partial", "failed", "missing"
     failures: list[str]  # one line per failed job
     images: int | None  # training images, all of them
@@ -49,3 +50,11 @@ class Table:
     paper: dict  # row key, or "selected - real" -> {metric: value}, as published
     umap: Path | None  # folder of scripts/vis.py
     record: dict  # versions, hardware, revision, seconds by job
+
+    def reference_of(self, row: Row) -> str:
+        """Key of the row that differences of a row are taken to: as many labels, nothing else."""
+        if "labels" not in row.factors:
+            return self.reference
+        labels = row.factors["labels"]
+        real = [one for one in self.rows if one.kind == "real"]
+        return next(one.key for one in real if one.factors["labels"] == labels)

@@ -17,9 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ldm.cli import existing_path, nearest
+from ldm.cli import MOST, Count, Positive, Seed, Whole, existing_path, nearest
 from ldm.config import read_yaml, resolve
-from ldm.errors import UserError
+from ldm.errors import Problems, UserError
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.]*(?:[-+][A-Za-z0-9_.]+)*")  # of folders and jobs
 RESERVED = ("train", "val", "test", "real")
@@ -27,7 +27,9 @@ RESERVED = ("train", "val", "test", "real")
 UNION_PARTS = ("constrained-int", "list[constrained-int]")
 
 Options = dict[str, Any]  # of an entry point: names without dashes
-Ratio = Annotated[int, Field(ge=1, strict=True)]  # synthetic tiles in percent of the labelled ones
+Ratio = Annotated[
+    int, Field(ge=1, le=MOST, strict=True)
+]  # synthetic tiles in percent of the labelled ones
 
 
 class Section(BaseModel):
@@ -63,38 +65,52 @@ class Model(Section):
     needs: dict[str, str] = {}
     checkpoint: Literal["last", "best"] = "last"  # which one of a model trained here is used
     label: str | None = None  # what its training does, for people
-    gpus: int = 1
+    gpus: Whole = 1
+
+
+class Draws(Section):
+    """Labelled tiles drawn anew for every seed of the evaluation, in several numbers.
+
+    Models of kind `classifier`, pools, selections, baselines and ceilings are made for each draw.
+    """
+
+    per_class: list[Annotated[int, Field(ge=1, strict=True)]]
+    options: Options = {}  # of scripts/make_subset.py, such as group_csv
 
 
 class Generator(Section):
-    """What makes a pool of synthetic tiles; the names are those of `models`."""
+    """What makes a pool of synthetic tiles; the names are those of `models`.
 
-    diffusion: str
+    Or real tiles that the judge labels: `unlabelled`, a folder of `data` or a path.
+    """
+
+    diffusion: str | None = None
+    unlabelled: str | None = None
     classifier: str | None = None  # that guides
     decoder: str | None = None  # fine-tuned; its own without
     label: str | None = None  # for people; the name if omitted
-    amount: int | None = (
-        None  # tiles per class, also where no arm uses them; else as many as needed
-    )
+    # Tiles per class, also where no arm uses them; else as many as needed.
+    amount: Count | None = None
     factors: Options = {}  # columns of the table
     sampling: Options = {}  # over those of the section `sampling`
 
 
 class Sampling(Section):
-    per_wanted: float = Field(2.0, ge=1)  # tiles made for one that the largest ratio wants
+    per_wanted: float = Field(2.0, ge=1, le=1000)  # tiles made for one that the largest ratio wants
     options: Options = {}  # of sample_diffusion.py
-    gpus: int = 1
+    gpus: Whole = 1
 
 
 class Judge(Section):
-    """Whose features choose: the classifier of a seed on the labelled tiles, a run of eval.py, or a
-    timm network."""
+    """Whose features choose: the classifier of a seed on the labelled tiles, a run of eval.py, a
+    timm network, or whatever scripts/distance.py takes ({NAME} stands for a model's checkpoint)."""
 
-    seed: int | None = None
+    seed: Seed | None = None
     network: str | None = None  # that classifier: one of `baselines.networks`, not the arms' own
     run: str | None = None
     model: str | None = None
-    options: Options = {}  # of scripts/vis.py
+    features: list[str] = []  # that judge together, such as diffusion:{flow}@400
+    options: Options = {}  # of scripts/vis.py; with `features` of scripts/distance.py
 
 
 class Strategy(Section):
@@ -125,13 +141,14 @@ class Grid(Section):
 
 
 class Evaluation(Section):
-    seeds: list[int]
+    seeds: list[Seed]
     arguments: Options = {}  # of eval.py
-    gpus: int = 1
+    gpus: Whole = 1
 
 
 class Network(Section):
-    """A further network on the labelled tiles alone: options of eval.py over those of the arms."""
+    """A further classifier on the labelled tiles alone: options of eval.py over those of the arms,
+    or of scripts/baselines.py."""
 
     label: str | None = None
     arguments: Options = {}
@@ -148,6 +165,7 @@ class Baselines(Section):
     kinds: list[str] = []  # of scripts/baselines.py
     options: dict[str, Options] = {}  # by kind
     networks: dict[str, Network] = {}
+    probes: dict[str, Network] = {}  # of features: {NAME} is a model's checkpoint
     ceiling: Ceiling | None = None
 
 
@@ -172,11 +190,11 @@ class Slurm(Section):
 
     cluster: Literal["slurm", "local"] = "slurm"  # local: processes of this machine, to try it out
     partition: str | None = None
-    hours: float = 24.0  # time limit of a job; one that needs longer is requeued and goes on
-    cpus: int = 8
-    memory_gb: float | None = None
+    hours: Positive = 24.0  # time limit of a job; one that needs longer is requeued and goes on
+    cpus: Count = 8
+    memory_gb: Positive | None = None
     gpus: bool = True  # False on a cluster without any
-    parallel: int = 16  # jobs in the queue at once
+    parallel: Count = 16  # jobs in the queue at once
     parameters: Options = {}  # further ones, such as slurm_account
 
 
@@ -189,6 +207,7 @@ class Settings(Section):
     paper: str | None = None  # YAML with the numbers of the paper
     vars: Options = {}  # for interpolation only
     data: Data
+    draws: Draws | None = None  # in place of data.labelled
     models: dict[str, Model] = {}
     generators: dict[str, Generator] = {}
     sampling: Sampling = Sampling()
@@ -209,14 +228,11 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
 
     Args:
         overrides: `section.key=value`.
-
-    Raises:
-        UserError: The file is missing, or something in it is wrong; all problems in one line.
     """
-    config = read_yaml(existing_path(path, "--config", "file"))
+    config = read_yaml(existing_path(path, "config", "file"))
     for word in overrides:
         config = with_override(config, word)
-    return check_settings(resolve(config), f"--config {path}")
+    return check_settings(resolve(config), f"`config` {path}")
 
 
 def with_override(config: DictConfig, word: str) -> DictConfig:
@@ -224,9 +240,6 @@ def with_override(config: DictConfig, word: str) -> DictConfig:
 
     Args:
         word: `section.key=value`.
-
-    Raises:
-        UserError: The word has another form, or does not fit the configuration.
     """
     key, equals, _ = word.partition("=")
     if not equals or key.startswith("-"):
@@ -244,7 +257,7 @@ def check_settings(raw: Mapping[str, Any], source: str) -> Settings:
         source: Where they come from, for messages.
 
     Raises:
-        UserError: Something is wrong; all problems in one line.
+        Problems: All that is wrong.
     """
     try:
         settings = Settings.model_validate(raw)
@@ -253,7 +266,7 @@ def check_settings(raw: Mapping[str, Any], source: str) -> Settings:
     else:
         problems = [*_bad_names(settings), *_unknown_names(settings), *_contradictions(settings)]
     if problems:
-        raise UserError(f"{source}: {'; '.join(problems)}")
+        raise Problems(dict.fromkeys(problems, ""), source)
     return settings
 
 
@@ -291,6 +304,7 @@ def _bad_names(settings: Settings) -> Iterable[str]:
         "generators": settings.generators,
         "selection": settings.selection,
         "baselines.networks": baselines.networks,
+        "baselines.probes": baselines.probes,
         "baselines.kinds": baselines.kinds,
         "name": [settings.name],
     }
@@ -298,7 +312,7 @@ def _bad_names(settings: Settings) -> Iterable[str]:
         for name in names:
             if not NAME.fullmatch(name):
                 yield f"{section}: {name!r} must be letters, digits, _ . - and +"
-    keys = [*baselines.kinds, *baselines.networks]
+    keys = [*baselines.kinds, *baselines.networks, *baselines.probes]
     for name in keys:
         if keys.count(name) > 1 or name in (*RESERVED, settings.data.labelled):
             yield f"baselines: the name {name} is taken; choose another"
@@ -354,10 +368,14 @@ def _contradictions(settings: Settings) -> Iterable[str]:
     for name, strategy in settings.selection.items():
         if strategy.redraw and strategy.strategy != "random":
             yield f"selection.{name}.redraw belongs to strategy random; remove it"
+    for name, generator in settings.generators.items():
+        if (generator.diffusion is None) == (generator.unlabelled is None):
+            yield f"generators.{name} must have either diffusion or unlabelled"
     judge = settings.judge
-    judged = [k for k in ("seed", "network", "run", "model") if getattr(judge, k) is not None]
+    keys = ("seed", "network", "run", "model", "features")
+    judged = [key for key in keys if getattr(judge, key) not in (None, [])]
     if len(judged) > 1 and judged != ["seed", "network"]:
-        yield f"judge must have one of seed, run and model, not {', '.join(judged)}"
+        yield f"judge must have one of seed, run, model and features, not {', '.join(judged)}"
     seeds = settings.evaluation.seeds
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         yield "evaluation.seeds must be different whole numbers from 0, such as [0, 1, 2]"

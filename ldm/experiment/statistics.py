@@ -91,7 +91,8 @@ class Difference:
     """Arm minus reference. Fractions, not percent; None where unknown or not claimed.
 
     Attributes:
-        family: "reference", or "random" for a selection against random choice from the same pool.
+        family: "reference", or of a selection "random" (against random choice from the same pool)
+            or "pseudo" (against real tiles that the judge labelled, in the same amount).
         row, reference: Keys of the two rows.
         mean: Over the seeds that both have.
         low, high: Interval at `LEVEL`.
@@ -117,15 +118,16 @@ class Difference:
 
 
 def differences(table: Table, resamples: int = RESAMPLES, seed: int = 0) -> list[Difference]:
-    """All differences of a table: to its reference, and selected to random; by split and metric.
+    """All differences of a table, by family (see `Difference`), split and metric.
 
     A pair that cannot be compared has no numbers and says why in `note`.
     """
     rows = {row.key: row for row in table.rows}
-    pairs = [("reference", row.key, table.reference) for row in table.rows]
-    pairs = [pair for pair in pairs if pair[1] != table.reference]
+    pairs = [("reference", row.key, table.reference_of(row)) for row in table.rows]
+    pairs = [pair for pair in pairs if pair[1] != pair[2]]
     controls = control_names(table)
     pairs += [("random", *pair) for pair in random_pairs(table.rows, controls)]
+    pairs += [("pseudo", *pair) for pair in pseudo_pairs(table.rows, controls)]
     found = []
     for split in table.splits:
         arms: dict[str, Arm | str] = {}
@@ -159,13 +161,26 @@ def random_pairs(rows: Sequence[Row], controls: Collection[str] = (RANDOM,)) -> 
     ]
 
 
-def read_arm(row: Row, split: str) -> Arm:
-    """The predictions of all seeds of a row.
+def pseudo_pairs(rows: Sequence[Row], controls: Collection[str] = (RANDOM,)) -> list[tuple]:
+    """Keys of (selected, pseudo-labelled) rows with as many labels and as many tiles beside them.
 
-    Raises:
-        UserError: No predictions of this split exist, those of two seeds are of different images,
-            or their accuracy is not the one in summary.json.
+    Of several selections of pseudo-labelled tiles it is the first.
     """
+
+    def amount(row: Row) -> tuple:
+        return row.factors.get("labels"), row.factors.get("ratio")
+
+    chosen = [row for row in rows if row.factors.get("selection") not in controls]
+    pseudo = {amount(row): row.key for row in reversed(chosen) if row.kind == "pseudo"}
+    return [
+        (row.key, pseudo[amount(row)])
+        for row in chosen
+        if row.kind == "synthetic" and amount(row) in pseudo
+    ]
+
+
+def read_arm(row: Row, split: str) -> Arm:
+    """The predictions of all seeds of a row."""
     files = {seed: of[split] for seed, of in sorted(row.predictions.items()) if split in of}
     if not files:
         raise UserError(f"no predictions of {split}")

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from ldm.evaluation.metrics import HEADLINE, mean_and_std
+from ldm.evaluation.metrics import HEADLINE, OF_PROBABILITIES, mean_and_std
 from ldm.experiment.results import PUBLISHED_GAIN, Row, Table
 from ldm.experiment.statistics import (
     FEWEST_SEEDS,
@@ -17,6 +17,7 @@ from ldm.experiment.statistics import (
     Difference,
     control_names,
     differences,
+    pseudo_pairs,
     random_pairs,
     stars,
 )
@@ -25,7 +26,8 @@ from ldm.report.tables import MINUS, TextTable, escape_markdown, to_markdown
 WORDS = {"macro_f1": "macro F1"}
 STATUS = {"failed": "failed", "missing": "not run"}
 LONGEST = 90  # characters of a reason within a cell
-CALIBRATION = "calibration_error"
+# Of columns of the CSV, by family of differences.
+PREFIXES = {"reference": "delta", "random": "against_random", "pseudo": "against_pseudo"}
 
 
 def word(metric: str) -> str:
@@ -113,18 +115,33 @@ class Results:
 
     @cached_property
     def best(self) -> Row | None:
-        """The selected arm with the best accuracy on val, which test has no part in."""
+        """The selected arm that gains most accuracy on val, which test has no part in."""
         split = self.table.splits[0]
-        found = [
-            (value, row)
-            for row in self.table.rows
-            if self.is_selected(row) and (value := self.mean(row, split, "accuracy")) is not None
-        ]
+        found = []
+        for row in self.table.rows:
+            value, real = self.mean(row, split, "accuracy"), self.reference_of(row)
+            if self.is_selected(row) and value is not None:
+                without = real and self.mean(real, split, "accuracy")
+                found.append((value - (without or 0.0), row))
         return max(found, key=lambda one: one[0])[1] if found else None
+
+    def reference_of(self, row: Row) -> Row | None:
+        """The row that differences of a row are taken to."""
+        return self.rows.get(self.table.reference_of(row))
+
+    @cached_property
+    def by_labels(self) -> dict[str, list[Row]]:
+        """Rows over the number of labels per class, by what they are; {} where there is one."""
+        found: dict[str, list[Row]] = {}
+        for row in self.table.rows:
+            if "labels" in row.factors:
+                found.setdefault(row.label.rsplit(",", 1)[0], []).append(row)
+        return found
 
     @property
     def reference(self) -> Row | None:
-        return self.rows.get(self.table.reference)
+        """Real tiles only, with as many labels as the best arm."""
+        return self.reference_of(self.best) if self.best else self.rows.get(self.table.reference)
 
     def updates(self) -> str:
         """Whether the networks were trained equally long, in words."""
@@ -231,7 +248,7 @@ def tiles_cell(row: Row) -> str:
     """`300 + 141 (of 150)`: real and synthetic tiles, and how many were asked for."""
     if row.images is None:
         return ""
-    if row.kind != "synthetic":
+    if row.kind not in ("synthetic", "pseudo"):
         return f"{row.images:,}"
     synthetic = row.synthetic or 0
     text = f"{row.images - synthetic:,} + {synthetic:,}"
@@ -277,7 +294,8 @@ def copies_numbers(row: Row) -> dict[str, Any]:
 def text_tables(results: Results) -> list[TextTable]:
     """All tables, the split that counts first."""
     splits = [results.reported, *results.table.splits[-2::-1]]
-    further = (random_table(results, splits[0]), fidelity_table(results))
+    controls = (control_table(results, splits[0], family) for family in ("random", "pseudo"))
+    further = (*controls, fidelity_table(results))
     arms = [arms_table(results, split) for split in splits]
     return arms + [table for table in further if table.rows]
 
@@ -344,7 +362,11 @@ def arms_caption(results: Results, split: str) -> list[str]:
     lines = [f"In percent, mean ± deviation over seeds, on {images}.{chosen}"]
     of_split = [d for d in results.differences if d.split == split and d.p is not None]
     tests = [d for d in of_split if (d.family, d.metric) == ("reference", METRICS[0])]
-    delta = f"Δ: percent points to “{real.label if real else table.reference}”, paired by seed"
+    to = f"“{real.label if real else table.reference}”"
+    if results.by_labels:
+        to = "real tiles only with as many labels"
+        lines.append("Every seed has its own draw of labels, so that “seeds” counts draws too.")
+    delta = f"Δ: percent points to {to}, paired by seed"
     if tests:
         unit = (
             f"{tests[0].groups} groups (patients, slides)"
@@ -371,25 +393,38 @@ def arms_caption(results: Results, split: str) -> list[str]:
     return lines + refused
 
 
-def random_table(results: Results, split: str) -> TextTable:
-    """Selected arms against random choice from the same pool, in the same amount."""
+CONTROLS = {  # by family of differences: how to find pairs, a title, and the question
+    "random": (
+        random_pairs,
+        "Selected against random",
+        "Is the selection worth anything? Percent points to random choice from the same pool and in"
+        " the same amount",
+    ),
+    "pseudo": (
+        pseudo_pairs,
+        "Selected against pseudo-labelled real tiles",
+        "Are synthetic tiles worth more than real ones that the same judge labelled? Percent points"
+        " to the same number of these",
+    ),
+}
+
+
+def control_table(results: Results, split: str, family: str) -> TextTable:
+    """Selected arms against one of `CONTROLS`."""
+    pairs, title, question = CONTROLS[family]
     heads = ["selected", "against", *(f"Δ {word(metric)}" for metric in METRICS), "p (accuracy)"]
     rows = []
-    for key, control in random_pairs(results.table.rows, results.controls):
+    for key, control in pairs(results.table.rows, results.controls):
         row, other = results.rows[key], results.rows[control]
-        found = [results.difference(row, split, metric, "random") for metric in METRICS]
+        found = [results.difference(row, split, metric, family) for metric in METRICS]
         cells = [difference_cell(one) for one in found]
         if found[0] is not None and found[0].mean is None:
             cells[0] = shortened(found[0].note)
         p = found[0] and found[0].p_holm
         rows.append([row.label, other.label, *cells, "" if p is None else p_value(p)])
-    caption = [
-        "Is the selection worth anything? Percent points to random choice from the same pool and in"
-        " the same amount, paired as above; p after Holm's correction."
-    ]
+    caption = [f"{question}, paired as above; p after Holm's correction."]
     numbers = set(range(2, len(heads)))
-    title = f"Selected against random, {split}"
-    return TextTable(title, heads, rows, caption, numbers, name="random")
+    return TextTable(f"{title}, {split}", heads, rows, caption, numbers, name=family)
 
 
 def fidelity_table(results: Results) -> TextTable:
@@ -505,13 +540,13 @@ def csv_rows(results: Results) -> Iterable[dict[str, Any]]:
                 "epochs": summary.get("epochs"),
                 "validations": summary.get("validations"),
             }
-            for metric in (*HEADLINE, CALIBRATION):
+            for metric in (*HEADLINE, *OF_PROBABILITIES):
                 cells[metric] = mean.get(metric)
                 cells[f"{metric}_std"] = std.get(metric)
                 if metric in METRICS:
                     low, high = known.get(metric) or (None, None)
                     cells |= {f"{metric}_low": low, f"{metric}_high": high}
-            for family, prefix in (("reference", "delta"), ("random", "against_random")):
+            for family, prefix in PREFIXES.items():
                 for metric in METRICS:
                     found = results.difference(row, split, metric, family)
                     name = f"{prefix}_{metric}"

@@ -13,6 +13,7 @@ from torch import Tensor
 from ldm.errors import UserError
 from ldm.features.neighbours import in_chunks
 from ldm.features.sets import read_tensors, write_tensors
+from ldm.files import require_class_names
 
 FORMAT = "histodiffusion centroids 1"
 
@@ -21,14 +22,11 @@ def class_centroids(features: Tensor, labels: Tensor, num_classes: int) -> Tenso
     """Mean of the (normalised) features of each class; the mean itself is not normalised again.
 
     Args:
-        features: (N, D).
+        features: (N, D), of every class some.
         labels: (N,) int64 in [0, K).
 
     Returns:
         (K, D) float32, summed in float64.
-
-    Raises:
-        UserError: A class has no images.
     """
     counts = torch.bincount(labels, minlength=num_classes)  # (K,)
     empty = (counts == 0).nonzero().flatten().tolist()
@@ -40,17 +38,13 @@ def class_centroids(features: Tensor, labels: Tensor, num_classes: int) -> Tenso
 
 
 def centroid_distances(features: Tensor, centroids: Tensor) -> Tensor:
-    """Mean squared distance (over the D features) of every image to every centroid.
+    """Mean squared distance (over D) of images (N, D) to centroids (K, D), (N, K) float64.
 
-    Args:
-        features: (N, D).
-        centroids: (K, D).
-
-    Returns:
-        (N, K) float64. Each entry is computed from its own row alone, so it depends neither on the
-        order of the images nor on how many there are.
+    Each entry is computed from its own row alone, so it depends neither on the order of the images
+    nor on how many there are.
     """
-    distances = torch.empty(len(features), len(centroids), dtype=torch.float64)
+    shape = (len(features), len(centroids))
+    distances = torch.empty(shape, dtype=torch.float64, device=features.device)
     for place, part in in_chunks(features):
         for k, centroid in enumerate(centroids.double()):
             distances[place, k] = (part.double() - centroid).square().mean(dim=1)
@@ -73,13 +67,6 @@ class Centroids:
     extractor: str
     tiles: str
 
-    @classmethod
-    def of(
-        cls, features: Tensor, labels: Tensor, classes: list[str], extractor: str, tiles: str
-    ) -> "Centroids":
-        """Centroids of labelled features, (N, D) with (N,) labels."""
-        return cls(class_centroids(features, labels, len(classes)), classes, extractor, tiles)
-
     def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file."""
         metadata = {
@@ -95,4 +82,5 @@ class Centroids:
         """Read what `save` wrote; UserError for a missing or foreign file."""
         tensors, metadata = read_tensors(path, FORMAT)
         classes = json.loads(metadata["classes"])
+        require_class_names(classes, str(path))
         return cls(tensors["centroids"], classes, metadata["extractor"], metadata["tiles"])

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.data.images import read_tile, require_good
+from ldm.devices import within_memory
 from ldm.errors import UserError
 
 AHEAD = 2  # batches that are decoded while another one is computed
@@ -123,9 +124,6 @@ class Extractor:
             num_workers: Threads that decode images.
             views: The pictures of a tile that the network sees.
             what: Name on the progress bar.
-
-        Raises:
-            UserError: Unreadable images: how many, and the first few by name.
         """
 
         def prepare(path: Path) -> tuple[list[Tensor], tuple[int, int]]:
@@ -139,7 +137,8 @@ class Extractor:
         bad: list[str] = []
         batches = _in_batches(paths, prepare, step, num_workers)
         cudnn = torch.backends.cudnn
-        with cudnn.flags(enabled=cudnn.enabled, deterministic=True, allow_tf32=False):
+        flags = cudnn.flags(enabled=cudnn.enabled, deterministic=True, allow_tf32=False)
+        with within_memory(batch_size), flags:
             for batch in tqdm(
                 batches, what, -(-len(paths) // step), unit="batch", dynamic_ncols=True
             ):
@@ -171,11 +170,7 @@ def record_identity(network: str, weights_sha256: str, preprocessing: str) -> st
 
 
 def directions(features: Tensor, paths: Sequence[Path]) -> Tensor:
-    """Features scaled to length 1, (N, ..., D) float32.
-
-    Raises:
-        UserError: A feature is not finite or all are zero, which has no direction.
-    """
+    """Features scaled to length 1, (N, ..., D) float32."""
     norms = features.norm(dim=-1).view(len(features), -1)
     bad = (~(norms.isfinite() & (norms > 0)).all(dim=1)).nonzero().flatten().tolist()
     if bad:
@@ -187,11 +182,7 @@ def directions(features: Tensor, paths: Sequence[Path]) -> Tensor:
 
 
 def require_finite(features: Tensor, paths: Sequence[Path]) -> None:
-    """Check that no feature is infinite or not a number.
-
-    Raises:
-        UserError: Some are, with the first such file.
-    """
+    """Check that no feature is infinite or not a number."""
     bad = (~features.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
     if bad:
         raise UserError(

@@ -101,7 +101,7 @@ def nearest(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 def neighbour_distances(x: Tensor, k: int) -> Tensor:
     """Distance of every row to its k-th nearest other row, (N, D) -> (N,) float64; k < N."""
     assert 1 <= k < len(x), (k, len(x))
-    rows = torch.arange(len(x))
+    rows = torch.arange(len(x), device=x.device)
     closest, _ = search(
         x, len(x), lambda part, place: -squared_distances(part, x[place]), k, rows, rows
     )
@@ -110,7 +110,7 @@ def neighbour_distances(x: Tensor, k: int) -> Tensor:
 
 def paired_distances(x: Tensor, y: Tensor) -> Tensor:
     """Distance of row i of x to row i of y, from these two alone: (N,) float64."""
-    result = torch.empty(len(x), dtype=torch.float64)
+    result = torch.empty(len(x), dtype=torch.float64, device=x.device)
     for place, part in in_chunks(x):
         result[place] = (part.double() - y[place].double()).square().sum(1).sqrt()
     return result

@@ -32,7 +32,7 @@ RUN_RESULT = "result.json"  # what eval.py writes in the folder of a seed
 
 def open_vit(source: FeatureSource, device: torch.device | str) -> Extractor:
     """Load a classifier that eval.py trained, from a checkpoint or the folder of a seed."""
-    net, record = load_vit(source.argument, device, "features")
+    net, record = load_vit(source.argument, device, source.setting)
     path = Path(source.argument).expanduser()
     best = path / "checkpoints" / "best.ckpt"
     weights = best if best.is_file() else path
@@ -44,9 +44,6 @@ def open_timm(source: FeatureSource, device: torch.device | str) -> Extractor:
     """Load a timm network, with weights from a local file or from the caches of this machine.
 
     The name may have a tag such as `.augreg_in21k`.
-
-    Raises:
-        UserError: An unknown network, or no weights.
     """
     import timm
 

@@ -1,4 +1,4 @@
-"""Logistic regression on features: what a network knows of the classes.
+"""What networks know of the classes: logistic regressions on features, and a judge of several.
 
 Letters: N images, D features, K classes.
 """
@@ -6,14 +6,23 @@ Letters: N images, D features, K classes.
 import logging
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from ldm.errors import UserError
+from ldm.features.sets import SUFFIX, FeatureSet, read_tensors, write_tensors
+from ldm.files import digest_of
+from ldm.models.classifier import fit_temperature
 
 log = logging.getLogger(__name__)
 
+FORMAT = "histodiffusion probe 1"
 # Inverse strengths of the L2 penalty that are chosen among.
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3)
 MAX_ITERATIONS = 5000
@@ -42,37 +51,150 @@ def logistic_regression(features: np.ndarray, labels: np.ndarray, strength: floa
     return model
 
 
-def cross_validated(features: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> Any:
-    """A logistic regression whose penalty is chosen by its cross-entropy on left-out tiles.
+@dataclass(frozen=True)
+class Probe:
+    """A logistic regression whose penalty was chosen on left-out tiles.
 
-    Nothing but these tiles is looked at. Folds are drawn class by class, with a fixed seed.
-
-    Args:
-        features: (N, D).
-        labels: (N,) in [0, K).
-        classes: K names.
-
-    Raises:
-        UserError: A class has a single tile, so that none can be left out.
+    Attributes:
+        weight, bias: From features to logits, (K, D) and (K,) float64.
+        left_out: (N, K) log-probabilities of the tiles it was fitted on, each of them by a
+            regression of the same penalty that did not see it.
     """
-    from sklearn.metrics import log_loss
-    from sklearn.model_selection import StratifiedKFold
 
-    counts = np.bincount(labels, minlength=len(classes))
-    if counts.min() < 2:
-        name = classes[int(counts.argmin())]
-        raise UserError(
-            f"class {name} has {counts.min()} labelled tiles and needs at least 2 for a judge by"
-            " logistic regression; add labelled tiles or use --strategy centroid"
-        )
-    folds = StratifiedKFold(min(FOLDS, int(counts.min())), shuffle=True, random_state=0)
-    parts = list(folds.split(features, labels))
+    weight: Tensor
+    bias: Tensor
+    left_out: Tensor
 
-    def loss(strength: float) -> float:
-        p = np.empty((len(labels), len(classes)))
-        for known, left_out in parts:
-            model = logistic_regression(features[known], labels[known], strength)
-            p[left_out] = model.predict_proba(features[left_out])
-        return log_loss(labels, p)
+    @classmethod
+    def fit(cls, features: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> "Probe":
+        """Choose the penalty by the cross-entropy of left-out tiles, then fit on all.
 
-    return logistic_regression(features, labels, min(STRENGTHS, key=loss))
+        Nothing but these tiles is looked at. Folds are drawn class by class, with a fixed seed.
+
+        Args:
+            features: (N, D).
+            labels: (N,) in [0, K).
+            classes: K names.
+        """
+        from sklearn.model_selection import StratifiedKFold
+
+        counts = np.bincount(labels, minlength=len(classes))
+        if counts.min() < 2:
+            name = classes[int(counts.argmin())]
+            raise UserError(
+                f"class {name} has {counts.min()} labelled tiles and needs at least 2 for a judge"
+                " by logistic regression; add labelled tiles or use `strategy` centroid"
+            )
+        folds = StratifiedKFold(min(FOLDS, int(counts.min())), shuffle=True, random_state=0)
+        parts = list(folds.split(features, labels))
+        ranked = []
+        for strength in STRENGTHS:
+            p = np.empty((len(labels), len(classes)))
+            for known, left_out in parts:
+                model = logistic_regression(features[known], labels[known], strength)
+                p[left_out] = model.predict_proba(features[left_out])
+            log_p = np.log(np.maximum(p, np.finfo(float).tiny))
+            ranked.append((-log_p[np.arange(len(labels)), labels].mean(), strength, log_p))
+        _, strength, log_p = min(ranked, key=lambda one: one[0])
+        scaler, model = (m for _, m in logistic_regression(features, labels, strength).steps)
+        weight, bias = model.coef_ / scaler.scale_, model.intercept_
+        bias = bias - weight @ scaler.mean_
+        if len(classes) == 2:  # scikit-learn has the logit of the second class alone
+            weight, bias = (np.concatenate([np.zeros_like(v), v]) for v in (weight, bias))
+        return cls(*(torch.from_numpy(v) for v in (weight, bias, log_p)))
+
+    @classmethod
+    def of(cls, real: FeatureSet, cache: Path | None = None) -> "Probe":
+        """The probe of labelled tiles, read from a file in the folder `cache` if it is there."""
+        facts = [real.extractor, real.tiles, real.files, real.labels.tolist(), real.classes]
+        path = None if cache is None else cache / f"probe-{digest_of(facts)[:16]}{SUFFIX}"
+        if path is not None and path.is_file():
+            return cls(**read_tensors(path, FORMAT)[0])
+        probe = cls.fit(real.values.double().numpy(), real.labels.numpy(), real.classes)
+        if path is not None:
+            write_tensors(path, vars(probe), {"format": FORMAT})
+        return probe
+
+    def scores(self, labels: Tensor) -> dict[str, float]:
+        """Cross-entropy and accuracy on the left-out tiles, whose labels are (N,)."""
+        right = self.left_out.argmax(dim=1) == labels
+        return {
+            "cross_entropy": float(F.nll_loss(self.left_out, labels)),
+            "accuracy": float(right.double().mean()),
+        }
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Logits (N, K) of features (N, D)."""
+        return features.double() @ self.weight.T + self.bias
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What several networks together say of a tile: the geometric mean of their probabilities.
+
+    A network that classifies these very classes is asked itself, any other by a logistic
+    regression on its features. All are calibrated by temperature (Guo et al. 2017). A temperature
+    is at least 1: that all of a few left-out tiles are right does not make a judge surer.
+
+    Attributes:
+        probes: The regression of each network; None for a classifier.
+        temperatures: Of each network.
+        temperature: Of the mean.
+        calibrated_on: Digest of the further tiles that classifiers were calibrated on, if any.
+    """
+
+    probes: list[Probe | None]
+    temperatures: list[float]
+    temperature: float = 1.0
+    calibrated_on: str | None = None
+
+    @classmethod
+    def fit(
+        cls,
+        real: Sequence[FeatureSet],
+        cache: Path | None = None,
+        val: Sequence[FeatureSet] | None = None,
+    ) -> "Judge":
+        """The judge of labelled tiles.
+
+        Args:
+            real: Their features, by network.
+            cache: Folder that keeps the regressions.
+            val: Features of further labelled tiles, by network. They calibrate the classifiers
+                alone, since these may have been trained on `real` and be sure of all of it;
+                without them the temperature of a classifier is 1.
+        """
+        labels = real[0].labels
+        probes = [None if s.logits is not None else Probe.of(s, cache) for s in real]
+        temperatures = []
+        for k, probe in enumerate(probes):
+            if probe is not None:
+                temperatures.append(_softened(probe.left_out, labels))
+            else:
+                temperatures.append(1.0 if val is None else _softened(val[k].logits, val[k].labels))
+        left_out = [
+            (probe.left_out / temperature).log_softmax(dim=1)
+            for probe, temperature in zip(probes, temperatures, strict=True)
+            if probe is not None
+        ]
+        together = 1.0
+        if len(left_out) > 1:
+            together = _softened(torch.stack(left_out).mean(dim=0), labels)
+        on_val = val is not None and None in probes
+        return cls(probes, temperatures, together, val[0].tiles if on_val else None)
+
+    def probabilities(self, sets: Sequence[FeatureSet]) -> Tensor:
+        """Probabilities (N, K) float64 of tiles whose features each network has computed."""
+        logits = [
+            (s.logits.double() if probe is None else probe.logits(s.values)) / temperature
+            for s, probe, temperature in zip(sets, self.probes, self.temperatures, strict=True)
+        ]
+        if len(logits) == 1:
+            return logits[0].softmax(dim=1)
+        mean = torch.stack([values.log_softmax(dim=1) for values in logits]).mean(dim=0)
+        return (mean / self.temperature).softmax(dim=1)
+
+
+def _softened(logits: Tensor, labels: Tensor) -> float:
+    """The temperature of logits (N, K), at least 1."""
+    return max(1.0, fit_temperature(logits, labels))

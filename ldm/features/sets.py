@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from ldm.features.extractor import (
     directions,
     require_finite,
 )
-from ldm.files import write_bytes
+from ldm.files import digest_of, remove_leftovers, require_class_names, write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -92,9 +93,6 @@ class FeatureSet:
             raw: Keep the features as the network gives them, and facts about the files with them:
                 root, part, stamp, sha256 (see `TileFiles.listing`), pixels and formats (numbers of
                 images by "WIDTHxHEIGHT" and by extension), extractor (`Extractor.record`).
-
-        Raises:
-            UserError: Unreadable images, or features that are not finite.
         """
         stamp = files.stamp() if raw else ""  # before the files are read
         found = extractor.extract(
@@ -147,14 +145,12 @@ class FeatureSet:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "FeatureSet":
-        """Read what `save` wrote, or a reference file of scripts/fidelity.py of earlier versions.
-
-        Raises:
-            UserError: A missing or foreign file.
-        """
+        """Read what `save` wrote, or a reference of scripts/fidelity.py of earlier versions."""
         tensors, metadata = read_tensors(path, FORMAT, REFERENCE_FORMAT)
         facts = json.loads(metadata.get("facts", "{}"))
         values, labels = tensors.pop(FEATURES), tensors.pop("labels")
+        if metadata["format"] == FORMAT:
+            require_class_names(json.loads(metadata["classes"]), str(path))
         if metadata["format"] == REFERENCE_FORMAT:
             classes = facts.pop("class_names")
             if not classes:
@@ -177,14 +173,30 @@ class FeatureSet:
         """The same set sorted by class and file name, whatever order it came in."""
         labels = self.labels.tolist()
         order = sorted(range(len(labels)), key=lambda i: (labels[i], self.files[i]))
-        if order == list(range(len(labels))):
-            return self
+        return self if order == list(range(len(labels))) else self.select(order)
+
+    def select(self, rows: list[int]) -> "FeatureSet":
+        """The images at some places, in that order; the digest stays that of the set."""
         return replace(
             self,
-            values=self.values[order],
-            labels=self.labels[order],
-            files=[self.files[i] for i in order],
-            others={name: value[order] for name, value in self.others.items()},
+            values=self.values[rows],
+            labels=self.labels[rows],
+            files=[self.files[i] for i in rows],
+            others={name: value[rows] for name, value in self.others.items()},
+        )
+
+    @classmethod
+    def joined(cls, sets: Sequence["FeatureSet"]) -> "FeatureSet":
+        """The same images as several networks see them: features side by side, of length 1."""
+        if len(sets) == 1:
+            return sets[0]
+        return replace(
+            sets[0],
+            values=torch.cat([one.values for one in sets], dim=1) / len(sets) ** 0.5,
+            extractor=digest_of([one.extractor for one in sets]),
+            network=" + ".join(one.network for one in sets),
+            trained_on=next((one.trained_on for one in sets if one.trained_on), None),
+            others={},
         )
 
 
@@ -204,12 +216,10 @@ def cached_features(
             kind of values, and written otherwise. A path that does not end so is a folder, which
             holds a file for each network and set, named by the first 16 digits of their digests.
         batch_size, num_workers, views, raw: See `FeatureSet.compute`.
-
-    Raises:
-        UserError: Unreadable images, or features that are not finite.
     """
     if cache.suffix != SUFFIX:
         cache = cache / f"{extractor.identity[:16]}-{files.digest[:16]}{SUFFIX}"
+    remove_leftovers(cache)
     known = _readable(cache)
     if known is not None:
         if (
@@ -250,11 +260,7 @@ def write_tensors(
 def read_tensors(
     path: str | os.PathLike, *formats: str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file whose metadata name one of `formats`.
-
-    Raises:
-        UserError: A missing or damaged file, or one of another format.
-    """
+    """Tensors and metadata of a safetensors file whose metadata name one of `formats`."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no file {path}; make it with scripts/vis.py")

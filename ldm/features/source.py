@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ldm.features.extractor import Extractor
 
 VIT, TIMM, INCEPTION, PIXELS = "vit", "timm", "inception", "pixels"
-DIFFUSION = "diffusion"
+DIFFUSION, GUIDE = "diffusion", "guide"
 # timm's names of the published DINOv2 networks.
 DINOV2 = {
     "dinov2": "vit_small_patch14_dinov2.lvd142m",
@@ -35,9 +35,10 @@ KINDS: dict[str, str] = {
     **dict.fromkeys(DINOV2, "ldm.features.networks:open_dinov2"),
     PIXELS: "ldm.features.pixels:open_pixels",
     DIFFUSION: "ldm.features.diffusion:open_diffusion",
+    GUIDE: "ldm.features.diffusion:open_guide",
 }
 # Kinds whose name is followed by an argument: what stands after the colon.
-FORMS: dict[str, str] = {VIT: "RUN", TIMM: "NAME", DIFFUSION: "RUN@T"}
+FORMS: dict[str, str] = {VIT: "RUN", TIMM: "NAME", DIFFUSION: "RUN@T", GUIDE: "CLASSIFIER@RUN"}
 
 
 @dataclass(frozen=True)
@@ -47,17 +48,19 @@ class FeatureSource:
     Attributes:
         kind: A key of `KINDS`.
         argument: What follows `KIND:`; for "vit" a run or checkpoint of eval.py, for "timm" timm's
-            name of a network; for "diffusion" RUN@T, see `ldm.features.diffusion`. Empty for kinds
-            without an argument.
+            name of a network; for "diffusion" RUN@T and for "guide" CLASSIFIER@RUN, see
+            `ldm.features.diffusion`. Empty for kinds without an argument.
         weights: Local file of weights; None for those in the caches of torch and Hugging Face. The
-            kinds "vit", "pixels" and "diffusion" take none.
+            kinds "vit", "pixels", "diffusion" and "guide" take none.
         input_size: Side of the network's input in pixels; None for its own. For "timm" only.
+        setting: Name of the setting that names the network, for errors.
     """
 
     kind: str
     argument: str = ""
     weights: Path | None = None
     input_size: int | None = None
+    setting: str = "`features`"
 
     def __str__(self) -> str:
         if self.kind == VIT:
@@ -65,11 +68,7 @@ class FeatureSource:
         return f"{self.kind}:{self.argument}" if self.argument else self.kind
 
     def open(self, device: "torch.device | str") -> "Extractor":
-        """Load the network; nothing is downloaded.
-
-        Raises:
-            UserError: The weights are missing or do not fit.
-        """
+        """Load the network; nothing is downloaded."""
         module, function = KINDS[self.kind].split(":")
         return getattr(importlib.import_module(module), function)(self, device)
 
@@ -90,9 +89,6 @@ def parse_features(
             seed) or checkpoint of eval.py, or a file of weights of torch-fidelity's Inception.
         weights: Local file of weights for the named network.
         input_size: See `FeatureSource`.
-
-    Raises:
-        UserError: An unknown name, a missing path, or a value that the kind does not take.
     """
     kind, colon, argument = text.partition(":")
     weights = None if weights is None else Path(weights).expanduser()
@@ -121,7 +117,7 @@ def parse_features(
             f"input_size={input_size}: features {text!r} have an input size of their own; it can"
             " be set for timm:NAME only"
         )
-    if weights is not None and kind in (VIT, PIXELS, DIFFUSION):
+    if weights is not None and kind in (VIT, PIXELS, DIFFUSION, GUIDE):
         raise UserError(f"weights={weights}: features {text!r} take no separate file of weights")
     if weights is not None and not weights.exists():
         raise UserError(f"weights={weights}: the file does not exist; check the path")

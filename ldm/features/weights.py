@@ -24,10 +24,8 @@ def cached_weights(config) -> Path | None:
     if config.hf_hub_id:
         from huggingface_hub import try_to_load_from_cache
 
-        repository, _, revision = config.hf_hub_id.partition("@")
-        files = (config.hf_hub_filename,) if config.hf_hub_filename else HUB_FILES
-        for file in files:
-            found = try_to_load_from_cache(repository, file, revision=revision or None)
+        for place in _hub_places(config):
+            found = try_to_load_from_cache(**place)
             if isinstance(found, str):  # otherwise None, or a note that there is no such file
                 return Path(found)
     if config.url:
@@ -35,6 +33,13 @@ def cached_weights(config) -> Path | None:
         if path.is_file():
             return path
     return None
+
+
+def _hub_places(config) -> list[dict[str, str | None]]:
+    """Where the weights of a timm configuration may be on the hub, as huggingface_hub takes it."""
+    repository, _, revision = config.hf_hub_id.partition("@")
+    files = (config.hf_hub_filename,) if config.hf_hub_filename else HUB_FILES
+    return [{"repo_id": repository, "filename": f, "revision": revision or None} for f in files]
 
 
 def _torch_cache(url: str) -> Path:
@@ -77,11 +82,7 @@ class Weights:
         return self.place if self.place.is_file() else None
 
     def require(self) -> Path:
-        """The file in a cache of this machine.
-
-        Raises:
-            UserError: It is not on this machine. The message says how to get it.
-        """
+        """The file in a cache of this machine."""
         found = self.find()
         if found is None:
             # timm's repositories have a directory layout of their own, so only a file of torch's
@@ -95,11 +96,7 @@ class Weights:
         return found
 
     def fetch(self) -> Path:
-        """Download the file into its cache; it appears complete and with the right hash, or not.
-
-        Raises:
-            UserError: No connection, or a file that is not the published one.
-        """
+        """Download the file into its cache; it appears complete and with the right hash, or not."""
         try:
             if self.timm_name is not None:
                 return _fetch_timm(self.timm_name)
@@ -123,56 +120,49 @@ def _short(error: Exception) -> str:
     return lines[0][:160] if lines else type(error).__name__
 
 
-def _reach(url: str) -> None:
-    """OSError unless a server answers for `url`, whatever it answers."""
-    with contextlib.suppress(urllib.error.HTTPError):
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=20).close()
-
-
 def _fetch_timm(timm_name: str) -> Path:
     import timm
     from huggingface_hub import constants, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    config = timm.get_pretrained_cfg(timm_name)
-    repository, _, revision = config.hf_hub_id.partition("@")
-    files = (config.hf_hub_filename,) if config.hf_hub_filename else HUB_FILES
+    places = _hub_places(timm.get_pretrained_cfg(timm_name))
     if not constants.HF_HUB_OFFLINE:
         # huggingface_hub retries for half a minute, with a line each, before it gives up.
-        _reach(hf_hub_url(repository, files[0], revision=revision or None))
-    for file in files:
+        with contextlib.suppress(urllib.error.HTTPError):  # a server that answers is there
+            request = urllib.request.Request(hf_hub_url(**places[0]), method="HEAD")
+            urllib.request.urlopen(request, timeout=20).close()
+    for place in places:
         try:
-            return Path(hf_hub_download(repository, file, revision=revision or None))
+            return Path(hf_hub_download(**place))
         except LocalEntryNotFoundError:  # no connection; an EntryNotFoundError too
             raise
         except EntryNotFoundError:
             continue
-    raise UserError(f"{timm_name}: {config.hf_hub_id} has none of {', '.join(files)}")
+    raise UserError(f"{timm_name}: none of its files is on the hub ({places})")
 
 
-def _known() -> dict[str, Weights]:
-    inception = Weights(
+_KNOWN = (
+    Weights(
         "inception",
         "FID and KID as published (scripts/fidelity.py --extractor inception)",
         "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
         "weights-inception-2015-12-05-6726825d.pth",
         hash_prefix="6726825d",
-    )
-    lpips = Weights(
+    ),
+    Weights(
         "lpips",
         "backbone of LPIPS, torchvision's VGG-16 (autoencoder training)",
         "https://download.pytorch.org/models/vgg16-397923af.pth",
         hash_prefix="397923af",
-    )
-    found = {weights.name: weights for weights in (inception, lpips)}
-    for name, timm_name in DINOV2.items():
-        found[name] = Weights(
+    ),
+    *(
+        Weights(
             name,
             f"{timm_name} (scripts/fidelity.py --extractor {name}, --model and --features timm:)",
             f"https://huggingface.co/timm/{timm_name}",
             timm_name=timm_name,
         )
-    return found
-
-
-WEIGHTS = _known()
+        for name, timm_name in DINOV2.items()
+    ),
+)
+WEIGHTS = {weights.name: weights for weights in _KNOWN}

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
@@ -55,6 +56,7 @@ class AutoencoderKL(HistoModule):
         self.betas = tuple(betas)
         self.accumulate_grad_batches = accumulate_grad_batches
         self.net = AutoencoderNet(ddconfig, embed_dim)
+        self.tile_size = self.net.resolution
         self.loss = instantiate_from_config(lossconfig) if lossconfig else None
         if getattr(self.loss, "perceptual_weight", 0) > 0:
             self.loss.use_backbone(read_backbone(self.loss.perceptual_weights))
@@ -78,11 +80,14 @@ class AutoencoderKL(HistoModule):
         if self.gradient_clip_val:
             self.clip_gradients(optimizer, self.gradient_clip_val, self.gradient_clip_algorithm)
 
-    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+    def check_data(self, data: pl.LightningDataModule) -> None:
         if self.loss is None:
             raise UserError(
                 "model.params.lossconfig is missing: an autoencoder cannot train without a loss"
             )
+        super().check_data(data)
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         options = {"lr": self.learning_rate, "betas": self.betas, "fused": self.fused or None}
         optimizers = [torch.optim.Adam(self.net.parameters(), **options)]
         if self.loss.discriminator is not None:

@@ -32,9 +32,6 @@ class DecoderFinetune(HistoModule):
         perceptual_weight, perceptual_weights: LPIPS, as in `LPIPSWithDiscriminator`.
         weight_decay: AdamW's, of the auxiliary classifier only.
         monitor: Validation metric that chooses the best checkpoint.
-
-    Raises:
-        UserError: A missing checkpoint, an unknown architecture, or data without labels.
     """
 
     kind = "autoencoder"
@@ -68,6 +65,7 @@ class DecoderFinetune(HistoModule):
             )
         self.source_config = source.rebuild_config()
         self.net: AutoencoderNet = source.net
+        self.tile_size = self.net.resolution
         self.net.decoder.requires_grad_(True)
         self.net.post_quant_conv.requires_grad_(True)
         self.aux_arch = aux_arch

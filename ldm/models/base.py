@@ -1,5 +1,6 @@
 """What the LightningModules have in common: checkpoint records, seeds, finite numbers."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint import KEY, load_strictly, make_record, read_checkpoint, training_step_of
+from ldm.devices import Arrivals
 from ldm.errors import UserError
 from ldm.models.sharding import gather_shards
 
@@ -18,7 +20,7 @@ from ldm.models.sharding import gather_shards
 # It halves its scale at each, so that the first one of 65,536 is below 1 by then: smaller cannot
 # help, the gradient itself is not finite.
 SKIPPED_STEPS = 24
-REMEDY = "lower the learning rate, or use --precision bf16-mixed or 32 instead of 16-mixed"
+REMEDY = "lower the learning rate, or use `precision` bf16-mixed or 32 instead of 16-mixed"
 
 
 class HistoModule(pl.LightningModule):
@@ -28,6 +30,7 @@ class HistoModule(pl.LightningModule):
     training_only: tuple[str, ...] = ()  # prefixes of names of weights that only training needs
     # Name of the latent space of a model that trains on latents; None for one that needs images.
     autoencoder_fingerprint: str | None = None
+    tile_size: int | None = None  # pixels of the tiles that it is built for; None for any
     fused = False  # whether optimisers take a step in one kernel; `ldm.train.fit` sets it
 
     def __init__(self):
@@ -40,6 +43,8 @@ class HistoModule(pl.LightningModule):
         self._files: list[str] = []  # of the batches of the current optimiser step
         self._stepped = True
         self._skipped: Counter[int] = Counter()  # by optimiser: steps in a row, see SKIPPED_STEPS
+        self.arrivals = Arrivals()  # losses and gradient norms to look at
+        self.shown: dict[str, None] = {}  # names of values on the progress bar
 
     def networks(self) -> list[torch.nn.Module]:
         """The networks that training calls, which are worth compiling."""
@@ -49,9 +54,21 @@ class HistoModule(pl.LightningModule):
         """Take the class names of the data before training; none if it is unlabelled."""
 
     def check_data(self, data: pl.LightningDataModule) -> None:
-        """Refuse cached latents if the model needs images or has another latent space."""
+        """Check, before a run begins, that this model can train on the data.
+
+        Raises:
+            UserError: Tiles have another size than the model is built for; or latents are cached,
+                and the model needs images or has another latent space.
+        """
         cache = getattr(data, "cache", None)
         if cache is None:
+            for name, tiles in (("train", data.train_dataset), ("validation", data.val_dataset)):
+                size = getattr(tiles, "size", self.tile_size)
+                if self.tile_size not in (None, size):
+                    raise UserError(
+                        f"data.params.{name}.params.size={size}: the model is built for tiles of "
+                        f"{self.tile_size} pixels; set it to that, or change the model"
+                    )
             return
         if self.autoencoder_fingerprint is None:
             raise UserError(
@@ -73,6 +90,9 @@ class HistoModule(pl.LightningModule):
             self._files, self._stepped = [], False
         self._files += map(str, batch.get("path", ()))
         self.seed_batch()
+
+    def on_validation_start(self) -> None:
+        self.arrivals.settle()  # its metrics are of finite weights
 
     def seed_batch(self) -> None:
         """Seed the noise of each batch by (seed, batch number, rank).
@@ -112,11 +132,13 @@ class HistoModule(pl.LightningModule):
         return drawn[self.trainer.global_rank :: ranks]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the record of the model.
+        """Add the record of the model; the metrics of its steps reach the disk before it does.
 
         Raises:
-            UserError: A weight is not finite; every checkpoint that exists is therefore good.
+            UserError: A loss, a gradient or a weight is not finite; every checkpoint that exists is
+                therefore good.
         """
+        self.arrivals.settle()
         for name, value in checkpoint["state_dict"].items():
             if value.is_floating_point() and not torch.isfinite(value).all():
                 raise UserError(
@@ -126,6 +148,8 @@ class HistoModule(pl.LightningModule):
         checkpoint[KEY] = make_record(
             self.kind, self.rebuild_config(), self.classes, self.seed, self.training_only
         )
+        for logger in [] if self._trainer is None else self.trainer.loggers:
+            logger.save()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if KEY not in checkpoint or checkpoint[KEY]["kind"] != self.kind:
@@ -139,34 +163,39 @@ class HistoModule(pl.LightningModule):
     def check_start(self, params: dict[str, Any], where: str) -> None:
         """Raise a UserError if weights of a model of these parameters mean something else here."""
 
-    def start_from(self, path: str, what: str = "ckpt_path") -> None:
+    def start_from(self, path: str) -> None:
         """Load the weights of a checkpoint of the same kind as a starting point for training.
 
         Weights that only training needs (a discriminator, say) may be absent on either side.
         """
-        payload = read_checkpoint(path, (self.kind,), what)
-        self.check_start(payload[KEY]["model"]["params"], f"{what}: {path}")
+        payload = read_checkpoint(path, (self.kind,), "ckpt_path")
+        self.check_start(payload[KEY]["model"]["params"], f"ckpt_path: {path}")
         stored, own = payload["state_dict"], self.state_dict()
         extra = {k for k in own.keys() ^ stored.keys() if k.startswith(self.training_only)}
         state = {k: v for k, v in stored.items() if k not in extra}
         state |= {k: own[k] for k in extra & own.keys()}
-        load_strictly(self, state, f"{what}: {path}")
+        load_strictly(self, state, f"ckpt_path: {path}")
 
     def check_finite(self, loss: Tensor, batch: dict[str, Any], batch_idx: int) -> None:
-        """Stop at a loss that is not finite, before it reaches the weights.
+        """Stop at a loss that is not finite, before it reaches a checkpoint.
 
-        The UserError names the step, the files of the batch, the last checkpoint and the remedy.
+        On a CPU that is before it reaches the weights, on a GPU some batches later (see
+        `ldm.devices.Arrivals`). The UserError names the step, the files of the batch, the last
+        checkpoint and the remedy.
         """
-        if torch.isfinite(loss).all():
-            return
-        raise UserError(
-            f"the loss is {float(loss.detach().mean())} at step {self._steps_done()}, batch "
-            f"{batch_idx} (files: {_listed(batch.get('path', ()))}); {self._last_checkpoint()}: "
-            f"{REMEDY}, and resume"
-        )
+        step, files = self._steps_done(), batch.get("path", ())
+
+        def check(value: float) -> None:
+            if not math.isfinite(value):
+                raise UserError(
+                    f"the loss is {value} at step {step}, batch {batch_idx} (files: "
+                    f"{_listed(files)}); {self._last_checkpoint()}: {REMEDY}, and resume"
+                )
+
+        self.arrivals.add(loss, check)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Measure the norm of the gradient, and stop if it is not finite, before it is used.
+        """Measure the norm of the gradient, and stop if it is not finite, as `check_finite` does.
 
         Lightning calls this once per step of each optimiser, also under manual optimisation, when
         the gradients of all accumulated batches and ranks are together.
@@ -180,19 +209,30 @@ class HistoModule(pl.LightningModule):
         weights = (p for group in optimizer.param_groups for p in group["params"])
         gradients = [p.grad for p in weights if p.grad is not None]
         self.gradient_norm = gather_shards(torch.nn.utils.get_total_norm(gradients))
-        if torch.isfinite(self.gradient_norm):
-            self._skipped[id(optimizer)] = 0
-            return
-        self._skipped[id(optimizer)] += 1
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        scaled = scaler is not None and scaler.is_enabled()
-        if scaled and self._skipped[id(optimizer)] < SKIPPED_STEPS:
-            return
-        often = f" {SKIPPED_STEPS} times in a row" if scaled else ""
-        raise UserError(
-            f"the gradient is {float(self.gradient_norm)}{often} at step {self._steps_done()} "
-            f"(files: {_listed(self._files)}); {self._last_checkpoint()}: {REMEDY}, and resume"
-        )
+        most = SKIPPED_STEPS if scaler is not None and scaler.is_enabled() else 1
+        step, files, key = self._steps_done(), self._files, id(optimizer)
+
+        def check(norm: float) -> None:
+            self._skipped[key] = 0 if math.isfinite(norm) else self._skipped[key] + 1
+            if self._skipped[key] == most:
+                often = f" {most} times in a row" if most > 1 else ""
+                raise UserError(
+                    f"the gradient is {norm}{often} at step {step} (files: {_listed(files)}); "
+                    f"{self._last_checkpoint()}: {REMEDY}, and resume"
+                )
+
+        self.arrivals.add(self.gradient_norm, check)
+
+    def log(self, name: str, value: Any, prog_bar: bool = False, **options: Any) -> None:
+        """Log a value as Lightning does, and with `prog_bar` have the progress bar show it.
+
+        Lightning would read what is shown at every batch, for which it waits for the GPU;
+        `ldm.models.callbacks.ProgressBar` reads it when it draws the bar.
+        """
+        if prog_bar:
+            self.shown[name] = None
+        super().log(name, value, **options)
 
     def log_losses(
         self, split: str, log: dict[str, Tensor], batch_size: int, bar: Sequence[str]

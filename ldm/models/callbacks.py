@@ -1,10 +1,11 @@
 """Lightning callbacks for image grids, throughput, checkpoints, and stopping on a signal."""
 
+import math
 import signal
 import threading
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
@@ -16,6 +17,9 @@ from ldm.devices import follow_layout
 from ldm.errors import Stopped
 from ldm.files import write_png
 from ldm.models.sharding import is_sharded
+
+if TYPE_CHECKING:
+    from ldm.models.base import HistoModule
 
 
 def image_grid(images: Tensor, columns: int = 4):
@@ -56,7 +60,9 @@ class ImageLogger(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
     ) -> None:
         step = trainer.global_step
-        due = step % self.batch_frequency == 0 or step in self._early_steps
+        # At the last step too, before the last checkpoint: a run that is killed after that has no
+        # step left to draw at.
+        due = step % self.batch_frequency == 0 or step in self._early_steps or is_last_step(trainer)
         # With gradient accumulation a step lasts several batches.
         if due and step != self._last_step:
             self._last_step = step
@@ -100,12 +106,20 @@ class FollowLayout(pl.Callback):
 
 
 class ProgressBar(TQDMProgressBar):
-    """A progress bar with losses and images per second, but no version number of the log folder."""
+    """A progress bar with losses and images per second.
 
-    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        return metrics
+    While it trains, they are read once a second: each time, the program waits for the GPU.
+    """
+
+    _read, _metrics = -math.inf, {}
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: "HistoModule") -> dict[str, float]:
+        now = time.monotonic()
+        if not trainer.training or now - self._read >= 1:
+            values = trainer.callback_metrics
+            self._metrics = {n: float(values[n]) for n in pl_module.shown if n in values}
+            self._read = now
+        return self._metrics
 
 
 def validation_is_due(trainer: pl.Trainer) -> bool:
@@ -114,125 +128,213 @@ def validation_is_due(trainer: pl.Trainer) -> bool:
     return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
 
 
+def is_last_step(trainer: pl.Trainer) -> bool:
+    """Whether the run ends with the step that has just been taken."""
+    loop, limit = trainer.fit_loop, trainer.max_epochs
+    last_epoch = limit is not None and 0 < limit <= loop.epoch_progress.current.processed + 1
+    return (
+        trainer.should_stop
+        or 0 < trainer.max_steps <= trainer.global_step
+        or (last_epoch and trainer.is_last_batch)
+    )
+
+
 class RegularCheckpoint(ModelCheckpoint):
-    """Writes checkpoints by the number of steps (or the time), after the validation of their step.
+    """Writes checkpoints by the number of steps (or the time), between two steps.
 
-    Lightning writes them before the validation, and a run that is resumed from one leaves that
-    validation out: what a validation finds (the classifier's temperature) would be that of an
-    earlier step until the next one.
+    Each is written after the validation of its step. Lightning writes them before it, and a run
+    that is resumed from one leaves that validation out: what a validation finds (the best score,
+    the classifier's temperature) would be that of an earlier step. It also writes them between the
+    batches of a step, whose gradients are then lost.
     """
 
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        self._waiting = batch_idx if validation_is_due(trainer) else None
-        if self._waiting is None:
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+    _step = 0  # optimiser steps before the batch
+    _waiting = False  # for the validation
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        batch_idx, self._waiting = getattr(self, "_waiting", None), None
-        if batch_idx is not None and not trainer.sanity_checking:
-            super().on_train_batch_end(trainer, pl_module, None, None, batch_idx)
-        super().on_validation_end(trainer, pl_module)
-
-
-class LastCheckpoint(RegularCheckpoint):
-    """Writes `last.ckpt` every so many steps or seconds, over the one before.
-
-    It and the next are classes of their own, since Lightning tells checkpoint callbacks apart by
-    class and settings, and a configuration may ask for others at the same interval.
-    """
-
-    def __init__(self, **kwargs: Any):
-        super().__init__(filename="last", **kwargs)
-
-
-class RecentCheckpoints(RegularCheckpoint):
-    """Keeps the last `keep` of the checkpoints that are written every so many steps."""
-
-    def __init__(self, keep: int, **kwargs: Any):
-        super().__init__(monitor="step", mode="max", save_top_k=keep, **kwargs)
-
-
-class BestCheckpoints(ModelCheckpoint):
-    """Keeps the best `save_top_k` checkpoints by a metric, beside `best.ckpt`."""
-
-
-class StopOnSignal(pl.Callback):
-    """Ends a run between two steps, with its last checkpoint written, when a signal asks for it.
-
-    Schedulers send one ahead of a time limit or a preemption. The handler only sets a flag: a
-    checkpoint that is written inside a handler may catch the model in the middle of a step.
-
-    `trainer.fit` then raises `Stopped`. Several ranks, which have to agree on the step to stop at,
-    look at the flag after `every` batches.
-    """
-
-    SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
-
-    def __init__(self, path: Path, every: int = 10):
-        self.path = path
-        self.every = every
-        self.received: signal.Signals | None = None
-        self._stopping = False
-        self._batches = 0
-        self._step = 0
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def _note(self, number: int, frame: Any) -> None:
-        self.received = signal.Signals(number)
-
-    def on_sanity_check_start(self, *_: Any) -> None:
-        # After Lightning has installed its own handlers, and before the first validation: a SIGTERM
-        # that Lightning takes ends the run with status 0. Other threads cannot install any.
-        if not self._previous and threading.current_thread() is threading.main_thread():
-            self._previous = {s: signal.signal(s, self._note) for s in self.SIGNALS}
-
-    on_train_start = on_sanity_check_start  # where there is no validation
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._last_global_step_saved = trainer.global_step  # nothing new in a resumed run
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         self._step = trainer.global_step
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._waiting = False
+        if trainer.global_step == self._step or not self.is_due(trainer):
+            return
+        self._waiting = validation_is_due(trainer)
+        if not self._waiting:
+            self._write_after_batch(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._waiting:
+            self._waiting = False
+            self.write(trainer)
+        super().on_validation_end(trainer, pl_module)
+
+    def is_due(self, trainer: pl.Trainer) -> bool:
+        """Whether a checkpoint of the step that has just been taken is wanted."""
+        if self._every_n_train_steps and trainer.global_step % self._every_n_train_steps == 0:
+            return True
+        if self._train_time_interval is None:
+            return False
+        now = time.monotonic()
+        is_due = now - self._last_time_checked >= self._train_time_interval.total_seconds()
+        is_due = trainer.strategy.broadcast(is_due)  # clocks differ
+        if is_due:
+            self._last_time_checked = now
+        return is_due
+
+    def _write_after_batch(self, trainer: pl.Trainer) -> None:
+        # Lightning logs a step after all callbacks; a run that goes on from here would lack it.
+        trainer._logger_connector.update_train_step_metrics()
+        self.write(trainer)
+
+    def write(self, trainer: pl.Trainer) -> None:
+        """Write the checkpoint, unless there is one of this step."""
+        if not self._should_skip_saving_checkpoint(trainer):
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+class RecentCheckpoints(RegularCheckpoint):
+    """Keeps the last `keep` of the checkpoints that are written every so many steps.
+
+    It and the next are classes of their own, since Lightning tells checkpoint callbacks apart by
+    class and settings, and a configuration may ask for others at the same interval.
+    """
+
+    def __init__(self, keep: int, **kwargs: Any):
+        super().__init__(monitor="step", mode="max", save_top_k=keep, **kwargs)
+
+
+class LastCheckpoint(RegularCheckpoint):
+    """Writes `last.ckpt`, from which a run goes on, over the one before.
+
+    That is every so many steps or seconds, at the last step, and when a signal asks the run to
+    stop. `fit` puts it behind all other callbacks, so that it holds what they did at its step.
+
+    Schedulers send a signal ahead of a time limit or a preemption. The handler only sets a flag: a
+    checkpoint that is written inside a handler may catch the model in the middle of a step.
+    `trainer.fit` then raises `Stopped`. Several ranks, which have to agree on the step to stop at,
+    look at the flag after `agree_every` batches.
+    """
+
+    SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+
+    def __init__(self, agree_every: int = 10, **kwargs: Any):
+        super().__init__(filename="last", **kwargs)
+        self.agree_every = agree_every
+        self.received: signal.Signals | None = None
+        self._stopping = False
+        self._validates_first = False  # a run that goes on from what is being saved
+        self._batches = 0
+        self._previous: dict[signal.Signals, Any] = {}
+
+    @property
+    def path(self) -> Path:
+        return Path(self.dirpath) / "last.ckpt"
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.received = signal.Signals(number)
+
+    def _take_signals(self) -> None:
+        # Other threads cannot install handlers.
+        if not self._previous and threading.current_thread() is threading.main_thread():
+            self._previous = {s: signal.signal(s, self._note) for s in self.SIGNALS}
+
+    def on_sanity_check_start(self, *_: Any) -> None:
+        # After Lightning has installed its own handlers, and before the first validation: a SIGTERM
+        # that Lightning takes ends the run with status 0.
+        self._take_signals()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._take_signals()  # where there is no validation
+        super().on_train_start(trainer, pl_module)
+        if trainer.fit_loop.restarted_mid_epoch:
+            # After a checkpoint of an epoch's last step Lightning does not count the next epoch as
+            # begun, and at the start after that miscounts those that are done.
+            progress = trainer.fit_loop.epoch_progress
+            for count in (progress.total, progress.current):
+                count.ready = count.started = count.processed + 1
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         self._batches += 1
         if trainer.world_size == 1:
-            wanted = self.received is not None
-        elif self._batches % self.every == 0:
+            self._stopping = self.received is not None
+        elif self._batches % self.agree_every == 0:
             decide = trainer.strategy.reduce_boolean_decision
-            wanted = decide(self.received is not None, all=False)
-        else:
-            wanted = False
-        # Within a step that accumulates several batches, gradients would be lost.
-        if not wanted or trainer.global_step == self._step:
-            return
-        trainer.save_checkpoint(self.path)
-        # A run that goes on from here would leave out the validation of this step. This checkpoint
-        # counts if there is no time left for the validation.
-        self._stopping = validation_is_due(trainer)
-        if not self._stopping:
-            self._stop(trainer)
-
-    def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if self._stopping:
+            self._stopping = self._stopping or decide(self.received is not None, all=False)
+        super().on_train_batch_end(trainer)
+        if self._stopping and self._waiting:
+            # It counts if there is no time left for the validation.
+            trainer._logger_connector.update_train_step_metrics()
+            self._validates_first = True
             trainer.save_checkpoint(self.path)
-            self._stop(trainer)
+            self._validates_first = False
 
-    def _stop(self, trainer: pl.Trainer) -> NoReturn:
-        name = "a signal on another rank" if self.received is None else self.received.name
-        raise Stopped(
-            f"stopped by {name} after step {trainer.global_step}: {self.path} is written, the same "
-            "command goes on from there"
-        )
+    def is_due(self, trainer: pl.Trainer) -> bool:
+        return super().is_due(trainer) or self._stopping or is_last_step(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # A validation may end the run, too.
+        self._waiting |= trainer.should_stop and not trainer.sanity_checking
+        super().on_validation_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.write(trainer)
+
+    def write(self, trainer: pl.Trainer) -> None:
+        super().write(trainer)
+        if self._stopping:
+            name = "a signal on another rank" if self.received is None else self.received.name
+            raise Stopped(
+                f"stopped by {name} after step {trainer.global_step}: {self.path} is written, the "
+                "same command goes on from there"
+            )
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._validates_first:
+            # The counters of a batch that is done, and of a validation that has just begun.
+            loops = checkpoint["loops"]["fit_loop"]
+            for count in ("total", "current"):
+                loops["epoch_loop.batch_progress"][count]["completed"] += 1
+            counts = loops["epoch_loop.val_loop.batch_progress"]
+            counts["current"] = dict.fromkeys(counts["current"], 0)
+            counts["total"] = {**counts["current"], "ready": 1, "started": 1}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Let the paths in a checkpoint follow its run folder, if that has been moved.
+
+        Lightning forgets the best score so far if the folder is another, and then replaces the
+        best checkpoint by the next one.
+        """
+        states = checkpoint["callbacks"]
+        before = [s["dirpath"] for name, s in states.items() if name.startswith("LastCheckpoint")]
+        if before:
+            checkpoint["callbacks"] = _with_prefix(states, str(before[0]), str(self.dirpath))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+
+
+def _with_prefix(value: Any, before: str, now: str) -> Any:
+    """`value` with `now` in place of `before` at the start of all texts in it."""
+    if isinstance(value, dict):
+        items = value.items()
+        return {_with_prefix(k, before, now): _with_prefix(v, before, now) for k, v in items}
+    if isinstance(value, str) and value.startswith(before):
+        return now + value[len(before) :]
+    return value
+
+
+class BestCheckpoints(ModelCheckpoint):
+    """Keeps the best `save_top_k` checkpoints by a metric, beside `best.ckpt`."""
 
 
 class Throughput(pl.Callback):
@@ -262,7 +364,9 @@ class Throughput(pl.Callback):
         # An epoch of a small labelled set may have fewer batches than that.
         if (batch_idx + 1) % self.every == 0 or trainer.is_last_batch:
             seconds = time.perf_counter() - self._since
-            pl_module.log("images_per_s", self._images / seconds, prog_bar=True, batch_size=1)
+            # A tensor, since Lightning waits for the GPU to copy a float to it.
+            speed = torch.tensor(self._images / seconds)
+            pl_module.log("images_per_s", speed, prog_bar=True, batch_size=1)
             self._since = None
 
     def on_validation_start(self, *_: Any) -> None:

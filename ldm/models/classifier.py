@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import PurePath
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +24,19 @@ from ldm.diffusion.samplers import IndexedNoise
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 from ldm.models.base import HistoModule
-from ldm.models.diffusion import LatentDiffusion, posterior_of, scale_record, scale_tensor
+from ldm.models.diffusion import (
+    LatentDiffusion,
+    posterior_of,
+    scale_record,
+    scale_tensor,
+    scale_text,
+)
 from ldm.modules.autoencoder import AutoencoderKL as AutoencoderNet
 from ldm.modules.lr_schedule import LinearAnneal
 
 QUARTERS = 4  # ranges of t whose validation accuracy is reported
+SCALE_TOLERANCE = 0.05  # relative difference of latent scales that models bear
 TEMPERATURES = (0.1, 10.0)  # least and largest that calibration gives
-T_SAMPLERS = ("uniform", "stratified")
 
 # Least pixels -> width multipliers by level. From 128 as guided diffusion's classifiers (512: their
 # first level is half as wide).
@@ -105,7 +111,7 @@ class LatentSpace:
     scale_factor: float | list[float] | None
 
     @classmethod
-    def load(cls, path: str, what: str = "--first_stage") -> "LatentSpace":
+    def load(cls, path: str, what: str = "`first_stage`") -> "LatentSpace":
         """Of a diffusion checkpoint, or of an autoencoder checkpoint with the paper's schedule."""
         model = load_model(path, ("diffusion", "autoencoder"), what=what)
         if model.kind == "diffusion":
@@ -113,15 +119,12 @@ class LatentSpace:
             return cls(model.first_stage_model, settings, scale)
         return cls(model.net, NoiseSchedule().settings, None)
 
-    def measured(
-        self, tiles: Dataset, device: torch.device | str = "cpu", count: int = 2048
-    ) -> "LatentSpace":
-        """With a scale of 1 / std over up to `count` of these tiles, where there is none yet."""
+    def measured(self, tiles: Dataset) -> "LatentSpace":
+        """With a scale of 1 / std over up to 2,048 of these tiles, where there is none yet."""
         if self.scale_factor is not None:
             return self
-        chosen = torch.linspace(0, len(tiles) - 1, min(count, len(tiles))).long().unique().tolist()
-        first_stage = self.first_stage.to(device)
-        sums = latent_sums(tiles, chosen, lambda x: first_stage.encode(x.to(device)))
+        chosen = torch.linspace(0, len(tiles) - 1, min(2048, len(tiles))).long().unique().tolist()
+        sums = latent_sums(tiles, chosen, self.first_stage.encode)
         # Six digits, so that measuring it again on another machine gives the same number.
         return replace(self, scale_factor=float(f"{scale_from_sums(sums):.6g}"))
 
@@ -144,9 +147,6 @@ def attention_factors(resolutions: Sequence[int] | None, pixels: int, levels: in
         resolutions: As guided diffusion counts them, `pixels` / factor. None for the paper's
             factors, 8 and 16, as far as there are such levels.
         levels: Number of levels; the factors are 1, 2, ... 2 ** (levels - 1).
-
-    Raises:
-        UserError: A resolution that is not one of a level.
     """
     factors = [2**level for level in range(levels)]
     if resolutions is None:
@@ -244,25 +244,34 @@ def network_config_of(
 
 
 def start_from_unet(model: "NoisyLatentClassifier", diffusion: LatentDiffusion, where: str) -> None:
-    """Copy the averaged weights of a diffusion model's encoder and middle into a classifier.
-
-    Raises:
-        UserError: `where`: other latents, or another network.
-    """
+    """Copy the averaged weights of a diffusion model's encoder and middle into a classifier."""
     if diffusion.autoencoder_fingerprint != model.autoencoder_fingerprint:
         raise UserError(
-            f"{where} was trained on latents of another autoencoder than --first_stage; leave "
-            "--first_stage out"
+            f"{where} was trained on latents of another autoencoder than `first_stage`; leave "
+            "`first_stage` out"
         )
     if diffusion.schedule != model.schedule:
         raise UserError(
-            f"{where} was trained for {diffusion.schedule}, --first_stage says {model.schedule}; "
-            "leave --first_stage out"
+            f"{where} was trained for {diffusion.schedule}, `first_stage` says {model.schedule}; "
+            "leave `first_stage` out"
         )
     unet = diffusion.network()
     for name in ("time_embed", "input_blocks", "middle_block"):
         state = getattr(unet, name).state_dict()
         load_strictly(getattr(model.net, name), state, f"{where}: {name}")
+
+
+def start_from_classifier(
+    model: "NoisyLatentClassifier", source: "NoisyLatentClassifier", where: str
+) -> None:
+    """Copy the weights of a classifier of the same classes and latents."""
+    if source.classes != model.classes:
+        raise UserError(f"{where} knows the classes {source.classes}, the data {model.classes}")
+    if source.autoencoder_fingerprint != model.autoencoder_fingerprint:
+        raise UserError(
+            f"{where} was trained on latents of another autoencoder than `first_stage`; give its"
+        )
+    load_strictly(model.net, source.net.state_dict(), where)
 
 
 def process_params(settings: dict[str, Any]) -> dict[str, Any]:
@@ -316,11 +325,7 @@ class GuidingClassifier(HistoModule):
         self._validated: list[tuple[Tensor, Tensor]] = []  # logits (n, K) and labels (n,)
 
     def attach(self, diffusion: LatentDiffusion, where: str) -> None:
-        """Take over what sampling shares with the diffusion model; a network of its own needs none.
-
-        Raises:
-            UserError: `where` (for example --classifier CKPT) does not go with the model.
-        """
+        """Take over what sampling shares with the diffusion model; some share nothing."""
 
     def logits_model(self) -> nn.Module:
         """(z_t (B, C, H, W), t (B,)) -> logits (B, K)."""
@@ -419,6 +424,33 @@ class GuidingClassifier(HistoModule):
         return t, IndexedNoise(0, quarter, keys, z_0.shape[1:], z_0.device).initial()
 
 
+def check_latents(
+    diffusion: LatentDiffusion,
+    path: str | PurePath,
+    other: GuidingClassifier | LatentDiffusion,
+    where: str,
+    remedy: str,
+) -> None:
+    """UserError unless `other` works on the latents that the diffusion model makes."""
+    if other.autoencoder_fingerprint != diffusion.autoencoder_fingerprint:
+        raise UserError(
+            f"{where} was trained on latents of another autoencoder than {path}; {remedy}"
+        )
+    ours, theirs = tuple(diffusion.latent_shape), tuple(other.latent_shape)
+    if theirs != ours:
+        raise UserError(f"{where} takes latents {theirs}, {path} makes {ours}; {remedy}")
+    scale, other_scale = diffusion.scale_factor, other.scale_factor
+    if ((other_scale / scale - 1).abs() > SCALE_TOLERANCE).any():
+        raise UserError(
+            f"{where} has latent scale {scale_text(other_scale)}, {path} has {scale_text(scale)} "
+            f"(allowed: {SCALE_TOLERANCE:.0%} apart); {remedy}"
+        )
+    if other.schedule != diffusion.schedule:
+        raise UserError(
+            f"{where} was trained for {other.schedule}, {path} for {diffusion.schedule}; {remedy}"
+        )
+
+
 def tile_names(paths: Sequence[str]) -> list[str]:
     """CLASS/file of each path."""
     return ["/".join(PurePath(path).parts[-2:]) for path in paths]
@@ -444,9 +476,6 @@ class NoisyLatentClassifier(GuidingClassifier):
         weight_decay: AdamW's.
         anneal_steps: The learning rate falls linearly to 0 over so many steps; None keeps it.
         first_stage: The frozen autoencoder, needed to train.
-
-    Raises:
-        UserError: Settings out of range, or an autoencoder that does not fit the network.
     """
 
     def __init__(
@@ -460,16 +489,12 @@ class NoisyLatentClassifier(GuidingClassifier):
         linear_end: float = 0.0155,
         process: dict | None = None,
         noised: bool = True,
-        t_sampler: str = "uniform",
+        t_sampler: Literal["uniform", "stratified"] = "uniform",
         microbatch: int | None = None,
         weight_decay: float = 0.0,
         anneal_steps: int | None = None,
         first_stage: AutoencoderNet | None = None,
     ):
-        if t_sampler not in T_SAMPLERS:
-            raise UserError(
-                f"schedule_sampler={t_sampler!r} must be one of {', '.join(T_SAMPLERS)}"
-            )
         if process is None:
             schedule = NoiseSchedule(beta_schedule, timesteps, linear_start, linear_end)
             process = schedule.settings
@@ -489,12 +514,14 @@ class NoisyLatentClassifier(GuidingClassifier):
         if first_stage.fingerprint() != self.autoencoder_fingerprint:
             raise UserError(
                 "the autoencoder is not the one that the classifier was trained with; "
-                "give the same --first_stage"
+                "give the same `first_stage`"
             )
-        if first_stage.embed_dim != self.latent_shape[0]:
+        made = (first_stage.embed_dim, first_stage.latent_size, first_stage.latent_size)
+        if made != self.latent_shape:
+            ours, theirs = ("x".join(map(str, shape)) for shape in (self.latent_shape, made))
             raise UserError(
-                f"the classifier takes latents of {self.latent_shape[0]} channels, the autoencoder "
-                f"makes {first_stage.embed_dim}"
+                f"the classifier takes latents of {ours}, the autoencoder makes {theirs}; give the "
+                "network's in_channels and image_size the autoencoder's, or another autoencoder"
             )
 
     def rebuild_config(self) -> dict[str, Any]:
@@ -518,7 +545,7 @@ class NoisyLatentClassifier(GuidingClassifier):
         if stored["autoencoder_fingerprint"] != self.autoencoder_fingerprint:
             raise UserError(
                 "the checkpoint to resume was trained on latents of another autoencoder; "
-                "give the same --first_stage"
+                "give the same `first_stage`"
             )
         theirs, ours = stored["net_config"]["params"], self.net_config["params"]
         different = [
@@ -535,11 +562,6 @@ class NoisyLatentClassifier(GuidingClassifier):
     def forward(self, z_t: Tensor, t: Tensor) -> Tensor:
         """Logits (B, K) of noisy latents (B, C, H, W) at time steps (B,)."""
         return self.net(z_t, t)
-
-    @torch.no_grad()
-    def encode(self, x: Tensor, sample: bool = True) -> Tensor:
-        """Scaled latents z_0 (B, C, H, W) of images in [-1, 1]: a draw, or the mean."""
-        return self.latents({"image": x}, sample)
 
     @torch.no_grad()
     def latents(self, batch: dict[str, Any], sample: bool = True) -> Tensor:

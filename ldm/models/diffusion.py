@@ -2,8 +2,9 @@
 
 import logging
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
@@ -26,46 +27,19 @@ from ldm.modules.patch_pca import PatchPCA
 log = logging.getLogger(__name__)
 
 LOSSES = {"l1": lambda error: error.abs(), "l2": lambda error: error.square()}
-WEIGHTINGS = ("none", "min_snr")
 
 
-def _check_objective(
-    loss_type: str, parameterization: str, loss_weighting: str, min_snr_gamma: float
-) -> None:
-    """Check what the network predicts and how its error is measured.
-
-    Raises:
-        UserError: A value is not allowed, or the weighting does not go with the prediction.
-    """
-    for name, value, allowed in (
-        ("loss_type", loss_type, LOSSES),
-        ("parameterization", parameterization, PREDICTIONS),
-        ("loss_weighting", loss_weighting, WEIGHTINGS),
-    ):
-        if value not in allowed:
-            raise UserError(f"model.params.{name}={value!r} must be one of {', '.join(allowed)}")
+def _check_objective(parameterization: str, loss_weighting: str, rescale: bool) -> None:
+    """Check that what the network predicts goes with weights of the loss and with the schedule."""
     if loss_weighting == "min_snr" and parameterization == "flow":
         raise UserError(
             "model.params.loss_weighting=min_snr weighs the steps of a noise schedule; a flow "
             "chooses its times by model.params.time_sampling: set loss_weighting=none"
         )
-    if not min_snr_gamma > 0:
-        raise UserError(f"model.params.min_snr_gamma={min_snr_gamma} must be above 0")
-
-
-def _check_scale(scale_factor: float | list[float] | None, channels: int) -> None:
-    """Check a given latent scale: above 0, and one value or one for each channel.
-
-    Raises:
-        UserError: A value is 0 or less, or their number is another than that of the channels.
-    """
-    if scale_factor is not None and not (scale_tensor(scale_factor) > 0).all():
+    if rescale and parameterization != "v":
         raise UserError(
-            f"model.params.scale_factor={scale_factor} must be above 0 (or null to measure it)"
-        )
-    if isinstance(scale_factor, list) and len(scale_factor) != channels:
-        raise UserError(
-            f"model.params.scale_factor has {len(scale_factor)} values for {channels} channels"
+            f"model.params.rescale_zero_terminal_snr=true needs parameterization=v, not "
+            f"{parameterization}"
         )
 
 
@@ -107,9 +81,6 @@ class LatentDiffusion(HistoModule):
         weight_decay, betas: AdamW's.
         ckpt_path: Diffusion checkpoint to start from.
         monitor: Validation metric that chooses the best checkpoint.
-
-    Raises:
-        UserError: An autoencoder whose latent does not fit the UNet, and other wrong settings.
     """
 
     kind = "diffusion"
@@ -128,10 +99,10 @@ class LatentDiffusion(HistoModule):
         time_sampling: str = "logit_normal",
         time_mean: float = 0.0,
         time_std: float = 1.0,
-        time_shift: float | str = 1.0,
-        loss_type: str = "l1",
-        parameterization: str = "eps",
-        loss_weighting: str = "none",
+        time_shift: float | Literal["auto"] = 1.0,
+        loss_type: Literal["l1", "l2"] = "l1",
+        parameterization: Literal["eps", "v", "flow"] = "eps",
+        loss_weighting: Literal["none", "min_snr"] = "none",
         min_snr_gamma: float = 5.0,
         image_size: int = 64,
         channels: int = 3,
@@ -147,15 +118,11 @@ class LatentDiffusion(HistoModule):
         monitor: str | None = None,
     ):
         super().__init__()
-        _check_objective(loss_type, parameterization, loss_weighting, min_snr_gamma)
-        if rescale_zero_terminal_snr and parameterization != "v":
+        _check_objective(parameterization, loss_weighting, rescale_zero_terminal_snr)
+        if isinstance(scale_factor, list) and len(scale_factor) != channels:
             raise UserError(
-                f"model.params.rescale_zero_terminal_snr=true needs parameterization=v, not "
-                f"{parameterization}"
+                f"model.params.scale_factor has {len(scale_factor)} values for {channels} channels"
             )
-        if isinstance(time_shift, str) and time_shift != "auto":
-            raise UserError(f"model.params.time_shift={time_shift!r} must be auto or a number")
-        _check_scale(scale_factor, channels)
         if parameterization == "flow":
             shift = max(1.0, image_size / 16) if time_shift == "auto" else time_shift
             self.schedule = RectifiedFlow(time_sampling, time_mean, time_std, shift, timesteps)
@@ -245,6 +212,23 @@ class LatentDiffusion(HistoModule):
                 f"model.params.image_size={size}"
             )
 
+    def check_data(self, data: pl.LightningDataModule) -> None:
+        first, size = self.first_stage_model, self.latent_shape[1]
+        if first.latent_size != size:
+            raise UserError(
+                f"model.params.image_size={size}, but the autoencoder turns tiles of "
+                f"{first.resolution} pixels into latents of {first.latent_size}"
+            )
+        if data.cache is not None and isinstance(first, PatchPCA) and not first.is_fitted:
+            raise UserError(
+                "model.params.first_stage_config: components are found on images, and data.params."
+                "latents holds none; give model.params.first_stage_ckpt, whose latents were cached"
+            )
+        if self.scheduler_config is not None:
+            instantiate_from_config(self.scheduler_config)
+        self.tile_size = first.resolution
+        super().check_data(data)
+
     def rebuild_config(self) -> dict[str, Any]:
         channels, size, _ = self.latent_shape
         process = dict(self.schedule.settings)
@@ -296,13 +280,6 @@ class LatentDiffusion(HistoModule):
     # The latent space
 
     @torch.no_grad()
-    def encode_first_stage(
-        self, x: Tensor, generator: torch.Generator | None = None, sample: bool = True
-    ) -> Tensor:
-        """Scaled latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1]: a draw, or the mean."""
-        return self.latents({"image": x}, generator, sample)
-
-    @torch.no_grad()
     def latents(
         self,
         batch: dict[str, Any],
@@ -319,28 +296,18 @@ class LatentDiffusion(HistoModule):
         return self.first_stage_model.decode(z_0 / self.scale_factor)
 
     def replace_first_stage(self, path: str) -> None:
-        """Decode with another autoencoder of the same latent space, one with a tuned decoder.
-
-        Raises:
-            UserError: Its encoder is another one.
-        """
+        """Decode with another autoencoder of the same latent space, one with a tuned decoder."""
         from ldm.checkpoint import load_model
 
-        other = load_model(path, "autoencoder", self.device, what="--first_stage").net
+        other = load_model(path, "autoencoder", self.device, what="`first_stage`").net
         if other.fingerprint() != self.autoencoder_fingerprint:
             raise UserError(
-                f"--first_stage: {path} has another latent space than the diffusion model; give "
+                f"`first_stage`: {path} has another latent space than the diffusion model; give "
                 "the autoencoder it was trained with, or one whose decoder was fine-tuned from that"
             )
         self.first_stage_model = other
 
     def on_fit_start(self) -> None:
-        size = self.first_stage_model.latent_size
-        if size != self.latent_shape[1]:
-            raise UserError(
-                f"model.params.image_size={self.latent_shape[1]}, but the autoencoder turns tiles "
-                f"of {self.first_stage_model.resolution} pixels into latents of {size}"
-            )
         if isinstance(self.first_stage_model, PatchPCA) and not self.first_stage_model.is_fitted:
             fit_first_stage(self.first_stage_model, self.trainer)
         if torch.isnan(self.scale_factor).all():
@@ -500,7 +467,8 @@ class LatentDiffusion(HistoModule):
     def eps_model(self, use_ema: bool = True) -> nn.Module:
         """The noise predictor eps(z_t, t), with averaged weights where there are any.
 
-        The network itself, or an adapter around one that predicts something else.
+        The network itself, or an adapter around one that predicts something else. One that knows
+        labels also takes these, y (B,) int64 with -1 for none: eps(z_t, t, y).
         """
         net = self.network(use_ema)
         return net if self.parameterization == "eps" else NoisePredictor(net, self.prediction)

@@ -1,16 +1,14 @@
 """Labels for a pre-trained diffusion model: the way to classifier-free guidance."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.diffusion.samplers import EpsFn
 from ldm.errors import UserError
 from ldm.models.diffusion import LatentDiffusion
 from ldm.modules.ema import EMA
-
-TUNES = ("embedding", "all")
 
 
 class LabelAdapter(LatentDiffusion):
@@ -35,9 +33,6 @@ class LabelAdapter(LatentDiffusion):
         scheduler_config, use_ema, ema_decay, weight_decay, monitor: As for `LatentDiffusion`.
         diffusion: Parameters of `LatentDiffusion` that rebuild the model without `pretrained`, from
             its own checkpoint.
-
-    Raises:
-        UserError: A missing or wrong checkpoint, settings out of range, or data without labels.
     """
 
     conditional = True
@@ -47,9 +42,9 @@ class LabelAdapter(LatentDiffusion):
         pretrained: str | None = None,
         pretrained_ema: bool = True,
         label_dropout: float = 0.1,
-        tune: str = "embedding",
+        tune: Literal["embedding", "all"] = "embedding",
         embedding_rate: float = 10.0,
-        loss_type: str | None = None,
+        loss_type: Literal["l1", "l2"] | None = None,
         scheduler_config: dict | None = None,
         use_ema: bool = True,
         ema_decay: float = 0.999,
@@ -57,15 +52,6 @@ class LabelAdapter(LatentDiffusion):
         monitor: str | None = None,
         diffusion: dict | None = None,
     ):
-        if not 0 <= label_dropout < 1:
-            raise UserError(
-                f"model.params.label_dropout={label_dropout} must be in [0, 1): it is the share of "
-                "images that are trained without label"
-            )
-        if tune not in TUNES:
-            raise UserError(f"model.params.tune={tune!r} must be one of {', '.join(TUNES)}")
-        if not embedding_rate > 0:
-            raise UserError(f"model.params.embedding_rate={embedding_rate} must be above 0")
         source = _pretrained(pretrained) if diffusion is None else None
         params = dict(diffusion or source.rebuild_config()["params"])
         if loss_type is not None:
@@ -137,16 +123,9 @@ class LabelAdapter(LatentDiffusion):
         without_label = self.simple_loss(self.network(), z_0, t, eps).mean()
         return {**values, "val/label_gain": without_label - with_label}
 
-    def conditional_eps(self, use_ema: bool = True) -> nn.Module:
-        """The noise predictor eps(z_t, t, y), y (B,) int64 in [-1, K) where -1 is no label.
-
-        `eps_model` is the same network without y, the prediction without label.
-        """
-        return self.eps_model(use_ema)
-
     def preview_eps(self, count: int) -> EpsFn:
         """The classes in turn."""
-        net, y = self.conditional_eps(), torch.arange(count, device=self.device) % len(self.classes)
+        net, y = self.eps_model(), torch.arange(count, device=self.device) % len(self.classes)
         return lambda z_t, t: net(z_t, t, y)
 
 
@@ -163,6 +142,6 @@ def _pretrained(path: str | None) -> LatentDiffusion:
     if source.conditional:
         raise UserError(
             f"model.params.pretrained: {path} is a label adapter already; give the diffusion model "
-            "that it started from, or go on with --resume"
+            "that it started from, or go on with `resume`"
         )
     return source

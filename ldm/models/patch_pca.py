@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ldm.data.tiles import without_augmentation
-from ldm.errors import UserError
 from ldm.models.base import HistoModule
 from ldm.modules.autoencoder import psnr
 from ldm.modules.patch_pca import PatchPCA as PatchPCANet
@@ -46,6 +45,7 @@ class PatchPCA(HistoModule):
             "exponent": exponent,
         }
         self.net = PatchPCANet(**self.params)
+        self.tile_size = resolution
 
     def rebuild_config(self) -> dict[str, Any]:
         return {"target": "ldm.models.patch_pca.PatchPCA", "params": dict(self.params)}
@@ -76,17 +76,8 @@ class PatchPCA(HistoModule):
 
 
 def fit_first_stage(net: PatchPCANet, trainer: "pl.Trainer", batch_size: int = 64) -> None:
-    """Fit to the training tiles, without augmentation; every rank finds the same.
-
-    Raises:
-        UserError: The training set is a cache of latents, whose tiles cannot be seen.
-    """
+    """Fit to the training tiles, without augmentation; every rank finds the same."""
     dataset, device = trainer.datamodule.train_dataset, trainer.strategy.root_device
-    if trainer.datamodule.cache is not None:
-        raise UserError(
-            "model.params.first_stage_config: components are found on images, and data.params."
-            "latents holds none; give model.params.first_stage_ckpt, whose latents were cached"
-        )
     dataset = without_augmentation(dataset)
     chosen = torch.linspace(0, len(dataset) - 1, min(FIT_TILES, len(dataset))).long().unique()
     mine = chosen.tolist()[trainer.global_rank :: trainer.world_size]

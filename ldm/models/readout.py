@@ -115,20 +115,17 @@ class ReadoutClassifier(GuidingClassifier):
         Args:
             blocks: None for the middle and all up-blocks.
             params: Further ones of the class.
-
-        Raises:
-            UserError: The model takes labels, or has no such block.
         """
         if diffusion.conditional:
             raise UserError(
-                "--readout: the diffusion model takes labels already; give the unlabelled one that "
+                "`readout`: the diffusion model takes labels already; give the unlabelled one that "
                 "it started from"
             )
         widths = diffusion.network().feature_widths
         blocks = list(range(len(widths))) if blocks is None else sorted(set(blocks))
         if not blocks or min(blocks) < 0 or max(blocks) >= len(widths):
             raise UserError(
-                f"--readout_blocks {','.join(map(str, blocks))}: the UNet has the middle, 0, and "
+                f"`readout_blocks` {','.join(map(str, blocks))}: the UNet has the middle, 0, and "
                 f"up-blocks 1 to {len(widths) - 1}"
             )
         features = sum(2 * widths[b] for b in blocks)
@@ -144,15 +141,11 @@ class ReadoutClassifier(GuidingClassifier):
             **params,
         )
         model.classes = list(classes)
-        model.attach(diffusion, "--readout")
+        model.attach(diffusion, "`readout`")
         return model
 
     def attach(self, diffusion: LatentDiffusion, where: str) -> None:
-        """Read the averaged network of this model from now on.
-
-        Raises:
-            UserError: It is not the one that the readout was trained on.
-        """
+        """Read the averaged network of this model from now on."""
         if weights_digest([diffusion.network()]) != self.diffusion_digest:
             raise UserError(
                 f"{where} reads the features of another diffusion model than the one given; a "
@@ -338,7 +331,12 @@ class FeatureData(pl.LightningDataModule):
             self.seed,
             position=lambda: progress.total.ready,
         )
-        return DataLoader(self.train_dataset, batch_size=self.batch_size, sampler=sampler)
+        return DataLoader(
+            self.train_dataset,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            pin_memory=torch.cuda.is_available(),
+        )
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(self.val_dataset, batch_size=1024)

@@ -35,7 +35,7 @@ class ShardedStrategy(ModelParallelStrategy):
             if "optimizer state" not in str(error):
                 raise
             raise UserError(
-                f"--strategy fsdp: {checkpoint_path} was written without it, and its optimiser "
+                f"`strategy` fsdp: {checkpoint_path} was written without it, and its optimiser "
                 "does not fit; go on without, or start another run from it with "
                 f"model.params.ckpt_path={checkpoint_path}"
             ) from None

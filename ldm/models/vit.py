@@ -51,9 +51,6 @@ class TileClassifier(nn.Module):
         avgpool_patchtokens: Pool the patch tokens instead of taking the class token.
         drop_path: Stochastic depth; not used, with a line in the log, if the architecture has none.
         mean, std: Of each channel of images in [0, 1], for the normalisation.
-
-    Raises:
-        UserError: The architecture is unknown, or does not take these values.
     """
 
     def __init__(
@@ -94,7 +91,7 @@ class TileClassifier(nn.Module):
         self.net = _create(arch, num_classes, input_size, drop, drop_path, required)
         if avgpool_patchtokens and not hasattr(self.net, "num_prefix_tokens"):
             raise UserError(
-                f"--avgpool_patchtokens 1: {arch} has no class token, it always pools; leave it out"
+                f"`avgpool_patchtokens` 1: {arch} has no class token, it always pools; leave it out"
             )
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
@@ -109,7 +106,7 @@ class TileClassifier(nn.Module):
         except (RuntimeError, AssertionError, ValueError) as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise UserError(
-                f"--arch {arch} does not take --input-size {self.input_size}: {reason[0]}"
+                f"`arch` {arch} does not take `input_size` {self.input_size}: {reason[0]}"
             ) from None
         finally:
             self.train()
@@ -152,7 +149,7 @@ def _create(
         near = difflib.get_close_matches(arch, [*SHORT_NAMES, *timm.list_models()], n=3)
         hint = f"nearest: {', '.join(near)}" if near else "see timm.list_models()"
         raise UserError(
-            f"--arch {arch} is neither one of {', '.join(SHORT_NAMES)} nor in timm; {hint}"
+            f"`arch` {arch} is neither one of {', '.join(SHORT_NAMES)} nor in timm; {hint}"
         )
     # Left out if the architecture does not know them, since no user asked for these.
     optional: dict[str, Any] = {"img_size": input_size}
@@ -168,39 +165,39 @@ def _create(
             argument = unknown.group(1) if unknown else ""
             if argument in required:
                 raise UserError(
-                    f"--arch {arch} takes no {argument}; leave that option out"
+                    f"`arch` {arch} takes no {argument}; leave that option out"
                 ) from None
             if argument not in optional:
                 raise
             if argument == "drop_path_rate":
-                log.info("%s has no stochastic depth: --drop-path is not used", arch)
+                log.info("%s has no stochastic depth: `drop_path` is not used", arch)
             del optional[argument]
         except (AssertionError, RuntimeError, ValueError) as error:
             given = {**required, "input_size": input_size}
-            raise UserError(f"--arch {arch} does not take {given}: {error}") from None
+            raise UserError(f"`arch` {arch} does not take {given}: {error}") from None
     patch = getattr(getattr(net, "patch_embed", None), "patch_size", (1, 1))
     if any(input_size % side for side in patch):
         # timm would ignore the pixels at two borders without a word.
         raise UserError(
-            f"--input-size {input_size} is not a multiple of the {patch[0]} px patches of {arch};"
-            " change it or --patch_size"
+            f"`input_size` {input_size} is not a multiple of the {patch[0]} px patches of {arch};"
+            " change it or `patch_size`"
         )
     return net
 
 
-def eval_transform(input_size: int, interpolation: str = "bicubic"):
+def eval_transform(input_size: int):
     """Make the transform of evaluation: PIL image -> uint8 (3, S, S).
 
     It resizes the shorter side to S / 0.875 and crops the centre, as published (256 and 224 px).
     `TileClassifier` normalises.
     """
     return create_transform(
-        input_size, is_training=False, interpolation=interpolation, crop_pct=0.875, normalize=False
+        input_size, is_training=False, interpolation="bicubic", crop_pct=0.875, normalize=False
     )
 
 
 def load_vit(
-    path: str | os.PathLike, device: torch.device | str = "cpu", what: str = "--weights"
+    path: str | os.PathLike, device: torch.device | str = "cpu", what: str = "`weights`"
 ) -> tuple[TileClassifier, dict[str, Any]]:
     """Load a classifier that eval.py trained, at its selected epoch, in evaluation mode.
 
@@ -221,7 +218,7 @@ def load_pretrained(
     path: str | os.PathLike,
     entry: str | None = None,
     classes: list[str] | None = None,
-    what: str = "--finetune",
+    what: str = "`finetune`",
 ) -> None:
     """Load weights from a local file; none may be missing or left over.
 
@@ -257,7 +254,7 @@ def load_pretrained(
 
 
 def read_weights(
-    path: str | os.PathLike, entry: str | None = None, what: str = "--finetune"
+    path: str | os.PathLike, entry: str | None = None, what: str = "`finetune`"
 ) -> tuple[dict[str, Tensor], list[str] | None]:
     """Read the weights in a local file, and its class names if eval.py wrote it."""
     path = Path(path).expanduser()
@@ -286,7 +283,7 @@ def read_weights(
     found = [payload[name] for name in wanted if isinstance(payload.get(name), dict)]
     if entry is not None and not found:
         raise UserError(
-            f"--checkpoint_key {entry}: {path} has no such weights, but {sorted(payload)[:8]}"
+            f"`checkpoint_key` {entry}: {path} has no such weights, but {sorted(payload)[:8]}"
         )
     payload = found[0] if found else payload
     state = {}
@@ -296,5 +293,5 @@ def read_weights(
         if isinstance(value, Tensor):
             state[key] = value
     if not state:
-        raise UserError(f"{what} {path} holds no tensors; name their entry with --checkpoint_key")
+        raise UserError(f"{what} {path} holds no tensors; name their entry with `checkpoint_key`")
     return state, None

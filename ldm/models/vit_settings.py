@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ldm.cli import Count, NotNegative, Share, Whole, option
+from ldm.cli import Count, NotNegative, Pixels, Rate, Share, Whole, option
 from ldm.errors import Problems
 
 NO_AUGMENT = "none"
@@ -41,7 +41,7 @@ class Settings:
         default=None,
         help="pixels; if omitted 16 with the four names above, else the architecture's own",
     )
-    input_size: Annotated[int, Field(ge=8)] = _network(default=224, help="pixels")
+    input_size: Pixels = _network(default=224, help="pixels")
     avgpool_patchtokens: Annotated[int, Field(ge=0, le=1)] = _network(
         default=0, help="1: mean of the patch tokens instead of the class token"
     )
@@ -66,13 +66,9 @@ class Settings:
         help="images per step, of all devices together; a smaller set makes one smaller batch",
     )
     opt: str = _training(default="adamw", help="any timm optimizer")
-    lr: NotNegative = _training(
-        default=5e-4, help="learning rate at a batch of 512, scaled to the batch"
-    )
-    min_lr: NotNegative = _training(default=1e-5, help="least learning rate of the schedule")
-    warmup_lr: NotNegative = _training(
-        default=1e-6, help="learning rate at which the warm-up starts"
-    )
+    lr: Rate = _training(default=5e-4, help="learning rate at a batch of 512, scaled to the batch")
+    min_lr: Rate = _training(default=1e-5, help="least learning rate of the schedule")
+    warmup_lr: Rate = _training(default=1e-6, help="learning rate at which the warm-up starts")
     warmup_epochs: Whole | None = _training(
         default=None, help="if omitted 5, or a tenth of the epochs where that is less"
     )
@@ -80,17 +76,17 @@ class Settings:
     match_steps: Count | None = _training(
         default=None,
         metavar="N",
-        help="exactly N updates instead of --epochs, whatever the set's size, so that training "
+        help="exactly N updates instead of `epochs`, whatever the set's size, so that training "
         "sets of different sizes compare",
     )
     validations: Count | None = _training(
         default=None,
         metavar="V",
-        help=f"with --match_steps: validate V times at equal distances; if omitted "
+        help=f"with `match_steps`: validate V times at equal distances; if omitted "
         f"{MATCHED_VALIDATIONS}, or as many times as there are updates",
     )
     warmup_updates: Whole | None = _training(
-        default=None, metavar="W", help="with --match_steps: updates of warm-up; if omitted a tenth"
+        default=None, metavar="W", help="with `match_steps`: updates of warm-up; if omitted a tenth"
     )
     sched: Literal["cosine", "tanh", "constant"] = _training(
         default="cosine", help="learning rate schedule"
@@ -136,7 +132,7 @@ class Settings:
         default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm augmentation policy, or none"
     )
     color_jitter: NotNegative = _augment(
-        default=0.4, help="strength, with --aa none (a policy jitters colours itself)"
+        default=0.4, help="strength, with `aa` none (a policy jitters colours itself)"
     )
     train_interpolation: Literal["random", "bilinear", "bicubic"] = _augment(
         default="bicubic", help="interpolation of random resized crops"

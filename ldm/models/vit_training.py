@@ -55,9 +55,6 @@ class Course:
 
         A set that is smaller than a batch makes one smaller batch. Otherwise the images that fill
         no batch (others in each pass) are left out, so that all batches are alike.
-
-        Raises:
-            UserError: There are too few images for the devices.
         """
         # Mixing needs pairs, and so do the shares of several processes.
         unit = 2 * ranks if settings.mixes or ranks > 1 else 1
@@ -66,7 +63,7 @@ class Course:
         if batch_size == 0:
             raise UserError(
                 f"{images} training images in batches of {wanted} are too few for {ranks} devices;"
-                " use fewer --devices"
+                " use fewer `devices`"
             )
         notes: tuple[str, ...] = ()
         if batch_size < wanted:
@@ -105,11 +102,7 @@ class Validation(NamedTuple):
 
 
 def build_network(settings: Settings, classes: list[str]) -> TileClassifier:
-    """The network to train, with the weights of `--finetune`.
-
-    Raises:
-        UserError: The architecture is unknown, or the weights do not fit it.
-    """
+    """The network to train, with the weights of `finetune`."""
     net = TileClassifier(
         settings.arch,
         len(classes),
@@ -127,16 +120,12 @@ def build_network(settings: Settings, classes: list[str]) -> TileClassifier:
 
 
 def build_optimizer(settings: Settings, net: TileClassifier, lr: float) -> torch.optim.Optimizer:
-    """timm's optimizer of that name, without weight decay of biases, norms and embeddings.
-
-    Raises:
-        UserError: timm has no optimizer of that name.
-    """
+    """timm's optimizer of that name, without weight decay of biases, norms and embeddings."""
     # Those of apex and bitsandbytes need packages that are not ours, adahessian another loop.
     known = list_optimizers(exclude_filters=["fused*", "bnb*", "adahessian"])
     if settings.opt not in known:
         near = difflib.get_close_matches(settings.opt, known, n=3) or known
-        raise UserError(f"--opt {settings.opt} is no optimizer of timm; use {', '.join(near)}")
+        raise UserError(f"`opt` {settings.opt} is no optimizer of timm; use {', '.join(near)}")
     return create_optimizer_v2(
         net.net,
         opt=settings.opt,
@@ -267,8 +256,11 @@ class VitTraining(HistoModule):
         loss = self.criterion(self.net(images).float(), y)
         mean = self.trainer.strategy.reduce(loss.detach(), reduce_op="mean")
         self.check_finite(mean, batch, batch_idx)
-        self._loss_sum += mean.item()
+        self.arrivals.add(mean, self._add_loss)
         return loss
+
+    def _add_loss(self, mean: float) -> None:
+        self._loss_sum += mean
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         super().on_before_optimizer_step(optimizer)
@@ -284,6 +276,7 @@ class VitTraining(HistoModule):
 
     def validate(self) -> dict[str, float]:
         """Validate the evaluated network, keep it if it is the best so far, and log a row."""
+        self.arrivals.settle()
         trained = time.monotonic()
         self.eval()
         found = self.judge(self.evaluated)

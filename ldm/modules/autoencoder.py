@@ -6,6 +6,7 @@ Attributes that hold weights keep the names of published checkpoints.
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -244,20 +245,21 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
-DDCONFIG_KEYS = {
-    "ch": None,
-    "ch_mult": None,
-    "num_res_blocks": None,
-    "z_channels": None,
-    "resolution": None,
-    "in_channels": 3,
-    "out_ch": 3,
-    "attn_resolutions": (),
-    "dropout": 0.0,
-    "double_z": True,
-    "use_checkpoint": False,
-}
-"""Keys of `ddconfig` and their defaults; None marks a required one."""
+@dataclass
+class Architecture:
+    """Keys of `ddconfig`, see `AutoencoderKL`."""
+
+    ch: int
+    ch_mult: Sequence[int]
+    num_res_blocks: int
+    z_channels: int
+    resolution: int
+    in_channels: int = 3
+    out_ch: int = 3
+    attn_resolutions: Sequence[int] = ()
+    dropout: float = 0.0
+    double_z: bool = True
+    use_checkpoint: bool = False
 
 
 class AutoencoderKL(nn.Module):
@@ -269,9 +271,6 @@ class AutoencoderKL(nn.Module):
             `dropout`, `double_z` (True), `use_checkpoint` (recompute features in the backward pass:
             less memory, the same gradients).
         embed_dim: Channels of the latent.
-
-    Raises:
-        UserError: Unknown or missing keys, or sizes that do not fit together.
     """
 
     def __init__(self, ddconfig: dict, embed_dim: int):
@@ -292,14 +291,10 @@ class AutoencoderKL(nn.Module):
 
     @staticmethod
     def _checked(ddconfig: dict) -> dict:
-        unknown = sorted(set(ddconfig) - set(DDCONFIG_KEYS))
-        missing = sorted(k for k, v in DDCONFIG_KEYS.items() if v is None and k not in ddconfig)
-        if unknown or missing:
-            raise UserError(
-                f"ddconfig: unknown keys {unknown}, missing keys {missing}; allowed are "
-                f"{', '.join(DDCONFIG_KEYS)}"
-            )
-        config = {**DDCONFIG_KEYS, **ddconfig}
+        try:
+            config = asdict(Architecture(**ddconfig))
+        except TypeError as error:  # an unknown or a missing key
+            raise UserError(f"ddconfig: {error}") from None
         if not config.pop("double_z"):
             raise UserError(
                 "ddconfig.double_z=False: a KL autoencoder predicts mean and variance; set it to "

@@ -20,19 +20,14 @@ from ldm.errors import UserError
 GROUPS = 32
 
 
-def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
+def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """Sinusoidal embedding of time steps (Vaswani et al. 2017; DDPM, Ho et al. 2020, appendix B).
 
-    Args:
-        t: Time steps, (B,), integer or fractional.
-        dim: Width of the result.
-
-    Returns:
-        (B, dim) float32: cosines first, then sines.
+    From (B,), integer or fractional, to (B, dim) float32: cosines first, then sines.
     """
     half = dim // 2
     exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
-    angles = t.float()[:, None] * torch.exp(-math.log(max_period) * exponents)[None]  # (B, dim/2)
+    angles = t.float()[:, None] * torch.exp(-math.log(10_000.0) * exponents)[None]  # (B, dim/2)
     embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
     return F.pad(embedding, (0, dim - 2 * half))
 
@@ -42,8 +37,8 @@ def group_norm(channels: int, eps: float = 1e-5) -> nn.GroupNorm:
     if channels % GROUPS:
         raise UserError(
             f"a layer of {channels} channels cannot be normalised in {GROUPS} groups; choose "
-            "model_channels "
-            f"(or ch) and the channel multipliers so that every layer is a multiple of {GROUPS}"
+            "model_channels (or ch) and the channel multipliers so that every layer is a multiple "
+            f"of {GROUPS}"
         )
     return nn.GroupNorm(GROUPS, channels, eps=eps)
 
@@ -82,11 +77,9 @@ class Pointwise(nn.Conv1d):
 class Upsample(nn.Module):
     """Nearest-neighbour up-sampling by 2, then a 3x3 convolution if `use_conv`."""
 
-    def __init__(self, channels: int, use_conv: bool, out_channels: int | None = None):
+    def __init__(self, channels: int, use_conv: bool):
         super().__init__()
-        self.conv = (
-            nn.Conv2d(channels, out_channels or channels, 3, padding=1) if use_conv else None
-        )
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else None
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")  # (B, C, 2H, 2W)
@@ -96,10 +89,10 @@ class Upsample(nn.Module):
 class Downsample(nn.Module):
     """Down-sampling by 2: a strided 3x3 convolution if `use_conv`, else average pooling."""
 
-    def __init__(self, channels: int, use_conv: bool, out_channels: int | None = None):
+    def __init__(self, channels: int, use_conv: bool):
         super().__init__()
         if use_conv:
-            self.op = nn.Conv2d(channels, out_channels or channels, 3, stride=2, padding=1)
+            self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
         else:
             self.op = nn.AvgPool2d(2)
 

@@ -27,15 +27,23 @@ class EMA(nn.Module):
         self.decay = decay
         self.net = copy.deepcopy(net).eval().requires_grad_(False)
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))
+        # `num_updates`, for which a GPU would have to be waited for; None where it is not known.
+        self._count: int | None = 0
 
     def train(self, mode: bool = True) -> "EMA":
         """The average is only ever evaluated, so it stays in evaluation mode."""
         return super().train(False)
 
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._count = None
+
     @torch.no_grad()
     def update(self, net: nn.Module) -> None:
+        if self._count is None:
+            self._count = int(self.num_updates)
+        self._count = n = self._count + 1
         self.num_updates += 1
-        n = int(self.num_updates)
         decay = min(self.decay, (1 + n) / (10 + n))
         averages = list(self.net.parameters())
         torch._foreach_lerp_(averages, [p.detach() for p in net.parameters()], 1.0 - decay)

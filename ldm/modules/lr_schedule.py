@@ -47,7 +47,7 @@ class LambdaLinearScheduler:
 
 
 class LinearAnneal:
-    """Factor that falls linearly from 1 to 0 over `total_steps` (`--anneal_lr`)."""
+    """Factor that falls linearly from 1 to 0 over `total_steps` (`anneal_lr`)."""
 
     def __init__(self, total_steps: int):
         self.total_steps = total_steps
@@ -64,9 +64,6 @@ class WarmupCosine:
         total_steps: Optimiser steps of the whole training; later ones stay at `f_min`.
         plateau: Share of `total_steps` before the descent begins, in [0, 1).
         f_min: Last factor, in [0, 1].
-
-    Raises:
-        UserError: Values out of range.
     """
 
     def __init__(

@@ -36,9 +36,6 @@ class PatchPCA(nn.Module):
             sd_c^exponent, the mean square over components being 1. 0 makes all deviations equal, 1
             keeps their proportions. A network that learns to remove noise cares most for what is
             largest: at 0 it spends itself on fine texture.
-
-    Raises:
-        UserError: Values out of range.
     """
 
     def __init__(
@@ -52,8 +49,6 @@ class PatchPCA(nn.Module):
             raise UserError(
                 f"components={components} must be in [1, {values}], the values of a patch"
             )
-        if not 0 <= exponent <= 1:
-            raise UserError(f"exponent={exponent} must be in [0, 1]")
         self.resolution, self.downsampling, self.embed_dim = resolution, patch, components
         self.exponent = exponent
         self.encoder = _Linear(components, values, components)
@@ -79,9 +74,6 @@ class PatchPCA(nn.Module):
             count: Number of patches.
             total: Their sum, (D,) float64.
             products: Sum of their outer products, (D, D) float64.
-
-        Raises:
-            UserError: The patches vary in fewer directions than there are components.
         """
         mean = total / count
         covariance = products / count - mean[:, None] * mean[None]

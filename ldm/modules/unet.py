@@ -4,6 +4,7 @@ Letters: B batch, C channels, H W spatial (of the latent), K classes, E width of
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -60,27 +61,20 @@ class _Encoder(nn.Module):
             nn.SiLU(),
             nn.Linear(emb_channels, emb_channels),
         )
-
-        def res_block(channels: int, **options) -> ResBlock:
-            return ResBlock(
-                channels,
-                emb_channels,
-                dropout,
-                use_scale_shift_norm=use_scale_shift_norm,
-                use_checkpoint=use_checkpoint,
-                **options,
-            )
-
-        def attention(channels: int, heads: int = num_heads) -> AttentionBlock:
-            return AttentionBlock(
-                channels,
-                num_heads=heads,
-                num_head_channels=num_head_channels,
-                use_checkpoint=use_checkpoint,
-                use_new_attention_order=use_new_attention_order,
-            )
-
-        self._res_block, self._attention = res_block, attention
+        res_block = self._res_block = partial(
+            ResBlock,
+            emb_channels=emb_channels,
+            dropout=dropout,
+            use_scale_shift_norm=use_scale_shift_norm,
+            use_checkpoint=use_checkpoint,
+        )
+        attention = self._attention = partial(
+            AttentionBlock,
+            num_heads=num_heads,
+            num_head_channels=num_head_channels,
+            use_checkpoint=use_checkpoint,
+            use_new_attention_order=use_new_attention_order,
+        )
         channels = model_channels
         self.input_blocks = nn.ModuleList(
             [TimestepEmbedSequential(nn.Conv2d(in_channels, channels, 3, padding=1))]
@@ -109,10 +103,6 @@ class _Encoder(nn.Module):
         )
         self._channels, self._factor = channels, factor
 
-    def _finish_build(self) -> None:
-        # The builders are closures, which neither pickle nor deepcopy, needed in __init__ only.
-        del self._res_block, self._attention
-
     def _embed(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         return self.time_embed(timestep_embedding(t, self.model_channels).to(dtype))  # (B, E)
 
@@ -131,9 +121,6 @@ class UNetModel(_Encoder):
         num_heads_upsample: Number of heads on the up-sampling path; -1 for `num_heads`.
         num_classes: Labels are embedded and added to the time embedding, see `add_labels`.
         use_checkpoint: Recompute activations in the backward pass: less memory, the same gradients.
-
-    Raises:
-        UserError: Sizes that do not fit together.
     """
 
     def __init__(
@@ -186,7 +173,7 @@ class UNetModel(_Encoder):
                 ]
                 channels = mult * model_channels
                 if factor in attention_resolutions:
-                    layers.append(self._attention(channels, heads))
+                    layers.append(self._attention(channels, num_heads=heads))
                 if level > 0 and i == num_res_blocks:
                     up = (
                         self._res_block(channels, up=True)
@@ -201,7 +188,6 @@ class UNetModel(_Encoder):
             nn.SiLU(),
             zero_init(nn.Conv2d(channels, out_channels, 3, padding=1)),
         )
-        self._finish_build()
 
     def add_labels(self, num_classes: int) -> None:
         """Embed labels from now on; the embedding is 0, so the predictions stay as they are."""
@@ -348,7 +334,6 @@ class EncoderUNetModel(_Encoder):
                 nn.SiLU(),
                 nn.Linear(2048, out_channels),
             )
-        self._finish_build()
 
     def forward(self, z_t: Tensor, t: Tensor) -> Tensor:
         """Logits (B, K) of the classes, from noisy latents (B, C, H, W) and time steps (B,)."""

@@ -1,11 +1,15 @@
 """Grids of tiles: what a page shows of them, and contact sheets as picture files."""
 
+import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from ldm.report import plots
+GAP, MARGIN, LINE = 14, 24, 15  # pixels between pictures, around a sheet, and of a line of text
+Colour = tuple[int, int, int]  # red, green, blue
+TEXT, SOFT = (29, 34, 41), (92, 102, 114)
 
 
 class Tile(NamedTuple):
@@ -38,24 +42,68 @@ def thumbnail(pixels: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(image)
 
 
-def contact_sheet(
-    rows: Sequence[tuple[str, Sequence[np.ndarray]]], columns: Sequence[str]
+class Card(NamedTuple):
+    """Pictures of a contact sheet with the lines of text below them.
+
+    Attributes:
+        pictures: uint8 (H, W, 3), side by side.
+        colour: Of a frame around the pictures and of the first line; None for no frame.
+    """
+
+    pictures: Sequence[np.ndarray]
+    lines: Sequence[str] = ()
+    colour: Colour | None = None
+
+
+def card_sheet(
+    title: Sequence[str], rows: Sequence[tuple[str, Sequence[Card]]], side: int, columns: int
 ) -> bytes:
-    """PNG with a row of tiles per caption.
+    """A contact sheet as PNG.
 
     Args:
-        rows: Caption and uint8 tiles (H, W, 3) of each row.
-        columns: Caption of each column.
+        title: Lines at the top.
+        rows: Heading of each row, which may be empty, and its cards.
+        side: Pixels of a picture.
+        columns: Least number of pictures that a row has room for.
     """
-    figure = plots.new_figure(1.6 + 0.85 * len(columns), 0.4 + 0.85 * len(rows))
-    grid = figure.subplots(len(rows), len(columns), squeeze=False)
-    for i, (caption, tiles) in enumerate(rows):
-        for j, tile in enumerate(tiles):
-            axes = grid[i, j]
-            axes.imshow(tile)
-            axes.set(xticks=[], yticks=[])
-            axes.spines[:].set_visible(False)
-            if i == 0:
-                axes.set_title(columns[j], fontsize=8)
-        grid[i, 0].set_ylabel(caption, fontsize=8, rotation=0, ha="right", va="center", labelpad=6)
-    return plots.to_png(figure)
+    import matplotlib
+    from PIL import Image, ImageDraw, ImageFont
+
+    fonts = Path(matplotlib.get_data_path(), "fonts", "ttf")
+    plain = ImageFont.truetype(str(fonts / "DejaVuSans.ttf"), 11)
+    bold = ImageFont.truetype(str(fonts / "DejaVuSans-Bold.ttf"), 13)
+    columns = max([columns, *(sum(len(card.pictures) for card in cards) for _, cards in rows)])
+    lines = [max(len(card.lines) for card in cards) for _, cards in rows]
+    heads = [1.6 * LINE if heading else 0 for heading, _ in rows]
+    heights = [h + side + (n + 1) * LINE for h, n in zip(heads, lines, strict=True)]
+    height = 2 * MARGIN + 1.2 * LINE * len(title) + sum(heights)
+    sheet = Image.new("RGB", (2 * MARGIN + columns * (side + GAP), int(height)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, line in enumerate(title):
+        style = (SOFT, plain) if i else (TEXT, bold)
+        draw.text((MARGIN, MARGIN + 1.2 * i * LINE), line, *style)
+    top = MARGIN + 1.2 * LINE * len(title)
+    for (heading, cards), head, below in zip(rows, heads, heights, strict=True):
+        draw.text((MARGIN, top), heading, TEXT, bold)
+        left, upper = MARGIN, int(top + head)
+        for card in cards:
+            width = len(card.pictures) * (side + GAP) - GAP
+            if card.colour:
+                box = (left - 3, upper - 3, left + width + 2, upper + side + 2)
+                draw.rectangle(box, outline=card.colour, width=3)
+            for k, picture in enumerate(card.pictures):
+                tile = Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC)
+                sheet.paste(tile, (left + k * (side + GAP), upper))
+            for k, line in enumerate(card.lines):
+                colour = (card.colour or SOFT) if k == 0 else SOFT
+                draw.text((left, upper + side + 4 + k * LINE), line, colour, plain)
+            left += width + GAP
+        top += below
+    stream = io.BytesIO()
+    sheet.save(stream, format="PNG", optimize=True)
+    return stream.getvalue()
+
+
+def shorten(name: str, letters: int) -> str:
+    """The end of a name, as far as it has room."""
+    return name if len(name) <= letters else f"…{name[1 - letters :]}"

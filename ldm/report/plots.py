@@ -26,6 +26,7 @@ COLOURS = {
     "page": "#ffffff",
 }
 SERIES = (COLOURS["mark"], COLOURS["second"], COLOURS["third"])  # that a chart can tell apart
+MARKERS = "osD^vPX<>*"
 WIDTH, HEIGHT = 4.4, 2.8  # inches
 SVG_SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "histodiffusion"}
 PNG_METADATA = {"Software": None}  # else files differ with the version of matplotlib
@@ -216,6 +217,29 @@ def series_chart(
     axes.set_xlabel(x_label)
     _legend(axes)
     return to_svg(figure, f"{title}, over {x_label}: {'; '.join(map(_in_words, series))}")
+
+
+def curves_picture(title: str, series: Sequence[Series], x_label: str, y_label: str) -> bytes:
+    """Any number of lines with bars over a logarithmic axis, as PNG; the legend is beside them."""
+    from matplotlib import colormaps
+
+    figure = new_figure(9.0, 4.8, dpi=150)
+    axes = figure.add_subplot()
+    positions = sorted({float(x) for line in series for x in line.x})
+    for i, line in enumerate(series):
+        shift = 1.012 ** (i - (len(series) - 1) / 2)  # bars would lie on one another
+        error = [one or 0.0 for one in line.deviation] or None
+        axes.errorbar([x * shift for x in line.x], line.y, error, fmt=MARKERS[i % len(MARKERS)],
+                      color=colormaps["tab10"](i % 10), ls=("-", "--")[i // 10 % 2], ms=5,
+                      capsize=2, lw=1.5, label=line.name)  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xticks(positions, [f"{x:g}" for x in positions])
+    axes.minorticks_off()
+    axes.set(title=title, xlabel=x_label, ylabel=y_label)
+    axes.grid(axis="y", color=COLOURS["line"])
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
+    return to_png(figure)
 
 
 def _in_words(line: Series) -> str:

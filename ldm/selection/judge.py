@@ -1,13 +1,19 @@
-"""The judge of a selection: one network's features of the real and the synthetic tiles."""
+"""The judge of a selection: what networks see in the real tiles and in the candidates."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ldm.data.tile_files import TileFiles
 from ldm.errors import UserError
-from ldm.features.centroids import Centroids
+from ldm.evaluation.predictions import Predictions
+from ldm.features.centroids import Centroids, class_centroids
 from ldm.features.extractor import Extractor
+from ldm.features.probe import Judge, Probe
 from ldm.features.sets import FeatureSet, cached_features
 
 REAL_FILE, SYNTHETIC_FILE = "features_real.safetensors", "features_synthetic.safetensors"
@@ -16,15 +22,29 @@ CENTROIDS_FILE = "centroids.safetensors"
 
 @dataclass(frozen=True)
 class Judged:
-    """Features and centroids that belong together; the synthetic ones are in order.
+    """Features and centroids that belong together (checked); the synthetic ones are in order.
 
-    Raises:
-        UserError: They do not: other classes, another network or other real tiles.
+    Attributes:
+        real, synthetic, centroids: Of all networks side by side, see `FeatureSet.joined`.
+        networks: The synthetic tiles by network; empty for a single one.
+        judge: What gives classes to tiles; None where none was asked for.
+        val: What `measured` found; None where there are no labelled tiles to measure on.
+        left_out: Name, cross-entropy and accuracy of each network that has a regression, on
+            left-out real tiles.
     """
 
     real: FeatureSet
     synthetic: FeatureSet
     centroids: Centroids
+    networks: tuple[FeatureSet, ...] = ()
+    judge: Judge | None = None
+    val: dict[str, Any] | None = None
+    left_out: tuple[dict[str, Any], ...] = ()
+
+    @cached_property
+    def probabilities(self) -> Tensor | None:
+        """Of the judge for the synthetic tiles, (N, K) float64."""
+        return self.judge and self.judge.probabilities(self.networks or [self.synthetic])
 
     def __post_init__(self):
         for name, other in (("real tiles", self.real), ("centroids", self.centroids)):
@@ -51,11 +71,11 @@ def is_vis_folder(source: str) -> bool:
     return path.is_dir() and not (path / "checkpoints" / "best.ckpt").is_file()
 
 
-def read_judged(source: str, synthetic_root: Path) -> Judged:
+def read_judged(source: str, synthetic_root: Path, with_judge: bool = False) -> Judged:
     """What scripts/vis.py wrote for the images that are in the folder `synthetic_root` now.
 
-    Raises:
-        UserError: Missing or foreign files, or features of other images.
+    Args:
+        with_judge: Fit a judge.
     """
     folder = Path(source).expanduser()
     judged = Judged(
@@ -63,31 +83,131 @@ def read_judged(source: str, synthetic_root: Path) -> Judged:
         FeatureSet.load(folder / SYNTHETIC_FILE).in_order(),
         Centroids.load(folder / CENTROIDS_FILE),
     )
-    classes = judged.real.classes
-    if TileFiles.below(synthetic_root, True, classes).digest != judged.synthetic.tiles:
+    files = TileFiles.below(synthetic_root, True, judged.real.classes)
+    # The names too: they are copied to a new folder by them.
+    same_names = sorted(files.names) == sorted(judged.synthetic.files)
+    if files.digest != judged.synthetic.tiles or not same_names:
         raise UserError(
-            f"--synthetic {synthetic_root}: its images are not those of --features {source};"
+            f"`synthetic` {synthetic_root}: its images are not those of `features` {source};"
             " run scripts/vis.py again"
         )
-    return judged
+    return replace(judged, judge=Judge.fit([judged.real])) if with_judge else judged
 
 
 def compute_judged(
-    real_root: Path, synthetic_root: Path, extractor: Extractor, cache: Path | None, **loading: int
+    real_root: Path,
+    candidates_root: Path,
+    unlabelled: bool,
+    extractors: Iterable[Extractor],
+    cache: Path | None,
+    with_judge: bool,
+    val_root: Path | None = None,
+    choose: bool = False,
+    **loading: int,
 ) -> Judged:
-    """Features by a network, from the cache where it was asked for the same tiles before.
+    """Features by networks, from the cache where they were asked for the same tiles before.
 
     Args:
-        cache: See `cached_features`; if None, it is beside the synthetic folder:
-            SYNTHETIC.features.
-        loading: Likewise.
+        candidates_root: Synthetic tiles in class folders, or tiles whose labels are unknown.
+        unlabelled: They are the latter: names of folders are ignored, each tile counts for the
+            class that the judge gives it to, and tiles among the real ones are left out.
+        extractors: Opened one after the other, where it is a generator.
+        cache, loading: See `cached_features`; without a cache it is CANDIDATES.features.
+        with_judge: Fit a judge, see `ldm.features.probe.Judge`.
+        val_root: Labelled tiles that the judge is measured on.
+        choose: Use the network alone whose regression has the lowest cross-entropy on left-out
+            real tiles.
     """
     if cache is None:
-        beside = synthetic_root.resolve()  # which has a name, other than "."
+        beside = candidates_root.resolve()  # which has a name, other than "."
         cache = beside.with_name(f"{beside.name}.features")
-    files = labelled_files(real_root, synthetic_root)
-    real, synthetic = (cached_features(tiles, extractor, cache, **loading) for tiles in files)
-    return Judged(real, synthetic.in_order(), centroids_of(real))
+    if unlabelled:
+        real_files = TileFiles.below(real_root)
+        candidates = TileFiles.below(candidates_root, labelled=False)
+        candidates = replace(candidates, classes=real_files.classes)
+    else:
+        real_files, candidates = labelled_files(real_root, candidates_root)
+    files = [real_files, candidates]
+    if val_root is not None:
+        files.append(TileFiles.below(val_root, classes=real_files.classes))
+    rows = _free_rows(candidates, real_files, files[2:]) if unlabelled else []
+    # By set of tiles, then by network.
+    real, found, *val = zip(
+        *([cached_features(tiles, one, cache, **loading) for tiles in files] for one in extractors),
+        strict=True,
+    )
+    probed = [one for one in real if one.logits is None] if with_judge else []
+    left_out = [(one, Probe.of(one, cache).scores(one.labels)) for one in probed]
+    if choose:
+        if len(probed) < len(real):
+            raise UserError(
+                "--choose: a classifier of these classes may have seen the tiles that would be left"
+                " out; name other networks"
+            )
+        best = min(range(len(real)), key=lambda k: left_out[k][1]["cross_entropy"])
+        real, found, *val = ((sets[best],) for sets in (real, found, *val))
+    judge = Judge.fit(real, cache, *val) if with_judge else None
+    if unlabelled:
+        labels = judge.probabilities(found).argmax(dim=1)
+        found = [replace(one, labels=labels).select(rows) for one in found]
+    found = tuple(one.in_order() for one in found)
+    joined = FeatureSet.joined(real)
+    return Judged(
+        joined,
+        FeatureSet.joined(found),
+        centroids_of(joined),
+        found,
+        judge,
+        measured(judge, *val) if val else None,
+        tuple({"network": one.network, **scores} for one, scores in left_out),
+    )
+
+
+def _free_rows(pool: TileFiles, real: TileFiles, val: Sequence[TileFiles]) -> list[int]:
+    """Unlabelled tiles that are neither among the real ones nor repeat another byte by byte."""
+    known, first = set(real.digests), {}
+    for i, digest in enumerate(pool.digests):
+        if digest not in known:
+            first.setdefault(digest, i)
+    for tiles in val:
+        leaked = len(first.keys() & set(tiles.digests))
+        if leaked:
+            raise UserError(
+                f"`unlabelled` {pool.root}: {leaked} of its tiles are those of `val` {tiles.root},"
+                " which must not be trained on; give other tiles"
+            )
+    if not first:
+        raise UserError(f"`unlabelled` {pool.root}: all its tiles are labelled; give other tiles")
+    return list(first.values())
+
+
+def measured(judge: Judge, val: Sequence[FeatureSet]) -> dict[str, Any]:
+    """What a judge is worth on labelled tiles: `Predictions.scores`, with more by class.
+
+    Each class also has its `confidence`, the mean probability of the tiles that are judged to be
+    of it, which is its precision where the judge is calibrated. `networks` has the accuracy of each
+    network alone.
+
+    Args:
+        val: Features of the tiles by each network.
+    """
+    first = val[0]
+    p = judge.probabilities(val).numpy()  # (N, K)
+    labels, judged = first.labels.numpy(), p.argmax(axis=1)
+    scores = Predictions(first.classes, first.files, labels, judged, p).scores()
+    for k, row in enumerate(scores["per_class"].values()):
+        own = p[judged == k, k]
+        row["confidence"] = float(own.mean()) if len(own) else None
+    alone = [
+        Judge([probe], [1.0]).probabilities([one]).argmax(dim=1) == one.labels
+        for probe, one in zip(judge.probes, val, strict=True)
+    ]
+    names = [one.network for one in val]
+    scores["networks"] = [
+        {"network": name, "accuracy": float(right.double().mean())}
+        for name, right in zip(names, alone, strict=True)
+    ]
+    return scores
 
 
 def labelled_files(real_root: Path, synthetic_root: Path) -> tuple[TileFiles, TileFiles]:
@@ -98,7 +218,8 @@ def labelled_files(real_root: Path, synthetic_root: Path) -> tuple[TileFiles, Ti
 
 def centroids_of(real: FeatureSet) -> Centroids:
     """Centroids of labelled tiles."""
-    return Centroids.of(real.values, real.labels, real.classes, real.extractor, real.tiles)
+    values = class_centroids(real.values, real.labels, len(real.classes))
+    return Centroids(values, real.classes, real.extractor, real.tiles)
 
 
 def conflicts(
@@ -112,14 +233,16 @@ def conflicts(
     """
     judge = judged.synthetic
     name = judge.network or judge.extractor[:12]
-    trained_here = None if judge.trained_on is None else judge.trained_on == real.listing
+    networks = judged.networks or (judge,)
+    known = [one.trained_on == real.listing for one in networks if one.trained_on is not None]
+    trained_here = any(known) if known else None
     facts: dict[str, Any] = {
         "judge": {"network": name, "identity": judge.extractor, "trained_on_real": trained_here},
         "downstream": None,
     }
     warnings = []
     if downstream is not None:
-        same = downstream.identity == judge.extractor
+        same = downstream.identity in [one.extractor for one in networks]
         facts["downstream"] = {
             "network": downstream.name,
             "identity": downstream.identity,
@@ -128,11 +251,11 @@ def conflicts(
         if same:
             warnings.append(
                 f"judge and downstream model are the same network ({name}): it is given what it"
-                " agrees with already; judge with another one, for example --features timm:NAME"
+                " agrees with already; judge with another one, for example `features` timm:NAME"
             )
     if trained_here:
         warnings.append(
-            f"the judge ({name}) was trained on the very tiles of --real: they lie closer to their"
+            f"the judge ({name}) was trained on the very tiles of `real`: they lie closer to their"
             " class for it than new tiles do; a judge trained on others is a better witness"
         )
     return facts, warnings

@@ -3,8 +3,6 @@
 Letters: N points, D features, K classes.
 """
 
-import csv
-import io
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -12,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ldm.errors import UserError
+from ldm.report import plots
 from ldm.selection.select import KINDS, REMOVED
 
 REAL, SYNTHETIC, CENTROID = "real", "synthetic", "centroid"
@@ -35,15 +34,12 @@ class Points(NamedTuple):
 
 
 def project(features: np.ndarray, neighbors: int, min_dist: float, seed: int) -> np.ndarray:
-    """UMAP (McInnes et al. 2018) to the plane; the same seed gives the same picture.
+    """UMAP (McInnes et al. 2018) to the plane, (N, D) -> (N, 2); a seed gives one picture.
 
     Args:
-        features: (N, D), N at least 3.
+        features: N at least 3.
         neighbors: Size of the neighbourhood; N - 1 where there are fewer points.
         min_dist: How closely UMAP packs points, in [0, 1].
-
-    Returns:
-        (N, 2) float32.
     """
     from umap import UMAP
 
@@ -62,19 +58,17 @@ def project(features: np.ndarray, neighbors: int, min_dist: float, seed: int) ->
         return reducer.fit_transform(np.ascontiguousarray(features, dtype=np.float32))
 
 
-def to_csv(groups: Sequence[Points], classes: Sequence[str]) -> str:
+def table(groups: Sequence[Points], classes: Sequence[str]) -> list[dict[str, str]]:
     """A row per point: set (real, synthetic or centroid), class, file, x, y, decision."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["set", "class", "file", "x", "y", "decision"])
+    rows = []
     for group in groups:
         plain = group.kind in (REAL, SYNTHETIC, CENTROID)
         kind, decision = (group.kind, "") if plain else (SYNTHETIC, group.kind)
         files = group.files or [""] * len(group.labels)
         for label, file, (x, y) in zip(group.labels, files, group.xy, strict=True):
-            place = [f"{x:.5f}", f"{y:.5f}"]
-            writer.writerow([kind, classes[label], file, *place, decision])
-    return stream.getvalue()
+            place = {"class": classes[label], "file": file, "x": f"{x:.5f}", "y": f"{y:.5f}"}
+            rows.append({"set": kind, **place, "decision": decision})
+    return rows
 
 
 def by_decision(
@@ -100,8 +94,6 @@ def class_colours(K: int) -> list[tuple[float, float, float]]:
 
 def draw(groups: Sequence[Points], classes: Sequence[str], title: str) -> bytes:
     """PNG with a panel per kind, all with the same axes, and the centroids in each."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     kinds = [group for group in groups if group.kind != CENTROID]
@@ -113,9 +105,7 @@ def draw(groups: Sequence[Points], classes: Sequence[str], title: str) -> bytes:
 
     columns = 2 if len(kinds) in (2, 4) else 3
     rows = -(-len(kinds) // columns)
-    size_in = (1.4 + 4.8 * columns, 0.6 + 4.8 * rows)  # inches
-    figure = Figure(figsize=size_in, dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = plots.new_figure(1.4 + 4.8 * columns, 0.6 + 4.8 * rows)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for axes in panels[len(kinds) :]:
         axes.remove()
@@ -123,36 +113,17 @@ def draw(groups: Sequence[Points], classes: Sequence[str], title: str) -> bytes:
         others = np.concatenate([group.xy for group in kinds if group is not shown])
         size = float(np.clip(6000 / max(1, len(shown.labels)), 5, 30))
         axes.scatter(*others.T, s=size / 2, color="0.88", linewidths=0, rasterized=True)
-        axes.scatter(
-            *shown.xy.T,
-            s=size,
-            c=[colors[label] for label in shown.labels],
-            linewidths=0,
-            alpha=0.85,
-        )
-        axes.scatter(
-            *centroids.xy.T,
-            s=130,
-            marker="*",
-            c=[colors[label] for label in centroids.labels],
-            edgecolors="black",
-            linewidths=0.8,
-            zorder=3,
-        )
+        own, stars = ([colors[i] for i in group.labels] for group in (shown, centroids))
+        axes.scatter(*shown.xy.T, s=size, c=own, linewidths=0, alpha=0.85)
+        axes.scatter(*centroids.xy.T, s=130, marker="*", c=stars, edgecolors="black",
+                     linewidths=0.8, zorder=3)  # fmt: skip
         axes.set(xlim=(low[0] - margin[0], high[0] + margin[0]), xticks=[], yticks=[])
         axes.set(ylim=(low[1] - margin[1], high[1] + margin[1]))
         axes.set_title(f"{shown.kind} ({len(shown.labels)} tiles)", fontsize=11)
-        for spine in axes.spines.values():
-            spine.set_color("0.75")
-    handles = [
-        Line2D([], [], marker="o", linestyle="", color=color, label=name)
-        for name, color in zip(classes, colors, strict=True)
-    ]
-    handles.append(
-        Line2D([], [], marker="*", linestyle="", ms=11, mfc="none", mec="black", label="centroid")
-    )
+        axes.spines[:].set_color("0.75")
+    star = {"marker": "*", "ms": 11, "mfc": "none", "mec": "black", "label": "centroid"}
+    dots = [{"marker": "o", "color": c, "label": n} for n, c in zip(classes, colors, strict=True)]
+    handles = [Line2D([], [], linestyle="", **look) for look in (*dots, star)]
     figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=11)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", metadata={"Software": None})
-    return stream.getvalue()
+    return plots.to_png(figure)

@@ -11,8 +11,6 @@ A check of the training folder (scripts/copy_check.py) may take further ones out
 The images in the training folder are those of the decisions in USED.
 """
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +18,7 @@ import numpy as np
 
 from ldm.errors import UserError
 from ldm.features.sets import FeatureSet
+from ldm.files import csv_text
 from ldm.selection.strategies import Strategy
 
 ACCEPTED, SURPLUS, FILLED, REJECTED = "accepted", "surplus", "filled", "rejected"
@@ -43,6 +42,7 @@ class Selection:
         scores: Of the strategy, (N,), larger is better; not a number where there is none.
         distances: Mean squared distance to each centroid, (N, K).
         reasons: In words.
+        probabilities: Of a judge, (N, K); None where there is none.
     """
 
     classes: list[str]
@@ -54,6 +54,7 @@ class Selection:
     scores: np.ndarray
     distances: np.ndarray
     reasons: list[str]
+    probabilities: np.ndarray | None = None
 
     def of_class(self, name: str, *decisions: str) -> list[int]:
         """Rows of class `name` with one of these decisions, best first."""
@@ -63,6 +64,21 @@ class Selection:
     def used(self, name: str) -> list[str]:
         """Files of class `name` for the training folder, best first."""
         return [self.files[i] for i in self.of_class(name, *USED)]
+
+    def agreement(self) -> dict[str, dict[str, float | None]]:
+        """Share of images whose judged class is the wanted one, by class: of all, of the used."""
+        right = self.probabilities.argmax(axis=1) == self.labels
+
+        def share(rows: list[int]) -> float | None:
+            return float(right[rows].mean()) if rows else None
+
+        return {
+            name: {
+                "before": share(self.of_class(name, *KINDS)),
+                "after": share(self.of_class(name, *USED)),
+            }
+            for name in self.classes
+        }
 
     def counts(self) -> dict[str, dict[str, int]]:
         """By class: generated, rejected, surplus, accepted, wanted, shortfall and filled.
@@ -85,31 +101,33 @@ class Selection:
 
     def to_csv(self) -> str:
         """Every decision, a row per image."""
-        stream = io.StringIO()
-        writer = csv.writer(stream, lineterminator="\n")
-        distances = [f"distance_{name}" for name in self.classes]
-        head = ["class", "file", "decision", "rank", "score", "nearest", "own_distance"]
-        writer.writerow([*head, *distances, "reason"])
-        nearest = self.distances.argmin(axis=1)
+        rows, nearest = [], self.distances.argmin(axis=1)
         for i, (file, label) in enumerate(zip(self.files, self.labels.tolist(), strict=True)):
-            row = self.distances[i].tolist()
-            score = "" if np.isnan(self.scores[i]) else f"{self.scores[i]:.9g}"
-            values = [f"{value:.9g}" for value in (row[label], *row)]
-            place = [self.decisions[i], self.ranks[i] or "", score, self.classes[nearest[i]]]
-            writer.writerow([self.classes[label], file, *place, *values, self.reasons[i]])
-        return stream.getvalue()
+            distances = [f"{value:.9g}" for value in self.distances[i]]
+            row = {
+                "class": self.classes[label],
+                "file": file,
+                "decision": self.decisions[i],
+                "rank": self.ranks[i] or "",
+                "score": "" if np.isnan(self.scores[i]) else f"{self.scores[i]:.9g}",
+                "nearest": self.classes[nearest[i]],
+                "own_distance": distances[label],
+                **{f"distance_{c}": d for c, d in zip(self.classes, distances, strict=True)},
+                "reason": self.reasons[i],
+            }
+            if self.probabilities is not None:
+                p = self.probabilities[i]
+                row |= {"judged": self.classes[p.argmax()], "confidence": f"{p.max():.6f}"}
+            rows.append(row)
+        return csv_text(rows, list(rows[0]))
 
 
 def wanted_per_class(counts: Sequence[int], ratio: int) -> list[int]:
-    """`ratio` percent of each count, rounded to the nearest whole image (halves up).
-
-    Raises:
-        UserError: That is no image at all.
-    """
+    """`ratio` percent of each count, rounded to the nearest whole image (halves up)."""
     wanted = [(count * ratio + 50) // 100 for count in counts]
     if not any(wanted):
         raise UserError(
-            f"--ratio {ratio}: that is less than one image of the {max(counts)} per class; raise it"
+            f"`ratio` {ratio}: that is less than one image of the {max(counts)} per class; raise it"
         )
     return wanted
 
@@ -120,6 +138,7 @@ def select(
     distances: np.ndarray,
     wanted: Sequence[int],
     fill: bool = False,
+    probabilities: np.ndarray | None = None,
 ) -> Selection:
     """Decide on every image.
 
@@ -128,6 +147,7 @@ def select(
         distances: To every centroid, (N, K), for the record.
         wanted: Most images to use, by class.
         fill: Use the best of the rejected images where candidates are too few.
+        probabilities: Of a judge, (N, K), for the record.
     """
     labels = synthetic.labels.numpy()
     rejected = np.array([reason is not None for reason in strategy.rejections], dtype=bool)
@@ -166,4 +186,5 @@ def select(
         scores=np.array(scores),
         distances=distances[rows],
         reasons=reasons,
+        probabilities=None if probabilities is None else probabilities[rows],
     )

@@ -29,7 +29,6 @@ from ldm.features.neighbours import (
     search,
     squared_distances,
 )
-from ldm.features.probe import cross_validated
 from ldm.features.sets import FeatureSet
 
 BANDWIDTH_NEIGHBOUR = 3  # of the kernel of `Coverage`
@@ -113,22 +112,12 @@ def by_centroid(synthetic: FeatureSet, distances: Tensor) -> Strategy:
     )
 
 
-def by_confidence(synthetic: FeatureSet, real: FeatureSet) -> Strategy:
-    """Images that the judge gives to their class, the most probable (softmax) first.
+def by_confidence(synthetic: FeatureSet, probabilities: Tensor) -> Strategy:
+    """Images that the judge gives to their class, the most probable first.
 
-    Where the network of the features is no classifier of these classes, the judge is a logistic
-    regression on its features of the real tiles.
-
-    Raises:
-        UserError: Such a regression has too few real tiles.
+    Args:
+        probabilities: Of the judge, (N, K), see `ldm.features.probe.Judge`.
     """
-    if synthetic.logits is not None:
-        judge, probabilities = "the judge", synthetic.logits.double().softmax(dim=1)  # (N, K)
-    else:
-        judge = "a logistic regression on the features of the real tiles"
-        known = real.values.double().numpy()
-        model = cross_validated(known, real.labels.numpy(), real.classes)
-        probabilities = torch.from_numpy(model.predict_proba(synthetic.values.double().numpy()))
     own = probabilities.gather(1, synthetic.labels[:, None])  # (N, 1)
     others = probabilities.scatter(1, synthetic.labels[:, None], -1.0)
     best, winner = others.max(dim=1)
@@ -138,7 +127,7 @@ def by_confidence(synthetic: FeatureSet, real: FeatureSet) -> Strategy:
     return ByScore(
         own[:, 0],
         reasons,
-        score=f"probability by {judge}",
+        score="probability by the judge",
         accepted="judged to be of its class",
         surplus="{} others are more probable",
     )
@@ -149,15 +138,12 @@ def by_manifest(synthetic: FeatureSet, root: Path) -> Strategy:
 
     The manifest has no probabilities of other classes, so an image is rejected unless its own
     class has more than half: only then no other class can have more.
-
-    Raises:
-        UserError: No manifest, or one without a probability for each of the images.
     """
     known = _read_probabilities(root / MANIFEST)
     missing = [file for file in synthetic.files if file not in known]
     if missing:
         raise UserError(
-            f"--confidence manifest: {root / MANIFEST} has no row for {len(missing)} images, the"
+            f"`confidence` manifest: {root / MANIFEST} has no row for {len(missing)} images, the"
             f" first is {missing[0]}; give the folder as sample_diffusion.py wrote it"
         )
     own = torch.tensor(
@@ -177,14 +163,14 @@ def _read_probabilities(path: Path) -> dict[str, str]:
     """Column `prob` by file."""
     if not path.is_file():
         raise UserError(
-            f"--confidence manifest: no file {path}; give a folder that sample_diffusion.py wrote"
+            f"`confidence` manifest: no file {path}; give a folder that sample_diffusion.py wrote"
         )
     with path.open(newline="") as stream:
         reader = csv.DictReader(stream)
         absent = {"file", "prob"} - set(reader.fieldnames or ())
         if absent:
             raise UserError(
-                f"--confidence manifest: {path} has no column {', '.join(sorted(absent))}; give a"
+                f"`confidence` manifest: {path} has no column {', '.join(sorted(absent))}; give a"
                 " folder that sample_diffusion.py wrote"
             )
         return {row["file"]: row["prob"] for row in reader}
@@ -197,8 +183,8 @@ def _probability(text: str, file: str) -> float:
         value = -1.0
     if not 0 <= value <= 1:
         raise UserError(
-            f"--confidence manifest: {file} has no probability (prob {text!r}); images sampled"
-            " without a classifier have none, use --confidence judge"
+            f"`confidence` manifest: {file} has no probability (prob {text!r}); images sampled"
+            " without a classifier have none, use `confidence` judge"
         )
     return value
 
@@ -208,7 +194,7 @@ def _real_of_class(real: FeatureSet, label: int, least: int, why: str) -> Tensor
     if len(own) < least:
         raise UserError(
             f"{why}: class {real.classes[label]} has {len(own)} real tiles and needs at least"
-            f" {least}; add labelled tiles or use --strategy centroid"
+            f" {least}; add labelled tiles or use `strategy` centroid"
         )
     return own
 
@@ -221,15 +207,12 @@ def by_realism(synthetic: FeatureSet, real: FeatureSet, k: int) -> Strategy:
     inside a ball, infinite on a tile. (The paper leaves out the half of the balls with the largest
     radii; labelled tiles are too few for that here.) Rejected are images outside all balls, and
     those that have a real tile of another class as near as the nearest of their own.
-
-    Raises:
-        UserError: A class has no more than k real tiles.
     """
     realism = torch.empty(len(synthetic.labels), dtype=torch.float64)
     reasons: list[str | None] = [None] * len(realism)
     for label in range(len(synthetic.classes)):
         members = (synthetic.labels == label).nonzero().flatten()
-        own = _real_of_class(real, label, k + 1, f"--neighbors {k}")
+        own = _real_of_class(real, label, k + 1, f"`neighbors` {k}")
         foreign = (real.labels != label).nonzero().flatten()
         radii = neighbour_distances(own, k)  # (R,)
         x = synthetic.values[members]
@@ -274,9 +257,6 @@ class Coverage(Strategy):
     which is kernel herding (Chen et al. 2010). Candidates are images whose nearest centroid is
     their own. The score of an image is its value when it was chosen; images that are not chosen
     are ordered by their last one.
-
-    Raises:
-        UserError: A class has fewer than 2 real tiles.
     """
 
     score = "gain in coverage when chosen"
@@ -287,7 +267,7 @@ class Coverage(Strategy):
         self.synthetic = synthetic
         self.rejections = centroid_rejections(synthetic, distances)
         self.real = [
-            _real_of_class(real, label, 2, "--strategy coverage")
+            _real_of_class(real, label, 2, "`strategy` coverage")
             for label in range(len(real.classes))
         ]
 
@@ -370,24 +350,35 @@ class Choice:
     confidence: str
     seed: int
 
+    @property
+    def needs_judge(self) -> bool:
+        """Whether images are ordered by the probabilities of a judge."""
+        return self.name == "confidence" and self.confidence == "judge"
+
     def settings(self) -> dict[str, Any]:
         """Name and the options that this strategy has, for the record."""
         own = {"knn": "neighbors", "confidence": "confidence", "random": "seed"}.get(self.name)
         return {"strategy": self.name, **({own: getattr(self, own)} if own else {})}
 
     def make(
-        self, synthetic: FeatureSet, real: FeatureSet, distances: Tensor, synthetic_root: Path
+        self,
+        synthetic: FeatureSet,
+        real: FeatureSet,
+        distances: Tensor,
+        synthetic_root: Path,
+        probabilities: Tensor | None,
     ) -> Strategy:
         """The strategy for these images.
 
         Args:
             synthetic: In order.
             distances: Of the synthetic images to every centroid, (N, K).
+            probabilities: Of the judge, (N, K); None where there is none, see `needs_judge`.
         """
         if self.name == "centroid":
             return by_centroid(synthetic, distances)
-        if self.name == "confidence" and self.confidence == "judge":
-            return by_confidence(synthetic, real)
+        if self.needs_judge:
+            return by_confidence(synthetic, probabilities)
         if self.name == "confidence":
             return by_manifest(synthetic, synthetic_root)
         if self.name == "knn":

@@ -7,21 +7,33 @@ from pathlib import Path
 from typing import Any
 
 from ldm.data import folders
+from ldm.data.folders import DECISIONS, PREFIX, PSEUDO, RECORD
 from ldm.data.tile_files import TileFiles
 from ldm.errors import UserError
 from ldm.selection.select import KINDS, REMOVED, Selection
 
-PREFIX = "synthetic_"  # of file names; real tiles keep theirs
-DECISIONS, RECORD = "selection.csv", "selection.json"
+
+def placed(name: str, pseudo_class: str | None = None) -> str:
+    """Where a tile is in a training folder.
+
+    Args:
+        name: Path of a synthetic tile CLASS/NAME, or of an unlabelled one.
+        pseudo_class: The class that an unlabelled tile is used for.
+    """
+    if pseudo_class is not None:
+        return f"{pseudo_class}/{PSEUDO}{name.replace('/', '_')}"
+    parent, file = os.path.split(name)
+    return f"{parent}/{PREFIX}{file}"
 
 
 def build_training_folder(
     out: Path,
     real: TileFiles,
-    synthetic: Path,
+    candidates: Path,
     selection: Selection,
     record: dict[str, Any],
     link: str = "copy",
+    pseudo: bool = False,
 ) -> None:
     """Make OUT/CLASS/: all real tiles, and the accepted (and filled) images as `synthetic_NAME`.
 
@@ -30,23 +42,21 @@ def build_training_folder(
 
     Args:
         real: Labelled tiles.
-        synthetic: Folder that the decisions' files are below.
+        candidates: Folder that the decisions' files are below.
         link: "copy", "hard" or "symbolic" (to absolute paths).
-
-    Raises:
-        UserError: Two files would have one name, or the file system has no such links.
+        pseudo: They are unlabelled tiles, in folders of any depth, which become
+            `pseudo_FOLDER_NAME`.
     """
     files: dict[str, Path] = dict(zip(real.names, real.paths, strict=True))
     for name in selection.classes:
         for path in selection.used(name):
-            parent, file = os.path.split(path)
-            target = f"{parent}/{PREFIX}{file}"
+            target = placed(path, name if pseudo else None)
             if target in files:
                 raise UserError(
-                    f"--real has a file {target} already, the name of a synthetic image; give the"
-                    " folder of real tiles alone"
+                    f"two files would be {target} in {out}; give a folder of real tiles alone, and"
+                    " candidates whose names differ"
                 )
-            files[target] = synthetic / path
+            files[target] = candidates / path
 
     notes = {DECISIONS: selection.to_csv(), RECORD: json.dumps(record, indent=2) + "\n"}
     folders.build_folder(out, files, notes, link)
@@ -58,9 +68,6 @@ def read_decisions(path: Path, what: str) -> dict[str, str]:
     Args:
         path: A training folder or its selection.csv.
         what: How error messages call it.
-
-    Raises:
-        UserError: No such file, or not one of ours.
     """
     file = path / DECISIONS if path.is_dir() else path
     if not file.is_file():

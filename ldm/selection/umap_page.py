@@ -5,12 +5,8 @@ soon as the page is open (points are numbered as the rows of umap.csv, from 0).
 """
 
 import base64
-import html
 import io
-import json
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +16,8 @@ from PIL import Image
 from ldm.data.images import decode_tiles, read_tile
 from ldm.features.centroids import Centroids
 from ldm.features.sets import FeatureSet
-from ldm.files import write_bytes, write_text
+from ldm.files import write_bytes, write_csv, write_text
+from ldm.report.tables import environment
 from ldm.selection.projection import (
     CENTROID,
     REAL,
@@ -30,7 +27,7 @@ from ldm.selection.projection import (
     class_colours,
     draw,
     project,
-    to_csv,
+    table,
 )
 from ldm.selection.select import ACCEPTED, FILLED, REJECTED, REMOVED, SURPLUS
 
@@ -58,36 +55,6 @@ for (const [name, renderer] of Object.entries(renderers)) {
   const [kind, label] = name.split(" ").map(Number);
   renderer.visible = kinds.active.includes(kind) && classes.active.includes(label);
 }"""
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<title>{title}</title><link rel="icon" href="data:,">
-<style>html, body {{ margin: 0; height: 100%; }} #plot {{ height: 100%; }}
-#named {{ position: fixed; left: 12px; bottom: 12px; background: white; padding: 8px; }}</style>
-{scripts}
-</head><body><noscript>This picture needs JavaScript; umap.png shows the same points.</noscript>
-<div id="plot"></div><div id="named" hidden></div>
-<script type="application/json" id="data">{data}</script>
-<script type="application/json" id="points">{points}</script>
-<script>
-window.points = JSON.parse(document.getElementById("points").textContent);
-Bokeh.embed.embed_item(JSON.parse(document.getElementById("data").textContent), "plot");
-function showNamed() {{
-  const found = /^#point=(\\d+)$/.exec(location.hash), box = document.getElementById("named");
-  const point = found && points[+found[1]];
-  box.hidden = !point;
-  box.replaceChildren();
-  if (!point) return;
-  if (point.picture) {{
-    const image = new Image(128); image.src = point.picture; box.append(image);
-  }}
-  for (const text of [point.label + ", " + point.kind, point.file, "point " + found[1]]) {{
-    const line = document.createElement("div"); line.textContent = text; box.append(line);
-  }}
-}}
-window.addEventListener("hashchange", showNamed);
-showNamed();
-</script></body></html>
-"""
 
 
 def choose_evenly(groups: Sequence[Points], most: int) -> list[int]:
@@ -126,7 +93,7 @@ def render(
     thumbnails: int,
     title: str,
 ) -> str:
-    """The page as HTML text; the same points give the same text.
+    """The page as HTML text.
 
     Args:
         roots: Folder that the files of a kind are below, by kind.
@@ -140,14 +107,10 @@ def render(
     note = "Point at a dot to see its tile; distances on the plane are only a hint."
     if shown < tiles:
         note += f" {shown} of {tiles} tiles are in this file, evenly by kind and class."
-    item = json_item(_layout(groups, classes, points, f"{title}. {note}"))
+    plot = json_item(_layout(groups, classes, points, f"{title}. {note}"))
     scripts = Resources(mode="inline", components=["bokeh", "bokeh-widgets"]).render_js()
-    return PAGE.format(
-        title=html.escape(title),
-        scripts=scripts,
-        data=_as_script(_renumbered(item)),
-        points=_as_script(points),
-    )
+    template = environment(autoescape=True).get_template("umap.html")
+    return template.render(title=title, scripts=scripts, plot=plot, points=points)
 
 
 def point_records(
@@ -229,76 +192,42 @@ def _layout(groups: Sequence[Points], classes: Sequence[str], points: Sequence[d
     return row(plot, column(*boxes.values()), sizing_mode="stretch_both")
 
 
-def _renumbered(item: dict) -> dict:
-    """Bokeh's description of a page with identifiers that do not depend on earlier pages."""
-    numbers: dict[str, str] = {}
+def plane_groups(
+    real: FeatureSet,
+    synthetic: FeatureSet,
+    centroids: Centroids,
+    decisions: Mapping[str, str] | None,
+    neighbors: int,
+    min_dist: float,
+    seed: int,
+) -> list[Points]:
+    """Real, synthetic and centroid points on one plane, see `project`.
 
-    def renumber(found: re.Match) -> str:
-        return f'"id":"q{numbers.setdefault(found[1], str(len(numbers)))}"'
-
-    text = re.sub(r'"id":"p(\d+)"', renumber, json.dumps(item, separators=(",", ":")))
-    root = next(iter(item["doc"]["roots"]))["id"]
-    result = json.loads(text)
-    result["root_id"] = f"q{numbers[root[1:]]}"
-    return result
-
-
-def _as_script(content: object) -> str:
-    """JSON that is safe inside a script element, whatever names it holds."""
-    # "</script>" or "<!--" in a name would change what the element that holds it is.
-    return json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
-
-
-@dataclass(frozen=True)
-class Picture:
-    """The plane picture of real and synthetic tiles and of centroids.
-
-    Attributes:
-        groups: Real points, synthetic ones, centroids.
-        classes: K names.
+    With decisions, by synthetic file, the synthetic points of each are a group.
     """
+    sets = (real.values, synthetic.values, centroids.values)
+    plane = project(torch.cat(sets).numpy(), neighbors, min_dist, seed)
+    ends = np.cumsum([len(values) for values in sets])
+    real_xy, synthetic_xy, centroids_xy = np.split(plane, ends[:-1])
+    made = (synthetic.labels.tolist(), synthetic.files, synthetic_xy)
+    return [
+        Points(REAL, real.labels.tolist(), real.files, real_xy),
+        *([Points(SYNTHETIC, *made)] if decisions is None else by_decision(*made, decisions)),
+        Points(CENTROID, range(len(real.classes)), (), centroids_xy),
+    ]
 
-    groups: list[Points]
-    classes: Sequence[str]
 
-    @classmethod
-    def of(
-        cls,
-        real: FeatureSet,
-        synthetic: FeatureSet,
-        centroids: Centroids,
-        decisions: Mapping[str, str] | None,
-        neighbors: int,
-        min_dist: float,
-        seed: int,
-    ) -> "Picture":
-        """Project features.
-
-        Args:
-            decisions: By synthetic file, which are then apart.
-            neighbors, min_dist, seed: See `project`.
-        """
-        sets = (real.values, synthetic.values, centroids.values)
-        plane = project(torch.cat(sets).numpy(), neighbors, min_dist, seed)
-        ends = np.cumsum([len(values) for values in sets])
-        real_xy, synthetic_xy, centroids_xy = np.split(plane, ends[:-1])
-        made = (synthetic.labels.tolist(), synthetic.files, synthetic_xy)
-        groups = [
-            Points(REAL, real.labels.tolist(), real.files, real_xy),
-            *([Points(SYNTHETIC, *made)] if decisions is None else by_decision(*made, decisions)),
-            Points(CENTROID, range(len(real.classes)), (), centroids_xy),
-        ]
-        return cls(groups, real.classes)
-
-    def write(self, out: Path, real_root: Path, synthetic_root: Path, thumbnails: int) -> None:
-        """Write OUT/umap.csv, umap.png and umap.html.
-
-        Args:
-            real_root, synthetic_root: Where the files are.
-            thumbnails: Most tiles in umap.html.
-        """
-        roots = {group.kind: synthetic_root for group in self.groups} | {REAL: real_root}
-        write_text(out / "umap.csv", to_csv(self.groups, self.classes))
-        write_bytes(out / "umap.png", draw(self.groups, self.classes, TITLE))
-        page = render(self.groups, self.classes, roots, thumbnails, TITLE)
-        write_text(out / "umap.html", page)
+def write_pictures(
+    out: Path,
+    groups: Sequence[Points],
+    classes: Sequence[str],
+    real_root: Path,
+    synthetic_root: Path,
+    thumbnails: int,
+) -> None:
+    """Write OUT/umap.csv, umap.png and umap.html with at most so many thumbnails."""
+    roots = {group.kind: synthetic_root for group in groups} | {REAL: real_root}
+    rows = table(groups, classes)
+    write_csv(out / "umap.csv", rows, list(rows[0]))
+    write_bytes(out / "umap.png", draw(groups, classes, TITLE))
+    write_text(out / "umap.html", render(groups, classes, roots, thumbnails, TITLE))

@@ -1,21 +1,21 @@
 """A selection as a whole: from the features of a judge to a training folder and its record."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ldm.data.folders import RECORD
 from ldm.data.tile_files import TileFiles
 from ldm.features.centroids import centroid_distances
 from ldm.features.extractor import Extractor
-from ldm.run import MadeFolder, git_revision, versions
+from ldm.run import MadeFolder, provenance
 from ldm.selection.judge import Judged, conflicts
 from ldm.selection.select import Selection, select
 from ldm.selection.sheets import Sheets, sheet_path
 from ldm.selection.strategies import Choice, Strategy
-from ldm.selection.training_folder import RECORD, build_training_folder
+from ldm.selection.training_folder import build_training_folder
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class WantedFolder:
     Attributes:
         out: The folder.
         real: Its labelled real tiles.
-        synthetic_root: Folder of the tiles that are chosen among.
+        candidates_root: Folder of the tiles that are chosen among.
+        pseudo: These are unlabelled ones, which have their classes from the judge.
         judged: Features of both.
         choice: The strategy.
         wanted: Most images to use, by class.
@@ -36,7 +37,8 @@ class WantedFolder:
 
     out: Path
     real: TileFiles
-    synthetic_root: Path
+    candidates_root: Path
+    pseudo: bool
     judged: Judged
     choice: Choice
     wanted: Sequence[int]
@@ -47,6 +49,7 @@ class WantedFolder:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """What decides the content of the folder."""
+        calibrated_on = self.judged.judge and self.judged.judge.calibrated_on
         return {
             **self.choice.settings(),
             "fill": self.fill,
@@ -56,8 +59,9 @@ class WantedFolder:
             "extractor": self.judged.real.extractor,
             "centroid_tiles": self.judged.real.tiles,
             "real_tiles": self.real.digest,
-            "synthetic_tiles": self.judged.synthetic.tiles,
+            f"{'unlabelled' if self.pseudo else 'synthetic'}_tiles": self.judged.synthetic.tiles,
             "link": self.link,
+            **({"calibrated_on": calibrated_on} if calibrated_on else {}),
         }
 
     def is_made(self) -> bool:
@@ -70,10 +74,13 @@ class WantedFolder:
 
     @cached_property
     def _decided(self) -> tuple[Strategy, Selection]:
-        real, synthetic = self.judged.real, self.judged.synthetic
+        real, synthetic, p = self.judged.real, self.judged.synthetic, self.judged.probabilities
         distances = centroid_distances(synthetic.values, self.judged.centroids.values)
-        strategy = self.choice.make(synthetic, real, distances, self.synthetic_root)
-        return strategy, select(strategy, synthetic, distances.numpy(), self.wanted, self.fill)
+        strategy = self.choice.make(synthetic, real, distances, self.candidates_root, p)
+        known = None if p is None else p.numpy()
+        return strategy, select(
+            strategy, synthetic, distances.numpy(), self.wanted, self.fill, known
+        )
 
     def draw_sheets(self, sheets: Path) -> None:
         """Write a contact sheet of each class."""
@@ -82,33 +89,38 @@ class WantedFolder:
             selection,
             self.judged.synthetic,
             self.judged.real,
-            self.synthetic_root,
+            self.candidates_root,
             self.real.root,
             strategy.score,
         ).write(sheets)
 
-    def make(self, downstream: Extractor | None) -> tuple[dict[str, dict[str, int]], list[str]]:
+    def make(self, downstream: Extractor | None) -> dict[str, Any]:
         """Make the folder.
 
         Args:
             downstream: The model that the images are for, where it is known.
 
         Returns:
-            What `Selection.counts` gives, and warnings of judges that are no good witnesses.
+            Its record: settings, `counts` (see `Selection.counts`), the judge with its `agreement`
+            with the wanted classes and its scores on `val`, and `warnings` of judges that are no
+            good witnesses.
         """
         _, selection = self._decided
         counts = selection.counts()
         facts, warnings = conflicts(self.judged, self.real, downstream)
+        if self.judged.judge is not None:
+            # Unlabelled tiles have their classes from the judge itself.
+            agreement = None if self.pseudo else selection.agreement()
+            facts["judge"] |= {"agreement": agreement, "val": self.judged.val}
+            facts["judge"]["left_out"] = self.judged.left_out
         record = {
             "settings": self.settings,
             "counts": counts,
             **facts,
             "warnings": warnings,
-            "command": sys.argv,
-            "versions": versions(),
-            "revision": git_revision(),
+            **provenance(),
         }
         build_training_folder(
-            self.out, self.real, self.synthetic_root, selection, record, self.link
+            self.out, self.real, self.candidates_root, selection, record, self.link, self.pseudo
         )
-        return counts, warnings
+        return record

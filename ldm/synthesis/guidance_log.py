@@ -80,9 +80,9 @@ class GuidanceLog:
 
     def warnings(self, sampling: Sampling) -> list[str]:
         """Sentences that name a time step, a ratio and the remedy, where guidance looks wrong."""
-        option = "--cfg_scale" if sampling.cfg_scale != 1 else "--autoguidance_scale"
+        option = "`cfg_scale`" if sampling.cfg_scale != 1 else "`autoguidance_scale`"
         return [
-            *self._judge("guidance_to_noise", "--classifier_scale", ", or set --guidance_clip"),
+            *self._judge("guidance_to_noise", "`classifier_scale`", ", or set `guidance_clip`"),
             *self._judge("extrapolation_to_noise", option, ""),
             *self._judge_solver(sampling),
         ]
@@ -105,7 +105,7 @@ class GuidanceLog:
         if ratio > STRONGEST_RATIO:
             return [
                 f"{option}: guidance dominates, {ratio:.2f} times the predicted noise at t={t:g}; "
-                f"lower it{clip}, or leave such t out with --guidance_interval"
+                f"lower it{clip}, or leave such t out with `guidance_interval`"
             ]
         return []
 
@@ -117,7 +117,7 @@ class GuidanceLog:
         if largest is None or largest[0] <= STRONGEST_RATIO_2M:
             return []
         return [
-            f"--sampler dpm++2m: guidance is {largest[0]:.2f} times the predicted noise at "
+            f"`sampler` dpm++2m: guidance is {largest[0]:.2f} times the predicted noise at "
             f"t={largest[1]:g}, where a second-order solver may be worse than DDIM; compare with "
-            "--sampler ddim, take more steps or guide less"
+            "`sampler` ddim, take more steps or guide less"
         ]

@@ -11,11 +11,9 @@ from ldm.checkpoint import KEY, checkpoint_path, load_model, read_checkpoint
 from ldm.devices import Devices
 from ldm.errors import UserError
 from ldm.files import file_sha256
-from ldm.models.classifier import GuidingClassifier
-from ldm.models.diffusion import LatentDiffusion, scale_text
+from ldm.models.classifier import GuidingClassifier, check_latents
+from ldm.models.diffusion import LatentDiffusion
 from ldm.synthesis.settings import UNCONDITIONAL, Sampling
-
-SCALE_TOLERANCE = 0.05  # relative difference of latent scales that models bear
 
 
 @dataclass(frozen=True)
@@ -75,36 +73,31 @@ def load_models(
         first_stage_path: Checkpoint of kind autoencoder whose decoder was tuned on labels; replaces
             the autoencoder of the diffusion model.
         autoguidance_path: Checkpoint of kind diffusion, worse than the first.
-
-    Raises:
-        UserError: A wrong kind, or models that were not made for one another: another latent space,
-            latent scale, noise schedule or class list.
     """
-    diffusion = load_model(diffusion_path, "diffusion", device, what="--model")
+    diffusion = load_model(diffusion_path, "diffusion", device, what="`model`")
     files = {"diffusion": file_sha256(checkpoint_path(diffusion_path))}
     facts = {"diffusion": _facts(diffusion.record)}
     classifier = weak = None
     if classifier_path is not None:
-        classifier = load_model(classifier_path, "classifier", device, what="--classifier")
+        classifier = load_model(classifier_path, "classifier", device, what="`classifier`")
         files["classifier"] = file_sha256(checkpoint_path(classifier_path))
         facts["classifier"] = _facts(classifier.record)
-        where = f"--classifier {classifier_path}"
-        remedy = f"train it with --first_stage {diffusion_path}"
-        _check_latents(diffusion, diffusion_path, classifier, where, remedy)
+        where = f"`classifier` {classifier_path}"
+        if not classifier.classes:
+            raise UserError(f"{where} is damaged: it names no classes; give another checkpoint")
+        remedy = f"train it with `first_stage` {diffusion_path}"
+        check_latents(diffusion, diffusion_path, classifier, where, remedy)
         classifier.attach(diffusion, where)
         if diffusion.conditional:
             _check_classes(diffusion, diffusion_path, classifier, where)
     if autoguidance_path is not None:
-        weak = load_model(autoguidance_path, "diffusion", device, what="--autoguidance")
+        weak = load_model(autoguidance_path, "diffusion", device, what="`autoguidance`")
         files["autoguidance"] = file_sha256(checkpoint_path(autoguidance_path))
         facts["autoguidance"] = _facts(weak.record)
-        where = f"--autoguidance {autoguidance_path}"
+        where = f"`autoguidance` {autoguidance_path}"
         if files["autoguidance"] == files["diffusion"]:
-            raise UserError(
-                f"{where} is the same checkpoint as {diffusion_path}; give an earlier one"
-            )
-        remedy = "give an earlier checkpoint of the same run"
-        _check_latents(diffusion, diffusion_path, weak, where, remedy)
+            raise UserError(f"{where} is {diffusion_path} itself; give an earlier one of its run")
+        check_latents(diffusion, diffusion_path, weak, where, "give an earlier one of its run")
         if diffusion.conditional and weak.conditional:
             _check_classes(diffusion, diffusion_path, weak, where)
     if first_stage_path is not None:
@@ -115,37 +108,10 @@ def load_models(
         classes = Models(diffusion, classifier).classes
         if classes and record["classes"] and record["classes"] != classes:
             raise UserError(
-                f"--first_stage {first_stage_path} was tuned on classes {record['classes']}, the "
+                f"`first_stage` {first_stage_path} was tuned on classes {record['classes']}, the "
                 f"classifier on {classes}; use models of the same labelled set"
             )
     return Models(diffusion, classifier, weak, files, facts)
-
-
-def _check_latents(
-    diffusion: LatentDiffusion,
-    path: str | Path,
-    other: GuidingClassifier | LatentDiffusion,
-    where: str,
-    remedy: str,
-) -> None:
-    """UserError unless `other` works on the latents that the diffusion model makes."""
-    if other.autoencoder_fingerprint != diffusion.autoencoder_fingerprint:
-        raise UserError(
-            f"{where} was trained on latents of another autoencoder than {path}; {remedy}"
-        )
-    ours, theirs = tuple(diffusion.latent_shape), tuple(other.latent_shape)
-    if theirs != ours:
-        raise UserError(f"{where} takes latents {theirs}, {path} makes {ours}; {remedy}")
-    scale, other_scale = diffusion.scale_factor, other.scale_factor
-    if ((other_scale / scale - 1).abs() > SCALE_TOLERANCE).any():
-        raise UserError(
-            f"{where} has latent scale {scale_text(other_scale)}, {path} has {scale_text(scale)} "
-            f"(allowed: {SCALE_TOLERANCE:.0%} apart); {remedy}"
-        )
-    if other.schedule != diffusion.schedule:
-        raise UserError(
-            f"{where} was trained for {other.schedule}, {path} for {diffusion.schedule}; {remedy}"
-        )
 
 
 def _check_classes(

@@ -4,11 +4,12 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
@@ -16,16 +17,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm import __version__
-from ldm.devices import Ranks, one_thread
+from ldm.devices import Ranks, one_thread, within_memory
 from ldm.diffusion.samplers import Step
+from ldm.files import Journal
 from ldm.run import git_revision, versions
-from ldm.synthesis.folder import Journal, SampleFolder, image_row
+from ldm.synthesis.folder import SampleFolder, image_row
 from ldm.synthesis.guidance_log import GuidanceLog
 from ldm.synthesis.sources import Sources
 from ldm.synthesis.synthesiser import Confidence, Synthesiser
 
 log = logging.getLogger(__name__)
 
+Job = tuple[str, int]  # class and index of an image
 QUEUE = 2  # sampled batches that may wait to be written: latents are small, but not free
 
 
@@ -45,8 +48,8 @@ class Part:
         """Ending of the names of journals, so that parts that start together do not share one."""
         return "" if self.is_whole else f"-{self.number:04d}"
 
-    def of(self, jobs: list[tuple[str, int]]) -> list[tuple[str, int]]:
-        return jobs[self.number :: self.count]
+    def of(self, jobs: Iterable[Job]) -> Iterator[Job]:
+        return islice(jobs, self.number, None, self.count)
 
 
 EVERYTHING = Part()
@@ -139,7 +142,7 @@ class Writer:
                 batch.jobs, files, batch.confidences, batch.sources, strict=True
             )
         ]
-        self._journal.add(rows, batch.guidance)
+        self._journal.add({"rows": rows, "guidance": batch.guidance.record()})
 
 
 def synthesise(
@@ -165,27 +168,33 @@ def synthesise(
         UserError: Sampling failed; images that were finished before are in the folder.
     """
     ranks = ranks or Ranks()
-    wanted = part.of([(name, index) for name, count in counts.items() for index in range(count)])
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
-    # One list for all: each would find what the others have made already.
-    jobs, stamp = ranks.broadcast((folder.missing(wanted), f"{stamp}{part.suffix}"))
-    present = len(wanted) - len(jobs)
-    if not jobs:
+    # The same for all: each would find what the others have made already.
+    there, stamp = ranks.broadcast((frozenset(folder.rows), f"{stamp}{part.suffix}"))
+    wanted = len(range(part.number, sum(counts.values()), part.count))
+    present = _count_present(there, counts, part)
+    if present == wanted:
         if ranks.is_first and part.is_whole:
             folder.finish()
         return SampleReport(0, present, 0.0)
     if present:
-        log.info("%d of %d images are there already", present, len(wanted))
+        log.info("%d of %d images are there already", present, wanted)
     if ranks.is_first:
         folder.start(alone=part.is_whole)
     ranks.barrier()
     start = time.perf_counter()
-    journal = folder.journal(stamp, ranks.rank, _start(synthesiser, ranks))
     try:
-        mine = jobs[ranks.rank :: ranks.size]
-        with one_thread(synthesiser.device):
+        missing = (job for job in part.of(_jobs(counts)) if job not in there)
+        mine = islice(missing, ranks.rank, None, ranks.size)
+        share = len(range(ranks.rank, wanted - present, ranks.size))
+        run = _start(synthesiser, ranks)
+        with (
+            folder.journal(stamp, ranks.rank, run) as journal,
+            one_thread(synthesiser.device),
+            within_memory(batch_size),
+        ):
             quiet = not ranks.is_first
-            _sample(synthesiser, folder, journal, mine, batch_size, quiet, sources)
+            _sample(synthesiser, folder, journal, mine, share, batch_size, quiet, sources)
         ranks.barrier()
     except BaseException:
         if ranks.is_first and part.is_whole:
@@ -196,7 +205,20 @@ def synthesise(
     if ranks.is_first and part.is_whole:
         folder.read()
         folder.finish()
-    return SampleReport(len(jobs), present, seconds)
+    return SampleReport(wanted - present, present, seconds)
+
+
+def _count_present(there: Iterable[Job], counts: Mapping[str, int], part: Part) -> int:
+    """How many of the images `there` are wanted; no list of all is made, there may be millions."""
+    firsts = dict(zip(counts, accumulate(counts.values(), initial=0), strict=False))
+    return sum(
+        index < counts.get(name, 0) and (firsts[name] + index) % part.count == part.number
+        for name, index in there
+    )
+
+
+def _jobs(counts: Mapping[str, int]) -> Iterator[Job]:
+    return ((name, index) for name, count in counts.items() for index in range(count))
 
 
 def _start(synthesiser: Synthesiser, ranks: Ranks) -> dict[str, Any] | None:
@@ -218,24 +240,24 @@ def _sample(
     synthesiser: Synthesiser,
     folder: SampleFolder,
     journal: Journal,
-    jobs: list[tuple[str, int]],
+    jobs: Iterator[Job],
+    share: int,
     batch_size: int,
     quiet: bool,
     sources: Sources | None,
 ) -> None:
-    """This process's share, batch by batch."""
+    """Make `share` images, which are this process's, batch by batch."""
     steps = len(synthesiser.pairs)
     # A terminal shows every sampler step; a log file gets a line now and then.
     live = sys.stderr.isatty()
     options = {"unit": "img", "dynamic_ncols": True, "mininterval": 0.1 if live else 10.0}
     options["disable"] = quiet
-    with Writer(synthesiser, folder, journal) as writer, tqdm(total=len(jobs), **options) as bar:
+    with Writer(synthesiser, folder, journal) as writer, tqdm(total=share, **options) as bar:
 
         def show(step: Step) -> None:
             bar.set_postfix_str(f"step {step.j + 1}/{steps}", refresh=live)
 
-        for first in range(0, len(jobs), batch_size):
-            batch = jobs[first : first + batch_size]
+        while batch := list(islice(jobs, batch_size)):
             bar.set_description(batch[0][0], refresh=live)
             start = time.perf_counter()
             labels = [synthesiser.models.label(name) for name, _ in batch]

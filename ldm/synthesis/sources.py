@@ -12,14 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.data.folders import refuse_held_out
 from ldm.data.tiles import TileFolder
 from ldm.errors import UserError
 from ldm.files import digest_of, file_sha256
 from ldm.models.classifier import GuidingClassifier
 from ldm.models.diffusion import LatentDiffusion
 
-# Names of folders whose tiles are for measuring: what is made of them must not be trained on.
-HELD_OUT = ("val", "valid", "validation", "test", "testing", "holdout", "held_out")
 SYMMETRIES = 8
 BATCH = 64
 
@@ -42,10 +41,6 @@ class Sources:
     Attributes:
         by_class: Files of each class, in the order of use.
         digest: SHA-256 of the files and of which class they are used for.
-
-    Raises:
-        UserError: A folder of validation or test tiles, one without tiles for some class, or
-            unlabelled tiles without a judge.
     """
 
     def __init__(
@@ -57,11 +52,7 @@ class Sources:
         least: float = 0.0,
     ):
         self.root, self.diffusion = Path(root).expanduser(), diffusion
-        if self.root.resolve().name.lower() in HELD_OUT:
-            raise UserError(
-                f"--start_from {root}: the folder's name says that its tiles are for measuring; "
-                "variations of them would leak into training: give training tiles"
-            )
+        refuse_held_out(self.root, "`start_from`")
         size = diffusion.first_stage_model.resolution
         labelled = all((self.root / name).is_dir() for name in classes)
         self._tiles = TileFolder(self.root, size, labelled, list(classes) if labelled else None)
@@ -71,8 +62,8 @@ class Sources:
                 chosen[classes[label]].append(i)
         elif judge is None:
             raise UserError(
-                f"--start_from {root} has no folders {', '.join(classes)}: unlabelled tiles need "
-                "--classifier, which says what they are"
+                f"`start_from` {root} has no folders {', '.join(classes)}: unlabelled tiles need "
+                "`classifier`, which says what they are"
             )
         else:
             chosen = self._judged(classes, judge, least)
@@ -111,8 +102,8 @@ class Sources:
         empty = [name for name in names if not self.by_class[name]]
         if empty:
             raise UserError(
-                f"--start_from {self.root}: no tile for {', '.join(empty)}; lower "
-                "--start_confidence, leave the class out, or give more tiles"
+                f"`start_from` {self.root}: no tile for {', '.join(empty)}; lower "
+                "`start_confidence`, leave the class out, or give more tiles"
             )
 
     def file(self, name: str, index: int) -> str:
@@ -133,8 +124,8 @@ class Sources:
             x = [_turned(image, turn) for image, turn in zip(x, turns, strict=True)]
         device = self.diffusion.scale_factor.device
         # One at a time: an image must not depend on those that are made beside it.
-        encode = self.diffusion.encode_first_stage
-        return torch.cat([encode(image[None].to(device), sample=False) for image in x])
+        batches = ({"image": image[None].to(device)} for image in x)
+        return torch.cat([self.diffusion.latents(batch, sample=False) for batch in batches])
 
 
 def _turned(image: Tensor, turn: int) -> Tensor:

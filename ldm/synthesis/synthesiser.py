@@ -140,8 +140,8 @@ class Synthesiser:
         self, model: LatentDiffusion
     ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """eps(z_t, t, y); a model without labels does not look at y."""
-        net = model.conditional_eps if model.conditional else model.eps_model
-        eps = accelerated(net(use_ema=self.sampling.ema), self.devices, self.device)
+        net = model.eps_model(use_ema=self.sampling.ema)
+        eps = accelerated(net, self.devices, self.device)
         return eps if model.conditional else lambda z_t, t, y: eps(z_t, t)
 
     def _shared_pass(self, classifier: GuidingClassifier) -> Callable | None:
@@ -150,7 +150,7 @@ class Synthesiser:
         if shared is None or self.sampling.guidance_on != "z_t" or self.sampling.scale == 0:
             return None
         if not self.sampling.ema:
-            raise UserError("ema=False: the readout reads the averaged weights; leave --ema out")
+            raise UserError("ema=False: the readout reads the averaged weights; leave `ema` out")
         return accelerated(shared, self.devices, self.device)
 
     def _guided(self, z_t: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,9 +230,6 @@ class Synthesiser:
 
         Args:
             sources: Clean scaled latents to start from where there is a `Sampling.strength`.
-
-        Raises:
-            UserError: The latents are not finite.
         """
         sampling, schedule = self.sampling, self.models.diffusion.schedule
         shape = self.models.diffusion.latent_shape
@@ -265,7 +262,7 @@ class Synthesiser:
         if not z_0.isfinite().all():
             raise UserError(
                 f"sampling gave latents that are not finite (scale={sampling.scale:g}, "
-                f"steps={sampling.steps}); lower --classifier_scale or raise --custom_steps"
+                f"steps={sampling.steps}); lower `classifier_scale` or raise `custom_steps`"
             )
         # One transfer for all steps: asking at each would make a GPU wait.
         sums = torch.stack(seen).double().sum(dim=1).tolist()  # (S, 3)

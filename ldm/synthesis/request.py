@@ -1,0 +1,170 @@
+"""What sample_diffusion.py does: images of each class, as its options say."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from ldm.checkpoint import checkpoint_path
+from ldm.cli import existing_path
+from ldm.devices import shared_devices
+from ldm.errors import UserError
+from ldm.files import require_outside
+from ldm.settings import DEFAULT_COUNT, DEFAULT_SCALE, DEFAULT_STEPS, DEFAULT_STRENGTH
+from ldm.synthesis.counts import balance, choose_classes, parse_counts
+from ldm.synthesis.folder import SampleFolder
+from ldm.synthesis.models import Models, load_models, make_settings
+from ldm.synthesis.production import Part, synthesise
+from ldm.synthesis.settings import Sampling
+from ldm.synthesis.shards import write_shards
+from ldm.synthesis.sources import Sources
+from ldm.synthesis.synthesiser import Synthesiser
+
+log = logging.getLogger(__name__)
+
+
+def check_models(args: Any, models: Models) -> None:
+    """Options that do nothing with these models."""
+    if models.classes is None:
+        for name in ("classes", "counts", "balance"):
+            if getattr(args, name) is not None:
+                raise UserError(
+                    f"`{name}` needs `classifier`, or a model that takes labels as `model`"
+                )
+    if args.cfg_scale is not None and not models.diffusion.conditional:
+        raise UserError(
+            f"`cfg_scale` needs a model that takes labels; {args.model} is unconditional: give a "
+            "label adapter as `model`, or guide with `classifier`"
+        )
+    guided = models.classifier is not None and args.classifier_scale != 0
+    guided |= args.cfg_scale not in (None, 1) or args.autoguidance_scale is not None
+    if args.guidance_interval and not guided:
+        raise UserError(
+            "`guidance_interval` needs `classifier` with a scale above 0, `cfg_scale` or "
+            "`autoguidance`; give one or leave it out"
+        )
+
+
+def choose_counts(args: Any, models: Models) -> dict[str, int]:
+    """Images per class, as the options say."""
+    if args.counts is not None:
+        return parse_counts(args.counts, models.names)
+    names = models.names if args.classes is None else choose_classes(args.classes, models.names)
+    if args.balance is not None:
+        return balance(args.balance, names, models.names, args.n_samples or 0)
+    return dict.fromkeys(names, args.n_samples or DEFAULT_COUNT)
+
+
+def choose_sampling(args: Any, models: Models) -> Sampling:
+    """The `Sampling` that the options mean for these models."""
+    process = models.diffusion.schedule
+    T, sampler = process.T, args.sampler_for(process)
+    if sampler not in process.samplers:
+        raise UserError(
+            f"`sampler` {sampler} does not suit {args.model}; choose {', '.join(process.samplers)}"
+        )
+    if args.eta is not None and sampler != "ddim":
+        raise UserError(f"`eta` {args.eta:g} belongs to DDIM; leave it out with {sampler}")
+    steps = args.custom_steps or (T if sampler == "ddpm" else min(DEFAULT_STEPS, T))
+    if steps > T:
+        raise UserError(f"`custom_steps` {steps} must be in [1, {T}], the training time steps")
+    scale, heat = 0.0, 1.0
+    if models.classifier is not None:
+        scale = DEFAULT_SCALE if args.classifier_scale is None else args.classifier_scale
+        heat = args.temperature or float(models.classifier.temperature)
+    # What each sampler is, in DDIM's terms: ancestral sampling has the noise of eta 1.
+    eta = {"ddim": 1.0 if args.eta is None else args.eta, "ddpm": 1.0}
+    interval = tuple(args.guidance_interval) if args.guidance_interval else None
+    if interval is None and scale > 0:
+        interval = process.guided_interval
+    return Sampling(
+        sampler=sampler,
+        steps=steps,
+        eta=eta.get(sampler, 0.0),
+        scale=scale,
+        seed=args.seed,
+        interval=interval,
+        ema=args.ema,
+        guidance_on=args.guidance_on or "z_t",
+        normalise=args.guidance_norm,
+        clip=args.guidance_clip,
+        temperature=heat,
+        cfg_scale=1.0 if args.cfg_scale is None else args.cfg_scale,
+        autoguidance_scale=1.0 if args.autoguidance_scale is None else args.autoguidance_scale,
+        limit=args.latent_limit,
+        strength=(args.strength or DEFAULT_STRENGTH) if args.start_from else None,
+    )
+
+
+def choose_sources(args: Any, models: Models, counts: dict[str, int]) -> Sources | None:
+    """The tiles of `start_from`, which `models` then records; None without it."""
+    if args.start_from is None:
+        return None
+    if models.classes is None:
+        raise UserError(
+            "`start_from` needs `classifier`, or a model that takes labels as `model`: a variation "
+            "is made for a class"
+        )
+    existing_path(args.start_from, "start_from", "dir")
+    sources = Sources(
+        args.start_from,
+        models.diffusion,
+        models.classes,
+        models.classifier,
+        args.start_confidence or 0.0,
+    )
+    sources.require([name for name, count in counts.items() if count])
+    models.files["start_from"] = sources.digest
+    return sources
+
+
+def default_outdir(checkpoint: Path, label: str) -> Path:
+    """RUN/samples/LABEL for RUN/checkpoints/x.ckpt, else a folder beside the checkpoint."""
+    parent = checkpoint.parent
+    run = parent.parent if parent.name == "checkpoints" else parent
+    return run / "samples" / label
+
+
+def sample(args: Any) -> int:
+    """Make the images that the options of sample_diffusion.py ask for; returns the exit status."""
+    # Everything that can be wrong is found before other processes are started.
+    tiles = {f"`{name}`": getattr(args, name) for name in ("start_from", "balance")}
+    tiles = {name: Path(path) for name, path in tiles.items() if path}
+    require_outside({"`out`": Path(args.out) if args.out else None}, tiles)
+    devices = shared_devices(args.device, args.devices, args.num_nodes).with_precision(
+        args.precision, channels_last=args.channels_last, compile=args.compile
+    )
+    models = load_models(
+        args.model, args.classifier, args.first_stage, autoguidance_path=args.autoguidance
+    )
+    check_models(args, models)
+    sampling, counts = choose_sampling(args, models), choose_counts(args, models)
+    sources = choose_sources(args, models, counts)
+    checkpoint = checkpoint_path(args.model, "`model`")
+    outdir = Path(args.out) if args.out else default_outdir(checkpoint, sampling.label)
+    settings = make_settings(sampling, models, devices, args.out_size)
+    part = Part(*(args.part or (0, 1)))
+    folder = SampleFolder(outdir, settings, models.facts)
+
+    with devices.launch() as (ranks, device):
+        synthesiser = Synthesiser(models.to(device), sampling, devices)
+        report = synthesise(synthesiser, folder, counts, args.batch_size, ranks, part, sources)
+    if not ranks.is_first:
+        return 0
+    for warning in folder.guidance_log.warnings(sampling):
+        log.warning("warning: %s", warning)
+    shards = write_shards(folder, args.tar) if args.tar else []
+    if not part.is_whole:
+        print(
+            f"part {part.number} of {part.count}: {report.made} images made, {report.present} were "
+            f"there, in {outdir}; once all parts are made, the same command without `part`"
+        )
+    elif report.made:
+        print(
+            f"{report.made} images of {len(counts)} classes in {outdir}, {report.seconds:.1f} s, "
+            f"{report.images_per_s:.2f} images/s"
+        )
+    else:
+        print(f"nothing to do: all {report.present} images are in {outdir}")
+    if shards:
+        print(f"{len(shards)} shards: {shards[0]} ... {shards[-1].name}")
+    return 0
