@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import ClassVar
 
 from ldm.cli import Seed, existing_path, option, output_path, parse, run_command
-from ldm.data.images import class_folders
 from ldm.devices import resolve_device
 from ldm.errors import UserError
 from ldm.features.source import known_forms
@@ -119,6 +118,9 @@ def to_markdown(results: list[dict]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(Options, argv)
+
+    from ldm.data.images import class_folders
+
     fake_roots = [existing_path(path, "--fake", "dir") for path in args.fake]
     out = output_path(args.out, "--out", "file")
     if args.weights:

@@ -165,9 +165,10 @@ def test_a_slide_becomes_shards_and_trains(slides, tmp_path, monkeypatch):
             "}}}}}}\n"
         )
         argv = ["--base", str(ROOT / "configs" / "demo" / "autoencoder.yaml")]
-        argv += [str(tmp_path / f"{name}.yaml"), "-t", "--logdir", str(tmp_path), "--name", name]
+        argv += [str(tmp_path / f"{name}.yaml"), "-t", "--logdir", str(tmp_path / "logs")]
+        argv += ["--name", name]
         argv += ["--max_steps", "3", "data.params.batch_size=2", "model.params.monitor=null"]
         argv += ["lightning.trainer.limit_val_batches=1", "lightning.callbacks.image_logger=null"]
         argv += ["lightning.trainer.enable_progress_bar=false", "data.params.num_workers=2"]
         main_py.train(parse(main_py.Options, argv))
-        assert RunFolder(tmp_path / name).last.is_file()
+        assert RunFolder(tmp_path / "logs" / name).last.is_file()
