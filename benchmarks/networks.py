@@ -73,12 +73,14 @@ class Execution:
         precision: "32", or "bf16" for autocast.
         channels_last: Memory layout of features and weights.
         compile: Whether the networks are compiled.
+        search: Whether cuDNN tries its algorithms at the first step, as the configurations have it.
     """
 
     device: torch.device
     precision: str = "32"
     channels_last: bool = False
     compile: bool = False
+    search: bool = True
 
     @classmethod
     def of(cls, args: NetworkOptions) -> "Execution":

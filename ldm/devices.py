@@ -5,6 +5,7 @@ module imports no torch.
 """
 
 import contextlib
+import ctypes
 import logging
 import os
 import warnings
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BACKEND = "inductor"  # of torch.compile
+MALLOC = "HISTO_MALLOC"  # "system" leaves the allocator as it is
+MALLOC_VARIABLES = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "LD_PRELOAD"}
+M_TRIM, M_MMAP = -1, -3  # parameters of mallopt(3): M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
 BF16_FLAGS = {"avx512_bf16", "amx_bf16"}  # in /proc/cpuinfo
 # Ranks have equal shares, but one may wait for the others on a slower machine.
 TIMEOUT = timedelta(days=1)
@@ -122,6 +126,22 @@ class Devices:
             "compile": self.compile,
         }
 
+    def keep_memory(self) -> None:
+        """On CPUs, let glibc use freed memory again instead of giving it back to the system.
+
+        By default it maps each tensor above some megabytes anew, and the system clears its pages at
+        first touch, at every step. Set HISTO_MALLOC=system, or glibc's own variables, against it.
+        """
+        chosen = MALLOC_VARIABLES.intersection(os.environ)
+        if self.accelerator != "cpu" or os.environ.get(MALLOC) == "system" or chosen:
+            return
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+        # Older versions of glibc take half of a heap at most.
+        if mallopt is None or not (mallopt(M_MMAP, 2**30) or mallopt(M_MMAP, 2**25)):
+            return
+        mallopt(M_TRIM, 2**30)
+        log.info("memory       freed blocks are kept for the next step (%s=system: not)", MALLOC)
+
     def fuses(self, clips: bool = False) -> bool:
         """Whether optimisers take a step in one kernel."""
         # Lightning refuses to clip in mixed precision before an optimiser that could unscale the
@@ -142,6 +162,7 @@ class Devices:
         """
         import torch
 
+        self.keep_memory()
         if self.tf32 is not None:
             torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
             torch.backends.cudnn.allow_tf32 = self.tf32
@@ -165,6 +186,7 @@ class Devices:
             backend: How tensors travel: gloo where nothing goes between GPUs, which spares NCCL and
                 its timeouts; None for what suits the devices.
         """
+        self.keep_memory()
         if self.ranks == 1:
             yield Ranks(), self.device
             return
