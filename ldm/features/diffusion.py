@@ -85,7 +85,11 @@ def open_diffusion(source: FeatureSource, device: torch.device | str) -> Extract
 
 
 def open_guide(source: FeatureSource, device: torch.device | str) -> Extractor:
-    """Load a guiding classifier, whose logits at t = 0 are its features, too."""
+    """Load a guiding classifier, whose logits at t = 0 are its features, too.
+
+    Raises:
+        UserError: The argument has another form, or the models do not belong together.
+    """
     classifier, at, run = source.argument.rpartition("@")
     if not at or not run or not classifier:
         raise UserError(f"features {source}: give guide:CLASSIFIER@RUN, RUN a diffusion model")
