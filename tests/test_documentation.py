@@ -167,7 +167,8 @@ def test_commands_are_taken_by_their_own_parsers(document, tmp_path, monkeypatch
 
 def test_commands_are_found():
     """In blocks, in tables and in sentences, with what they print left out."""
-    found = {s.where: s.text for s in snippets("README.md")}
+    pages = ("README.md", "docs/commands.md", "docs/training.md")
+    found = {s.where: s.text for page in pages for s in snippets(page)}
     texts = "\n".join(found.values())
     for words in (
         "make demo",
@@ -176,7 +177,7 @@ def test_commands_are_found():
         "eval.py --arch vit_small",
     ):
         assert words in texts
-    assert "parameters   net" not in texts and len(found) > 20
+    assert "parameters   unet" not in texts and len(found) > 20
     # No command is left that was not found: neither in an example of a layout nor after other code.
     for document in DOCUMENTS:
         text = (ROOT / document).read_text()
