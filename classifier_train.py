@@ -31,7 +31,6 @@ from ldm.cli import (
     parse,
     run_command,
 )
-from ldm.data.arrays import holder
 from ldm.errors import UserError
 from ldm.settings import RunOptions
 
@@ -259,6 +258,8 @@ class Options(RunOptions):
 
 def check_paths(args: Options) -> None:
     """Missing files and folders, before anything heavy is imported."""
+    from ldm.data.arrays import holder
+
     if not args.first_stage:
         raise UserError(
             "--first_stage is missing: give a diffusion or autoencoder checkpoint, or export "

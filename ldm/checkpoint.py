@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.errors import UserError
-from ldm.files import atomic_file
+from ldm.files import atomic_file, require_class_names
 
 if TYPE_CHECKING:
     import torch
@@ -173,6 +173,8 @@ def check_record(payload: Any, found: Path, kinds: tuple[str, ...] | None, what:
             f"{what}: {found} holds a model of kind {record['kind']}; needed is "
             f"{' or '.join(kinds)}"
         )
+    if record.get("classes") is not None:
+        require_class_names(record["classes"], f"{what}: {found}")
 
 
 def load_model(

@@ -526,11 +526,6 @@ def output_path(text: str | os.PathLike, what: str, kind: str) -> Path:
     return existing_path(path, what, kind) if path.exists() else path
 
 
-def lies_in(path: Path, folder: Path) -> bool:
-    """Whether a path is the folder or below it, wherever links lead."""
-    return folder.resolve() in (path.resolve(), *path.resolve().parents)
-
-
 def _one_line(error: BaseException | str) -> str:
     """The message on one line, freed of the worker traceback that a DataLoader puts before it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

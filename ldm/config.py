@@ -16,6 +16,7 @@ import os
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
+from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
@@ -541,6 +542,17 @@ def require_own_targets(config: DictConfig | Mapping, source: str | os.PathLike)
 
 
 # --- Wording -------------------------------------------------------------------------------------
+
+
+def tile_roots(data: Any) -> list[Path]:
+    """Every folder of tiles that a `data` section names by a key `root`, at any depth."""
+    if isinstance(data, list | tuple):
+        return [root for part in data for root in tile_roots(part)]
+    if not isinstance(data, Mapping):
+        return []
+    named = data.get("root")
+    own = [named] if isinstance(named, str | os.PathLike) else list(named or [])
+    return [Path(root).expanduser() for root in own] + tile_roots(list(data.values()))
 
 
 def _is_node(value: Any) -> bool:

@@ -5,6 +5,10 @@ atomic only within one file system. It is flushed to the disk before the rename,
 that loses power keeps either the old file or the new one. Temporary files are created by
 `os.open` with mode 0o666 and folders by `os.mkdir`, so the kernel applies the user's umask; reading
 the umask with `os.umask` would change it for every thread of the process for a moment.
+
+Names of folders that come out of files (classes) are checked here as well, see
+`require_class_names`: checkpoints and tables are passed around between groups, and none may make a
+command write elsewhere than it was told.
 """
 
 import csv
@@ -12,11 +16,13 @@ import errno
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -25,6 +31,8 @@ from ldm.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
+
+log = logging.getLogger(__name__)
 
 # What the operating system reports of a disk, a quota or a file size limit that is reached.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -36,6 +44,8 @@ _TEMPORARY = re.compile(
     r"|(?:ckpt|csv|json|jsonl|md|parquet|png|safetensors|tar)\.[a-z0-9_]{8}"
     r"|(?:json|png|tar)\.part)"
 )
+
+_UNPRINTABLE = {"Cc", "Cs", "Zl", "Zp"}  # categories of Unicode
 
 
 def temporary_path(target: Path) -> Path:
@@ -86,10 +96,7 @@ def atomic_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
         cause = (recorded and recorded.error) or error
         if isinstance(cause, OSError) and cause.errno in FULL:
-            raise UserError(
-                f"{path} cannot be written ({os.strerror(cause.errno)}, {free_space(path):,} bytes "
-                f"are free there); {_kept(path)}make room and repeat the command"
-            ) from None
+            raise _disk_full(path, cause, _kept(path)) from None
         if recorded and recorded.error:
             raise recorded.error from None
         raise
@@ -104,14 +111,86 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path)
     temporary = temporary_path(path)
     temporary.mkdir()
     try:
         yield temporary
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise _disk_full(path, error) from None
         raise
+
+
+def _disk_full(path: Path, error: OSError, kept: str = "") -> UserError:
+    """The one line about a disk on which `path` finds no room."""
+    return UserError(
+        f"{path} cannot be written ({os.strerror(error.errno)}, {free_space(path):,} bytes are free"
+        f" there); {kept}make room and repeat the command"
+    )
+
+
+class Journal:
+    """A file of JSON lines to which work is added as it is finished.
+
+    A process that is killed, or a disk that is full, costs the last line at most: what is left of
+    one is cut off before the next is written. Use it as a context manager.
+
+    Args:
+        path: The file; it is made where it is missing. One process may write to it at a time.
+
+    Raises:
+        UserError: The disk, or the quota on it, is full; here and in `add`.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "a+b", buffering=0)  # noqa: SIM115  closed by __exit__
+        except OSError as error:
+            raise (_disk_full(path, error) if error.errno in FULL else error) from None
+        self._file.truncate(sum(map(len, _whole_lines(path))))
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._file.close()
+
+    def add(self, entry: Any) -> None:
+        """Add an entry, anything that JSON can hold, as one line."""
+        line = (json.dumps(entry) + "\n").encode()
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            while line:  # a disk that is nearly full takes a part, and says so at the next write
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            self._file.truncate(end)
+            raise (_disk_full(self.path, error) if error.errno in FULL else error) from None
+
+
+def _whole_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, without a last one that has no end."""
+    with path.open("rb") as file:
+        yield from (line for line in file if line.endswith(b"\n"))
+
+
+def read_journal(path: Path, take: Callable[[Any], None]) -> None:
+    """Hand each entry of a journal to `take`.
+
+    A last line without its end is left out: its writer was killed. So is an earlier one that is
+    damaged (it is no JSON, or `take` raises a KeyError, TypeError, ValueError or AttributeError);
+    a warning names it. What a line listed is not known to be finished then, and is made again.
+    """
+    for number, line in enumerate(_whole_lines(path), 1):
+        try:
+            if line.strip():
+                take(json.loads(line))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            log.warning("%s: line %d is damaged; what it listed is made again", path, number)
 
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:
@@ -159,23 +238,79 @@ def is_temporary(path: Path) -> bool:
     return _TEMPORARY.fullmatch(path.name) is not None
 
 
-def remove_leftovers(folder: Path) -> list[Path]:
-    """Delete temporary files and folders that a killed process left directly in `folder`.
+def remove_leftovers(*targets: Path) -> list[Path]:
+    """Delete what killed processes left unfinished of these files and folders.
 
-    Call it only where no other process can be writing to the folder.
+    That is what would have become a target, beside it, and everything unfinished directly in one
+    that is a folder. Call it only where no other process can be writing to the targets.
 
     Returns:
         The paths that were deleted.
     """
-    if not folder.is_dir():
-        return []
-    found = [path for path in folder.iterdir() if is_temporary(path)]
+    found = []
+    for target in map(Path.absolute, targets):
+        if target.is_dir():
+            found += [path for path in target.iterdir() if is_temporary(path)]
+        if target.parent.is_dir():
+            own = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{16}}\.part")
+            found += [path for path in target.parent.iterdir() if own.fullmatch(path.name)]
     for path in found:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
     return found
+
+
+def lies_in(path: Path, folder: Path) -> bool:
+    """Whether a path is the folder or below it, wherever links lead."""
+    return folder.resolve() in (path.resolve(), *path.resolve().parents)
+
+
+def require_outside(
+    targets: Mapping[str, Path | None], sources: Mapping[str, Path | Sequence[Path] | None]
+) -> None:
+    """Check that nothing is made in a folder of tiles, where it would count as a class or a tile.
+
+    Args:
+        targets: What a command writes, by option; None for an option that is not given.
+        sources: What it reads, or what else it writes, likewise.
+
+    Raises:
+        UserError: A target is a source, or lies in one.
+    """
+    for name, target in targets.items():
+        for other, found in sources.items():
+            for folder in [found] if isinstance(found, Path) else found or ():
+                if target and lies_in(target, folder):
+                    raise UserError(
+                        f"{name} {target}: lies in {other} {folder}; give a place outside it"
+                    )
+
+
+def require_class_names(names: Any, where: str) -> None:
+    """Check that class names can be names of folders, whatever file they come from.
+
+    Args:
+        names: A list of names; anything else is refused as well.
+        where: The file or folder that has them, for the error.
+
+    Raises:
+        UserError: They are no list of distinct names, or one is empty, hidden (or `.`, `..`), has
+            a separator of paths (so it would lie elsewhere) or a control character.
+    """
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{where}: classes={str(names)[:60]!r} must be a list of names")
+    if len(set(names)) < len(names):
+        raise UserError(f"{where}: classes={names} must differ from one another; rename some")
+    for name in names:
+        kinds = {unicodedata.category(character) for character in name}
+        # Control characters, halves of characters (bytes that are no UTF-8), ends of lines.
+        if not name or name.startswith(".") or {"/", "\\"} & set(name) or kinds & _UNPRINTABLE:
+            raise UserError(
+                f"{where}: class name {name!r} cannot name a folder; a class name is not empty,"
+                " does not begin with a dot, and has no slash, backslash or control character"
+            )
 
 
 def file_sha256(path: str | os.PathLike) -> str:

@@ -122,7 +122,11 @@ class MadeFolder:
     name: str = "out"  # of the setting that names the folder, for errors
 
     def read(self) -> dict[str, Any] | None:
-        """The content of the record; None where no command has begun the folder."""
+        """The content of the record; None where no command has begun the folder.
+
+        Raises:
+            UserError: A file is in the way, the folder holds other files, or its record is damaged.
+        """
         if not self.path.exists():
             return None
         if not self.path.is_dir():
@@ -153,6 +157,9 @@ class MadeFolder:
         Returns:
             False where it can be made: there is no folder yet, or nothing in it but unfinished
             files of a killed process.
+
+        Raises:
+            UserError: See `read`; or the folder was made with other settings, all of them named.
         """
         content = self.read()
         if content is None:
@@ -229,6 +236,10 @@ class RunFolder:
         Args:
             name: May contain slashes; must stay below `logdir`.
             stem: Name of the configuration, for an unnamed run.
+
+        Raises:
+            UserError: There is no checkpoint to resume from, `name` leaves `logdir`, or the run has
+                another model.
         """
         from omegaconf import OmegaConf
 
@@ -268,7 +279,7 @@ class RunFolder:
     def read_metrics(self) -> list[dict[str, float]]:
         """What was logged over all starts of the run, one row (name to value) for each step.
 
-        A start that goes on from a checkpoint repeats the steps after it; its numbers count.
+        A start that goes on from a checkpoint repeats the steps after it, and its numbers count.
         """
         starts = sorted(
             self.root.glob("metrics/version_*/metrics.csv"), key=lambda p: int(p.parent.name[8:])
@@ -279,7 +290,7 @@ class RunFolder:
             lines = path.read_text().splitlines(keepends=True)
             read = list(csv.DictReader(line for line in lines if line.endswith("\n")))
             first = min((float(row["step"]) for row in read), default=math.inf)
-            rows = {step: row for step, row in rows.items() if step < first}
+            rows = {step: row for step, row in rows.items() if step <= first}
             for row in read:
                 values = {name: float(value) for name, value in row.items() if value}
                 rows.setdefault(values["step"], {}).update(values)

@@ -18,7 +18,7 @@ from ldm.devices import (
     within_memory,
 )
 from ldm.errors import UserError
-from ldm.files import remove_leftovers, require_space, write_text
+from ldm.files import remove_leftovers, require_outside, require_space, write_text
 from ldm.settings import RunOptions, SpeedOptions
 
 if TYPE_CHECKING:
@@ -68,11 +68,7 @@ def fit(
             even the CSV files.
         config: Resolved configuration, for the record of this start; None keeps no record.
         summary: What is trained, shown at the start.
-        dry_run: Check everything that can be checked without training; nothing is written, and the
-            devices need not be there.
-
-    Returns:
-        The trainer, after the last step.
+        dry_run: Only check what can be checked without the devices; nothing is written.
 
     Raises:
         UserError: The settings contradict each other, the disk is too small, a number is not
@@ -83,7 +79,10 @@ def fit(
     import torch
 
     from ldm.checkpoint import read_checkpoint
+    from ldm.config import tile_roots
 
+    if checkpoint is None and config is not None:
+        require_outside({"`logdir`": run.root}, {"the folder of tiles": tile_roots(config["data"])})
     trainer = build_trainer(model, run, devices, callbacks, settings or {}, loggers, dry_run)
     if checkpoint is not None:
         # A checkpoint that does not fit is refused before anything is written.
@@ -141,7 +140,7 @@ def build_trainer(
     from pytorch_lightning.callbacks import LearningRateMonitor
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-    from ldm.models.callbacks import FollowLayout, ProgressBar, Throughput
+    from ldm.models.callbacks import FollowLayout, ProgressBar, Throughput, TimeLeft
     from ldm.models.saving import CheckpointFiles
 
     quieten_lightning()
@@ -166,7 +165,8 @@ def build_trainer(
         kept = [pl.loggers.CSVLogger(run.root, name="metrics"), *build_loggers(loggers, run)]
         watching.append(LearningRateMonitor("step"))
     if settings.get("enable_progress_bar", True):
-        watching.append(ProgressBar(refresh_rate=1 if sys.stderr.isatty() else 50))
+        live = sys.stderr.isatty()
+        watching += [ProgressBar(refresh_rate=1 if live else 50)] + [TimeLeft()] * (not live)
     arguments = {
         "accelerator": devices.accelerator,
         "devices": devices.devices,
@@ -420,7 +420,7 @@ def _prepare_disk(
     from ldm.models.saving import MARGIN, expected_size
 
     if trainer.is_global_zero and not dry_run:
-        for path in remove_leftovers(run.checkpoints):
+        for path in remove_leftovers(run.root, run.checkpoints, run.configs, run.images):
             log.info("removed %s, which a killed run had not finished", path)
     size = run.last.stat().st_size if run.last.is_file() else expected_size(model)
     kinds = sum(isinstance(c, ModelCheckpoint) for c in trainer.checkpoint_callbacks)

@@ -18,6 +18,7 @@ from pydantic import Field
 from ldm.cli import Count, Seed, Workers, existing_path, like, option, parse, run_command
 from ldm.devices import shared_devices
 from ldm.errors import UserError
+from ldm.files import require_outside
 from ldm.settings import LoaderOptions, ProcessOptions
 
 DATA_TARGET = "ldm.data.datamodule.DataModuleFromConfig"
@@ -166,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(Options, argv)
     out = Path(args.out).expanduser()
 
-    from ldm.config import instantiate_from_config
+    from ldm.config import instantiate_from_config, tile_roots
     from ldm.data.caching import CachePlan, gibibytes, make_cache
     from ldm.models.classifier import LatentSpace
 
@@ -175,7 +176,9 @@ def main(argv: list[str] | None = None) -> None:
         args.precision, channels_last=args.channels_last
     )
     net = LatentSpace.load(args.model, "--model").first_stage
-    data = instantiate_from_config(data_config(args, net.resolution))
+    node = data_config(args, net.resolution)
+    require_outside({"--out": out}, {"--data": tile_roots(node)})
+    data = instantiate_from_config(node)
     plan = CachePlan(out, net, data, args.views, args.dtype, args.seed, devices, args.shard_tiles)
     jobs = plan.missing()
     if args.dry_run:

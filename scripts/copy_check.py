@@ -17,10 +17,11 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from ldm.cli import Count, existing_path, lies_in, like, option, output_path, parse, run_command
+from ldm.cli import Count, existing_path, like, option, output_path, parse, run_command
 from ldm.devices import resolve_device
 from ldm.errors import UserError
 from ldm.features.source import known_forms
+from ldm.files import lies_in, remove_leftovers, require_outside
 from ldm.settings import DeviceOption, LoaderOptions, NetworkChoice
 
 
@@ -78,10 +79,7 @@ def check_places(
                 raise UserError(
                     f"{name} {path}: {where} {other} {folder}; give folders apart from one another"
                 )
-    for name, path in {**sets, **more_sources}.items():
-        for target, folder in targets.items():
-            if lies_in(folder, path):
-                raise UserError(f"{target} {folder}: lies in {name} {path}; give a folder outside")
+    require_outside(targets, {**sets, **more_sources})
 
 
 def check_paths(args: Options) -> tuple[dict[str, Path], Path]:
@@ -100,6 +98,7 @@ def check_paths(args: Options) -> tuple[dict[str, Path], Path]:
 def main(argv: list[str] | None = None) -> None:
     args = parse(Options, argv)
     sets, out = check_paths(args)
+    remove_leftovers(out, out / "cache")
 
     from ldm.copies.check import check_copies
     from ldm.copies.removal import Removal

@@ -23,9 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from ldm.cli import Count, Seed, contradictions, existing_path, lies_in, option, parse, run_command
+from ldm.cli import Count, Seed, contradictions, existing_path, option, parse, run_command
 from ldm.devices import resolve_device
 from ldm.errors import UserError
+from ldm.files import require_outside
 from ldm.settings import TIMM, FeatureOptions
 
 log = logging.getLogger("distance")
@@ -147,16 +148,6 @@ class Options(FeatureOptions):
                 yield name, f"belongs to --strategy {strategy}; leave it out"
         if self.fill and self.chosen_strategy == "random":
             yield "fill", "--strategy random rejects nothing to fill up with; leave it out"
-
-
-def check_places(places: dict[str, Path | None], sources: dict[str, Path]) -> None:
-    """UserError when a folder to be made lies in a folder of images, where it would be a class."""
-    for name, place in places.items():
-        for other, folder in sources.items():
-            if place and lies_in(place, folder):
-                raise UserError(
-                    f"{name} {place}: lies in {other} {folder}; give a folder outside it"
-                )
 
 
 def describe(counts: dict[str, dict[str, int]]) -> str:
@@ -291,9 +282,9 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(args.out)
     sheets = None if args.no_sheets else Path(args.sheets or f"{out}.sheets")
     sources = {"--real": real_root, option_name: candidates_root}
-    check_places({"--out": out}, sources)
+    require_outside({"--out": out}, sources)
     cache = Path(args.cache) if args.cache else None
-    check_places({"--sheets": sheets, "--cache": cache}, {**sources, "--out": out})
+    require_outside({"--sheets": sheets, "--cache": cache}, {**sources, "--out": out})
     downstream = args.downstream and existing_path(args.downstream, "--downstream")
 
     from ldm.data.folders import refuse_held_out

@@ -18,6 +18,7 @@ from ldm.cli import Seed, existing_path, option, output_path, parse, run_command
 from ldm.devices import resolve_device
 from ldm.errors import UserError
 from ldm.features.source import known_forms
+from ldm.files import remove_leftovers, require_outside, write_json
 from ldm.settings import TIMM, DeviceOption, LoaderOptions
 
 log = logging.getLogger("fidelity")
@@ -117,6 +118,9 @@ def to_markdown(results: list[dict]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(Options, argv)
+
+    from ldm.data.images import class_folders
+
     fake_roots = [existing_path(path, "--fake", "dir") for path in args.fake]
     out = output_path(args.out, "--out", "file")
     if args.weights:
@@ -127,6 +131,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.real is None:
         existing_path(stats, "--stats (without --real)", "file")
     real_root = existing_path(args.real, "--real", "dir") if args.real else None
+    # Beside the class folders of a set is no harm done.
+    folders = {"--real": [real_root] if real_root else [], "--fake": fake_roots}
+    classes = {k: [r / n for r in roots for n in class_folders(r)] for k, roots in folders.items()}
+    require_outside({"--out": out, "--stats": stats}, classes)
+    remove_leftovers(out, *([stats] if stats else []))
 
     from ldm.evaluation.reference import (
         compare_sets,
@@ -135,7 +144,6 @@ def main(argv: list[str] | None = None) -> None:
         tiles_of_part,
     )
     from ldm.features.source import parse_features
-    from ldm.files import write_json
 
     # All are indexed before any features are computed: what is wrong with one is known at once.
     real_files = None if real_root is None else tiles_of_part(real_root, False, "--real")

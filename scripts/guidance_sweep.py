@@ -32,6 +32,7 @@ from ldm.cli import (
 )
 from ldm.devices import one_device
 from ldm.errors import UserError
+from ldm.files import remove_leftovers, require_outside
 from ldm.settings import DeviceOption, LoaderOptions, ProcessOptions
 
 
@@ -160,6 +161,8 @@ def main(argv: list[str] | None = None) -> None:
     real_root = existing_path(args.real, "--real", "dir")
     existing_path(args.judge, "--judge")
     out = output_path(args.out, "--out", "dir")
+    require_outside({"--out": out}, {"--real": real_root})
+    remove_leftovers(out)
 
     from ldm.evaluation.sweep import Sweep
     from ldm.features.source import VIT, FeatureSource

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from ldm.cli import existing_path, option, parse, run_command
 from ldm.errors import UserError
+from ldm.files import remove_leftovers, require_class_names
 
 log = logging.getLogger("import_checkpoint")
 
@@ -80,6 +81,10 @@ def main(argv: list[str] | None = None) -> None:
     source, out = existing_path(args.file, "FILE"), Path(args.out)
     if out.exists():
         raise UserError(f"--out {out} exists; give another name, or remove it")
+    classes = [name.strip() for name in (args.classes or "").split(",")]
+    if args.kind == "classifier":
+        require_class_names(classes, "--classes")
+    remove_leftovers(out)
 
     from ldm.exchange import foreign
 
@@ -95,9 +100,6 @@ def main(argv: list[str] | None = None) -> None:
     elif args.kind == "diffusion":
         module, report = foreign.import_diffusion(state, node, args.autoencoder, args.scale_factor)
     else:
-        classes = [name.strip() for name in args.classes.split(",")]
-        if len(set(classes)) < len(classes) or "" in classes:
-            raise UserError(f"--classes {args.classes}: names must differ and not be empty")
         module, report = foreign.import_classifier(
             state, args.autoencoder, classes, node, args.scale_factor, args.noised
         )

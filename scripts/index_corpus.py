@@ -17,6 +17,7 @@ from ldm.cli import Count, Threads, option, parse, run_command
 from ldm.data.groups import grouping_of
 from ldm.devices import usable_cores
 from ldm.errors import UserError
+from ldm.files import require_outside
 from ldm.settings import GroupOptions
 
 SLIDES = "slides"
@@ -91,6 +92,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(
             f"--out {out}: an index is a Parquet file; give it a name such as {out.stem}.parquet"
         )
+    require_outside({"--out": out}, {"ROOT": roots})
     grouping = grouping_of(args)
 
     from ldm.data.scan import PROBLEMS, index_corpora, page_of, problems_of

@@ -15,9 +15,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ldm.cli import Count, Seed, contradictions, existing_path, lies_in, option, parse, run_command
+from ldm.cli import Count, Seed, contradictions, existing_path, option, parse, run_command
 from ldm.data.groups import grouping_of
 from ldm.errors import UserError
+from ldm.files import require_outside
 from ldm.settings import GroupOptions
 
 log = logging.getLogger("make_subset")
@@ -71,9 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     data = existing_path(args.data, "--data", "dir")
     out = Path(args.out).expanduser()
     include = None if args.include is None else existing_path(args.include, "--include", "dir")
-    for name, folder in (("data", data), ("include", include)):
-        if folder and lies_in(out, folder):
-            raise UserError(f"--out {out}: lies in --{name} {folder}; give a folder outside it")
+    require_outside({"--out": out}, {"--data": data, "--include": include})
     grouping = grouping_of(args)
     if args.by_group and grouping is None:
         raise UserError(

@@ -28,6 +28,7 @@ from ldm.cli import (
 from ldm.devices import resolve_device
 from ldm.errors import UserError
 from ldm.features.source import known_forms
+from ldm.files import remove_leftovers, require_outside, write_json
 from ldm.settings import FeatureOptions, NetworkChoice
 
 
@@ -75,14 +76,15 @@ def main(argv: list[str] | None = None) -> None:
     real_root = existing_path(args.real, "--real", "dir")
     synthetic_root = existing_path(args.synthetic, "--synthetic", "dir")
     out = output_path(args.out, "--out", "dir")
+    require_outside({"--out": out}, {"--real": real_root, "--synthetic": synthetic_root})
+    remove_leftovers(out)
 
     from ldm.evaluation.fidelity import FEWEST_TILES, fidelity
     from ldm.features.sets import cached_features
     from ldm.features.source import parse_features
-    from ldm.files import write_json
     from ldm.selection import judge
     from ldm.selection.training_folder import read_decisions
-    from ldm.selection.umap_page import Picture
+    from ldm.selection.umap_page import plane_groups, write_pictures
 
     decisions = None
     if args.selection:
@@ -103,10 +105,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     centroids = judge.centroids_of(real)
     centroids.save(out / judge.CENTROIDS_FILE)
-    picture = Picture.of(
+    groups = plane_groups(
         real, synthetic, centroids, decisions, args.umap_neighbors, args.umap_min_dist, args.seed
     )
-    picture.write(out, real_root, synthetic_root, args.thumbnails)
+    write_pictures(out, groups, real.classes, real_root, synthetic_root, args.thumbnails)
     counts = {"real": len(real.files), "synthetic": len(synthetic.files)}
     print("{real} real and {synthetic} synthetic tiles: ".format(**counts), end="")
     print(f"{out}/umap.png and umap.html")

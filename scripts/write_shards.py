@@ -15,6 +15,7 @@ from pydantic import BeforeValidator
 
 from ldm.cli import Threads, existing_path, option, parse, run_command, shown
 from ldm.devices import usable_cores
+from ldm.files import require_outside
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -68,6 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     roots = [Path(root).expanduser() for root in args.root or index.scanned]
     for root in roots:
         existing_path(holder(root), "--root")
+    require_outside({"--out": out}, {"--root": roots})
     shards = CorpusShards(index, roots, out, args.size)
     if args.dry_run:
         size = shards.bytes_of(range(len(shards)))

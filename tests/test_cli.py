@@ -338,6 +338,14 @@ def test_features_names_the_network_in_every_command(command, words, published):
         parse(module.Options, [*needed, *words.split(), *published.split()])
 
 
+@pytest.mark.parametrize(
+    ("published", "script"), [("vis", "vis"), ("selective_filtering", "distance")]
+)
+def test_published_scripts_are_at_the_top(published, script):
+    here = importlib.import_module(published)
+    assert here.main is importlib.import_module(f"scripts.{script}").main
+
+
 @pytest.mark.parametrize("command", ["vis", "copy_check", "baselines", "fidelity"])
 def test_help_lists_all_networks_that_make_features(command, capsys):
     with pytest.raises(SystemExit):

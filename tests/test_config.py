@@ -424,6 +424,10 @@ def test_ranges_in_annotations_are_checked(params, part):
         (whole({"target": None}), "model.target: target None must be a dotted name"),
         (whole(node("ldm.config.SECTIONS")), "model.target: ldm.config.SECTIONS is no class"),
         (whole(node("no_such_package.Thing")), "unknown target no_such_package.Thing"),
+        (
+            {**whole(), "data": node(size=2, anything=[node("taming.data.CustomTrain")])},
+            "; tiles in folders are ldm.data.tiles.TileFolder",
+        ),
         (whole(lightning=3), "lightning: must be a mapping"),
         (whole(lightning={"trainer": [1]}), "lightning.trainer: must be"),
         (
@@ -488,7 +492,8 @@ def test_instantiate_reports_inner_nodes_too():
     said = message(instantiate_from_config, node(size=1, inner=node(INNER, widht=2), rat=1))
     assert "params.inner.params.widht" in said
     assert "params.rat: unknown name" in said
-    assert "has no target" in message(instantiate_from_config, {"params": {}})
+    said = message(instantiate_from_config, {"params": {}})
+    assert "has no target" in said and "ldm.data.tiles.TileFolder" in said
     assert "must be a mapping" in message(instantiate_from_config, None)
 
 

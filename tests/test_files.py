@@ -98,24 +98,29 @@ def test_an_error_leaves_the_old_file_or_folder(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("write", [files.write_bytes, lambda p, c: files.write_text(p, c.decode())])
-def test_a_full_disk_leaves_the_old_file(write, tmp_path, capfd):
-    """A limit on the size of files stands for the disk; in a child, since it cannot be raised."""
-    path = tmp_path / "a.txt"
-    write(path, b"old")
+def limited(size: int, write) -> None:
+    """Call `write` in a child whose files may not grow beyond `size` bytes, as on a full disk."""
     pid = os.fork()
     if pid == 0:
         status = 1
         try:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-            write(path, b"x" * 100_000)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+            write()
         except UserError as error:
             os.write(2, str(error).encode())
             status = 2
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2
+
+
+@pytest.mark.parametrize("write", [files.write_bytes, lambda p, c: files.write_text(p, c.decode())])
+def test_a_full_disk_leaves_the_old_file(write, tmp_path, capfd):
+    """A limit on the size of files stands for the disk; in a child, since it cannot be raised."""
+    path = tmp_path / "a.txt"
+    write(path, b"old")
+    limited(1000, lambda: write(path, b"x" * 100_000))
     message = capfd.readouterr().err
     assert str(path) in message and "untouched" in message and "\n" not in message
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
@@ -145,6 +150,64 @@ def test_leftovers_of_this_and_of_earlier_versions_are_removed_and_nothing_else(
     (folder / "a.txt").write_text("a")
     assert {path.name for path in files.remove_leftovers(tmp_path)} == {*left, folder.name}
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+
+
+def test_leftovers_of_a_target_lie_beside_it(tmp_path):
+    """Of a killed command that made a folder (half a copy), or a file among those of others."""
+    ours = [files.temporary_path(tmp_path / name) for name in ("train5", "a.json")]
+    ours[0].mkdir()
+    (ours[0] / "a.txt").write_text("half")
+    ours[1].write_text("half")
+    others = [files.temporary_path(tmp_path / "train50"), tmp_path / ".train5.features"]
+    for path in others:
+        path.write_text("of another command, which may be running")
+    assert files.remove_leftovers(tmp_path / "a.json") == [ours[1]]
+    with files.atomic_folder(tmp_path / "train5"):
+        assert not ours[0].exists()
+    assert sorted(tmp_path.iterdir()) == sorted([*others, tmp_path / "train5"])
+
+
+def entries_of(path: Path) -> list:
+    found: list = []
+    files.read_journal(path, lambda entry: found.append(entry["n"]))
+    return found
+
+
+def test_a_journal_loses_its_torn_last_line_and_names_damaged_ones(tmp_path, caplog):
+    path = tmp_path / "new" / "j.jsonl"
+    for start in range(2):
+        with files.Journal(path) as journal:
+            for number in range(2):
+                journal.add({"n": 10 * start + number})
+        with path.open("a") as stream:
+            stream.write('{"n": 99')  # killed
+        assert entries_of(path) == [0, 1, 10, 11][: 2 * start + 2]
+    assert not caplog.records
+    lines = path.read_bytes().splitlines()[:4]
+    damaged = [b'{"n": 2', b"\xff\0", b"[]", b'{"m": 3}', b"", b'"n"']
+    path.write_bytes(b"\n".join([*lines[:2], *damaged, *lines[2:]]) + b"\n")
+    assert entries_of(path) == [0, 1, 10, 11]
+    named = [record.getMessage() for record in caplog.records]
+    assert [f"line {n} is damaged" in text for n, text in zip((3, 4, 5, 6, 8), named, strict=True)]
+
+
+def test_a_journal_on_a_full_disk_keeps_whole_lines(tmp_path, capfd):
+    """The system writes a part of a line first, and says that the disk is full only then."""
+    path = tmp_path / "j.jsonl"
+
+    def fill() -> None:
+        with files.Journal(path) as journal:
+            for number in range(1000):
+                journal.add({"n": number})
+
+    limited(1000, fill)
+    message = capfd.readouterr().err
+    assert f"{path} cannot be written" in message and "\n" not in message
+    content = path.read_bytes()
+    assert 980 < len(content) <= 1000 and content.endswith(b"\n")
+    with files.Journal(path) as journal:
+        journal.add({"n": -1})
+    assert entries_of(path) == [*range(content.count(b"\n")), -1]
 
 
 def test_a_png_holds_the_pixels(tmp_path):

@@ -679,7 +679,7 @@ def test_bad_data(folder, plain, tmp_path):
     with pytest.raises(UserError, match="splits.train.tiles 24 there, 12 now"):
         cache(folder, plain, *options, "--dtype", "float32", data=["val"])
     with pytest.raises(UserError, match="exists and was not made by this command"):
-        cache(folder, folder / "train")
+        cache(folder, folder / "val")
     (path := tmp_path / "model.yaml").write_text("model: {target: x}\n")
     with pytest.raises(UserError, match="no section data"):
         cache(folder, out, data=[path])

@@ -146,6 +146,12 @@ class Signal(KillAt):
             os.kill(os.getpid(), signal.SIGUSR1)
 
 
+class SignalThenKill(Signal):
+    def on_validation_start(self, trainer, *_) -> None:
+        if trainer.fit_loop.total_batch_idx >= self.batches:
+            raise Killed
+
+
 @pytest.mark.parametrize(
     ("how", "accumulated", "validation"),
     [
@@ -156,6 +162,8 @@ class Signal(KillAt):
         ("kill", 2, NEVER),
         ("signal", 1, EVERY_2),
         ("signal", 2, EPOCH),
+        ("signal and kill", 1, EVERY_2),
+        ("signal and kill", 2, EPOCH),
         ("prolong", 1, EPOCH),
         ("prolong", 1, EVERY_2),
         ("prolong", 2, EPOCH),
@@ -182,7 +190,10 @@ def test_a_run_that_goes_on_equals_one_that_was_never_stopped(
     go(tmp_path / "whole")
     root = tmp_path / "run0"
     for stop in (2, 3, 4, 6):
-        if "kill" in how:
+        if how == "signal and kill":
+            with pytest.raises((Stopped, Killed)):
+                go(root, STEPS, SignalThenKill(stop), every=100)
+        elif "kill" in how:
             with pytest.raises(Killed):
                 go(root, STEPS, KillAt(stop))
         elif how == "signal":

@@ -1,14 +1,11 @@
-"""Checkpoints that survive: kills, full disks, numbers that are not finite; loggers."""
+"""Checkpoints that survive full disks and numbers that are not finite; loggers."""
 
 import functools
 import json
 import os
-import random
-import resource
 import signal
 import subprocess
 import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,8 +13,8 @@ import pytest
 import pytorch_lightning as pl
 import tiny
 import torch
+from test_files import limited
 from test_main import (
-    ROOT,
     autoencoder_ckpt,  # noqa: F401  a fixture
     autoencoder_model,
     data,  # noqa: F401  a fixture
@@ -59,23 +56,6 @@ def test_a_checkpoint_that_is_being_replaced_stays_until_the_new_one_is_complete
     write_checkpoint(path, {"x": torch.ones(1000), "global_step": 2})
     assert seen == [1] and training_step_of(path) == 2
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
-
-
-def limited(size: int, write) -> None:
-    """Call `write` in a child whose files may not grow beyond `size` bytes, as on a full disk."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-            write()
-        except UserError as error:
-            os.write(2, str(error).encode())
-            status = 2
-        finally:
-            os._exit(status)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2
 
 
 def test_a_disk_that_fills_up_leaves_the_checkpoint_before_it(tmp_path, capfd):
@@ -378,75 +358,6 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     with pytest.raises(UserError, match="net.encoder.conv_in.weight is not finite"):
         tiny.save(module, path)
     assert path.read_bytes() == good
-
-
-# --- Kills ---------------------------------------------------------------------------------------
-
-
-def start(
-    config: Path, logdir: Path, steps: int, name: str = "k", interval: int = 1
-) -> subprocess.Popen:
-    argv = f"-t --logdir {logdir} --name {name} --max_steps {steps} --precision 32".split()
-    every = f"lightning.modelcheckpoint.params.every_n_train_steps={interval}"
-    return subprocess.Popen(
-        [sys.executable, "main.py", "--base", str(config), *argv, every],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def kill_and_go_on(config: Path, folder: Path, kills: int, steps: int, seed: int) -> None:
-    """Kill a run `kills` times at random moments after a checkpoint; each time it must load."""
-    rng, last, reached = random.Random(seed), folder / "k" / "checkpoints" / "last.ckpt", 0
-    for _ in range(kills):
-        process = start(config, folder, steps)
-        before = last.stat().st_mtime_ns if last.exists() else None
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            if last.exists() and last.stat().st_mtime_ns != before:
-                break
-            time.sleep(0.002)
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(rng.uniform(0, 0.4))
-        process.kill()
-        process.wait()
-        process.stderr.close()
-        for path in last.parent.glob("*.ckpt"):
-            payload = read_checkpoint(path)  # loads, whatever the moment
-            assert all(torch.isfinite(v).all() for v in payload["state_dict"].values())
-        step = training_step_of(last)
-        assert step >= reached, "no step is lost twice"
-        reached = step
-
-
-def test_killed_runs_leave_checkpoints_that_load(
-    data,  # noqa: F811
-    autoencoder_ckpt,  # noqa: F811
-    tmp_path,
-    kills=2,
-    steps=100_000,
-):
-    """kill -9 while a checkpoint is written at every step; then the run ends as if nothing was."""
-    config = write_config(tmp_path / "c.yaml", data, diffusion_model(autoencoder_ckpt))
-    kill_and_go_on(config, tmp_path, kills, steps, seed=kills)
-    (tmp_path / "k" / "checkpoints" / ".last.ckpt.a8b_c9de").write_bytes(b"half")
-    end = training_step_of(tmp_path / "k" / "checkpoints" / "last.ckpt") + 2
-    for name in ("k", "whole"):  # processes of their own, as those that were killed
-        process = start(config, tmp_path, end, name, interval=1000)
-        assert process.wait() == 0, process.stderr.read()
-        process.stderr.close()
-    a, b = weights(tmp_path, "k"), weights(tmp_path, "whole")
-    differing = [k for k in a if not torch.equal(a[k], b[k])]
-    assert not differing, f"after {end} steps"
-    assert not [p.name for p in (tmp_path / "k" / "checkpoints").iterdir() if p.name[0] == "."]
-
-
-@pytest.mark.slow
-def test_killed_at_many_moments(data, autoencoder_ckpt, tmp_path):  # noqa: F811
-    test_killed_runs_leave_checkpoints_that_load(data, autoencoder_ckpt, tmp_path, kills=12)
 
 
 # --- Loggers -------------------------------------------------------------------------------------

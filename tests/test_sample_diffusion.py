@@ -20,6 +20,7 @@ from ldm.diffusion.samplers import IndexedNoise, ddim
 from ldm.diffusion.schedule import time_pairs
 from ldm.errors import UserError
 from ldm.synthesis import UNCONDITIONAL, Sampling, Synthesiser, load_models
+from ldm.synthesis.folder import COLUMNS
 from ldm.synthesis.models import Models
 from ldm.synthesis.synthesiser import fixed_batches
 
@@ -402,6 +403,14 @@ def test_folders_that_are_not_ours(models, tmp_path):
     (out / "manifest.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match="columns"):
         sample(models, out, "--classes", "ADI", n=1, steps=1)
+    columns = ",".join(COLUMNS).encode() + b"\n"
+    for line in (b"ADI,one,ADI/000000.png\n", b"\xff\xfe\n", b"ADI,0,ADI/000001.png\n", b'"'):
+        (out / "manifest.csv").write_bytes(columns + line)
+        with pytest.raises(UserError, match="manifest.csv is damaged .*; remove it"):
+            sample(models, out, "--classes", "ADI", n=1, steps=1)
+    (out / "manifest.csv").unlink()
+    sample(models, out, "--classes", "ADI", n=1, steps=1)
+    assert [row["file"] for row in manifest(out)] == ["ADI/000000.png"]
     (out / "settings.json").write_text("{")
     with pytest.raises(UserError, match="is damaged"):
         sample(models, out, "--classes", "ADI", n=1, steps=1)

@@ -106,14 +106,24 @@ def test_groups_may_be_patients(slides, tmp_path):
 
 def test_slides_that_cannot_be_read_are_problems(slides):
     write_slide(slides / "unknown.tif", 1, blue=60, micrometres=None)
+    write_slide(slides / "screen.tif", 1, blue=30, micrometres=352.8)  # 72 dpi
+    tifffile.imwrite(
+        slides / "tiny.tif",
+        scene(0)[:64, :32],
+        tile=(16, 16),
+        resolution=(2e4, 2e4),
+        resolutionunit="CENTIMETER",
+        photometric="rgb",
+    )
     (slides / "text.svs").write_text("hello")
     whole = (slides / "A" / "pyramid.tif").read_bytes()
     (slides / "cut.tif").write_bytes(whole[: len(whole) // 3])
     made = index(slides)
     found = problems_of(made.path).read_text()
-    assert all(name in found for name in ("unknown.tif", "text.svs", "cut.tif"))
-    assert "give --mpp" in found and len(set(made.tiles(0)["group"])) == 2
-    assert len(set(index(slides, "--mpp", 0.5).tiles(0)["group"])) == 2 + 1
+    bad = ("unknown.tif", "screen.tif", "text.svs", "cut.tif", "tiny.tif")
+    assert all(name in found for name in bad) and "no tile in it" in found
+    assert "give `mpp`" in found and len(set(made.tiles(0)["group"])) == 2
+    assert len(set(index(slides, "--mpp", 0.5).tiles(0)["group"])) == 2 + 2
 
 
 @pytest.mark.parametrize(
@@ -155,9 +165,10 @@ def test_a_slide_becomes_shards_and_trains(slides, tmp_path, monkeypatch):
             "}}}}}}\n"
         )
         argv = ["--base", str(ROOT / "configs" / "demo" / "autoencoder.yaml")]
-        argv += [str(tmp_path / f"{name}.yaml"), "-t", "--logdir", str(tmp_path), "--name", name]
+        argv += [str(tmp_path / f"{name}.yaml"), "-t", "--logdir", str(tmp_path / "logs")]
+        argv += ["--name", name]
         argv += ["--max_steps", "3", "data.params.batch_size=2", "model.params.monitor=null"]
         argv += ["lightning.trainer.limit_val_batches=1", "lightning.callbacks.image_logger=null"]
         argv += ["lightning.trainer.enable_progress_bar=false", "data.params.num_workers=2"]
         main_py.train(parse(main_py.Options, argv))
-        assert RunFolder(tmp_path / name).last.is_file()
+        assert RunFolder(tmp_path / "logs" / name).last.is_file()

@@ -241,7 +241,7 @@ def refused(words, *arguments, **options):
 
 def test_refusals(corpus, index, tmp_path, monkeypatch):
     out = tmp_path / "shards"
-    refused("would replace", index, corpus)
+    refused("would replace", shutil.copy(index, tmp_path / "twin.parquet"), tmp_path / "twin")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     refused("was not made by this command .it has no shards.json", index, tmp_path / "other")

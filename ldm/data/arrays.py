@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ldm.errors import UserError
+from ldm.files import require_class_names
 
 PANNUKE, TYPES = "images.npy", "types.npy"  # the tiles of PanNuke, and their tissues
 OPEN_FILES = 64  # files of arrays, or shards, that a process keeps open
@@ -69,7 +70,7 @@ class TileArray:
         """The label of each row as a name; numbers are filled with zeros, to be sorted as such.
 
         Raises:
-            UserError: There is not one number or name for each row.
+            UserError: There is not one number or name for each row, or a name is no folder's.
         """
         if self.labels is None:
             return [None] * len(self)
@@ -87,7 +88,9 @@ class TileArray:
         if labels.dtype.kind in "iu":
             width = len(str(labels.max()))
             return [f"{label:0{width}d}" for label in labels.tolist()]
-        return [str(label) for label in labels.astype(str)]
+        names = [str(label) for label in labels.astype(str)]
+        require_class_names(sorted(set(names)), self.path)
+        return names
 
 
 def open_arrays(path: Path) -> dict[str, TileArray]:

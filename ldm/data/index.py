@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.data.storage import LAYOUTS, Layout, Place, find_files
 from ldm.errors import UserError
-from ldm.files import atomic_file
+from ldm.files import atomic_file, require_class_names
 
 if TYPE_CHECKING:
     import pyarrow
@@ -58,6 +58,7 @@ class CorpusIndex:
             UserError: The file does not exist, or is not an index of this version.
         """
         import pyarrow as pa
+        import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
         path = Path(path).expanduser()
@@ -70,6 +71,14 @@ class CorpusIndex:
             raise UserError(f"index {path} was not written by {COMMAND}; make it again") from None
         if record.get("version") != VERSION or not set(COLUMNS) <= set(table.column_names):
             raise UserError(f"index {path} is of another version; make it again with {COMMAND}")
+        require_class_names(sorted(pc.unique(table["label"].drop_null()).to_pylist()), str(path))
+        for name in ("path", "file"):
+            leaves = table.filter(pc.match_substring_regex(table[name], r"^/|(^|/)\.\.(/|$)"))
+            if len(leaves):
+                raise UserError(
+                    f"index {path}: {leaves[name][0].as_py()} lies outside of its root; make the"
+                    f" index again with {COMMAND}"
+                )
         facts = (record[name] for name in ("layout", "scanned", "folders"))
         return cls(path, *facts, table, record.get("tiling"))
 

@@ -32,6 +32,7 @@ from torch.utils.data import Dataset
 
 from ldm.data.tiles import TileSet, Weighted, without_augmentation
 from ldm.errors import UserError
+from ldm.files import require_class_names
 from ldm.modules.autoencoder import DiagonalGaussian
 
 COMMAND = "scripts/cache_latents.py"
@@ -302,6 +303,7 @@ class LatentCache:
                 f"{what}: {root} is unfinished; run {COMMAND} again as before, it goes on"
             )
         settings = manifest["settings"]
+        require_class_names(settings["classes"] or [], f"{what}: {root / MANIFEST}")
         splits: dict[str, LatentTiles] = {}
         for name, split in settings["splits"].items():
             shards = shards_of(root, settings, name)

@@ -6,7 +6,6 @@ stopped; an earlier index serves the same way, so only new and changed files are
 """
 
 import io
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -23,7 +22,7 @@ from ldm.data.index import VERSION, CorpusIndex, content_hash, index_table
 from ldm.data.slides import Tiling, report
 from ldm.data.storage import LAYOUTS, Layout, Place, SlideLayout, find_files, path_order
 from ldm.errors import UserError
-from ldm.files import write_csv, write_text
+from ldm.files import Journal, read_journal, remove_leftovers, write_csv, write_text
 
 UNREADABLE, TRUNCATED, UNSUPPORTED = "unreadable", "truncated", "unsupported"
 TOO_SMALL, DUPLICATE = "too small", "duplicate"
@@ -69,24 +68,22 @@ def _scan(
     roots: Sequence[Path],
     layout: Layout,
     stamps: Sequence[Stamp],
-    journal: Path,
+    path: Path,
     header: Row,
     earlier: dict[Stamp, list[Row]],
     workers: int,
 ) -> list[Row]:
-    """The rows of all files; those that `earlier` does not know are read, and journalled."""
+    """The rows of all files; those that `earlier` lacks are read, and put down in the journal."""
     rows = [row for stamp in stamps for row in earlier.get(stamp, ())]
     todo = [stamp for stamp in stamps if stamp not in earlier]
-    journal.parent.mkdir(parents=True, exist_ok=True)
-    # Line by line, so that a scan that is killed loses the file it was at and no more.
-    with journal.open("a", encoding="utf-8", buffering=1) as stream:
-        stream.write("\n" + json.dumps(header) + "\n")
+    with Journal(path) as journal:
+        journal.add(header)
         with tqdm(total=len(stamps), initial=len(stamps) - len(todo), unit="file") as bar:
             found_rows = map_ahead(
                 lambda stamp: scan_file(roots[stamp[0]], layout, stamp), todo, workers, AHEAD
             )
             for stamp, found in zip(todo, found_rows, strict=True):
-                stream.write(json.dumps([*stamp, found]) + "\n")
+                journal.add([*stamp, found])
                 rows += found
                 bar.update()
     return sorted(rows, key=lambda row: (row["root"], path_order(row["path"])))
@@ -169,19 +166,18 @@ def _earlier_rows(header: dict[str, Any], out: Path) -> dict[Stamp, list[Row]]:
                 earlier.setdefault(stamp, []).append(row)
     except UserError:
         pass  # there is none yet, or none of use; it will be written
-    journal = journal_of(out)
-    if journal.is_file():
-        usable = False
-        with journal.open(encoding="utf-8", errors="replace") as stream:
-            for line in stream:
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    continue  # cut off when the scan was
-                if isinstance(entry, dict):
-                    usable = entry == header
-                elif usable:
-                    earlier[tuple(entry[:4])] = entry[4]
+    usable = False
+
+    def take(entry: Any) -> None:
+        nonlocal usable
+        if isinstance(entry, dict):
+            usable = entry == header
+        elif usable:
+            number, file, size, modified, rows = entry
+            earlier[number, file, size, modified] = rows
+
+    if journal_of(out).is_file():
+        read_journal(journal_of(out), take)
 
     def stays(row: Row) -> bool:
         """Whether nobody has declared since how pixels of more than 8 bits are to be read."""
@@ -246,6 +242,7 @@ def index_corpora(
     Raises:
         UserError: A root is missing or empty, a group cannot be told, or no tile is good.
     """
+    remove_leftovers(out, problems_of(out))
     reader = LAYOUTS[layout] if tiling is None else SlideLayout(tiling)
     stamps, folders = _stamps(roots, reader)
     scanned = [str(root.resolve()) for root in roots]

@@ -23,7 +23,13 @@ from ldm.data.images import WHITE, declared_white, map_ahead
 from ldm.data.index import COLUMNS, COMMAND, CorpusIndex, content_hash, index_table, place_of
 from ldm.data.storage import BLOCK, LAYOUTS, Layout, Place, path_order, top_folder
 from ldm.errors import UserError
-from ldm.files import atomic_file, digest_of_text, require_space, write_text
+from ldm.files import (
+    atomic_file,
+    digest_of_text,
+    remove_leftovers,
+    require_space,
+    write_text,
+)
 from ldm.run import MadeFolder
 
 if TYPE_CHECKING:
@@ -189,6 +195,7 @@ class CorpusShards:
         todo = [number for number in range(len(self)) if number not in tables]
         require_space(self.out, self.bytes_of(todo), "out: tar shards")
         self._made.begin()
+        remove_leftovers(self.index_path)
         if self._white:
             write_text(self.out / WHITE, f"{self._white:g}\n")
         total = self.starts[-1]

@@ -23,6 +23,7 @@ EXTENSIONS = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".svsli
 OPEN_SLIDES = 16  # that a process keeps open
 MASK = 8  # mask pixels along a tile's side
 BLOCK = 16  # tiles along the side of what is read at once for the mask
+MPP = (0.02, 10)  # micrometres per pixel; others are of a screen or a printer
 CHROMA = 15  # levels between a pixel's strongest and weakest colour, from which it is tissue
 SHOWN, SIDE = 40, 900  # slides in the report, and pixels of the longer side of each
 
@@ -38,15 +39,19 @@ class Tiling:
 
     def side(self, slide: "openslide.OpenSlide", path: Path) -> int:
         """The side of a tile in pixels of level 0; UserError if the resolution does not do."""
-        known = [slide.properties.get(f"openslide.mpp-{axis}") for axis in "xy"]
-        mpp = np.mean([float(value) for value in known]) if all(known) else self.mpp
+        try:
+            mpp = np.mean([float(slide.properties[f"openslide.mpp-{axis}"]) for axis in "xy"])
+        except (KeyError, ValueError):
+            mpp = 0
+        if not MPP[0] < mpp < MPP[1]:
+            mpp = self.mpp
         if mpp is None:
-            raise UserError(f"{path}: does not say how large its pixels are; give --mpp")
+            raise UserError(f"{path}: does not say how large its pixels are; give `mpp`")
         side = round(self.micrometres / mpp)
         if side < self.pixels * 0.99:
             raise UserError(
                 f"{path}: {self.micrometres:g} micrometres are {side} pixels at {mpp:.3g} each,"
-                f" fewer than --pixels {self.pixels}; give fewer, or larger tiles"
+                f" fewer than `pixels` {self.pixels}; give fewer, or larger tiles"
             )
         return side
 
@@ -58,6 +63,8 @@ def chosen_tiles(path: Path, tiling: Tiling) -> list[str]:
     """
     slide = open_slide(path)
     side = tiling.side(slide, path)
+    if side > min(slide.dimensions):
+        return []
     share = is_tissue(overview(slide, side))
     share = share.reshape(len(share) // MASK, MASK, -1, MASK).mean(axis=(1, 3))
     return [
@@ -104,7 +111,11 @@ def _open(path: str, process: int) -> "openslide.OpenSlide":
 def read_region(
     slide: "openslide.OpenSlide", corner: tuple[int, int], level: int, size: tuple[int, int]
 ) -> Image.Image:
-    """A part of a level in RGB, white where nothing was scanned; `corner` is of level 0."""
+    """A part of a level in RGB, white where nothing was scanned; `corner` is of level 0.
+
+    Raises:
+        UserError: The file is damaged there.
+    """
     import openslide
 
     try:

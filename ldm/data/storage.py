@@ -21,6 +21,7 @@ from ldm.data.arrays import OPEN_FILES, TileArray, holder, holds_arrays, open_ar
 from ldm.data.images import decode_tile, is_image, is_junk, to_levels, walk
 from ldm.data.slides import EXTENSIONS, Tiling, chosen_tiles, read_window
 from ldm.errors import UserError
+from ldm.files import require_class_names
 
 BLOCK = 512  # bytes, of which a tar file is made
 
@@ -144,6 +145,8 @@ class ShardLayout(Layout):
                     end = member.offset_data + -(-member.size // BLOCK) * BLOCK
                     if not member.isreg():
                         continue
+                    if member.name.startswith("/") or ".." in member.name.split("/"):
+                        raise UserError(f"{path}: member {member.name} leaves the shard; rename it")
                     key, extension = split_member(member.name)
                     parts = PurePosixPath(member.name).parts
                     if extension == "cls":
@@ -152,7 +155,7 @@ class ShardLayout(Layout):
                     elif is_image(parts[-1]) and not any(map(is_junk, parts)):
                         if member.name in found:
                             raise UserError(f"{path}: two members {member.name}; rename one")
-                        label = top_folder(member.name)
+                        label = top_folder(member.name.removeprefix("./"))
                         found[member.name] = Place(
                             f"{file}/{member.name}", file, member.offset_data, member.size, label
                         )
@@ -164,10 +167,10 @@ class ShardLayout(Layout):
             raise UserError(f"{path}: not a complete tar file ({error}); write it again") from None
         if not complete:
             raise UserError(f"{path}: not a complete tar file (its end is missing); write it again")
-        return [
-            place._replace(label=classes.get(split_member(name)[0], place.label))
-            for name, place in found.items()
-        ]
+        labels = [classes.get(split_member(name)[0], p.label) for name, p in found.items()]
+        require_class_names(sorted(set(labels) - {None}), str(path))
+        places = zip(found.values(), labels, strict=True)
+        return [place._replace(label=label) for place, label in places]
 
     def content(self, root: Path, place: Place) -> bytes:
         content = _open_shard(str(root / place.file)).read(place.offset, place.size)

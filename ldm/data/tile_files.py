@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from ldm.data.images import EXTENSIONS, class_folders, list_images
 from ldm.data.storage import top_folder
 from ldm.errors import UserError
-from ldm.files import digest_of_text, file_sha256
+from ldm.files import digest_of_text, file_sha256, require_class_names
 
 if TYPE_CHECKING:
     from ldm.data.index import CorpusIndex
@@ -237,6 +237,7 @@ def matching_classes(where: str, found: Sequence[str], wanted: Sequence[str] | N
         if other != name:
             raise UserError(f"{where}: {other} and {name} differ in case only; rename one")
     classes = list(wanted or found)
+    require_class_names(classes, where)
     missing = sorted(set(classes) - set(found))
     extra = sorted(set(found) - set(classes))
     if missing or extra:

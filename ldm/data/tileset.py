@@ -97,9 +97,8 @@ def make_tileset(
         for name in classes
         for i in range(count)
     ]
+    remove_leftovers(*(out / split / name for split in (*counts, "train5") for name in classes))
     tasks = [t for t in tasks if not (out / t[0] / t[1] / tile_name(t[2])).exists()]
-    for split, name in {(split, name) for split, name, _ in tasks}:
-        remove_leftovers(out / split / name)
     render = partial(_render, out, size, seed)
     if workers > 1 and len(tasks) >= POOL_FROM:
         with ProcessPoolExecutor(workers) as pool:

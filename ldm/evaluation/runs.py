@@ -21,7 +21,7 @@ from ldm.evaluation.predictions import predictions_name
 from ldm.evaluation.sets import GroupTable, Splits, open_evaluation_sets, open_splits
 from ldm.evaluation.summary import write_confusion, write_summary
 from ldm.evaluation.training import Predictor, RunBatches, TrainingData, predictions_of
-from ldm.files import write_json
+from ldm.files import remove_leftovers, write_json
 from ldm.models.callbacks import LastCheckpoint
 from ldm.models.vit import load_vit
 from ldm.models.vit_settings import Settings
@@ -225,6 +225,8 @@ def _report(
     if ranks.is_first:
         for run in earlier.stale:
             shutil.rmtree(run)
+        runs = [arm.folder / f"seed{seed}" for seed in seeds]
+        remove_leftovers(arm.folder, *runs, *((run / LAST).parent for run in runs))
     for seed in seeds:
         if seed not in results:
             results[seed] = train_one(arm, seed, ranks, earlier.checkpoints.get(seed))

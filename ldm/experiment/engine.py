@@ -27,7 +27,7 @@ from ldm.experiment.execute import GRACE, THREADS, save_plan, wait_or_kill
 from ldm.experiment.jobs import ROOT, Job, Records, Standing, State, keys_of, lock_file
 from ldm.experiment.progress import Progress
 from ldm.experiment.settings import Slurm
-from ldm.files import write_text
+from ldm.files import remove_leftovers, write_text
 
 POLL = 0.2  # seconds between looks at the records
 PATIENCE = 10.0  # seconds beyond `GRACE` that a stopped run has to be gone
@@ -203,6 +203,7 @@ def run(
     """
     machine.check(jobs)
     with only_run(records.folder) as lock:
+        remove_leftovers(records.folder)
         standing = records.survey(jobs)
         progress.begin(standing)
         left = [name for name, one in standing.items() if not _settled(one)]

@@ -17,7 +17,7 @@ from ldm.experiment.jobs import ROOT, Standing, State
 from ldm.experiment.numbers import read_csv, read_json
 from ldm.experiment.plan import REAL, Arm, Plan
 from ldm.experiment.results import PUBLISHED_GAIN, Row, Table
-from ldm.files import write_text
+from ldm.files import remove_leftovers, write_text
 from ldm.run import git_revision, hardware, versions
 
 
@@ -60,6 +60,7 @@ def gather(plan: Plan, standing: Mapping[str, Standing]) -> Table:
         },
     )
     content = json.dumps(dataclasses.asdict(table), indent=2, default=str)
+    remove_leftovers(plan.out)
     write_text(plan.out / "table.json", f"{content}\n")
     return table
 

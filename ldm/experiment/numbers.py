@@ -31,12 +31,6 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-def mean_probability(samples: Path, name: str | None = None) -> float:
-    """Mean probability of the wanted class, of all images in a manifest or of one class."""
-    rows = read_csv(samples / "manifest.csv")
-    return fmean(float(row["prob"]) for row in rows if name in (None, row["class"]))
-
-
 def _training(run: Path) -> str:
     result = run / "result.json"
     if result.is_file():
@@ -55,9 +49,11 @@ def _training(run: Path) -> str:
 
 
 def _samples(pool: Path) -> str:
-    words = f"{len(read_csv(pool / 'manifest.csv'))} tiles"
+    rows = read_csv(pool / "manifest.csv")
+    words = f"{len(rows)} tiles"
     try:
-        return f"{words}, probability of the wanted class {mean_probability(pool):.2f}"
+        probability = fmean(float(row["prob"]) for row in rows)
+        return f"{words}, probability of the wanted class {probability:.2f}"
     except (LookupError, ValueError):
         return words  # no classifier guided
 

@@ -345,11 +345,11 @@ def _samples(page: Page, results: Results) -> None:
         page.grid(rows, [label for label, _ in part], caption, SIDE)
 
 
-def first_tiles(folder: Path, count: int = TILES) -> list[Tile]:
+def first_tiles(folder: Path) -> list[Tile]:
     """The first tiles of a folder, small enough for a page."""
     if not folder.is_dir():
         return []
-    return [Tile(thumbnail(read_tile(path), SOURCE)) for path in list_images(folder)[:count]]
+    return [Tile(thumbnail(read_tile(path), SOURCE)) for path in list_images(folder)[:TILES]]
 
 
 def _labelled_folder(table: Table) -> Path | None:

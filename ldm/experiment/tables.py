@@ -26,7 +26,6 @@ from ldm.report.tables import MINUS, TextTable, escape_markdown, to_markdown
 WORDS = {"macro_f1": "macro F1"}
 STATUS = {"failed": "failed", "missing": "not run"}
 LONGEST = 90  # characters of a reason within a cell
-CALIBRATION = "calibration_error"
 # Of columns of the CSV, by family of differences.
 PREFIXES = {"reference": "delta", "random": "against_random", "pseudo": "against_pseudo"}
 

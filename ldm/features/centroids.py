@@ -13,6 +13,7 @@ from torch import Tensor
 from ldm.errors import UserError
 from ldm.features.neighbours import in_chunks
 from ldm.features.sets import read_tensors, write_tensors
+from ldm.files import require_class_names
 
 FORMAT = "histodiffusion centroids 1"
 
@@ -66,13 +67,6 @@ class Centroids:
     extractor: str
     tiles: str
 
-    @classmethod
-    def of(
-        cls, features: Tensor, labels: Tensor, classes: list[str], extractor: str, tiles: str
-    ) -> "Centroids":
-        """Centroids of labelled features, (N, D) with (N,) labels."""
-        return cls(class_centroids(features, labels, len(classes)), classes, extractor, tiles)
-
     def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file."""
         metadata = {
@@ -88,4 +82,5 @@ class Centroids:
         """Read what `save` wrote; UserError for a missing or foreign file."""
         tensors, metadata = read_tensors(path, FORMAT)
         classes = json.loads(metadata["classes"])
+        require_class_names(classes, str(path))
         return cls(tensors["centroids"], classes, metadata["extractor"], metadata["tiles"])

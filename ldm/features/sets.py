@@ -28,7 +28,7 @@ from ldm.features.extractor import (
     directions,
     require_finite,
 )
-from ldm.files import digest_of, write_bytes
+from ldm.files import digest_of, remove_leftovers, require_class_names, write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -149,6 +149,8 @@ class FeatureSet:
         tensors, metadata = read_tensors(path, FORMAT, REFERENCE_FORMAT)
         facts = json.loads(metadata.get("facts", "{}"))
         values, labels = tensors.pop(FEATURES), tensors.pop("labels")
+        if metadata["format"] == FORMAT:
+            require_class_names(json.loads(metadata["classes"]), str(path))
         if metadata["format"] == REFERENCE_FORMAT:
             classes = facts.pop("class_names")
             if not classes:
@@ -217,6 +219,7 @@ def cached_features(
     """
     if cache.suffix != SUFFIX:
         cache = cache / f"{extractor.identity[:16]}-{files.digest[:16]}{SUFFIX}"
+    remove_leftovers(cache)
     known = _readable(cache)
     if known is not None:
         if (

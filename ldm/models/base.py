@@ -163,18 +163,18 @@ class HistoModule(pl.LightningModule):
     def check_start(self, params: dict[str, Any], where: str) -> None:
         """Raise a UserError if weights of a model of these parameters mean something else here."""
 
-    def start_from(self, path: str, what: str = "ckpt_path") -> None:
+    def start_from(self, path: str) -> None:
         """Load the weights of a checkpoint of the same kind as a starting point for training.
 
         Weights that only training needs (a discriminator, say) may be absent on either side.
         """
-        payload = read_checkpoint(path, (self.kind,), what)
-        self.check_start(payload[KEY]["model"]["params"], f"{what}: {path}")
+        payload = read_checkpoint(path, (self.kind,), "ckpt_path")
+        self.check_start(payload[KEY]["model"]["params"], f"ckpt_path: {path}")
         stored, own = payload["state_dict"], self.state_dict()
         extra = {k for k in own.keys() ^ stored.keys() if k.startswith(self.training_only)}
         state = {k: v for k, v in stored.items() if k not in extra}
         state |= {k: own[k] for k in extra & own.keys()}
-        load_strictly(self, state, f"{what}: {path}")
+        load_strictly(self, state, f"ckpt_path: {path}")
 
     def check_finite(self, loss: Tensor, batch: dict[str, Any], batch_idx: int) -> None:
         """Stop at a loss that is not finite, before it reaches a checkpoint.

@@ -1,5 +1,6 @@
 """Lightning callbacks for image grids, throughput, checkpoints, and stopping on a signal."""
 
+import logging
 import math
 import signal
 import threading
@@ -11,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from torch import Tensor
+from tqdm import tqdm
 
 from ldm.data.tiles import to_uint8
 from ldm.devices import follow_layout
@@ -20,6 +22,8 @@ from ldm.models.sharding import is_sharded
 
 if TYPE_CHECKING:
     from ldm.models.base import HistoModule
+
+log = logging.getLogger(__name__)
 
 
 def image_grid(images: Tensor, columns: int = 4):
@@ -60,7 +64,9 @@ class ImageLogger(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
     ) -> None:
         step = trainer.global_step
-        due = step % self.batch_frequency == 0 or step in self._early_steps
+        # At the last step too, before the last checkpoint: a run that is killed after that has no
+        # step left to draw at.
+        due = step % self.batch_frequency == 0 or step in self._early_steps or is_last_step(trainer)
         # With gradient accumulation a step lasts several batches.
         if due and step != self._last_step:
             self._last_step = step
@@ -120,6 +126,28 @@ class ProgressBar(TQDMProgressBar):
         return self._metrics
 
 
+class TimeLeft(pl.Callback):
+    """Logs how far a training is and the time left: after the first step, then now and then."""
+
+    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._first, self._began = trainer.global_step, time.monotonic()
+        self._next = 0.0  # when to tell again, seconds from the beginning
+        self._steps = trainer.estimated_stepping_batches
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        spent = time.monotonic() - self._began
+        step, done = trainer.global_step, trainer.global_step - self._first
+        if not done or spent < self._next or not trainer.is_global_zero:
+            return
+        # A minute at least, and a tenth of the time, lest a long run fills its log.
+        self._next = spent + max(60.0, spent / 10)
+        left = ""
+        if math.isfinite(self._steps):
+            seconds = max(0.0, spent / done * (self._steps - step))
+            left = f" of {self._steps}, about {tqdm.format_interval(seconds)} left"
+        log.info("step %d%s, %.3g s per step", step, left, spent / done)
+
+
 def validation_is_due(trainer: pl.Trainer) -> bool:
     """Whether a validation follows the batch that has just been trained on."""
     loop = trainer.fit_loop
@@ -151,7 +179,8 @@ class RegularCheckpoint(ModelCheckpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._last_global_step_saved = trainer.global_step  # nothing new in a resumed run
+        # Nothing is new in a resumed run; a model that takes no steps is saved at its end.
+        self._last_global_step_saved = trainer.global_step or -1
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         self._step = trainer.global_step
@@ -224,6 +253,7 @@ class LastCheckpoint(RegularCheckpoint):
         self.agree_every = agree_every
         self.received: signal.Signals | None = None
         self._stopping = False
+        self._validates_first = False  # a run that goes on from what is being saved
         self._batches = 0
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -264,7 +294,10 @@ class LastCheckpoint(RegularCheckpoint):
         super().on_train_batch_end(trainer)
         if self._stopping and self._waiting:
             # It counts if there is no time left for the validation.
+            trainer._logger_connector.update_train_step_metrics()
+            self._validates_first = True
             trainer.save_checkpoint(self.path)
+            self._validates_first = False
 
     def is_due(self, trainer: pl.Trainer) -> bool:
         return super().is_due(trainer) or self._stopping or is_last_step(trainer)
@@ -286,10 +319,45 @@ class LastCheckpoint(RegularCheckpoint):
                 "same command goes on from there"
             )
 
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._validates_first:
+            # The counters of a batch that is done, and of a validation that has just begun.
+            loops = checkpoint["loops"]["fit_loop"]
+            for count in ("total", "current"):
+                loops["epoch_loop.batch_progress"][count]["completed"] += 1
+            counts = loops["epoch_loop.val_loop.batch_progress"]
+            counts["current"] = dict.fromkeys(counts["current"], 0)
+            counts["total"] = {**counts["current"], "ready": 1, "started": 1}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Let the paths in a checkpoint follow its run folder, if that has been moved.
+
+        Lightning forgets the best score so far if the folder is another, and then replaces the
+        best checkpoint by the next one.
+        """
+        states = checkpoint["callbacks"]
+        before = [s["dirpath"] for name, s in states.items() if name.startswith("LastCheckpoint")]
+        if before:
+            checkpoint["callbacks"] = _with_prefix(states, str(before[0]), str(self.dirpath))
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+
+
+def _with_prefix(value: Any, before: str, now: str) -> Any:
+    """`value` with `now` in place of `before` at the start of all texts in it."""
+    if isinstance(value, dict):
+        items = value.items()
+        return {_with_prefix(k, before, now): _with_prefix(v, before, now) for k, v in items}
+    if isinstance(value, str) and value.startswith(before):
+        return now + value[len(before) :]
+    return value
 
 
 class BestCheckpoints(ModelCheckpoint):

@@ -37,8 +37,8 @@ class Page:
     def text(self, text: str, soft: bool = False) -> None:
         self.add("text", text=text, soft=soft)
 
-    def bullets(self, lines: Iterable[str], soft: bool = False) -> None:
-        self.add("bullets", lines=list(lines), soft=soft)
+    def bullets(self, lines: Iterable[str]) -> None:
+        self.add("bullets", lines=list(lines))
 
     def warning(self, text: str) -> None:
         self.add("warning", text=text)

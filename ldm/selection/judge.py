@@ -11,7 +11,7 @@ from torch import Tensor
 from ldm.data.tile_files import TileFiles
 from ldm.errors import UserError
 from ldm.evaluation.predictions import Predictions
-from ldm.features.centroids import Centroids
+from ldm.features.centroids import Centroids, class_centroids
 from ldm.features.extractor import Extractor
 from ldm.features.probe import Judge, Probe
 from ldm.features.sets import FeatureSet, cached_features
@@ -83,8 +83,10 @@ def read_judged(source: str, synthetic_root: Path, with_judge: bool = False) -> 
         FeatureSet.load(folder / SYNTHETIC_FILE).in_order(),
         Centroids.load(folder / CENTROIDS_FILE),
     )
-    classes = judged.real.classes
-    if TileFiles.below(synthetic_root, True, classes).digest != judged.synthetic.tiles:
+    files = TileFiles.below(synthetic_root, True, judged.real.classes)
+    # The names too: they are copied to a new folder by them.
+    same_names = sorted(files.names) == sorted(judged.synthetic.files)
+    if files.digest != judged.synthetic.tiles or not same_names:
         raise UserError(
             f"`synthetic` {synthetic_root}: its images are not those of `features` {source};"
             " run scripts/vis.py again"
@@ -216,7 +218,8 @@ def labelled_files(real_root: Path, synthetic_root: Path) -> tuple[TileFiles, Ti
 
 def centroids_of(real: FeatureSet) -> Centroids:
     """Centroids of labelled tiles."""
-    return Centroids.of(real.values, real.labels, real.classes, real.extractor, real.tiles)
+    values = class_centroids(real.values, real.labels, len(real.classes))
+    return Centroids(values, real.classes, real.extractor, real.tiles)
 
 
 def conflicts(

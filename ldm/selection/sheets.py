@@ -11,7 +11,7 @@ import numpy as np
 from ldm.data.tiles import read_tile
 from ldm.features.neighbours import nearest
 from ldm.features.sets import FeatureSet
-from ldm.files import write_bytes
+from ldm.files import remove_leftovers, write_bytes
 from ldm.report.grids import Card, card_sheet, shorten
 from ldm.selection.select import ACCEPTED, FILL_REASON, FILLED, REJECTED, SURPLUS, USED, Selection
 
@@ -29,43 +29,24 @@ COLOURS = {
 
 
 @dataclass(frozen=True)
-class Section:
-    """Rows of a selection under one heading."""
-
-    heading: str
-    rows: Sequence[int]
-
-
 class Sheets:
-    """Draws the sheets of a selection.
+    """Draws the sheets of a selection."""
 
-    Args:
-        selection: What to show.
-        synthetic, real: The features it was made from.
-        synthetic_root, real_root: Where their files are.
-        score: What the score is, in words; None where there is none.
-    """
-
-    def __init__(
-        self,
-        selection: Selection,
-        synthetic: FeatureSet,
-        real: FeatureSet,
-        synthetic_root: Path,
-        real_root: Path,
-        score: str | None,
-    ):
-        self.selection, self.real = selection, real
-        self.synthetic, self.synthetic_root, self.real_root = synthetic, synthetic_root, real_root
-        self.score = score
+    selection: Selection
+    synthetic: FeatureSet
+    real: FeatureSet
+    synthetic_root: Path
+    real_root: Path
+    score: str | None  # what the score is, in words
 
     def write(self, folder: Path) -> None:
         """FOLDER/CLASS.png for every class."""
+        remove_leftovers(folder)
         for name in self.selection.classes:
             write_bytes(sheet_path(folder, name), self.draw(name))
 
-    def sections(self, name: str) -> list[Section]:
-        """What is shown of a class; no image is shown twice."""
+    def sections(self, name: str) -> dict[str, list[int]]:
+        """Rows of the selection that are shown of a class, by heading; none is shown twice."""
         of_class = self.selection.of_class
         used = of_class(name, *USED)
         rejected = of_class(name, REJECTED)
@@ -74,12 +55,12 @@ class Sheets:
         last = used[COLUMNS:][-COLUMNS // 2 :]
         border = [*last, *missed[: COLUMNS - len(last)]]
         worst = [i for i in rejected if i not in border][-COLUMNS:][::-1]
-        sections = [
-            Section("used, the best first", best),
-            Section("at the border: the last that are used, the first that are not", border),
-            Section("rejected, the worst first", worst),
-        ]
-        return [section for section in sections if section.rows]
+        found = {
+            "used, the best first": best,
+            "at the border: the last that are used, the first that are not": border,
+            "rejected, the worst first": worst,
+        }
+        return {heading: rows for heading, rows in found.items() if rows}
 
     def draw(self, name: str) -> bytes:
         """The sheet of a class, as PNG."""
@@ -87,10 +68,10 @@ class Sheets:
         legend += "below each image: the nearest real tile of any class, with the distance"
         judge = self.synthetic.network or self.synthetic.extractor[:12]
         rows = []
-        for section in self.sections(name):
-            chosen = [self._card(i) for i in section.rows]
-            found = zip(*self._neighbours(section.rows), strict=True)
-            rows += [(section.heading, chosen), ("", [self._real_card(*one) for one in found])]
+        for heading, shown in self.sections(name).items():
+            found = zip(*self._neighbours(shown), strict=True)
+            rows.append((heading, [self._card(i) for i in shown]))
+            rows.append(("", [self._real_card(*one) for one in found]))
         return card_sheet([self._title(name), legend, f"features: {judge}"], rows, TILE, COLUMNS)
 
     def _card(self, i: int) -> Card:

@@ -7,7 +7,6 @@ soon as the page is open (points are numbered as the rows of umap.csv, from 0).
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -193,47 +192,42 @@ def _layout(groups: Sequence[Points], classes: Sequence[str], points: Sequence[d
     return row(plot, column(*boxes.values()), sizing_mode="stretch_both")
 
 
-@dataclass(frozen=True)
-class Picture:
-    """The plane picture of real and synthetic tiles and of centroids.
+def plane_groups(
+    real: FeatureSet,
+    synthetic: FeatureSet,
+    centroids: Centroids,
+    decisions: Mapping[str, str] | None,
+    neighbors: int,
+    min_dist: float,
+    seed: int,
+) -> list[Points]:
+    """Real, synthetic and centroid points on one plane, see `project`.
 
-    Attributes:
-        groups: Real points, synthetic ones, centroids.
-        classes: K names.
+    With decisions, by synthetic file, the synthetic points of each are a group.
     """
+    sets = (real.values, synthetic.values, centroids.values)
+    plane = project(torch.cat(sets).numpy(), neighbors, min_dist, seed)
+    ends = np.cumsum([len(values) for values in sets])
+    real_xy, synthetic_xy, centroids_xy = np.split(plane, ends[:-1])
+    made = (synthetic.labels.tolist(), synthetic.files, synthetic_xy)
+    return [
+        Points(REAL, real.labels.tolist(), real.files, real_xy),
+        *([Points(SYNTHETIC, *made)] if decisions is None else by_decision(*made, decisions)),
+        Points(CENTROID, range(len(real.classes)), (), centroids_xy),
+    ]
 
-    groups: list[Points]
-    classes: Sequence[str]
 
-    @classmethod
-    def of(
-        cls,
-        real: FeatureSet,
-        synthetic: FeatureSet,
-        centroids: Centroids,
-        decisions: Mapping[str, str] | None,
-        neighbors: int,
-        min_dist: float,
-        seed: int,
-    ) -> "Picture":
-        """Project features; with decisions, by synthetic file, the points of each are a group."""
-        sets = (real.values, synthetic.values, centroids.values)
-        plane = project(torch.cat(sets).numpy(), neighbors, min_dist, seed)
-        ends = np.cumsum([len(values) for values in sets])
-        real_xy, synthetic_xy, centroids_xy = np.split(plane, ends[:-1])
-        made = (synthetic.labels.tolist(), synthetic.files, synthetic_xy)
-        groups = [
-            Points(REAL, real.labels.tolist(), real.files, real_xy),
-            *([Points(SYNTHETIC, *made)] if decisions is None else by_decision(*made, decisions)),
-            Points(CENTROID, range(len(real.classes)), (), centroids_xy),
-        ]
-        return cls(groups, real.classes)
-
-    def write(self, out: Path, real_root: Path, synthetic_root: Path, thumbnails: int) -> None:
-        """Write OUT/umap.csv, umap.png and umap.html with at most so many thumbnails."""
-        roots = {group.kind: synthetic_root for group in self.groups} | {REAL: real_root}
-        rows = table(self.groups, self.classes)
-        write_csv(out / "umap.csv", rows, list(rows[0]))
-        write_bytes(out / "umap.png", draw(self.groups, self.classes, TITLE))
-        page = render(self.groups, self.classes, roots, thumbnails, TITLE)
-        write_text(out / "umap.html", page)
+def write_pictures(
+    out: Path,
+    groups: Sequence[Points],
+    classes: Sequence[str],
+    real_root: Path,
+    synthetic_root: Path,
+    thumbnails: int,
+) -> None:
+    """Write OUT/umap.csv, umap.png and umap.html with at most so many thumbnails."""
+    roots = {group.kind: synthetic_root for group in groups} | {REAL: real_root}
+    rows = table(groups, classes)
+    write_csv(out / "umap.csv", rows, list(rows[0]))
+    write_bytes(out / "umap.png", draw(groups, classes, TITLE))
+    write_text(out / "umap.html", render(groups, classes, roots, thumbnails, TITLE))

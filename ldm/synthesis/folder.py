@@ -17,6 +17,7 @@ import io
 import json
 import time
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ from PIL import Image
 
 from ldm.data.tiles import read_tile, resize_tile
 from ldm.errors import UserError
-from ldm.files import remove_leftovers, write_bytes, write_png, write_text
+from ldm.files import Journal, read_journal, remove_leftovers, write_bytes, write_png
 from ldm.run import MadeFolder
 from ldm.synthesis.card import make_card
 from ldm.synthesis.guidance_log import GuidanceLog
+from ldm.synthesis.settings import UNCONDITIONAL
 
 SETTINGS = "settings.json"
 GRID_COLUMNS = 8
@@ -111,41 +113,52 @@ class SampleFolder:
         self.rows, self.runs, self.guidance_log = {}, [], GuidanceLog()
         self._read_manifest()
         for path in sorted((self.root / JOURNAL).glob("*.jsonl")):
-            self._read_journal(path)
+            read_journal(path, self._take)
 
     def _read_manifest(self) -> None:
         path = self.root / "manifest.csv"
         if not path.exists():
             return
-        with path.open(newline="") as stream:
-            reader = csv.DictReader(stream)
-            columns = tuple(reader.fieldnames or ())
-            if columns not in (COLUMNS, tuple(key for key in COLUMNS if key not in LATER)):
-                raise UserError(f"{path}: columns {reader.fieldnames} are not {list(COLUMNS)}")
-            for cells in reader:
-                row: Row = {key: cells.get(key) or None for key in OF_IMAGE}
-                row["index"] = int(row["index"])
-                for key in DECIMALS:
-                    row[key] = None if row[key] is None else float(row[key])
-                self._add(row)
+        try:
+            with path.open(newline="") as stream:
+                reader = csv.DictReader(stream, strict=True)
+                columns = tuple(reader.fieldnames or ())
+                if columns not in (COLUMNS, tuple(key for key in COLUMNS if key not in LATER)):
+                    raise UserError(f"{path}: columns {reader.fieldnames} are not {list(COLUMNS)}")
+                for cells in reader:
+                    row: Row = {key: cells.get(key) or None for key in OF_IMAGE}
+                    row["index"] = int(row["index"])
+                    for key in DECIMALS:
+                        row[key] = None if row[key] is None else float(row[key])
+                    self._add(row)
+        except (ValueError, TypeError, AttributeError, csv.Error) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"{path} is damaged ({error}); remove it: it is made again of the journals in"
+                f" {self.root / JOURNAL}, and images that they do not list are made again"
+            ) from None
 
-    def _read_journal(self, path: Path) -> None:
-        # A run that was killed while it wrote leaves a last line without its end.
-        for line in path.read_text().splitlines(keepends=True):
-            if not line.endswith("\n"):
-                break
-            entry = json.loads(line)
-            if "run" in entry:
-                self.runs.append(entry["run"])
-                continue
-            for row in entry["rows"]:
-                self._add(row)
-            self.guidance_log.merge(entry["guidance"])
+    def _take(self, entry: dict[str, Any]) -> None:
+        """Count what a line of a journal says."""
+        if "run" in entry:
+            self.runs.append(entry["run"])
+            return
+        for row in entry["rows"]:
+            self._add(row)
+        self.guidance_log.merge(entry["guidance"])
 
     def _add(self, row: Row) -> None:
+        """Count an image as finished if it is there; ValueError for a row that none can have."""
         row = {"source": None} | row  # journals of earlier versions know of none
+        name, index = row["class"], row["index"]
+        if name not in (self.settings.get("classes") or [UNCONDITIONAL]):
+            raise ValueError(f"{name!r} is no class of {SETTINGS}")
+        if row["file"] != image_file(name, index):
+            raise ValueError(f"{row['file']!r} is not the file of image {index} of {name}")
+        datetime.fromisoformat(row["made"].replace("Z", "+00:00"))
         if (self.root / row["file"]).is_file():
-            self.rows[row["class"], row["index"]] = row
+            self.rows[name, index] = row
 
     # Writing
 
@@ -165,11 +178,14 @@ class SampleFolder:
 
     def journal(self, stamp: str, rank: int, run: dict[str, Any] | None) -> "Journal":
         """A new journal of this start and process; `run` describes the start, once for all."""
-        return Journal(self.root / JOURNAL / f"{stamp}-{rank:04d}.jsonl", run)
+        journal = Journal(self.root / JOURNAL / f"{stamp}-{rank:04d}.jsonl")
+        if run is not None:
+            journal.add({"run": run})
+        return journal
 
     def write_image(self, name: str, index: int, image: np.ndarray) -> str:
         """Write one image, uint8 (H, W, 3), at the size of the settings; returns its file."""
-        file = f"{name}/{index:06d}.png"
+        file = image_file(name, index)
         (self.root / name).mkdir(exist_ok=True)
         size = self.settings.get("out_size")
         write_png(self.root / file, image if size is None else resize_tile(image, size))
@@ -230,24 +246,9 @@ class SampleFolder:
         return (self.settings.get("classes") or [name]).index(name), index
 
 
-class Journal:
-    """One process's list of finished images, appended to batch by batch.
-
-    Args:
-        path: New file.
-        run: Facts about this start; None in all processes but the first.
-    """
-
-    def __init__(self, path: Path, run: dict[str, Any] | None):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._path = path
-        write_text(path, "" if run is None else json.dumps({"run": run}) + "\n")
-
-    def add(self, rows: Sequence[Row], guidance: GuidanceLog) -> None:
-        """Add a batch whose images are written, as one line in one write."""
-        line = json.dumps({"rows": list(rows), "guidance": guidance.record()}) + "\n"
-        with self._path.open("ab", buffering=0) as stream:
-            stream.write(line.encode())
+def image_file(name: str, index: int) -> str:
+    """Where an image lies in its folder."""
+    return f"{name}/{index:06d}.png"
 
 
 def image_row(
@@ -285,15 +286,13 @@ def _cell(key: str, value: Any) -> str:
 
 
 def _parquet(rows: Sequence[Row]) -> bytes:
-    import datetime
-
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     kinds = OF_IMAGE | OF_FOLDER
     types = {key: pa.type_for_alias(kind) for key, kind in kinds.items() if kind != "timestamp"}
     types["made"] = pa.timestamp("ms", tz="UTC")  # Parquet has no seconds
-    made = [datetime.datetime.fromisoformat(row["made"].replace("Z", "+00:00")) for row in rows]
+    made = [datetime.fromisoformat(row["made"].replace("Z", "+00:00")) for row in rows]
     columns = {key: [row[key] for row in rows] for key in COLUMNS} | {"made": made}
     schema = pa.schema([(key, types[key]) for key in COLUMNS])
     stream = io.BytesIO()

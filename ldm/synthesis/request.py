@@ -8,6 +8,7 @@ from ldm.checkpoint import checkpoint_path
 from ldm.cli import existing_path
 from ldm.devices import shared_devices
 from ldm.errors import UserError
+from ldm.files import require_outside
 from ldm.settings import DEFAULT_COUNT, DEFAULT_SCALE, DEFAULT_STEPS, DEFAULT_STRENGTH
 from ldm.synthesis.counts import balance, choose_classes, parse_counts
 from ldm.synthesis.folder import SampleFolder
@@ -126,6 +127,9 @@ def default_outdir(checkpoint: Path, label: str) -> Path:
 def sample(args: Any) -> int:
     """Make the images that the options of sample_diffusion.py ask for; returns the exit status."""
     # Everything that can be wrong is found before other processes are started.
+    tiles = {f"`{name}`": getattr(args, name) for name in ("start_from", "balance")}
+    tiles = {name: Path(path) for name, path in tiles.items() if path}
+    require_outside({"`out`": Path(args.out) if args.out else None}, tiles)
     devices = shared_devices(args.device, args.devices, args.num_nodes).with_precision(
         args.precision, channels_last=args.channels_last, compile=args.compile
     )
