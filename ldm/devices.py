@@ -143,7 +143,11 @@ class Devices:
         log.info("memory       freed blocks are kept for the next step (%s=system: not)", MALLOC)
 
     def fuses(self, clips: bool = False) -> bool:
-        """Whether optimisers take a step in one kernel."""
+        """Whether optimisers take a step in one kernel.
+
+        Raises:
+            UserError: `fused` is "true" where gradients have to be unscaled or clipped before it.
+        """
         # Lightning refuses to clip in mixed precision before an optimiser that could unscale the
         # gradients by itself, as fused ones can.
         why = "float16 with its gradient scaling" if self.precision == "16-mixed" else None
@@ -185,6 +189,9 @@ class Devices:
         Args:
             backend: How tensors travel: gloo where nothing goes between GPUs, which spares NCCL and
                 its timeouts; None for what suits the devices.
+
+        Raises:
+            UserError: The environment of the cluster does not fit the devices.
         """
         self.keep_memory()
         if self.ranks == 1:
@@ -327,7 +334,11 @@ class Arrivals:
 
 @contextlib.contextmanager
 def within_memory(batch_size: int) -> Iterator[None]:
-    """Say which batch size to try where the memory of the GPU does not suffice."""
+    """Say which batch size to try where the memory of the GPU does not suffice.
+
+    Raises:
+        UserError: The GPU has too little memory for `batch_size` images at once.
+    """
     import torch
 
     try:
@@ -356,7 +367,11 @@ def one_thread(device: "torch.device") -> Iterator[None]:
 
 
 def resolve_device(name: str | None) -> "torch.device":
-    """The torch device for `auto`, `cpu`, `cuda`, `cuda:1` or `mps`."""
+    """The torch device for `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
+
+    Raises:
+        UserError: An unknown name, or a device that this machine does not have.
+    """
     import torch
 
     if name in (None, "", "auto"):

@@ -68,11 +68,7 @@ def fit(
             even the CSV files.
         config: Resolved configuration, for the record of this start; None keeps no record.
         summary: What is trained, shown at the start.
-        dry_run: Check everything that can be checked without training; nothing is written, and the
-            devices need not be there.
-
-    Returns:
-        The trainer, after the last step.
+        dry_run: Only check what can be checked without the devices; nothing is written.
 
     Raises:
         UserError: The settings contradict each other, the disk is too small, a number is not
@@ -86,7 +82,7 @@ def fit(
     from ldm.config import tile_roots
 
     if checkpoint is None and config is not None:
-        require_outside({"--logdir": run.root}, {"the folder of tiles": tile_roots(config["data"])})
+        require_outside({"`logdir`": run.root}, {"the folder of tiles": tile_roots(config["data"])})
     trainer = build_trainer(model, run, devices, callbacks, settings or {}, loggers, dry_run)
     if checkpoint is not None:
         # A checkpoint that does not fit is refused before anything is written.

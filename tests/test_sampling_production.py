@@ -430,7 +430,7 @@ def test_autoguidance(models, adapter, weak, tmp_path):
     schedule, t_0 = loaded.diffusion.schedule, torch.tensor([0])
     by_hand = schedule.q_sample(schedule.predict_z_0(noise, t, expected), t_0, expected)
     assert torch.allclose(z_0, by_hand, atol=1e-4)
-    with pytest.raises(UserError, match="is the same checkpoint"):
+    with pytest.raises(UserError, match="itself; give an earlier one"):
         load_models(weak, autoguidance_path=weak)
     other = LabelAdapter(pretrained=str(models / "diffusion.ckpt"))
     other.use_classes(["A", "B"])

@@ -145,10 +145,10 @@ def test_sharded_training(one, config, tmp_path):
         (Devices(strategy="deepspeed"), None, "deepspeed: .*use .?strategy. fsdp"),
         (Devices(), "deepspeed_stage_2", "deepspeed: .*use .?strategy. fsdp"),
         (Devices(strategy="ddp"), "fsdp", ".strategy. ddp and .*trainer.strategy=fsdp both"),
-        (Devices(strategy="fsdp"), None, "give --devices"),
+        (Devices(strategy="fsdp"), None, "give `devices`"),
         (Devices("cpu", 2, precision="16-mixed"), "fsdp", "must be 32 or bf16-mixed"),
-        (Devices("cpu", 2, compile=True), "fsdp", "fsdp: --compile"),
-        (Devices("cpu", 2, channels_last=True), "fsdp", "fsdp: --channels_last"),
+        (Devices("cpu", 2, compile=True), "fsdp", "fsdp: `compile`"),
+        (Devices("cpu", 2, channels_last=True), "fsdp", "fsdp: `channels_last`"),
     ],
 )
 def test_strategies_that_do_not_go_together(autoencoder_ckpt, devices, configured, words):

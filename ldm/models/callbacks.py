@@ -179,7 +179,8 @@ class RegularCheckpoint(ModelCheckpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._last_global_step_saved = trainer.global_step  # nothing new in a resumed run
+        # Nothing is new in a resumed run; a model that takes no steps is saved at its end.
+        self._last_global_step_saved = trainer.global_step or -1
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         self._step = trainer.global_step

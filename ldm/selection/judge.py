@@ -141,7 +141,7 @@ def compute_judged(
     if choose:
         if len(probed) < len(real):
             raise UserError(
-                "--choose: a classifier of these classes may have seen the tiles that would be left"
+                "`choose`: a classifier of these classes may have seen the tiles that would be left"
                 " out; name other networks"
             )
         best = min(range(len(real)), key=lambda k: left_out[k][1]["cross_entropy"])

@@ -188,9 +188,8 @@ def synthesise(
         missing = (job for job in part.of(_jobs(counts)) if job not in there)
         mine = islice(missing, ranks.rank, None, ranks.size)
         share = len(range(ranks.rank, wanted - present, ranks.size))
-        run = _start(synthesiser, ranks)
         with (
-            folder.journal(stamp, ranks.rank, run) as journal,
+            folder.journal(stamp, ranks.rank, _start(synthesiser, ranks)) as journal,
             one_thread(synthesiser.device),
             within_memory(batch_size),
         ):
