@@ -153,7 +153,8 @@ class RegularCheckpoint(ModelCheckpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._last_global_step_saved = trainer.global_step  # nothing new in a resumed run
+        # A resumed run has nothing new; a model that is fitted without steps is written at the end.
+        self._last_global_step_saved = trainer.global_step or -1
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         self._step = trainer.global_step
