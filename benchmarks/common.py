@@ -217,7 +217,11 @@ def call_in(pool: Executor, name: str, call: Callable, *args: Any) -> Any:
 
 
 def compete(contestants: Mapping[str, Contestant], args: BenchmarkOptions) -> Turns:
-    """Let the contestants run in turn, `args.repeats` times, each built and warmed up before."""
+    """Let the contestants run in turn, `args.repeats` times, each built and warmed up before.
+
+    Raises:
+        UserError: A contestant could not be built or run.
+    """
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
     # Not a fork, which would start with the memory, the threads and the CUDA of this process.
     spawn = get_context("spawn")

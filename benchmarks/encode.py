@@ -32,7 +32,7 @@ def build(library: str, networks: "Networks", execution: "Execution", batch_size
     from benchmarks.networks import autoencoder_flops, build_autoencoder, count, randomise
 
     torch.manual_seed(0)
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = execution.search
     net, encode = build_autoencoder(library, networks)
     del net.decoder
     execution.place(randomise(net)).eval().requires_grad_(False)

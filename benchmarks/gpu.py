@@ -5,11 +5,13 @@
 
 The networks are the paper's, with random weights that both libraries share in number and layout;
 all run in bf16 autocast, with fused optimisers. Each line is printed as soon as it is measured, the
-most telling ones first; a line that the time left does not allow is named and left out, and so the
-slow compilations come last. The peak is that of a bf16 matrix product, measured at the start.
+most telling ones first; a line that the time left does not allow is named and left out. So cuDNN's
+search for algorithms, which took half a minute for the UNet on an H200, comes last. The peak is
+that of a bf16 matrix product, measured at the start.
 
 - training step: the paper's UNet on latents in memory, with L1 error, AdamW and averaged weights.
 - autoencoder step: reconstruction and KL at 256 pixels, without LPIPS and discriminator.
+- parts: kernels of attention, and norms, at the UNet's full resolution, forward and backward.
 - guided sampling: 50 DDIM steps guided by the half UNet, and decoding to uint8 in main memory.
   diffusers has no classifier guidance, so ours guides its networks and scheduler in a plain loop.
 """
@@ -42,6 +44,10 @@ if TYPE_CHECKING:
 
 STARTED = time.monotonic()  # imports take some of the time, too
 MATRIX = 8192  # side of the matrices whose product gives the peak
+PARTS = 16  # images of the parts
+SEARCH = 30.0  # seconds that cuDNN searches for the algorithms of a network
+LONG = 2.0  # seconds of a step whose operators are not listed
+OPERATORS = 12  # that are listed, of those that take most time
 MEASURED = 3.0  # seconds that each line is measured for, after a warm-up
 AUTOENCODER_RATE, KL_WEIGHT = 4.5e-6, 1e-6  # of the paper's configuration
 
@@ -63,7 +69,7 @@ class Options:
         default=64, help="images of a training step; halved until they fit, as the others"
     )
     autoencoder_batch: Count = option(default=16, help="images of an autoencoder's step")
-    sample_batch: Count = option(default=64, help="images that are sampled at once")
+    sample_batch: Count = option(default=32, help="images that are sampled at once")
     custom_steps: Annotated[int, Field(ge=1, le=1000)] = option(
         "-c", default=50, help="sampling steps"
     )
@@ -126,9 +132,9 @@ def tasks_of(networks: "Networks", classifier: dict[str, Any], args: Options) ->
         return sample.build(arm, networks, classifier, execution, batch_size, args.custom_steps)
 
     return [
-        Task("training step", train_unet, args.train_batch, 14, 110, goal=0.4),
-        Task("guided sampling", guided, args.sample_batch, 18, 90, goal=25.0),
-        Task("autoencoder step", train_autoencoder, args.autoencoder_batch, 10, 60),
+        Task("training step", train_unet, args.train_batch, 12, 110, goal=0.4),
+        Task("guided sampling", guided, args.sample_batch, 15, 90, goal=25.0),
+        Task("autoencoder step", train_autoencoder, args.autoencoder_batch, 8, 60),
     ]
 
 
@@ -156,7 +162,7 @@ def build_autoencoder_training(
 
     device = execution.device
     torch.manual_seed(0)
-    torch.backends.cudnn.benchmark = True  # as in the configurations
+    torch.backends.cudnn.benchmark = execution.search
     loss_of = LPIPSWithDiscriminator(
         0, kl_weight=KL_WEIGHT, disc_weight=0.0, perceptual_weight=0.0
     ).to(device)
@@ -257,6 +263,8 @@ def attempt(
     synchronise(device)
     first = time.perf_counter() - start
     seconds = seconds_per_call(lambda: ready.step(no_lap), device, at_least)
+    memory = peak_memory(device) - base
+    shares = operators(lambda: ready.step(no_lap), device) if seconds < LONG else {}
     return {
         "batch_size": batch_size,
         "images_per_s": rounded(batch_size / seconds),
@@ -264,8 +272,9 @@ def attempt(
         "first_step_s": rounded(first),
         "tflop_per_s": rounded(ready.flops / seconds / 1e12),
         "gflop_per_image": rounded(ready.flops / batch_size / 1e9),
-        "peak_memory_mib": rounded(peak_memory(device) - base),
+        "peak_memory_mib": rounded(memory),
         "parameters": ready.parameters,
+        "operators": shares,
     }
 
 
@@ -285,16 +294,81 @@ def measure_line(
         batch_size //= 2
 
 
-def plan(tasks: list[Task], peers: list[str]) -> Iterator[tuple[Task, str, bool, bool]]:
-    """Lines in the order of measuring: task, library, whether compiled, whether channels_last."""
-    libraries = ["ours", *peers]
-    for compiled, channels_last in ((False, True), (False, False), (True, True)):
+def plan(
+    tasks: list[Task], peers: list[str], device: "torch.device"
+) -> Iterator[tuple[Task, str, "Execution"]]:
+    """Lines in the order of measuring: task, library, and how it is run."""
+    from benchmarks.networks import Execution
+
+    # channels_last, compile, search
+    for mode in (
+        (True, False, False),
+        (True, True, False),
+        (False, False, False),
+        (True, False, True),
+    ):
         for task in tasks:
-            for library in libraries:
-                yield task, library, compiled, channels_last
+            for library in ["ours", *peers]:
+                yield task, library, Execution(device, "bf16", *mode)
+
+
+def parts(networks: "Networks", device: "torch.device", batch_size: int) -> dict[str, float]:
+    """Milliseconds of the choices for attention and norms at the UNet's full resolution."""
+    import torch
+    import torch.nn.functional as F
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    width, side = networks.unet["model_channels"], networks.unet["image_size"]
+    heads = networks.unet.get("num_heads", 1)
+    options = {"device": device, "dtype": torch.bfloat16, "requires_grad": True}
+    qkv = torch.randn(3, batch_size, heads, side**2, width // heads, **options)
+    x = torch.randn(batch_size, width, side, side, **options)
+    weight = torch.ones(width, device=device)
+
+    def attention() -> None:
+        F.scaled_dot_product_attention(*qkv).sum().backward()
+
+    def norm(autocast: bool) -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            scale = weight if autocast else weight.to(x.dtype)
+            F.silu(F.group_norm(x, 32, scale, scale)).to(x.dtype).sum().backward()
+
+    calls = {"norm autocast": lambda: norm(True), "norm bf16": lambda: norm(False)}
+    result = {}
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+        with sdpa_kernel(backend):
+            try:
+                attention()
+            except RuntimeError:  # a device without this kernel
+                continue
+            name = f"attention {backend.name.split('_')[0].lower()}"
+            result[name] = seconds_per_call(attention, device, 0.2)
+    result |= {name: seconds_per_call(call, device, 0.2) for name, call in calls.items()}
+    return {name: rounded(1000 * seconds) for name, seconds in result.items()}
+
+
+def operators(call: Callable[[], Any], device: "torch.device") -> dict[str, float]:
+    """The operators that take most of a call: share of the device's time by name."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    with profile(activities=activities) as profiler:
+        call()
+        synchronise(device)
+    times = {
+        event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        for event in profiler.key_averages()
+        if event.device_type == DeviceType.CPU  # with the time of the kernels that they start
+    }
+    total = sum(times.values())
+    first = sorted(times, key=times.get, reverse=True)[:OPERATORS]
+    return {name: rounded(times[name] / total) for name in first}
 
 
 def measured(
+    networks: "Networks",
     tasks: list[Task],
     peers: list[str],
     device: "torch.device",
@@ -309,26 +383,21 @@ def measured(
         at_least: Seconds that each line is measured for, after its warm-up.
         side: Side of the matrices whose product gives the peak.
     """
-    from benchmarks.networks import Execution
-
     peak = matmul_peak(device, side)
     yield {"task": "matmul", "tflop_per_s": rounded(peak / 1e12)}
+    yield {"task": "parts", "ms": parts(networks, device, PARTS)}
     took: dict[tuple, float] = {}  # by task and mode, what the last line took
-    for task, library, compiled, channels_last in plan(tasks, peers):
+    for task, library, execution in plan(tasks, peers, device):
         left = until - time.monotonic()
-        mode = (task.title, compiled, channels_last)
-        needed = took.get(mode, task.seconds + compiled * task.compilation)
-        line = {
-            "task": task.title,
-            "library": library,
-            "compiled": compiled,
-            "channels_last": channels_last,
-        }
+        mode = (task.title, execution)
+        extra = execution.compile * task.compilation + execution.search * SEARCH
+        needed = took.get(mode, task.seconds + extra)
+        facts = {name: getattr(execution, name) for name in ("compile", "channels_last", "search")}
+        line = {"task": task.title, "library": library, **facts}
         if left < needed:
             yield {**line, "skipped": f"{needed:.0f} s needed, {left:.0f} s left"}
             continue
         began = time.monotonic()
-        execution = Execution(device, "bf16", channels_last, compiled)
         try:
             line |= measure_line(task, library, execution, at_least)
             line["share_of_peak"] = rounded(line["tflop_per_s"] * 1e12 / peak)
@@ -347,8 +416,11 @@ def describe(line: dict[str, Any], lines: list[dict[str, Any]]) -> str:
     """
     if line["task"] == "matmul":
         return f"peak of a bf16 matrix product: {line['tflop_per_s']:g} TFLOP/s"
+    if line["task"] == "parts":
+        return "parts, ms: " + ", ".join(f"{name} {ms:g}" for name, ms in line["ms"].items())
     layout = "channels_last" if line["channels_last"] else "contiguous"
-    mode = f"{'compiled' if line['compiled'] else 'eager'}, {layout}"
+    mode = f"{'compiled' if line['compile'] else 'eager'}, {layout}"
+    mode += ", cuDNN search" if line["search"] else ""
     text = f"{line['task']}, {line['library']}, {mode}: "
     for word in ("skipped", "failed"):
         if word in line:
@@ -358,7 +430,7 @@ def describe(line: dict[str, Any], lines: list[dict[str, Any]]) -> str:
         f"{line['share_of_peak']:.1%} of the peak, {line['peak_memory_mib'] / 1024:.1f} GiB, "
         f"batch {line['batch_size']}, first step {line['first_step_s']:g} s"
     )
-    keys = ("task", "compiled", "channels_last")
+    keys = ("task", "compile", "channels_last", "search")
     for other in lines:
         if "images_per_s" in other and all(other[key] == line[key] for key in keys):
             ours, theirs = (line, other) if line["library"] == "ours" else (other, line)
@@ -367,6 +439,9 @@ def describe(line: dict[str, Any], lines: list[dict[str, Any]]) -> str:
             if theirs["peak_memory_mib"]:
                 memory = ours["peak_memory_mib"] / theirs["peak_memory_mib"]
                 text += f", {memory:.2f} times memory"
+    if line["library"] == "ours" and line["operators"]:
+        shares = [f"{name} {share:.0%}" for name, share in list(line["operators"].items())[:6]]
+        text += f"; {', '.join(shares)}"
     return text
 
 
@@ -393,6 +468,7 @@ def best_of(task: Task, lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def measure_all(
+    networks: "Networks",
     tasks: list[Task],
     peers: list[str],
     device: "torch.device",
@@ -424,7 +500,7 @@ def measure_all(
         facts["memory_mib"] = torch.cuda.get_device_properties(device).total_memory // 2**20
         card += f", {facts['memory_mib'] / 1024:.0f} GiB, CUDA {torch.version.cuda}"
     print(card, ", ".join(f"{k} {v}" for k, v in facts["versions"].items()), sep="; ", flush=True)
-    for line in measured(tasks, peers, device, until, at_least, side):
+    for line in measured(networks, tasks, peers, device, until, at_least, side):
         print(describe(line, lines), flush=True)
         lines.append(line)
         summaries = [best_of(task, lines) for task in tasks]
@@ -455,9 +531,10 @@ def main(argv: list[str] | None = None) -> int:
     peers = ["diffusers"] if args.peer and importlib.util.find_spec("diffusers") else []
     if args.peer and not peers:
         print("diffusers is not installed: ours alone (python -m pip install diffusers)")
-    tasks = tasks_of(Networks.of("paper"), CLASSIFIERS["paper"], args)
+    networks = Networks.of("paper")
+    tasks = tasks_of(networks, CLASSIFIERS["paper"], args)
     until, at_least = STARTED + 60 * args.minutes, min(MEASURED, 60 * args.minutes / 40)
-    return measure_all(tasks, peers, device, until, at_least, args.out)
+    return measure_all(networks, tasks, peers, device, until, at_least, args.out)
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def build(
     from ldm.synthesis.settings import Sampling
     from ldm.synthesis.synthesiser import Synthesiser
 
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = execution.search
     guided = arm.startswith("guided")
     with execution.device:
         models = random_models(networks, classifier if guided else None)

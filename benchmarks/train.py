@@ -99,7 +99,7 @@ def build(library: str, networks: "Networks", execution: "Execution", source: So
 
     device, batch_size = execution.device, source.batch_size
     torch.manual_seed(0)
-    torch.backends.cudnn.benchmark = True  # as in the configurations
+    torch.backends.cudnn.benchmark = execution.search
     with device:  # weights are drawn where they are used, which is sooner
         net, predict = build_unet(library, networks.unet)
         execution.place(randomise(net)).train()

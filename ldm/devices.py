@@ -5,6 +5,7 @@ module imports no torch.
 """
 
 import contextlib
+import ctypes
 import logging
 import os
 import warnings
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BACKEND = "inductor"  # of torch.compile
+MALLOC = "HISTO_MALLOC"  # "system" leaves the allocator as it is
+MALLOC_VARIABLES = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "LD_PRELOAD"}
+M_TRIM, M_MMAP = -1, -3  # parameters of mallopt(3): M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
 BF16_FLAGS = {"avx512_bf16", "amx_bf16"}  # in /proc/cpuinfo
 # Ranks have equal shares, but one may wait for the others on a slower machine.
 TIMEOUT = timedelta(days=1)
@@ -122,8 +126,28 @@ class Devices:
             "compile": self.compile,
         }
 
+    def keep_memory(self) -> None:
+        """On CPUs, let glibc use freed memory again instead of giving it back to the system.
+
+        By default it maps each tensor above some megabytes anew, and the system clears its pages at
+        first touch, at every step. Set HISTO_MALLOC=system, or glibc's own variables, against it.
+        """
+        chosen = MALLOC_VARIABLES.intersection(os.environ)
+        if self.accelerator != "cpu" or os.environ.get(MALLOC) == "system" or chosen:
+            return
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+        # Older versions of glibc take half of a heap at most.
+        if mallopt is None or not (mallopt(M_MMAP, 2**30) or mallopt(M_MMAP, 2**25)):
+            return
+        mallopt(M_TRIM, 2**30)
+        log.info("memory       freed blocks are kept for the next step (%s=system: not)", MALLOC)
+
     def fuses(self, clips: bool = False) -> bool:
-        """Whether optimisers take a step in one kernel."""
+        """Whether optimisers take a step in one kernel.
+
+        Raises:
+            UserError: `fused` is "true" where gradients have to be unscaled or clipped before it.
+        """
         # Lightning refuses to clip in mixed precision before an optimiser that could unscale the
         # gradients by itself, as fused ones can.
         why = "float16 with its gradient scaling" if self.precision == "16-mixed" else None
@@ -142,6 +166,7 @@ class Devices:
         """
         import torch
 
+        self.keep_memory()
         if self.tf32 is not None:
             torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
             torch.backends.cudnn.allow_tf32 = self.tf32
@@ -164,7 +189,11 @@ class Devices:
         Args:
             backend: How tensors travel: gloo where nothing goes between GPUs, which spares NCCL and
                 its timeouts; None for what suits the devices.
+
+        Raises:
+            UserError: The environment of the cluster does not fit the devices.
         """
+        self.keep_memory()
         if self.ranks == 1:
             yield Ranks(), self.device
             return
@@ -305,7 +334,11 @@ class Arrivals:
 
 @contextlib.contextmanager
 def within_memory(batch_size: int) -> Iterator[None]:
-    """Say which batch size to try where the memory of the GPU does not suffice."""
+    """Say which batch size to try where the memory of the GPU does not suffice.
+
+    Raises:
+        UserError: The GPU has too little memory for `batch_size` images at once.
+    """
     import torch
 
     try:
@@ -334,7 +367,11 @@ def one_thread(device: "torch.device") -> Iterator[None]:
 
 
 def resolve_device(name: str | None) -> "torch.device":
-    """The torch device for `auto`, `cpu`, `cuda`, `cuda:1` or `mps`."""
+    """The torch device for `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
+
+    Raises:
+        UserError: An unknown name, or a device that this machine does not have.
+    """
     import torch
 
     if name in (None, "", "auto"):

@@ -122,7 +122,11 @@ class MadeFolder:
     name: str = "out"  # of the setting that names the folder, for errors
 
     def read(self) -> dict[str, Any] | None:
-        """The content of the record; None where no command has begun the folder."""
+        """The content of the record; None where no command has begun the folder.
+
+        Raises:
+            UserError: A file is in the way, the folder holds other files, or its record is damaged.
+        """
         if not self.path.exists():
             return None
         if not self.path.is_dir():
@@ -153,6 +157,9 @@ class MadeFolder:
         Returns:
             False where it can be made: there is no folder yet, or nothing in it but unfinished
             files of a killed process.
+
+        Raises:
+            UserError: See `read`; or the folder was made with other settings, all of them named.
         """
         content = self.read()
         if content is None:
@@ -229,6 +236,10 @@ class RunFolder:
         Args:
             name: May contain slashes; must stay below `logdir`.
             stem: Name of the configuration, for an unnamed run.
+
+        Raises:
+            UserError: There is no checkpoint to resume from, `name` leaves `logdir`, or the run has
+                another model.
         """
         from omegaconf import OmegaConf
 

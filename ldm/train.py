@@ -140,7 +140,7 @@ def build_trainer(
     from pytorch_lightning.callbacks import LearningRateMonitor
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-    from ldm.models.callbacks import FollowLayout, ProgressBar, Throughput
+    from ldm.models.callbacks import FollowLayout, ProgressBar, Throughput, TimeLeft
     from ldm.models.saving import CheckpointFiles
 
     quieten_lightning()
@@ -165,7 +165,8 @@ def build_trainer(
         kept = [pl.loggers.CSVLogger(run.root, name="metrics"), *build_loggers(loggers, run)]
         watching.append(LearningRateMonitor("step"))
     if settings.get("enable_progress_bar", True):
-        watching.append(ProgressBar(refresh_rate=1 if sys.stderr.isatty() else 50))
+        live = sys.stderr.isatty()
+        watching += [ProgressBar(refresh_rate=1 if live else 50)] + [TimeLeft()] * (not live)
     arguments = {
         "accelerator": devices.accelerator,
         "devices": devices.devices,

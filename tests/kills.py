@@ -133,9 +133,8 @@ COMMANDS = {
 
 def prepare(site: Path) -> None:
     """Make what the commands read."""
-    for seed, (name, count) in enumerate(
-        {"D/train": 12, "D/val": 4, "D/test": 4, "fake": 8}.items()
-    ):
+    counts = {"D/train": 12, "D/val": 4, "D/test": 4, "fake": 8}
+    for seed, (name, count) in enumerate(counts.items()):
         tiny.tiles(site / name, count, seed)
     tiny.models(site)
     torch.manual_seed(0)
@@ -152,8 +151,9 @@ def prepare(site: Path) -> None:
     for name, model in kinds.items():
         path = write_config(site / f"{name}.yaml", site / "D/train", model, **trainer)
         config = yaml.safe_load(path.read_text())
-        pictures = config["lightning"]["callbacks"]["image_logger"]["params"]
-        pictures["batch_frequency"] = 4
+        params = {"batch_frequency": 4, "max_images": 2}
+        pictures = {"target": "ldm.models.callbacks.ImageLogger", "params": params}
+        config["lightning"]["callbacks"] = {"pictures": pictures}
         path.write_text(yaml.safe_dump(config))
     from scripts import index_corpus
 

@@ -7,8 +7,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import tiny
 import torch
 
+import classifier_train
 from ldm.data import arrays
 from ldm.data.arrays import open_arrays
 from ldm.data.corpora import Corpora
@@ -16,6 +18,7 @@ from ldm.data.datamodule import DataModuleFromConfig
 from ldm.data.index import CorpusIndex
 from ldm.data.tiles import TileFolder, to_uint8
 from ldm.errors import UserError
+from ldm.run import RunFolder
 from scripts import index_corpus, write_shards
 
 SIZE = 12
@@ -187,3 +190,17 @@ def test_damaged_labels_are_named(published, tmp_path):
         (tmp_path / beside).write_bytes((source / beside).read_bytes()[:90])
         with pytest.raises(UserError, match=f"{name}: no complete file of arrays"):
             TileFolder(tmp_path / name, SIZE, labelled=True)
+
+
+def test_the_classifier_trains_on_a_part_of_a_file(published, tmp_path):
+    autoencoder = tiny.save(tiny.autoencoder(), tmp_path / "autoencoder.ckpt")
+    argv = ["--first_stage", autoencoder, "--logdir", tmp_path, "--name", "run", "--gpus", 0]
+    for option, part in (("--data_dir", "train"), ("--val_data_dir", "val")):
+        argv += [option, published / "pathmnist.npz" / part]
+    argv += ["--batch_size", 8, "--num_workers", 0, "--iterations", 2]
+    argv += ["--classifier_width", 32, "--classifier_depth", 1, "--classifier_channel_mult", "1,1"]
+    with pytest.raises(UserError, match="classes of train .* and validation"):
+        classifier_train.main([str(word) for word in argv])
+    argv[argv.index("--val_data_dir") + 1] = published / "stored.npz" / "train"
+    classifier_train.main([str(word) for word in argv])
+    assert RunFolder(tmp_path / "run").last.is_file()

@@ -1,5 +1,8 @@
 """Devices, precision and arguments of a run."""
 
+import os
+import platform
+import subprocess
 import sys
 
 import pytest
@@ -95,3 +98,31 @@ def test_too_little_memory_names_the_batch_to_try(batch, remedy):
     expected = rf"^batch_size: {batch} .*out of memory. Tried to allocate 2 GiB\); {remedy}"
     with pytest.raises(UserError, match=expected), within_memory(batch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2 GiB. GPU 0 has")
+
+
+FAULTS = """
+import resource
+from ldm.devices import Devices
+Devices("cpu").keep_memory()
+def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+bytearray(2**26)  # 16,384 pages
+before = faults()
+for _ in range(4): bytearray(2**26)
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an allocator of glibc")
+@pytest.mark.parametrize(
+    ("name", "value", "kept"),
+    [
+        ("HISTO_MALLOC", "", True),
+        ("HISTO_MALLOC", "system", False),
+        ("MALLOC_MMAP_THRESHOLD_", "1000000", False),
+    ],
+)
+def test_freed_memory_is_kept_for_the_next_step(name, value, kept):
+    words = [sys.executable, "-c", FAULTS]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, name: value})
+    # What comes from the system again faults at each page.
+    assert (int(done.stdout) < 1000) == kept, done.stderr

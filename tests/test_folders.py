@@ -206,9 +206,8 @@ def test_features_that_name_other_files_are_refused(site, tmp_path):
         sets[kind] = FeatureSet(values, labels, files.names, files.classes, "net", files.digest)
         sets[kind].save(tmp_path / f"features_{kind}.safetensors")
     real = sets["real"]
-    Centroids.of(real.values, real.labels, real.classes, "net", real.tiles).save(
-        tmp_path / "centroids.safetensors"
-    )
+    centroids = Centroids(torch.rand(3, 4), real.classes, "net", real.tiles)
+    centroids.save(tmp_path / "centroids.safetensors")
     assert len(read_judged(str(tmp_path), site / "fake").synthetic.files) == 6
     sets["synthetic"].files[0] = "ADI/../../../x.png"
     sets["synthetic"].save(tmp_path / "features_synthetic.safetensors")

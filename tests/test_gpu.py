@@ -22,7 +22,9 @@ import sample_diffusion
 from ldm import train as training
 from ldm.cli import parse, run_command
 from ldm.devices import Devices
+from ldm.errors import UserError
 from ldm.features.source import parse_features
+from ldm.models.diffusion import LatentDiffusion
 from ldm.models.readout import ReadoutClassifier
 from ldm.models.vit import TileClassifier
 from ldm.synthesis.models import load_models
@@ -271,6 +273,20 @@ def test_sampler_steps_do_not_wait(kind, settings, folder, synchronising):
             synchronising(step.j == 1)
 
     assert sampler.latents([0, 1], [0, 1], on_step).isfinite().all()
+
+
+def test_a_number_that_is_not_finite_reaches_no_checkpoint(folder, tmp_path, monkeypatch):
+    """It is looked at some steps later, but before the next checkpoint."""
+
+    def spoil(self) -> None:
+        if self.global_step == 2:
+            next(p.grad for p in self.unet.parameters() if p.grad is not None)[0] = torch.inf
+
+    monkeypatch.setattr(LatentDiffusion, "on_after_backward", spoil)
+    every = "lightning.modelcheckpoint.params.every_n_train_steps=2"
+    with pytest.raises(UserError, match=r"the gradient is inf at step 2 .*\.png.* of step 2"):
+        STAGES["eps"][0](folder, tmp_path, 8, QUIET, every, *PRECISION)
+    assert all(v.isfinite().all() for v in weights(tmp_path, "run").values())
 
 
 # Going on, sharing, compiling, and too little memory

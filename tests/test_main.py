@@ -299,12 +299,14 @@ def test_latent_scale_makes_unit_variance(data, autoencoder_ckpt, tmp_path):
     assert z.std().item() == pytest.approx(1.0, abs=0.05)
 
 
-def test_ema_follows_optimiser_steps_not_batches(data, autoencoder_ckpt, tmp_path):
-    config = write_config(
-        tmp_path / "c.yaml", data, diffusion_model(autoencoder_ckpt), accumulate_grad_batches=2
-    )
+def test_ema_follows_optimiser_steps_not_batches(data, autoencoder_ckpt, tmp_path, caplog):
+    trainer = {"accumulate_grad_batches": 2, "enable_progress_bar": True}
+    config = write_config(tmp_path / "c.yaml", data, diffusion_model(autoencoder_ckpt), **trainer)
+    caplog.set_level("INFO")
     trainer, model = run(config, tmp_path, "d", 3)
     assert trainer.global_step == 3 and model.ema.num_updates == 3
+    # A log file says how far a training is and the time left, from the first step on.
+    assert "step 1 of 3, about 00:" in caplog.text
 
 
 def test_decoder_finetuning_keeps_the_latent_space(data, autoencoder_ckpt, tmp_path):

@@ -240,7 +240,7 @@ def test_a_readout_is_asked_for_the_class_of_clean_tiles(models, data, tmp_path)
     loaded = load_models(models / "flow.ckpt", models / "flow-readout.ckpt")
     x = torch.stack([tiles[i]["image"] for i in range(len(tiles))])
     with torch.no_grad():
-        z_0 = loaded.diffusion.encode_first_stage(x, sample=False)
+        z_0 = loaded.diffusion.latents({"image": x}, sample=False)
         t = torch.zeros(len(x), dtype=torch.int64)
         logits = loaded.classifier.logits_model()(z_0, t) / loaded.classifier.temperature
     torch.testing.assert_close(found.others["logits"], logits, rtol=1e-4, atol=1e-4)

@@ -30,7 +30,11 @@ class Corpus(Weighted):
 
     @classmethod
     def from_settings(cls, name: str, settings: Any) -> "Corpus":
-        """Check what stands under `corpora.NAME`."""
+        """Check what stands under `corpora.NAME`.
+
+        Raises:
+            UserError: A name is unknown, or a value is not allowed.
+        """
         where = f"corpora.{name}"
         if not name or "/" in name:
             raise UserError(f"{where}: a corpus needs a name without slashes")
@@ -85,6 +89,10 @@ class Corpora(Tiles):
         labelled: Whether tiles have a class: their first folder, the `.cls` member of a shard or
             the labels of an array.
         size ... resize: See `ldm.data.tiles.Tiles`; "auto" checks unless all corpora have an index.
+
+    Raises:
+        UserError: A value is not allowed, a corpus is missing or empty, an index no longer fits its
+            folders, or a file is damaged.
     """
 
     def __init__(

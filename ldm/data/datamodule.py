@@ -36,6 +36,9 @@ class ResumableSampler(DistributedSampler):
         batch_size: Per rank.
         num_replicas: Ranks. They see disjoint shares of the pass.
         position: Batches (per rank) drawn so far. Default: whole passes, counted by `set_epoch`.
+
+    Raises:
+        UserError: There are fewer tiles than ranks.
     """
 
     def __init__(
@@ -97,6 +100,10 @@ def split_by_group(
         fraction: Share of the tiles to hold out, in (0, 1).
         pattern: Regular expression searched in the name; its group 1 is the patient, slide or
             region. None makes each name a group.
+
+    Raises:
+        UserError: The pattern is no regular expression or does not match a name, or there are too
+            few groups.
     """
     members: dict[str, list[int]] = defaultdict(list)
     grouping = None if pattern is None else by_regex(pattern)
@@ -151,6 +158,10 @@ class DataModuleFromConfig(pl.LightningDataModule):
 
     Attributes:
         cache: The open cache, once the data sets are built; None without `latents`.
+
+    Raises:
+        UserError: A value is out of range, the classes of the two sets differ, tiles are bad, or a
+            cache is damaged.
     """
 
     def __init__(

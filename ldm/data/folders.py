@@ -40,6 +40,9 @@ def build_folder(
         files: Where each file comes from, by its path in `out`.
         notes: Text files to write beside them: content by path in `out`.
         link: "copy", "hard" or "symbolic" (to absolute paths).
+
+    Raises:
+        UserError: The file system has no such links.
     """
     put = {"copy": shutil.copyfile, "hard": os.link, "symbolic": os.symlink}[link]
     with atomic_folder(out) as partial:

@@ -20,7 +20,12 @@ Grouping = Callable[[str], str]  # from a tile's path below its root to the name
 
 
 def by_regex(pattern: str) -> Grouping:
-    """Groups are the first parenthesis of a regular expression that is searched in the path."""
+    """Groups are the first parenthesis of a regular expression that is searched in the path.
+
+    Raises:
+        UserError: The pattern is no regular expression or has no parenthesis; or, when the grouping
+            is used, it does not match a path.
+    """
     try:
         regex = re.compile(pattern)
     except re.error as error:
@@ -57,6 +62,10 @@ def by_csv(table: Path, column: str, rows: str | None = None) -> Grouping:
     Args:
         column: Name of the column of groups.
         rows: `COLUMN=VALUE` reads only these rows, of a table of several splits. None reads all.
+
+    Raises:
+        UserError: A column is missing, or a tile has two groups; or, when the grouping is used, a
+            tile has none.
     """
     with table.open(newline="", encoding="utf-8-sig", errors="replace") as stream:
         reader = csv.DictReader(stream)
@@ -90,7 +99,11 @@ def by_csv(table: Path, column: str, rows: str | None = None) -> Grouping:
 
 
 def grouping_of(args: GroupOptions) -> Grouping | None:
-    """The grouping that the options ask for; None without one."""
+    """The grouping that the options ask for; None without one.
+
+    Raises:
+        UserError: The table or the expression cannot be used.
+    """
     if args.group_csv is not None:
         table = existing_path(args.group_csv, "group_csv", "file")
         return by_csv(table, args.group_column or "group", args.group_rows)

@@ -691,6 +691,9 @@ def render_tile(class_name: str, index: int, size: int = 64, seed: int = 0) -> n
 
     Returns:
         uint8 (S, S, 3), RGB.
+
+    Raises:
+        UserError: A value that is not allowed.
     """
     if class_name not in CLASSES:
         raise UserError(f"class {class_name!r} is not one of {' '.join(CLASSES)}")

@@ -111,7 +111,11 @@ def _open(path: str, process: int) -> "openslide.OpenSlide":
 def read_region(
     slide: "openslide.OpenSlide", corner: tuple[int, int], level: int, size: tuple[int, int]
 ) -> Image.Image:
-    """A part of a level in RGB, white where nothing was scanned; `corner` is of level 0."""
+    """A part of a level in RGB, white where nothing was scanned; `corner` is of level 0.
+
+    Raises:
+        UserError: The file is damaged there.
+    """
     import openslide
 
     try:

@@ -172,7 +172,12 @@ class Subset:
         seed: int = 0,
         include: Path | None = None,
     ) -> "Subset":
-        """Draw a subset, without making it."""
+        """Draw a subset, without making it.
+
+        Raises:
+            UserError: The folder has no classes or an empty one, `include` has other classes, or a
+                tile has no group.
+        """
         files = TileFiles.below(data)
         tiles = [Labelled(n, n if grouping is None else grouping(n)) for n in files.names]
         included, held = None, set()
@@ -241,6 +246,9 @@ class Subset:
 
         Returns:
             False where it was there already.
+
+        Raises:
+            UserError: There is something else at `out`, or two files would have one name.
         """
         made = MadeFolder(out, self.settings(link), RECORD)
         if made.exists():

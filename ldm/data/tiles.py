@@ -107,7 +107,12 @@ def _stain() -> list[A.BasicTransform]:
 
 
 def _build_transform(node: Mapping[str, Any], where: str) -> A.BasicTransform:
-    """The transform of a `{target, params}` node."""
+    """The transform of a `{target, params}` node.
+
+    Raises:
+        UserError: The node is no transform of albumentations or `StainJitter`, or has values that
+            the transform does not take.
+    """
     target = node.get("target") if isinstance(node, Mapping) else None
     own = f"{__name__}.StainJitter"
     if not isinstance(target, str) or not (target == own or target.startswith("albumentations.")):
@@ -259,6 +264,9 @@ class Tiles(TileSet):
         crop: "center" or "random".
         preprocess: Nodes of `PREPROCESSING`, applied in order to the whole tile.
         resize: Whether the shorter side becomes `size`. False crops at the tile's own resolution.
+
+    Raises:
+        UserError: A value is not allowed.
     """
 
     _PER_TILE = ("relative_paths", "labels", "groups", "_places")  # what `subset` takes a part of
@@ -474,6 +482,9 @@ def tiles_below(
     Args:
         index: Index of the root, which is then not read.
         number: Number of the root in the index.
+
+    Raises:
+        UserError: There are none.
     """
     if index is not None:
         table = index.tiles(number)
@@ -497,6 +508,10 @@ class TileFolder(Tiles):
         size ... resize: See `Tiles`.
         index: Index that scripts/index_corpus.py wrote for the same root or roots. The folders are
             then not walked, and tiles with problems are left out.
+
+    Raises:
+        UserError: A folder is missing or empty, classes differ, an image is unreadable, an index no
+            longer fits its folder, or a value is not allowed.
     """
 
     def __init__(

@@ -32,6 +32,9 @@ class RectifiedFlow(Process):
             sampling (Esser et al. 2024, eq. 23). Larger latents need more: at the same s their
             neighbouring values tell more of one another, so less is hidden.
         timesteps: T.
+
+    Raises:
+        UserError: A value out of range.
     """
 
     samplers = ("euler", "heun")

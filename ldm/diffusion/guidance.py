@@ -38,6 +38,9 @@ def classifier_log_prob_grad(
 
     Returns:
         (z_t, t) -> gradient shaped like z_t; each image's gradient is its own.
+
+    Raises:
+        UserError: The temperature is not above 0.
     """
     return _log_prob_grad(net, y, temperature, on_log_prob)
 
@@ -166,6 +169,9 @@ def classifier_guidance(
         clip: The guidance is at most so many times as long as eps, image by image.
         on_ratio: Called with t (B,) and |guidance| / |eps| (B,) at each evaluation: whether
             guidance does nothing or drowns the noise predictor.
+
+    Raises:
+        UserError: `clip` is not above 0.
     """
     if clip is not None and not clip > 0:
         raise UserError(f"clip={clip} of the guidance must be above 0 (None for no limit)")

@@ -85,6 +85,9 @@ class Process(ABC):
         Args:
             steps: Sampler steps.
             start: Begin at this time, from a latent that was noised to it; None begins from noise.
+
+        Raises:
+            UserError: `steps` or `start` is out of range.
         """
 
     @abstractmethod

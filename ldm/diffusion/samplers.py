@@ -108,6 +108,9 @@ def ddim(
 
     Returns:
         The latents at the last t_prev, (B, C, H, W).
+
+    Raises:
+        UserError: when eta is not in [0, 1].
     """
     if not 0 <= eta <= 1:
         raise UserError(f"eta={eta} must be in [0, 1] (0 deterministic, 1 as noisy as DDPM)")

@@ -36,6 +36,9 @@ def make_betas(
         timesteps: T, at least 1.
         linear_start: First beta of the two linear schedules.
         linear_end: Last beta, at least `linear_start` and below 1.
+
+    Raises:
+        UserError: for an unknown name or values out of range.
     """
     if name not in NAMES:
         raise UserError(f"schedule={name!r} must be one of {', '.join(NAMES)}")
@@ -64,6 +67,9 @@ class NoiseSchedule(Process):
         rescale_zero_terminal_snr: Stretch sqrt(alpha_bar) so that the last step is noise alone (Lin
             et al. 2024, algorithm 1). Without it a trace of the image is left at t = T - 1, which a
             sampler that starts from noise lacks: it cannot make very bright or very dark images.
+
+    Raises:
+        UserError: See `make_betas`.
     """
 
     samplers = ("ddim", "ddpm", "dpm++2m")
@@ -204,6 +210,9 @@ def time_pairs(T: int, steps: int, offset: int = 1) -> list[tuple[int, int]]:
     the last one goes to t_0 - 1. With offset 1, as published with latent diffusion, that end is
     step 0 (alpha_bar = alphas_cumprod[0]); with offset 0 it is -1 (alpha_bar = 1). Steps that would
     leave the table (S = T) take offset 0. S need not divide T.
+
+    Raises:
+        UserError: when `steps` is not in [1, T].
     """
     if not 1 <= steps <= T:
         raise UserError(f"sampling steps={steps} must be in [1, {T}], the training time steps")

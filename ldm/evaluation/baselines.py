@@ -81,7 +81,7 @@ def run_baseline(
     num_workers: int = 0,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Fit one baseline on `train_folder`, choose its penalty on val, report test once.
+    """Fit one baseline on `train_folder`, choose its penalty on val, return the summary.
 
     Leaves `logdir`/`kind`/`train_folder` as eval.py leaves `logdir`/`train_folder`, with the single
     seed 0, since nothing in it is random. What is there already with the same settings and files
@@ -91,9 +91,6 @@ def run_baseline(
         kind: One of `KINDS`.
         extractor: The network of a linear probe, or the classifier.
         num_workers: Threads that decode images for it.
-
-    Returns:
-        The content of summary.json.
     """
     splits = open_splits(data_path, train_folder, Settings(input_size=1), None, groups)
     settings: dict[str, Any] = {"baseline": kind, "strengths": list(STRENGTHS)}

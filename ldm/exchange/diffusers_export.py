@@ -38,6 +38,9 @@ def unet_settings(params: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
     Returns:
         The arguments, and the number of heads where the width of a head cannot express it (else
         None).
+
+    Raises:
+        UserError: The network has an option that `UNet2DModel` does not have.
     """
     _require_exportable(params)
     widths = [m * params["model_channels"] for m in params.get("channel_mult", (1, 2, 4, 8))]
@@ -213,7 +216,11 @@ def unet_state(net: "torch.nn.Module", params: dict[str, Any]) -> State:
 
 
 def vae_settings(ddconfig: dict[str, Any], embed_dim: int, scale_factor: float) -> dict[str, Any]:
-    """The arguments of diffusers' `AutoencoderKL` for our `ddconfig`."""
+    """The arguments of diffusers' `AutoencoderKL` for our `ddconfig`.
+
+    Raises:
+        UserError: `AutoencoderKL` of diffusers does not have this architecture.
+    """
     from ldm.modules.autoencoder import Architecture
 
     config = vars(Architecture(**ddconfig))
@@ -301,7 +308,11 @@ def scheduler_settings(model: "LatentDiffusion") -> dict[str, Any]:
 
 
 def build_pipeline(model: "LatentDiffusion", use_ema: bool = True) -> Any:
-    """An `LDMPipeline` of diffusers with the weights of `model`."""
+    """An `LDMPipeline` of diffusers with the weights of `model`.
+
+    Raises:
+        UserError: The model has an option that diffusers does not have.
+    """
     from diffusers import AutoencoderKL, DDIMScheduler, LDMPipeline, UNet2DModel
 
     params = model.unet_config["params"]
@@ -377,6 +388,9 @@ def export(checkpoint: Path, model: "LatentDiffusion", out: Path, use_ema: bool 
 
     Returns:
         The largest difference between the two libraries, read back from the folder.
+
+    Raises:
+        UserError: `out` exists, or the exported networks compute something else.
     """
     if out.exists():
         raise UserError(f"out: {out} exists; give another name, or remove it")

@@ -32,6 +32,9 @@ def read_folder(folder: Path, node: dict[str, Any], kind: str) -> State:
     Args:
         node: From `foreign.read_model_node`.
         kind: autoencoder or diffusion.
+
+    Raises:
+        UserError: The folder holds no such network, or another than the configuration describes.
     """
     from ldm.config import instantiate_from_config
     from ldm.modules.autoencoder import AutoencoderKL

@@ -106,6 +106,10 @@ def read_foreign(path: str | Path, allow_pickle: bool = False) -> tuple[State, d
     Args:
         allow_pickle: Also read files that hold other objects beside tensors and plain data, as
             those of Lightning 1 do (callbacks, settings). Such objects are never built.
+
+    Raises:
+        UserError: The file does not exist, is not a checkpoint, is one of this toolkit already, or
+            needs `allow_pickle`.
     """
     import torch
 
@@ -201,6 +205,9 @@ def read_model_node(path: str | Path, kind: str) -> dict[str, Any]:
     for. Settings of training (files, loss, learning-rate schedule) are dropped and the data section
     is not read: importing needs neither, and both may refer to files that this machine does not
     have.
+
+    Raises:
+        UserError: The file has no model section, or a setting that is not supported.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -278,6 +285,9 @@ class _Matcher:
 
         Args:
             names: Name in `module` -> name in the file.
+
+        Raises:
+            UserError: A weight of another shape: the configuration describes another network.
         """
         own, wrong, found = module.state_dict(), [], {}
         for name, theirs in names.items():
@@ -340,6 +350,10 @@ def import_diffusion(
         state, node: As for `import_autoencoder`.
         autoencoder: Autoencoder checkpoint of this toolkit, for a file without first stage.
         scale_factor: Latent scale, for a file that does not hold it.
+
+    Raises:
+        UserError: The weights have other shapes or another noise schedule than the configuration
+            says; or the latent scale or the autoencoder is missing or given twice and different.
     """
     import torch
 

@@ -27,6 +27,9 @@ def read_settings(overrides: Sequence[str] = (), fast: bool = False) -> dict[str
 
     Args:
         fast: Merge its `fast` section over the rest.
+
+    Raises:
+        UserError: An override that is malformed or names nothing that is there.
     """
     config = read_yaml(ROOT / SETTINGS)
     quick = config.pop("fast")
@@ -72,6 +75,9 @@ class Demo:
         size: Side of a tile in pixels.
         per_class: Tiles of each class that are sampled under guidance.
         ratio: Synthetic tiles in percent of the labelled ones; lowered where too few are sampled.
+
+    Raises:
+        UserError: Something is missing in `source`, or `out` holds other files.
     """
 
     def __init__(self, out: Path, source: Path | None, settings: dict[str, Any]):

@@ -40,7 +40,11 @@ class Split:
 
     @cached_property
     def counts(self) -> dict[str, int]:
-        """Tiles by class folder."""
+        """Tiles by class folder.
+
+        Raises:
+            UserError: There are no class folders, or one is empty.
+        """
         counts = {
             name: sum(len(folder.files) for folder in walk(self.root / name, is_image))
             for name in class_folders(self.root)

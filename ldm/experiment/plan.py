@@ -88,6 +88,9 @@ class Plan:
     Attributes:
         rows: In the order of the table.
         other_jobs: Names of the jobs that no row needs.
+
+    Raises:
+        UserError: Tiles, checkpoints or options that are missing or wrong.
     """
 
     def __init__(self, settings: Settings):
@@ -170,7 +173,11 @@ class Plan:
         return name + self._part if self._draw and self._depends_on_labels(name) else name
 
     def select_rows(self, patterns: Sequence[str]) -> list[Arm]:
-        """The rows whose key fits a pattern such as `*-centroid-100`; all without patterns."""
+        """The rows whose key fits a pattern such as `*-centroid-100`; all without patterns.
+
+        Raises:
+            UserError: A pattern fits none.
+        """
         if not patterns:
             return self.rows
         keys = [row.key for row in self.rows]
@@ -210,7 +217,11 @@ class Plan:
             raise UserError(f"out {out} lies in data.root {self.root}; give a folder outside")
 
     def _check_inputs(self) -> None:
-        """Check that everything from elsewhere is there."""
+        """Check that everything from elsewhere is there.
+
+        Raises:
+            UserError: Something is missing; all that is missing, in one line.
+        """
         settings, data = self.settings, self.settings.data
         checks: list[tuple] = [(self._check_tiles,)]  # a function and its arguments
         if data.groups is not None:

@@ -12,7 +12,12 @@ from ldm.experiment.jobs import ROOT, Job
 
 
 def check_commands(jobs: Sequence[Job]) -> None:
-    """Parse all command lines, as the commands will."""
+    """Parse all command lines, as the commands will.
+
+    Raises:
+        UserError: Options that a command does not have, or values that it does not take; all
+            problems at once, each option once.
+    """
     problems: dict[str, str] = {}
     for job in jobs:
         script, *words = job.command

@@ -228,6 +228,9 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
 
     Args:
         overrides: `section.key=value`.
+
+    Raises:
+        UserError: The file is missing, or something in it is wrong; all problems in one line.
     """
     config = read_yaml(existing_path(path, "config", "file"))
     for word in overrides:
@@ -240,6 +243,9 @@ def with_override(config: DictConfig, word: str) -> DictConfig:
 
     Args:
         word: `section.key=value`.
+
+    Raises:
+        UserError: The word has another form, or does not fit the configuration.
     """
     key, equals, _ = word.partition("=")
     if not equals or key.startswith("-"):

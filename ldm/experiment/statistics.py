@@ -180,7 +180,12 @@ def pseudo_pairs(rows: Sequence[Row], controls: Collection[str] = (RANDOM,)) -> 
 
 
 def read_arm(row: Row, split: str) -> Arm:
-    """The predictions of all seeds of a row."""
+    """The predictions of all seeds of a row.
+
+    Raises:
+        UserError: No predictions of this split exist, those of two seeds are of different images,
+            or their accuracy is not the one in summary.json.
+    """
     files = {seed: of[split] for seed, of in sorted(row.predictions.items()) if split in of}
     if not files:
         raise UserError(f"no predictions of {split}")

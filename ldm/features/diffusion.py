@@ -85,7 +85,11 @@ def open_diffusion(source: FeatureSource, device: torch.device | str) -> Extract
 
 
 def open_guide(source: FeatureSource, device: torch.device | str) -> Extractor:
-    """Load a guiding classifier, whose logits at t = 0 are its features, too."""
+    """Load a guiding classifier, whose logits at t = 0 are its features, too.
+
+    Raises:
+        UserError: The argument has another form, or the models do not belong together.
+    """
     classifier, at, run = source.argument.rpartition("@")
     if not at or not run or not classifier:
         raise UserError(f"features {source}: give guide:CLASSIFIER@RUN, RUN a diffusion model")
@@ -98,7 +102,7 @@ def open_guide(source: FeatureSource, device: torch.device | str) -> Extractor:
 
     @torch.no_grad()
     def forward(images: Tensor) -> dict[str, Tensor]:
-        z_0 = model.encode_first_stage(images, sample=False)
+        z_0 = model.latents({"image": images}, sample=False)
         logits = net(z_0, model.schedule.times(0, len(z_0), z_0.device)).float() / guide.temperature
         return {FEATURES: logits, LOGITS: logits}
 

@@ -75,6 +75,9 @@ class Probe:
             features: (N, D).
             labels: (N,) in [0, K).
             classes: K names.
+
+        Raises:
+            UserError: A class has a single tile, so that none can be left out.
         """
         from sklearn.model_selection import StratifiedKFold
 
@@ -163,6 +166,9 @@ class Judge:
             val: Features of further labelled tiles, by network. They calibrate the classifiers
                 alone, since these may have been trained on `real` and be sure of all of it;
                 without them the temperature of a classifier is 1.
+
+        Raises:
+            UserError: A regression has too few real tiles.
         """
         labels = real[0].labels
         probes = [None if s.logits is not None else Probe.of(s, cache) for s in real]

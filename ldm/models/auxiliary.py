@@ -32,6 +32,9 @@ class DecoderFinetune(HistoModule):
         perceptual_weight, perceptual_weights: LPIPS, as in `LPIPSWithDiscriminator`.
         weight_decay: AdamW's, of the auxiliary classifier only.
         monitor: Validation metric that chooses the best checkpoint.
+
+    Raises:
+        UserError: A missing checkpoint, an unknown architecture, or data without labels.
     """
 
     kind = "autoencoder"

@@ -1,5 +1,6 @@
 """Lightning callbacks for image grids, throughput, checkpoints, and stopping on a signal."""
 
+import logging
 import math
 import signal
 import threading
@@ -11,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from torch import Tensor
+from tqdm import tqdm
 
 from ldm.data.tiles import to_uint8
 from ldm.devices import follow_layout
@@ -20,6 +22,8 @@ from ldm.models.sharding import is_sharded
 
 if TYPE_CHECKING:
     from ldm.models.base import HistoModule
+
+log = logging.getLogger(__name__)
 
 
 def image_grid(images: Tensor, columns: int = 4):
@@ -120,6 +124,28 @@ class ProgressBar(TQDMProgressBar):
             self._metrics = {n: float(values[n]) for n in pl_module.shown if n in values}
             self._read = now
         return self._metrics
+
+
+class TimeLeft(pl.Callback):
+    """Logs how far a training is and the time left: after the first step, then now and then."""
+
+    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._first, self._began = trainer.global_step, time.monotonic()
+        self._next = 0.0  # when to tell again, seconds from the beginning
+        self._steps = trainer.estimated_stepping_batches
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        spent = time.monotonic() - self._began
+        step, done = trainer.global_step, trainer.global_step - self._first
+        if not done or spent < self._next or not trainer.is_global_zero:
+            return
+        # A minute at least, and a tenth of the time, lest a long run fills its log.
+        self._next = spent + max(60.0, spent / 10)
+        left = ""
+        if math.isfinite(self._steps):
+            seconds = max(0.0, spent / done * (self._steps - step))
+            left = f" of {self._steps}, about {tqdm.format_interval(seconds)} left"
+        log.info("step %d%s, %.3g s per step", step, left, spent / done)
 
 
 def validation_is_due(trainer: pl.Trainer) -> bool:

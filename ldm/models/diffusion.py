@@ -146,13 +146,7 @@ class LatentDiffusion(HistoModule):
             first_stage_ckpt, first_stage_config
         )
         self.unet = instantiate_from_config(unet_config)
-        if self.unet.num_classes is not None and not self.conditional:
-            raise UserError(
-                f"model.params.unet_config.params.num_classes={self.unet.num_classes}: "
-                "pre-training is unconditional; remove it, classes come in through the classifier "
-                "or ldm.models.label_adapter.LabelAdapter"
-            )
-        self._check_sizes()
+        self._check_unet()
         self.ema = EMA(self.unet, ema_decay) if use_ema else None
         # NaN until it is measured, so that a use before that cannot pass unseen.
         unknown = [float("nan")] * channels if channel_scale else float("nan")
@@ -190,7 +184,14 @@ class LatentDiffusion(HistoModule):
             )
         return module.net.eval().requires_grad_(False), module.rebuild_config()
 
-    def _check_sizes(self) -> None:
+    def _check_unet(self) -> None:
+        """Check that the UNet knows no labels, and that its sizes are those of the latent."""
+        if self.unet.num_classes is not None and not self.conditional:
+            raise UserError(
+                f"model.params.unet_config.params.num_classes={self.unet.num_classes}: "
+                "pre-training is unconditional; remove it, classes come in through the classifier "
+                "or ldm.models.label_adapter.LabelAdapter"
+            )
         first, (channels, size, _) = self.first_stage_model, self.latent_shape
         if first.embed_dim != channels:
             raise UserError(

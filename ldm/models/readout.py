@@ -115,6 +115,9 @@ class ReadoutClassifier(GuidingClassifier):
         Args:
             blocks: None for the middle and all up-blocks.
             params: Further ones of the class.
+
+        Raises:
+            UserError: The model takes labels, or has no such block.
         """
         if diffusion.conditional:
             raise UserError(
@@ -145,7 +148,11 @@ class ReadoutClassifier(GuidingClassifier):
         return model
 
     def attach(self, diffusion: LatentDiffusion, where: str) -> None:
-        """Read the averaged network of this model from now on."""
+        """Read the averaged network of this model from now on.
+
+        Raises:
+            UserError: It is not the one that the readout was trained on.
+        """
         if weights_digest([diffusion.network()]) != self.diffusion_digest:
             raise UserError(
                 f"{where} reads the features of another diffusion model than the one given; a "

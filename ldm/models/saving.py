@@ -18,6 +18,9 @@ class CheckpointFiles(TorchCheckpointIO):
 
     Lightning itself writes to the system's temporary folder and moves the file. Between two file
     systems that is a copy, and a run that is killed meanwhile leaves half a checkpoint.
+
+    Raises:
+        UserError: The disk is full while a checkpoint is saved; the one before it stays.
     """
 
     def __init__(self) -> None:

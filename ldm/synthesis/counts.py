@@ -7,7 +7,11 @@ from ldm.errors import UserError
 
 
 def find_class(word: str, known: Sequence[str], option: str) -> str:
-    """The class that a name or an index means; a name that is a number wins over an index."""
+    """The class that a name or an index means; a class whose name is a number wins over an index.
+
+    Raises:
+        UserError: There is no such class.
+    """
     if word in known:
         return word
     if word.isdecimal() and int(word) < len(known):
@@ -17,7 +21,11 @@ def find_class(word: str, known: Sequence[str], option: str) -> str:
 
 
 def choose_classes(text: str, known: Sequence[str]) -> list[str]:
-    """The classes that a text such as `ADI,3` means, in the model's order."""
+    """The classes that a text such as `ADI,3` means, in the model's order.
+
+    Raises:
+        UserError: A class is unknown or given twice, or the list is empty.
+    """
     words = [word.strip() for word in text.split(",") if word.strip()]
     option = f"classes={text}"
     if not words:
@@ -28,7 +36,11 @@ def choose_classes(text: str, known: Sequence[str]) -> list[str]:
 
 
 def parse_counts(text: str, known: Sequence[str]) -> dict[str, int]:
-    """Images per class that a text such as `ADI=500,3=200` means, in the model's order."""
+    """Images per class that a text such as `ADI=500,3=200` means, in the model's order.
+
+    Raises:
+        UserError: A class is unknown or given twice, or a count is not a whole number from 1.
+    """
     option, counts = f"counts={text}", {}
     names = []
     for part in (part.strip() for part in text.split(",") if part.strip()):
@@ -55,6 +67,9 @@ def balance(
         names: Classes to fill up.
         known: All classes of the model.
         extra: Images on top of that, for every class.
+
+    Raises:
+        UserError: `folder` is no such set, has other classes, or needs no images.
     """
     from ldm.cli import existing_path
     from ldm.data.images import class_folders, list_images

@@ -73,6 +73,10 @@ def load_models(
         first_stage_path: Checkpoint of kind autoencoder whose decoder was tuned on labels; replaces
             the autoencoder of the diffusion model.
         autoguidance_path: Checkpoint of kind diffusion, worse than the first.
+
+    Raises:
+        UserError: A wrong kind, or models that were not made for one another: another latent space,
+            latent scale, noise schedule or class list.
     """
     diffusion = load_model(diffusion_path, "diffusion", device, what="`model`")
     files = {"diffusion": file_sha256(checkpoint_path(diffusion_path))}

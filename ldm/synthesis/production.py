@@ -29,6 +29,7 @@ from ldm.synthesis.synthesiser import Confidence, Synthesiser
 log = logging.getLogger(__name__)
 
 Job = tuple[str, int]  # class and index of an image
+LOG_EVERY = 10.0  # seconds between lines of progress in a log file
 QUEUE = 2  # sampled batches that may wait to be written: latents are small, but not free
 
 
@@ -249,12 +250,22 @@ def _sample(
     steps = len(synthesiser.pairs)
     # A terminal shows every sampler step; a log file gets a line now and then.
     live = sys.stderr.isatty()
-    options = {"unit": "img", "dynamic_ncols": True, "mininterval": 0.1 if live else 10.0}
+    options = {"unit": "img", "dynamic_ncols": True, "mininterval": 0.1 if live else LOG_EVERY}
     options["disable"] = quiet
+    began = time.monotonic()
+    shown = [began]  # when a log file got its last line
     with Writer(synthesiser, folder, journal) as writer, tqdm(total=share, **options) as bar:
 
         def show(step: Step) -> None:
-            bar.set_postfix_str(f"step {step.j + 1}/{steps}", refresh=live)
+            """Say the step, and the time left before the first batch tells tqdm the rate."""
+            done = bar.n + len(batch) * (step.j + 1) / steps  # images
+            now = time.monotonic()
+            left = (now - began) / done * (share - done)
+            text = f"step {step.j + 1}/{steps}, about {tqdm.format_interval(left)} left"
+            due = live or now - shown[0] > LOG_EVERY
+            bar.set_postfix_str(text, refresh=due)
+            if due:
+                shown[0] = now
 
         while batch := list(islice(jobs, batch_size)):
             bar.set_description(batch[0][0], refresh=live)

@@ -41,6 +41,10 @@ class Sources:
     Attributes:
         by_class: Files of each class, in the order of use.
         digest: SHA-256 of the files and of which class they are used for.
+
+    Raises:
+        UserError: A folder of validation or test tiles, one without tiles for some class, or
+            unlabelled tiles without a judge.
     """
 
     def __init__(

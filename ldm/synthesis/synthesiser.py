@@ -230,6 +230,9 @@ class Synthesiser:
 
         Args:
             sources: Clean scaled latents to start from where there is a `Sampling.strength`.
+
+        Raises:
+            UserError: The latents are not finite.
         """
         sampling, schedule = self.sampling, self.models.diffusion.schedule
         shape = self.models.diffusion.latent_shape
