@@ -35,7 +35,7 @@ from ldm.data.images import class_folders
 from ldm.data.tile_files import TileFiles, TilesInMemory
 from ldm.data.tiles import to_uint8
 from ldm.devices import one_device, one_thread, within_memory
-from ldm.errors import UserError
+from ldm.errors import UserError, require_whole
 from ldm.evaluation.runs import train_and_report
 from ldm.features.diffusion import centre
 from ldm.features.extractor import FEATURES, Extractor
@@ -241,11 +241,16 @@ def select(
         neighbors: Of knn.
         seed: Of random.
     """
+    require_whole("per_class", per_class, 1)
+    classes, names = _labelled(real, "real").classes, _labelled(synthetic, "synthetic").class_names
+    if unknown := sorted(set(names) - set(classes)):
+        raise UserError(f"`synthetic` tiles of {unknown}: `real` has only {classes}")
     choice = Choice(strategy, neighbors, "judge", seed)
-    judge = Judge.fit([_labelled(real, "real")]) if choice.needs_judge else None
-    made = _labelled(synthetic, "synthetic").in_order()
-    judged = Judged(real, made, centroids_of(_labelled(real, "real")), judge=judge)
-    _, decided = decide(judged, choice, [per_class] * len(real.classes))
+    judge = Judge.fit([real]) if choice.needs_judge else None
+    labels = torch.tensor([classes.index(name) for name in names])
+    made = replace(synthetic, labels=labels, classes=classes).in_order()
+    judged = Judged(real, made, centroids_of(real), judge=judge)
+    _, decided = decide(judged, choice, [per_class] * len(classes))
     rows = {file: row for row, file in enumerate(synthetic.files)}
     chosen = [rows[file] for name in decided.classes for file in decided.used(name)]
     return np.array(chosen, dtype=np.int64)

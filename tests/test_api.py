@@ -4,10 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import tiny
 import torch
+from nbclient import NotebookClient
 
 import ldm
 import sample_diffusion
@@ -37,6 +39,11 @@ def site(tmp_path_factory) -> Path:
 def run(site):
     models = site / "models"
     return ldm.load(models / "diffusion", classifier=models / "classifier", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def real(site, run):
+    return run.features(site / "data" / "train5")
 
 
 def test_importing_is_light_and_names_are_listed():
@@ -95,9 +102,8 @@ def test_tiles_are_paths_arrays_or_tensors(site, run):
 
 
 @pytest.mark.parametrize("strategy", ["centroid", "confidence", "knn", "coverage", "random"])
-def test_the_best_of_real_tiles_are_their_own(site, run, strategy):
+def test_the_best_of_real_tiles_are_their_own(site, run, real, strategy):
     """Labelled tiles with one under a wrong name: all strategies but chance leave it out."""
-    real = run.features(site / "data" / "train5")
     arrays = np.stack([read_tile(path) for path in _paths(site, "test")])
     labels = ["ADI"] * 3 + ["LYM"] * 3 + ["TUM"] * 2 + ["ADI"]
     rows = ldm.select(run.features(arrays, labels), real, 4, strategy).tolist()
@@ -109,8 +115,8 @@ def _paths(site: Path, split: str) -> list[Path]:
     return sorted((site / "data" / split).glob("*/*.png"))
 
 
-def test_a_probe_of_a_few_labels(site, run):
-    probe = ldm.fit_probe(run.features(site / "data" / "train5"))
+def test_a_probe_of_a_few_labels(site, run, real):
+    probe = ldm.fit_probe(real)
     test = run.features(site / "data" / "test")
     assert probe.predict(test) == test.class_names
     np.testing.assert_allclose(probe.probabilities(test).sum(axis=1), 1)
@@ -119,7 +125,8 @@ def test_a_probe_of_a_few_labels(site, run):
 
 
 def test_a_classifier_of_eval_describes_tiles(site, tmp_path):
-    net = TileClassifier("vit_tiny", tiny.CLASSES, input_size=32, patch_size=16)
+    net = TileClassifier("vit_tiny", 3, input_size=32, patch_size=16)
+    net.classes = tiny.CLASSES
     tiny.write_checkpoint(tmp_path / "checkpoints" / "best.ckpt", tiny.vit_checkpoint(net))
     found = ldm.load(tmp_path, device="cpu").features(site / "data" / "test")
     assert found.logits.shape == (9, 3) and found.classes == tiny.CLASSES
@@ -149,6 +156,10 @@ def test_a_classifier_of_eval_describes_tiles(site, tmp_path):
             lambda run, site: ldm.select(*[run.features(site / "data" / "test")] * 2, 1, "best"),
             "`strategy` 'best'",
         ),
+        (
+            lambda run, site: ldm.select(*[run.features(site / "data" / "test")] * 2, 0),
+            "per_class=0",
+        ),
         (lambda run, site: ldm.train_classifier(site, "train5", epoch=1), "epoch"),
     ],
 )
@@ -156,3 +167,24 @@ def test_mistakes_are_one_line(site, run, call, message):
     with pytest.raises(UserError, match=message) as error:
         call(run, site)
     assert "\n" not in str(error.value)
+
+
+def test_the_notebook_runs(site, monkeypatch):
+    """Every cell, on tiny models; the outputs that it is published with are small."""
+    root = site / "quickstart"
+    root.mkdir()
+    for name, target in {
+        "tiles": "data",
+        "flow": "models/diffusion",
+        "readout": "models/classifier",
+    }.items():
+        (root / name).symlink_to(site / target)
+    monkeypatch.setenv("HISTO_QUICKSTART", str(root))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("IPYTHONDIR", str(site / "ipython"))
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    published = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert NOTEBOOK.stat().st_size < 300_000
+    assert any("image/png" in output.get("data", {}) for output in published)
+    assert not any(output.output_type == "error" for output in published)
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": site}}).execute()
