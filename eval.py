@@ -17,7 +17,6 @@ from pydantic import Field
 from ldm.cli import MOST, Seed, contradictions, existing_path, like, option, parse, run_command
 from ldm.devices import Devices, one_device, shared_devices
 from ldm.errors import UserError
-from ldm.files import require_outside
 from ldm.models.vit_settings import Settings
 from ldm.settings import PRECISION_HELP, EvaluationOptions, SharedDevices
 
@@ -116,8 +115,6 @@ def main(argv: list[str] | None = None) -> int:
     from ldm.evaluation.sets import GroupTable
 
     groups = GroupTable.given(args)
-    sets = [data_path / name for name in (args.subset, "val", "test")]
-    require_outside({"--logdir": Path(args.logdir) / args.subset}, {"--data_path": sets})
     if args.eval:
         evaluate(args, data_path, devices, groups)
         return 0

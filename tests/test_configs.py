@@ -16,7 +16,7 @@ ROOT = Path(main_py.__file__).parent
 TRAINING = sorted(
     p.relative_to(ROOT).as_posix()
     for p in (ROOT / "configs").rglob("*.yaml")
-    if "\nmodel:" in p.read_text()
+    if "\n  target: ldm.models." in p.read_text()  # not those that are merged over others
 )
 PAPER_SIZED = ("configs/autoencoder/", "configs/latent-diffusion/")
 

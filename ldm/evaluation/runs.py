@@ -18,10 +18,16 @@ from ldm.devices import Devices, Ranks
 from ldm.errors import UserError
 from ldm.evaluation.bootstrap import intervals
 from ldm.evaluation.predictions import predictions_name
-from ldm.evaluation.sets import GroupTable, Splits, open_evaluation_sets, open_splits
+from ldm.evaluation.sets import (
+    EVALUATED,
+    GroupTable,
+    Splits,
+    open_evaluation_sets,
+    open_splits,
+)
 from ldm.evaluation.summary import write_confusion, write_summary
 from ldm.evaluation.training import Predictor, RunBatches, TrainingData, predictions_of
-from ldm.files import remove_leftovers, write_json
+from ldm.files import remove_leftovers, require_outside, write_json
 from ldm.models.callbacks import LastCheckpoint
 from ldm.models.vit import load_vit
 from ldm.models.vit_settings import Settings
@@ -206,6 +212,8 @@ def train_and_report(
     settings.check()
     splits = open_splits(data_path, train_folder, settings, num_classes, groups)
     arm = Arm(train_folder, logdir / train_folder, settings, splits, devices, workers)
+    sets = [data_path / name for name in (train_folder, *EVALUATED)]
+    require_outside({"`logdir`": arm.folder}, {"`data_path`": sets})
     earlier = Earlier.find(arm.folder, seeds, arm.facts, resume, overwrite)
     if len(earlier.results) == len(seeds):
         return _report(arm, seeds, earlier, Ranks())
