@@ -42,7 +42,7 @@ from ldm.features.extractor import FEATURES, Extractor
 from ldm.features.probe import Judge
 from ldm.features.sets import FeatureSet
 from ldm.features.source import DIFFUSION, VIT, FeatureSource
-from ldm.files import require_class_names, require_outside, write_png
+from ldm.files import require_class_names, write_png
 from ldm.models.vit_settings import Settings
 from ldm.selection.judge import Judged, centroids_of
 from ldm.selection.strategies import Choice
@@ -288,8 +288,6 @@ def train_classifier(
         settings["precision"] = devices.precision
     options = checked(Settings, settings, strict=False)
     data, logs = existing_path(data_path, "`data_path`", "dir"), Path(logdir).expanduser()
-    sets = [data / name for name in (subset, "val", "test")]
-    require_outside({"`logdir`": logs / subset}, {"`data_path`": sets})
     return train_and_report(data, subset, options, list(seeds), logs, devices, workers)
 
 
