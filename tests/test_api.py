@@ -187,4 +187,4 @@ def test_the_notebook_runs(site, monkeypatch):
     assert NOTEBOOK.stat().st_size < 300_000
     assert any("image/png" in output.get("data", {}) for output in published)
     assert not any(output.output_type == "error" for output in published)
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": site}}).execute()
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": site}}).execute()
