@@ -503,9 +503,13 @@ def holm(p: Sequence[float]) -> list[float]:
     In rising order the i-th is max over j <= i of (m - j + 1) p_j, at most 1: with all those below
     0.05 rejected, the chance of any false rejection is below 0.05.
     """
-    from statsmodels.stats.multitest import multipletests
-
-    return multipletests(p, method="holm")[1].tolist()
+    # Not by statsmodels, which collects garbage at every call: 85 ms of 90 in a process of tests.
+    values = np.asarray(p, dtype=float)
+    order = values.argsort()
+    scaled = values[order] * np.arange(len(values), 0, -1)
+    adjusted = np.empty_like(values)
+    adjusted[order] = np.minimum(np.maximum.accumulate(scaled), 1)
+    return adjusted.tolist()
 
 
 def stars(p: float | None) -> str:
