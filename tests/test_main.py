@@ -357,10 +357,10 @@ def main_py_module(ckpt: Path, aux_start: int):
 
 def test_a_discriminator_fits_the_tiles(data, tmp_path):
     """By a closed form: the first depth that is refused is the first that cannot be computed."""
-    tile = torch.zeros(1, 3, tiny.PIXELS, tiny.PIXELS)
-    NLayerDiscriminator(n_layers=3)(tile)
+    tiles = torch.zeros(2, 3, tiny.PIXELS, tiny.PIXELS)
+    NLayerDiscriminator(n_layers=3)(tiles)
     with pytest.raises(RuntimeError, match="Kernel size"):
-        NLayerDiscriminator(n_layers=4)(tile)
+        NLayerDiscriminator(n_layers=4)(tiles)
     config = write_config(tmp_path / "c.yaml", data, autoencoder_model(disc_num_layers=4))
     with pytest.raises(UserError, match="needs tiles of 48 pixels, these have 32"):
         run(config, tmp_path, "ae", 1)
