@@ -117,7 +117,7 @@ def settings_of(args: Options, models) -> list:
     Args:
         models: `ldm.synthesis.Models`.
     """
-    from ldm.synthesis import Sampling
+    from ldm.synthesis.settings import Sampling
 
     process, by_classifier = models.diffusion.schedule, models.classifier is not None
     grid, usual = [], process.guided_interval if by_classifier else None
@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from ldm.evaluation.sweep import Sweep
     from ldm.features.source import VIT, FeatureSource
-    from ldm.synthesis import load_models
+    from ldm.synthesis.models import load_models
 
     devices = one_device(args.device).with_precision(args.precision)
     models = load_models(args.model, args.classifier, args.first_stage, devices.device)

@@ -19,6 +19,7 @@ from ldm.errors import Stopped, UserError
 from ldm.models.callbacks import LastCheckpoint
 from ldm.models.diffusion import LatentDiffusion
 from ldm.modules.autoencoder import DiagonalGaussian
+from ldm.modules.discriminator import NLayerDiscriminator
 from ldm.run import RunFolder
 from ldm.trainings import configured
 
@@ -352,6 +353,18 @@ def main_py_module(ckpt: Path, aux_start: int):
     module = DecoderFinetune(str(ckpt), aux_arch="resnet10t", aux_start=aux_start, rec_weight=0.0)
     module.use_classes(tiny.CLASSES)
     return module
+
+
+def test_a_discriminator_fits_the_tiles(data, tmp_path):
+    """By a closed form: the first depth that is refused is the first that cannot be computed."""
+    tile = torch.zeros(1, 3, tiny.PIXELS, tiny.PIXELS)
+    NLayerDiscriminator(n_layers=3)(tile)
+    with pytest.raises(RuntimeError, match="Kernel size"):
+        NLayerDiscriminator(n_layers=4)(tile)
+    config = write_config(tmp_path / "c.yaml", data, autoencoder_model(disc_num_layers=4))
+    with pytest.raises(UserError, match="needs tiles of 48 pixels, these have 32"):
+        run(config, tmp_path, "ae", 1)
+    assert not (tmp_path / "ae").exists()
 
 
 def test_dry_run_says_what_would_be_trained(data, autoencoder_ckpt, tmp_path, capsys):

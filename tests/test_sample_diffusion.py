@@ -19,10 +19,10 @@ from ldm.devices import one_thread
 from ldm.diffusion.samplers import IndexedNoise, ddim
 from ldm.diffusion.schedule import time_pairs
 from ldm.errors import UserError
-from ldm.synthesis import UNCONDITIONAL, Sampling, Synthesiser, load_models
 from ldm.synthesis.folder import COLUMNS
-from ldm.synthesis.models import Models
-from ldm.synthesis.synthesiser import fixed_batches
+from ldm.synthesis.models import Models, load_models
+from ldm.synthesis.settings import UNCONDITIONAL, Sampling
+from ldm.synthesis.synthesiser import Synthesiser, fixed_batches
 
 ROOT = Path(sample_diffusion.__file__).parent
 

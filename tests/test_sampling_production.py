@@ -25,9 +25,12 @@ from ldm.data.tiles import read_tile, resize_tile
 from ldm.devices import Devices, shared_devices
 from ldm.errors import UserError
 from ldm.models.label_adapter import LabelAdapter
-from ldm.synthesis import SampleFolder, Sampling, Synthesiser, load_models, make_settings
 from ldm.synthesis.counts import balance, choose_classes, parse_counts
+from ldm.synthesis.folder import SampleFolder
 from ldm.synthesis.guidance_log import GuidanceLog
+from ldm.synthesis.models import load_models, make_settings
+from ldm.synthesis.settings import Sampling
+from ldm.synthesis.synthesiser import Synthesiser
 
 assert models  # the fixture
 
@@ -624,7 +627,7 @@ def test_temperature_of_the_classifier_is_used(models, tmp_path):
 
 def test_a_library_call_reports(models, tmp_path):
     """What a sweep uses: counts in, a report out, rows and means in the folder."""
-    from ldm.synthesis import synthesise
+    from ldm.synthesis.production import synthesise
 
     loaded = load_models(models / "diffusion.ckpt", models / "classifier.ckpt")
     sampling = Sampling("ddim", 2, 1.0, 5.0, 0)

@@ -11,16 +11,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
+from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.data.images import EXTENSIONS, class_folders, list_images
+from ldm.data.images import EXTENSIONS, class_folders, list_images, read_tile
 from ldm.data.storage import top_folder
 from ldm.errors import UserError
 from ldm.files import digest_of_text, file_sha256, require_class_names
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ldm.data.index import CorpusIndex
 
 log = logging.getLogger(__name__)
@@ -133,6 +136,10 @@ class TileFiles:
         """Number of files of each class."""
         return {name: self.labels.count(label) for label, name in enumerate(self.classes)}
 
+    def read(self, path: Path) -> "np.ndarray":
+        """Decode one of `paths`, to uint8 (H, W, 3)."""
+        return read_tile(path)
+
     @cached_property
     def digests(self) -> list[str]:
         """SHA-256 of the content of each file; files are read when this is first asked for."""
@@ -198,6 +205,20 @@ class TileFiles:
 
     def __len__(self) -> int:
         return len(self.names)
+
+
+@dataclass(frozen=True)
+class TilesInMemory(TileFiles):
+    """Tiles that are no files yet, where the files of a set are expected; names are numbers."""
+
+    arrays: Sequence["np.ndarray"] = ()  # N, uint8 (H, W, 3)
+
+    def read(self, path: Path) -> "np.ndarray":
+        return self.arrays[int(path.name)]
+
+    @cached_property
+    def digests(self) -> list[str]:
+        return [sha256(f"{one.shape}".encode() + one.tobytes()).hexdigest() for one in self.arrays]
 
 
 def _by_class(root: Path, labelled: bool, indexed: list[str] | None = None) -> dict[str, list[str]]:

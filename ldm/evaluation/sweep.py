@@ -26,7 +26,11 @@ from ldm.report import plots
 from ldm.report.grids import Card, card_sheet
 from ldm.report.tables import TextTable, to_markdown
 from ldm.run import hardware, provenance
-from ldm.synthesis import Models, SampleFolder, Sampling, Synthesiser, make_settings, synthesise
+from ldm.synthesis.folder import SampleFolder
+from ldm.synthesis.models import Models, make_settings
+from ldm.synthesis.production import synthesise
+from ldm.synthesis.settings import Sampling
+from ldm.synthesis.synthesiser import Synthesiser
 
 SHEET_TILES = 2  # of each class, in tiles.png
 SHEET_SIDE = 96  # pixels of each

@@ -75,7 +75,7 @@ def open_diffusion(source: FeatureSource, device: torch.device | str) -> Extract
         name=f"UNet of {run} at t = {', '.join(map(str, times))}",
         network=f"diffusion UNet at t = {times}, blocks {blocks}",
         identity=digest_of(facts),
-        transform=_centre(pixels),
+        transform=centre(pixels),
         forward=lambda images: {FEATURES: features_of(model, images, times, blocks)},
         device=torch.device(device),
         preprocessing=f"shorter side to {pixels}, centre; mean over {NOISES} noises",
@@ -112,7 +112,7 @@ def open_guide(source: FeatureSource, device: torch.device | str) -> Extractor:
         name=f"guide {classifier}",
         network="guiding classifier at t = 0",
         identity=digest_of(facts),
-        transform=_centre(pixels),
+        transform=centre(pixels),
         forward=forward,
         device=torch.device(device),
         preprocessing=f"shorter side to {pixels}, centre",
@@ -122,7 +122,7 @@ def open_guide(source: FeatureSource, device: torch.device | str) -> Extractor:
     )
 
 
-def _centre(pixels: int) -> Callable[[np.ndarray], Tensor]:
+def centre(pixels: int) -> Callable[[np.ndarray], Tensor]:
     """What shows the centre of a tile to an autoencoder of so many pixels."""
 
     def transform(tile: np.ndarray) -> Tensor:

@@ -114,6 +114,7 @@ class Extractor:
         num_workers: int = 2,
         views: Views = WHOLE,
         what: str = "features",
+        read: Callable[[Path], np.ndarray] = read_tile,
     ) -> Extracted:
         """Compute the features of image files, in full float32 precision on every device.
 
@@ -124,10 +125,11 @@ class Extractor:
             num_workers: Threads that decode images.
             views: The pictures of a tile that the network sees.
             what: Name on the progress bar.
+            read: Decodes a file, to uint8 (H, W, 3).
         """
 
         def prepare(path: Path) -> tuple[list[Tensor], tuple[int, int]]:
-            tile = read_tile(path)
+            tile = read(path)
             height, width = tile.shape[:2]
             return [self.transform(picture) for picture in views.of(tile)], (width, height)
 

@@ -96,7 +96,12 @@ class FeatureSet:
         """
         stamp = files.stamp() if raw else ""  # before the files are read
         found = extractor.extract(
-            files.paths, batch_size, num_workers, views, f"features of {files.root.name}"
+            files.paths,
+            batch_size,
+            num_workers,
+            views,
+            f"features of {files.root.name}",
+            files.read,
         )
         facts: dict[str, Any] = {} if views is WHOLE else {"views": views.name}
         if raw:

@@ -385,5 +385,8 @@ class Choice:
             return by_realism(synthetic, real, self.neighbors)
         if self.name == "coverage":
             return Coverage(synthetic, real, distances)
-        assert self.name == "random", self.name
-        return AtRandom(synthetic, self.seed)
+        if self.name == "random":
+            return AtRandom(synthetic, self.seed)
+        raise UserError(
+            f"`strategy` {self.name!r} must be centroid, confidence, knn, coverage or random"
+        )

@@ -18,6 +18,25 @@ from ldm.selection.strategies import Choice, Strategy
 from ldm.selection.training_folder import build_training_folder
 
 
+def decide(
+    judged: Judged,
+    choice: Choice,
+    wanted: Sequence[int],
+    fill: bool = False,
+    candidates_root: Path = Path(),
+) -> tuple[Strategy, Selection]:
+    """The strategy for the synthetic tiles of `judged`, and its decisions on all of them.
+
+    Args:
+        wanted, fill, candidates_root: See `WantedFolder`.
+    """
+    synthetic, p = judged.synthetic, judged.probabilities
+    distances = centroid_distances(synthetic.values, judged.centroids.values)
+    strategy = choice.make(synthetic, judged.real, distances, candidates_root, p)
+    known = None if p is None else p.numpy()
+    return strategy, select(strategy, synthetic, distances.numpy(), wanted, fill, known)
+
+
 @dataclass(frozen=True)
 class WantedFolder:
     """A training folder that is wanted.
@@ -74,13 +93,7 @@ class WantedFolder:
 
     @cached_property
     def _decided(self) -> tuple[Strategy, Selection]:
-        real, synthetic, p = self.judged.real, self.judged.synthetic, self.judged.probabilities
-        distances = centroid_distances(synthetic.values, self.judged.centroids.values)
-        strategy = self.choice.make(synthetic, real, distances, self.candidates_root, p)
-        known = None if p is None else p.numpy()
-        return strategy, select(
-            strategy, synthetic, distances.numpy(), self.wanted, self.fill, known
-        )
+        return decide(self.judged, self.choice, self.wanted, self.fill, self.candidates_root)
 
     def draw_sheets(self, sheets: Path) -> None:
         """Write a contact sheet of each class."""

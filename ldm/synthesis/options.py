@@ -1,0 +1,259 @@
+"""The options of sample_diffusion.py, which `ldm.load(RUN).sample` takes too.
+
+Imports nothing heavy, so that a command line can be checked before torch is loaded.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field
+
+from ldm.cli import (
+    MOST,
+    Count,
+    NotNegative,
+    Pixels,
+    Positive,
+    Share,
+    Whole,
+    like,
+    option,
+    shown,
+)
+from ldm.settings import (
+    DEFAULT_COUNT,
+    DEFAULT_SCALE,
+    DEFAULT_STEPS,
+    DEFAULT_STRENGTH,
+    MACHINE,
+    LoaderOptions,
+    ProcessOptions,
+)
+
+_models = partial(option, group="models")
+_images = partial(option, group="images")
+_sampler = partial(option, group="sampler")
+_guidance = partial(option, group="guidance")
+_machine = partial(option, group=MACHINE)
+
+
+def auto_as_none(text: str | float | None) -> str | float | None:
+    """`auto` as None."""
+    return None if text == "auto" else text
+
+
+def part_of(text: str | tuple) -> tuple[int, int]:
+    """The share that `3/16` means, as (3, 16)."""
+    if not isinstance(text, str):
+        return tuple(text)
+    words = text.split("/")
+    if len(words) != 2 or not all(word.isdecimal() for word in words):
+        raise ValueError(f"{shown(text)} is not of the form I/N, such as 0/16")
+    part, count = map(int, words)
+    if count > MOST:
+        raise ValueError(f"{shown(text)}: there are at most {MOST} parts")
+    if part >= count:
+        raise ValueError(f"{shown(text)}: parts go from 0/{count} to {count - 1}/{count}")
+    return part, count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(ProcessOptions):
+    """Sample tiles from a latent diffusion model: unconditionally, or guided to classes.
+
+    Writes OUT/CLASS/000000.png, manifest.csv, manifest.parquet, settings.json, guidance.csv,
+    grid.png and README.md. The same command again makes what is missing.
+    """
+
+    program: ClassVar = "sample_diffusion.py"
+    example: ClassVar = """\
+  python sample_diffusion.py --model logs/ldm --classifier logs/classifier -n 100 -c 50 \\
+      --classifier_scale 10 --out OUT"""
+
+    model: str = _models(
+        "-r", metavar="CKPT", published=("--resume",), help="diffusion checkpoint or run folder"
+    )
+    classifier: str | None = _models(
+        default=None, metavar="CKPT", help="noisy-latent classifier that guides"
+    )
+    first_stage: str | None = _models(
+        default=None,
+        metavar="CKPT",
+        help="autoencoder with a decoder fine-tuned on labels, to decode with",
+    )
+    autoguidance: str | None = _models(
+        default=None, metavar="CKPT", help="earlier diffusion checkpoint to guide away from"
+    )
+    ema: bool = _models(
+        default=True, takes_value=True, help="use the averaged weights of the noise predictor"
+    )
+
+    n_samples: Count | None = _images(
+        "-n", default=None, help=f"images per class; if omitted {DEFAULT_COUNT}"
+    )
+    classes: str | None = _images(
+        default=None, metavar="A,B", help="classes to make, by name or index; if omitted, all"
+    )
+    counts: str | None = _images(
+        default=None, metavar="A=N,B=N", help="images of each class, by name or index"
+    )
+    balance: str | None = _images(
+        default=None,
+        metavar="DIR",
+        help="fill each class of this training set up to the size of its largest, and add -n",
+    )
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = _images(default=0, help="seed of the noise")
+    out: str | None = _images(
+        "-l",
+        default=None,
+        metavar="DIR",
+        published=("--outdir", "--logdir"),
+        help="folder of the images; if omitted RUN/samples/SETTINGS",
+    )
+    out_size: Pixels | None = _images(
+        default=None, metavar="PIXELS", help="resize the images to this side"
+    )
+    start_from: str | None = _images(
+        default=None,
+        metavar="DIR",
+        help="start from these real training tiles instead of noise: class folders, or tiles that "
+        "--classifier labels",
+    )
+    strength: Annotated[float, Field(gt=0, le=1)] | None = _images(
+        default=None,
+        metavar="S",
+        help="share of the way to noise that --start_from is noised to; if omitted "
+        f"{DEFAULT_STRENGTH}",
+    )
+    start_confidence: Share | None = _images(
+        default=None,
+        metavar="P",
+        help="least probability of a tile's class where --classifier labels --start_from",
+    )
+    tar: Count | None = _images(default=None, metavar="N", help="also pack them, N to a tar shard")
+
+    sampler: Literal["ddim", "ddpm", "dpm++2m", "euler", "heun"] | None = _sampler(
+        default=None,
+        help="euler and heun are for rectified flows, the others for noise schedules; if omitted "
+        "ddim, or euler for a flow",
+    )
+    vanilla_sample: bool = _sampler("-v", default=False, help="the same as --sampler ddpm")
+    custom_steps: Count | None = _sampler(
+        "-c",
+        default=None,
+        help=f"sampling steps; if omitted {DEFAULT_STEPS}, or all training time steps with ddpm",
+    )
+    eta: Share | None = _sampler(
+        "-e", default=None, help="DDIM noise, 0 is deterministic; if omitted 1"
+    )
+
+    latent_limit: Positive | None = _sampler(
+        default=None,
+        metavar="X",
+        help="with euler and heun: keep predicted clean latents within +-X, which strong guidance "
+        "would leave",
+    )
+
+    classifier_scale: NotNegative | None = _guidance(
+        default=None, help=f"scale of classifier guidance, 0 for none; if omitted {DEFAULT_SCALE:g}"
+    )
+    guidance_on: Literal["z_t", "z_0"] | None = _guidance(
+        default=None,
+        help="what the classifier looks at: the noisy latent, or the clean one predicted from it "
+        "(slower); if omitted z_t",
+    )
+    guidance_norm: bool = _guidance(
+        default=False,
+        help="make guidance SCALE times as long as the predicted noise, at every step",
+    )
+    guidance_clip: Positive | None = _guidance(
+        default=None, metavar="R", help="guidance is at most R times as long as the predicted noise"
+    )
+    temperature: (
+        Annotated[float | None, Field(ge=1e-3, le=1e3), BeforeValidator(auto_as_none)] | None
+    ) = _guidance(
+        default=None,
+        metavar="auto|VALUE",
+        help="divides the classifier's logits; auto (or omitted): as calibrated on validation",
+    )
+    cfg_scale: NotNegative | None = _guidance(
+        default=None,
+        metavar="W",
+        help="classifier-free guidance, for a model that takes labels: 1 (or omitted) is the "
+        "labelled prediction, more goes beyond it",
+    )
+    autoguidance_scale: NotNegative | None = _guidance(
+        default=None,
+        metavar="W",
+        help="how far to go beyond the --autoguidance model; 1 would be no guidance",
+    )
+    guidance_interval: tuple[Whole, Whole] | None = _guidance(
+        default=None,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="guide only at training time steps in [LOW, HIGH]; of a flow, thousandths of the way "
+        "to noise; if omitted everywhere, or up to 950 for a flow",
+    )
+
+    batch_size: Count = like(
+        LoaderOptions, "batch_size", 32, help="images sampled together (8, 16, ... on a CPU)"
+    )
+    part: Annotated[tuple[int, int], BeforeValidator(part_of)] | None = _machine(
+        default=None,
+        metavar="I/N",
+        help="make only the I-th of N shares, 0/N to N-1/N, beside runs that make the others (job "
+        "array); the command without it then writes the manifest",
+    )
+    compile: bool = _machine(default=False, help="compile the networks: a slow start, then faster")
+
+    def sampler_for(self, process) -> str:
+        """The sampler for a model's process; the process's usual one if none is given."""
+        return "ddpm" if self.vanilla_sample else self.sampler or process.samplers[0]
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Options that exclude one another."""
+        if self.vanilla_sample and self.sampler not in (None, "ddpm"):
+            yield "sampler", f"{self.sampler}: --vanilla_sample means ddpm; leave one out"
+        if self.part is not None and self.tar is not None:
+            yield "tar", "packs all images; leave it out with --part, and give it without"
+        other = "ddpm" if self.vanilla_sample else self.sampler
+        if other not in (None, "ddim") and self.eta is not None:
+            yield "eta", f"{self.eta:g} belongs to DDIM; leave it out with {other}"
+        if self.start_from is None:
+            for name in ("strength", "start_confidence"):
+                if getattr(self, name) is not None:
+                    yield name, "needs --start_from DIR; give it or leave this out"
+        if self.counts is not None:
+            for name, value in (("-n", self.n_samples), ("--classes", self.classes)):
+                if value is not None:
+                    yield "counts", f"says how many of which class; leave {name} out"
+            if self.balance is not None:
+                yield "counts", "says how many of each class, as --balance does; give one of them"
+        yield from self._problems_of_guidance()
+
+    def _problems_of_guidance(self) -> Iterator[tuple[str, str]]:
+        names = ("classifier_scale", "guidance_on", "guidance_clip", "temperature", "guidance_norm")
+        if self.classifier is None:
+            for name in names:
+                if getattr(self, name) not in (None, False):
+                    yield name, "needs --classifier; give one or leave it out"
+        if self.classifier_scale == 0:
+            for name in ("guidance_on", "guidance_clip", "guidance_norm"):
+                if getattr(self, name) not in (None, False):
+                    yield name, "does nothing with --classifier_scale 0; leave it out"
+        if self.guidance_norm and self.guidance_clip is not None:
+            yield (
+                "guidance_norm",
+                "makes guidance as long as --classifier_scale says; leave --guidance_clip out, or "
+                "lower the scale",
+            )
+        if (self.autoguidance is None) != (self.autoguidance_scale is None):
+            missing = "autoguidance" if self.autoguidance is None else "autoguidance_scale"
+            yield missing, "is missing: --autoguidance CKPT and --autoguidance_scale W go together"
+        if self.autoguidance_scale == 1:
+            yield "autoguidance_scale", "1 is no guidance; give more, such as 1.5"
+        if self.guidance_interval and self.guidance_interval[0] > self.guidance_interval[1]:
+            low, high = self.guidance_interval
+            yield "guidance_interval", f"{low} {high}: LOW must not be above HIGH"
