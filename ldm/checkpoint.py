@@ -201,6 +201,12 @@ def load_model(
     training_only = tuple(record["training_only"])
     state = {k: v for k, v in payload["state_dict"].items() if not k.startswith(training_only)}
     load_strictly(model, state, f"{what}: {path}")
+    names, outputs = record["classes"] or [], getattr(model, "outputs", None)
+    if names and outputs and len(names) != outputs:
+        raise UserError(
+            f"{what}: {path} is damaged: its network knows {outputs} classes, and it names "
+            f"{len(names)}, {names}; give another checkpoint"
+        )
     model.classes = record["classes"]
     model.record = record
     return model.to(device).eval().requires_grad_(False)

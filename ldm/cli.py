@@ -413,6 +413,8 @@ def _replaced(
         if not equals and words and not words[0].startswith("-") and "=" not in words[0]:
             value = words.pop(0)
         if " " in replaced[name]:
+            if value.lower() == "false":  # the published default of such a switch
+                continue
             found[name] = f"is no option here; {replaced[name]}"
         else:
             result.append(f"{replaced[name]}={value or 'true'}")

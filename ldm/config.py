@@ -67,7 +67,7 @@ OrMinus1 = Annotated[int, Field(ge=-1, le=MOST)]  # -1 stands for all, none, or 
 Signed = Annotated[float, Field(ge=-1e3, le=1e3)]
 Size = Annotated[int, Field(ge=1, le=2**14)]  # pixels of a side, channels, layers
 _COUNTS = """accumulate_grad_batches batch_frequency batch_size check_val_every_n_epoch
-    every_n_epochs every_n_train_steps max_images num_nodes prefetch scale_images timesteps
+    every_n_epochs every_n_train_steps max_images num_nodes prefetch scale_images
     total_steps"""
 _SIZES = """ch ch_mult channel_mult channels components disc_in_channels disc_num_layers embed_dim
     image_size in_channels model_channels out_ch out_channels patch
@@ -88,6 +88,7 @@ RANGES: dict[str, Any] = {
     "num_res_blocks": Annotated[int, Field(ge=0, le=64)],
     "num_workers": Workers,
     "seed": Seed,
+    "timesteps": Annotated[int, Field(ge=1, le=10**6)],  # tables of so many numbers are built
     "val_fraction": Annotated[float, Field(ge=0, le=0.5)],
     "weight_decay": Rate,
 }

@@ -111,11 +111,20 @@ class Devices:
         dtype = torch.float16 if self.precision == "16-mixed" else torch.bfloat16
         return torch.autocast(device.type, dtype, enabled=self.precision.endswith("-mixed"))
 
-    def describe(self) -> str:
-        """One line for the summary of a run."""
+    def describe(self, fused: bool | None = None) -> str:
+        """One line for the start of a training or sampling: all that decides how fast it is.
+
+        Args:
+            fused: What `fuses` said; None where nothing is trained.
+        """
+        choices = {"channels_last": self.channels_last, "compile": self.compile, "tf32": self.tf32}
+        if fused is not None:
+            choices["fused"] = fused
+        words = {True: "on", False: "off", None: "as PyTorch does"}
         return (
             f"devices      {self.count} x {self.accelerator} x {self.num_nodes} machines, "
-            f"{self.precision}"
+            f"precision {self.precision}, "
+            + ", ".join(f"{name} {words[value]}" for name, value in choices.items())
         )
 
     def record(self) -> dict[str, Any]:

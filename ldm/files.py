@@ -46,6 +46,7 @@ _TEMPORARY = re.compile(
 )
 
 _UNPRINTABLE = {"Cc", "Cs", "Zl", "Zp"}  # categories of Unicode
+_LONGEST_NAME = 200  # bytes; file systems take 255, with what is put before and after it
 
 
 def temporary_path(target: Path) -> Path:
@@ -296,8 +297,8 @@ def require_class_names(names: Any, where: str) -> None:
         where: The file or folder that has them, for the error.
 
     Raises:
-        UserError: They are no list of distinct names, or one is empty, hidden (or `.`, `..`), has
-            a separator of paths (so it would lie elsewhere) or a control character.
+        UserError: They are no list of distinct names, or one is empty, too long, hidden (or `.`,
+            `..`), has a separator of paths (so it would lie elsewhere) or a control character.
     """
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{where}: classes={str(names)[:60]!r} must be a list of names")
@@ -306,10 +307,12 @@ def require_class_names(names: Any, where: str) -> None:
     for name in names:
         kinds = {unicodedata.category(character) for character in name}
         # Control characters, halves of characters (bytes that are no UTF-8), ends of lines.
-        if not name or name.startswith(".") or {"/", "\\"} & set(name) or kinds & _UNPRINTABLE:
+        wrong = not name or name.startswith(".") or {"/", "\\"} & set(name) or kinds & _UNPRINTABLE
+        if wrong or len(os.fsencode(name)) > _LONGEST_NAME:
             raise UserError(
-                f"{where}: class name {name!r} cannot name a folder; a class name is not empty,"
-                " does not begin with a dot, and has no slash, backslash or control character"
+                f"{where}: class name {name[:60]!r} cannot name a folder; a class name has 1 to"
+                f" {_LONGEST_NAME} bytes, does not begin with a dot, and has no slash, backslash or"
+                " control character"
             )
 
 

@@ -68,7 +68,8 @@ def fit(
             even the CSV files.
         config: Resolved configuration, for the record of this start; None keeps no record.
         summary: What is trained, shown at the start.
-        dry_run: Only check what can be checked without the devices; nothing is written.
+        dry_run: Only print `config` and `summary` and check what can be checked without the
+            devices; nothing is written.
 
     Raises:
         UserError: The settings contradict each other, the disk is too small, a number is not
@@ -77,6 +78,7 @@ def fit(
         Stopped: A signal asked the run to stop; `last.ckpt` is of its last step.
     """
     import torch
+    from omegaconf import OmegaConf
 
     from ldm.checkpoint import read_checkpoint
     from ldm.config import tile_roots
@@ -88,7 +90,9 @@ def fit(
         # A checkpoint that does not fit is refused before anything is written.
         model.on_load_checkpoint(read_checkpoint(checkpoint, (model.kind,), "`resume`"))
     _prepare_disk(trainer, model, run, dry_run)
+    summary += f"\n{devices.describe(model.fused)}"
     if dry_run:
+        print(OmegaConf.to_yaml(OmegaConf.create(config)), summary, sep="\n")
         return trainer
     _start_loggers(trainer, run)
     if trainer.is_global_zero:
@@ -146,10 +150,10 @@ def build_trainer(
     quieten_lightning()
     settings = dict(settings)
     settings["strategy"] = choose_strategy(settings.get("strategy"), devices, model)
+    model.fused = devices.fuses(clips=bool(settings.get(CLIP)))
     if dry_run:  # what was said of devices is checked by now
         devices = Devices("cpu", 1)
         settings |= {"strategy": "auto", "plugins": None}
-    model.fused = devices.fuses(clips=bool(settings.get(CLIP)))
     devices.prepare(model, model.networks())
     if not model.automatic_optimization:
         # Lightning leaves accumulation and clipping to modules that step by themselves.
@@ -166,7 +170,7 @@ def build_trainer(
         watching.append(LearningRateMonitor("step"))
     if settings.get("enable_progress_bar", True):
         live = sys.stderr.isatty()
-        watching += [ProgressBar(refresh_rate=1 if live else 50)] + [TimeLeft()] * (not live)
+        watching += [ProgressBar(refresh_rate=1 if live else 50), TimeLeft(live)]
     arguments = {
         "accelerator": devices.accelerator,
         "devices": devices.devices,

@@ -225,6 +225,11 @@ def test_published_options_of_the_trainer_are_overrides():
     assert set(found.overrides) == {*(prefix + each for each in expected), "k=1"}
 
 
+def test_a_published_switch_may_have_its_default():
+    words = ["--data_dir", "D", "--classifier_use_fp16", "False", "--lr", "0.5"]
+    assert parse(importlib.import_module("classifier_train").Options, words).lr == 0.5
+
+
 @pytest.mark.parametrize(
     ("command", "words", "instead"),
     [

@@ -367,6 +367,7 @@ def test_values_of_the_wrong_type_are_reported(name, value, wanted):
         ("diffusion.LatentDiffusion", {"loss_weighting": "snr"}, "one of none, min_snr"),
         ("diffusion.LatentDiffusion", {"loss_type": "l3"}, "one of l1, l2"),
         ("diffusion.LatentDiffusion", {"min_snr_gamma": 0.0}, "must be above 0"),
+        ("diffusion.LatentDiffusion", {"timesteps": 10**9}, "must be in [1, 1000000]"),
         ("diffusion.LatentDiffusion", {"time_shift": "big"}, "must be"),
         ("diffusion.LatentDiffusion", {"scale_factor": [1.0, 0.0]}, "must be above 0"),
         ("label_adapter.LabelAdapter", {"label_dropout": -0.1}, "must be in [0, 1)"),

@@ -100,6 +100,23 @@ def test_too_little_memory_names_the_batch_to_try(batch, remedy):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2 GiB. GPU 0 has")
 
 
+@pytest.mark.parametrize(
+    ("devices", "fused", "expected"),
+    [
+        (Devices(), False, "32, channels_last off, compile off, tf32 as PyTorch does, fused off"),
+        (Devices(compile=True, tf32=True), None, "32, channels_last off, compile on, tf32 on"),
+        (
+            Devices("gpu", 2, precision="bf16-mixed", channels_last=True, tf32=False),
+            True,
+            "bf16-mixed, channels_last on, compile off, tf32 off, fused on",
+        ),
+    ],
+)
+def test_all_that_decides_the_speed_is_told(devices, fused, expected):
+    place = f"devices      {devices.count} x {devices.accelerator} x 1 machines, precision "
+    assert devices.describe(fused) == place + expected
+
+
 FAULTS = """
 import resource
 from ldm.devices import Devices

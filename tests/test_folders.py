@@ -50,7 +50,21 @@ def test_names_that_a_folder_may_have(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "..", ESCAPE, ".hidden", "/tmp", "a/b", "a\\b", "a\nb", "a\0b", "\x1b", "\udc80"],
+    [
+        "",
+        ".",
+        "..",
+        ESCAPE,
+        ".hidden",
+        "/tmp",
+        "a/b",
+        "a\\b",
+        "a\nb",
+        "a\0b",
+        "\x1b",
+        "\udc80",
+        "x" * 201,
+    ],
 )
 def test_names_that_no_folder_may_have(name):
     with pytest.raises(UserError, match="here: class name .* cannot name a folder") as caught:

@@ -436,6 +436,14 @@ def test_a_damaged_record(entry, value, ours, tmp_path):
         load_model(tmp_path / "f.ckpt", "autoencoder")
 
 
+def test_class_names_for_another_number_of_outputs(ours, tmp_path):
+    payload = read_checkpoint(ours / "classifier.ckpt")
+    payload[KEY]["classes"] = tiny.CLASSES[:2]
+    torch.save(payload, tmp_path / "f.ckpt")
+    with pytest.raises(UserError, match=r"f\.ckpt is damaged: its network knows 3 classes"):
+        load_model(tmp_path / "f.ckpt", "classifier")
+
+
 def test_files_of_other_code_name_the_command_that_imports_them(tmp_path):
     torch.save({"state_dict": {"encoder.conv_in.weight": torch.zeros(1)}}, tmp_path / "f.ckpt")
     with pytest.raises(UserError, match="import_checkpoint.py"):

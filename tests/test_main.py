@@ -12,12 +12,14 @@ import torch
 import yaml
 
 import main as main_py
+from ldm import progress
 from ldm.checkpoint import load_model, read_checkpoint
 from ldm.cli import parse
 from ldm.errors import Stopped, UserError
 from ldm.models.callbacks import LastCheckpoint
 from ldm.models.diffusion import LatentDiffusion
 from ldm.modules.autoencoder import DiagonalGaussian
+from ldm.modules.discriminator import NLayerDiscriminator
 from ldm.run import RunFolder
 from ldm.trainings import configured
 
@@ -299,14 +301,19 @@ def test_latent_scale_makes_unit_variance(data, autoencoder_ckpt, tmp_path):
     assert z.std().item() == pytest.approx(1.0, abs=0.05)
 
 
-def test_ema_follows_optimiser_steps_not_batches(data, autoencoder_ckpt, tmp_path, caplog):
+def test_ema_follows_optimiser_steps_not_batches(
+    data, autoencoder_ckpt, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr(progress, "FIRST_SIGN", 1e-3)
     trainer = {"accumulate_grad_batches": 2, "enable_progress_bar": True}
     config = write_config(tmp_path / "c.yaml", data, diffusion_model(autoencoder_ckpt), **trainer)
     caplog.set_level("INFO")
     trainer, model = run(config, tmp_path, "d", 3)
     assert trainer.global_step == 3 and model.ema.num_updates == 3
-    # A log file says how far a training is and the time left, from the first step on.
+    # A log file says how far a training is and the time left, from before its first step's end on.
+    assert "first step under way, 0 s, at least 00:00 left" in caplog.text
     assert "step 1 of 3, about 00:" in caplog.text
+    assert "tf32 as PyTorch does, fused off" in caplog.text
 
 
 def test_decoder_finetuning_keeps_the_latent_space(data, autoencoder_ckpt, tmp_path):
@@ -348,6 +355,18 @@ def main_py_module(ckpt: Path, aux_start: int):
     return module
 
 
+def test_a_discriminator_fits_the_tiles(data, tmp_path):
+    """By a closed form: the first depth that is refused is the first that cannot be computed."""
+    tile = torch.zeros(1, 3, tiny.PIXELS, tiny.PIXELS)
+    NLayerDiscriminator(n_layers=3)(tile)
+    with pytest.raises(RuntimeError, match="Kernel size"):
+        NLayerDiscriminator(n_layers=4)(tile)
+    config = write_config(tmp_path / "c.yaml", data, autoencoder_model(disc_num_layers=4))
+    with pytest.raises(UserError, match="needs tiles of 48 pixels, these have 32"):
+        run(config, tmp_path, "ae", 1)
+    assert not (tmp_path / "ae").exists()
+
+
 def test_dry_run_says_what_would_be_trained(data, autoencoder_ckpt, tmp_path, capsys):
     config = write_config(
         tmp_path / "c.yaml", data, diffusion_model(autoencoder_ckpt), accumulate_grad_batches=3
@@ -363,7 +382,7 @@ def test_dry_run_says_what_would_be_trained(data, autoencoder_ckpt, tmp_path, ca
     ]
     assert main_py.train(parse(main_py.Options, [*argv, "--gpus", "0,1"])) is None
     out = capsys.readouterr().out
-    assert "base_learning_rate: 0.001" in out and "2 x gpu" in out
+    assert "base_learning_rate: 0.001" in out and "2 x gpu" in out and "fused on" in out
     assert "batch        24" in out and "learning rate 0.024" in out  # 2 GPUs x 4 tiles x 3 batches
     assert "14 training tiles, 4 validation tiles" in out
     assert "parameters   unet:" in out

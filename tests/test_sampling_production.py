@@ -142,9 +142,11 @@ def test_threads_do_not_change_images(models, tmp_path, monkeypatch):
     assert seen == {"latents": 1, "images": 1}
 
 
-def test_a_finished_run_does_nothing(models, tmp_path, monkeypatch, capsys):
+def test_a_finished_run_does_nothing(models, tmp_path, monkeypatch, capsys, caplog):
     out = tmp_path / "out"
+    caplog.set_level("INFO")
     sample(models, out, "--tar", 4, n=1, steps=1)
+    assert "1 x cpu x 1 machines, precision 32, channels_last off, compile off" in caplog.text
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
 
     def fail(*args):

@@ -1,7 +1,6 @@
 """Making a cache of latents: every tile of a data module encoded once (see `ldm.data.latents`)."""
 
 import math
-import sys
 import time
 import zlib
 from collections.abc import Sequence
@@ -14,7 +13,6 @@ import torch
 from safetensors.numpy import save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from ldm import __version__
 from ldm.data.datamodule import DataModuleFromConfig, start_worker
@@ -40,6 +38,7 @@ from ldm.files import (
     write_bytes,
 )
 from ldm.modules.autoencoder import AutoencoderKL as AutoencoderNet
+from ldm.progress import Bar
 from ldm.run import MadeFolder, hardware, provenance
 
 SHARD_BYTES = 64 * 2**20  # a shard is held in memory until it is written
@@ -348,9 +347,8 @@ def _encode(
     """Encode and write these shards."""
     layout = torch.channels_last if plan.devices.channels_last else torch.contiguous_format
     net = plan.net.to(device, memory_format=layout).eval()
-    live = sys.stderr.isatty()
-    options = {"unit": "img", "dynamic_ncols": True, "mininterval": 0.1 if live else 10.0}
-    with tqdm(total=plan.images(jobs), disable=quiet, **options) as bar:
+    total = plan.images(jobs)
+    with Bar(total=total, disable=quiet, unit="img", step=min(batch_size, total) or 1) as bar:
         for split, shards in plan.shards.items():
             numbers = [number for name, number in jobs if name == split]
             if not numbers:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from ldm.data.groups import Grouping
 from ldm.data.images import UnsupportedImage, declared_white, map_ahead
@@ -23,6 +22,7 @@ from ldm.data.slides import Tiling, report
 from ldm.data.storage import LAYOUTS, Layout, Place, SlideLayout, find_files, path_order
 from ldm.errors import UserError
 from ldm.files import Journal, read_journal, remove_leftovers, write_csv, write_text
+from ldm.progress import Bar
 
 UNREADABLE, TRUNCATED, UNSUPPORTED = "unreadable", "truncated", "unsupported"
 TOO_SMALL, DUPLICATE = "too small", "duplicate"
@@ -78,7 +78,7 @@ def _scan(
     todo = [stamp for stamp in stamps if stamp not in earlier]
     with Journal(path) as journal:
         journal.add(header)
-        with tqdm(total=len(stamps), initial=len(stamps) - len(todo), unit="file") as bar:
+        with Bar(total=len(stamps), initial=len(stamps) - len(todo), unit="file") as bar:
             found_rows = map_ahead(
                 lambda stamp: scan_file(roots[stamp[0]], layout, stamp), todo, workers, AHEAD
             )

@@ -17,7 +17,6 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from ldm.data.images import WHITE, declared_white, map_ahead
 from ldm.data.index import COLUMNS, COMMAND, CorpusIndex, content_hash, index_table, place_of
@@ -30,6 +29,7 @@ from ldm.files import (
     require_space,
     write_text,
 )
+from ldm.progress import Bar
 from ldm.run import MadeFolder
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ class CorpusShards:
             write_text(self.out / WHITE, f"{self._white:g}\n")
         total = self.starts[-1]
         done = sum(len(rows) for rows in tables.values())
-        with tqdm(total=total, initial=done, unit="tile") as bar:
+        with Bar(total=total, initial=done, unit="tile") as bar:
             for number in todo:
                 with atomic_file(self.path(number)) as stream:
                     write_tar(stream, self._members(number, workers, bar))
@@ -235,7 +235,7 @@ class CorpusShards:
         Image.fromarray(self.layout.decode(root, place, content)).save(stream, "PNG")
         return stream.getvalue()
 
-    def _members(self, number: int, workers: int, bar: tqdm) -> Iterator[tuple[str, bytes]]:
+    def _members(self, number: int, workers: int, bar: Bar) -> Iterator[tuple[str, bytes]]:
         """Name and content of everything in a shard."""
         source = self._source(number)
         contents = map_ahead(self._read, source, workers, AHEAD)

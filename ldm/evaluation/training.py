@@ -19,6 +19,7 @@ from ldm.evaluation.predictions import Predictions
 from ldm.evaluation.sets import TransformedTiles
 from ldm.models.vit import TileClassifier
 from ldm.models.vit_training import Course, Validation
+from ldm.progress import Bar
 
 
 def make_loader(tiles: TransformedTiles, workers: int, **options: Any) -> DataLoader:
@@ -122,7 +123,8 @@ class Predictor:
         net.eval()
         device = net.mean.device
         parts = [torch.empty(0, net.params["num_classes"], device=device)]
-        for batch in loader:
+        quiet = {"leave": False, "delay": 5, "disable": not self.ranks.is_first}
+        for batch in Bar(loader, "predictions", unit="batch", **quiet):
             images = batch["image"].to(device, non_blocking=True)
             with self.devices.autocast(device):
                 parts.append(net(images).float())

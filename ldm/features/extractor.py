@@ -16,11 +16,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from ldm.data.images import read_tile, require_good
 from ldm.devices import within_memory
 from ldm.errors import UserError
+from ldm.progress import Bar
 
 AHEAD = 2  # batches that are decoded while another one is computed
 
@@ -141,9 +141,7 @@ class Extractor:
         cudnn = torch.backends.cudnn
         flags = cudnn.flags(enabled=cudnn.enabled, deterministic=True, allow_tf32=False)
         with within_memory(batch_size), flags:
-            for batch in tqdm(
-                batches, what, -(-len(paths) // step), unit="batch", dynamic_ncols=True
-            ):
+            for batch in Bar(batches, what, -(-len(paths) // step), unit="batch"):
                 bad += [outcome for outcome in batch if isinstance(outcome, str)]
                 if not bad:  # otherwise, only find out which other files are bad
                     sizes += [size for _, size in batch]

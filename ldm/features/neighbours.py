@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+
+from ldm.progress import Bar
 
 CHUNK = 2048  # rows of a matrix of distances that are held together
 BLOCKS = (CHUNK, 8192)  # queries and candidates that are compared together
@@ -47,7 +48,7 @@ def search(
     step, width = blocks or BLOCKS
     values, indices = [], []
     starts = range(0, len(queries), step)
-    for start in tqdm(starts, what, unit="block", leave=False, disable=what is None):
+    for start in Bar(starts, what, unit="block", leave=False, disable=what is None):
         rows = prepare(queries[start : start + step])
         best = best_index = None
         for first in range(0, count, width):

@@ -85,6 +85,13 @@ class AutoencoderKL(HistoModule):
             raise UserError(
                 "model.params.lossconfig is missing: an autoencoder cannot train without a loss"
             )
+        discriminator = self.loss.discriminator
+        if discriminator is not None and self.tile_size < discriminator.smallest:
+            raise UserError(
+                "model.params.lossconfig.params.disc_num_layers: such a discriminator needs tiles "
+                f"of {discriminator.smallest} pixels, these have {self.tile_size}; lower it, or set"
+                " disc_weight=0"
+            )
         super().check_data(data)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:

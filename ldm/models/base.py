@@ -30,6 +30,7 @@ class HistoModule(pl.LightningModule):
     training_only: tuple[str, ...] = ()  # prefixes of names of weights that only training needs
     # Name of the latent space of a model that trains on latents; None for one that needs images.
     autoencoder_fingerprint: str | None = None
+    outputs: int | None = None  # number of classes that its network knows; None if it has no labels
     tile_size: int | None = None  # pixels of the tiles that it is built for; None for any
     fused = False  # whether optimisers take a step in one kernel; `ldm.train.fit` sets it
 

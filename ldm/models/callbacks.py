@@ -19,6 +19,7 @@ from ldm.devices import follow_layout
 from ldm.errors import Stopped
 from ldm.files import write_png
 from ldm.models.sharding import is_sharded
+from ldm.progress import FirstStep
 
 if TYPE_CHECKING:
     from ldm.models.base import HistoModule
@@ -127,17 +128,35 @@ class ProgressBar(TQDMProgressBar):
 
 
 class TimeLeft(pl.Callback):
-    """Logs how far a training is and the time left: after the first step, then now and then."""
+    """Tells how far a training is and the time left: during and after the first step.
+
+    A log file is told it now and then from there on; on a terminal the progress bar tells it.
+
+    Args:
+        live: Whether there is a progress bar on a terminal.
+    """
+
+    _waiting: FirstStep | None = None
+
+    def __init__(self, live: bool = False):
+        self.live = live
 
     def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
         self._first, self._began = trainer.global_step, time.monotonic()
         self._next = 0.0  # when to tell again, seconds from the beginning
         self._steps = trainer.estimated_stepping_batches
+        if trainer.is_global_zero:
+            bar = trainer.progress_bar_callback
+            say = bar.train_progress_bar.set_postfix_str if self.live else log.info
+            self._waiting = FirstStep(self._steps - self._first, say)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         spent = time.monotonic() - self._began
         step, done = trainer.global_step, trainer.global_step - self._first
-        if not done or spent < self._next or not trainer.is_global_zero:
+        if not done or self._waiting is None:
+            return
+        self._waiting.end()
+        if self.live or spent < self._next:
             return
         # A minute at least, and a tenth of the time, lest a long run fills its log.
         self._next = spent + max(60.0, spent / 10)
@@ -146,6 +165,12 @@ class TimeLeft(pl.Callback):
             seconds = max(0.0, spent / done * (self._steps - step))
             left = f" of {self._steps}, about {tqdm.format_interval(seconds)} left"
         log.info("step %d%s, %.3g s per step", step, left, spent / done)
+
+    def on_train_end(self, *_: Any) -> None:
+        if self._waiting is not None:
+            self._waiting.end()
+
+    on_exception = on_train_end
 
 
 def validation_is_due(trainer: pl.Trainer) -> bool:

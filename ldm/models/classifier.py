@@ -508,6 +508,7 @@ class NoisyLatentClassifier(GuidingClassifier):
         self.t_sampler = t_sampler
         self.microbatch = microbatch  # several backward passes per step, hence optimised by hand
         self.net = instantiate_from_config(net_config)
+        self.outputs = net_config["params"]["out_channels"]
         self.latent_shape = (self.net.in_channels, self.net.image_size, self.net.image_size)
         if first_stage is not None:
             self._check_first_stage(first_stage)

@@ -64,6 +64,7 @@ class LabelAdapter(LatentDiffusion):
             weight_decay=weight_decay,
             monitor=monitor,
         )
+        self.outputs = self.unet.num_classes
         self.label_dropout, self.tune = label_dropout, tune
         self.embedding_rate, self.use_ema = embedding_rate, use_ema
         if source is not None:

@@ -98,6 +98,7 @@ class ReadoutClassifier(GuidingClassifier):
         self.latent_shape = tuple(latent_shape)
         self.label_smoothing = label_smoothing
         self.net = Readout(**head)
+        self.outputs = head["classes"]
         object.__setattr__(self, "_both", None)  # its UNet stays out of the checkpoint
 
     @classmethod

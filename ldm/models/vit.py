@@ -68,6 +68,7 @@ class TileClassifier(nn.Module):
     ):
         super().__init__()
         self.classes: list[str] | None = None
+        self.outputs = num_classes
         self.origin = "from scratch"
         self.input_size = input_size
         # What a checkpoint records. A trained network needs no dropout.

@@ -36,6 +36,8 @@ class NLayerDiscriminator(nn.Module):
             channels = width
         layers.append(nn.Conv2d(channels, 1, 4, stride=1, padding=1))
         self.main = nn.Sequential(*layers)
+        # Pixels of a side: the last two layers take one each from what is left of them, one stays.
+        self.smallest = 3 * 2**n_layers
         self.apply(_init_weights)
 
     def forward(self, x: Tensor) -> Tensor:

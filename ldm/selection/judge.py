@@ -121,16 +121,8 @@ def compute_judged(
     if cache is None:
         beside = candidates_root.resolve()  # which has a name, other than "."
         cache = beside.with_name(f"{beside.name}.features")
-    if unlabelled:
-        real_files = TileFiles.below(real_root)
-        candidates = TileFiles.below(candidates_root, labelled=False)
-        candidates = replace(candidates, classes=real_files.classes)
-    else:
-        real_files, candidates = labelled_files(real_root, candidates_root)
-    files = [real_files, candidates]
-    if val_root is not None:
-        files.append(TileFiles.below(val_root, classes=real_files.classes))
-    rows = _free_rows(candidates, real_files, files[2:]) if unlabelled else []
+    files = _tile_files(real_root, candidates_root, unlabelled, val_root)
+    rows = _free_rows(files[1], files[0], files[2:]) if unlabelled else []
     # By set of tiles, then by network.
     real, found, *val = zip(
         *([cached_features(tiles, one, cache, **loading) for tiles in files] for one in extractors),
@@ -161,6 +153,19 @@ def compute_judged(
         measured(judge, *val) if val else None,
         tuple({"network": one.network, **scores} for one, scores in left_out),
     )
+
+
+def _tile_files(
+    real_root: Path, candidates_root: Path, unlabelled: bool, val_root: Path | None
+) -> list[TileFiles]:
+    """The real tiles, the candidates and, if they are asked for, those of validation."""
+    if unlabelled:
+        real = TileFiles.below(real_root)
+        candidates = replace(TileFiles.below(candidates_root, False), classes=real.classes)
+    else:
+        real, candidates = labelled_files(real_root, candidates_root)
+    val = [] if val_root is None else [TileFiles.below(val_root, classes=real.classes)]
+    return [real, candidates, *val]
 
 
 def _free_rows(pool: TileFiles, real: TileFiles, val: Sequence[TileFiles]) -> list[int]:

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ldm import __version__
 from ldm.devices import Ranks, one_thread, within_memory
 from ldm.diffusion.samplers import Step
 from ldm.files import Journal
+from ldm.progress import LOG_EVERY, Bar
 from ldm.run import git_revision, versions
 from ldm.synthesis.folder import SampleFolder, image_row
 from ldm.synthesis.guidance_log import GuidanceLog
@@ -29,7 +29,6 @@ from ldm.synthesis.synthesiser import Confidence, Synthesiser
 log = logging.getLogger(__name__)
 
 Job = tuple[str, int]  # class and index of an image
-LOG_EVERY = 10.0  # seconds between lines of progress in a log file
 QUEUE = 2  # sampled batches that may wait to be written: latents are small, but not free
 
 
@@ -181,6 +180,7 @@ def synthesise(
     if present:
         log.info("%d of %d images are there already", present, wanted)
     if ranks.is_first:
+        log.info("%s", synthesiser.devices.describe())
         folder.start(alone=part.is_whole)
     ranks.barrier()
     start = time.perf_counter()
@@ -248,27 +248,26 @@ def _sample(
 ) -> None:
     """Make `share` images, which are this process's, batch by batch."""
     steps = len(synthesiser.pairs)
-    # A terminal shows every sampler step; a log file gets a line now and then.
-    live = sys.stderr.isatty()
-    options = {"unit": "img", "dynamic_ncols": True, "mininterval": 0.1 if live else LOG_EVERY}
-    options["disable"] = quiet
+    options = {"unit": "img", "disable": quiet, "step": min(batch_size, share) / steps or 1}
     began = time.monotonic()
     shown = [began]  # when a log file got its last line
-    with Writer(synthesiser, folder, journal) as writer, tqdm(total=share, **options) as bar:
+    with Writer(synthesiser, folder, journal) as writer, Bar(total=share, **options) as bar:
 
         def show(step: Step) -> None:
             """Say the step, and the time left before the first batch tells tqdm the rate."""
+            bar.begun()
             done = bar.n + len(batch) * (step.j + 1) / steps  # images
             now = time.monotonic()
             left = (now - began) / done * (share - done)
-            text = f"step {step.j + 1}/{steps}, about {tqdm.format_interval(left)} left"
-            due = live or now - shown[0] > LOG_EVERY
+            text = f"step {step.j + 1}/{steps}, about {Bar.format_interval(left)} left"
+            # A terminal shows every sampler step; a log file gets a line now and then.
+            due = bar.live or now - shown[0] > LOG_EVERY
             bar.set_postfix_str(text, refresh=due)
             if due:
                 shown[0] = now
 
         while batch := list(islice(jobs, batch_size)):
-            bar.set_description(batch[0][0], refresh=live)
+            bar.set_description(batch[0][0], refresh=bar.live)
             start = time.perf_counter()
             labels = [synthesiser.models.label(name) for name, _ in batch]
             synthesiser.guidance_log = GuidanceLog()

@@ -5,7 +5,6 @@ import math
 from typing import Any
 
 import pytorch_lightning as pl
-from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import EarlyStopping
 
 from ldm.checkpoint import load_model
@@ -173,7 +172,6 @@ def describe(args: Any, model, data, devices) -> str:
             f"{passes} passes each)",
             f"learning rate {args.lr:.3g}{' annealed to 0' if args.anneal_lr else ''} over "
             f"{args.iterations:,} steps",
-            devices.describe(),
         ]
     )
 
@@ -270,8 +268,6 @@ def train(args: Any) -> tuple[pl.Trainer, pl.LightningModule] | None:
         dry_run=args.dry_run,
     )
     if args.dry_run:
-        print(OmegaConf.to_yaml(OmegaConf.create(config)))
-        print(text)
         return None
     if trainer.is_global_zero:
         write_result(trainer, run)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from omegaconf import OmegaConf
 
 from ldm.config import instantiate_from_config, load_configs, resolve, validate_config
 from ldm.errors import UserError
@@ -96,7 +95,6 @@ def train(args: Any) -> tuple[pl.Trainer, pl.LightningModule] | None:
     batch = devices.ranks * config["data"]["params"]["batch_size"] * accumulated
     model.learning_rate = config["model"]["base_learning_rate"] * (batch if args.scale_lr else 1)
     text = describe(config, model, data, batch, model.learning_rate, args.scale_lr)
-    text += f"\n{devices.describe()}"
     stem = Path(args.base[0]).stem if args.base else "run"
     run, checkpoint = RunFolder.find(args.logdir, args.name, args.resume, stem, config["model"])
     nodes = (lightning.get("callbacks") or {}).values()
@@ -120,7 +118,5 @@ def train(args: Any) -> tuple[pl.Trainer, pl.LightningModule] | None:
         dry_run=args.dry_run,
     )
     if args.dry_run:
-        print(OmegaConf.to_yaml(OmegaConf.create(config)))
-        print(text)
         return None
     return trainer, model

@@ -1,0 +1,136 @@
+"""Signs of life of a stage whose steps are slow."""
+
+import io
+import threading
+import time
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from ldm import progress
+from ldm.models.callbacks import ProgressBar, TimeLeft
+from ldm.progress import Bar
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def watched():
+    return any(thread.name == "first step" for thread in threading.enumerate())
+
+
+def wait_until(condition):
+    end = time.monotonic() + 60
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert condition()
+
+
+def by_hand(bar):
+    """Advance the bar as a stage with steps of unequal sizes does."""
+    with bar:
+        yield
+        bar.update()
+        yield
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+@pytest.mark.parametrize(
+    ("advance", "options", "steps"),
+    [
+        (iter, {"iterable": range(2000)}, 2000),
+        (by_hand, {"total": 2000}, 2000),
+        (by_hand, {"total": 2000, "initial": 1000}, 1000),
+        (by_hand, {"total": 20, "step": 0.01}, 2000),
+        (by_hand, {"total": 4000, "step": 4}, 1000),
+    ],
+)
+def test_a_slow_first_step_tells_the_least_time_left(monkeypatch, stream, advance, options, steps):
+    monkeypatch.setattr(progress, "FIRST_SIGN", 0.1)
+    out = stream()
+    monkeypatch.setattr("sys.stderr", out)
+
+    def texts():
+        return [text for text in out.getvalue().split("\r") if "first step under way" in text]
+
+    stage = advance(Bar(file=out, **options))
+    next(stage)
+    wait_until(lambda: len(texts()) >= 2)  # after 0.1 and 0.2 s
+    assert f"at least {Bar.format_interval(0.2 * (steps - 1))} left" in texts()[1]
+    next(stage)  # the first step is done
+    count = len(texts())
+    wait_until(lambda: not watched())
+    assert len(texts()) == count
+    stage.close()
+
+
+class SlowStart(pl.LightningModule):
+    """A training whose only step waits until it was said to be under way, and may fail then."""
+
+    shown = ()
+
+    def __init__(self, said, fails):
+        super().__init__()
+        self.weight, self.said, self.fails = torch.nn.Parameter(torch.ones(1)), said, fails
+
+    def training_step(self, batch, number):
+        wait_until(self.said)
+        if self.fails:
+            raise ValueError
+        return self.weight.sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_progress_bar_on_a_terminal_tells_of_the_first_step(monkeypatch, capfd, tmp_path, fails):
+    monkeypatch.setattr(progress, "FIRST_SIGN", 0.1)
+    seen = []
+
+    def said():
+        seen.append(capfd.readouterr())
+        return any("first step under way" in text for pair in seen for text in pair)
+
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        callbacks=[ProgressBar(), TimeLeft(live=True)],
+    )
+    try:
+        trainer.fit(SlowStart(said, fails), torch.utils.data.DataLoader(range(4)))
+    except ValueError:
+        assert fails
+    wait_until(lambda: not watched())
+
+
+def fail(step):
+    raise ValueError
+
+
+@pytest.mark.parametrize(
+    ("items", "step", "options"),
+    [
+        ([], fail, {}),
+        ([1], fail, {}),
+        ([1], lambda item: None, {}),
+        ([1, 2], lambda item: item == 1 or wait_until(lambda: not watched()), {}),
+        ([1], lambda item: watched() and fail(item), {"disable": True}),
+    ],
+)
+def test_nothing_is_told_once_a_stage_is_over_failed_or_in_its_second_step(items, step, options):
+    out = io.StringIO()
+    try:
+        for item in Bar(items, file=out, **options):
+            step(item)
+    except ValueError:
+        assert step is fail
+    wait_until(lambda: not watched())
+    assert "under way" not in out.getvalue()
