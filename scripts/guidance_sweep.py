@@ -115,7 +115,7 @@ def settings_of(args: Options, models) -> list:
     """The settings to try: every combination, but an unguided one once for all intervals.
 
     Args:
-        models: `ldm.synthesis.Models`.
+        models: `ldm.synthesis.models.Models`.
     """
     from ldm.synthesis.settings import Sampling
 
