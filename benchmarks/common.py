@@ -9,7 +9,7 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
@@ -297,13 +297,16 @@ def compared(turns: Turns, pairs: Sequence[tuple[str, str]], images: int) -> dic
 
 def print_result(args: BenchmarkOptions, **facts: Any) -> None:
     """Print one line of JSON: the options, what was measured, and where and when."""
+    print(json.dumps({**vars(args), **facts, **surroundings(getattr(args, "peers", ()))}))
+
+
+def surroundings(peers: Iterable[str]) -> dict[str, Any]:
+    """When and where something is measured, beside which libraries."""
     from ldm.run import git_revision, hardware, versions
 
-    peers = {name: version(name) for name in getattr(args, "peers", ())}
-    surroundings = {
+    return {
         "date": time.strftime("%Y-%m-%d"),
         "hardware": hardware(),
-        "versions": {**versions(), **peers},
+        "versions": {**versions(), **{name: version(name) for name in peers}},
         "revision": git_revision(),
     }
-    print(json.dumps({**vars(args), **facts, **surroundings}))

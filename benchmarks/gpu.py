@@ -24,7 +24,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -33,7 +32,7 @@ from pydantic import Field
 if not __package__:  # run as a file: its own folder comes first on the path, the packages' does not
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.common import Ready, no_lap, peak_memory, restart_peak, rounded
+from benchmarks.common import Ready, no_lap, peak_memory, restart_peak, rounded, surroundings
 from ldm.cli import Count, option, parse, run_command
 from ldm.errors import UserError
 
@@ -485,15 +484,9 @@ def measure_all(
     import torch
 
     from ldm.files import write_json
-    from ldm.run import git_revision, hardware, versions
 
     lines: list[dict[str, Any]] = []
-    facts = {
-        "date": time.strftime("%Y-%m-%d"),
-        "hardware": hardware(),
-        "versions": {**versions(), **{name: version(name) for name in peers}},
-        "revision": git_revision(),
-    }
+    facts = surroundings(peers)
     card = "no GPU"
     if device.type == "cuda":
         card = torch.cuda.get_device_name(device)

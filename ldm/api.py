@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ldm.checkpoint import KEY, checkpoint_path, load_model, read_checkpoint
 from ldm.cli import checked, existing_path, options_of
@@ -44,6 +43,7 @@ from ldm.features.sets import FeatureSet
 from ldm.features.source import DIFFUSION, VIT, FeatureSource
 from ldm.files import require_class_names, write_png
 from ldm.models.vit_settings import Settings
+from ldm.progress import Bar
 from ldm.selection.judge import Judged, centroids_of
 from ldm.selection.strategies import Choice
 from ldm.selection.wanted import decide
@@ -169,7 +169,7 @@ class DiffusionRun(AutoencoderRun):
         with (
             one_thread(self._device),
             within_memory(args.batch_size),
-            tqdm(total=len(jobs), desc="sampling", unit="img") as bar,
+            Bar(total=len(jobs), desc="sampling", unit="img", step=args.batch_size) as bar,
         ):
             for start in range(0, len(jobs), args.batch_size):
                 batch = jobs[start : start + args.batch_size]

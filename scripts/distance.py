@@ -18,10 +18,10 @@ per class.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from ldm.cli import Count, Seed, contradictions, existing_path, option, parse, run_command
 from ldm.devices import resolve_device
@@ -153,11 +153,19 @@ class Options(FeatureOptions):
 def describe(counts: dict[str, dict[str, int]]) -> str:
     """The counts as a table, a row per class."""
     columns = ("generated", "rejected", "surplus", "accepted", "wanted", "shortfall", "filled")
-    width = max(len("class"), *map(len, counts))
-    lines = [f"{'class':{width}}  " + "  ".join(f"{column:>9}" for column in columns)]
-    for name, row in counts.items():
-        lines.append(f"{name:{width}}  " + "  ".join(f"{row[column]:>9}" for column in columns))
-    return "\n".join(lines)
+    rows = {name: {column: row[column] for column in columns} for name, row in counts.items()}
+    return by_class(rows, 9)
+
+
+def by_class(rows: Mapping[str, Mapping[str, Any]], width: int) -> str:
+    """Aligned lines, a row per class, of cells of the same columns that are `width` wide."""
+    first = max(map(len, ("class", *rows)))
+    table = {"class": next(iter(rows.values())).keys()}
+    table |= {name: row.values() for name, row in rows.items()}
+    return "\n".join(
+        f"{name:{first}}  " + "  ".join(f"{cell:>{width}}" for cell in cells)
+        for name, cells in table.items()
+    )
 
 
 def report_shortfall(counts: dict[str, dict[str, int]]) -> None:
@@ -194,12 +202,12 @@ def report_judge(judge: dict) -> None:
     for name, row in (judge["agreement"] or {}).items():
         shares = {f"as wanted {when}": share for when, share in row.items()}
         rows[name] = {**rows.get(name, {}), **shares}
-    width = max(map(len, ("class", *rows)))
-    for k, (name, row) in enumerate(rows.items()):
-        if k == 0:
-            print(f"{'class':{width}}  " + "  ".join(f"{key:>16}" for key in row))
-        cells = ("" if value is None else f"{value:.3f}" for value in row.values())
-        print(f"{name:{width}}  " + "  ".join(f"{cell:>16}" for cell in cells))
+    cells = {
+        name: {key: "" if value is None else f"{value:.3f}" for key, value in row.items()}
+        for name, row in rows.items()
+    }
+    if cells:
+        print(by_class(cells, 16))
 
 
 def judge(args: Options, real_root: Path, candidates_root: Path, needed: bool):

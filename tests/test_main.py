@@ -120,19 +120,9 @@ def weights(logdir: Path, name: str) -> dict:
 
 
 def models(ckpt: Path) -> dict[str, tuple[dict, bool]]:
-    schedule = {
-        "target": "ldm.modules.lr_schedule.LambdaLinearScheduler",
-        "params": {
-            "warm_up_steps": [4],
-            "cycle_lengths": [100],
-            "f_start": [0.1],
-            "f_max": [1.0],
-            "f_min": [0.5],
-        },
-    }
     return {
         "autoencoder": (autoencoder_model(disc_start=2), False),
-        "diffusion": (diffusion_model(ckpt, scheduler_config=schedule), False),
+        "diffusion": (diffusion_model(ckpt, scheduler_config=tiny.SCHEDULE), False),
         "decoder": (decoder_model(ckpt, aux_start=2), True),
     }
 

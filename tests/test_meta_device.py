@@ -294,22 +294,10 @@ def test_training_an_autoencoder_stays_on_its_device(loss, tmp_path):
     train(model, item(), tmp_path)
 
 
-SCHEDULE = {
-    "target": "ldm.modules.lr_schedule.LambdaLinearScheduler",
-    "params": {
-        "warm_up_steps": [4],
-        "cycle_lengths": [100],
-        "f_start": [0.1],
-        "f_max": [1.0],
-        "f_min": [0.5],
-    },
-}
-
-
 @pytest.mark.parametrize(
     "params",
     [
-        {"scheduler_config": SCHEDULE, "loss_weighting": "min_snr", "loss_type": "l2"},
+        {"scheduler_config": tiny.SCHEDULE, "loss_weighting": "min_snr", "loss_type": "l2"},
         {"parameterization": "v", "rescale_zero_terminal_snr": True, "use_ema": False},
         {"parameterization": "flow", "time_shift": "auto"},
         {"parameterization": "flow", "time_sampling": "uniform"},

@@ -22,6 +22,17 @@ PICTURES = [
     "lightning.callbacks.image_logger.params.max_images=2",
 ]
 
+SCHEDULE = {
+    "target": "ldm.modules.lr_schedule.LambdaLinearScheduler",
+    "params": {
+        "warm_up_steps": [4],
+        "cycle_lengths": [100],
+        "f_start": [0.1],
+        "f_max": [1.0],
+        "f_min": [0.5],
+    },
+}
+
 DDCONFIG = {
     "ch": 32,
     "ch_mult": [1, 1],

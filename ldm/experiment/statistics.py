@@ -503,7 +503,7 @@ def holm(p: Sequence[float]) -> list[float]:
     In rising order the i-th is max over j <= i of (m - j + 1) p_j, at most 1: with all those below
     0.05 rejected, the chance of any false rejection is below 0.05.
     """
-    # Not by statsmodels, which collects garbage at every call: 85 ms of 90 in a process of tests.
+    # Not by statsmodels, which collects garbage at every call: 85 ms in a process of tests.
     values = np.asarray(p, dtype=float)
     order = values.argsort()
     scaled = values[order] * np.arange(len(values), 0, -1)

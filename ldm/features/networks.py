@@ -24,6 +24,7 @@ from ldm.models.vit import (
     eval_transform,
     load_pretrained,
     load_vit,
+    selected_epoch,
 )
 
 DINOV2_SIZE = 224  # pixels, as published Frechet distances in DINOv2 have it (16 x 16 patches)
@@ -33,9 +34,7 @@ RUN_RESULT = "result.json"  # what eval.py writes in the folder of a seed
 def open_vit(source: FeatureSource, device: torch.device | str) -> Extractor:
     """Load a classifier that eval.py trained, from a checkpoint or the folder of a seed."""
     net, record = load_vit(source.argument, device, source.setting)
-    path = Path(source.argument).expanduser()
-    best = path / "checkpoints" / "best.ckpt"
-    weights = best if best.is_file() else path
+    weights = selected_epoch(source.argument)
     name = f"{record['model']['params']['arch']} of {source.argument}"
     return classifier_extractor(net, name, weights, device, _recorded_training_tiles(weights))
 

@@ -197,6 +197,12 @@ def eval_transform(input_size: int):
     )
 
 
+def selected_epoch(path: str | os.PathLike) -> Path:
+    """The checkpoint of the selected epoch in the folder of one seed; another path stays itself."""
+    best = Path(path).expanduser() / "checkpoints" / "best.ckpt"
+    return best if best.is_file() else Path(path).expanduser()
+
+
 def load_vit(
     path: str | os.PathLike, device: torch.device | str = "cpu", what: str = "`weights`"
 ) -> tuple[TileClassifier, dict[str, Any]]:
@@ -209,8 +215,7 @@ def load_vit(
     Returns:
         The network and its checkpoint record.
     """
-    best = Path(path).expanduser() / "checkpoints" / "best.ckpt"
-    path = best if best.is_file() else path
+    path = selected_epoch(path)
     return load_model(path, "vit", device, what), read_checkpoint(path, ("vit",), what)[KEY]
 
 
