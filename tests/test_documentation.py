@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 from shells import OTHERS, ROOT, make_site, parse, recorded_with_variables, shell
 
+from docs import configuration
 from ldm.errors import UserError
 from ldm.trainings import configured
 
@@ -189,6 +190,12 @@ def test_commands_are_found():
             text = text.replace(snippet.text, "")
         left = re.findall(r"(?:python|torchrun|sbatch) (?:\S+ )*?\S+\.(?:py|sbatch)\b.{20}", text)
         assert not left, f"{document}: {left}"
+
+
+def test_the_page_of_all_keys_is_up_to_date():
+    page = configuration.page()
+    assert not re.findall(r".*\|  \|$", page, re.MULTILINE)  # a key without a meaning
+    assert configuration.PAGE.read_text() == page, "run `make docs`"
 
 
 # Where a path of an earlier revision is named.

@@ -54,8 +54,9 @@ class LatentDiffusion(HistoModule):
         first_stage_ckpt: Autoencoder checkpoint.
         first_stage_config: target/params of the autoencoder; `params.ckpt_path` is its checkpoint
             in published configurations. Not needed beside `first_stage_ckpt`.
-        timesteps, beta_schedule, linear_start, linear_end: See
-            `ldm.diffusion.schedule.NoiseSchedule`.
+        beta_schedule: "scaled_linear", "linear" or "cosine", see `name` of
+            `ldm.diffusion.schedule.make_betas`.
+        timesteps, linear_start, linear_end: See `ldm.diffusion.schedule.make_betas`.
         loss_type: "l1" (the paper's) or "l2", on what the network predicts.
         parameterization: What the network predicts, see `ldm.diffusion.prediction`: "eps", the
             noise, or "v" (Salimans & Ho 2022), both of a noise schedule; or "flow", the velocity of
