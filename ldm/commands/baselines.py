@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from ldm.cli import Commas, Pixels, Workers, existing_path, like, option, parse, run_command
+from ldm.cli import Commas, Pixels, Workers, existing_path, like, option, parse
 from ldm.devices import resolve_device
 from ldm.errors import UserError
 from ldm.features.source import known_forms
@@ -21,10 +21,8 @@ OF_NETWORKS = {PROBE, "classifier"}
 
 @dataclass(frozen=True, kw_only=True)
 class Options(EvaluationOptions, DeviceOption):
-    program: ClassVar = "baselines.py"
-    example: ClassVar = (
-        "  python scripts/baselines.py --data_path D --subset train5 --kind colour_histogram"
-    )
+    program: ClassVar = "histodiffusion baselines"
+    example: ClassVar = "--data_path D --subset train5 --kind colour_histogram"
 
     kind: Annotated[
         tuple[Literal["colour_mean", "colour_histogram", "linear_probe", "classifier"], ...], Commas
@@ -122,7 +120,3 @@ def main(argv: list[str] | None = None) -> None:
         )
         print(format_summary(summary))
         print(f"\n{Path(args.logdir) / kind / args.subset / 'summary.json'}\n")
-
-
-if __name__ == "__main__":
-    run_command(main, Options)

@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from ldm.cli import Count, Seed, Workers, existing_path, like, option, parse, run_command
+from ldm.cli import Count, Seed, Workers, existing_path, like, option, parse
 from ldm.devices import shared_devices
 from ldm.errors import UserError
 from ldm.files import require_outside
@@ -29,9 +29,9 @@ FOLDERS = "folders of tiles"
 
 @dataclass(frozen=True, kw_only=True)
 class Options(ProcessOptions, LoaderOptions):
-    program: ClassVar = "cache_latents.py"
+    program: ClassVar = "histodiffusion cache"
     example: ClassVar = """\
-  python scripts/cache_latents.py --model logs/autoencoder --out latents --views 8 \\
+--model logs/autoencoder --out latents --views 8 \\
       --data configs/latent-diffusion/histo-ldm-kl-8.yaml 'data.params.train.params.augment=[d4]'"""
 
     model: str = option(
@@ -204,7 +204,3 @@ def main(argv: list[str] | None = None) -> None:
     print(
         f"train with data.params.latents={out} (main.py) or --latents {out} (classifier_train.py)"
     )
-
-
-if __name__ == "__main__":
-    run_command(main, Options)

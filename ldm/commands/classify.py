@@ -29,7 +29,6 @@ from ldm.cli import (
     like,
     option,
     parse,
-    run_command,
 )
 from ldm.errors import UserError
 from ldm.settings import RunOptions
@@ -61,12 +60,12 @@ def default_of(name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(RunOptions):
-    program: ClassVar = "classifier_train.py"
+    program: ClassVar = "histodiffusion classify"
     replaced: ClassVar = {
         "--classifier-use-fp16": "give --precision 16-mixed instead, or leave it out"
     }
     example: ClassVar = """\
-  python classifier_train.py --data_dir D/train5 --val_data_dir D/val --first_stage logs/ldm \\
+--data_dir D/train5 --val_data_dir D/val --first_stage logs/ldm \\
       --iterations 10000 --name classifier"""
 
     data_dir: str | None = _data(
@@ -278,18 +277,14 @@ def check_paths(args: Options) -> None:
 
 
 def train(args: Options) -> "tuple[pl.Trainer, pl.LightningModule] | None":
-    """See `ldm.trainings.classifier.train`."""
+    """See `ldm.commands.classifier_training.train`."""
     args = args.with_defaults()
     check_paths(args)
 
-    from ldm.trainings.classifier import train
+    from ldm.commands.classifier_training import train
 
     return train(args)
 
 
 def main(argv: list[str] | None = None) -> None:
     train(parse(Options, argv))
-
-
-if __name__ == "__main__":
-    run_command(main, Options)

@@ -17,7 +17,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from ldm.cli import Count, existing_path, like, option, output_path, parse, run_command
+from ldm.cli import Count, existing_path, like, option, output_path, parse
 from ldm.devices import resolve_device
 from ldm.errors import UserError
 from ldm.features.source import known_forms
@@ -27,9 +27,9 @@ from ldm.settings import DeviceOption, LoaderOptions, NetworkChoice
 
 @dataclass(frozen=True, kw_only=True)
 class Options(NetworkChoice, DeviceOption):
-    program: ClassVar = "copy_check.py"
+    program: ClassVar = "histodiffusion copies"
     example: ClassVar = """\
-  python scripts/copy_check.py --synthetic OUT --train D/train --holdout D/val --out REPORT \\
+--synthetic OUT --train D/train --holdout D/val --out REPORT \\
       --features logs/eval/train5/seed0"""
 
     synthetic: str = option(metavar="DIR", help="what sample_diffusion.py wrote")
@@ -143,7 +143,3 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{removal.out} is there already, made with the same settings")
     elif removal:
         print(f"{removal.out}: {removal.remove(check.reasons())} tiles removed")
-
-
-if __name__ == "__main__":
-    run_command(main, Options)

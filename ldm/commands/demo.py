@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from ldm.cli import STOPPED, existing_path, option, parse, run_command
+from ldm.cli import STOPPED, existing_path, option, parse
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    program: ClassVar = "demo.py"
-    example: ClassVar = "  python scripts/demo.py --out logs/demo sampling.scale=5"
+    program: ClassVar = "histodiffusion demo"
+    example: ClassVar = "--out logs/demo sampling.scale=5"
 
     out: str = option(default="logs/demo", metavar="DIR", help="folder of all results")
     data: str | None = option(
@@ -37,11 +37,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(Options, argv)
     data = existing_path(args.data, "--data", "dir") if args.data else None
 
+    from ldm.commands.preflight import check_commands
     from ldm.experiment import engine
     from ldm.experiment.demo import Demo, read_settings
     from ldm.experiment.gather import gather
     from ldm.experiment.jobs import Records, State, show_path
-    from ldm.experiment.preflight import check_commands
     from ldm.experiment.progress import Progress
 
     # As an exception, so that the job that runs is ended too.
@@ -68,7 +68,3 @@ def main(argv: list[str] | None = None) -> int:
     progress.step("report and table", time.monotonic() - before, headline)
     print(f"{show_path(plan.out / 'report.html')} and table.csv, {time.monotonic() - start:.0f} s")
     return 0
-
-
-if __name__ == "__main__":
-    run_command(main, Options)

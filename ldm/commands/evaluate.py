@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ldm.cli import MOST, Seed, contradictions, existing_path, like, option, parse, run_command
+from ldm.cli import MOST, Seed, contradictions, existing_path, like, option, parse
 from ldm.devices import Devices, one_device, shared_devices
 from ldm.errors import UserError
 from ldm.models.vit_settings import Settings
@@ -28,10 +28,8 @@ run_option = partial(option, group="run")
 
 @dataclass(frozen=True, kw_only=True)
 class Options(EvaluationOptions, SharedDevices, Settings):
-    program: ClassVar = "eval.py"
-    example: ClassVar = (
-        "  python eval.py --arch vit_small --data_path D --subset 'train5+fake50%' --seeds 0 1 2"
-    )
+    program: ClassVar = "histodiffusion evaluate"
+    example: ClassVar = "--arch vit_small --data_path D --subset 'train5+fake50%' --seeds 0 1 2"
 
     precision: Literal["auto", "32", "bf16-mixed", "16-mixed"] | None = like(
         Settings, "precision", None, help=PRECISION_HELP.format("bf16-mixed")
@@ -135,7 +133,3 @@ def main(argv: list[str] | None = None) -> int:
         print(format_summary(summary))
         print(f"\n{Path(args.logdir) / args.subset / 'summary.json'}")
     return 0
-
-
-if __name__ == "__main__":
-    run_command(main, Options)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from ldm.cli import option, parse, run_command
+from ldm.cli import option, parse
 from ldm.errors import UserError
 
 log = logging.getLogger("export_diffusers")
@@ -17,8 +17,8 @@ log = logging.getLogger("export_diffusers")
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    program: ClassVar = "export_diffusers.py"
-    example: ClassVar = "  python scripts/export_diffusers.py --model logs/ldm --out exported/ldm"
+    program: ClassVar = "histodiffusion export"
+    example: ClassVar = "--model logs/ldm --out exported/ldm"
 
     model: str = option(
         metavar="CKPT", published=("--checkpoint",), help="diffusion checkpoint or run folder"
@@ -57,7 +57,3 @@ def main(argv: list[str] | None = None) -> None:
         model.replace_first_stage(args.first_stage)
     difference = export(checkpoint, model, out, args.ema)
     log.info("%s: %s; largest difference %.1e", out, checkpoint, difference)
-
-
-if __name__ == "__main__":
-    run_command(main, Options)

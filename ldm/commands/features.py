@@ -23,7 +23,6 @@ from ldm.cli import (
     option,
     output_path,
     parse,
-    run_command,
 )
 from ldm.devices import resolve_device
 from ldm.errors import UserError
@@ -34,9 +33,9 @@ from ldm.settings import FeatureOptions, NetworkChoice
 
 @dataclass(frozen=True, kw_only=True)
 class Options(NetworkChoice, FeatureOptions):
-    program: ClassVar = "vis.py"
+    program: ClassVar = "histodiffusion features"
     example: ClassVar = """\
-  python scripts/vis.py --real D/train5 --synthetic OUT --features logs/eval/train5/seed0 \\
+--real D/train5 --synthetic OUT --features logs/eval/train5/seed0 \\
       --out VIS"""
 
     features: str | None = like(
@@ -118,7 +117,3 @@ def main(argv: list[str] | None = None) -> None:
     closeness = fidelity(real.values, synthetic.values, args.seed)
     write_json(out / "fidelity.json", {**closeness, **counts, "network": extractor.identity})
     print(", ".join(f"{name} {value:.3f}" for name, value in closeness.items()))
-
-
-if __name__ == "__main__":
-    run_command(main, Options)

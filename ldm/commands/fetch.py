@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ldm.cli import option, parse, run_command
+from ldm.cli import option, parse
 
 log = logging.getLogger("fetch_weights")
 
@@ -19,8 +19,8 @@ NAMES = ("inception", "lpips", "dinov2", "dinov2_base", "dinov2_large", "dinov2_
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    program: ClassVar = "fetch_weights.py"
-    example: ClassVar = "  python scripts/fetch_weights.py inception dinov2 lpips"
+    program: ClassVar = "histodiffusion fetch"
+    example: ClassVar = "inception dinov2 lpips"
 
     names: tuple[str, ...] = option(
         default=(),
@@ -60,7 +60,3 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name}: {path} sha256 {file_sha256(path)}")
     if failures:
         raise UserError(" | ".join(failures))
-
-
-if __name__ == "__main__":
-    run_command(main, Options)

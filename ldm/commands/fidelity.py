@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from ldm.cli import Seed, existing_path, option, output_path, parse, run_command
+from ldm.cli import Seed, existing_path, option, output_path, parse
 from ldm.devices import resolve_device
 from ldm.errors import UserError
 from ldm.features.source import known_forms
@@ -28,9 +28,9 @@ NETWORKS = ("inception", "dinov2", "dinov2_base", "dinov2_large", "dinov2_giant"
 
 @dataclass(frozen=True, kw_only=True)
 class Options(LoaderOptions, DeviceOption):
-    program: ClassVar = "fidelity.py"
+    program: ClassVar = "histodiffusion fidelity"
     example: ClassVar = """\
-  python scripts/fidelity.py --real D/test --fake OUT --features dinov2 --out fidelity.json"""
+--real D/test --fake OUT --features dinov2 --out fidelity.json"""
 
     real: str | None = option(
         default=None,
@@ -167,7 +167,3 @@ def main(argv: list[str] | None = None) -> None:
     for result in results:
         for warning in result["warnings"]:
             log.warning("%s: %s", result["fake"]["dir"], warning)
-
-
-if __name__ == "__main__":
-    run_command(main, Options)

@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ldm.cli import existing_path, option, parse, run_command
+from ldm.cli import existing_path, option, parse
 from ldm.errors import UserError
 from ldm.files import remove_leftovers, require_class_names
 
@@ -21,9 +21,9 @@ log = logging.getLogger("import_checkpoint")
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    program: ClassVar = "import_checkpoint.py"
+    program: ClassVar = "histodiffusion import"
     example: ClassVar = """\
-  python scripts/import_checkpoint.py ldm.ckpt --kind diffusion --config ldm.yaml \\
+ldm.ckpt --kind diffusion --config ldm.yaml \\
       --out models/diffusion.ckpt"""
 
     file: str = option(
@@ -113,7 +113,3 @@ def main(argv: list[str] | None = None) -> None:
         )
     foreign.write_imported(module, report, source, out, beside)
     log.info("%s holds a model of kind %s", out, args.kind)
-
-
-if __name__ == "__main__":
-    run_command(main, Options)

@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ldm.cli import Count, Threads, option, parse, run_command
+from ldm.cli import Count, Threads, option, parse
 from ldm.data.groups import grouping_of
 from ldm.devices import usable_cores
 from ldm.errors import UserError
@@ -26,10 +26,8 @@ Micrometres = Annotated[float, Field(gt=0, le=10_000)]
 
 @dataclass(frozen=True, kw_only=True)
 class Options(GroupOptions):
-    program: ClassVar = "index_corpus.py"
-    example: ClassVar = (
-        "  python scripts/index_corpus.py ROOT --out corpus.parquet --min_size 224 --group_level 1"
-    )
+    program: ClassVar = "histodiffusion index"
+    example: ClassVar = "ROOT --out corpus.parquet --min_size 224 --group_level 1"
 
     roots: tuple[str, ...] = option(
         positional=True,
@@ -114,7 +112,3 @@ def main(argv: list[str] | None = None) -> None:
         print(f"problems: {found}{kept} ({problems_of(out)})")
     page = f", slides with their tiles in {page_of(out)}" if tiling else ""
     print(f"index in {out}{page}")
-
-
-if __name__ == "__main__":
-    run_command(main, Options)

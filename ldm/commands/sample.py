@@ -1,6 +1,6 @@
-"""The command that samples tiles; its options are in ldm/synthesis/options.py."""
+"""Sample tiles; the options are in ldm/synthesis/options.py."""
 
-from ldm.cli import parse, run_command
+from ldm.cli import parse
 from ldm.synthesis.options import Options
 
 
@@ -10,7 +10,3 @@ def main(argv: list[str] | None = None) -> int:
     from ldm.synthesis.request import sample
 
     return sample(args)
-
-
-if __name__ == "__main__":
-    run_command(main, Options)

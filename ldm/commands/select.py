@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from ldm.cli import Count, Seed, contradictions, existing_path, option, parse, run_command
+from ldm.cli import Count, Seed, contradictions, existing_path, option, parse
 from ldm.devices import resolve_device
 from ldm.errors import UserError
 from ldm.files import require_outside
@@ -37,9 +37,9 @@ NEIGHBORS = 3  # of the published realism score
 
 @dataclass(frozen=True, kw_only=True)
 class Options(FeatureOptions):
-    program: ClassVar = "distance.py"
+    program: ClassVar = "histodiffusion select"
     example: ClassVar = """\
-  python scripts/distance.py --real D/train5 --synthetic OUT --features VIS --ratio 50 \\
+--real D/train5 --synthetic OUT --features VIS --ratio 50 \\
       --out 'D/train5+fake50%'"""
 
     real: str = option(metavar="DIR", help="labelled real tiles, DIR/CLASS/images")
@@ -330,7 +330,3 @@ def main(argv: list[str] | None = None) -> None:
     used = sum(row["accepted"] + row["filled"] for row in counts.values())
     what = "synthetic" if args.unlabelled is None else "pseudo-labelled"
     print(f"{len(folder.real)} real and {used} {what} tiles in {out}")
-
-
-if __name__ == "__main__":
-    run_command(main, Options)

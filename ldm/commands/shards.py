@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator
 
-from ldm.cli import Threads, existing_path, option, parse, run_command, shown
+from ldm.cli import Threads, existing_path, option, parse, shown
 from ldm.devices import usable_cores
 from ldm.files import require_outside
 
@@ -34,10 +34,8 @@ def size_in_bytes(text: str | int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    program: ClassVar = "write_shards.py"
-    example: ClassVar = (
-        "  python scripts/write_shards.py tcga.parquet --out /scratch/tcga_shards --size 1G"
-    )
+    program: ClassVar = "histodiffusion shards"
+    example: ClassVar = "tcga.parquet --out /scratch/tcga_shards --size 1G"
 
     index: str = option(positional=True, metavar="INDEX", help="what scripts/index_corpus.py wrote")
     out: str = option(metavar="DIR", help="folder of the shards; the index is DIR.parquet")
@@ -81,7 +79,3 @@ def main(argv: list[str] | None = None) -> None:
         f"{report.bytes / 1e6:,.1f} MB; {report.written:,} written, {report.present:,} were there"
     )
     print(f"index in {shards.index_path}; train with layout: shards")
-
-
-if __name__ == "__main__":
-    run_command(main, Options)

@@ -15,7 +15,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ldm.cli import Count, Seed, contradictions, existing_path, option, parse, run_command
+from ldm.cli import Count, Seed, contradictions, existing_path, option, parse
 from ldm.data.groups import grouping_of
 from ldm.errors import UserError
 from ldm.files import require_outside
@@ -26,9 +26,9 @@ log = logging.getLogger("make_subset")
 
 @dataclass(frozen=True, kw_only=True)
 class Options(GroupOptions):
-    program: ClassVar = "make_subset.py"
+    program: ClassVar = "histodiffusion subset"
     example: ClassVar = """\
-  python scripts/make_subset.py --data D/train --fraction 0.05 --group_csv slides.csv --by_group \\
+--data D/train --fraction 0.05 --group_csv slides.csv --by_group \\
       --out D/train5"""
 
     data: str = option(metavar="DIR", help="labelled tiles, DIR/CLASS/images")
@@ -94,7 +94,3 @@ def main(argv: list[str] | None = None) -> None:
         print(
             f"{len(subset.included)} tiles of {include} and {len(subset.drawn)} of {data} in {out}"
         )
-
-
-if __name__ == "__main__":
-    run_command(main, Options)

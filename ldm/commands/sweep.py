@@ -27,7 +27,6 @@ from ldm.cli import (
     option,
     output_path,
     parse,
-    run_command,
     shown,
 )
 from ldm.devices import one_device
@@ -48,9 +47,9 @@ def interval(text: str) -> tuple[int, int] | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(DeviceOption):
-    program: ClassVar = "guidance_sweep.py"
+    program: ClassVar = "histodiffusion sweep"
     example: ClassVar = """\
-  python scripts/guidance_sweep.py --model DIFFUSION --classifier CLASSIFIER --real D/val \\
+--model DIFFUSION --classifier CLASSIFIER --real D/val \\
       --judge logs/eval/train5/seed0 --scales 0,3,10,30 -n 64 --out SWEEP"""
 
     model: str = option(
@@ -193,7 +192,3 @@ def main(argv: list[str] | None = None) -> None:
         f"best by these numbers: {option} {chosen.scale:g} ({chosen.series}); a judge overlooks "
         f"what an eye sees, so look at {out}/tiles.png before you use it"
     )
-
-
-if __name__ == "__main__":
-    run_command(main, Options)

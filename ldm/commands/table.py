@@ -15,16 +15,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ldm.cli import STOPPED, Count, contradictions, option, parse, run_command
+from ldm.cli import STOPPED, Count, contradictions, option, parse
 from ldm.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    program: ClassVar = "reproduce_table.py"
-    example: ClassVar = (
-        "  python scripts/reproduce_table.py --config configs/tables/crc5.yaml --gpus 0,1,2,3"
-    )
+    program: ClassVar = "histodiffusion table"
+    example: ClassVar = "--config configs/tables/crc5.yaml --gpus 0,1,2,3"
 
     config: str = option(metavar="YAML", help="the table, see configs/tables")
     status: bool = option(default=False, help="show where every job stands, and exit")
@@ -95,12 +93,13 @@ def choose_machine(args: Options, settings):
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(Options, argv)
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
 
+    from ldm.commands.preflight import check_commands
     from ldm.experiment import engine
     from ldm.experiment.earlier import convert_records
     from ldm.experiment.jobs import Records, show_path
     from ldm.experiment.plan import Plan
-    from ldm.experiment.preflight import check_commands
     from ldm.experiment.progress import Progress
     from ldm.experiment.settings import read_settings
 
@@ -152,8 +151,3 @@ def report_failures(standing) -> int:
     # A command that still runs has lost the process that started it.
     unfinished = State.STOPPED, State.RUNNING
     return STOPPED if any(one.state in unfinished for one in standing) else 0
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("PYTHONUNBUFFERED", "1")
-    run_command(main, Options)

@@ -9,13 +9,13 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from ldm.cli import Count, Seed, Threads, Whole, option, parse, run_command
+from ldm.cli import Count, Seed, Threads, Whole, option, parse
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    program: ClassVar = "make_tiles.py"
-    example: ClassVar = "  python scripts/make_tiles.py --out tiles --size 64 --train 60 --train5 6"
+    program: ClassVar = "histodiffusion tiles"
+    example: ClassVar = "--out tiles --size 64 --train 60 --train5 6"
 
     out: str = option(metavar="DIR", help="folder to make; new, empty or one to go on in")
     size: Annotated[int, Field(ge=32, le=512)] = option(default=64, help="pixels")
@@ -41,7 +41,3 @@ def main(argv: list[str] | None = None) -> None:
     splits = " ".join(f"{s} {settings[s]}" for s in ("train", "train5", "val", "test"))
     count = len(settings["classes"])
     print(f"{args.out}: {written} files written ({splits} per class, {count} classes)")
-
-
-if __name__ == "__main__":
-    run_command(main, Options)

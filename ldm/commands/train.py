@@ -6,7 +6,7 @@ Configurations are merged from left to right, then overridden by `section.key=va
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from ldm.cli import Count, option, parse, run_command
+from ldm.cli import Count, option, parse
 from ldm.settings import RunOptions
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ OF_TRAINER = [
 
 @dataclass(frozen=True, kw_only=True)
 class Options(RunOptions):
-    program: ClassVar = "main.py"
+    program: ClassVar = "histodiffusion train"
     replaced: ClassVar = {
         **{f"--{key.replace('_', '-')}": f"lightning.trainer.{key}" for key in OF_TRAINER},
         "--accelerator": "give --gpus, --devices or --strategy",
@@ -42,7 +42,7 @@ class Options(RunOptions):
         "--no-test": "no test follows a training, leave it out",
     }
     example: ClassVar = """\
-  python main.py --base configs/latent-diffusion/histo-ldm-kl-8.yaml -t --gpus 0,1,2,3 \\
+--base configs/latent-diffusion/histo-ldm-kl-8.yaml -t --gpus 0,1,2,3 \\
       data.params.train.params.root=/data/tiles"""
 
     base: tuple[str, ...] = option(
@@ -67,15 +67,11 @@ class Options(RunOptions):
 
 
 def train(args: Options) -> "tuple[pl.Trainer, pl.LightningModule] | None":
-    """See `ldm.trainings.configured.train`."""
-    from ldm.trainings.configured import train
+    """See `ldm.commands.configured_training.train`."""
+    from ldm.commands.configured_training import train
 
     return train(args)
 
 
 def main(argv: list[str] | None = None) -> None:
     train(parse(Options, argv))
-
-
-if __name__ == "__main__":
-    run_command(main, Options)
