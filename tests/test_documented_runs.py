@@ -33,8 +33,8 @@ NOT_RUN = {
     r"docs/experiments/.*": "records of hours on tiles that are not part of this project",
     r"\S+ (make|conda|pip|wandb|module|cp) .*": "sets up a machine",
     r".* scripts/fetch_weights\.py .*": "needs the internet",
-    r".* scripts/(demo|reproduce_table)\.py.*": "whole experiments: test_demo, test_experiment_jobs",
-    r".* (--extractor dinov2|--arch \S+\.dino|--finetune FILE|timm:NAME).*": "needs weights of others",
+    r".* scripts/(demo|reproduce_table)\.py.*": "test_demo, test_experiment_jobs",
+    r".* (dinov2|\S+\.dino|--finetune FILE|timm:NAME)( .*|$)": "needs weights of others",
     r".* --peers diffusers monai.*": "MONAI is not installed",
     r".* (benchmarks/gpu\.py|--compile) .*": "needs a GPU: test_gpu",
 }
@@ -49,7 +49,7 @@ SMALL = {
     "attention_resolutions": [2],
     "num_res_blocks": 1,
     "num_heads": 2,
-    "perceptual_weight": 0.0,  # as below
+    "perceptual_weight": 0.0,
     "batch_size": 2,
     "num_workers": 0,
     "val_fraction": 0.2,
@@ -101,8 +101,9 @@ CONFIG = {"CONFIG": "configs/latent-diffusion/histo-ldm-kl-8.yaml"}
 def shrunk(node, name: str = ""):
     """A configuration with the sizes of `SMALL`."""
     if isinstance(node, dict):
-        lpips = {"perceptual_weight": 0.0} if "disc_start" in node else {}  # needs weights of others
-        return {key: shrunk(value, key) for key, value in node.items()} | lpips
+        # LPIPS, a part of a loss if nothing is said, needs weights of others.
+        more = {"perceptual_weight": 0.0} if "disc_start" in node else {}
+        return {key: shrunk(value, key) for key, value in node.items()} | more
     interpolated = isinstance(node, str) and node.startswith("${vars.")
     return SMALL[name] if name in SMALL and not interpolated else node
 
@@ -127,8 +128,8 @@ def adapted(command: Command, site: Path) -> tuple[list[str], dict[str, str]]:
         return re.sub(r"(?<![\w.])/(?=(data|scratch)/)", f"{site}/", text)
 
     words = [CONFIG.get(word, here(word)) for word in command.words]
-    keep = [w not in DEVICES and (not i or words[i - 1] not in DEVICES) for i, w in enumerate(words)]
-    words = [word for word, kept in zip(words, keep, strict=True) if kept]
+    before = ["", *words]
+    words = [w for w, b in zip(words, before, strict=False) if not {w, b} & {*DEVICES}]
     key = "benchmarks" if words[0] == "-m" else "--readout" if "--readout" in words else words[0]
     more = SHORTER.get(key, "").split()
     if words[0] == "eval.py":
@@ -184,8 +185,9 @@ def run_all(commands: list[Command], site: Path) -> list[str]:
             continue
         ran.add(tuple(words))
         out = made(command.words)
-        if makers.setdefault(out, command.where) != command.where:  # another example: its own folder
-            shutil.rmtree(site / out, ignore_errors=True)
+        if out and makers.setdefault(out, command.where) != command.where:
+            shutil.rmtree(site / out, ignore_errors=True)  # of another example
+            makers[out] = command.where
         failure = run(words, site, variables)
         if failure:
             failures.append(f"{command.where}: {' '.join(words)}: {failure}")
@@ -196,15 +198,14 @@ def run_all(commands: list[Command], site: Path) -> list[str]:
 def given(tmp_path_factory) -> Path:
     """Tiles and the runs that pages begin with, made by this project's commands."""
     site = make_workshop(tmp_path_factory.mktemp("given") / "site")
-    paper = "configs/latent-diffusion/histo-ldm-kl-8.yaml"
-    sampled = "-r logs/diffusion --classifier logs/guide"
+    autoencoder = "configs/autoencoder/autoencoder_histo_kl_64x64x3.yaml"
     for line in (
         f"scripts/make_tiles.py --out D --classes {' '.join(tiny.CLASSES)}",
-        "main.py --base configs/autoencoder/autoencoder_histo_kl_64x64x3.yaml -t --name autoencoder",
-        f"main.py --base {paper} -t --name diffusion",
+        f"main.py --base {autoencoder} -t --name autoencoder",
+        f"main.py --base {CONFIG['CONFIG']} -t --name diffusion",
         "classifier_train.py --data_dir D/train5 --val_data_dir D/val --name guide",
         "eval.py --data_path D --output_dir train5",
-        f"sample_diffusion.py {sampled} --outdir logs/OUT",
+        "sample_diffusion.py -r logs/diffusion --classifier logs/guide --outdir logs/OUT",
     ):
         variables = {"HISTO_DATA": "D/train", "HISTO_AUTOENCODER": "logs/autoencoder"}
         variables |= {"HISTO_FIRST_STAGE": "logs/diffusion"}
@@ -221,7 +222,8 @@ def equip(site: Path, given: Path, makes: set[str | None]) -> None:
         if name not in makes:
             ignored = shutil.ignore_patterns(*(Path(m).name for m in makes if m and m[:2] == "D/"))
             shutil.copytree(given / source, site / name, ignore=ignored)
-    rows = [f"{p.relative_to(given / 'D' / 'train')},{p.stem[:10]}" for p in given.glob("D/*/*/*.png")]
+    tiles = [path.relative_to(given / "D") for path in given.glob("D/*/*/*.png")]
+    rows = [f"{Path(*tile.parts[1:])},{tile.stem[:10]}" for tile in tiles]
     (site / "slides.csv").write_text("path,group\n" + "\n".join(sorted(set(rows))))
     tiles = np.stack([np.asarray(Image.open(p)) for p in sorted(given.glob("D/train/*/*.png"))])
     (site / "data" / "pannuke").mkdir()
