@@ -29,7 +29,7 @@ FURTHER = ("ldm.modules.autoencoder.Architecture",)  # holds keys, but is no tar
 TYPES = {int: "whole number", float: "number", str: "text", bool: "true or false", Any: "any value"}
 TYPES |= {NoneType: "null"}
 HEAD = ("| key | type | default | meaning |", "|---|---|---|---|")
-REFERENCE = r"(?:[Ss]ee|[Aa]s|[Aa]s for|[Aa]s in|of) `([\w.]+)`"
+REFERENCE = r"(?:[Ss]ee|[Aa]s|[Aa]s for) `([\w.]+)`"
 
 
 def words(kind: Any) -> str:
@@ -61,7 +61,7 @@ def meaning(owner: Any, key: str) -> str:
     for cls in inspect.getmro(owner) if inspect.isclass(owner) else (owner,):
         doc = cls.__doc__ or "" if cls.__module__.startswith("ldm.") else ""
         own = own or entries(doc).get(key, "")
-        if own and not re.match(r"(See|As for|Keys of) `|LPIPS, as in `", own):
+        if own and not re.match(r"(See|As for) `|.*, see `", own):
             return own
         for name in re.findall(REFERENCE, own or doc):
             module, _, attribute = name.rpartition(".")

@@ -22,7 +22,7 @@ PLACEHOLDERS = {
     "CONFIG": "configs/latent-diffusion/histo-ldm-kl-8.yaml",
     "TABLE": "configs/tables/crc5.yaml",
 }
-OF_PLACEHOLDERS = {"HISTO_DATA": "D", "HISTO_AUTOENCODER": "logs/RUN"}
+OF_PLACEHOLDERS = {"HISTO_DATA": "D", "HISTO_AUTOENCODER": "logs/autoencoder"}
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,8 @@ devices that are not at hand are left out, and folders at the root (/data) lie i
 `NOT_RUN` says which commands are not run, and why.
 """
 
-import importlib
-import multiprocessing
-import os
 import re
 import shutil
-import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +18,8 @@ import tiny
 import torch
 import yaml
 from PIL import Image
-from shells import ROOT, make_site
-from test_documentation import DOCUMENTS, Command, follow
-
-from ldm.cli import run_command
+from shells import ROOT, make_site, run
+from test_documentation import DOCUMENTS, OF_PLACEHOLDERS, PLACEHOLDERS, Command, follow
 
 # A pattern of document and words, and why such commands are not run. All are parsed nevertheless.
 NOT_RUN = {
@@ -35,6 +28,7 @@ NOT_RUN = {
     r".* scripts/fetch_weights\.py .*": "needs the internet",
     r".* scripts/(demo|reproduce_table)\.py.*": "test_demo, test_experiment_jobs",
     r".* (dinov2|\S+\.dino|--finetune FILE|timm:NAME)( .*|$)": "needs weights of others",
+    r".* scripts/import_checkpoint\.py model_010000\.pt .*": "the paper's size: test_foreign",
     r".* --peers diffusers monai.*": "MONAI is not installed",
     r".* (benchmarks/gpu\.py|--compile) .*": "needs a GPU: test_gpu",
 }
@@ -71,7 +65,7 @@ SHORTER = {
     "scripts/copy_check.py": "--quantile 0.2",
     "scripts/guidance_sweep.py": "-n 8 --steps 2 --batch_size 8",
     "scripts/index_corpus.py": "--min_size 32",
-    "scripts/make_tiles.py": "--size 32 --train 12 --train5 4 --val 8 --test 4",
+    "scripts/make_tiles.py": "--workers 1 --size 32 --train 12 --train5 4 --val 8 --test 4",
     "benchmarks": "--size demo --batch_size 1 --repeats 1 --min_run_time 0",
 }
 DEVICES = ("--gpus", "--devices", "--num_nodes")  # options that name machines or GPUs
@@ -85,17 +79,18 @@ GIVEN = {
     "logs/autoencoder": "autoencoder",
     "logs/diffusion": "diffusion",
     "logs/ldm": "diffusion",
-    "logs/eval": "eval",
+    "logs/eval/train5": "eval/train5",
     "OUT": "OUT",
     "OUT1": "OUT",
     "OUT2": "OUT",
     "D": "D",
+    "D/train5+fake50%": "D/train5",
+    "tiles": "D",
     "POOL": "D/train",
     "data/tiles": "D",
     "data/vgh": "D/train",
     "data/tcga": "D/train",  # its classes stand for patients
 }
-CONFIG = {"CONFIG": "configs/latent-diffusion/histo-ldm-kl-8.yaml"}
 
 
 def shrunk(node, name: str = ""):
@@ -127,7 +122,7 @@ def adapted(command: Command, site: Path) -> tuple[list[str], dict[str, str]]:
     def here(text: str) -> str:
         return re.sub(r"(?<![\w.])/(?=(data|scratch)/)", f"{site}/", text)
 
-    words = [CONFIG.get(word, here(word)) for word in command.words]
+    words = [PLACEHOLDERS.get(word, here(word)) for word in command.words]
     before = ["", *words]
     words = [w for w, b in zip(words, before, strict=False) if not {w, b} & {*DEVICES}]
     key = "benchmarks" if words[0] == "-m" else "--readout" if "--readout" in words else words[0]
@@ -136,43 +131,20 @@ def adapted(command: Command, site: Path) -> tuple[list[str], dict[str, str]]:
         matched = "--match_steps" in words
         more += ["--match_steps", "2", "--validations", "1"] if matched else ["--epochs", "1"]
         more += ["--seeds", "0", "1"] if "--seeds" in words else []
-    return words + more, {name: here(value) for name, value in command.variables.items()}
+    variables = OF_PLACEHOLDERS if "CONFIG" in command.words else command.variables
+    return words + more, {name: here(value) for name, value in variables.items()}
 
 
 def made(words: list[str]) -> str | None:
     """What a command makes, as it is written."""
-    for option, folder in {"--out": "", "--outdir": "", "--name": "logs/"}.items():
-        if option in words[:-1]:
-            return folder + words[words.index(option) + 1]
-    return None
 
+    def value(*options: str) -> str | None:
+        return next((words[words.index(name) + 1] for name in options if name in words), None)
 
-def call(words: list[str], folder: Path, variables: dict[str, str], log: Path) -> None:
-    """Be the process of a command, with its output in a file."""
-    os.chdir(folder)
-    for name in [name for name in os.environ if name.startswith("HISTO_")]:
-        del os.environ[name]
-    os.environ.update(variables)
-    with open(log, "w") as file:
-        os.dup2(file.fileno(), sys.stdout.fileno())
-        os.dup2(file.fileno(), sys.stderr.fileno())
-    program, *argv = words[1:] if words[0] == "-m" else words
-    entry = importlib.import_module(program.removesuffix(".py").replace("/", "."))
-    sys.argv = [program, *argv]
-    run_command(partial(entry.main, argv), getattr(entry, "Options", None))
-
-
-def run(words: list[str], site: Path, variables: dict[str, str]) -> str:
-    """Run a command in a process of its own; what it says if it fails."""
-    log = site.parent / "log"
-    # Forked by a server that has imported what takes long.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "pytorch_lightning", "timm", "ldm.train"])
-    process = context.Process(target=call, args=(words, site, variables, log))
-    process.start()
-    process.join()
-    lines = log.read_text().strip().splitlines()[-3:] if log.exists() else []
-    return "" if process.exitcode == 0 else f"status {process.exitcode}: {' | '.join(lines)}"
+    if words[0] == "eval.py":
+        return f"{value('--logdir') or 'logs/eval'}/{value('--output_dir', '--subset')}"
+    name = value("--name")
+    return value("--out", "--outdir") or name and f"logs/{name}"
 
 
 def run_all(commands: list[Command], site: Path) -> list[str]:
@@ -202,7 +174,7 @@ def given(tmp_path_factory) -> Path:
     for line in (
         f"scripts/make_tiles.py --out D --classes {' '.join(tiny.CLASSES)}",
         f"main.py --base {autoencoder} -t --name autoencoder",
-        f"main.py --base {CONFIG['CONFIG']} -t --name diffusion",
+        f"main.py --base {PLACEHOLDERS['CONFIG']} -t --name diffusion",
         "classifier_train.py --data_dir D/train5 --val_data_dir D/val --name guide",
         "eval.py --data_path D --output_dir train5",
         "sample_diffusion.py -r logs/diffusion --classifier logs/guide --outdir logs/OUT",

@@ -215,7 +215,7 @@ class Settings(Section):
     paper: str | None = None  # YAML file with published numbers
     vars: Options = {}  # values for interpolation, such as ${vars.steps}
     data: Data
-    draws: Draws | None = None  # in place of data.labelled
+    draws: Draws | None = None  # draws of labels in place of `data.labelled`
     models: dict[str, Model] = {}
     generators: dict[str, Generator] = {}
     sampling: Sampling = Sampling()
