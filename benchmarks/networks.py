@@ -192,6 +192,16 @@ def build_autoencoder(library: str, networks: Networks) -> tuple[nn.Module, Enco
     return net, lambda x: net.sampling(*net.encode(x))
 
 
+def make_encoder(
+    library: str, networks: Networks, execution: Execution
+) -> tuple[nn.Module, Encode]:
+    """A frozen autoencoder with random weights, and how to draw latents with it."""
+    net, encode = build_autoencoder(library, networks)
+    execution.place(randomise(net)).eval().requires_grad_(False)
+    execution.maybe_compile(net.encoder)
+    return net, encode
+
+
 def randomise(net: nn.Module) -> nn.Module:
     """Give a network weights of a usual size.
 
