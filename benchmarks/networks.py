@@ -126,15 +126,9 @@ def build_unet(library: str, params: dict[str, Any]) -> tuple[nn.Module, Predict
         net = UNetModel(**params)
         return net, net
     if library == "diffusers":
-        from diffusers import UNet2DModel
+        from ldm.exchange.diffusers_export import make_unet
 
-        from ldm.exchange.diffusers_export import unet_settings
-        from ldm.exchange.unet_heads import UNetWithHeads
-
-        settings, heads = unet_settings(params)
-        net = (
-            UNet2DModel(**settings) if heads is None else UNetWithHeads(num_heads=heads, **settings)
-        )
+        net = make_unet(params)
         return net, lambda z_t, t: net(z_t, t, return_dict=False)[0]
     from monai.networks.nets import DiffusionModelUNet
 

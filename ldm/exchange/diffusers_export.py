@@ -77,6 +77,18 @@ def unet_settings(params: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
     return settings, heads
 
 
+def make_unet(params: dict[str, Any]) -> "torch.nn.Module":
+    """The network of diffusers for the parameters of our `UNetModel`, see `unet_settings`."""
+    from diffusers import UNet2DModel
+
+    from ldm.exchange.unet_heads import UNetWithHeads
+
+    settings, heads = unet_settings(params)
+    if heads is None:
+        return UNet2DModel(**settings)
+    return UNetWithHeads(num_heads=heads, **settings)
+
+
 def _require_exportable(params: dict[str, Any]) -> None:
     """UserError for a UNet with an option that `UNet2DModel` does not have."""
     get = params.get
@@ -313,10 +325,9 @@ def build_pipeline(model: "LatentDiffusion", use_ema: bool = True) -> Any:
     Raises:
         UserError: The model has an option that diffusers does not have.
     """
-    from diffusers import AutoencoderKL, DDIMScheduler, LDMPipeline, UNet2DModel
+    from diffusers import AutoencoderKL, DDIMScheduler, LDMPipeline
 
     params = model.unet_config["params"]
-    settings, heads = unet_settings(params)
     first = model.first_stage_config["params"]
     if "ddconfig" not in first or model.scale_factor.ndim:
         what = "a latent scale for each channel" if model.scale_factor.ndim else "patch PCA"
@@ -327,12 +338,7 @@ def build_pipeline(model: "LatentDiffusion", use_ema: bool = True) -> Any:
     scale = float(model.scale_factor)
     vae = AutoencoderKL(**vae_settings(first["ddconfig"], first["embed_dim"], scale))
     vae.load_state_dict(vae_state(model.first_stage_model))
-    if heads is None:
-        unet = UNet2DModel(**settings)
-    else:
-        from ldm.exchange.unet_heads import UNetWithHeads
-
-        unet = UNetWithHeads(num_heads=heads, **settings)
+    unet = make_unet(params)
     unet.load_state_dict(unet_state(model.network(use_ema), params))
     scheduler = DDIMScheduler(**scheduler_settings(model))
     pipeline = LDMPipeline(vqvae=vae.eval(), unet=unet.eval(), scheduler=scheduler)
@@ -346,20 +352,14 @@ def largest_difference(model: "LatentDiffusion", pipeline: Any, use_ema: bool = 
 
     generator = torch.Generator().manual_seed(0)
     z = torch.randn((1, *model.latent_shape), generator=generator)
-    worst = 0.0
+    first, vqvae, scaled = model.first_stage_model, pipeline.vqvae, z / float(model.scale_factor)
     with torch.no_grad():
-        for t in (0, model.schedule.T // 2, model.schedule.T - 1):
-            ours = model.network(use_ema)(z, torch.tensor([t]))
-            theirs = pipeline.unet(z, torch.tensor([t])).sample
-            worst = max(worst, float((ours - theirs).abs().max() / ours.abs().max().clamp(min=1)))
-        scaled = z / float(model.scale_factor)
-        ours, theirs = model.first_stage_model.decode(scaled), pipeline.vqvae.decode(scaled).sample
-        worst = max(worst, float((ours - theirs).abs().max() / ours.abs().max().clamp(min=1)))
-        x = ours.clamp(-1, 1)
-        ours = model.first_stage_model.encode(x).mode()
-        theirs = pipeline.vqvae.encode(x).latent_dist.mode()
-        worst = max(worst, float((ours - theirs).abs().max() / ours.abs().max().clamp(min=1)))
-    return worst
+        times = [torch.tensor([t]) for t in (0, model.schedule.T // 2, model.schedule.T - 1)]
+        pairs = [(model.network(use_ema)(z, t), pipeline.unet(z, t).sample) for t in times]
+        pairs.append((first.decode(scaled), vqvae.decode(scaled).sample))
+        x = pairs[-1][0].clamp(-1, 1)
+        pairs.append((first.encode(x).mode(), vqvae.encode(x).latent_dist.mode()))
+    return max(float((a - b).abs().max() / a.abs().max().clamp(min=1)) for a, b in pairs)
 
 
 CARD = """# {name}

@@ -44,7 +44,6 @@ class Job:
         files: Configurations that it reads; their content is part of the key.
         environment: Variables that it needs; part of the key.
         data: Further facts that decide the result, such as digests of tiles and checkpoints.
-        kind: What sort of work it is; decides which number is shown of its result.
         gpus: How many GPUs it is to be given, where there are any.
     """
 
@@ -56,8 +55,12 @@ class Job:
     files: tuple[Path, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     data: str = ""
-    kind: str = ""
     gpus: int = 1
+
+    @property
+    def kind(self) -> str:
+        """What sort of work it is: the first word of its name."""
+        return self.name.partition("-")[0]
 
     @property
     def shown(self) -> str:
@@ -124,9 +127,8 @@ class JobBusy(Exception):
 class Records:
     """NAME.json, NAME.log, NAME.lock and NAME.done of every job, in one folder.
 
-    NAME.done is the file that Snakemake waits for. It stands for the record and is made from it.
-
-    A lock belongs to whoever runs the job, and goes when that process and its command are gone:
+    NAME.done is the empty file that Snakemake waits for. It stands for the record and is made from
+    it. A lock belongs to whoever runs the job, and goes when that process and its command are gone:
     there is none to clean up after a crash.
     """
 
@@ -134,16 +136,16 @@ class Records:
         self.folder = folder
 
     def path(self, name: str) -> Path:
-        """Path of a job's record."""
         return self.folder / f"{name}.json"
 
     def log(self, name: str) -> Path:
-        """Path of a job's log."""
         return self.folder / f"{name}.log"
 
     def marker(self, name: str) -> Path:
-        """Path of the empty file that tells Snakemake that a job is done."""
         return self.folder / f"{name}.done"
+
+    def lock(self, name: str) -> Path:
+        return self.folder / f"{name}.lock"
 
     def read(self, name: str) -> Record | None:
         """What is known of a job; None where it was never begun."""
@@ -161,10 +163,6 @@ class Records:
         if record and record.done and record.key == key:
             return record if all(path.exists() for path in job.output) else None
         return None
-
-    def lock(self, name: str) -> Path:
-        """Path of the file that whoever runs a job holds locked."""
-        return self.folder / f"{name}.lock"
 
     def is_running(self, name: str) -> bool:
         """Whether a process, here or on another machine, holds the job."""
@@ -273,12 +271,9 @@ def arguments(options: Mapping[str, Any]) -> list[str]:
         elif value is not None:
             values = value if isinstance(value, list | tuple) else [value]
             dashes = "-" if len(name) == 1 else "--"
-            words += [dashes + name, *([] if value is True else map(_word, values))]
+            shown = [show_path(v) if isinstance(v, Path) else str(v) for v in values]
+            words += [dashes + name, *([] if value is True else shown)]
     return words
-
-
-def _word(value: Any) -> str:
-    return show_path(value) if isinstance(value, Path) else str(value)
 
 
 def show_path(path: Path) -> str:

@@ -313,7 +313,7 @@ class Plan:
         title: str,
         script: str,
         options: dict[str, Any],
-        output: tuple[Path, ...],
+        output: Sequence[Path],
         needs: Needs,
         words: Sequence[str] = (),
         **more: Any,
@@ -325,7 +325,7 @@ class Plan:
             more: Further attributes of `Job`.
         """
         if name not in self._jobs:
-            command = (script, *arguments(options), *words)
+            command, output = (script, *arguments(options), *words), tuple(output)
             self._jobs[name] = Job(
                 name, title, command, needs.after, output, data=needs.data, **more
             )
@@ -335,8 +335,8 @@ class Plan:
         settings = self.settings
         if settings.data.tiles is not None:
             options = {"out": self.root, **settings.data.tiles}
-            self._add(TILES, "procedural tiles", "scripts/make_tiles.py", options, (self.root,),
-                      NOTHING, gpus=0, kind="tiles")  # fmt: skip
+            self._add(TILES, "procedural tiles", "scripts/make_tiles.py", options, [self.root],
+                      NOTHING, gpus=0)  # fmt: skip
         if settings.draws is None:
             self.rows = self._arms()
         else:
@@ -380,8 +380,8 @@ class Plan:
             **self.settings.draws.options,
         }
         title = f"{draw.per_class} labelled tiles per class, draw {draw.seed}"
-        self._add(f"subset-{self._labelled}", title, "scripts/make_subset.py", options, (out,),
-                  self._tiles(unlabelled), kind="subset", gpus=0)  # fmt: skip
+        self._add(f"subset-{self._labelled}", title, "scripts/make_subset.py", options, [out],
+                  self._tiles(unlabelled), gpus=0)  # fmt: skip
 
     def _filled_options(self, options: Options) -> tuple[Options, Needs]:
         """Options with `_filled` values; a folder of labelled tiles is needed, too."""
@@ -448,12 +448,11 @@ class Plan:
             model.label or f"training of {run}",
             script,
             options,
-            (self.out / "models" / run,),
+            [self.out / "models" / run],
             self._tiles(*splits) + self._models(*model.needs.values()),
             model.overrides,
             files=files,
             environment=environment,
-            kind="train",
             gpus=model.gpus,
         )
 
@@ -488,8 +487,7 @@ class Plan:
         models = filter(None, (generator.diffusion, generator.classifier, generator.decoder))
         title = f"sampling by {generator.label or name}"
         return self._add(f"sample-{name}{self._part}", title, "sample_diffusion.py", options,
-                         (pool,), self._models(*models) + needs, kind="sample",
-                         gpus=sampling.gpus)  # fmt: skip
+                         [pool], self._models(*models) + needs, gpus=sampling.gpus)  # fmt: skip
 
     def _judge(self) -> tuple[dict[str, Any], Needs]:
         """The judge as an option (`weights`, `model` or `features`), and what a job needs that uses
@@ -523,9 +521,8 @@ class Plan:
             **self.settings.judge.options,
         }
         needs = self._tiles(labelled) + Needs((sample_job,)) + needs
-        title, output = f"features and UMAP of {pool}", (self.features(pool),)
-        return self._add(f"features-{pool}", title, "scripts/vis.py", options, output, needs,
-                         kind="features")  # fmt: skip
+        title, output = f"features and UMAP of {pool}", [self.features(pool)]
+        return self._add(f"features-{pool}", title, "scripts/vis.py", options, output, needs)
 
     def _selection(self, arm: Arm, folder: str, selection: str, ratio: int, seed: int) -> Needs:
         """What a job needs that uses the training folder of an arm; adds the job that makes it."""
@@ -550,8 +547,8 @@ class Plan:
         needs = self._tiles(labelled) + needs
         title, options = f"selection of {folder}", {**options, **strategy.options}
         # Without a folder of scripts/vis.py the selection computes features itself.
-        job = self._add(f"select-{folder}", title, "scripts/distance.py", options, tuple(output),
-                        needs, kind="select", gpus=int("cache" in candidates))  # fmt: skip
+        job = self._add(f"select-{folder}", title, "scripts/distance.py", options, output, needs,
+                        gpus=int("cache" in candidates))  # fmt: skip
         return Needs((job,))
 
     def _candidates(self, arm: Arm) -> tuple[Options, Needs]:
@@ -599,10 +596,9 @@ class Plan:
             f"ViT on {label}, seed {seed}",
             "eval.py",
             options,
-            (self.results(key) / folder / f"seed{seed}",),
+            [self.results(key) / folder / f"seed{seed}"],
             self._tiles(self._labelled, "val", "test") + needs,
-            ("--seed", str(seed)),
-            kind="eval",
+            ["--seed", str(seed)],
             gpus=evaluation.gpus,
         )
 
@@ -647,7 +643,7 @@ class Plan:
         needs += self._tiles(labelled, "val", "test")
         arm.places[seed] = results / kind / labelled / "seed0"
         arm.jobs[seed] = self._add(f"baseline-{arm.key}", arm.label, "scripts/baselines.py",
-                                   options, (output,), needs, kind="baseline")  # fmt: skip
+                                   options, [output], needs)  # fmt: skip
         return arm
 
     def _probe(self, name: str) -> Arm:
@@ -752,9 +748,10 @@ class Plan:
             options |= {"extractor": named} if named else judge
             needs += judged
         title = f"fidelity of {arm.key}"
-        job = self._add(f"fidelity-{arm.key}", title, "scripts/fidelity.py", options, (output,),
-                        needs, kind="fidelity")  # fmt: skip
-        arm.other_jobs.append(job)
+        job = f"fidelity-{arm.key}"
+        arm.other_jobs.append(
+            self._add(job, title, "scripts/fidelity.py", options, [output], needs)
+        )
 
     def _copy_check(self, name: str, sample_job: str) -> list[str]:
         """The job that looks for copies in a generator's pool, if there is to be one."""
@@ -775,9 +772,8 @@ class Plan:
             judge, judged = self._judge()
             options |= judge
             needs += judged
-        title, output = f"copy check of {pool}", (self.copies(pool),)
-        return [self._add(f"copies-{pool}", title, "scripts/copy_check.py", options, output, needs,
-                          kind="copies")]  # fmt: skip
+        job, title, output = f"copies-{pool}", f"copy check of {pool}", [self.copies(pool)]
+        return [self._add(job, title, "scripts/copy_check.py", options, output, needs)]
 
     def _ceiling_arm(self, ratio: int) -> Arm:
         """Real tiles in place of synthetic ones."""
@@ -793,7 +789,7 @@ class Plan:
         }
         needs = self._tiles(unlabelled, self._labelled)
         job = self._add(f"subset-{key}", f"{ratio}% more real tiles", "scripts/make_subset.py",
-                        options, (self.data / key,), needs, kind="subset", gpus=0)  # fmt: skip
+                        options, [self.data / key], needs, gpus=0)  # fmt: skip
         factors = {"selection": REAL, "ratio": ratio}
         arm = Arm(key, f"real tiles instead, {ratio}%", "ceiling", factors)
         self._add_seeds(arm, key, Needs((job,)))

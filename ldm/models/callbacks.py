@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
-from torch import Tensor
 from tqdm import tqdm
 
 from ldm.data.tiles import to_uint8
@@ -25,15 +24,6 @@ if TYPE_CHECKING:
     from ldm.models.base import HistoModule
 
 log = logging.getLogger(__name__)
-
-
-def image_grid(images: Tensor, columns: int = 4):
-    """Tile images (B, 3, H, W) in [-1, 1] into one uint8 array (height, width, 3)."""
-    from torchvision.utils import make_grid
-
-    return to_uint8(
-        make_grid(images.detach().float().cpu().clamp(-1, 1), nrow=columns, pad_value=1.0)
-    )
 
 
 class ImageLogger(pl.Callback):
@@ -81,6 +71,8 @@ class ImageLogger(pl.Callback):
         # A network in shards computes on all ranks or on none.
         if not (trainer.is_global_zero or is_sharded(pl_module)):
             return
+        from torchvision.utils import make_grid
+
         folder = Path(trainer.default_root_dir) / "images"
         folder.mkdir(parents=True, exist_ok=True)
         was_training = pl_module.training
@@ -93,7 +85,8 @@ class ImageLogger(pl.Callback):
         if not trainer.is_global_zero:
             return
         for name, images in grids.items():
-            grid = image_grid(images)
+            images = images.detach().float().cpu().clamp(-1, 1)  # (B, 3, H, W)
+            grid = to_uint8(make_grid(images, nrow=4, pad_value=1.0))  # (height, width, 3)
             write_png(folder / f"{name}_{trainer.global_step:08d}.png", grid)
             for logger in trainer.loggers:
                 if isinstance(logger, pl.loggers.TensorBoardLogger):

@@ -264,11 +264,7 @@ def start_from_unet(model: "NoisyLatentClassifier", diffusion: LatentDiffusion, 
 def start_from_classifier(
     model: "NoisyLatentClassifier", source: "NoisyLatentClassifier", where: str
 ) -> None:
-    """Copy the weights of a classifier of the same classes and latents.
-
-    Raises:
-        UserError: `where`: other classes or other latents.
-    """
+    """Copy the weights of a classifier; a UserError if its classes or latents are others."""
     if source.classes != model.classes:
         raise UserError(f"{where} knows the classes {source.classes}, the data {model.classes}")
     if source.autoencoder_fingerprint != model.autoencoder_fingerprint:

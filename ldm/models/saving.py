@@ -37,31 +37,6 @@ class CheckpointFiles(TorchCheckpointIO):
         write_checkpoint(path, checkpoint)
         self._size = path.stat().st_size
 
-    def load_checkpoint(self, path: str | Path, *args: Any, **options: Any) -> dict[str, Any]:
-        """Load a checkpoint; the paths in it follow its run folder, if that has been moved.
-
-        Lightning forgets the best score so far if the folder is another, and then replaces the
-        best checkpoint by the next one.
-        """
-        checkpoint = super().load_checkpoint(path, *args, **options)
-        states = checkpoint.get("callbacks") or {}
-        before = [s["dirpath"] for name, s in states.items() if name.startswith("LastCheckpoint")]
-        if before and isinstance(before[0], str):
-            now = str(Path(path).resolve().parent)
-            checkpoint["callbacks"] = _with_prefix(states, before[0], now)
-        return checkpoint
-
-
-def _with_prefix(value: Any, before: str, now: str) -> Any:
-    """`value` with `now` in place of `before` at the start of all texts in it."""
-    if isinstance(value, dict):
-        return {
-            _with_prefix(k, before, now): _with_prefix(v, before, now) for k, v in value.items()
-        }
-    if isinstance(value, str) and value.startswith(before):
-        return now + value[len(before) :]
-    return value
-
 
 def expected_size(model: nn.Module) -> int:
     """Bytes of a training checkpoint of `model`: its weights, and what Adam keeps for each."""

@@ -193,7 +193,9 @@ class SampleFolder:
 
     def write_manifest(self) -> None:
         """manifest.csv and manifest.parquet, from `rows`."""
-        constant = self._of_folder()
+        low, high = self.settings.get("interval") or (None, None)
+        known = self.settings | {"interval_low": low, "interval_high": high}
+        constant = {key: known.get(key) for key in OF_FOLDER}
         rows = [constant | self.rows[key] for key in sorted(self.rows)]
         stream = io.StringIO()
         writer = csv.writer(stream, lineterminator="\n")
@@ -201,11 +203,6 @@ class SampleFolder:
         writer.writerows([_cell(key, row[key]) for key in COLUMNS] for row in rows)
         write_if_changed(self.root / "manifest.csv", stream.getvalue().encode())
         write_if_changed(self.root / "manifest.parquet", _parquet(rows))
-
-    def _of_folder(self) -> Row:
-        low, high = self.settings.get("interval") or (None, None)
-        known = self.settings | {"interval_low": low, "interval_high": high}
-        return {key: known.get(key) for key in OF_FOLDER}
 
     def finish(self) -> None:
         """Write all files that are made from the journals, except those that would not change."""
@@ -229,13 +226,12 @@ class SampleFolder:
             rows = [paths[start : start + GRID_COLUMNS] for start in starts]
         columns = max(len(paths) for paths in rows)
         height, width, _ = read_tile(rows[0][0]).shape
-        gap = 2  # white pixels between tiles
-        shape = (len(rows) * (height + gap) - gap, columns * (width + gap) - gap, 3)
-        grid = np.full(shape, 255, dtype=np.uint8)
+        # Each tile with two white pixels below and to the right, which the last ones lose.
+        grid = np.full((len(rows), height + 2, columns, width + 2, 3), 255, dtype=np.uint8)
         for i, paths in enumerate(rows):
             for j, path in enumerate(paths):
-                top, left = i * (height + gap), j * (width + gap)
-                grid[top : top + height, left : left + width] = read_tile(path)
+                grid[i, :height, j, :width] = read_tile(path)
+        grid = grid.reshape(len(rows) * (height + 2), columns * (width + 2), 3)[:-2, :-2]
         stream = io.BytesIO()
         Image.fromarray(grid).save(stream, "PNG")
         return stream.getvalue()
@@ -251,23 +247,15 @@ def image_file(name: str, index: int) -> str:
     return f"{name}/{index:06d}.png"
 
 
-def image_row(
-    name: str,
-    index: int,
-    file: str,
-    prob: float | None,
-    entropy: float | None,
-    seconds: float,
-    source: str | None = None,
-) -> Row:
+def image_row(name: str, index: int, **facts: Any) -> Row:
     """A row of the journal for an image that was just written.
 
     Args:
-        source: The real tile that it started from, relative to `start_from`.
+        facts: Of `OF_IMAGE` file, prob, entropy, seconds, and source, which is the real tile that
+            it started from, relative to `start_from`.
     """
-    row = {"class": name, "index": index, "file": file, "prob": prob, "entropy": entropy}
-    row["source"] = source
-    row |= {"made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "seconds": seconds}
+    made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    row = {"class": name, "index": index, **facts, "made": made}
     # As the manifest will say it, so that both ways to read a row give the same.
     digits = {key: row[key] for key in DECIMALS if row[key] is not None}
     return row | {key: round(value, DECIMALS[key]) for key, value in digits.items()}

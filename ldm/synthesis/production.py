@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import accumulate, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,42 +55,27 @@ class Part:
 EVERYTHING = Part()
 
 
-@dataclass(frozen=True)
-class SampleReport:
-    """What a call of `synthesise` did.
+class SampleReport(NamedTuple):
+    """What a call of `synthesise` did."""
 
-    Attributes:
-        made: Images made, by all processes together.
-        present: Images that were wanted and there already.
-        seconds: Wall-clock time of making them, without loading models.
-    """
-
-    made: int
-    present: int
-    seconds: float
+    made: int  # images, by all processes together
+    present: int  # images that were wanted and there already
+    seconds: float  # wall-clock time of making them, without loading models
 
     @property
     def images_per_s(self) -> float:
         return self.made / self.seconds if self.made else 0.0
 
 
-@dataclass(frozen=True)
-class Batch:
-    """A sampled batch, to be decoded and written.
+class Batch(NamedTuple):
+    """A sampled batch, to be decoded and written."""
 
-    Attributes:
-        jobs: (class, index) of each image.
-        z_0: Latents, (B, C, H, W).
-        seconds: Time it took so far.
-        sources: The real tile that each image started from.
-    """
-
-    jobs: list[tuple[str, int]]
-    z_0: Tensor
-    confidences: list[Confidence | None]
+    jobs: list[Job]
+    z_0: Tensor  # latents, (B, C, H, W)
+    confidences: list[Confidence]
     guidance: GuidanceLog
-    seconds: float
-    sources: list[str | None]
+    seconds: float  # that it took so far
+    sources: list[str | None]  # the real tile that each image started from
 
 
 class Writer:
@@ -136,11 +121,10 @@ class Writer:
             for job, image in zip(batch.jobs, images, strict=True)
         ]
         seconds = (batch.seconds + time.perf_counter() - start) / len(files)
+        columns = zip(batch.jobs, files, batch.confidences, batch.sources, strict=True)
         rows = [
-            image_row(*job, file, *(confidence or (None, None)), seconds, source)
-            for job, file, confidence, source in zip(
-                batch.jobs, files, batch.confidences, batch.sources, strict=True
-            )
+            image_row(*job, file=file, **opinion._asdict(), source=source, seconds=seconds)
+            for job, file, opinion, source in columns
         ]
         self._journal.add({"rows": rows, "guidance": batch.guidance.record()})
 
@@ -270,13 +254,12 @@ def _sample(
             bar.set_description(batch[0][0], refresh=bar.live)
             start = time.perf_counter()
             labels = [synthesiser.models.label(name) for name, _ in batch]
-            synthesiser.guidance_log = GuidanceLog()
             indices = [index for _, index in batch]
+            synthesiser.guidance_log = GuidanceLog()
             starts = None if sources is None else sources.latents(batch)
             z_0 = synthesiser.latents(labels, indices, show, starts)
             confidences = synthesiser.confidences(z_0, labels)
             seconds = time.perf_counter() - start
             files = [None if sources is None else sources.file(*job) for job in batch]
-            done = Batch(batch, z_0, confidences, synthesiser.guidance_log, seconds, files)
-            writer.put(done)
+            writer.put(Batch(batch, z_0, confidences, synthesiser.guidance_log, seconds, files))
             bar.update(len(batch))
