@@ -231,9 +231,7 @@ def unet_flops(library: str, networks: Networks, batch_size: int, train: bool = 
 
     def run() -> None:
         _, predict = build_unet(library, networks.unet)
-        z_t, t = torch.empty(batch_size, *networks.latent), torch.empty(batch_size).long()
-        with torch.set_grad_enabled(train):
-            eps = predict(z_t, t)
+        eps = predict(torch.empty(batch_size, *networks.latent), torch.empty(batch_size).long())
         if train:
             eps.sum().backward()
 

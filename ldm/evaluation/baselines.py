@@ -32,6 +32,7 @@ COLOUR_MEAN, COLOUR_HISTOGRAM, LINEAR_PROBE = "colour_mean", "colour_histogram",
 CLASSIFIER = "classifier"  # that was trained elsewhere, and is only asked
 KINDS = (COLOUR_MEAN, COLOUR_HISTOGRAM, LINEAR_PROBE, CLASSIFIER)
 BATCH_SIZE = 64  # of the network of a linear probe
+Ask = Callable[[TransformedTiles], np.ndarray]  # features (N, D) or probabilities (N, K)
 
 
 def colour_mean(image: np.ndarray) -> np.ndarray:
@@ -95,7 +96,9 @@ def run_baseline(
     splits = open_splits(data_path, train_folder, Settings(input_size=1), None, groups)
     settings: dict[str, Any] = {"baseline": kind, "strengths": list(STRENGTHS)}
     arch = f"logistic regression on {kind.replace('_', ' ')}"
-    if kind in (LINEAR_PROBE, CLASSIFIER):
+    if kind in COLOURS:
+        extractor = None
+    else:
         assert extractor is not None
         settings |= {"network": extractor.name, "extractor": extractor.identity}
         arch = f"linear probe of {extractor.name}"
@@ -107,16 +110,23 @@ def run_baseline(
                 " `kind` linear_probe"
             )
     current = {"settings": settings, "data": splits.identity}
+
+    def ask(tiles: TransformedTiles) -> np.ndarray:
+        """Features of tiles, of length 1 where a network makes them; or what a classifier says."""
+        if extractor is None:
+            return colour_features(tiles.paths, kind)
+        found = extractor.extract(tiles.paths, BATCH_SIZE, num_workers)
+        if kind == CLASSIFIER:
+            return found.others[LOGITS].double().softmax(dim=1).numpy()  # (N, K)
+        return directions(found.features, tiles.paths).double().numpy()  # (N, D)
+
     folder = logdir / kind / train_folder
     run = folder / "seed0"
     result = read_result(run, current, overwrite)
     remove_leftovers(folder, run)
     if result is None:
         start = time.monotonic()
-        if kind == CLASSIFIER:
-            found = _report(splits, lambda tiles: _asked(extractor, num_workers, tiles), run)
-        else:
-            found = _fit_and_report(splits, kind, extractor, num_workers, run)
+        found = (_report if kind == CLASSIFIER else _fit_and_report)(splits, ask, run)
         result = {
             "train_folder": train_folder,
             "arch": arch,
@@ -132,16 +142,8 @@ def run_baseline(
     return summary
 
 
-def _fit_and_report(
-    splits: Splits, kind: str, extractor: Extractor | None, num_workers: int, run: Path
-) -> dict[str, Any]:
+def _fit_and_report(splits: Splits, features: Ask, run: Path) -> dict[str, Any]:
     """Fit on the training set, choose on val, predict test once; write the predictions."""
-
-    def features(tiles: TransformedTiles) -> np.ndarray:
-        if kind != LINEAR_PROBE:
-            return colour_features(tiles.paths, kind)
-        return probe_features(extractor, tiles.paths, num_workers)
-
     # All images are read before anything is written.
     known, val_features = features(splits.train), features(splits.val)  # (N, D)
     test_features = None if splits.test is None else features(splits.test)
@@ -156,9 +158,7 @@ def _fit_and_report(
     return {**result, **facts, "notes": [note]}
 
 
-def _report(
-    splits: Splits, predict: Callable[[TransformedTiles], np.ndarray], run: Path
-) -> dict[str, Any]:
+def _report(splits: Splits, predict: Ask, run: Path) -> dict[str, Any]:
     """Predict val and test once by probabilities (N, K), and write the predictions."""
     result: dict[str, Any] = {"seed": 0, "split": splits.reported, "notes": []}
     result |= dict.fromkeys(("best_epoch", "updates", "epochs"))
@@ -167,18 +167,6 @@ def _report(
         predictions.write(run / predictions_name(name))
         result[name] = predictions.scores()
     return result
-
-
-def _asked(extractor: Extractor, num_workers: int, tiles: TransformedTiles) -> np.ndarray:
-    """Probabilities (N, K) by a classifier."""
-    found = extractor.extract(tiles.paths, BATCH_SIZE, num_workers)
-    return found.others[LOGITS].double().softmax(dim=1).numpy()
-
-
-def probe_features(extractor: Extractor, paths: Sequence[Path], num_workers: int) -> np.ndarray:
-    """Features of tiles by a network, of length 1, as the evaluation shows it tiles; (N, D)."""
-    found = extractor.extract(paths, BATCH_SIZE, num_workers)
-    return directions(found.features, paths).double().numpy()
 
 
 def _choose(

@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler, default_collate
+from torch.utils.data import DataLoader, Sampler
 
 from ldm.data.datamodule import ResumableSampler
 from ldm.devices import Devices, Ranks
@@ -35,14 +35,8 @@ def make_loader(tiles: TransformedTiles, workers: int, **options: Any) -> DataLo
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # its own: an iterator draws a number for its workers
-        collate_fn=_named,
         **options,
     )
-
-
-def _named(items: list[tuple[Tensor, int]]) -> dict[str, Tensor]:
-    images, labels = default_collate(items)
-    return {"image": images, "label": labels}
 
 
 class RunBatches(Sampler[list]):
@@ -61,9 +55,8 @@ class RunBatches(Sampler[list]):
         ranks: Ranks,
         position: Callable[[], int],
     ):
-        self.course, self.position = course, position
-        self.order = ResumableSampler(tiles, course.batch_size, seed)
-        size = course.batch_size
+        self.course, self.position, size = course, position, course.batch_size
+        self.order = ResumableSampler(tiles, size, seed)
         self.places = list(range(size))
         if ranks.size > 1:
             first = range(ranks.rank, size // 2, ranks.size)

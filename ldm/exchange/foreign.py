@@ -150,18 +150,13 @@ def read_payload(path: Path, allow_pickle: bool = False) -> Any:
 
     from ldm.checkpoint import load_tensors
 
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise UserError(f"{path} is no safetensors file ({error}); give another") from None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix != ".safetensors":
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if not _is_pickle_of_more(error):
+        # Words of torch for a readable file that asks for other classes.
+        words = ("Unsupported global", "Unsupported class", "GLOBAL")
+        if not any(word in str(error) for word in words):
             load_tensors(path, "FILE")  # says what is wrong with it
         if not allow_pickle:
             raise UserError(
@@ -171,12 +166,8 @@ def read_payload(path: Path, allow_pickle: bool = False) -> Any:
             ) from None
         return _load_without_objects(path)
     except (RuntimeError, EOFError, ValueError, LookupError):
-        return load_tensors(path, "FILE")
-
-
-def _is_pickle_of_more(error: pickle.UnpicklingError) -> bool:
-    # Words of torch.load(weights_only=True) for a readable file that asks for other classes.
-    return any(word in str(error) for word in ("Unsupported global", "Unsupported class", "GLOBAL"))
+        pass
+    return load_tensors(path, "FILE")  # or say what is wrong with it
 
 
 def _load_without_objects(path: Path) -> Any:

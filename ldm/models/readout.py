@@ -16,7 +16,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, StackDataset
 
 from ldm.checkpoint import KEY
 from ldm.data.datamodule import ResumableSampler
@@ -182,12 +182,8 @@ class ReadoutClassifier(GuidingClassifier):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        stored = checkpoint[KEY]["model"]
-        different = [
-            key
-            for key, value in self.rebuild_config()["params"].items()
-            if stored["params"].get(key) != value
-        ]
+        stored, own = checkpoint[KEY]["model"]["params"], self.rebuild_config()["params"]
+        different = [key for key, value in own.items() if stored.get(key) != value]
         if different:
             raise UserError(
                 f"the checkpoint to resume holds another readout ({', '.join(different)} differ); "
@@ -221,32 +217,10 @@ class ReadoutClassifier(GuidingClassifier):
         self.log_validation(clean, noisy, batch["label"])
 
 
-class ReadoutSet(Dataset):
-    """Features of tiles at given times, as a training or validation set of a readout.
-
-    Attributes:
-        features, t: (N, ...) of each item.
-        labels, paths: Of each item.
-    """
-
-    def __init__(self, features: Tensor, t: Tensor, labels: Sequence[int], paths: Sequence[str]):
-        self.features, self.t = features, t
-        self.labels, self.paths = list(labels), list(paths)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        return {
-            "features": self.features[i],
-            "t": self.t[i],
-            "label": self.labels[i],
-            "path": self.paths[i],
-        }
-
-
 class FeatureMaker:
-    """Makes the features that a readout is trained and validated on.
+    """Makes the sets that a readout is trained and validated on.
+
+    Their items have the features and the time(s) `t` of a tile, its `label` and its `path`.
 
     Args:
         model: Attached to its diffusion model.
@@ -280,7 +254,7 @@ class FeatureMaker:
             yield batch, [str(item["path"]) for item in items], list(chosen)
 
     @torch.no_grad()
-    def training(self, tiles: Dataset, draws: int, seed: int) -> ReadoutSet:
+    def training(self, tiles: Dataset, draws: int, seed: int) -> StackDataset:
         """`draws` augmentations, times and noises of each tile, functions of the seed.
 
         Times are uniform over the process.
@@ -297,11 +271,10 @@ class FeatureMaker:
                 eps = torch.randn(z_0.shape, generator=generator).to(self.device)
                 parts.append(self._features(process.q_sample(z_0, t, eps), t))
                 times.append(t.cpu())
-        labels, paths = list(tiles.labels) * draws, [str(p) for p in tiles.paths] * draws
-        return ReadoutSet(torch.cat(parts), torch.cat(times).float(), labels, paths)
+        return _stacked(parts, times, list(tiles.labels) * draws, list(tiles.paths) * draws)
 
     @torch.no_grad()
-    def validation(self, tiles: Dataset) -> ReadoutSet:
+    def validation(self, tiles: Dataset) -> StackDataset:
         """Each tile without noise at t = 0, and noised at one t in each quarter of the process."""
         process, parts, times = self.diffusion.schedule, [], []
         for batch, paths, _ in self._batches(tiles, None):
@@ -313,8 +286,14 @@ class FeatureMaker:
                 points.append((process.q_sample(z_0, t, eps), t))
             parts.append(torch.stack([self._features(*point) for point in points], dim=1))
             times.append(torch.stack([t for _, t in points], dim=1).cpu())
-        paths = [str(path) for path in tiles.paths]
-        return ReadoutSet(torch.cat(parts), torch.cat(times).float(), tiles.labels, paths)
+        return _stacked(parts, times, list(tiles.labels), tiles.paths)
+
+
+def _stacked(
+    features: list[Tensor], t: list[Tensor], labels: list[int], paths: Sequence
+) -> StackDataset:
+    both = {"features": torch.cat(features), "t": torch.cat(t).float()}
+    return StackDataset(**both, label=labels, path=list(map(str, paths)))
 
 
 class FeatureData(pl.LightningDataModule):
@@ -326,25 +305,16 @@ class FeatureData(pl.LightningDataModule):
         seed: Of the order.
     """
 
-    def __init__(self, train: ReadoutSet, validation: ReadoutSet, batch_size: int, seed: int):
+    def __init__(self, train: StackDataset, validation: StackDataset, batch_size: int, seed: int):
         super().__init__()
         self.train_dataset, self.val_dataset = train, validation
         self.batch_size, self.seed = batch_size, seed
 
     def train_dataloader(self) -> DataLoader:
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        sampler = ResumableSampler(
-            self.train_dataset,
-            self.batch_size,
-            self.seed,
-            position=lambda: progress.total.ready,
-        )
-        return DataLoader(
-            self.train_dataset,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            pin_memory=torch.cuda.is_available(),
-        )
+        tiles, size, pinned = self.train_dataset, self.batch_size, torch.cuda.is_available()
+        order = ResumableSampler(tiles, size, self.seed, position=lambda: progress.total.ready)
+        return DataLoader(tiles, batch_size=size, sampler=order, pin_memory=pinned)
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(self.val_dataset, batch_size=1024)
