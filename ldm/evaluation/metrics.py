@@ -59,7 +59,7 @@ def scores(confusion: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
         name: {
             "images": int(images[k]),
             "predicted": int(predicted[k]),
-            **{key: _or_none(values[k]) for key, values in columns.items()},
+            **{key: _mean(values[k : k + 1]) for key, values in columns.items()},
         }
         for k, name in enumerate(classes)
     }
@@ -217,7 +217,3 @@ def _mean(values: np.ndarray) -> float | None:
     """Mean of the defined values; None when there are none."""
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if defined.size else None
-
-
-def _or_none(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)

@@ -352,7 +352,11 @@ def compare_pairs(
         deviations = resample_means(stack, resamples, rng)  # (R, M)
         for m, (i, c) in enumerate(members):
             draws = deviations[:, m] + c.training * rng.standard_t(c.degrees, resamples)
-            found[i] = _concluded(found[i], draws)
+            draws += found[i].mean
+            low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+            other_side = min(np.sum(draws <= 0), np.sum(draws >= 0))
+            p = min(1.0, 2 * (1 + int(other_side)) / (1 + resamples))
+            found[i] = replace(found[i], low=float(low), high=float(high), p=p)
     return _corrected(found)
 
 
@@ -485,16 +489,6 @@ def resample_means(u: np.ndarray, resamples: int, rng: np.random.Generator) -> n
         times = np.bincount(drawn.ravel(), minlength=rows * groups).reshape(rows, groups)
         means.append(times @ u / groups)
     return np.concatenate(means)
-
-
-def _concluded(difference: Difference, draws: np.ndarray) -> Difference:
-    """A difference with its interval and p value; `draws` (R,) are deviations from its mean."""
-    mean = difference.mean
-    assert mean is not None
-    low, high = np.quantile(mean + draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    other_side = min(np.sum(mean + draws <= 0), np.sum(mean + draws >= 0))
-    p = min(1.0, 2 * (1 + int(other_side)) / (1 + len(draws)))
-    return replace(difference, low=float(low), high=float(high), p=p)
 
 
 def holm(p: Sequence[float]) -> list[float]:

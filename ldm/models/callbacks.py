@@ -209,7 +209,9 @@ class RegularCheckpoint(ModelCheckpoint):
             return
         self._waiting = validation_is_due(trainer)
         if not self._waiting:
-            self._write_after_batch(trainer)
+            # Lightning logs a step after all callbacks; a run that goes on from here would lack it.
+            trainer._logger_connector.update_train_step_metrics()
+            self.write(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._waiting:
@@ -229,11 +231,6 @@ class RegularCheckpoint(ModelCheckpoint):
         if is_due:
             self._last_time_checked = now
         return is_due
-
-    def _write_after_batch(self, trainer: pl.Trainer) -> None:
-        # Lightning logs a step after all callbacks; a run that goes on from here would lack it.
-        trainer._logger_connector.update_train_step_metrics()
-        self.write(trainer)
 
     def write(self, trainer: pl.Trainer) -> None:
         """Write the checkpoint, unless there is one of this step."""
@@ -279,13 +276,13 @@ class LastCheckpoint(RegularCheckpoint):
     def path(self) -> Path:
         return Path(self.dirpath) / "last.ckpt"
 
-    def _note(self, number: int, frame: Any) -> None:
-        self.received = signal.Signals(number)
-
     def _take_signals(self) -> None:
+        def note(number: int, frame: Any) -> None:
+            self.received = signal.Signals(number)
+
         # Other threads cannot install handlers.
         if not self._previous and threading.current_thread() is threading.main_thread():
-            self._previous = {s: signal.signal(s, self._note) for s in self.SIGNALS}
+            self._previous = {s: signal.signal(s, note) for s in self.SIGNALS}
 
     def on_sanity_check_start(self, *_: Any) -> None:
         # After Lightning has installed its own handlers, and before the first validation: a SIGTERM

@@ -200,7 +200,9 @@ class SampleFolder:
         stream = io.StringIO()
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(COLUMNS)
-        writer.writerows([_cell(key, row[key]) for key in COLUMNS] for row in rows)
+        for row in rows:
+            digits = {k: f"{row[k]:.{n}f}" for k, n in DECIMALS.items() if row[k] is not None}
+            writer.writerow((row | digits)[key] for key in COLUMNS)  # None is an empty cell
         write_if_changed(self.root / "manifest.csv", stream.getvalue().encode())
         write_if_changed(self.root / "manifest.parquet", _parquet(rows))
 
@@ -265,12 +267,6 @@ def write_if_changed(path: Path, content: bytes) -> None:
     """Write a file atomically, unless it has this content already."""
     if not path.is_file() or path.read_bytes() != content:
         write_bytes(path, content)
-
-
-def _cell(key: str, value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.{DECIMALS[key]}f}" if key in DECIMALS else str(value)
 
 
 def _parquet(rows: Sequence[Row]) -> bytes:

@@ -117,13 +117,6 @@ def choose_sources(args: Any, models: Models, counts: dict[str, int]) -> Sources
     return sources
 
 
-def default_outdir(checkpoint: Path, label: str) -> Path:
-    """RUN/samples/LABEL for RUN/checkpoints/x.ckpt, else a folder beside the checkpoint."""
-    parent = checkpoint.parent
-    run = parent.parent if parent.name == "checkpoints" else parent
-    return run / "samples" / label
-
-
 def sample(args: Any) -> int:
     """Make the images that the options of sample_diffusion.py ask for; returns the exit status."""
     # Everything that can be wrong is found before other processes are started.
@@ -139,8 +132,10 @@ def sample(args: Any) -> int:
     check_models(args, models)
     sampling, counts = choose_sampling(args, models), choose_counts(args, models)
     sources = choose_sources(args, models, counts)
-    checkpoint = checkpoint_path(args.model, "`model`")
-    outdir = Path(args.out) if args.out else default_outdir(checkpoint, sampling.label)
+    # Of RUN/checkpoints/x.ckpt it is RUN/samples/LABEL, else a folder beside the checkpoint.
+    run = checkpoint_path(args.model, "`model`").parent
+    run = run.parent if run.name == "checkpoints" else run
+    outdir = Path(args.out) if args.out else run / "samples" / sampling.label
     settings = make_settings(sampling, models, devices, args.out_size)
     part = Part(*(args.part or (0, 1)))
     folder = SampleFolder(outdir, settings, models.facts)

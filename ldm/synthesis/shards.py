@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 from ldm.data.shards import NAME, write_tar
@@ -27,19 +28,15 @@ def write_shards(folder: SampleFolder, size: int) -> list[Path]:
     keys = sorted(folder.rows, key=lambda key: (key[1], key[0]))
     shards = []
     for start in range(0, len(keys), size):
-        path = folder.root / NAME.format(len(shards))
-        write_if_changed(path, _pack(folder, keys[start : start + size]))
+        path, stream = folder.root / NAME.format(len(shards)), io.BytesIO()
+        members = (_members(folder, key) for key in keys[start : start + size])
+        write_tar(stream, chain.from_iterable(members))
+        write_if_changed(path, stream.getvalue())
         shards.append(path)
     for path in folder.root.glob("shard-*.tar"):
         if path not in shards:
             path.unlink()
     return shards
-
-
-def _pack(folder: SampleFolder, keys: list[tuple[str, int]]) -> bytes:
-    stream = io.BytesIO()
-    write_tar(stream, (member for key in keys for member in _members(folder, key)))
-    return stream.getvalue()
 
 
 def _members(folder: SampleFolder, key: tuple[str, int]) -> Iterator[tuple[str, bytes]]:
