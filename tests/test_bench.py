@@ -306,19 +306,20 @@ def gpu_lines(tmp_path, *titles, networks=TINY, tasks=(), seconds=900.0):
     tasks = [*tasks, *(task for task in known if task.title in titles)]
     tasks = [replace(task, compilation=1e6) for task in tasks]
     until, out = time.monotonic() + seconds, tmp_path / "gpu.json"
-    status = gpu.measure_all(tasks, ["ours", "diffusers"], CPU, until, 0.05, out, side=64)
+    status = gpu.measure_all(networks, tasks, ["diffusers"], CPU, until, 0.05, out, side=64)
     return status, json.loads(out.read_text())
 
 
 def test_what_the_time_allows_is_measured(tmp_path, capsys):
     status, result = gpu_lines(tmp_path, "training step")
-    peak, *lines = result["lines"]
-    assert status == 0 and peak["tflop_per_s"] > 0
+    peak, parts, *lines = result["lines"]
+    assert status == 0 and peak["tflop_per_s"] > 0 and parts["ms"]["norm bf16"] > 0
     eager = [line for line in lines if not line["compile"]]
     assert len(eager) == 6 and all("skipped" in line for line in lines if line["compile"])
     for line in eager:
         assert line["images_per_s"] > 0 and line["share_of_peak"] > 0
-        assert line["seconds"].keys() >= {"total", "encode", "forward", "backward", "optimiser"}
+        shares = list(line["operators"].values())
+        assert shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 1.001
     for ours, theirs in zip(eager[::2], eager[1::2], strict=True):
         assert (ours["library"], theirs["library"]) == ("ours", "diffusers")
         assert ours["gflop_per_image"] == theirs["gflop_per_image"] > 0
@@ -332,9 +333,8 @@ def test_what_the_time_allows_is_measured(tmp_path, capsys):
         assert {lib: line["images_per_s"] for lib, line in summary["best"].items()} == fastest
         ratio = fastest["ours"] / fastest["diffusers"]
         assert summary["ours_over"]["diffusers"] == pytest.approx(ratio, rel=1e-3)
-    # A line each, the surroundings, the peak, and a summary of each task.
-    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(printed) == 2 + len(lines) + 1 and printed[-1] == result["summaries"][0]
+    # A line of text each, the card, and a summary of each task.
+    assert len(capsys.readouterr().out.splitlines()) == 3 + len(lines) + 1
 
 
 def test_a_line_that_fails_leaves_the_others(tmp_path):
@@ -348,7 +348,7 @@ def test_a_line_that_fails_leaves_the_others(tmp_path):
 
 def test_no_line_begins_without_the_time_for_it(tmp_path):
     status, result = gpu_lines(tmp_path, "training step", "guided sampling", seconds=0.5)
-    assert status == 0 and all("skipped" in line for line in result["lines"][1:])
+    assert status == 0 and all("skipped" in line for line in result["lines"][2:])
 
 
 def test_a_batch_is_halved_until_it_fits(tmp_path):
@@ -358,7 +358,7 @@ def test_a_batch_is_halved_until_it_fits(tmp_path):
         return Ready(lambda lap: None, 1, 10)
 
     _, result = gpu_lines(tmp_path, tasks=[gpu.Task("small", build, 12, 1, 1)])
-    assert result["lines"][1]["batch_size"] == 3
+    assert result["lines"][2]["batch_size"] == 3
 
 
 # The data path
