@@ -38,12 +38,8 @@ class PatchPCA(HistoModule):
     ):
         super().__init__()
         self.automatic_optimization = False  # there is nothing to optimise
-        self.params = {
-            "resolution": resolution,
-            "patch": patch,
-            "components": components,
-            "exponent": exponent,
-        }
+        sizes = {"resolution": resolution, "patch": patch, "components": components}
+        self.params = {**sizes, "exponent": exponent}
         self.net = PatchPCANet(**self.params)
         self.tile_size = resolution
 

@@ -245,13 +245,14 @@ class FeatureMaker:
         with self.devices.autocast(self.device):
             return net.with_features(z_t, t, self.model.blocks)[1].float().cpu()
 
-    def _batches(self, tiles: Dataset, seeds: np.ndarray | None):
+    def _batches(self, tiles: Dataset, seeds: np.ndarray | None = None):
+        """Batches of images or cached moments, with their paths."""
         for start in range(0, len(tiles), self.batch_size):
             chosen = range(start, min(start + self.batch_size, len(tiles)))
             items = [tiles[i] if seeds is None else tiles[i, int(seeds[i])] for i in chosen]
             name = "moments" if "moments" in items[0] else "image"
             batch = {name: torch.stack([item[name] for item in items]).to(self.device)}
-            yield batch, [str(item["path"]) for item in items], list(chosen)
+            yield batch, [str(item["path"]) for item in items]
 
     @torch.no_grad()
     def training(self, tiles: Dataset, draws: int, seed: int) -> StackDataset:
@@ -263,11 +264,12 @@ class FeatureMaker:
         for draw in range(draws):
             seeds = np.random.default_rng((seed, draw)).integers(2**62, size=len(tiles))
             generator = torch.Generator().manual_seed(int(seeds[0]))
-            for batch, _, chosen in self._batches(tiles, seeds):
+            for batch, _ in self._batches(tiles, seeds):
                 z_0 = self.diffusion.latents(batch, generator)
-                t = process.uniform_times(
-                    lambda fn, size, g=generator: fn(size, generator=g), len(chosen)
-                ).to(self.device)
+                drawn = process.uniform_times(
+                    lambda fn, size, g=generator: fn(size, generator=g), len(z_0)
+                )
+                t = drawn.to(self.device)
                 eps = torch.randn(z_0.shape, generator=generator).to(self.device)
                 parts.append(self._features(process.q_sample(z_0, t, eps), t))
                 times.append(t.cpu())
@@ -277,7 +279,7 @@ class FeatureMaker:
     def validation(self, tiles: Dataset) -> StackDataset:
         """Each tile without noise at t = 0, and noised at one t in each quarter of the process."""
         process, parts, times = self.diffusion.schedule, [], []
-        for batch, paths, _ in self._batches(tiles, None):
+        for batch, paths in self._batches(tiles):
             z_0 = self.diffusion.latents(batch, sample=False)
             zero = torch.zeros(len(paths), dtype=torch.int64, device=self.device)
             points = [(z_0, zero)]

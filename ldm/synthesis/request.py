@@ -13,7 +13,7 @@ from ldm.settings import DEFAULT_COUNT, DEFAULT_SCALE, DEFAULT_STEPS, DEFAULT_ST
 from ldm.synthesis.counts import balance, choose_classes, parse_counts
 from ldm.synthesis.folder import SampleFolder
 from ldm.synthesis.models import Models, load_models, make_settings
-from ldm.synthesis.production import Part, synthesise
+from ldm.synthesis.production import synthesise
 from ldm.synthesis.settings import Sampling
 from ldm.synthesis.shards import write_shards
 from ldm.synthesis.sources import Sources
@@ -137,7 +137,7 @@ def sample(args: Any) -> int:
     run = run.parent if run.name == "checkpoints" else run
     outdir = Path(args.out) if args.out else run / "samples" / sampling.label
     settings = make_settings(sampling, models, devices, args.out_size)
-    part = Part(*(args.part or (0, 1)))
+    part = args.part or (0, 1)
     folder = SampleFolder(outdir, settings, models.facts)
 
     with devices.launch() as (ranks, device):
@@ -148,9 +148,9 @@ def sample(args: Any) -> int:
     for warning in folder.guidance_log.warnings(sampling):
         log.warning("warning: %s", warning)
     shards = write_shards(folder, args.tar) if args.tar else []
-    if not part.is_whole:
+    if part != (0, 1):
         print(
-            f"part {part.number} of {part.count}: {report.made} images made, {report.present} were "
+            f"part {part[0]} of {part[1]}: {report.made} images made, {report.present} were "
             f"there, in {outdir}; once all parts are made, the same command without `part`"
         )
     elif report.made:
