@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoint import KEY
+from ldm.checkpoint import KEY, load_model
 from ldm.config import instantiate_from_config
 from ldm.data.latents import channel_sums, latent_sums, scale_from_sums
 from ldm.diffusion.flow import RectifiedFlow
@@ -158,8 +158,6 @@ class LatentDiffusion(HistoModule):
     @staticmethod
     def _first_stage(ckpt: str | None, config: dict | None) -> tuple[AutoencoderNet, dict]:
         """The frozen autoencoder, and the configuration that rebuilds it without a file."""
-        from ldm.checkpoint import load_model
-
         config = dict(config or {})
         params = dict(config.get("params") or {})
         ckpt = ckpt or params.pop("ckpt_path", None)
@@ -291,8 +289,6 @@ class LatentDiffusion(HistoModule):
 
     def replace_first_stage(self, path: str) -> None:
         """Decode with another autoencoder of the same latent space, one with a tuned decoder."""
-        from ldm.checkpoint import load_model
-
         other = load_model(path, "autoencoder", self.device, what="`first_stage`").net
         if other.fingerprint() != self.autoencoder_fingerprint:
             raise UserError(
