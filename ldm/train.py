@@ -32,7 +32,9 @@ from ldm.errors import UserError
 from ldm.files import remove_leftovers, require_outside, require_space, write_text
 from ldm.models.base import HistoModule
 from ldm.models.callbacks import (
+    MARGIN,
     BestCheckpoints,
+    CheckpointFiles,
     FollowLayout,
     LastCheckpoint,
     ProgressBar,
@@ -40,9 +42,9 @@ from ldm.models.callbacks import (
     RegularCheckpoint,
     Throughput,
     TimeLeft,
+    expected_size,
 )
 from ldm.models.diffusion import LatentDiffusion
-from ldm.models.saving import MARGIN, CheckpointFiles, expected_size
 from ldm.models.sharding import ShardedStrategy
 from ldm.run import RunFolder
 from ldm.settings import RunOptions, SpeedOptions

@@ -25,10 +25,10 @@ from ldm.data.tiles import read_tile, resize_tile
 from ldm.devices import Devices, shared_devices
 from ldm.errors import UserError
 from ldm.models.label_adapter import LabelAdapter
-from ldm.synthesis.counts import balance, choose_classes, parse_counts
 from ldm.synthesis.folder import SampleFolder
 from ldm.synthesis.guidance_log import GuidanceLog
 from ldm.synthesis.models import load_models, make_settings
+from ldm.synthesis.request import balance, choose_classes, parse_counts
 from ldm.synthesis.settings import Sampling
 from ldm.synthesis.synthesiser import Synthesiser
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ldm.checkpoint import load_model
 from ldm.errors import UserError
+from ldm.models.autoencoder import read_backbone
 from ldm.models.base import HistoModule
-from ldm.models.lpips import read_backbone
 from ldm.modules.autoencoder import AutoencoderKL as AutoencoderNet
 from ldm.modules.losses import PerceptualLoss
 

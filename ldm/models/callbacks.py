@@ -1,4 +1,4 @@
-"""Lightning callbacks for image grids, throughput, checkpoints, and stopping on a signal."""
+"""What Lightning calls: image grids, throughput, checkpoints and their files, stops on a signal."""
 
 import logging
 import math
@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from torch import nn
 from tqdm import tqdm
 
+from ldm.checkpoint import write_checkpoint
 from ldm.data.tiles import to_uint8
 from ldm.devices import follow_layout
 from ldm.errors import Stopped
-from ldm.files import write_png
+from ldm.files import require_space, write_png
 from ldm.models.sharding import is_sharded
 from ldm.progress import FirstStep
 
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
     from ldm.models.base import HistoModule
 
 log = logging.getLogger(__name__)
+
+MARGIN = 1.1  # room that is asked for, in sizes of the last checkpoint
+MOMENTS = 2  # numbers that Adam keeps for each trained weight
 
 
 class ImageLogger(pl.Callback):
@@ -413,3 +419,34 @@ class Throughput(pl.Callback):
 
     def on_validation_start(self, *_: Any) -> None:
         self._since = None
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Writes checkpoints completely or not at all, if the disk has room for them.
+
+    Lightning itself writes to the system's temporary folder and moves the file. Between two file
+    systems that is a copy, and a run that is killed meanwhile leaves half a checkpoint.
+
+    Raises:
+        UserError: The disk is full while a checkpoint is saved; the one before it stays.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._size: int | None = None  # bytes of the last checkpoint that was written
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        path = Path(path)
+        size = path.stat().st_size if self._size is None and path.is_file() else self._size
+        if size is not None:
+            require_space(path, int(MARGIN * size))
+        write_checkpoint(path, checkpoint)
+        self._size = path.stat().st_size
+
+
+def expected_size(model: nn.Module) -> int:
+    """Bytes of a training checkpoint of `model`: its weights, and what Adam keeps for each."""
+    weights = sum(value.nbytes for value in model.state_dict().values())
+    return weights + MOMENTS * sum(p.nbytes for p in model.parameters() if p.requires_grad)

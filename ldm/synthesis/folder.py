@@ -5,6 +5,7 @@
     OUT/manifest.csv          one row per image; manifest.parquet is the same with types
     OUT/guidance.csv          what guidance did, by time step
     OUT/grid.png, README.md   the first images of each class; the data set's card
+    OUT/shard-000000.tar      images in the layout of WebDataset: key.png, key.cls, key.json
     OUT/.parts/               the journal: a file per start and process, a line per finished batch
 
 Every file appears completely or not at all, and an image before the line that lists it. So at
@@ -16,14 +17,16 @@ import csv
 import io
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from ldm.data.shards import NAME, write_tar
 from ldm.data.tiles import read_tile, resize_tile
 from ldm.errors import UserError
 from ldm.files import Journal, read_journal, remove_leftovers, write_bytes, write_png
@@ -75,6 +78,7 @@ COLUMNS = ("class", "index", "file", *OF_FOLDER, "prob", "entropy", "source", "m
 # Columns that manifests of earlier versions lack.
 LATER = ("limit", "strength", "start_from_sha256", "source")
 DECIMALS = {"prob": 6, "entropy": 6, "seconds": 3}
+VOLATILE = ("made", "seconds")  # what two runs of the same command differ in
 
 Row = dict[str, Any]
 
@@ -282,3 +286,40 @@ def _parquet(rows: Sequence[Row]) -> bytes:
     stream = io.BytesIO()
     pq.write_table(pa.table(columns, schema=schema), stream)
     return stream.getvalue()
+
+
+def write_shards(folder: SampleFolder, size: int) -> list[Path]:
+    """Pack the images into OUT/shard-000000.tar, ...; the same images give the same bytes.
+
+    They lie beside the class folders: a folder of them would count as a class.
+
+    The classes alternate, so each shard holds all of them as evenly as the counts allow.
+
+    Args:
+        size: Images per shard. One shard is held in memory.
+
+    Returns:
+        The shards. Others, of an earlier division, are removed.
+    """
+    keys = sorted(folder.rows, key=lambda key: (key[1], key[0]))
+    shards = []
+    for start in range(0, len(keys), size):
+        path, stream = folder.root / NAME.format(len(shards)), io.BytesIO()
+        members = (_members(folder, key) for key in keys[start : start + size])
+        write_tar(stream, chain.from_iterable(members))
+        write_if_changed(path, stream.getvalue())
+        shards.append(path)
+    for path in folder.root.glob("shard-*.tar"):
+        if path not in shards:
+            path.unlink()
+    return shards
+
+
+def _members(folder: SampleFolder, key: tuple[str, int]) -> Iterator[tuple[str, bytes]]:
+    classes, row = folder.settings["classes"], folder.rows[key]
+    stem = row["file"].removesuffix(".png")
+    label = -1 if classes is None else classes.index(row["class"])
+    about = {name: row[name] for name in OF_IMAGE if name not in VOLATILE}
+    yield f"{stem}.png", (folder.root / row["file"]).read_bytes()
+    yield f"{stem}.cls", str(label).encode()
+    yield f"{stem}.json", json.dumps(about).encode()
