@@ -69,17 +69,11 @@ class NetworkOptions(BenchmarkOptions, DeviceOption):
 
 @dataclass(frozen=True)
 class Ready:
-    """A contestant that is built.
+    """A contestant that is built."""
 
-    Attributes:
-        step: Processes one batch.
-        parameters: Number of weights.
-        flops: Floating-point operations of a step.
-    """
-
-    step: Callable[[Lap], None]
-    parameters: int
-    flops: int
+    step: Callable[[Lap], None]  # processes one batch
+    parameters: int  # number of weights
+    flops: int  # floating-point operations of a step
 
 
 def no_lap(part: str) -> None:

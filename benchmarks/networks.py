@@ -31,17 +31,11 @@ Encode = Callable[[Tensor], Tensor]  # x (B, 3, H, W) in [-1, 1] -> a drawn z (B
 
 @dataclass(frozen=True)
 class Networks:
-    """Architecture of an autoencoder and a noise predictor that belong together.
+    """Architecture of an autoencoder and a noise predictor that belong together."""
 
-    Attributes:
-        unet: Parameters of `ldm.modules.unet.UNetModel`.
-        ddconfig: Parameters of `ldm.modules.autoencoder.AutoencoderKL`.
-        embed_dim: Channels of its latents.
-    """
-
-    unet: dict[str, Any]
-    ddconfig: dict[str, Any]
-    embed_dim: int
+    unet: dict[str, Any]  # parameters of `ldm.modules.unet.UNetModel`
+    ddconfig: dict[str, Any]  # parameters of `ldm.modules.autoencoder.AutoencoderKL`
+    embed_dim: int  # channels of its latents
 
     @classmethod
     def of(cls, size: str) -> "Networks":
@@ -66,20 +60,13 @@ class Networks:
 
 @dataclass(frozen=True)
 class Execution:
-    """How networks are run.
+    """How networks are run."""
 
-    Attributes:
-        device: Where.
-        precision: "32", or "bf16" for autocast.
-        channels_last: Memory layout of features and weights.
-        compile: Whether the networks are compiled.
-        search: Whether cuDNN tries its algorithms at the first step, as the configurations have it.
-    """
-
-    device: torch.device
-    precision: str = "32"
-    channels_last: bool = False
-    compile: bool = False
+    device: torch.device  # where
+    precision: str = "32"  # "32", or "bf16" for autocast
+    channels_last: bool = False  # memory layout of features and weights
+    compile: bool = False  # whether the networks are compiled
+    # Whether cuDNN tries its algorithms at the first step, as the configurations have it.
     search: bool = True
 
     @classmethod

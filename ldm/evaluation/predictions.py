@@ -23,23 +23,14 @@ def predictions_name(split: str) -> str:
 
 @dataclass
 class Predictions:
-    """Predictions for the images of a set, in the order of the set.
+    """Predictions for the images of a set, in the order of the set."""
 
-    Attributes:
-        classes: K names in label order.
-        paths: Below the folder of the set, with `/`.
-        labels: True classes, (N,) int64.
-        predicted: Likewise, of the classifier.
-        probabilities: (N, K), rows sum to 1.
-        groups: Patient, slide or region of each image; None where unknown.
-    """
-
-    classes: list[str]
-    paths: list[str]
-    labels: np.ndarray
-    predicted: np.ndarray
-    probabilities: np.ndarray
-    groups: list[str] | None = None
+    classes: list[str]  # K names in label order
+    paths: list[str]  # below the folder of the set, with `/`
+    labels: np.ndarray  # true classes, (N,) int64
+    predicted: np.ndarray  # likewise, of the classifier
+    probabilities: np.ndarray  # (N, K), rows sum to 1
+    groups: list[str] | None = None  # patient, slide or region of each image; None where unknown
 
     @classmethod
     def of(cls, tiles, predicted: np.ndarray, probabilities: np.ndarray) -> "Predictions":

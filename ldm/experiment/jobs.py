@@ -49,29 +49,18 @@ NEUTRAL = ("--device", "--num_workers", "--workers")
 
 @dataclass(frozen=True)
 class Job:
-    """One command.
+    """One command."""
 
-    Attributes:
-        name: Name of its log and record.
-        title: What it does, in a few words.
-        command: Command of `histodiffusion`, or else words for Python, and arguments.
-        after: Names of the jobs whose results it uses.
-        output: What it writes; removed when it has to be made anew.
-        files: Configurations that it reads; their content is part of the key.
-        environment: Variables that it needs; part of the key.
-        data: Further facts that decide the result, such as digests of tiles and checkpoints.
-        gpus: How many GPUs it is to be given, where there are any.
-    """
-
-    name: str
-    title: str
-    command: tuple[str, ...]
-    after: tuple[str, ...] = ()
-    output: tuple[Path, ...] = ()
-    files: tuple[Path, ...] = ()
+    name: str  # name of its log and record
+    title: str  # what it does, in a few words
+    command: tuple[str, ...]  # command of `histodiffusion`, or else words for Python, and arguments
+    after: tuple[str, ...] = ()  # names of the jobs whose results it uses
+    output: tuple[Path, ...] = ()  # what it writes; removed when it has to be made anew
+    files: tuple[Path, ...] = ()  # configurations that it reads; their content is part of the key
+    # Variables that it needs; part of the key.
     environment: Mapping[str, str] = field(default_factory=dict)
-    data: str = ""
-    gpus: int = 1
+    data: str = ""  # further facts that decide the result, such as digests of tiles and checkpoints
+    gpus: int = 1  # how many GPUs it is to be given, where there are any
 
     @property
     def kind(self) -> str:
@@ -87,27 +76,17 @@ class Job:
 
 @dataclass(frozen=True)
 class Record:
-    """What is remembered of a job that was begun.
+    """What is remembered of a job that was begun."""
 
-    Attributes:
-        key: Key that it was begun under.
-        title: Its title at that time.
-        command: The command as one types it.
-        seconds: Wall-clock time of all attempts under this key.
-        done: Whether it ended well.
-        number: Key number of its result, in words.
-        failed: Exit status of a command that failed; None of one that was stopped or goes on.
-        reason: Why it failed, on one line.
-    """
-
-    key: str
-    title: str
-    command: str
-    seconds: float = 0.0
-    done: bool = False
-    number: str = ""
+    key: str  # key that it was begun under
+    title: str  # its title at that time
+    command: str  # the command as one types it
+    seconds: float = 0.0  # wall-clock time of all attempts under this key
+    done: bool = False  # whether it ended well
+    number: str = ""  # key number of its result, in words
+    # Exit status of a command that failed; None of one that was stopped or goes on.
     failed: int | None = None
-    reason: str = ""
+    reason: str = ""  # why it failed, on one line
 
 
 class State(Enum):
@@ -123,17 +102,12 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Standing:
-    """A job's state, with what is known of it.
-
-    Attributes:
-        record: None of a job that was never begun, or has to be made anew.
-        blocked_by: Name of the failed job.
-    """
+    """A job's state, with what is known of it."""
 
     job: Job
     state: State
-    record: Record | None = None
-    blocked_by: str = ""
+    record: Record | None = None  # None of a job that was never begun, or has to be made anew
+    blocked_by: str = ""  # name of the failed job
 
 
 class JobBusy(Exception):

@@ -30,29 +30,22 @@ DATA_VARIABLE = "HISTO_DATA"
 
 @dataclass
 class Arm:
-    """One row, as it is planned.
-
-    Attributes:
-        folders: Training folder (below OUT/data) of each seed.
-        places: Folder of each seed's results.
-        jobs: The job of each seed that trains and evaluates; baselines of colours have seed 0 only.
-        other_jobs: Further jobs whose results stand in the row.
-        wanted: Synthetic tiles, all classes together.
-        generator: Its pool, of the first draw of labels where there are several.
-        first: Key of the row's part that belongs to the first of several draws.
-    """
+    """One row, as it is planned."""
 
     key: str
     label: str
     kind: str
     factors: dict[str, str | int] = field(default_factory=dict)
+    # Training folder (below OUT/data) of each seed.
     folders: dict[int, str] = field(default_factory=dict)
-    places: dict[int, Path] = field(default_factory=dict)
+    places: dict[int, Path] = field(default_factory=dict)  # folder of each seed's results
+    # The job of each seed that trains and evaluates; baselines of colours have seed 0 only.
     jobs: dict[int, str] = field(default_factory=dict)
+    # Further jobs whose results stand in the row.
     other_jobs: list[str] = field(default_factory=list)
-    wanted: int | None = None
-    generator: str | None = None
-    first: str | None = None
+    wanted: int | None = None  # synthetic tiles, all classes together
+    generator: str | None = None  # its pool, of the first draw of labels where there are several
+    first: str | None = None  # key of the row's part that belongs to the first of several draws
 
 
 @dataclass(frozen=True)

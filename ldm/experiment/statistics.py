@@ -71,50 +71,35 @@ CHUNK = 1 << 21  # random numbers that are held at a time
 
 @dataclass(frozen=True)
 class Arm:
-    """What the networks of one arm said about one set.
+    """What the networks of one arm said about one set."""
 
-    Attributes:
-        key: Key of its row.
-        seeds: S numbers.
-        runs: Their predictions, in the same order.
-        deterministic: Whether one run stands for all seeds: its training is not random.
-    """
-
-    key: str
-    seeds: list[int]
-    runs: list[Predictions]
-    deterministic: bool = False
+    key: str  # key of its row
+    seeds: list[int]  # S numbers
+    runs: list[Predictions]  # their predictions, in the same order
+    deterministic: bool = False  # whether one run stands for all seeds: its training is not random
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Arm minus reference. Fractions, not percent; None where unknown or not claimed.
+    """Arm minus reference. Fractions, not percent; None where unknown or not claimed."""
 
-    Attributes:
-        family: "reference", or of a selection "random" (against random choice from the same pool)
-            or "pseudo" (against real tiles that the judge labelled, in the same amount).
-        row, reference: Keys of the two rows.
-        mean: Over the seeds that both have.
-        low, high: Interval at `LEVEL`.
-        p: Two-sided, of no difference; `p_holm` corrected for all rows of its family.
-        groups: None where images were resampled.
-        note: Why something is missing; "" where nothing is.
-    """
-
+    # "reference", or of a selection "random" (against random choice from the same pool) or "pseudo"
+    # (against real tiles that the judge labelled, in the same amount).
     family: str
-    row: str
-    reference: str
+    row: str  # its key
+    reference: str  # key of the other row
     split: str
     metric: str
-    mean: float | None = None
-    low: float | None = None
+    mean: float | None = None  # over the seeds that both have
+    low: float | None = None  # of the interval at `LEVEL`
     high: float | None = None
+    # Two-sided, of no difference; `p_holm` corrected for all rows of its family.
     p: float | None = None
     p_holm: float | None = None
     seeds: tuple[int, ...] = ()
     images: int | None = None
-    groups: int | None = None
-    note: str = ""
+    groups: int | None = None  # None where images were resampled
+    note: str = ""  # why something is missing; "" where nothing is
 
 
 def differences(table: Table, resamples: int = RESAMPLES, seed: int = 0) -> list[Difference]:
@@ -256,17 +241,11 @@ class _Comparison:
 
 @dataclass(frozen=True)
 class Prior:
-    """What the arms of a table say about the variance over seeds of any one of them.
+    """What the arms of a table say about the variance over seeds of any one of them."""
 
-    Attributes:
-        variance: s_0^2, of one arm.
-        degrees: f_0, how many degrees of freedom that is worth; 0 is nothing.
-        most: All degrees of freedom that there are.
-    """
-
-    variance: float = 0.0
-    degrees: float = 0.0
-    most: float = 0.0
+    variance: float = 0.0  # s_0^2, of one arm
+    degrees: float = 0.0  # f_0, how many degrees of freedom that is worth; 0 is nothing
+    most: float = 0.0  # all degrees of freedom that there are
 
     def moderate(self, variance: float, degrees: int, arms: int) -> tuple[float, float]:
         """A variance and its degrees of freedom, moderated.

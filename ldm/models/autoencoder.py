@@ -29,14 +29,11 @@ class AutoencoderKL(HistoModule):
         monitor: Validation metric that chooses the best checkpoint.
         betas: Adam's, of both optimisers.
         accumulate_grad_batches: Batches per optimiser step.
-
-    Attributes:
-        gradient_clip_val, gradient_clip_algorithm: As for a Lightning trainer, of each optimiser's
-            own gradient; set by the command.
     """
 
     kind = "autoencoder"
     training_only = ("loss.",)
+    # As for a Lightning trainer, of each optimiser's own gradient; set by the command.
     gradient_clip_val: float | None = None
     gradient_clip_algorithm: str | None = None
 

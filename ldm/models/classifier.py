@@ -101,17 +101,13 @@ def fit_temperature(logits: Tensor, y: Tensor) -> float:
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """What a classifier takes over from stage 1, so that it fits the diffusion model.
+    """What a classifier takes over from stage 1, so that it fits the diffusion model."""
 
-    Attributes:
-        first_stage: The frozen autoencoder.
-        schedule: Settings of the noise schedule or flow, see `ldm.diffusion.make_process`.
-        scale_factor: Latent scale, one or one per channel; None when the checkpoint does not know
-            it (an autoencoder's).
-    """
-
-    first_stage: AutoencoderNet
+    first_stage: AutoencoderNet  # the frozen autoencoder
+    # Settings of the noise schedule or flow, see `ldm.diffusion.make_process`.
     schedule: dict[str, Any]
+    # Latent scale, one or one per channel; None when the checkpoint does not know it (an
+    # autoencoder's).
     scale_factor: float | list[float] | None
 
     @classmethod

@@ -32,15 +32,11 @@ class Means(NamedTuple):
 
 @dataclass
 class GuidanceLog:
-    """Sums over images, by time step.
+    """Sums over images, by time step."""
 
-    Attributes:
-        sums: t -> the sum of each of `QUANTITIES`, None where it did not act.
-        images: t -> number of images.
-    """
-
+    # t -> the sum of each of `QUANTITIES`, None where it did not act.
     sums: dict[float, list[float | None]] = field(default_factory=dict)
-    images: dict[float, int] = field(default_factory=dict)
+    images: dict[float, int] = field(default_factory=dict)  # t -> number of images
 
     def add(self, times: Sequence[float], sums: Sequence[Sequence[float]], images: int) -> None:
         """Add a batch: per time step the three sums over its images, NaN for none."""

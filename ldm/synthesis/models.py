@@ -18,20 +18,14 @@ from ldm.synthesis.settings import UNCONDITIONAL, Sampling
 
 @dataclass(frozen=True)
 class Models:
-    """What a synthesiser needs, in evaluation mode.
+    """What a synthesiser needs, in evaluation mode."""
 
-    Attributes:
-        diffusion: The noise predictor, and the decoder.
-        classifier: Guides, and gives the probability of the wanted class.
-        weak: An earlier or smaller noise predictor, for autoguidance.
-        files: SHA-256 of each checkpoint, by role.
-        facts: What each checkpoint says of itself, by role.
-    """
-
-    diffusion: LatentDiffusion
+    diffusion: LatentDiffusion  # the noise predictor, and the decoder
+    # Guides, and gives the probability of the wanted class.
     classifier: GuidingClassifier | None = None
-    weak: LatentDiffusion | None = None
-    files: dict[str, str] = field(default_factory=dict)
+    weak: LatentDiffusion | None = None  # an earlier or smaller noise predictor, for autoguidance
+    files: dict[str, str] = field(default_factory=dict)  # SHA-256 of each checkpoint, by role
+    # What each checkpoint says of itself, by role.
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property

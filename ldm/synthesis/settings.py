@@ -20,44 +20,31 @@ NAMED = (
 
 @dataclass(frozen=True)
 class Sampling:
-    """What decides an image, beside the models.
+    """What decides an image, beside the models."""
 
-    Attributes:
-        sampler: "ddim", "ddpm" or "dpm++2m" of noise schedules, "euler" or "heun" of rectified
-            flows.
-        steps: Sampler steps, in [1, T].
-        eta: DDIM noise, in [0, 1]; DDPM has the noise of eta 1, all others none.
-        scale: Scale of classifier guidance; 0 without a classifier.
-        seed: Run seed of the noise.
-        interval: Training time steps (lowest, highest) that are guided in any way; None for all.
-        ema: Averaged weights of the noise predictors.
-        guidance_on: What the classifier looks at: "z_t", or the "z_0" predicted from it.
-        normalise: Guidance is `scale` times as long as the predicted noise.
-        clip: Guidance is at most so many times as long as the predicted noise; None for no limit.
-        temperature: The classifier's logits are divided by it.
-        cfg_scale: Of classifier-free guidance, for a model that takes labels; 1 is the labelled
-            prediction itself.
-        autoguidance_scale: Of the extrapolation from a weaker model; 1 is none.
-        limit: Predicted clean latents are kept within [-limit, limit], for the samplers of flows;
-            None for no limit.
-        strength: Images start from real tiles that are noised to this share of the way to pure
-            noise, in (0, 1]; None starts from noise.
-    """
-
+    # "ddim", "ddpm" or "dpm++2m" of noise schedules, "euler" or "heun" of rectified flows.
     sampler: str
-    steps: int
-    eta: float
-    scale: float
-    seed: int
+    steps: int  # sampler steps, in [1, T]
+    eta: float  # DDIM noise, in [0, 1]; DDPM has the noise of eta 1, all others none
+    scale: float  # scale of classifier guidance; 0 without a classifier
+    seed: int  # run seed of the noise
+    # Training time steps (lowest, highest) that are guided in any way; None for all.
     interval: tuple[int, int] | None = None
-    ema: bool = True
-    guidance_on: str = "z_t"
-    normalise: bool = False
+    ema: bool = True  # averaged weights of the noise predictors
+    guidance_on: str = "z_t"  # what the classifier looks at: "z_t", or the "z_0" predicted from it
+    normalise: bool = False  # guidance is `scale` times as long as the predicted noise
+    # Guidance is at most so many times as long as the predicted noise; None for no limit.
     clip: float | None = None
-    temperature: float = 1.0
+    temperature: float = 1.0  # the classifier's logits are divided by it
+    # Of classifier-free guidance, for a model that takes labels; 1 is the labelled prediction
+    # itself.
     cfg_scale: float = 1.0
-    autoguidance_scale: float = 1.0
+    autoguidance_scale: float = 1.0  # of the extrapolation from a weaker model; 1 is none
+    # Predicted clean latents are kept within [-limit, limit], for the samplers of flows; None for
+    # no limit.
     limit: float | None = None
+    # Images start from real tiles that are noised to this share of the way to pure noise, in (0,
+    # 1]; None starts from noise.
     strength: float | None = None
 
     def __post_init__(self):

@@ -82,14 +82,10 @@ def accelerated(
 
 
 class Confidence(NamedTuple):
-    """The classifier's opinion of a finished latent, at t = 0; None without a classifier.
+    """The classifier's opinion of a finished latent, at t = 0; None without a classifier."""
 
-    Attributes:
-        prob: p(y | z_0) of the wanted class.
-        entropy: Of p(. | z_0), nats: 0 for a certain classifier, log K for one that guesses.
-    """
-
-    prob: float | None = None
+    prob: float | None = None  # p(y | z_0) of the wanted class
+    # Of p(. | z_0), nats: 0 for a certain classifier, log K for one that guesses.
     entropy: float | None = None
 
 
