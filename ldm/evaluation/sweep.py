@@ -16,6 +16,7 @@ A setting with its scores is a row, with the columns of sweep.csv:
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -125,39 +126,27 @@ def pairwise_distance(features: Tensor) -> float:
     return 1 - cosine.item()
 
 
+@dataclass
 class Sweep:
     """Samples with one setting after another into OUT/tiles/SETTING, and scores them.
 
     What is there already is not made again.
-
-    Args:
-        judge_net: Classifier of the models' classes.
-        real_root: Held-out real tiles, real_root/CLASS/.
-        per_class: Images of each class.
-        batch_size: Images sampled together.
-
-    Attributes:
-        rows: A row of each setting.
     """
 
-    def __init__(
-        self,
-        models: Models,
-        devices: Devices,
-        judge_net: Extractor,
-        real_root: Path,
-        out: Path,
-        per_class: int,
-        batch_size: int,
-    ):
-        self.models, self.devices, self.judge_net = models, devices, judge_net
-        self.real_root, self.out = real_root, out
-        self.per_class, self.batch_size = per_class, batch_size
-        cache = out / "features" / "real.safetensors"
-        self.real = judge(real_root, judge_net, cache, models.classes)
-        check_counts(self.real, f"`real` {real_root}")
-        self.rows: list[Row] = []
-        self._sheet: list[tuple[str, list[Card]]] = []  # a row for each setting
+    models: Models
+    devices: Devices
+    judge_net: Extractor  # classifier of the models' classes
+    real_root: Path  # held-out real tiles, real_root/CLASS/
+    out: Path
+    per_class: int  # images of each class
+    batch_size: int  # images sampled together
+    rows: list[Row] = field(init=False, default_factory=list)  # one of each setting
+    _sheet: list[tuple[str, list[Card]]] = field(init=False, default_factory=list)  # likewise
+
+    def __post_init__(self):
+        cache = self.out / "features" / "real.safetensors"
+        self.real = judge(self.real_root, self.judge_net, cache, self.models.classes)
+        check_counts(self.real, f"`real` {self.real_root}")
 
     def measure(self, sampling: Sampling) -> None:
         """Sample with one setting, what is not there yet, and score it."""

@@ -4,6 +4,7 @@ Letters: N images, B batch, S side in pixels, K classes.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
@@ -90,14 +91,16 @@ class TrainingData(pl.LightningDataModule):
         return make_loader(self.tiles, self.workers, batch_sampler=self.batches)
 
 
+@dataclass
 class Predictor:
     """Predicts whole sets, divided among the processes of a run.
 
     Each process computes its share, in the precision of `devices`, and has all results.
     """
 
-    def __init__(self, devices: Devices, workers: int, ranks: Ranks | None = None):
-        self.devices, self.workers, self.ranks = devices, workers, ranks or Ranks()
+    devices: Devices
+    workers: int  # loader processes
+    ranks: Ranks = Ranks()
 
     @property
     def device(self) -> torch.device:

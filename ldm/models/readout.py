@@ -9,6 +9,7 @@ training takes seconds. Guidance shares the UNet's pass with the noise predictio
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -217,28 +218,21 @@ class ReadoutClassifier(GuidingClassifier):
         self.log_validation(clean, noisy, batch["label"])
 
 
+@dataclass
 class FeatureMaker:
     """Makes the sets that a readout is trained and validated on.
 
     Their items have the features and the time(s) `t` of a tile, its `label` and its `path`.
-
-    Args:
-        model: Attached to its diffusion model.
-        diffusion: Gives the latents.
-        device, devices: Where and how the UNet is computed.
-        batch_size: Tiles per pass.
     """
 
-    def __init__(
-        self,
-        model: ReadoutClassifier,
-        diffusion: LatentDiffusion,
-        devices: Devices,
-        batch_size: int = 64,
-    ):
-        self.model, self.diffusion = model, diffusion.to(devices.device)
-        self.devices, self.device = devices, devices.device
-        self.batch_size = batch_size
+    model: ReadoutClassifier  # attached to its diffusion model
+    diffusion: LatentDiffusion  # gives the latents
+    devices: Devices  # where and how the UNet is computed
+    batch_size: int = 64  # tiles per pass
+
+    def __post_init__(self):
+        self.device = self.devices.device
+        self.diffusion.to(self.device)
 
     def _features(self, z_t: Tensor, t: Tensor) -> Tensor:
         net = self.diffusion.network()
@@ -299,13 +293,7 @@ def _stacked(
 
 
 class FeatureData(pl.LightningDataModule):
-    """The features of training and validation tiles.
-
-    Args:
-        train, validation: See `FeatureMaker`.
-        batch_size: Of training.
-        seed: Of the order.
-    """
+    """The features of training and validation tiles, see `FeatureMaker`."""
 
     def __init__(self, train: StackDataset, validation: StackDataset, batch_size: int, seed: int):
         super().__init__()
