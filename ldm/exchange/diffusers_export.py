@@ -10,19 +10,19 @@ import json
 import logging
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from ldm.errors import UserError
 from ldm.files import atomic_folder, file_sha256, write_json, write_text
-
-if TYPE_CHECKING:
-    import torch
-
-    from ldm.models.diffusion import LatentDiffusion
+from ldm.models.diffusion import LatentDiffusion
+from ldm.modules.autoencoder import Architecture
+from ldm.modules.blocks import AttentionBlock, ResBlock
 
 log = logging.getLogger(__name__)
 
-State = dict[str, "torch.Tensor"]
+State = dict[str, torch.Tensor]
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction"}
 SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2"}
 TOLERANCE = 1e-4  # largest difference between the two libraries, of values about 1, float32
@@ -77,7 +77,7 @@ def unet_settings(params: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
     return settings, heads
 
 
-def make_unet(params: dict[str, Any]) -> "torch.nn.Module":
+def make_unet(params: dict[str, Any]) -> torch.nn.Module:
     """The network of diffusers for the parameters of our `UNetModel`, see `unet_settings`."""
     from diffusers import UNet2DModel
 
@@ -171,10 +171,8 @@ def _attention(state: State, old: str, new: str, heads: int, new_order: bool) ->
     return result
 
 
-def unet_state(net: "torch.nn.Module", params: dict[str, Any]) -> State:
+def unet_state(net: torch.nn.Module, params: dict[str, Any]) -> State:
     """The weights of our `UNetModel` under the names of `UNet2DModel`."""
-    from ldm.modules.blocks import AttentionBlock, ResBlock
-
     state = net.state_dict()
     new_order = params.get("use_new_attention_order", False)
     names = {
@@ -190,7 +188,7 @@ def unet_state(net: "torch.nn.Module", params: dict[str, Any]) -> State:
         for part in ("weight", "bias")
     }
 
-    def put(layer: "torch.nn.Module", old: str, resnet: str, attention: str, sampler: str) -> None:
+    def put(layer: torch.nn.Module, old: str, resnet: str, attention: str, sampler: str) -> None:
         """Copy one layer to its place; a layer that is neither of the two blocks resamples."""
         if isinstance(layer, AttentionBlock):
             result.update(_attention(state, old, attention, layer.num_heads, new_order))
@@ -233,8 +231,6 @@ def vae_settings(ddconfig: dict[str, Any], embed_dim: int, scale_factor: float) 
     Raises:
         UserError: `AutoencoderKL` of diffusers does not have this architecture.
     """
-    from ldm.modules.autoencoder import Architecture
-
     config = vars(Architecture(**ddconfig))
     if config["z_channels"] != embed_dim:
         raise UserError(
@@ -261,7 +257,7 @@ def vae_settings(ddconfig: dict[str, Any], embed_dim: int, scale_factor: float) 
     }
 
 
-def vae_state(net: "torch.nn.Module") -> State:
+def vae_state(net: torch.nn.Module) -> State:
     """The weights of our autoencoder under the names of diffusers' `AutoencoderKL`."""
     levels = len(net.decoder.up)
     result = {}
@@ -291,7 +287,7 @@ def vae_state(net: "torch.nn.Module") -> State:
     return result
 
 
-def scheduler_settings(model: "LatentDiffusion") -> dict[str, Any]:
+def scheduler_settings(model: LatentDiffusion) -> dict[str, Any]:
     """The arguments of `DDIMScheduler` that make it visit the same time steps as our sampler.
 
     They agree for every number of sampling steps S < T that divides T: our steps are
@@ -319,7 +315,7 @@ def scheduler_settings(model: "LatentDiffusion") -> dict[str, Any]:
     }
 
 
-def build_pipeline(model: "LatentDiffusion", use_ema: bool = True) -> Any:
+def build_pipeline(model: LatentDiffusion, use_ema: bool = True) -> Any:
     """An `LDMPipeline` of diffusers with the weights of `model`.
 
     Raises:
@@ -346,10 +342,8 @@ def build_pipeline(model: "LatentDiffusion", use_ema: bool = True) -> Any:
     return pipeline
 
 
-def largest_difference(model: "LatentDiffusion", pipeline: Any, use_ema: bool = True) -> float:
+def largest_difference(model: LatentDiffusion, pipeline: Any, use_ema: bool = True) -> float:
     """The largest difference between our networks and the exported ones, on random inputs."""
-    import torch
-
     generator = torch.Generator().manual_seed(0)
     z = torch.randn((1, *model.latent_shape), generator=generator)
     first, vqvae, scaled = model.first_stage_model, pipeline.vqvae, z / float(model.scale_factor)
@@ -367,7 +361,6 @@ CARD = """# {name}
 An unconditional latent diffusion model of tissue tiles ({pixels} x {pixels} pixels), exported for
 the diffusers library from `{source}` (SHA-256 {sha256}).
 
-    import torch
     from diffusers import LDMPipeline
 
     pipeline = {load}
@@ -380,7 +373,7 @@ draw their noise differently. Classifier guidance is not part of the pipeline.
 """
 
 
-def export(checkpoint: Path, model: "LatentDiffusion", out: Path, use_ema: bool = True) -> float:
+def export(checkpoint: Path, model: LatentDiffusion, out: Path, use_ema: bool = True) -> float:
     """Write the pipeline to the new folder `out`, completely or not at all.
 
     Args:
