@@ -16,7 +16,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike
+from scipy.stats import rankdata
 
 HEADLINE = ("accuracy", "macro_f1", "sensitivity", "specificity")
 OF_PROBABILITIES = ("auc", "calibration_error")  # not in results of earlier versions
@@ -105,8 +107,6 @@ def macro_auc(probabilities: ArrayLike, labels: ArrayLike) -> float | None:
     Args:
         probabilities, labels: As for `calibration_error`.
     """
-    from scipy.stats import rankdata
-
     p, true = _checked(probabilities, labels)
     own = true[:, None] == np.arange(p.shape[1])  # (N, K)
     positive = own.sum(axis=0)  # (K,)
@@ -207,8 +207,6 @@ def format_per_class(runs: Sequence[dict[str, Any]]) -> str:
 
 def _table(rows: Sequence[dict[str, Any]], names: list[str], numbers: list[str]) -> str:
     """Text of a table; a number that is missing or None is `-`."""
-    import pandas as pd
-
     table = pd.DataFrame(rows, columns=[*names, *numbers]).astype(dict.fromkeys(numbers, float))
     return table.to_string(index=False, float_format="{:.4f}".format, na_rep="-")
 

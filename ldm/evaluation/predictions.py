@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from ldm.errors import UserError
 from ldm.evaluation.metrics import calibration_error, confusion_matrix, macro_auc, scores
@@ -50,8 +51,6 @@ class Predictions:
 
     def write(self, path: Path) -> None:
         """Columns path, group, label, predicted and p_CLASS for each class."""
-        import pandas as pd
-
         names = np.array(self.classes)
         columns = (self.paths, self.groups or "", names[self.labels], names[self.predicted])
         table = pd.DataFrame(dict(zip(COLUMNS, columns, strict=True)))
@@ -63,8 +62,6 @@ class Predictions:
     @classmethod
     def read(cls, path: Path) -> "Predictions":
         """Read what `write` wrote; UserError for another table."""
-        import pandas as pd
-
         try:
             table = pd.read_csv(path, dtype=str, keep_default_na=False)
             if tuple(table.columns[: len(COLUMNS)]) != COLUMNS or table.empty:

@@ -49,6 +49,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from scipy.optimize import brentq
+from scipy.special import digamma, polygamma
 
 from ldm.errors import UserError
 from ldm.evaluation.metrics import confusion_matrix
@@ -266,8 +268,6 @@ def prior_of(variances: Sequence[float], degrees: Sequence[int]) -> Prior:
         variances: s_a^2 of each arm, over its seeds.
         degrees: Their degrees of freedom, at least 1.
     """
-    from scipy.special import digamma, polygamma
-
     s2, d = np.array(variances, dtype=float), np.array(degrees, dtype=float)
     if len(s2) < FEWEST_ARMS or not np.median(s2) > 0:
         return Prior()
@@ -283,9 +283,6 @@ def prior_of(variances: Sequence[float], degrees: Sequence[int]) -> Prior:
 
 def inverse_trigamma(y: float) -> float:
     """x > 0 with trigamma(x) = y, for y > 0."""
-    from scipy.optimize import brentq
-    from scipy.special import polygamma
-
     # 1 / x + 1 / (2 x^2) < trigamma(x) < 1 / x + 1 / x^2 encloses the root; widened, since for
     # small y both bounds are 1 / y but for rounding.
     low, high = (
