@@ -125,6 +125,11 @@ class Plan:
         """Seeds of the networks of an arm."""
         return [self._draw.seed] if self._draw else self.settings.evaluation.seeds
 
+    @property
+    def _seed(self) -> Options:
+        """The seed of the draw, as an option of what is made for each draw."""
+        return {"seed": self._draw.seed} if self._draw else {}
+
     def _depends_on_labels(self, name: str) -> bool:
         """Whether a model is trained anew for every draw of labels."""
         model = self.settings.models[name]
@@ -367,7 +372,7 @@ class Plan:
         options = {
             "data": self.data / unlabelled,
             "per_class": draw.per_class,
-            "seed": draw.seed,
+            **self._seed,
             "link": self.settings.link,
             "out": out,
             **self.settings.draws.options,
@@ -432,9 +437,7 @@ class Plan:
             verb, files = "classify", ()
             splits = (self._labelled, "val")
             options = {"data_dir": self.data / self._labelled, "val_data_dir": self.data / "val"}
-            options |= {**given, **common}
-            options |= {"seed": self._draw.seed} if self._draw else {}
-            options |= model.classifier or {}
+            options |= {**given, **common, **self._seed, **(model.classifier or {})}
             environment = dict(model.env)
         return self._add(
             f"train-{run}",
@@ -462,10 +465,9 @@ class Plan:
         amounts = {c: math.ceil(max(1, n) * sampling.per_wanted) for c, n in wanted.items()}
         if generator.amount is not None:
             amounts = dict.fromkeys(wanted, generator.amount)
+        amount: Options = {"counts": ",".join(f"{c}={n}" for c, n in amounts.items())}
         if len(set(amounts.values())) == 1:
-            amount: dict[str, Any] = {"n_samples": next(iter(amounts.values()))}
-        else:
-            amount = {"counts": ",".join(f"{c}={n}" for c, n in amounts.items())}
+            amount = {"n_samples": next(iter(amounts.values()))}
         further, needs = self._filled_options({**sampling.options, **generator.sampling})
         pool = self.samples(name + self._part)
         options = {
@@ -474,7 +476,7 @@ class Plan:
             "first_stage": generator.decoder and self.model(generator.decoder),
             **amount,
             "outdir": pool,
-            **({"seed": self._draw.seed} if self._draw else {}),
+            **self._seed,
             **further,
         }
         models = filter(None, (generator.diffusion, generator.classifier, generator.decoder))
@@ -661,14 +663,11 @@ class Plan:
     def combinations(self) -> list[tuple[str, str, int]]:
         """Generator, selection and ratio of all synthetic rows."""
         grid = self.settings.grid
+        names = {"generator": grid.generators, "selection": grid.selection, "ratio": grid.ratios}
 
         def cells(one: Cells) -> list[tuple[str, str, int]]:
             """All combinations of what is given, and of the whole grid where nothing is."""
-            given = (
-                (one.generator, grid.generators),
-                (one.selection, grid.selection),
-                (one.ratio, grid.ratios),
-            )
+            given = [(getattr(one, part), known) for part, known in names.items()]
             return list(product(*(known if v is None else as_list(v) for v, known in given)))
 
         without = {cell for one in grid.without for cell in cells(one)}
@@ -719,7 +718,7 @@ class Plan:
                 needs = self._selection(arm, f"{key}@{seed}", selection, ratio, seed)
                 self._add_seeds(arm, f"{key}@{seed}", needs, [seed])
         else:
-            seed = self._draw.seed if self._draw else 0
+            seed = self._seed.get("seed", 0)
             self._add_seeds(arm, key, self._selection(arm, key, selection, ratio, seed))
         if not pseudo:
             self._add_fidelity(arm)
@@ -775,7 +774,7 @@ class Plan:
             "ratio": ratio,
             "link": self.settings.link,
             "out": self.data / key,
-            **({"seed": self._draw.seed} if self._draw else {}),
+            **self._seed,
             **self.settings.baselines.ceiling.options,
         }
         needs = self._tiles(unlabelled, self._labelled)
