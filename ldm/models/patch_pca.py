@@ -2,8 +2,9 @@
 
 import logging
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
@@ -11,9 +12,6 @@ from ldm.data.tiles import without_augmentation
 from ldm.models.base import HistoModule
 from ldm.modules.autoencoder import psnr
 from ldm.modules.patch_pca import PatchPCA as PatchPCANet
-
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +69,7 @@ class PatchPCA(HistoModule):
         return {"inputs": x, "reconstructions": self.net(x)[0]}
 
 
-def fit_first_stage(net: PatchPCANet, trainer: "pl.Trainer", batch_size: int = 64) -> None:
+def fit_first_stage(net: PatchPCANet, trainer: pl.Trainer, batch_size: int = 64) -> None:
     """Fit to the training tiles, without augmentation; every rank finds the same."""
     dataset, device = trainer.datamodule.train_dataset, trainer.strategy.root_device
     dataset = without_augmentation(dataset)
