@@ -427,6 +427,16 @@ def test_unlabelled_tiles_with_the_classes_that_a_judge_gives_them(folders, tmp_
     assert "there already" in capsys.readouterr().out
     with pytest.raises(UserError, match="`choose`: a classifier"):
         distance.main([*words, "--choose", "--out", str(tmp_path / "other")])
+    # The same with labels that are spread over these tiles: another folder, by the same names.
+    words += ["--spread", str(pool), "--per_class", "5", "--out"]
+    with pytest.raises(UserError, match="spread_over"):
+        distance.main([*words, str(out)])
+    distance.main([*words, str(tmp_path / "spread")])
+    record = json.loads((tmp_path / "spread" / "selection.json").read_text())
+    assert record["judge"]["val"]["accuracy"] == 1.0
+    assert record["settings"]["spread_over"]
+    used = [row for row in rows_of(tmp_path / "spread/selection.csv") if row["decision"] in USED]
+    assert used and all(Path(row["file"]).name.startswith(row["class"]) for row in used)
 
 
 def test_the_network_that_tells_left_out_tiles_apart_is_chosen(folders, tmp_path):

@@ -72,8 +72,8 @@ class Options(FeatureOptions):
     spread: str | None = option(
         default=None,
         metavar="DIR",
-        help="unlabelled tiles, often those of --unlabelled: the judge spreads the labels of --real "
-        "over them (Zhou et al. 2003) in place of fitting a logistic regression",
+        help="unlabelled tiles: the judge spreads the labels of --real over them (Zhou et al. "
+        "2003), in place of a logistic regression",
     )
     out: str = option(metavar="DIR", help="training folder to make")
     ratio: Count | None = option(
@@ -223,8 +223,10 @@ def judge(args: Options, real_root: Path, candidates_root: Path, needed: bool):
     from ldm.features.source import parse_features
     from ldm.selection.judge import compute_judged, is_vis_folder, read_judged
 
-    needed = needed or args.choose or any(
-        given is not None for given in (args.unlabelled, args.val, args.spread)
+    needed = (
+        needed
+        or args.choose
+        or any(given is not None for given in (args.unlabelled, args.val, args.spread))
     )
     folders = [name for name in args.features if is_vis_folder(name)]
     if not folders:

@@ -21,20 +21,23 @@ class Judge:
     """What several networks together say of a tile: the geometric mean of their probabilities.
 
     A network that classifies these very classes is asked itself, any other by a logistic
-    regression on its features, or by labels that are spread over unlabelled tiles. All are calibrated by temperature (Guo et al. 2017). A temperature
-    is at least 1: that all of a few left-out tiles are right does not make a judge surer.
+    regression on its features, or by labels that are spread over unlabelled tiles. All are
+    calibrated by temperature (Guo et al. 2017). A temperature is at least 1: that all of a few
+    left-out tiles are right does not make a judge surer.
 
     Attributes:
         probes: The regression (or spreading) of each network; None for a classifier.
         temperatures: Of each network.
         temperature: Of the mean.
         calibrated_on: Digest of the further tiles that classifiers were calibrated on, if any.
+        spread_over: Digest of the unlabelled tiles that the labels were spread over, if any.
     """
 
     probes: list[LeftOut | None]
     temperatures: list[float]
     temperature: float = 1.0
     calibrated_on: str | None = None
+    spread_over: str | None = None
 
     @classmethod
     def fit(
@@ -65,7 +68,9 @@ class Judge:
             elif unlabelled is None:
                 probes.append(Probe.of(one, cache))
             else:
-                probes.append(Spreading(one, unlabelled[k]))
+                probes.append(
+                    Spreading(one.values, labels.numpy(), one.classes, unlabelled[k].values)
+                )
         temperatures = []
         for k, probe in enumerate(probes):
             if probe is not None:
@@ -81,7 +86,13 @@ class Judge:
         if len(left_out) > 1:
             together = _softened(torch.stack(left_out).mean(dim=0), labels)
         on_val = val is not None and None in probes
-        return cls(probes, temperatures, together, val[0].tiles if on_val else None)
+        return cls(
+            probes,
+            temperatures,
+            together,
+            val[0].tiles if on_val else None,
+            unlabelled[0].tiles if unlabelled else None,
+        )
 
     def probabilities(self, sets: Sequence[FeatureSet]) -> Tensor:
         """Probabilities (N, K) float64 of tiles whose features each network has computed."""

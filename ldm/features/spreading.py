@@ -3,16 +3,17 @@
 Letters: n labelled tiles, N tiles of the graph, M new tiles, D features, K classes.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from ldm.features.probe import LeftOut, folds_of
-from ldm.features.sets import FeatureSet
 
 NEIGHBOURS = 50
 ALPHA = 0.9  # share that a tile takes from its neighbours in each round; the rest is its own label
-ROUNDS = 100  # at most; fewer where nothing changes any more
+ROUNDS = 1000  # at most; about 150 until nothing changes any more
 MOST_TILES = 20_000  # unlabelled ones: the search for neighbours takes the square of it
 
 
@@ -24,9 +25,11 @@ class Spreading(LeftOut):
     "Learning with local and global consistency", NeurIPS 2003.
 
     Args:
-        real: Labelled tiles, n of them.
-        unlabelled: Further tiles, whose labels are not looked at. Of more than `MOST_TILES`, that
-            many are drawn with a fixed seed.
+        features: Of the labelled tiles, (n, D).
+        labels: (n,) in [0, K).
+        classes: K names.
+        unlabelled: Features of further tiles, (N - n, D). Of more than `MOST_TILES`, that many are
+            drawn with a fixed seed.
 
     Attributes:
         left_out: (n, K) log-probabilities of the labelled tiles, each of them from the labels of
@@ -36,24 +39,26 @@ class Spreading(LeftOut):
         UserError: A class has a single labelled tile.
     """
 
-    def __init__(self, real: FeatureSet, unlabelled: FeatureSet):
+    def __init__(
+        self, features: Tensor, labels: np.ndarray, classes: Sequence[str], unlabelled: Tensor
+    ):
         from sklearn.neighbors import NearestNeighbors
         from sklearn.preprocessing import StandardScaler
 
-        folds = folds_of(real.labels.numpy(), real.classes)
-        drawn = np.random.default_rng(0).permutation(len(unlabelled.files))[:MOST_TILES]
-        values = torch.cat([real.values, unlabelled.values[np.sort(drawn)]]).double().numpy()
+        folds = folds_of(labels, classes)
+        drawn = np.random.default_rng(0).permutation(len(unlabelled))[:MOST_TILES]
+        values = torch.cat([features, unlabelled[np.sort(drawn)]]).double().numpy()
         self._scaler = StandardScaler().fit(values)
         values = self._scaler.transform(values).astype(np.float32)
         count = min(NEIGHBOURS, len(values))
         self._search = NearestNeighbors(n_neighbors=count, algorithm="brute").fit(values)
         self._graph = self._search.kneighbors_graph(values)
-        labels = np.full(len(values), -1)
-        labels[: len(real.labels)] = real.labels
-        self._shares = self._spread(labels)  # (N, K)
-        left_out = np.empty((len(real.labels), len(real.classes)))
+        known = np.full(len(values), -1)
+        known[: len(labels)] = labels
+        self._shares = self._spread(known)  # (N, K)
+        left_out = np.empty((len(labels), len(classes)))
         for _, hidden in folds:
-            without = labels.copy()
+            without = known.copy()
             without[hidden] = -1
             left_out[hidden] = self._spread(without)[hidden]
         self.left_out = _logarithm(left_out)

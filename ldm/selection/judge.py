@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.data.tile_files import TileFiles
+from ldm.data.tile_files import TileFiles, new_rows
 from ldm.errors import UserError
 from ldm.evaluation.predictions import Predictions
 from ldm.features.centroids import Centroids, class_centroids
@@ -114,7 +114,7 @@ def compute_judged(
             class that the judge gives it to, and tiles among the real ones are left out.
         extractors: Opened one after the other, where it is a generator.
         cache, loading: See `cached_features`; without a cache it is CANDIDATES.features.
-        with_judge: Fit a judge, see `ldm.features.probe.Judge`.
+        with_judge: Fit a judge, see `ldm.features.judge.Judge`.
         val_root: Labelled tiles that the judge is measured on.
         choose: Use the network alone whose regression has the lowest cross-entropy on left-out
             real tiles.
@@ -125,10 +125,10 @@ def compute_judged(
         beside = candidates_root.resolve()  # which has a name, other than "."
         cache = beside.with_name(f"{beside.name}.features")
     files = _tile_files(real_root, candidates_root, unlabelled, val_root)
-    rows = _free_rows(files[1], files[0], files[2:], "unlabelled") if unlabelled else []
+    rows = new_rows(files[1], files[0], files[2:], "unlabelled") if unlabelled else []
     if spread_root is not None:
         pool = TileFiles.below(spread_root, False)
-        spread_rows = _free_rows(pool, files[0], files[2:], "spread")
+        spread_rows = new_rows(pool, files[0], files[2:], "spread")
         files.append(replace(pool, classes=files[0].classes))
     # By set of tiles, then by network.
     real, found, *others = zip(
@@ -153,7 +153,12 @@ def compute_judged(
                 " out; name other networks"
             )
         best = min(range(len(real)), key=lambda k: left_out[k]["cross_entropy"])
-        judge = Judge([judge.probes[best]], [judge.temperatures[best]])
+        judge = replace(
+            judge,
+            probes=[judge.probes[best]],
+            temperatures=[judge.temperatures[best]],
+            temperature=1.0,
+        )
         real, found = (real[best],), (found[best],)
         val = val and (val[best],)
     if unlabelled:
@@ -183,26 +188,6 @@ def _tile_files(
         real, candidates = labelled_files(real_root, candidates_root)
     val = [] if val_root is None else [TileFiles.below(val_root, classes=real.classes)]
     return [real, candidates, *val]
-
-
-def _free_rows(
-    pool: TileFiles, real: TileFiles, val: Sequence[TileFiles], setting: str
-) -> list[int]:
-    """Unlabelled tiles that are neither among the real ones nor repeat another byte by byte."""
-    known, first = set(real.digests), {}
-    for i, digest in enumerate(pool.digests):
-        if digest not in known:
-            first.setdefault(digest, i)
-    for tiles in val:
-        leaked = len(first.keys() & set(tiles.digests))
-        if leaked:
-            raise UserError(
-                f"`{setting}` {pool.root}: {leaked} of its tiles are those of `val` {tiles.root},"
-                " which must not be trained on; give other tiles"
-            )
-    if not first:
-        raise UserError(f"`{setting}` {pool.root}: all its tiles are labelled; give other tiles")
-    return list(first.values())
 
 
 def measured(judge: Judge, val: Sequence[FeatureSet]) -> dict[str, Any]:
