@@ -402,7 +402,16 @@ def test_unlabelled_tiles_with_the_classes_that_a_judge_gives_them(folders, tmp_
     shutil.copyfile(path, pool / "again.png")
     shutil.copytree(folders["real"] / "ADI", pool / "labelled")
     out = tmp_path / "out"
-    words = ["--real", str(folders["real"]), "--unlabelled", str(pool), "--features", "pixels"]
+    words = [
+        "--real",
+        str(folders["real"]),
+        "--unlabelled",
+        str(pool),
+        "--features",
+        "pixels",
+        "--strategy",
+        "confidence",
+    ]
     words += ["--features", str(folders["weights"]), "--device", "cpu", "--no-sheets"]
     words += ["--val", str(folders["fake"]), "--cache", str(tmp_path / "cache")]
     with pytest.raises(UserError, match="18 of its tiles are those of [-`]*val`?"):

@@ -88,7 +88,7 @@ class Options(FeatureOptions):
     )
     strategy: Literal["centroid", "confidence", "knn", "coverage", "random"] | None = option(
         default=None,
-        help="which images are accepted; if omitted centroid, with --unlabelled confidence",
+        help="which images are accepted; if omitted centroid, with --unlabelled random",
     )
     random: bool = option(default=False, help="the same as --strategy random")
     seed: Seed | None = option(default=None, help="with --strategy random: its seed; if omitted 0")
@@ -130,7 +130,7 @@ class Options(FeatureOptions):
 
     @property
     def chosen_strategy(self) -> str:
-        usual = "centroid" if self.unlabelled is None else "confidence"
+        usual = "centroid" if self.unlabelled is None else "random"
         return "random" if self.random else self.strategy or usual
 
     def problems(self) -> Iterator[tuple[str, str]]:
