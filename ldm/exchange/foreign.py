@@ -87,9 +87,9 @@ class _Placeholder:
 ALLOWED = {
     ("collections", "OrderedDict"),
     ("torch", "Size"),
-    (torch._utils, "_rebuild_tensor"),
-    (torch._utils, "_rebuild_tensor_v2"),
-    (torch._utils, "_rebuild_parameter"),
+    ("torch._utils", "_rebuild_tensor"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch._utils", "_rebuild_parameter"),
     *(("torch", name) for name in ("float16", "bfloat16", "float32", "float64", "int64")),
 }
 
