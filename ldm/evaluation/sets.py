@@ -20,12 +20,13 @@ from torch import Tensor
 from torchvision.transforms import Compose
 
 from ldm.cli import existing_path
+from ldm.data.folders import PREFIX, PSEUDO
 from ldm.data.groups import by_csv
 from ldm.data.images import class_folders
 from ldm.data.seeds import seed_generators
 from ldm.data.stain import jitter_stains
 from ldm.data.tile_files import TileFiles
-from ldm.data.tiles import TileSet, check_tiles, decode_tiles, read_tile
+from ldm.data.tiles import TileSet, Weighted, check_tiles, decode_tiles, read_tile
 from ldm.errors import UserError
 from ldm.files import file_sha256
 from ldm.models.vit import eval_transform
@@ -40,7 +41,7 @@ CACHE_LIMIT = 2 * 2**30  # bytes of decoded tiles that one set may hold in memor
 
 
 class TransformedTiles(TileSet):
-    """Labelled tiles as a timm transform gives them: items are (image, label).
+    """Labelled tiles as a timm transform gives them: items have an `image` and a `label`.
 
     Args:
         root: Folder of class folders.
@@ -68,6 +69,31 @@ class TransformedTiles(TileSet):
         self._transform = transform
         self._cached: list[np.ndarray | Tensor] | None = None
 
+    def balance(self, real_share: float) -> None:
+        """Let a pass draw so large a share from the real tiles, the rest from the added ones.
+
+        Raises:
+            UserError: There are no tiles of one kind.
+        """
+        counts = np.bincount(self.corpus_numbers(), minlength=2).tolist()
+        if 0 in counts:
+            raise UserError(
+                f"`real_share` {real_share:g}: {self.files.root} has {counts[0]} real and"
+                f" {counts[1]} added tiles ({PREFIX}* or {PSEUDO}*), so nothing can be balanced;"
+                " leave it out"
+            )
+        real = min(max(1, round(real_share * len(self))), len(self) - 1)
+        draws = (real, len(self) - real)
+        self.corpora = [
+            Weighted(name, number / count)
+            for name, number, count in zip(("real", "added"), draws, counts, strict=True)
+        ]
+
+    def corpus_numbers(self) -> np.ndarray:
+        """0 for a real tile and 1 for one that a selection added, (N,)."""
+        names = (name.rpartition("/")[2] for name in self.relative_paths)
+        return np.array([name.startswith((PREFIX, PSEUDO)) for name in names], np.int16)
+
     @property
     def in_memory(self) -> bool:
         return self._cached is not None
@@ -90,14 +116,14 @@ class TransformedTiles(TileSet):
         pixels = read_tile(path)
         return pixels if self.is_random else self._transform(Image.fromarray(pixels))
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         index, seed = key if isinstance(key, tuple) else (key, None)
         item = self._cached[index] if self.in_memory else self._prepare(self.paths[index])
         if self.is_random:
             if seed is not None:
                 seed_generators(seed, accelerators=False)
             item = self._transform(Image.fromarray(item))
-        return item, self.labels[index]
+        return {"image": item, "label": self.labels[index]}
 
 
 class RandomD4:
@@ -275,6 +301,8 @@ def open_splits(
     """
     root = _training_root(data_path, train_folder)
     train = TransformedTiles(root, settings.input_size, train_transform(settings), random=True)
+    if settings.real_share is not None:
+        train.balance(settings.real_share)
     if num_classes not in (None, len(train.classes)):
         raise UserError(
             f"`num_classes` {num_classes}: {root} has {len(train.classes)} class folders"
