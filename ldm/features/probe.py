@@ -19,6 +19,7 @@ from ldm.errors import UserError
 from ldm.features.sets import SUFFIX, FeatureSet, read_tensors, write_tensors
 from ldm.files import digest_of
 from ldm.models.classifier import fit_temperature
+from ldm.progress import FIRST_SIGN, Bar
 
 log = logging.getLogger(__name__)
 
@@ -91,15 +92,19 @@ class Probe:
         folds = StratifiedKFold(min(FOLDS, int(counts.min())), shuffle=True, random_state=0)
         parts = list(folds.split(features, labels))
         ranked = []
+        total = len(STRENGTHS) * len(parts) + 1
+        bar = Bar(total=total, desc="regression", unit="fit", delay=FIRST_SIGN, leave=False)
         for strength in STRENGTHS:
             p = np.empty((len(labels), len(classes)))
             for known, left_out in parts:
                 model = logistic_regression(features[known], labels[known], strength)
                 p[left_out] = model.predict_proba(features[left_out])
+                bar.update()
             log_p = np.log(np.maximum(p, np.finfo(float).tiny))
             ranked.append((-log_p[np.arange(len(labels)), labels].mean(), strength, log_p))
         _, strength, log_p = min(ranked, key=lambda one: one[0])
         scaler, model = (m for _, m in logistic_regression(features, labels, strength).steps)
+        bar.close()
         weight, bias = model.coef_ / scaler.scale_, model.intercept_
         bias = bias - weight @ scaler.mean_
         if len(classes) == 2:  # scikit-learn has the logit of the second class alone

@@ -26,6 +26,7 @@ from ldm.models.classifier import QUARTERS, GuidingClassifier, tile_names
 from ldm.models.diffusion import LatentDiffusion, scale_record
 from ldm.modules.autoencoder import weights_digest
 from ldm.modules.readout import Readout
+from ldm.progress import Bar
 
 log = logging.getLogger(__name__)
 
@@ -286,6 +287,7 @@ class FeatureMaker:
         Times are uniform over the process.
         """
         process, parts, times = self.diffusion.schedule, [], []
+        bar = Bar(total=draws * len(tiles), desc="draws", unit="img", step=self.batch_size)
         for draw in range(draws):
             seeds = np.random.default_rng((seed, draw)).integers(2**62, size=len(tiles))
             generator = torch.Generator().manual_seed(int(seeds[0]))
@@ -297,6 +299,8 @@ class FeatureMaker:
                 eps = torch.randn(z_0.shape, generator=generator).to(self.device)
                 parts.append(self._features(process.q_sample(z_0, t, eps), t))
                 times.append(t.cpu())
+                bar.update(len(chosen))
+        bar.close()
         labels, paths = list(tiles.labels) * draws, [str(p) for p in tiles.paths] * draws
         return ReadoutSet(torch.cat(parts), torch.cat(times).float(), labels, paths)
 
@@ -304,7 +308,8 @@ class FeatureMaker:
     def validation(self, tiles: Dataset) -> ReadoutSet:
         """Each tile without noise at t = 0, and noised at one t in each quarter of the process."""
         process, parts, times = self.diffusion.schedule, [], []
-        for batch, paths, _ in self._batches(tiles, None):
+        batches = Bar(self._batches(tiles, None), "validation", -(-len(tiles) // self.batch_size))
+        for batch, paths, _ in batches:
             z_0 = self.diffusion.latents(batch, sample=False)
             zero = torch.zeros(len(paths), dtype=torch.int64, device=self.device)
             points = [(z_0, zero)]
