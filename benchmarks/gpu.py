@@ -29,6 +29,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -97,22 +98,6 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Latents:
-    """Training data that lies on the device, in the place of `benchmarks.loading.Source`."""
-
-    moments: "torch.Tensor"  # (B, 2C, h, w)
-    kind: ClassVar = "latents"
-
-    @property
-    def batch_size(self) -> int:
-        return len(self.moments)
-
-    def batches(self) -> Iterator[dict[str, Any]]:
-        while True:
-            yield {"moments": self.moments}
-
-
-@dataclass(frozen=True)
 class Task:
     """What is measured.
 
@@ -176,7 +161,7 @@ def build_training(
 
     channels, height, width = networks.latent
     moments = torch.randn(batch_size, 2 * channels, height, width, device=execution.device)
-    return train.build(library, networks, execution, Latents(moments))
+    return train.build(library, networks, execution, lambda: repeat({"moments": moments}))
 
 
 def build_autoencoder_training(
