@@ -249,11 +249,11 @@ def judge(args: Options, real_root: Path, candidates_root: Path, needed: bool):
 
 
 def wanted_folder(args: Options, real_root: Path, candidates_root: Path):
-    """The training folder that is wanted, an `ldm.selection.wanted.WantedFolder`."""
+    """The training folder that is wanted, an `ldm.selection.training_folder.WantedFolder`."""
     from ldm.data.tile_files import TileFiles
     from ldm.selection.select import wanted_per_class
     from ldm.selection.strategies import Choice
-    from ldm.selection.wanted import WantedFolder
+    from ldm.selection.training_folder import WantedFolder
 
     choice = Choice(
         args.chosen_strategy,

@@ -53,16 +53,12 @@ def logistic_regression(features: np.ndarray, labels: np.ndarray, strength: floa
 
 @dataclass(frozen=True)
 class Probe:
-    """A logistic regression whose penalty was chosen on left-out tiles.
+    """A logistic regression whose penalty was chosen on left-out tiles."""
 
-    Attributes:
-        weight, bias: From features to logits, (K, D) and (K,) float64.
-        left_out: (N, K) log-probabilities of the tiles it was fitted on, each of them by a
-            regression of the same penalty that did not see it.
-    """
-
-    weight: Tensor
-    bias: Tensor
+    weight: Tensor  # (K, D) float64, from features to logits
+    bias: Tensor  # (K,) float64
+    # (N, K) log-probabilities of the tiles it was fitted on, each of them by a regression of the
+    # same penalty that did not see it.
     left_out: Tensor
 
     @classmethod
@@ -75,9 +71,6 @@ class Probe:
             features: (N, D).
             labels: (N,) in [0, K).
             classes: K names.
-
-        Raises:
-            UserError: A class has a single tile, so that none can be left out.
         """
         from sklearn.model_selection import StratifiedKFold
 
@@ -138,17 +131,12 @@ class Judge:
     A network that classifies these very classes is asked itself, any other by a logistic
     regression on its features. All are calibrated by temperature (Guo et al. 2017). A temperature
     is at least 1: that all of a few left-out tiles are right does not make a judge surer.
-
-    Attributes:
-        probes: The regression of each network; None for a classifier.
-        temperatures: Of each network.
-        temperature: Of the mean.
-        calibrated_on: Digest of the further tiles that classifiers were calibrated on, if any.
     """
 
-    probes: list[Probe | None]
-    temperatures: list[float]
-    temperature: float = 1.0
+    probes: list[Probe | None]  # the regression of each network; None for a classifier
+    temperatures: list[float]  # of each network
+    temperature: float = 1.0  # of the mean
+    # Digest of the further tiles that classifiers were calibrated on, if any.
     calibrated_on: str | None = None
 
     @classmethod
