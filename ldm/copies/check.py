@@ -41,11 +41,12 @@ def check_apart(train: TileFiles, held_out: TileFiles, pattern: str | None) -> N
     """UserError where held-out tiles, or their patients or slides, are in the training set too."""
     known = dict(zip(train.digests, train.names, strict=True))
     pairs = zip(held_out.names, held_out.digests, strict=True)
-    shared = {"tiles": [f"{name} = {known[digest]}" for name, digest in pairs if digest in known]}
+    same = [f"{name} = {known[digest]}" for name, digest in pairs if digest in known]
+    shared = {f"{len(held_out)} tiles": same}
     if pattern:
         group = by_regex(pattern)
         ours, theirs = ({group(name) for name in tiles.names} for tiles in (train, held_out))
-        shared["groups"] = sorted(ours & theirs)
+        shared[f"{len(theirs)} groups"] = sorted(ours & theirs)
     for what, found in shared.items():
         if found:
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""

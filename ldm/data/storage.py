@@ -145,32 +145,28 @@ class ShardLayout(Layout):
                     end = member.offset_data + -(-member.size // BLOCK) * BLOCK
                     if not member.isreg():
                         continue
-                    if member.name.startswith("/") or ".." in member.name.split("/"):
-                        raise UserError(f"{path}: member {member.name} leaves the shard; rename it")
-                    key, extension = split_member(member.name)
-                    parts = PurePosixPath(member.name).parts
+                    name, parts = member.name, PurePosixPath(member.name).parts
+                    if name.startswith("/") or ".." in parts:
+                        raise UserError(f"{path}: member {name} leaves the shard; rename it")
+                    key, extension = split_member(name)
                     if extension == "cls":
                         content = archive.extractfile(member).read()
                         classes[key] = content.decode(errors="replace").strip()
                     elif is_image(parts[-1]) and not any(map(is_junk, parts)):
-                        if member.name in found:
-                            raise UserError(f"{path}: two members {member.name}; rename one")
-                        label = top_folder(member.name.removeprefix("./"))
-                        found[member.name] = Place(
-                            f"{file}/{member.name}", file, member.offset_data, member.size, label
-                        )
+                        if name in found:
+                            raise UserError(f"{path}: two members {name}; rename one")
+                        label, place = top_folder(name.removeprefix("./")), member.offset_data
+                        found[name] = Place(f"{file}/{name}", file, place, member.size, label)
             with path.open("rb") as stream:
                 stream.seek(end)
                 # tarfile takes a file that ends between two members for a complete one.
-                complete = stream.read(BLOCK) == bytes(BLOCK)
+                if stream.read(BLOCK) != bytes(BLOCK):
+                    raise EOFError("its end is missing")
         except (tarfile.TarError, EOFError) as error:
             raise UserError(f"{path}: not a complete tar file ({error}); write it again") from None
-        if not complete:
-            raise UserError(f"{path}: not a complete tar file (its end is missing); write it again")
-        labels = [classes.get(split_member(name)[0], p.label) for name, p in found.items()]
-        require_class_names(sorted(set(labels) - {None}), str(path))
-        places = zip(found.values(), labels, strict=True)
-        return [place._replace(label=label) for place, label in places]
+        labels = {name: classes.get(split_member(name)[0], p.label) for name, p in found.items()}
+        require_class_names(sorted(set(labels.values()) - {None}), str(path))
+        return [place._replace(label=labels[name]) for name, place in found.items()]
 
     def content(self, root: Path, place: Place) -> bytes:
         shard = _open_shard(str(root / place.file))

@@ -276,14 +276,3 @@ def _same_contents(files: TileFiles, others: TileFiles) -> set[str]:
         for name, path in zip(files.names, files.paths, strict=True)
         if path.stat().st_size in sizes and file_sha256(path) in digests
     }
-
-
-def describe(counts: dict[str, dict[str, int]]) -> str:
-    """The counts of `Subset.counts` as a table for people, a row per class."""
-    columns = list(next(iter(counts.values())))
-    width = max(map(len, ("class", *counts)))
-    rows = {"class": columns} | {name: row.values() for name, row in counts.items()}
-    return "\n".join(
-        f"{name:{width}}  " + "  ".join(f"{cell:>7}" for cell in cells)
-        for name, cells in rows.items()
-    )

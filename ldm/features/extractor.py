@@ -112,18 +112,18 @@ class Extractor:
         step, threads = max(1, batch_size // views.count), max(1, num_workers)
         prepared = attempts(prepare, paths, threads, -(-AHEAD * step // threads))
         rows: list[dict[str, Tensor]] = []
-        outcomes: list[Any] = []
+        outcomes: list[Any] = []  # the size of each file, or what is wrong with it
+        failed = False
         cudnn = torch.backends.cudnn
         flags = cudnn.flags(enabled=cudnn.enabled, deterministic=True, allow_tf32=False)
         with within_memory(batch_size), flags:
             for _ in Bar(range(0, len(paths), step), what, unit="batch"):
-                images: list[Tensor] = []
-                for outcome in islice(prepared, step):
-                    bad = isinstance(outcome, UserError)
-                    images += [] if bad else outcome[0]
-                    outcomes.append(outcome if bad else outcome[1])
-                if not any(isinstance(outcome, UserError) for outcome in outcomes):
-                    rows += self._rows(images)  # otherwise, only find out which files are bad
+                batch = list(islice(prepared, step))
+                bad = [isinstance(outcome, UserError) for outcome in batch]
+                outcomes += [one if b else one[1] for one, b in zip(batch, bad, strict=True)]
+                failed = failed or any(bad)
+                if not failed:  # otherwise, only find out which other files are bad
+                    rows += self._rows([image for images, _ in batch for image in images])
         require_good(outcomes)
         values = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         if views.count > 1:
