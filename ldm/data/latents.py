@@ -275,8 +275,9 @@ class LatentCache:
                 f"{what}: {root} is unfinished; run {COMMAND} again as before, it goes on"
             )
         settings = manifest["settings"]
-        classes, corpora = settings["classes"] or [], {"train": settings["corpora"] or []}
+        classes = settings["classes"] or []
         require_class_names(classes, f"{what}: {root / MANIFEST}")
+        corpora = {"train": settings["corpora"] or []}
         splits: dict[str, LatentTiles] = {}
         for name, split in settings["splits"].items():
             table = _read_table(root / f"{name}.parquet", split["tiles"])
