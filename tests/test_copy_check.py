@@ -530,7 +530,7 @@ def test_bad_folders(sets, tmp_path):
             run(sets, **{name: tmp_path / "empty", "report": tmp_path / "report"})
         with pytest.raises(UserError, match=f"{name}.*does not exist"):
             run(sets, **{name: tmp_path / "missing", "report": tmp_path / "report"})
-    with pytest.raises(UserError, match="synthetic.? .*: is [-`]*train`?"):
+    with pytest.raises(UserError, match="synthetic.? .*: lies in [-`]*train`?"):
         run(sets, synthetic=sets["train"], report=tmp_path / "report")
     with pytest.raises(UserError, match="holdout.? .*: lies in [-`]*train`?"):
         run(sets, train=sets["root"] / "D", report=tmp_path / "report")
