@@ -16,13 +16,13 @@ import torch
 from ldm.errors import UserError
 from ldm.evaluation.fidelity import fidelity
 from ldm.features import neighbours
+from ldm.features.judge import Judge
 from ldm.features.neighbours import (
     centroid_distances,
     nearest,
     neighbour_distances,
     squared_distances,
 )
-from ldm.features.probe import Judge
 from ldm.features.sets import FeatureSet
 from ldm.selection.select import FILL_REASON, Selection, select
 from ldm.selection.strategies import Choice, by_manifest

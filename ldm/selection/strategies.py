@@ -99,7 +99,7 @@ def by_confidence(synthetic: FeatureSet, probabilities: Tensor) -> Strategy:
     """Images that the judge gives to their class, the most probable first.
 
     Args:
-        probabilities: Of the judge, (N, K), see `ldm.features.probe.Judge`.
+        probabilities: Of the judge, (N, K), see `ldm.features.judge.Judge`.
     """
     own, rivals = _rivals(probabilities, synthetic)
     reasons: list[str | None] = [None] * len(own)
