@@ -32,9 +32,8 @@ from ldm.devices import Devices
 from ldm.diffusion import guidance, make_process
 from ldm.diffusion.samplers import sample
 from ldm.evaluation.fidelity import fidelity
-from ldm.features.centroids import centroid_distances
 from ldm.features.extractor import Extractor
-from ldm.features.neighbours import nearest, neighbour_distances
+from ldm.features.neighbours import centroid_distances, nearest, neighbour_distances
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.auxiliary import DecoderFinetune
 from ldm.models.classifier import NoisyLatentClassifier
