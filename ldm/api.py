@@ -44,9 +44,9 @@ from ldm.features.source import DIFFUSION, VIT, FeatureSource
 from ldm.files import require_class_names, write_png
 from ldm.models.vit_settings import Settings
 from ldm.progress import Bar
-from ldm.selection.judge import Judged, centroids_of
+from ldm.selection.judge import Judged
 from ldm.selection.strategies import Choice
-from ldm.selection.wanted import decide
+from ldm.selection.training_folder import decide
 from ldm.synthesis.models import load_models
 from ldm.synthesis.options import Options
 from ldm.synthesis.request import check_models, choose_counts, choose_sampling, choose_sources
@@ -202,7 +202,7 @@ RUNS = {"diffusion": DiffusionRun, "autoencoder": AutoencoderRun, "vit": Classif
 
 @dataclass(frozen=True)
 class Probe:
-    """A calibrated logistic regression on the features of `real` tiles: few labels suffice."""
+    """A calibrated classifier on the features of `real` tiles: few labels suffice."""
 
     judge: Judge
     real: FeatureSet
@@ -218,9 +218,15 @@ class Probe:
         return [self.real.classes[k] for k in self.probabilities(features).argmax(axis=1)]
 
 
-def fit_probe(real: FeatureSet) -> Probe:
-    """Fit a probe on labelled tiles, at least 2 of a class; the penalty by cross-validation."""
-    return Probe(Judge.fit([_labelled(real, "real")]), real)
+def fit_probe(real: FeatureSet, unlabelled: FeatureSet | None = None) -> Probe:
+    """Fit a probe on labelled tiles, at least 2 of a class.
+
+    Args:
+        unlabelled: Tiles that the labels are spread over, see `ldm.features.spreading`. Without
+            them it is a logistic regression, its penalty by cross-validation.
+    """
+    further = None if unlabelled is None else [unlabelled]
+    return Probe(Judge.fit([_labelled(real, "real")], unlabelled=further), real)
 
 
 def select(
@@ -249,7 +255,7 @@ def select(
     judge = Judge.fit([real]) if choice.needs_judge else None
     labels = torch.tensor([classes.index(name) for name in names])
     made = replace(synthetic, labels=labels, classes=classes).in_order()
-    judged = Judged(real, made, centroids_of(real), judge=judge)
+    judged = Judged(real, made, judge=judge)
     _, decided = decide(judged, choice, [per_class] * len(classes))
     rows = {file: row for row, file in enumerate(synthetic.files)}
     chosen = [rows[file] for name in decided.classes for file in decided.used(name)]

@@ -18,6 +18,7 @@ from torch import Tensor
 from ldm.errors import UserError
 from ldm.features.sets import SUFFIX, FeatureSet, read_tensors, write_tensors
 from ldm.files import digest_of
+from ldm.progress import FIRST_SIGN, Bar
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +59,6 @@ def folds_of(labels: np.ndarray, classes: Sequence[str]) -> list[tuple[np.ndarra
     Args:
         labels: (N,) in [0, K).
         classes: K names.
-
-    Raises:
-        UserError: A class has a single tile, so that none can be left out.
     """
     from sklearn.model_selection import StratifiedKFold
 
@@ -77,12 +75,9 @@ def folds_of(labels: np.ndarray, classes: Sequence[str]) -> list[tuple[np.ndarra
 
 
 class LeftOut:
-    """What gives classes to tiles by their features, and what it says of tiles it did not see.
+    """What gives classes to tiles by their features, and what it says of tiles it did not see."""
 
-    Attributes:
-        left_out: (N, K) log-probabilities of the N labelled tiles, each of them without its label.
-    """
-
+    # (N, K) log-probabilities of the N labelled tiles, each of them without its label.
     left_out: Tensor
 
     def logits(self, features: Tensor) -> Tensor:
@@ -100,16 +95,12 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Probe(LeftOut):
-    """A logistic regression whose penalty was chosen on left-out tiles.
+    """A logistic regression whose penalty was chosen on left-out tiles."""
 
-    Attributes:
-        weight, bias: From features to logits, (K, D) and (K,) float64.
-        left_out: (N, K) log-probabilities of the tiles it was fitted on, each of them by a
-            regression of the same penalty that did not see it.
-    """
-
-    weight: Tensor
-    bias: Tensor
+    weight: Tensor  # (K, D) float64, from features to logits
+    bias: Tensor  # (K,) float64
+    # (N, K) log-probabilities of the tiles it was fitted on, each of them by a regression of the
+    # same penalty that did not see it.
     left_out: Tensor
 
     @classmethod
@@ -124,15 +115,19 @@ class Probe(LeftOut):
         """
         parts = folds_of(labels, classes)
         ranked = []
+        total = len(STRENGTHS) * len(parts) + 1
+        bar = Bar(total=total, desc="regression", unit="fit", delay=FIRST_SIGN, leave=False)
         for strength in STRENGTHS:
             p = np.empty((len(labels), len(classes)))
             for known, left_out in parts:
                 model = logistic_regression(features[known], labels[known], strength)
                 p[left_out] = model.predict_proba(features[left_out])
+                bar.update()
             log_p = np.log(np.maximum(p, np.finfo(float).tiny))
             ranked.append((-log_p[np.arange(len(labels)), labels].mean(), strength, log_p))
         _, strength, log_p = min(ranked, key=lambda one: one[0])
         scaler, model = (m for _, m in logistic_regression(features, labels, strength).steps)
+        bar.close()
         weight, bias = model.coef_ / scaler.scale_, model.intercept_
         bias = bias - weight @ scaler.mean_
         if len(classes) == 2:  # scikit-learn has the logit of the second class alone

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ldm.errors import UserError
+from ldm.progress import FIRST_SIGN, Bar
 from ldm.report import plots
 from ldm.selection.select import KINDS, REMOVED
 
@@ -18,19 +19,12 @@ SPECTRAL_LEAST = 16  # points; with fewer, UMAP's spectral start has too few eig
 
 
 class Points(NamedTuple):
-    """Points of one kind on the plane.
+    """Points of one kind on the plane."""
 
-    Attributes:
-        kind: real, centroid, synthetic, or what was decided on synthetic images.
-        labels: n classes, in [0, K).
-        files: n names; empty for centroids.
-        xy: (n, 2).
-    """
-
-    kind: str
-    labels: Sequence[int]
-    files: Sequence[str]
-    xy: np.ndarray
+    kind: str  # real, centroid, synthetic, or what was decided on synthetic images
+    labels: Sequence[int]  # n classes, in [0, K)
+    files: Sequence[str]  # n names; empty for centroids
+    xy: np.ndarray  # (n, 2)
 
 
 def project(features: np.ndarray, neighbors: int, min_dist: float, seed: int) -> np.ndarray:
@@ -54,8 +48,11 @@ def project(features: np.ndarray, neighbors: int, min_dist: float, seed: int) ->
             init="spectral" if len(features) >= SPECTRAL_LEAST else "random",
             random_state=seed,
             n_jobs=1,
+            tqdm_kwds={"desc": "UMAP", "disable": False, "delay": FIRST_SIGN, "leave": False},
         )
-        return reducer.fit_transform(np.ascontiguousarray(features, dtype=np.float32))
+        # The graph of neighbours and the start of the layout come before its epochs.
+        with Bar(total=1, desc="UMAP", bar_format="{desc}: {postfix}", delay=FIRST_SIGN):
+            return reducer.fit_transform(np.ascontiguousarray(features, dtype=np.float32))
 
 
 def table(groups: Sequence[Points], classes: Sequence[str]) -> list[dict[str, str]]:
