@@ -100,7 +100,7 @@ def open_network(args: Options):
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(Options, argv)
-    data_path = existing_path(args.data_path, "--data_path", "dir")
+    data_path = existing_path(args.data_path, "--data_path", "tiles")
 
     from ldm.evaluation.baselines import run_baseline
     from ldm.evaluation.metrics import format_summary

@@ -85,7 +85,7 @@ def check_places(
 def check_paths(args: Options) -> tuple[dict[str, Path], Path]:
     """The folders of the three sets, by name, and that of the report."""
     names = ("synthetic", "train", "holdout")
-    sets = {name: existing_path(getattr(args, name), f"--{name}", "dir") for name in names}
+    sets = {name: existing_path(getattr(args, name), f"--{name}", "tiles") for name in names}
     out = output_path(args.out, "--out", "dir")
     targets, more_sources = {"--out": out}, {}
     if args.remove:

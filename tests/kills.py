@@ -128,6 +128,12 @@ COMMANDS = {
         "eval",
         f"{VIT} --lr 0.05 --data_path {{site}}/D --subset train --logdir {{out}} --seeds 0 1",
     ),
+    # Its jobs are processes of their own, which end when they find that it is gone.
+    "reproduce_table": Command(
+        "scripts.reproduce_table",
+        "--config {site}/table.yaml --only real colour_histogram --jobs 2 out={out}/table",
+        skipped=("report.html", "table.tex", "jobs/*"),
+    ),
 }
 
 
@@ -142,6 +148,16 @@ def prepare(site: Path) -> None:
     net.classes = tiny.CLASSES
     write_checkpoint(site / "vit.ckpt", tiny.vit_checkpoint(net))
     from test_main import autoencoder_model, diffusion_model, write_config
+    from test_reproduce_table import SMALL
+
+    runs = {"pretrained": "diffusion", "guide": "classifier", "tuned": "autoencoder"}
+    table = {
+        **SMALL,
+        "data": {"root": str(site / "D"), "labelled": "train"},
+        "models": {name: {"run": str(site / f"{file}.ckpt")} for name, file in runs.items()},
+        "baselines": {"kinds": ["colour_histogram"]},
+    }
+    (site / "table.yaml").write_text(yaml.safe_dump(table))
 
     trainer = {"accumulate_grad_batches": 2, "val_check_interval": 3}
     kinds = {

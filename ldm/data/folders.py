@@ -6,8 +6,10 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from ldm.data.arrays import file_of
+from ldm.data.images import read_tile
 from ldm.errors import UserError
-from ldm.files import atomic_folder, write_text
+from ldm.files import atomic_folder, write_png, write_text
 
 # Of a training folder: where its decisions and settings are, and how its added tiles are named.
 DECISIONS, RECORD = "selection.csv", "selection.json"
@@ -31,7 +33,7 @@ def refuse_held_out(root: Path, option: str) -> None:
 def build_folder(
     out: Path, files: Mapping[str, Path], notes: Mapping[str, str], link: str = "copy"
 ) -> None:
-    """Make a folder of copies of files, or of links to them.
+    """Make a folder of copies of files, or of links to them; rows of arrays become PNG files.
 
     It is built under a hidden name beside `out` and renamed, so `out` is complete or not there.
 
@@ -48,6 +50,9 @@ def build_folder(
     with atomic_folder(out) as partial:
         for target, source in files.items():
             (partial / target).parent.mkdir(parents=True, exist_ok=True)
+            if file_of(source) != source:  # a row of an array
+                write_png(partial / target, read_tile(source))
+                continue
             try:
                 put(source.absolute(), partial / target)
             except OSError as error:

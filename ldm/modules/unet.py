@@ -79,8 +79,8 @@ class _Encoder(nn.Module):
             use_checkpoint=use_checkpoint,
             use_new_attention_order=use_new_attention_order,
         )
-        # A first level that is narrower than `model_channels` (guided diffusion at 512 pixels) begins
-        # at its own width; a wider one begins at `model_channels`, as in latent diffusion.
+        # A first level narrower than `model_channels` (guided diffusion at 512 pixels) begins at
+        # its own width; a wider one begins at `model_channels`, as in latent diffusion.
         channels = int(min(1, channel_mult[0]) * model_channels)
         self.input_blocks = nn.ModuleList(
             [TimestepEmbedSequential(nn.Conv2d(in_channels, channels, 3, padding=1))]

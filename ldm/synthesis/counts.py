@@ -1,5 +1,6 @@
 """Numbers of images by class: the meaning of the options classes, counts and balance."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -74,8 +75,9 @@ def balance(
     from ldm.cli import existing_path
     from ldm.data.images import class_folders, list_images
 
-    root = existing_path(folder, "balance", "dir")
-    found = {name: len(list_images(root / name)) for name in class_folders(root)}
+    root = existing_path(folder, "balance", "tiles")
+    images = Counter(path.relative_to(root).parts[0] for path in list_images(root))
+    found = {name: images[name] for name in class_folders(root)}
     different = sorted(found.keys() ^ set(known))
     if different:
         raise UserError(

@@ -104,7 +104,7 @@ def choose_sources(args: Any, models: Models, counts: dict[str, int]) -> Sources
             "`start_from` needs `classifier`, or a model that takes labels as `model`: a variation "
             "is made for a class"
         )
-    existing_path(args.start_from, "start_from", "dir")
+    existing_path(args.start_from, "start_from", "tiles")
     sources = Sources(
         args.start_from,
         models.diffusion,

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from ldm.data.folders import refuse_held_out
+from ldm.data.images import class_folders
+from ldm.data.tile_files import content_sha256
 from ldm.data.tiles import TileFolder
 from ldm.errors import UserError
-from ldm.files import digest_of, file_sha256
+from ldm.files import digest_of
 from ldm.models.classifier import GuidingClassifier
 from ldm.models.diffusion import LatentDiffusion
 
@@ -58,7 +60,7 @@ class Sources:
         self.root, self.diffusion = Path(root).expanduser(), diffusion
         refuse_held_out(self.root, "`start_from`")
         size = diffusion.first_stage_model.resolution
-        labelled = all((self.root / name).is_dir() for name in classes)
+        labelled = set(classes) <= set(class_folders(self.root))
         self._tiles = TileFolder(self.root, size, labelled, list(classes) if labelled else None)
         if labelled:
             chosen = {name: [] for name in classes}
@@ -80,7 +82,7 @@ class Sources:
             for name, files in paths.items()
         }
         self.digest = digest_of(
-            {name: [file_sha256(path) for path in files] for name, files in paths.items()}
+            {name: [content_sha256(path) for path in files] for name, files in paths.items()}
         )
 
     @torch.no_grad()
