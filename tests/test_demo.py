@@ -11,10 +11,10 @@ import tiny
 from inprocess import Here
 
 from ldm.cli import run_command
+from ldm.commands.preflight import check_commands
 from ldm.errors import UserError
 from ldm.experiment.demo import SELECTED, Demo, read_settings
 from ldm.experiment.jobs import ROOT, Records, State, keys_of
-from ldm.experiment.preflight import check_commands
 from scripts import demo
 
 # The plan
@@ -147,10 +147,10 @@ def test_whole_demo(tmp_path, monkeypatch, capsys):
     plan = Demo(out, None, read_settings(SMALL, fast=True)).plan
     here.run(plan)
     assert sorted(here.ran) == sorted(
-        ["scripts/make_tiles.py", "main.py", "main.py", "classifier_train.py", "main.py"]
-        + ["sample_diffusion.py", "sample_diffusion.py", "scripts/vis.py"]
-        + ["scripts/distance.py"] * 2
-        + ["eval.py"] * 3
+        ["tiles", "train", "train", "classify", "train"]
+        + ["sample", "sample", "features"]
+        + ["select"] * 2
+        + ["evaluate"] * 3
     )
     # All is done: the command only writes the report.
     assert demo.main(["--fast", "--out", str(out), *SMALL]) == 0
