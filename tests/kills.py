@@ -209,7 +209,8 @@ def content(path: Path) -> Any:
 
 def facts(out: Path, skipped: tuple[str, ...]) -> dict[str, Any]:
     """What every file below a folder says, by its path."""
-    files = sorted(path for path in out.rglob("*") if path.is_file())
+    everything = (path for path in out.rglob("*") if ".snakemake" not in path.parts)
+    files = sorted(path for path in everything if path.is_file())
     left_out = [pattern for pattern in (*SKIPPED, *skipped)]
     found = {
         str(path.relative_to(out)): content(path)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.data.arrays import is_array, list_rows
 from ldm.data.folders import refuse_held_out
 from ldm.data.images import class_folders
 from ldm.data.tile_files import content_sha256
@@ -74,15 +75,16 @@ class Sources:
         else:
             chosen = self._judged(classes, judge, least)
         self._chosen = chosen
-        paths = {
-            name: [Path(self._tiles.paths[i]) for i in members] for name, members in chosen.items()
-        }
-        self.by_class = {
-            name: [path.relative_to(self.root).as_posix() for path in files]
-            for name, files in paths.items()
-        }
+        if is_array(self.root):
+            files = list_rows(self.root)
+        else:
+            files = [path.relative_to(self.root).as_posix() for path in self._tiles.paths]
+        self.by_class = {name: [files[i] for i in members] for name, members in chosen.items()}
         self.digest = digest_of(
-            {name: [content_sha256(path) for path in files] for name, files in paths.items()}
+            {
+                name: [content_sha256(self.root / file) for file in files]
+                for name, files in self.by_class.items()
+            }
         )
 
     @torch.no_grad()
