@@ -26,7 +26,7 @@ from ldm.data.tiles import TileFolder, to_uint8
 from ldm.errors import UserError
 from ldm.models.vit import TileClassifier
 from ldm.run import RunFolder
-from ldm.synthesis.counts import balance
+from ldm.synthesis.request import balance
 from scripts import index_corpus, write_shards
 
 SIZE = 12
