@@ -128,12 +128,6 @@ COMMANDS = {
         "eval",
         f"{VIT} --lr 0.05 --data_path {{site}}/D --subset train --logdir {{out}} --seeds 0 1",
     ),
-    # Its jobs are processes of their own, which end when they find that it is gone.
-    "reproduce_table": Command(
-        "scripts.reproduce_table",
-        "--config {site}/table.yaml --only real colour_histogram --jobs 2 out={out}/table",
-        skipped=("report.html", "table.tex", "jobs/*"),
-    ),
 }
 
 
@@ -148,16 +142,6 @@ def prepare(site: Path) -> None:
     net.classes = tiny.CLASSES
     write_checkpoint(site / "vit.ckpt", tiny.vit_checkpoint(net))
     from test_main import autoencoder_model, diffusion_model, write_config
-    from test_reproduce_table import SMALL
-
-    runs = {"pretrained": "diffusion", "guide": "classifier", "tuned": "autoencoder"}
-    table = {
-        **SMALL,
-        "data": {"root": str(site / "D"), "labelled": "train"},
-        "models": {name: {"run": str(site / f"{file}.ckpt")} for name, file in runs.items()},
-        "baselines": {"kinds": ["colour_histogram"]},
-    }
-    (site / "table.yaml").write_text(yaml.safe_dump(table))
 
     trainer = {"accumulate_grad_batches": 2, "val_check_interval": 3}
     kinds = {
@@ -209,8 +193,7 @@ def content(path: Path) -> Any:
 
 def facts(out: Path, skipped: tuple[str, ...]) -> dict[str, Any]:
     """What every file below a folder says, by its path."""
-    everything = (path for path in out.rglob("*") if ".snakemake" not in path.parts)
-    files = sorted(path for path in everything if path.is_file())
+    files = sorted(path for path in out.rglob("*") if path.is_file())
     left_out = [pattern for pattern in (*SKIPPED, *skipped)]
     found = {
         str(path.relative_to(out)): content(path)
