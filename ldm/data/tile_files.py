@@ -21,6 +21,7 @@ from ldm.data.images import EXTENSIONS, class_folders, list_images, read_tile
 from ldm.data.storage import top_folder
 from ldm.errors import UserError
 from ldm.files import digest_of_text, file_sha256, require_class_names
+from ldm.progress import FIRST_SIGN, Bar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,10 +68,6 @@ class TileFiles:
             classes: The classes there must be, in label order. Default: the folders' names, sorted.
             index: Index of the folder, which is then not walked; tiles with a problem are left out.
             number: Number of the folder among the roots of the index.
-
-        Raises:
-            UserError: The folder, its classes or the images of a class are missing, or the classes
-                are not those that there must be.
         """
         root = Path(root).expanduser()
         if not (root.is_dir() or is_array(root)):
@@ -104,9 +101,6 @@ class TileFiles:
 
         Args:
             what: How errors call the folder.
-
-        Raises:
-            UserError: There are no images.
         """
         labelled = bool(class_folders(root))
         names = _by_class(root, labelled)
@@ -146,7 +140,9 @@ class TileFiles:
     def digests(self) -> list[str]:
         """SHA-256 of the content of each file; files are read when this is first asked for."""
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            return list(pool.map(content_sha256, self.paths))
+            digests = pool.map(content_sha256, self.paths)
+            options = {"total": len(self.paths), "unit": "file", "leave": False}
+            return list(Bar(digests, "contents", delay=FIRST_SIGN, **options))
 
     # Three SHA-256 of the same facts, paths and contents, since each is recorded in files of its
     # own: with a changed line, none that was recorded before would be that of the same tiles.
@@ -263,9 +259,6 @@ def matching_classes(where: str, found: Sequence[str], wanted: Sequence[str] | N
 
     Args:
         where: How the error calls those that were found.
-
-    Raises:
-        UserError: There are other classes, or two names differ only in case.
     """
     spellings: dict[str, str] = {}
     for name in (*(wanted or ()), *found):
@@ -292,9 +285,6 @@ def new_rows(
     Args:
         held_out: Sets that classifiers are chosen or measured on.
         setting: Where `pool` was named.
-
-    Raises:
-        UserError: None is left, or some are those of a set that is held out.
     """
     known, first = set(labelled.digests), {}
     for i, digest in enumerate(pool.digests):
