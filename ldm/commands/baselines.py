@@ -22,7 +22,6 @@ Kind = Literal["colour_mean", "colour_histogram", "linear_probe", "label_spreadi
 
 @dataclass(frozen=True, kw_only=True)
 class Options(EvaluationOptions, DeviceOption):
-    program: ClassVar = "histodiffusion baselines"
     example: ClassVar = "--data_path D --subset train5 --kind colour_histogram"
 
     kind: Annotated[tuple[Kind, ...], Commas] = option(

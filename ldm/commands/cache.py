@@ -29,7 +29,6 @@ FOLDERS = "folders of tiles"
 
 @dataclass(frozen=True, kw_only=True)
 class Options(ProcessOptions, LoaderOptions):
-    program: ClassVar = "histodiffusion cache"
     example: ClassVar = """\
 --model logs/autoencoder --out latents --views 8 \\
       --data configs/latent-diffusion/histo-ldm-kl-8.yaml 'data.params.train.params.augment=[d4]'"""
@@ -55,7 +54,7 @@ class Options(ProcessOptions, LoaderOptions):
     seed: Seed = option(
         "-s",
         default=23,
-        help="seed of hold-out and views; training with the same seed holds out the same tiles",
+        help="seed of hold-out and views; trainings have the same, and hold out the same tiles",
     )
     shard_tiles: Count | None = option(
         default=None, metavar="N", help="tiles per file; if omitted, as many as make 64 MiB"
@@ -202,6 +201,4 @@ def main(argv: list[str] | None = None) -> None:
         )
     else:
         print(f"nothing to do: {out} is complete; scale factor {scale:.6f}")
-    print(
-        f"train with data.params.latents={out} (main.py) or --latents {out} (classifier_train.py)"
-    )
+    print(f"train a model with data.params.latents={out}, a classifier with --latents {out}")

@@ -59,7 +59,6 @@ def default_of(name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(RunOptions):
-    program: ClassVar = "histodiffusion classify"
     replaced: ClassVar = {
         "--classifier-use-fp16": "give --precision 16-mixed instead, or leave it out"
     }

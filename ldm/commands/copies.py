@@ -26,7 +26,6 @@ from ldm.settings import DeviceOption, LoaderOptions, NetworkChoice
 
 @dataclass(frozen=True, kw_only=True)
 class Options(NetworkChoice, DeviceOption):
-    program: ClassVar = "histodiffusion copies"
     example: ClassVar = """\
 --synthetic OUT --train D/train --holdout D/val --out REPORT \\
       --features logs/eval/train5/seed0"""

@@ -33,7 +33,6 @@ from ldm.settings import FeatureOptions, NetworkChoice
 
 @dataclass(frozen=True, kw_only=True)
 class Options(NetworkChoice, FeatureOptions):
-    program: ClassVar = "histodiffusion features"
     example: ClassVar = """\
 --real D/train5 --synthetic OUT --features logs/eval/train5/seed0 \\
       --out VIS"""

@@ -28,7 +28,6 @@ NETWORKS = ("inception", "dinov2", "dinov2_base", "dinov2_large", "dinov2_giant"
 
 @dataclass(frozen=True, kw_only=True)
 class Options(LoaderOptions, DeviceOption):
-    program: ClassVar = "histodiffusion fidelity"
     example: ClassVar = """\
 --real D/test --fake OUT --features dinov2 --out fidelity.json"""
 

@@ -34,7 +34,6 @@ def size_in_bytes(text: str | int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    program: ClassVar = "histodiffusion shards"
     example: ClassVar = "tcga.parquet --out /scratch/tcga_shards --size 1G"
 
     index: str = option(positional=True, metavar="INDEX", help="what scripts/index_corpus.py wrote")
