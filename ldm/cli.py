@@ -567,6 +567,7 @@ def existing_path(text: str | os.PathLike, what: str, kind: str = "any") -> Path
     """The path, if it is there and a file ("file"), a folder ("dir") or either ("any").
 
     A path configs/... that is not in the working folder is that of this package.
+    Of a folder of tiles ("tiles") it may be that of a file of arrays, or lead into one.
 
     Args:
         what: Name of the setting, for an error.
@@ -574,7 +575,7 @@ def existing_path(text: str | os.PathLike, what: str, kind: str = "any") -> Path
     path = Path(text).expanduser()
     if path.parts[:1] == ("configs",) and not path.exists() and (ROOT / path).exists():
         path = ROOT / path
-    if not path.exists():
+    if not (path.exists() or (kind == "tiles" and path.parent.is_file())):
         raise UserError(f"{path} does not exist; check the path", what)
     if kind == "file" and not path.is_file():
         raise UserError(f"{path} is a folder; give a file", what)

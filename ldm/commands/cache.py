@@ -103,9 +103,10 @@ def data_config(args: Options, pixels: int) -> dict[str, Any]:
         UserError: Missing files, folders beside YAML files, or options of folders with YAML files.
     """
     from ldm.config import load_configs, resolve
+    from ldm.data.arrays import is_array
 
-    paths = [existing_path(path, "--data") for path in args.data]
-    folders = [path for path in paths if path.is_dir()]
+    paths = [existing_path(path, "--data", "tiles") for path in args.data]
+    folders = [path for path in paths if path.is_dir() or is_array(path)]
     if folders and len(folders) < len(paths):
         raise UserError("--data: give either folders of tiles or YAML files, not both")
     if folders:
@@ -155,7 +156,7 @@ def _folders_config(args: Options, folders: list[Path], pixels: int) -> dict[str
         for name in ("val_fraction", "group_regex"):
             if getattr(args, name) is not None:
                 raise UserError(f"--{name} holds out training tiles; leave it out with --val_data")
-        validation = [existing_path(path, "--val_data", "dir") for path in args.val_data]
+        validation = [existing_path(path, "--val_data", "tiles") for path in args.val_data]
         params["validation"] = tiles(validation, [])
     else:
         params["val_fraction"] = VAL_FRACTION if args.val_fraction is None else args.val_fraction

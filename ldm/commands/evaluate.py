@@ -90,7 +90,7 @@ def evaluate(args: Options, data_path: Path, devices: Devices, groups: "GroupTab
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(Options, argv)
-    data_path = existing_path(args.data_path, "--data_path", "dir")
+    data_path = existing_path(args.data_path, "--data_path", "tiles")
     if args.finetune:
         existing_path(args.finetune, "--finetune", "file")
 

@@ -71,8 +71,8 @@ class Options(NetworkChoice, FeatureOptions):
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(Options, argv)
-    real_root = existing_path(args.real, "--real", "dir")
-    synthetic_root = existing_path(args.synthetic, "--synthetic", "dir")
+    real_root = existing_path(args.real, "--real", "tiles")
+    synthetic_root = existing_path(args.synthetic, "--synthetic", "tiles")
     out = output_path(args.out, "--out", "dir")
     require_outside({"--out": out}, {"--real": real_root, "--synthetic": synthetic_root})
     remove_leftovers(out)

@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from ldm.data.images import class_folders
 
-    fake_roots = [existing_path(path, "--fake", "dir") for path in args.fake]
+    fake_roots = [existing_path(path, "--fake", "tiles") for path in args.fake]
     out = output_path(args.out, "--out", "file")
     if args.weights:
         existing_path(args.weights, "--weights")
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--stats {stats} is --out too; give two files")
     if args.real is None:
         existing_path(stats, "--stats (without --real)", "file")
-    real_root = existing_path(args.real, "--real", "dir") if args.real else None
+    real_root = existing_path(args.real, "--real", "tiles") if args.real else None
     # Beside the class folders of a set is no harm done.
     folders = {"--real": [real_root] if real_root else [], "--fake": fake_roots}
     classes = {k: [r / n for r in roots for n in class_folders(r)] for k, roots in folders.items()}

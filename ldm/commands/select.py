@@ -229,9 +229,9 @@ def judge(args: Options, real_root: Path, candidates_root: Path, needed: bool):
             (source.open(resolve_device(args.device)) for source in sources),
             Path(args.cache) if args.cache else None,
             needed,
-            args.val and existing_path(args.val, "--val", "dir"),
+            args.val and existing_path(args.val, "--val", "tiles"),
             args.choose,
-            args.spread and existing_path(args.spread, "--spread", "dir"),
+            args.spread and existing_path(args.spread, "--spread", "tiles"),
             **args.loading,
         )
     names = ("pretrained_weights", "input_size", "batch_size", "workers", "device", "cache")
@@ -282,9 +282,9 @@ def wanted_folder(args: Options, real_root: Path, candidates_root: Path):
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(Options, argv)
-    real_root = existing_path(args.real, "--real", "dir")
+    real_root = existing_path(args.real, "--real", "tiles")
     option_name = "--synthetic" if args.unlabelled is None else "--unlabelled"
-    candidates_root = existing_path(args.synthetic or args.unlabelled, option_name, "dir")
+    candidates_root = existing_path(args.synthetic or args.unlabelled, option_name, "tiles")
     out = Path(args.out)
     sheets = None if args.no_sheets else Path(args.sheets or f"{out}.sheets")
     sources = {"--real": real_root, option_name: candidates_root}

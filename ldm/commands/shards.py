@@ -58,14 +58,13 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(os.path.abspath(Path(args.out).expanduser()))
     existing_path(args.index, "INDEX", "file")
 
-    from ldm.data.arrays import holder
     from ldm.data.index import CorpusIndex
     from ldm.data.shards import CorpusShards
 
     index = CorpusIndex.read(args.index)
     roots = [Path(root).expanduser() for root in args.root or index.scanned]
     for root in roots:
-        existing_path(holder(root), "--root")
+        existing_path(root, "--root", "tiles")
     require_outside({"--out": out}, {"--root": roots})
     shards = CorpusShards(index, roots, out, args.size)
     if args.dry_run:

@@ -71,9 +71,9 @@ class Options(GroupOptions):
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(Options, argv)
-    data = existing_path(args.data, "--data", "dir")
+    data = existing_path(args.data, "--data", "tiles")
     out = Path(args.out).expanduser()
-    include = None if args.include is None else existing_path(args.include, "--include", "dir")
+    include = None if args.include is None else existing_path(args.include, "--include", "tiles")
     require_outside({"--out": out}, {"--data": data, "--include": include})
     grouping = grouping_of(args)
     if args.by_group and grouping is None:

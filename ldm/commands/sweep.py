@@ -162,7 +162,7 @@ def temperature_of(args: Options, models) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(Options, argv)
-    real_root = existing_path(args.real, "--real", "dir")
+    real_root = existing_path(args.real, "--real", "tiles")
     existing_path(args.judge, "--judge")
     out = output_path(args.out, "--out", "dir")
     require_outside({"--out": out}, {"--real": real_root})

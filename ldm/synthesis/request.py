@@ -1,5 +1,6 @@
 """What the options of sample_diffusion.py mean for given models."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,9 @@ def balance(
     Raises:
         UserError: `folder` is no such set, has other classes, or needs no images.
     """
-    root = existing_path(folder, "balance", "dir")
-    found = {name: len(list_images(root / name)) for name in class_folders(root)}
+    root = existing_path(folder, "balance", "tiles")
+    images = Counter(path.relative_to(root).parts[0] for path in list_images(root))
+    found = {name: images[name] for name in class_folders(root)}
     different = sorted(found.keys() ^ set(known))
     if different:
         raise UserError(
@@ -186,7 +188,7 @@ def choose_sources(args: Any, models: Models, counts: dict[str, int]) -> Sources
             "`start_from` needs `classifier`, or a model that takes labels as `model`: a variation "
             "is made for a class"
         )
-    existing_path(args.start_from, "start_from", "dir")
+    existing_path(args.start_from, "start_from", "tiles")
     sources = Sources(
         args.start_from,
         models.diffusion,
