@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from ldm import cli
+from ldm.commands import load
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = """{
@@ -17,7 +18,18 @@ RECORD = """{
     printf "\\035%s\\036" "$(env | grep ^HISTO_)"
 } >> "$RECORD"; exit "${STATUS:-0}\""""
 # Programs of an installation, which are recorded with their name.
-OTHERS = ("bash", "conda", "cp", "make", "module", "pip", "snakemake", "wandb")
+OTHERS = (
+    "apptainer",
+    "bash",
+    "conda",
+    "cp",
+    "docker",
+    "make",
+    "module",
+    "pip",
+    "snakemake",
+    "wandb",
+)
 
 PROGRAMS = {
     # The step: without its own options, the command.
@@ -50,7 +62,7 @@ PROGRAMS = {
         fi
         /bin/bash "$script" "$@" >&2 || exit
         echo 7""",
-    **{name: f'set -- {name} "$@"; {RECORD}' for name in OTHERS},
+    **{name: f'set -- {name} "$@"; {RECORD}' for name in (*OTHERS, cli.PROGRAM)},
 }
 # What takes long to import: done once, in the process that those of commands are forked from.
 HEAVY = ("shells", "albumentations", "pytorch_lightning", "timm", "ldm.train", "ldm.api", "umap")
@@ -109,6 +121,8 @@ def recorded(site: Path) -> list[list[str]]:
 def parse(command: list[str]):
     """The words as the entry point takes them."""
     module, *words = command
+    if module == cli.PROGRAM:
+        return cli.parse(load(words[0]).Options, words[1:]) if words[0] in cli.COMMANDS else None
     if module == "-m":
         module, *words = words
     else:

@@ -190,7 +190,7 @@ def test_lightning_leaves_requeueing_to_the_script(monkeypatch):
     assert plugin.auto_requeue is False
     with monkeypatch.context() as shell_of_a_user:  # srun --pty -J train bash
         shell_of_a_user.setenv("SLURM_STEP_ID", "0")
-        shell_of_a_user.setattr(os, "isatty", lambda descriptor: True)
+        shell_of_a_user.setattr("ldm.devices.has_terminal", lambda: True)
         (plugin,) = cluster_plugins()
         assert isinstance(plugin, LightningEnvironment)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "torchrun inside a job")

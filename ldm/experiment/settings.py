@@ -57,7 +57,7 @@ class Model(Section):
     """
 
     run: str | None = None  # run folder or checkpoint, from elsewhere; never written to
-    config: Any = None  # configuration of main.py: one file or several, below the repository
+    config: Any = None  # configuration of main.py: one file or several
     overrides: list[str] = []  # overrides of `config`
     classifier: Options | None = None  # options of classifier_train.py, on the labelled tiles
     arguments: Options = {}  # options of main.py, such as precision
