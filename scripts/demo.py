@@ -61,10 +61,10 @@ def main(argv: list[str] | None = None) -> int:
     if any(one.state is not State.DONE for one in standing.values()):
         return STOPPED
 
-    from ldm.experiment.demo_report import write_report
+    from ldm.experiment.report import write_results
 
     before = time.monotonic()
-    headline = write_report(demo, gather(plan, standing))
+    headline = write_results(gather(plan, standing), plan.out)
     progress.step("report and table", time.monotonic() - before, headline)
     print(f"{show_path(plan.out / 'report.html')} and table.csv, {time.monotonic() - start:.0f} s")
     return 0

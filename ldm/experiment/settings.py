@@ -203,6 +203,8 @@ class Settings(Section):
 
     name: str
     title: str = ""
+    about: str = ""  # what is done, at the top of the report
+    caution: str = ""  # what its reader must not conclude
     out: str
     paper: str | None = None  # YAML with the numbers of the paper
     vars: Options = {}  # for interpolation only

@@ -37,12 +37,14 @@ class Series(NamedTuple):
 
     Attributes:
         deviation: Half the length of each point's bar, None where unknown; empty without bars.
+        pale: Drawn behind the others.
     """
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
     deviation: Sequence[float | None] = ()
+    pale: bool = False
 
 
 class Level(NamedTuple):
@@ -54,12 +56,13 @@ class Level(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """A value with its interval, None where unknown."""
+    """A value with its interval, None where unknown, and the values that it is the mean of."""
 
     name: str
     value: float
     low: float | None = None
     high: float | None = None
+    values: Sequence[float] = ()
 
 
 def new_figure(width: float, height: float, dpi: int = 120) -> Any:
@@ -135,26 +138,32 @@ def line_chart(title: str, series: Sequence[Series], x_label: str, falling: bool
     """Lines over a common axis; values that are not finite are left out.
 
     Args:
+        series: Those of one name have one colour.
         falling: Draw x from high to low, as a sampler goes through time steps.
     """
     figure, axes = _chart_axes(title)
-    empty = True
-    for line, colour in zip(series, SERIES, strict=False):
+    colours = dict(zip(dict.fromkeys(line.name for line in series), SERIES, strict=False))
+    named: set[str] = set()
+    for line in series:
         x, y = np.asarray(line.x, dtype=float), np.asarray(line.y, dtype=float)
         shown = np.isfinite(x) & np.isfinite(y)
         if not shown.any():
             continue
-        empty = False
         marker = "o" if shown.sum() < 20 else ""  # a single value would make no line
-        axes.plot(x[shown], y[shown], color=colour, lw=1.8, marker=marker, ms=3.5, label=line.name)
-        if y[shown].min() >= 0:
-            axes.set_ylim(bottom=0)
-    if empty:
+        label = "" if line.name in named else line.name
+        named.add(line.name)
+        look = {"lw": 1, "alpha": 0.45, "zorder": 1} if line.pale else {"lw": 1.8, "ms": 3.5}
+        axes.plot(x[shown], y[shown], color=colours[line.name], marker=marker, label=label,
+                  **{"ms": 2, **look})  # fmt: skip
+    low, high = axes.get_ylim()
+    if min((np.nanmin(line.y) for line in series if line.name in named), default=-1) >= 0:
+        axes.set_ylim(0, high + 0.02 * (high - low))
+    if not named:
         axes.text(0.5, 0.5, "no values", transform=axes.transAxes, ha="center", fontsize=9)
     axes.set_xlabel(x_label)
     if falling:
         axes.invert_xaxis()
-    if len(series) > 1 and not empty:
+    if len(named) > 1:
         _legend(axes)
     return to_svg(figure, f"{title}, over {x_label}")
 
@@ -261,19 +270,20 @@ def bounds(series: Sequence[Series], level: Level | None = None) -> tuple[float,
     return min(values), max(values)
 
 
-def estimate_chart(title: str, estimates: Sequence[Estimate], x_label: str, zero: str) -> str:
-    """Values with their intervals, one below the other, beside a line at zero.
+def estimate_chart(title: str, estimates: Sequence[Estimate], x_label: str, level: Level) -> str:
+    """Values with their intervals, one below the other, beside a line at what they compare with.
 
     Args:
-        zero: What 0 stands for.
+        level: 0 for differences.
     """
     figure, axes = _chart_axes(title, 1.1 + 0.26 * len(estimates))
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", color=COLOURS["line"], linewidth=0.8)
-    axes.axvline(0, color=COLOURS["soft"], linewidth=1, label=zero)
+    axes.axvline(level.value, color=COLOURS["soft"], linewidth=1, label=level.name)
     for place, one in enumerate(estimates):
+        axes.plot(one.values, [place] * len(one.values), "|", ms=7, color=COLOURS["soft"])
         if one.low is not None and one.high is not None:
-            clear = one.low > 0 or one.high < 0
+            clear = one.low > level.value or one.high < level.value
             axes.plot([one.low, one.high], [place, place], color=SERIES[0], linewidth=1.6)
             axes.plot(one.value, place, "o", ms=5, color=SERIES[0],
                       mfc=SERIES[0] if clear else COLOURS["page"])  # fmt: skip
@@ -284,9 +294,10 @@ def estimate_chart(title: str, estimates: Sequence[Estimate], x_label: str, zero
     axes.set_ylim(len(estimates) - 0.5, -0.5)
     axes.set_xlabel(x_label)
     _legend(axes)
+    sign = "" if level.value else "+"
     shown = (
-        f"{one.name} {one.value:+.1f}"
-        + ("" if one.low is None else f" ({one.low:+.1f} to {one.high:+.1f})")
+        f"{one.name} {one.value:{sign}.1f}"
+        + ("" if one.low is None else f" ({one.low:{sign}.1f} to {one.high:{sign}.1f})")
         for one in estimates
     )
     return to_svg(figure, f"{title}, {x_label}: {'; '.join(shown)}")

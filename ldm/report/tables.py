@@ -78,7 +78,7 @@ class TextTable:
 
 def environment(**options) -> Environment:
     """Jinja templates of this package."""
-    return Environment(
+    made = Environment(
         loader=FileSystemLoader(TEMPLATES),
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -86,6 +86,8 @@ def environment(**options) -> Environment:
         keep_trailing_newline=True,
         **options,
     )
+    made.policies["json.dumps_kwargs"] = {}  # sorted keys would part bokeh's references from it
+    return made
 
 
 def escape_markdown(text: str) -> str:

@@ -5,6 +5,7 @@ soon as the page is open (points are numbered as the rows of umap.csv, from 0).
 """
 
 import base64
+import html
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from ldm.selection.projection import (
     by_decision,
     class_colours,
     draw,
+    place_names,
     project,
     table,
 )
@@ -34,15 +36,15 @@ from ldm.selection.select import ACCEPTED, FILLED, REJECTED, REMOVED, SURPLUS
 TITLE = "UMAP of features"
 SIDE = 64  # pixels of a thumbnail
 QUALITY = 80
-MARKERS = {
-    "real": "circle",
-    "synthetic": "diamond",
-    ACCEPTED: "square",
-    FILLED: "triangle",
-    SURPLUS: "circle_x",
-    REJECTED: "x",
-    REMOVED: "cross",
-    CENTROID: "star",
+MARKERS = {  # of bokeh, and the same as a letter
+    "real": ("circle", "●"),
+    "synthetic": ("diamond", "◆"),
+    ACCEPTED: ("square", "■"),
+    FILLED: ("triangle", "▲"),
+    SURPLUS: ("circle_x", "⊗"),
+    REJECTED: ("x", "×"),
+    REMOVED: ("cross", "+"),
+    CENTROID: ("star", "★"),
 }
 TOOLTIP = """
 <div style="max-width: 260px; overflow-wrap: anywhere">
@@ -138,12 +140,11 @@ def point_records(
 
 def _layout(groups: Sequence[Points], classes: Sequence[str], points: Sequence[dict], title: str):
     """Bokeh's plot with check boxes for kinds and classes."""
-    from bokeh.layouts import column, row
-    from bokeh.models import CheckboxGroup, CustomJS, CustomJSHover, HoverTool
+    from bokeh.layouts import column
+    from bokeh.models import CheckboxGroup, CustomJS, CustomJSHover, Div, HoverTool
     from bokeh.plotting import figure
 
     plot = figure(
-        title=title,
         sizing_mode="stretch_both",
         min_height=400,
         tools="pan,wheel_zoom,box_zoom,reset,save",
@@ -169,7 +170,7 @@ def _layout(groups: Sequence[Points], classes: Sequence[str], points: Sequence[d
                 "x",
                 "y",
                 source=columns,
-                marker=MARKERS[group.kind],
+                marker=MARKERS[group.kind][0],
                 size=18 if centroid else size,
                 color=colours[label],
                 line_color="black" if centroid else colours[label],
@@ -178,18 +179,47 @@ def _layout(groups: Sequence[Points], classes: Sequence[str], points: Sequence[d
         first += len(labels)
     picture = CustomJSHover(code=PICTURE)
     plot.add_tools(HoverTool(tooltips=TOOLTIP, formatters={"@point": picture}))
+    _add_names(plot, groups, classes, colours)
     boxes = {
         name: CheckboxGroup(
-            labels=[f"{text} ({n})" for text, n in names], active=[*range(len(names))]
+            labels=[f"{text} ({n})" for text, n in names],
+            active=[*range(len(names))],
+            inline=True,
+            stylesheets=[
+                f"label:nth-child({k + 1}) span::before {{ content: '{sign} '; color: {colour} }}"
+                for k, (sign, colour) in enumerate(signs)
+            ],
         )
-        for name, names in (
-            ("kinds", [(group.kind, len(group.labels)) for group in groups]),
-            ("classes", [(name, sum(p["label"] == name for p in points)) for name in classes]),
+        for name, names, signs in (
+            (
+                "kinds",
+                [(group.kind, len(group.labels)) for group in groups],
+                [(MARKERS[group.kind][1], "black") for group in groups],
+            ),
+            (
+                "classes",
+                [(name, sum(p["label"] == name for p in points)) for name in classes],
+                [("●", f"rgb{colour}") for colour in colours],
+            ),
         )
     }
     for box in boxes.values():
         box.js_on_change("active", CustomJS(args={**boxes, "renderers": renderers}, code=TOGGLE))
-    return row(plot, column(*boxes.values()), sizing_mode="stretch_both")
+    return column(Div(text=html.escape(title)), plot, *boxes.values(), sizing_mode="stretch_both")
+
+
+def _add_names(plot, groups: Sequence[Points], classes: Sequence[str], colours) -> None:
+    """Write the names of the classes above their centroids."""
+    for group in groups:
+        if group.kind == CENTROID:
+            everything = np.concatenate([one.xy for one in groups])
+            extent = np.ptp(everything, axis=0)
+            places = place_names(group.xy, extent, max(map(len, classes)))
+            plot.text(
+                *places.T.tolist(), list(classes), text_color=colours, text_align="center",
+                text_font_style="bold", text_font_size="13px", background_fill_color="white",
+                background_fill_alpha=0.8,
+            )  # fmt: skip
 
 
 def plane_groups(

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 Job = tuple[str, int]  # class and index of an image
 QUEUE = 2  # sampled batches that may wait to be written: latents are small, but not free
+STAGES = 8  # pictures of a class's first image on its way from noise
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Batch:
         z_0: Latents, (B, C, H, W).
         seconds: Time it took so far.
         sources: The real tile that each image started from.
+        stages: Class, time step and expected latent (C, H, W) of first images on their way.
     """
 
     jobs: list[tuple[str, int]]
@@ -91,6 +93,7 @@ class Batch:
     guidance: GuidanceLog
     seconds: float
     sources: list[str | None]
+    stages: list[tuple[str, float, Tensor]]
 
 
 class Writer:
@@ -131,6 +134,8 @@ class Writer:
         # The latents are complete: `latents` has looked at them.
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             images = self._synthesiser.images(batch.z_0)
+            for name, t, z_0_pred in batch.stages:
+                self._folder.write_stage(name, t, self._synthesiser.images(z_0_pred[None])[0])
         files = [
             self._folder.write_image(*job, image)
             for job, image in zip(batch.jobs, images, strict=True)
@@ -248,6 +253,7 @@ def _sample(
 ) -> None:
     """Make `share` images, which are this process's, batch by batch."""
     steps = len(synthesiser.pairs)
+    shown_steps = {round(k * (steps - 1) / (STAGES - 1)) for k in range(STAGES)}
     options = {"unit": "img", "disable": quiet, "step": min(batch_size, share) / steps or 1}
     began = time.monotonic()
     shown = [began]  # when a log file got its last line
@@ -256,6 +262,9 @@ def _sample(
         def show(step: Step) -> None:
             """Say the step, and the time left before the first batch tells tqdm the rate."""
             bar.begun()
+            if step.j in shown_steps:
+                firsts = [i for i, (_, index) in enumerate(batch) if index == 0]
+                stages.extend((batch[i][0], step.t, step.z_0_pred[i]) for i in firsts)
             done = bar.n + len(batch) * (step.j + 1) / steps  # images
             now = time.monotonic()
             left = (now - began) / done * (share - done)
@@ -270,13 +279,14 @@ def _sample(
             bar.set_description(batch[0][0], refresh=bar.live)
             start = time.perf_counter()
             labels = [synthesiser.models.label(name) for name, _ in batch]
-            synthesiser.guidance_log = GuidanceLog()
+            synthesiser.guidance_log, stages = GuidanceLog(), []
             indices = [index for _, index in batch]
             starts = None if sources is None else sources.latents(batch)
             z_0 = synthesiser.latents(labels, indices, show, starts)
             confidences = synthesiser.confidences(z_0, labels)
             seconds = time.perf_counter() - start
             files = [None if sources is None else sources.file(*job) for job in batch]
-            done = Batch(batch, z_0, confidences, synthesiser.guidance_log, seconds, files)
+            log_of_batch = synthesiser.guidance_log
+            done = Batch(batch, z_0, confidences, log_of_batch, seconds, files, stages)
             writer.put(done)
             bar.update(len(batch))
