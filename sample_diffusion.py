@@ -1,16 +1,7 @@
-"""The command that samples tiles; its options are in ldm/synthesis/options.py."""
+"""The published name of `histodiffusion sample`."""
 
-from ldm.cli import parse, run_command
-from ldm.synthesis.options import Options
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = parse(Options, argv)
-
-    from ldm.synthesis.request import sample
-
-    return sample(args)
-
+from ldm.cli import run_command
+from ldm.commands.sample import Options, main
 
 if __name__ == "__main__":
     run_command(main, Options)

@@ -1,7 +1,7 @@
-"""The published name of scripts/distance.py: the selection of synthetic tiles."""
+"""The published name of `histodiffusion select`."""
 
 from ldm.cli import run_command
-from scripts.distance import Options, main
+from ldm.commands.select import Options, main
 
 if __name__ == "__main__":
     run_command(main, Options)

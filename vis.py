@@ -1,7 +1,7 @@
-"""The published name of scripts/vis.py: features, centroids and a picture."""
+"""The published name of `histodiffusion features`."""
 
 from ldm.cli import run_command
-from scripts.vis import Options, main
+from ldm.commands.features import Options, main
 
 if __name__ == "__main__":
     run_command(main, Options)

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(NetworkOptions):
-    program: ClassVar = "benchmarks.encode"
-    example: ClassVar = "  python -m benchmarks.encode --size paper --batch_size 1"
+    program: ClassVar = "python -m benchmarks.encode"
+    example: ClassVar = "--size paper --batch_size 1"
 
 
 def build(library: str, networks: "Networks", execution: "Execution", batch_size: int) -> Ready:

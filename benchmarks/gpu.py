@@ -55,8 +55,8 @@ AUTOENCODER_RATE, KL_WEIGHT = 4.5e-6, 1e-6  # of the paper's configuration
 class Options:
     """Measure training and sampling on a GPU, beside diffusers."""
 
-    program: ClassVar = "benchmarks/gpu.py"
-    example: ClassVar = "  python benchmarks/gpu.py --minutes 1.6 --out gpu.json"
+    program: ClassVar = "python benchmarks/gpu.py"
+    example: ClassVar = "--minutes 1.6 --out gpu.json"
 
     minutes: Annotated[float, Field(gt=0, le=600)] = option(
         default=8.0, help="time for all; what does not fit is left out"

@@ -29,8 +29,8 @@ PREFETCH = 2  # batches per worker, as in training
 
 @dataclass(frozen=True, kw_only=True)
 class Options(BenchmarkOptions):
-    program: ClassVar = "benchmarks.loading"
-    example: ClassVar = "  python -m benchmarks.loading --workers 0 8 16 --needed 300"
+    program: ClassVar = "python -m benchmarks.loading"
+    example: ClassVar = "--workers 0 8 16 --needed 300"
 
     size: Literal["demo", "small", "paper"] = option(
         default="paper", help="size of the tiles (paper: 256 pixels)"
@@ -109,8 +109,8 @@ def write_latents(root: Path, tiles: Path, networks: "Networks") -> None:
     The time to read latents does not depend on what they say, so the autoencoder is a small one.
     """
     from ldm.checkpoint import write_checkpoint
+    from ldm.commands import cache
     from ldm.models.autoencoder import AutoencoderKL
-    from scripts import cache_latents
 
     ddconfig = {
         "ch": 32,
@@ -125,12 +125,12 @@ def write_latents(root: Path, tiles: Path, networks: "Networks") -> None:
     checkpoint = root.with_suffix(".ckpt")
     write_checkpoint(checkpoint, payload)
     words = ["-r", checkpoint, "--data", tiles, "--out", root, "--val_fraction", 0]
-    cache_latents.main([str(w) for w in [*words, "--num_workers", 0, "--device", "cpu"]])
+    cache.main([str(w) for w in [*words, "--num_workers", 0, "--device", "cpu"]])
 
 
 def make_source(folder: Path, kind: str, networks: "Networks", tiles: int, batch: int) -> Source:
     """Write tiles of a kind below `folder`; shards and latents are those of PNG files."""
-    from scripts import index_corpus, write_shards
+    from ldm.commands import index, shards
 
     root = folder / kind
     pixels = networks.image[1]
@@ -139,9 +139,8 @@ def make_source(folder: Path, kind: str, networks: "Networks", tiles: int, batch
         write_tiles(files, files.name, tiles, pixels)
     with redirect_stdout(sys.stderr):  # the output is one line of JSON
         if kind == "shards":
-            index = f"{files}.parquet"
-            index_corpus.main([str(files), "--out", index])
-            write_shards.main([index, "--out", str(root)])
+            index.main([str(files), "--out", f"{files}.parquet"])
+            shards.main([f"{files}.parquet", "--out", str(root)])
         elif kind == "latents":
             write_latents(root, files, networks)
     return Source(root, kind, tiles, pixels, batch)

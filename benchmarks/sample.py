@@ -35,8 +35,8 @@ CLASSIFIERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Options(NetworkOptions):
-    program: ClassVar = "benchmarks.sample"
-    example: ClassVar = "  python -m benchmarks.sample --size paper --batch_size 32 -c 50"
+    program: ClassVar = "python -m benchmarks.sample"
+    example: ClassVar = "--size paper --batch_size 32 -c 50"
 
     size: Literal["demo", "small", "paper"] = like(NetworkOptions, "size", "demo")
     peers: tuple[Literal["diffusers"], ...] = like(

@@ -44,8 +44,8 @@ LEARNING_RATE, WEIGHT_DECAY, EMA_DECAY = 5e-5, 0.01, 0.9999
 
 @dataclass(frozen=True, kw_only=True)
 class Options(NetworkOptions):
-    program: ClassVar = "benchmarks.train"
-    example: ClassVar = "  python -m benchmarks.train --size paper --batch_size 1 --peers"
+    program: ClassVar = "python -m benchmarks.train"
+    example: ClassVar = "--size paper --batch_size 1 --peers"
 
     batch_size: Count = like(NetworkOptions, "batch_size", 4)
     sources: tuple[Literal["latents", "images"], ...] = option(

@@ -7,7 +7,7 @@ says the default, the help, other names and the group in `--help`:
     class TrainSettings:
         \"\"\"Train a network.\"\"\"  # if omitted, the docstring of the module says what is done
 
-        program: ClassVar = "train.py"
+        program: ClassVar = "histodiffusion train"
         steps: Count = option("-n", default=100, help="optimiser steps")
 
     settings = parse(TrainSettings)
@@ -302,18 +302,34 @@ def parse(settings: type, argv: Sequence[str] | None = None) -> Any:
     return result
 
 
-@functools.cache
-def _parser(settings: type) -> _Parser:
+def description(settings: type) -> str:
+    """What a command does: the docstring of its options, or else of their module."""
     doc = settings.__doc__ or ""
     if doc.startswith(f"{settings.__name__}("):  # what dataclass writes: the module says more
         doc = sys.modules[settings.__module__].__doc__ or ""
-    description, _, more = doc.partition("\n\n")
-    example = f"example:\n{settings.example}" if hasattr(settings, "example") else ""
-    fields = options_of(settings)
+    return doc
+
+
+def typed(settings: type | None) -> str:
+    """The start of the command line as the user typed it: `python scripts/vis.py`.
+
+    What was started as a module or an installed command is called by its `program`.
+    """
+    script = sys.argv[0]
+    if script.endswith(".py") and getattr(sys.modules["__main__"], "__spec__", None) is None:
+        return f"python {script}"
+    return getattr(settings, "program", "histodiffusion")
+
+
+@functools.cache
+def _parser(settings: type) -> _Parser:
+    first, _, more = description(settings).partition("\n\n")
+    program, fields = typed(settings), options_of(settings)
+    example = f"example:\n  {program} {settings.example}" if hasattr(settings, "example") else ""
     parser = _Parser(
-        prog=settings.program,
-        usage=_usage(settings.program, fields),
-        description=" ".join(description.split()),
+        prog=program,
+        usage=_usage(program, fields),
+        description=" ".join(first.split()),
         epilog="\n\n".join(filter(None, [textwrap.dedent(more).strip(), example])),
         allow_abbrev=False,
         formatter_class=_HelpFormatter,
@@ -607,8 +623,9 @@ def run_command(main: Callable[[], int | None], settings: type | None = None) ->
             raise
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             sys.exit(128 + 13)  # as SIGPIPE ends a command
+        program = re.sub(r"^python (-m )?(.*/)?", "", typed(settings))
         for message in _messages(error, settings):
-            print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+            print(f"{program}: error: {message}", file=sys.stderr)
         status = 2
     sys.stdout.flush()
     sys.stderr.flush()

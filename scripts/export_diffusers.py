@@ -1,63 +1,7 @@
-"""Write a diffusion model as a pipeline of the diffusers library.
+"""The published name of `histodiffusion export`."""
 
-The folder holds the networks (UNet2DModel, AutoencoderKL), the DDIM scheduler, and a README.md that
-says how to load it and sample. What is written is compared with the model before.
-"""
-
-import logging
-from dataclasses import dataclass
-from pathlib import Path
-from typing import ClassVar
-
-from ldm.cli import option, parse, run_command
-from ldm.errors import UserError
-
-log = logging.getLogger("export_diffusers")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    program: ClassVar = "export_diffusers.py"
-    example: ClassVar = "  python scripts/export_diffusers.py --model logs/ldm --out exported/ldm"
-
-    model: str = option(
-        metavar="CKPT", published=("--checkpoint",), help="diffusion checkpoint or run folder"
-    )
-    first_stage: str | None = option(
-        default=None, metavar="CKPT", help="autoencoder with a fine-tuned decoder"
-    )
-    out: str = option(metavar="DIR", help="folder to make")
-    ema: bool = option(
-        default=True,
-        takes_value=True,
-        published=("--use_ema",),
-        help="export the averaged weights, where there are any",
-    )
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = parse(Options, argv)
-    out = Path(args.out)
-    if out.exists():
-        raise UserError(f"--out {out} exists; give another name, or remove it")
-    try:
-        import diffusers  # noqa: F401
-    except ModuleNotFoundError:
-        raise UserError(
-            "this command needs the package diffusers, which is not installed; run `pip install "
-            "diffusers`"
-        ) from None
-
-    from ldm.checkpoint import checkpoint_path, load_model
-    from ldm.exchange.diffusers_export import export
-
-    checkpoint = checkpoint_path(args.model, "--model")
-    model = load_model(checkpoint, "diffusion", what="--model")
-    if args.first_stage:
-        model.replace_first_stage(args.first_stage)
-    difference = export(checkpoint, model, out, args.ema)
-    log.info("%s: %s; largest difference %.1e", out, checkpoint, difference)
-
+from ldm.cli import run_command
+from ldm.commands.export import Options, main
 
 if __name__ == "__main__":
     run_command(main, Options)

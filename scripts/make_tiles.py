@@ -1,47 +1,7 @@
-"""Write procedural H&E-like tiles: OUT/{train,train5,val,test}/CLASS/slide00003_000017.png.
+"""The published name of `histodiffusion tiles`."""
 
-Run again after an interruption to go on; a complete folder is left as it is.
-"""
-
-import os
-from dataclasses import asdict, dataclass
-from typing import Annotated, ClassVar
-
-from pydantic import Field
-
-from ldm.cli import Count, Seed, Threads, Whole, option, parse, run_command
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    program: ClassVar = "make_tiles.py"
-    example: ClassVar = "  python scripts/make_tiles.py --out tiles --size 64 --train 60 --train5 6"
-
-    out: str = option(metavar="DIR", help="folder to make; new, empty or one to go on in")
-    size: Annotated[int, Field(ge=32, le=512)] = option(default=64, help="pixels")
-    train: Count = option(default=60, help="tiles per class")
-    train5: Whole = option(default=6, help="how many of them are copied to train5")
-    val: Whole = option(default=20, help="tiles per class")
-    test: Whole = option(default=20, help="tiles per class")
-    seed: Seed = option(default=0, help="seed of the tiles")
-    classes: tuple[str, ...] | None = option(
-        default=None, metavar="CLASS", help="some of the nine classes; if omitted, all"
-    )
-    workers: Threads = option(default_factory=lambda: os.cpu_count() or 1, help="processes")
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = parse(Options, argv)
-
-    from ldm.data.procedural import CLASSES
-    from ldm.data.tileset import make_tileset
-
-    settings = {**asdict(args), "classes": args.classes or CLASSES}
-    written = make_tileset(**settings)
-    splits = " ".join(f"{s} {settings[s]}" for s in ("train", "train5", "val", "test"))
-    count = len(settings["classes"])
-    print(f"{args.out}: {written} files written ({splits} per class, {count} classes)")
-
+from ldm.cli import run_command
+from ldm.commands.tiles import Options, main
 
 if __name__ == "__main__":
     run_command(main, Options)

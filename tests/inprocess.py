@@ -1,11 +1,11 @@
 """Runs the jobs of an experiment in the process of a test."""
 
-import importlib
 from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 
 from ldm.cli import run_command
+from ldm.commands import load
 from ldm.experiment.execute import execute
 from ldm.experiment.jobs import Records, State, keys_of
 from ldm.experiment.plan import Plan
@@ -18,9 +18,9 @@ class Here:
         self.ran: list[str] = []
 
     def launch(self, command, log_path, environment, lock) -> int:
-        script, *argv = command
-        self.ran.append(script)
-        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+        verb, *argv = command
+        self.ran.append(verb)
+        module = load(verb)
         with pytest.MonkeyPatch.context() as patch, log_path.open("a") as stream:
             for name, value in environment.items():
                 patch.setenv(name, value)

@@ -14,9 +14,9 @@ import tiny
 import torch
 import torch.nn.functional as F
 
-import classifier_train
 from ldm.checkpoint import load_model, read_checkpoint
 from ldm.cli import parse
+from ldm.commands import classify as classifier_train
 from ldm.data.tiles import TileFolder
 from ldm.errors import UserError
 from ldm.models.classifier import (
@@ -30,7 +30,7 @@ from ldm.models.classifier import (
 )
 from ldm.modules.unet import EncoderUNetModel
 
-ROOT = Path(classifier_train.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = {
     "--iterations": "300000",
     "--anneal_lr": "True",

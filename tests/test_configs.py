@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import tiny
 
-import main as main_py
 from ldm.cli import parse, run_command
+from ldm.commands import train as main_py
 from ldm.config import load_configs, resolve, validate_config
 from ldm.errors import Problems
 from ldm.run import RunFolder
 
-ROOT = Path(main_py.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 TRAINING = sorted(
     p.relative_to(ROOT).as_posix()
     for p in (ROOT / "configs").rglob("*.yaml")

@@ -12,8 +12,8 @@ import torch
 import webdataset as wds
 from PIL import Image
 
-import main as main_py
 from ldm.cli import parse
+from ldm.commands import train as main_py
 from ldm.config import load_configs, resolve, validate_config
 from ldm.data import storage, tile_files, tiles
 from ldm.data.corpora import Corpora
@@ -24,7 +24,7 @@ from ldm.data.tiles import TileFolder, to_uint8
 from ldm.errors import UserError
 from ldm.run import RunFolder
 
-ROOT = Path(main_py.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 SIZE = 16
 LAYOUTS = {"files": "folder", "arrays": "array", "shards": "shards"}  # by folder
 

@@ -11,10 +11,10 @@ import tiny
 from inprocess import Here
 
 from ldm.cli import run_command
+from ldm.commands.preflight import check_commands
 from ldm.errors import UserError
 from ldm.experiment.demo import SELECTED, Demo, read_settings
 from ldm.experiment.jobs import ROOT, Records, State, keys_of
-from ldm.experiment.preflight import check_commands
 from scripts import demo
 
 # The plan
@@ -35,11 +35,12 @@ def test_the_demo_is_an_experiment(tmp_path):
     overrides = ["sampling.scale=5", "evaluation.steps=70", "evaluation.seeds=[3]"]
     plan = Demo(tmp_path / "out", None, read_settings(overrides, fast=True)).plan
     check_commands(plan.jobs)
-    assert [row.key for row in plan.rows] == ["real", "guided-random-100", "guided-selected-100"]
+    arms = ["colour_histogram", "real", "guided-random-100", "guided-selected-100"]
+    assert [row.key for row in plan.rows] == arms
     assert [job.name for job in plan.jobs_of(plan.rows)] == [job.name for job in plan.jobs]
     jobs = {job.name: job.command for job in plan.jobs}
     assert list(jobs) == (
-        ["tiles", "eval-real-seed3"]
+        ["tiles", "baseline-colour_histogram", "eval-real-seed3"]
         + ["train-autoencoder", "train-diffusion", "train-classifier", "train-decoder"]
         + ["sample-unguided", "sample-guided", "features-guided"]
         + [f"{what}-guided-random-100{seed}" for what, seed in (("select", ""), ("eval", "-seed3"))]
@@ -86,7 +87,7 @@ def user_data(tmp_path) -> Path:
 
 def test_a_folder_of_the_user(tmp_path, user_data):
     demo = Demo(tmp_path / "out", user_data, read_settings())
-    assert (demo.per_class, len(demo.plan.jobs)) == (4, 15)
+    assert (demo.per_class, len(demo.plan.jobs)) == (4, 16)
     demo.plan.prepare()
     assert (demo.data / "val").resolve() == (user_data / "val").resolve()
     before = keys_of(demo.plan.jobs)
@@ -94,7 +95,8 @@ def test_a_folder_of_the_user(tmp_path, user_data):
     tile.write_bytes(tile.read_bytes() + b"x")
     after = keys_of(Demo(tmp_path / "out", user_data, read_settings()).plan.jobs)
     same = {name for name, key in after.items() if before[name] == key}
-    assert same == {"eval-real-seed0", "eval-real-seed1"}  # they read no unlabelled tiles
+    # They read no unlabelled tiles.
+    assert same == {"baseline-colour_histogram", "eval-real-seed0", "eval-real-seed1"}
 
 
 @pytest.mark.parametrize("fault", ["missing", "class", "empty", "inside"])
@@ -130,6 +132,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
 def check_self_contained(text: str) -> None:
     for address in re.findall(r"src=\"([^\"]*)\"", text):
         assert address.startswith("data:image/png;base64,")
+    text = re.sub(r' srcdoc="[^"]*"', "", text)  # the map, which has its own tests
     assert not re.search(r"https?://|<script|<link|url\([^#]|@import", text)
 
 
@@ -147,27 +150,30 @@ def test_whole_demo(tmp_path, monkeypatch, capsys):
     plan = Demo(out, None, read_settings(SMALL, fast=True)).plan
     here.run(plan)
     assert sorted(here.ran) == sorted(
-        ["scripts/make_tiles.py", "main.py", "main.py", "classifier_train.py", "main.py"]
-        + ["sample_diffusion.py", "sample_diffusion.py", "scripts/vis.py"]
-        + ["scripts/distance.py"] * 2
-        + ["eval.py"] * 3
+        ["tiles", "train", "train", "classify", "train"]
+        + ["sample", "sample", "features"]
+        + ["select"] * 2
+        + ["evaluate"] * 3
+        + ["baselines"]
     )
     # All is done: the command only writes the report.
     assert demo.main(["--fast", "--out", str(out), *SMALL]) == 0
-    assert "13 of 13 jobs were done before" in capsys.readouterr().out
+    assert "14 of 14 jobs were done before" in capsys.readouterr().out
 
     with (out / "table.csv").open(newline="") as stream:
         rows = {row["row"]: row for row in csv.DictReader(stream) if row["split"] == "test"}
     arms = [f"guided-{kind}-100" for kind in ("random", "selected")]
-    assert list(rows) == ["real", *arms, "colour_histogram"]
+    assert list(rows) == ["colour_histogram", "real", *arms]
     assert all(int(row["images"]) - int(row["synthetic"]) == 18 for row in rows.values())
     assert rows["guided-random-100"]["synthetic"] == "18"
     assert all(0 <= float(row["accuracy"]) <= 1 for row in rows.values())
 
     text = (out / "report.html").read_text()
     check_self_contained(text)
-    for heading in ("Reconstructions", "Guidance", "Selection", "How it was made", "Training"):
+    for heading in ("Guidance", "From noise to a tile", "How it was made", "Training"):
         assert f"<h2>{heading}</h2>" in text
+    for address in re.findall('<a href="([^"]*)"', text):
+        assert (out / address).exists()
     assert "main.py --base configs/demo/autoencoder.yaml -t --name autoencoder" in text
 
     # Guided samples and all that uses them; the ViT on real tiles is none of that.
@@ -189,8 +195,8 @@ def test_command_on_a_folder_of_the_user(tmp_path, user_data):
     command += ["--data", str(user_data), "--out", str(tmp_path / "out")]
     first = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert first.returncode == 0, first.stdout + first.stderr
-    assert len(first.stdout.splitlines()) == 14  # a line per job, report and summary
+    assert len(first.stdout.splitlines()) == 16  # a line per job, report, where and what next
     assert (tmp_path / "out" / "report.html").is_file()
     second = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert second.returncode == 0
-    assert "12 of 12 jobs were done before" in second.stdout
+    assert "13 of 13 jobs were done before" in second.stdout

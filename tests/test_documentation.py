@@ -11,8 +11,8 @@ from unittest import mock
 import pytest
 from shells import OTHERS, ROOT, make_site, parse, recorded_with_variables, shell
 
+from ldm.commands import configured_training as configured
 from ldm.errors import UserError
-from ldm.trainings import configured
 
 DOCUMENTS = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md"))]
 STARTERS = (*OTHERS, "export", "python", "sbatch", "srun", "torchrun", ".venv/bin/python")

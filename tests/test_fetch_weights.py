@@ -10,9 +10,9 @@ import pytest
 from huggingface_hub import constants
 
 from ldm.cli import run_command
+from ldm.commands import fetch as fetch_weights
 from ldm.errors import UserError
 from ldm.features import weights as known
-from scripts import fetch_weights
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 DINOV2 = "timm/vit_small_patch14_dinov2.lvd142m"

@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
 from safetensors.torch import save_file
 
-import classifier_train
 from ldm.checkpoint import KEY, load_model, read_checkpoint
 from ldm.cli import parse
+from ldm.commands import classify as classifier_train
 from ldm.errors import UserError
 from ldm.models.classifier import network_config
 from ldm.modules.unet import EncoderUNetModel

@@ -16,11 +16,11 @@ from PIL import Image
 from test_main import autoencoder_model, decoder_model, diffusion_model, run, weights, write_config
 from test_scale import logged, train_and_tell
 
-import classifier_train
 import eval as eval_py
 import sample_diffusion
 from ldm import train as training
 from ldm.cli import parse, run_command
+from ldm.commands import classify as classifier_train
 from ldm.devices import Devices
 from ldm.errors import UserError
 from ldm.features.source import parse_features

@@ -8,9 +8,9 @@ import tiny
 import torch
 import yaml
 
-import main as main_py
 from ldm.checkpoint import load_model, read_checkpoint
 from ldm.cli import parse
+from ldm.commands import train as main_py
 from ldm.diffusion.guidance import extrapolate
 from ldm.diffusion.samplers import IndexedNoise, ddim
 from ldm.diffusion.schedule import time_pairs

@@ -18,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 import cache_latents
 
-import classifier_train
-import main as main_py
 from ldm.checkpoint import load_model, read_checkpoint, write_checkpoint
 from ldm.cli import _one_line, parse
+from ldm.commands import classify as classifier_train
+from ldm.commands import train as main_py
 from ldm.config import instantiate_from_config
 from ldm.data.caching import CachePlan, Views, make_cache, symmetry
 from ldm.data.datamodule import DataModuleFromConfig, ResumableSampler
@@ -32,7 +32,7 @@ from ldm.errors import UserError
 from ldm.modules.autoencoder import DiagonalGaussian
 from ldm.run import RunFolder
 
-ROOT = Path(main_py.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")

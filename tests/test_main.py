@@ -11,19 +11,19 @@ import tiny
 import torch
 import yaml
 
-import main as main_py
 from ldm import progress
 from ldm.checkpoint import load_model, read_checkpoint
 from ldm.cli import parse
+from ldm.commands import configured_training as configured
+from ldm.commands import train as main_py
 from ldm.errors import Stopped, UserError
 from ldm.models.callbacks import LastCheckpoint
 from ldm.models.diffusion import LatentDiffusion
 from ldm.modules.autoencoder import DiagonalGaussian
 from ldm.modules.discriminator import NLayerDiscriminator
 from ldm.run import RunFolder
-from ldm.trainings import configured
 
-ROOT = Path(main_py.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")

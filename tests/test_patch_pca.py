@@ -8,9 +8,9 @@ import tiny
 import torch
 from test_main import run, write_config
 
-import main as main_py
 from ldm.checkpoint import load_model, read_checkpoint
 from ldm.cli import parse
+from ldm.commands import train as main_py
 from ldm.errors import UserError
 from ldm.models.patch_pca import PatchPCA as PatchPCAModule
 from ldm.modules.patch_pca import PatchPCA

@@ -8,10 +8,10 @@ import pytest
 import tiny
 import torch
 
-import classifier_train
 import sample_diffusion
 from ldm.checkpoint import load_model, read_checkpoint
 from ldm.cli import parse
+from ldm.commands import classify as classifier_train
 from ldm.data.tiles import TileFolder
 from ldm.devices import Devices
 from ldm.diffusion.guidance import classifier_log_prob_grad, shared_pass

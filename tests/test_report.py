@@ -85,9 +85,11 @@ def test_page_escapes_and_embeds():
     page.folded("commands", "python x.py\n\n<y>")
     tile = np.full((4, 4, 3), 255, np.uint8)
     page.grid([TileRow("<class>", [[Tile(tile, "1\n2", "good")], []])], ["one", "two"], "c", 32)
+    page.frame("map", '<script src="a">"</script>')
     page.charts([plots.bar_chart("<svg>", ["k"], [0.5], Level("chance", 0.1))])
     text = page.render()
-    for word in ("<b>", "<x>", "<li><li>", "<numbers>", "<y>", "<class>", "<svg>"):
+    assert 'srcdoc="&lt;script src=&#34;a&#34;&gt;&#34;&lt;/script&gt;"' in text
+    for word in ("<script", "<b>", "<x>", "<li><li>", "<numbers>", "<y>", "<class>", "<svg>"):
         assert word not in text
     assert 'href="a%20b/c.csv"' in text and '<div class="cell good">' in text
     assert (
@@ -151,10 +153,16 @@ def test_values_that_are_not_finite_are_left_out():
 
 
 def test_estimates_say_their_intervals():
-    chart = plots.estimate_chart(
-        "Change", [Estimate("a", 3.0, 1.0, 5.0), Estimate("b", -1.0)], "points", "real"
-    )
+    found = [Estimate("a", 3.0, 1.0, 5.0, [2.0, 4.0]), Estimate("b", -1.0)]
+    chart = plots.estimate_chart("Change", found, "points", Level("real", 0))
     assert "a +3.0 (+1.0 to +5.0); b -1.0" in chart
+    assert "a 3.0 (1.0 to 5.0)" in plots.estimate_chart("A", found, "percent", Level("real", 2))
+
+
+def test_lines_of_one_name_have_one_colour_and_all_are_in_the_picture():
+    series = [Series("a", [0, 1], [1, 1]), Series("a", [0, 1], [2, 2]), Series("b", [0, 1], [9, 9])]
+    chart = plots.line_chart("t", series, "x")
+    assert chart.count(">a</text>") == 1 and ">8</text>" in chart  # a tick near the last line
 
 
 def test_confusion_shows_percent_and_counts_of_rows():

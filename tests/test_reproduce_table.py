@@ -15,12 +15,12 @@ from inprocess import Here
 
 import main as main_py
 from ldm.cli import parse
+from ldm.commands.preflight import check_commands
 from ldm.config import load_configs, resolve, validate_config
 from ldm.errors import UserError
 from ldm.experiment.gather import read_paper
 from ldm.experiment.jobs import ROOT, needed_by
 from ldm.experiment.plan import Plan
-from ldm.experiment.preflight import check_commands
 from ldm.experiment.settings import read_settings
 from scripts import reproduce_table
 
@@ -126,7 +126,7 @@ def test_published_tables_are_valid(path, given, tmp_path, monkeypatch):
     plan = Plan(settings)
     check_commands(plan.jobs)
     for job in plan.jobs:
-        if job.command[0] == "main.py":
+        if job.command[0] == "train":
             args = parse(main_py.Options, list(job.command[1:]))
             with pytest.MonkeyPatch.context() as patch:
                 for name, value in job.environment.items():
@@ -526,13 +526,13 @@ def test_a_small_table(small, given, here, tmp_path, capsys):
     assert reproduce_table.main(argv) == 0  # all is done, so only the results are written
     assert "18 of 18 jobs were done before" in capsys.readouterr().out
     assert here.ran == (
-        ["scripts/baselines.py"]
-        + ["eval.py"] * 2
-        + ["sample_diffusion.py", "scripts/vis.py", "scripts/copy_check.py"]
-        + ["scripts/distance.py", "eval.py"] * 2
-        + ["scripts/fidelity.py"]
-        + ["scripts/distance.py", "eval.py", "eval.py", "scripts/fidelity.py"]
-        + ["scripts/make_subset.py", "eval.py", "eval.py"]
+        ["baselines"]
+        + ["evaluate"] * 2
+        + ["sample", "features", "copies"]
+        + ["select", "evaluate"] * 2
+        + ["fidelity"]
+        + ["select", "evaluate", "evaluate", "fidelity"]
+        + ["subset", "evaluate", "evaluate"]
     )
     out = tmp_path / "out"
     for name in ("table.md", "table.tex", "table.csv", "report.html", "table.json"):
@@ -577,7 +577,7 @@ def test_a_small_table(small, given, here, tmp_path, capsys):
     overrides = ["evaluation.seeds=[0]", "selection.centroid.options.ratio=3"]
     here.run(plan_of(path, *overrides))
     assert reproduce_table.main([*argv, *overrides, "--report"]) == 1
-    assert here.ran[before:] == ["scripts/distance.py"]
+    assert here.ran[before:] == ["select"]
     failed = {row["key"]: row for row in json.loads((out / "table.json").read_text())["rows"]}[
         "tuned-centroid-100"
     ]

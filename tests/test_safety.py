@@ -24,10 +24,10 @@ from test_main import (
     write_config,
 )
 
-import classifier_train
 from ldm import files
 from ldm.checkpoint import read_checkpoint, training_step_of, write_checkpoint
 from ldm.cli import parse, run_command
+from ldm.commands import classify as classifier_train
 from ldm.config import load_configs, validate_config
 from ldm.errors import Stopped, UserError
 from ldm.models import callbacks, saving

@@ -15,19 +15,19 @@ from test_main import (
     write_config,
 )
 
-import classifier_train
 import main as main_py
 from ldm import devices as devices_module
 from ldm import train as training
 from ldm.checkpoint import load_model, read_checkpoint
 from ldm.cli import parse
+from ldm.commands import classify as classifier_train
+from ldm.commands import configured_training as configured
 from ldm.devices import Devices, follow_layout, training_devices
 from ldm.errors import UserError
 from ldm.models.diffusion import LatentDiffusion
 from ldm.modules.autoencoder import AutoencoderKL as AutoencoderNet
 from ldm.modules.unet import EncoderUNetModel, UNetModel
 from ldm.run import RunFolder
-from ldm.trainings import configured
 
 
 @pytest.fixture(scope="module")

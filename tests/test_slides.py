@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import tifffile
 
-import main as main_py
 from ldm.cli import parse
+from ldm.commands import train as main_py
 from ldm.data.corpora import Corpora
 from ldm.data.index import CorpusIndex
 from ldm.data.scan import page_of, problems_of
@@ -16,7 +16,7 @@ from ldm.errors import UserError
 from ldm.run import RunFolder
 from scripts import index_corpus, write_shards
 
-ROOT = Path(main_py.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 SIDE = 64  # of a tile at level 0: 32 micrometres at 0.5 each
 TISSUE = (slice(128, 640), slice(192, 960))  # rows, columns
 

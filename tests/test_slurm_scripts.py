@@ -12,10 +12,10 @@ import pytest
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from shells import OTHERS, ROOT, make_site, parse, recorded, shell
 
+from ldm.commands import cache as cache_latents
+from ldm.commands import configured_training as configured
 from ldm.errors import UserError
 from ldm.train import cluster_plugins
-from ldm.trainings import configured
-from scripts import cache_latents
 
 FOLDER = ROOT / "scripts" / "slurm"
 SCRIPTS = sorted(path.name for path in FOLDER.glob("*.sbatch"))

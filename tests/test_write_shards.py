@@ -12,13 +12,14 @@ import webdataset as wds
 from test_index_corpus import picture, save
 
 from ldm.cli import parse
+from ldm.commands import index as index_corpus
+from ldm.commands import shards as write_shards
 from ldm.data.corpora import Corpora
 from ldm.data.images import decode_tile
 from ldm.data.index import CorpusIndex
 from ldm.data.shards import NAME, CorpusShards, write_tar
 from ldm.data.storage import LAYOUTS
 from ldm.errors import UserError
-from scripts import index_corpus, write_shards
 
 SIZE = 41_000  # bytes; four shards of the corpus below
 

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ldm.experiment.jobs import Job, Record, Records, content_of, keys_of, without_neutral
+from ldm.experiment.jobs import Job, Record, Records, content_of, deciding_words, keys_of
 
 
 def convert_records(records: Records, jobs: Sequence[Job]) -> None:
@@ -34,7 +34,7 @@ def convert_records(records: Records, jobs: Sequence[Job]) -> None:
 
 def _earlier_key(job: Job, stamps: Mapping[str, str]) -> str:
     """The key that version 0.1.0 gave a job; `stamps` are of the jobs before it."""
-    facts: list[Any] = ["", without_neutral(job.command), dict(job.environment), job.data]
+    facts: list[Any] = ["", deciding_words(job.command), dict(job.environment), job.data]
     facts += [content_of(path) for path in job.files]
     facts += [stamps[name] for name in job.after]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

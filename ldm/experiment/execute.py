@@ -22,7 +22,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from ldm.cli import STOPPED
-from ldm.experiment.jobs import ROOT, Job, JobBusy, Record, Records, lock_file
+from ldm.experiment.jobs import ROOT, SCRIPTS, Job, JobBusy, Record, Records, lock_file
 from ldm.experiment.numbers import key_number
 from ldm.files import write_json, write_text
 
@@ -70,14 +70,15 @@ def wait_or_kill(process: subprocess.Popen, seconds: float) -> None:
 def launch(
     command: Sequence[str], log_path: Path, environment: Mapping[str, str], lock: int
 ) -> int:
-    """Run a script of this repository as a process, its output added to a file.
+    """Run a command as a process, its output added to a file.
 
     Any exception, a signal for example, ends the process. So does the end of our parent.
     """
     parent = os.getppid()
+    start = ["-m", "ldm.commands"] if command[0] in SCRIPTS else []
     with log_path.open("ab") as output:
         process = subprocess.Popen(
-            [sys.executable, *command],
+            [sys.executable, *start, *command],
             cwd=ROOT,
             env=dict(environment),
             stdin=subprocess.DEVNULL,

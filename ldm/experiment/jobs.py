@@ -25,7 +25,22 @@ import yaml
 
 from ldm.files import digest_of, write_json
 
-ROOT = Path(__file__).resolve().parents[2]  # folder of the entry points
+ROOT = Path(__file__).resolve().parents[2]  # folder of configs/
+
+# Keys name commands as version 0.1.0 did, by their scripts: what was made then counts.
+SCRIPTS = {
+    "train": "main.py",
+    "classify": "classifier_train.py",
+    "sample": "sample_diffusion.py",
+    "evaluate": "eval.py",
+    "features": "scripts/vis.py",
+    "select": "scripts/distance.py",
+    "copies": "scripts/copy_check.py",
+    "subset": "scripts/make_subset.py",
+    "tiles": "scripts/make_tiles.py",
+    "baselines": "scripts/baselines.py",
+    "fidelity": "scripts/fidelity.py",
+}
 
 # Options that say how something is computed, not what: another value makes nothing anew.
 NEUTRAL = ("--device", "--num_workers", "--workers")
@@ -38,7 +53,7 @@ class Job:
     Attributes:
         name: Name of its log and record.
         title: What it does, in a few words.
-        command: Script and arguments.
+        command: Command of `histodiffusion`, or else words for Python, and arguments.
         after: Names of the jobs whose results it uses.
         output: What it writes; removed when it has to be made anew.
         files: Configurations that it reads; their content is part of the key.
@@ -61,9 +76,9 @@ class Job:
 
     @property
     def shown(self) -> str:
-        """The command as one types it in a shell in the repository's folder."""
+        """The command as one types it in a shell."""
         variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
-        return " ".join([*variables, "python", *map(shlex.quote, self.command)])
+        return " ".join([*variables, "histodiffusion", *map(shlex.quote, self.command)])
 
 
 @dataclass(frozen=True)
@@ -241,7 +256,7 @@ def keys_of(jobs: Sequence[Job]) -> dict[str, str]:
     """The key of every job by name; a job's key contains those of the jobs before it."""
     keys: dict[str, str] = {}
     for job in jobs:
-        facts: list[Any] = [without_neutral(job.command), dict(job.environment), job.data]
+        facts: list[Any] = [deciding_words(job.command), dict(job.environment), job.data]
         facts += [content_of(path) for path in job.files]
         facts += [keys[name] for name in job.after]
         keys[job.name] = digest_of(facts)
@@ -287,10 +302,10 @@ def show_path(path: Path) -> str:
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
-def without_neutral(command: Sequence[str]) -> list[str]:
+def deciding_words(command: Sequence[str]) -> list[str]:
     """The words of a command that decide its result."""
-    words, skip = [], False
-    for word in command:
+    words, skip = [SCRIPTS.get(command[0], command[0])], False
+    for word in command[1:]:
         if skip:
             skip = False
         elif word in NEUTRAL:

@@ -311,7 +311,7 @@ class Plan:
         self,
         name: str,
         title: str,
-        script: str,
+        verb: str,
         options: dict[str, Any],
         output: tuple[Path, ...],
         needs: Needs,
@@ -325,7 +325,7 @@ class Plan:
             more: Further attributes of `Job`.
         """
         if name not in self._jobs:
-            command = (script, *arguments(options), *words)
+            command = (verb, *arguments(options), *words)
             self._jobs[name] = Job(
                 name, title, command, needs.after, output, data=needs.data, **more
             )
@@ -335,7 +335,7 @@ class Plan:
         settings = self.settings
         if settings.data.tiles is not None:
             options = {"out": self.root, **settings.data.tiles}
-            self._add(TILES, "procedural tiles", "scripts/make_tiles.py", options, (self.root,),
+            self._add(TILES, "procedural tiles", "tiles", options, (self.root,),
                       NOTHING, gpus=0, kind="tiles")  # fmt: skip
         if settings.draws is None:
             self.rows = self._arms()
@@ -380,7 +380,7 @@ class Plan:
             **self.settings.draws.options,
         }
         title = f"{draw.per_class} labelled tiles per class, draw {draw.seed}"
-        self._add(f"subset-{self._labelled}", title, "scripts/make_subset.py", options, (out,),
+        self._add(f"subset-{self._labelled}", title, "subset", options, (out,),
                   self._tiles(unlabelled), kind="subset", gpus=0)  # fmt: skip
 
     def _filled_options(self, options: Options) -> tuple[Options, Needs]:
@@ -424,7 +424,7 @@ class Plan:
         run = self._model_name(name)
         common = {"name": run, "logdir": self.out / "models"}
         if model.config is not None:
-            script, splits = "main.py", (data.unlabelled, data.labelled, "val")
+            verb, splits = "train", (data.unlabelled, data.labelled, "val")
             if self.settings.draws is not None:  # it is the same for all draws
                 splits = (data.unlabelled, "val")
             files = tuple(self._config_file(path, name) for path in as_list(model.config))
@@ -436,7 +436,7 @@ class Plan:
                     if variable in os.environ:  # its value decides the result, too
                         environment.setdefault(variable, os.environ[variable])
         else:
-            script, files = "classifier_train.py", ()
+            verb, files = "classify", ()
             splits = (self._labelled, "val")
             options = {"data_dir": self.data / self._labelled, "val_data_dir": self.data / "val"}
             options |= {**given, **common}
@@ -446,7 +446,7 @@ class Plan:
         return self._add(
             f"train-{run}",
             model.label or f"training of {run}",
-            script,
+            verb,
             options,
             (self.out / "models" / run,),
             self._tiles(*splits) + self._models(*model.needs.values()),
@@ -487,7 +487,7 @@ class Plan:
         }
         models = filter(None, (generator.diffusion, generator.classifier, generator.decoder))
         title = f"sampling by {generator.label or name}"
-        return self._add(f"sample-{name}{self._part}", title, "sample_diffusion.py", options,
+        return self._add(f"sample-{name}{self._part}", title, "sample", options,
                          (pool,), self._models(*models) + needs, kind="sample",
                          gpus=sampling.gpus)  # fmt: skip
 
@@ -524,7 +524,7 @@ class Plan:
         }
         needs = self._tiles(labelled) + Needs((sample_job,)) + needs
         title, output = f"features and UMAP of {pool}", (self.features(pool),)
-        return self._add(f"features-{pool}", title, "scripts/vis.py", options, output, needs,
+        return self._add(f"features-{pool}", title, "features", options, output, needs,
                          kind="features")  # fmt: skip
 
     def _selection(self, arm: Arm, folder: str, selection: str, ratio: int, seed: int) -> Needs:
@@ -550,7 +550,7 @@ class Plan:
         needs = self._tiles(labelled) + needs
         title, options = f"selection of {folder}", {**options, **strategy.options}
         # Without a folder of scripts/vis.py the selection computes features itself.
-        job = self._add(f"select-{folder}", title, "scripts/distance.py", options, tuple(output),
+        job = self._add(f"select-{folder}", title, "select", options, tuple(output),
                         needs, kind="select", gpus=int("cache" in candidates))  # fmt: skip
         return Needs((job,))
 
@@ -597,7 +597,7 @@ class Plan:
         return self._add(
             f"eval-{key}-seed{seed}",
             f"ViT on {label}, seed {seed}",
-            "eval.py",
+            "evaluate",
             options,
             (self.results(key) / folder / f"seed{seed}",),
             self._tiles(self._labelled, "val", "test") + needs,
@@ -646,7 +646,7 @@ class Plan:
         }
         needs += self._tiles(labelled, "val", "test")
         arm.places[seed] = results / kind / labelled / "seed0"
-        arm.jobs[seed] = self._add(f"baseline-{arm.key}", arm.label, "scripts/baselines.py",
+        arm.jobs[seed] = self._add(f"baseline-{arm.key}", arm.label, "baselines",
                                    options, (output,), needs, kind="baseline")  # fmt: skip
         return arm
 
@@ -752,7 +752,7 @@ class Plan:
             options |= {"extractor": named} if named else judge
             needs += judged
         title = f"fidelity of {arm.key}"
-        job = self._add(f"fidelity-{arm.key}", title, "scripts/fidelity.py", options, (output,),
+        job = self._add(f"fidelity-{arm.key}", title, "fidelity", options, (output,),
                         needs, kind="fidelity")  # fmt: skip
         arm.other_jobs.append(job)
 
@@ -776,7 +776,7 @@ class Plan:
             options |= judge
             needs += judged
         title, output = f"copy check of {pool}", (self.copies(pool),)
-        return [self._add(f"copies-{pool}", title, "scripts/copy_check.py", options, output, needs,
+        return [self._add(f"copies-{pool}", title, "copies", options, output, needs,
                           kind="copies")]  # fmt: skip
 
     def _ceiling_arm(self, ratio: int) -> Arm:
@@ -792,7 +792,7 @@ class Plan:
             **self.settings.baselines.ceiling.options,
         }
         needs = self._tiles(unlabelled, self._labelled)
-        job = self._add(f"subset-{key}", f"{ratio}% more real tiles", "scripts/make_subset.py",
+        job = self._add(f"subset-{key}", f"{ratio}% more real tiles", "subset",
                         options, (self.data / key,), needs, kind="subset", gpus=0)  # fmt: skip
         factors = {"selection": REAL, "ratio": ratio}
         arm = Arm(key, f"real tiles instead, {ratio}%", "ceiling", factors)

@@ -194,9 +194,7 @@ class SampleFolder:
 
     def write_stage(self, name: str, t: float, image: np.ndarray) -> None:
         """Write what the model expects of the first image of a class at time step t."""
-        folder = self.root / STAGES / name
-        folder.mkdir(parents=True, exist_ok=True)
-        write_png(folder / f"{t:g}.png", image)
+        write_png(self.root / STAGES / name / f"{t:g}.png", image)
 
     def write_manifest(self) -> None:
         """manifest.csv and manifest.parquet, from `rows`."""

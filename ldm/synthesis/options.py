@@ -67,9 +67,9 @@ class Options(ProcessOptions):
     grid.png and README.md. The same command again makes what is missing.
     """
 
-    program: ClassVar = "sample_diffusion.py"
+    program: ClassVar = "histodiffusion sample"
     example: ClassVar = """\
-  python sample_diffusion.py --model logs/ldm --classifier logs/classifier -n 100 -c 50 \\
+--model logs/ldm --classifier logs/classifier -n 100 -c 50 \\
       --classifier_scale 10 --out OUT"""
 
     model: str = _models(

@@ -11,6 +11,14 @@ from ldm.errors import UserError
 from ldm.run import RunFolder
 from ldm.train import checkpoint_callbacks, devices_of, fit
 
+FIRST_STAGE = "train --base DIFFUSION.yaml -t, with HISTO_AUTOENCODER={run}"
+NEXT = {  # what a run is for, by its model
+    "AutoencoderKL": FIRST_STAGE,
+    "PatchPCA": FIRST_STAGE,
+    "DecoderFinetune": "sample -r DIFFUSION --classifier CLASSIFIER --first_stage {run}",
+    "LatentDiffusion": "classify --data_dir LABELLED --val_data_dir VAL --first_stage {run}",
+}
+
 
 def load_configuration(args: Any) -> dict[str, Any]:
     """The checked configuration of `base` (or of the run to resume) and the overrides."""
@@ -119,4 +127,7 @@ def train(args: Any) -> tuple[pl.Trainer, pl.LightningModule] | None:
     )
     if args.dry_run:
         return None
+    if trainer.is_global_zero:
+        command = NEXT.get(type(model).__name__, "sample -r {run}")
+        print(f"next: histodiffusion {command.format(run=run.root)}")
     return trainer, model

@@ -1,0 +1,290 @@
+"""Train the noisy-latent classifier that guides sampling, on labelled tiles.
+
+With --readout it reads the features of a frozen diffusion model, which takes few labels and
+seconds; otherwise it is an encoder of its own, from scratch or from --init_from.
+
+--image_size and the attention resolutions are in pixels, as in guided diffusion; the network
+works on the latents of --first_stage.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from ldm.cli import (
+    MOST,
+    Commas,
+    Count,
+    NotNegative,
+    Pixels,
+    Rate,
+    Whole,
+    Workers,
+    existing_path,
+    like,
+    option,
+    parse,
+)
+from ldm.errors import UserError
+from ldm.settings import RunOptions
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+
+FIRST_STAGE_VARIABLE = "HISTO_FIRST_STAGE"
+AUGMENT = "d4"
+VAL_FRACTION = 0.1
+# Where they are omitted: of the published encoder, and of a readout, which has 8,000 vectors to
+# learn from instead of images.
+DEFAULTS = {"iterations": (300_000, 1500), "batch_size": (32, 128), "lr": (5e-5, 1e-3)}
+# Options of an encoder's training or network, which a readout has not.
+OF_ENCODER = ("noised", "microbatch", "schedule_sampler", "first_stage", "init_from")
+
+
+_data = partial(option, group="data")
+_training = partial(option, group="training")
+_network = partial(option, group="network")
+_readout = partial(option, group="readout of a diffusion model")
+
+
+def default_of(name: str) -> str:
+    encoder, readout = DEFAULTS[name]
+    return f"if omitted {encoder:g}, or {readout:g} with --readout"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(RunOptions):
+    program: ClassVar = "histodiffusion classify"
+    replaced: ClassVar = {
+        "--classifier-use-fp16": "give --precision 16-mixed instead, or leave it out"
+    }
+    example: ClassVar = """\
+--data_dir D/train5 --val_data_dir D/val --first_stage logs/ldm \\
+      --iterations 10000 --name classifier"""
+
+    data_dir: str | None = _data(
+        default=None, metavar="DIR", help="labelled tiles, DIR/CLASS/images"
+    )
+    val_data_dir: str | None = _data(
+        default=None,
+        metavar="DIR",
+        help="labelled tiles to validate on; if omitted, a share of --data_dir is held out",
+    )
+    val_fraction: Annotated[float, Field(ge=0.01, le=0.5)] | None = _data(
+        default=None, help=f"share held out; if omitted {VAL_FRACTION}"
+    )
+    latents: str | None = _data(
+        default=None,
+        metavar="DIR",
+        help="cache of scripts/cache_latents.py with labels and validation tiles, in place of "
+        "--data_dir; augmented as its views are",
+    )
+    first_stage: str | None = _data(
+        default_factory=lambda: os.environ.get(FIRST_STAGE_VARIABLE),
+        metavar="CKPT",
+        help="diffusion (best) or autoencoder checkpoint that gives the latents; if omitted, the "
+        f"environment variable {FIRST_STAGE_VARIABLE}",
+    )
+    init_from: str | None = _data(
+        default=None,
+        metavar="CKPT",
+        help="diffusion checkpoint whose encoder and middle the classifier starts from, and whose "
+        "latents it takes, or an (imported) classifier; the network is that of the checkpoint",
+    )
+    image_size: Pixels | None = _data(
+        default=None, help="pixels of a tile; must be the autoencoder's"
+    )
+    augment: Literal["none", "d4", "stain", "d4,stain"] | None = _data(
+        default=None,
+        help=f"d4: the 8 symmetries of the square; stain: its colours; if omitted {AUGMENT}",
+    )
+    workers: Workers = _data(default=2, published=("--num_workers",), help="loader processes")
+
+    noised: bool = _training(
+        default=True,
+        takes_value=True,
+        help="train on noisy latents; False trains at t = 0 only, on clean latents, as published",
+    )
+    iterations: Count | None = _training(
+        default=None, help=f"optimiser steps; {default_of('iterations')}"
+    )
+    batch_size: Count | None = _training(
+        default=None, help=f"images per step and device; {default_of('batch_size')}"
+    )
+    microbatch: Annotated[int, Field(ge=-1, le=MOST)] = _training(
+        default=-1, help="images per pass; -1 for all at once"
+    )
+    lr: Rate | None = _training(default=None, help=f"learning rate; {default_of('lr')}")
+    anneal_lr: bool = _training(
+        default=True, takes_value=True, help="let the learning rate fall linearly to 0"
+    )
+    weight_decay: NotNegative = _training(default=0.05, help="weight decay of AdamW")
+    schedule_sampler: Literal["uniform", "stratified"] = _training(
+        default="uniform",
+        help="how t is drawn; stratified spreads each batch evenly over the schedule",
+    )
+    log_interval: Count = _training(default=10, help="steps between log entries")
+    eval_interval: Count = _training(default=500, help="steps between validations")
+    save_interval: Count = _training(default=10_000, help="steps between checkpoints")
+    patience: Count | None = _training(
+        default=None, help="stop after this many validations without a better one"
+    )
+    logger: tuple[Literal["tensorboard", "wandb"], ...] = _training(
+        default=("tensorboard",),
+        nargs="*",
+        help="loggers beside the CSV files; without a name, none",
+    )
+
+    classifier_width: Annotated[int, Field(ge=32, le=2**14)] = _network(
+        default=128, help="channels of the first level"
+    )
+    classifier_depth: Count = _network(default=2, help="residual blocks per level")
+    classifier_channel_mult: Annotated[tuple[Count, ...], Commas] | None = _network(
+        default=None,
+        metavar="1,2,4",
+        help="width by level, in multiples of the first; if omitted, by the size of the tiles",
+    )
+    classifier_attention_resolutions: Annotated[tuple[Count, ...], Commas] | None = _network(
+        default=None,
+        metavar="32,16",
+        help="levels with attention, in pixels: a level of factor k counts as image_size / k",
+    )
+    classifier_pool: str = _network(
+        default="attention", help="attention, adaptive, spatial or spatial_v2"
+    )
+    classifier_resblock_updown: bool = _network(
+        default=True, takes_value=True, help="resample inside the residual blocks"
+    )
+    classifier_use_scale_shift_norm: bool = _network(
+        default=True, takes_value=True, help="condition on t by scale and shift"
+    )
+    classifier_use_checkpoint: bool = _network(
+        default=False,
+        takes_value=True,
+        help="recompute features in the backward pass: less memory, the same gradients",
+    )
+    classifier_dropout: Annotated[float, Field(ge=0, le=0.9)] = _network(
+        default=0.0, help="dropout in every block"
+    )
+    readout: str | None = _readout(
+        default=None,
+        metavar="CKPT",
+        help="diffusion checkpoint whose averaged UNet is read, frozen; one device trains",
+    )
+    readout_blocks: Annotated[tuple[Whole, ...], Commas] | None = _readout(
+        default=None,
+        metavar="0,1,2",
+        help="blocks that are read: 0 the middle, 1, 2, ... the up-blocks in the order of use; if "
+        "omitted, all",
+    )
+    readout_width: Count | None = _readout(default=None, help="hidden units; if omitted 256")
+    readout_dropout: Annotated[float, Field(ge=0, le=0.9)] | None = _readout(
+        default=None, help="dropout of features and hidden units; if omitted 0.3"
+    )
+    readout_draws: Count | None = _readout(
+        default=None,
+        help="draws of augmentation, time and noise of each training tile; if omitted, as many as "
+        "make 8,000 in all, and at least 8",
+    )
+    resume: str | None = like(RunOptions, "resume", None, published=("--resume_checkpoint",))
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from self._problems_of_readout()
+        if self.microbatch == 0:
+            yield "microbatch", "0 must be -1 (all at once) or above 0"
+        if self.latents is None:
+            if self.data_dir is None:
+                yield "data_dir", "is missing; give the folder of the labelled tiles, or --latents"
+            return
+        for name in ("data_dir", "val_data_dir", "val_fraction", "augment"):
+            if getattr(self, name) is not None:
+                yield (
+                    name,
+                    "the tiles, hold-out and augmentation of --latents are those it was made "
+                    "with; leave it out",
+                )
+
+    def _problems_of_readout(self) -> Iterator[tuple[str, str]]:
+        own = [field.name for field in fields(self)]
+        if self.readout is None:
+            for name in own:
+                if name.startswith("readout_") and getattr(self, name) is not None:
+                    yield name, "needs --readout CKPT; give it or leave this out"
+        network = [name for name in own if name.startswith("classifier_")]
+        if self.readout is not None:
+            for field in fields(self):
+                name = field.name
+                if name == "first_stage" and self.first_stage == os.environ.get(
+                    FIRST_STAGE_VARIABLE
+                ):
+                    continue
+                if name in (*OF_ENCODER, *network) and getattr(self, name) != field.default:
+                    yield name, "is an option of an encoder; leave it out with --readout"
+        elif self.init_from is not None:
+            kept = ("classifier_pool", "classifier_dropout", "classifier_use_checkpoint")
+            for field in fields(self):
+                given = getattr(self, field.name) != field.default
+                if field.name in network and field.name not in kept and given:
+                    yield field.name, "follows from --init_from; leave it out"
+
+    def with_defaults(self) -> "Options":
+        """Numbers that depend on the kind of classifier resolved."""
+        kind = 0 if self.readout is None else 1
+        chosen = {name: values[kind] for name, values in DEFAULTS.items()}
+        given = {name: getattr(self, name) for name in DEFAULTS}
+        return replace(
+            self.with_tile_defaults(),
+            **{name: chosen[name] if value is None else value for name, value in given.items()},
+            first_stage=self.readout or self.first_stage or self.init_from,
+        )
+
+    def with_tile_defaults(self) -> "Options":
+        """Augmentation and hold-out resolved, where tiles are read; a cache has its own."""
+        if self.latents is not None:
+            return self
+        return replace(
+            self,
+            augment=self.augment or AUGMENT,
+            val_fraction=self.val_fraction or VAL_FRACTION,
+        )
+
+
+def check_paths(args: Options) -> None:
+    """Missing files and folders, before anything heavy is imported."""
+    from ldm.data.arrays import holder
+
+    if not args.first_stage:
+        raise UserError(
+            "--first_stage is missing: give a diffusion or autoencoder checkpoint, or export "
+            f"{FIRST_STAGE_VARIABLE}=CKPT"
+        )
+    name = "--readout" if args.readout else "--first_stage"
+    existing_path(args.first_stage, name)
+    if args.init_from:
+        existing_path(args.init_from, "--init_from")
+    if args.latents:
+        existing_path(args.latents, "--latents", "dir")
+    else:
+        existing_path(holder(Path(args.data_dir).expanduser()), "--data_dir")
+    if args.val_data_dir:
+        existing_path(holder(Path(args.val_data_dir).expanduser()), "--val_data_dir")
+
+
+def train(args: Options) -> "tuple[pl.Trainer, pl.LightningModule] | None":
+    """See `ldm.commands.classifier_training.train`."""
+    args = args.with_defaults()
+    check_paths(args)
+
+    from ldm.commands.classifier_training import train
+
+    return train(args)
+
+
+def main(argv: list[str] | None = None) -> None:
+    train(parse(Options, argv))

@@ -1,0 +1,169 @@
+"""FID, KID, precision and recall of synthetic tiles against real ones, per class and overall.
+
+DIR/CLASS/images, or a folder of images without classes; of a training folder of
+scripts/distance.py, the synthetic tiles. Prints a table and writes a JSON object (a list for
+several --fake) in which images, extractor and pre-processing stand beside the values. --stats keeps
+the features of the real set in a file, which may later stand in for --real.
+
+Nothing is downloaded: scripts/fetch_weights.py gets weights where there is internet.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from ldm.cli import Seed, existing_path, option, output_path, parse
+from ldm.devices import resolve_device
+from ldm.errors import UserError
+from ldm.features.source import known_forms
+from ldm.files import remove_leftovers, require_outside, write_json
+from ldm.settings import TIMM, DeviceOption, LoaderOptions
+
+log = logging.getLogger("fidelity")
+
+NETWORKS = ("inception", "dinov2", "dinov2_base", "dinov2_large", "dinov2_giant")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(LoaderOptions, DeviceOption):
+    program: ClassVar = "histodiffusion fidelity"
+    example: ClassVar = """\
+--real D/test --fake OUT --features dinov2 --out fidelity.json"""
+
+    real: str | None = option(
+        default=None,
+        metavar="DIR",
+        help="real tiles, preferably ones that no model was trained on",
+    )
+    fake: tuple[str, ...] = option(
+        metavar="DIR",
+        repeats=True,
+        help="synthetic tiles, for example what sample_diffusion.py wrote; several make one table",
+    )
+    out: str = option(metavar="FILE", help="JSON file to write")
+    features: str | None = option(
+        default=None,
+        metavar="NAME|RUN|FILE",
+        help=f"network that makes the features: {known_forms()}; if omitted inception",
+    )
+    extractor: str | None = option(
+        default=None,
+        metavar="NAME",
+        help="the same as --features NAME; or vit, with --weights RUN",
+    )
+    weights: str | None = option(
+        default=None,
+        metavar="PATH",
+        help="weights of the extractor: a file, or a run (seed's folder) of eval.py; if omitted, "
+        "those in the caches of torch and Hugging Face",
+    )
+    stats: str | None = option(
+        default=None,
+        metavar="FILE",
+        help="features of the real set: read, or written if missing; may later replace --real",
+    )
+    overwrite: bool = option(default=False, help="replace --stats that is of other tiles")
+    seed: Seed = option(default=0, help="seed of the subsets of KID")
+
+    @property
+    def network(self) -> tuple[str, str | None]:
+        """Network and weights as `ldm.features.source.parse_features` takes them."""
+        if self.extractor == "vit":
+            return f"vit:{self.weights}", None
+        named = self.features or self.extractor
+        return (named, self.weights) if named else (self.weights or "inception", None)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.features is not None:
+            if self.extractor is not None:
+                yield "extractor", "not allowed with --features; give one of them"
+            named = self.features in NETWORKS or self.features.startswith(TIMM)
+            if self.weights is not None and not named:
+                yield "weights", "not allowed with --features RUN; give one of them"
+        if self.extractor == "vit" and self.weights is None:
+            yield "extractor", "vit: give --weights RUN, a seed's folder of eval.py"
+        if self.overwrite and not (self.stats and self.real):
+            yield "overwrite", "belongs to --stats and --real; give them too, or leave it out"
+        if self.real is None and self.stats is None:
+            yield "real", "is needed without --stats; give one of them"
+
+
+def to_markdown(results: list[dict]) -> str:
+    """A row per set over all tiles, then a row per set and class."""
+    rows = [(r["fake"]["dir"], "all", r["overall"]) for r in results]
+    for name in dict.fromkeys(name for r in results for name in r["per_class"]):
+        rows += [(r["fake"]["dir"], name, r["per_class"].get(name)) for r in results]
+    lines = [
+        "| fake | class | images real / fake | FID | KID x 1000 | precision | recall |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for root, name, m in rows:
+        if m is None:
+            continue
+        cells = [root, name, f"{m['images_real']} / {m['images_fake']}"]
+        if m["fid"] is None:
+            cells += ["", "", "", ""]
+        else:
+            cells += [
+                f"{m['fid']:.4g}",
+                f"{1000 * m['kid']:.4g} ± {1000 * m['kid_std']:.2g}",
+                f"{m['precision']:.3f}",
+                f"{m['recall']:.3f}",
+            ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(Options, argv)
+
+    from ldm.data.images import class_folders
+
+    fake_roots = [existing_path(path, "--fake", "dir") for path in args.fake]
+    out = output_path(args.out, "--out", "file")
+    if args.weights:
+        existing_path(args.weights, "--weights")
+    stats = Path(args.stats).expanduser() if args.stats else None
+    if stats is not None and stats.resolve() == out.resolve():
+        raise UserError(f"--stats {stats} is --out too; give two files")
+    if args.real is None:
+        existing_path(stats, "--stats (without --real)", "file")
+    real_root = existing_path(args.real, "--real", "dir") if args.real else None
+    # Beside the class folders of a set is no harm done.
+    folders = {"--real": [real_root] if real_root else [], "--fake": fake_roots}
+    classes = {k: [r / n for r in roots for n in class_folders(r)] for k, roots in folders.items()}
+    require_outside({"--out": out, "--stats": stats}, classes)
+    remove_leftovers(out, *([stats] if stats else []))
+
+    from ldm.evaluation.reference import (
+        compare_sets,
+        reference,
+        require_known_classes,
+        tiles_of_part,
+    )
+    from ldm.features.source import parse_features
+
+    # All are indexed before any features are computed: what is wrong with one is known at once.
+    real_files = None if real_root is None else tiles_of_part(real_root, False, "--real")
+    fake_files = [tiles_of_part(root, True, "--fake") for root in fake_roots]
+    if real_files is not None:
+        for files in fake_files:
+            require_known_classes(real_files.class_names, files.class_names, files.root)
+    extractor = parse_features(*args.network).open(resolve_device(args.device))
+    loading = {"batch_size": args.batch_size, "num_workers": args.workers}
+    real = reference(real_files, extractor, stats, args.overwrite, **loading)
+    for files in fake_files:
+        require_known_classes(real.class_names, files.class_names, files.root)
+    results = [
+        compare_sets(real, files, extractor, stats, args.seed, **loading) for files in fake_files
+    ]
+    write_json(out, results if len(results) > 1 else results[0])
+    print(to_markdown(results))
+    print(f"\nreal: {real.facts['root']}, {len(real.values)} tiles")
+    print(f"extractor: {extractor.network}, weights {extractor.weights_sha256[:12]}")
+    print(f"pre-processing: {extractor.preprocessing}")
+    for result in results:
+        for warning in result["warnings"]:
+            log.warning("%s: %s", result["fake"]["dir"], warning)
