@@ -13,7 +13,7 @@ from inprocess import Here
 from ldm.cli import run_command
 from ldm.commands.preflight import check_commands
 from ldm.errors import UserError
-from ldm.experiment.demo import SELECTED, Demo, read_settings
+from ldm.experiment.demo import Demo, read_settings
 from ldm.experiment.jobs import ROOT, Records, State, keys_of
 from scripts import demo
 
@@ -27,7 +27,7 @@ def test_fewer_samples_than_wanted_lower_the_ratio(tmp_path):
     settings["tiles"]["train5"], settings["sampling"]["most_per_class"] = 124, 40
     demo = Demo(tmp_path / "out", None, settings)
     assert (demo.per_class, demo.ratio) == (40, 16)  # 20 of 124
-    assert demo.training_folder(SELECTED) == "guided-selected-16"
+    assert demo.plan.rows[-1].key == "guided-selected-16"
 
 
 def test_the_demo_is_an_experiment(tmp_path):
@@ -89,7 +89,7 @@ def test_a_folder_of_the_user(tmp_path, user_data):
     demo = Demo(tmp_path / "out", user_data, read_settings())
     assert (demo.per_class, len(demo.plan.jobs)) == (4, 16)
     demo.plan.prepare()
-    assert (demo.data / "val").resolve() == (user_data / "val").resolve()
+    assert (demo.plan.data / "val").resolve() == (user_data / "val").resolve()
     before = keys_of(demo.plan.jobs)
     tile = user_data / "train" / "ADI" / "0_0.png"
     tile.write_bytes(tile.read_bytes() + b"x")

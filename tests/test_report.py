@@ -125,12 +125,12 @@ def test_charts_follow_the_colours_of_the_page_and_describe_themselves():
     first = Series("<a>", [50, 100], [70.0, 80.0], [2.0, None])
     second = Series("b", [50], [60.0], [5.0])
     level = Level("real", 65.0, 5.0)
-    chart = plots.series_chart("t", [first, second], "x", level, (50, 90), [200])
+    chart = plots.line_chart("t", [first, second], "x", level, (50, 90), [50, 100, 200])
     assert "&lt;a&gt;" in chart and "<a>" not in chart
     assert "70 at 50" in chart and ">200</text>" in chart
     assert "var(--mark)" in chart and "var(--second)" in chart
     assert not re.search("#[0-9a-f]{6}\\b", chart), "a colour that the dark page would not change"
-    assert chart == plots.series_chart("t", [first, second], "x", level, (50, 90), [200])
+    assert chart == plots.line_chart("t", [first, second], "x", level, (50, 90), [50, 100, 200])
     ids = re.findall(' id="([^"]+)"', chart)
     assert ids and all(f"#{name}" in chart for name in ids)
     assert plots.bounds([first, second]) == (55.0, 80.0)
@@ -139,7 +139,7 @@ def test_charts_follow_the_colours_of_the_page_and_describe_themselves():
 
 def test_points_are_to_scale():
     """Equal steps of the values are equal steps on the page."""
-    chart = plots.series_chart("t", [Series("a", [1, 2, 4], [0.0, 10.0, 30.0], [None] * 3)], "x")
+    chart = plots.line_chart("t", [Series("a", [1, 2, 4], [0.0, 10.0, 30.0], [None] * 3)], "x")
     line = re.search(r'd="(M[^"]*L[^"]*L[^"]*)"[^>]*stroke: var\(--mark\)', chart)[1]
     x, y = np.array(re.findall(r"[ML] ([\d.]+) ([\d.]+)", line), dtype=float).T
     assert x[2] - x[0] == pytest.approx(3 * (x[1] - x[0]), rel=1e-4)

@@ -167,6 +167,19 @@ def test_a_finished_run_does_nothing(models, tmp_path, monkeypatch, capsys, capl
     assert files(out) == lost
 
 
+def test_pictures_of_the_first_images_on_their_way(models, tmp_path):
+    """They are the same in batches of any size, and end at the image itself."""
+    found = []
+    for batch in (1, 4):
+        out = tmp_path / str(batch)
+        sample(models, out, "--batch_size", batch, n=2, steps=12)
+        found.append({p.relative_to(out): p.read_bytes() for p in out.glob(".stages/*/*.png")})
+    assert found[0] == found[1] and len(found[0]) == 8 * len(tiny.CLASSES)
+    for name in tiny.CLASSES:
+        files = sorted((out / ".stages" / name).iterdir(), key=lambda path: float(path.stem))
+        assert files[0].read_bytes() == (out / name / "000000.png").read_bytes()
+
+
 def test_a_copied_folder_without_its_journal_goes_on(models, tmp_path):
     """rsync without hidden files: the manifest alone says what is there."""
     out, whole = tmp_path / "out", tmp_path / "whole"
@@ -228,7 +241,7 @@ def test_parts_make_all_images_between_them(models, tmp_path, capsys):
     out, whole = tmp_path / "out", tmp_path / "whole"
     sample(models, whole, "--classifier_scale", 20, n=3, steps=2)
     assert sample(models, out, "--classifier_scale", 20, "--part", "1/2", n=3, steps=2) == 0
-    made = sorted(path.relative_to(out).as_posix() for path in out.rglob("*.png"))
+    made = sorted(path.relative_to(out).as_posix() for path in out.glob("[!.]*/*.png"))
     wanted = [f"{name}/{index:06d}.png" for name in tiny.CLASSES for index in range(3)]
     assert made == wanted[1::2] and not (out / "manifest.csv").exists()
     (out / "ADI" / ".000001.png.part").write_bytes(b"of the other part")

@@ -437,7 +437,7 @@ def test_page_asks_for_no_other_file(written):
     links = re.findall(r'<a href="([^"]+)"', page)
     assert "table.csv" in links and all((written / link).exists() for link in links)
     page = re.sub(r"<a href=.*?>", "", page)  # followed by the reader alone
-    page = re.sub(r' srcdoc="[^"]*"', "", page)  # the map, which a browser test opens
+    page = re.sub('<iframe [^>]*srcdoc="[^"]*">', "", page)  # the map, see the browser test
     addresses = re.findall(r"""(?:src|srcset|action|data)\s*=\s*["']?([^"'\s>]+)""", page)
     assert addresses and all(a.startswith(("data:image/png;base64,", "data:image/jpeg;base64,"))
                              for a in addresses)  # fmt: skip
@@ -460,7 +460,8 @@ document.addEventListener("securitypolicyviolation", e => requests.push(e.blocke
 </script>"""
 PROBE = """<script>
 document.querySelectorAll("details").forEach(d => d.open = true);
-window.addEventListener("load", () => {
+document.querySelectorAll("iframe").forEach(f => f.loading = "eager");
+window.addEventListener("load", () => setTimeout(() => {
   const wide = [...document.querySelectorAll("body *")].filter(
     e => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest(".scroll"));
   const images = [...document.images];
@@ -468,11 +469,11 @@ window.addEventListener("load", () => {
     width: innerWidth, page: document.documentElement.scrollWidth,
     wide: wide.map(e => e.tagName).slice(0, 5), images: images.length, requests,
     maps: [...document.querySelectorAll("iframe")].map(
-      f => f.contentDocument.querySelectorAll(".bk-Figure").length),
+      f => f.contentDocument.getElementById("plot").childElementCount),
     broken: images.filter(i => !i.complete || i.naturalWidth === 0).length,
     small: [...document.querySelectorAll("svg")].filter(s => s.clientWidth < 200).length,
   }), "*");
-});
+}, 2000));
 </script></body>"""
 # A window is at least 500 px wide; a frame may be as narrow as a telephone.
 FRAME = """<!doctype html><pre id="finding"></pre><script>

@@ -13,13 +13,10 @@ from ldm.experiment.inputs import Split
 from ldm.experiment.jobs import ROOT
 from ldm.experiment.plan import Plan
 from ldm.experiment.settings import check_settings, with_override
-from ldm.run import RunFolder
 
 CONFIGS = "configs/demo"
 SETTINGS = f"{CONFIGS}/demo.yaml"
-SELECTED, RANDOM = "selected", "random"  # ways to choose tiles
 LABELLED = "train5"
-GUIDED, UNGUIDED = "guided", "unguided"  # generators
 
 
 def read_settings(overrides: Sequence[str] = (), fast: bool = False) -> dict[str, Any]:
@@ -69,9 +66,6 @@ class Demo:
 
     Attributes:
         plan: Its rows and jobs.
-        data: Folder of the four splits and of the training folders that are made.
-        scale: Guidance scale.
-        guided, unguided: Folders of sampled tiles, from the same noise.
         size: Side of a tile in pixels.
         per_class: Tiles of each class that are sampled under guidance.
         ratio: Synthetic tiles in percent of the labelled ones; lowered where too few are sampled.
@@ -86,8 +80,6 @@ class Demo:
         self.size: int = read_yaml(ROOT / CONFIGS / "autoencoder.yaml").vars.size
         self._choose_amounts()
         self.plan = Plan(check_settings(self._experiment(), SETTINGS))
-        self.data, self.scale = self.plan.data, settings["sampling"]["scale"]
-        self.guided, self.unguided = self.plan.samples(GUIDED), self.plan.samples(UNGUIDED)
 
     def _choose_amounts(self) -> None:
         sampling = self.settings["sampling"]
@@ -116,11 +108,3 @@ class Demo:
         if self.source is not None:
             del experiment["data"]["tiles"]
         return experiment
-
-    def run(self, model: str) -> RunFolder:
-        """The run folder of one of the four models."""
-        return RunFolder(self.out / "models" / model)
-
-    def training_folder(self, selection: str) -> str:
-        """Name of a training folder with synthetic tiles, as eval.py takes it."""
-        return f"{GUIDED}-{selection}-{self.ratio}"

@@ -41,7 +41,7 @@ from ldm.report.plots import (
     confusion_chart,
     curves_picture,
     estimate_chart,
-    series_chart,
+    line_chart,
 )
 from ldm.report.tables import TextTable, to_latex
 
@@ -238,7 +238,7 @@ def _curves_of(results: Results, split: str) -> Iterable[str]:
     limits = [bounds(series, level) for _, series in drawn]
     least, most = min(low for low, _ in limits), max(high for _, high in limits)
     for label, series in drawn:
-        yield series_chart(
+        yield line_chart(
             shortened(label, TITLE),
             series,
             "synthetic tiles, % of the labelled",

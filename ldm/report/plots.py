@@ -26,8 +26,8 @@ COLOURS = {
     "page": "#ffffff",
 }
 SERIES = (COLOURS["mark"], COLOURS["second"], COLOURS["third"])  # that a chart can tell apart
-MARKERS = "osD^vPX<>*"
 WIDTH, HEIGHT = 4.4, 2.8  # inches
+FEW = 20  # points of a line that are marked, and said in words
 SVG_SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "histodiffusion"}
 PNG_METADATA = {"Software": None}  # else files differ with the version of matplotlib
 
@@ -134,38 +134,48 @@ def _legend(axes: Any) -> None:
                 handletextpad=0.5)  # fmt: skip
 
 
-def line_chart(title: str, series: Sequence[Series], x_label: str, falling: bool = False) -> str:
-    """Lines over a common axis; values that are not finite are left out.
+def line_chart(
+    title: str,
+    series: Sequence[Series],
+    x_label: str,
+    level: Level | None = None,
+    y_bounds: tuple[float, float] | None = None,
+    x_ticks: Sequence[float] = (),
+    falling: bool = False,
+) -> str:
+    """Lines over a common axis, see `draw_series`.
 
     Args:
-        series: Those of one name have one colour.
+        y_bounds: Least range of y, so that several charts have the same axis, see `bounds`; if
+            omitted the axis begins at 0 where no value is below.
+        x_ticks: The values on the x axis.
         falling: Draw x from high to low, as a sampler goes through time steps.
     """
     figure, axes = _chart_axes(title)
-    colours = dict(zip(dict.fromkeys(line.name for line in series), SERIES, strict=False))
-    named: set[str] = set()
-    for line in series:
-        x, y = np.asarray(line.x, dtype=float), np.asarray(line.y, dtype=float)
-        shown = np.isfinite(x) & np.isfinite(y)
-        if not shown.any():
-            continue
-        marker = "o" if shown.sum() < 20 else ""  # a single value would make no line
-        label = "" if line.name in named else line.name
-        named.add(line.name)
-        look = {"lw": 1, "alpha": 0.45, "zorder": 1} if line.pale else {"lw": 1.8, "ms": 3.5}
-        axes.plot(x[shown], y[shown], color=colours[line.name], marker=marker, label=label,
-                  **{"ms": 2, **look})  # fmt: skip
-    low, high = axes.get_ylim()
-    if min((np.nanmin(line.y) for line in series if line.name in named), default=-1) >= 0:
-        axes.set_ylim(0, high + 0.02 * (high - low))
-    if not named:
+    names = draw_series(axes, series)
+    if level is not None:
+        deviation = level.deviation or 0.0
+        axes.axhspan(level.value - deviation, level.value + deviation, color=COLOURS["soft"],
+                     alpha=0.16, linewidth=0)  # fmt: skip
+        axes.axhline(level.value, color=COLOURS["soft"], linewidth=1, label=level.name)
+    low, high = y_bounds or axes.dataLim.intervaly
+    if y_bounds or low < 0:
+        room = 0.06 * (high - low) or 1.0
+        axes.set_ylim(low - room, high + room)
+    elif names:
+        axes.set_ylim(0, 1.06 * high or 1.0)
+    if not names:
         axes.text(0.5, 0.5, "no values", transform=axes.transAxes, ha="center", fontsize=9)
+    if x_ticks:
+        axes.set_xticks(x_ticks, [f"{x:g}" for x in x_ticks])
     axes.set_xlabel(x_label)
     if falling:
         axes.invert_xaxis()
-    if len(named) > 1:
+    if len(names) > 1 or level is not None:
         _legend(axes)
-    return to_svg(figure, f"{title}, over {x_label}")
+    shown = [line for line in series if len(line.x) < FEW]
+    values = f": {'; '.join(map(_in_words, shown))}" if shown else ""
+    return to_svg(figure, f"{title}, over {x_label}{values}")
 
 
 def bar_chart(
@@ -182,68 +192,42 @@ def bar_chart(
     return to_svg(figure, f"{title}: {shown}")
 
 
-def draw_series(axes: Any, series: Sequence[Series], colours: Sequence[str] = SERIES) -> None:
-    """Points joined by lines, with bars of their deviations."""
-    for line, colour in zip(series, colours, strict=False):
-        error = [one or 0.0 for one in line.deviation] or None
-        axes.errorbar(line.x, line.y, error, color=colour, marker="o", ms=4, capsize=2,
-                      linewidth=1.6, label=line.name)  # fmt: skip
+def draw_series(axes: Any, series: Sequence[Series], colours: Sequence[str] = SERIES) -> set[str]:
+    """Points joined by lines, with bars of their deviations; returns the names that have values.
 
-
-def series_chart(
-    title: str,
-    series: Sequence[Series],
-    x_label: str,
-    level: Level | None = None,
-    y_bounds: tuple[float, float] | None = None,
-    x_ticks: Sequence[float] = (),
-) -> str:
-    """Points with bars of their deviations. The y axis need not hold 0.
-
-    Args:
-        y_bounds: Least range of y, so that several charts have the same axis; see `bounds`.
-        x_ticks: Values on the x axis, likewise; those of the points are among them anyway.
+    Values that are not finite are left out. Series of one name have one colour.
     """
-    figure, axes = _chart_axes(title)
-    positions = sorted({float(x) for line in series for x in line.x} | set(map(float, x_ticks)))
-    margin = 0.08 * (positions[-1] - positions[0]) or 1.0
-    shift = margin / 8  # bars of two series would lie on one another
-    moved = [
-        line._replace(x=[x + shift * (i - (len(series) - 1) / 2) for x in line.x])
-        for i, line in enumerate(series)
-    ]
-    draw_series(axes, moved)
-    if level is not None:
-        deviation = level.deviation or 0.0
-        axes.axhspan(level.value - deviation, level.value + deviation, color=COLOURS["soft"],
-                     alpha=0.16, linewidth=0)  # fmt: skip
-        axes.axhline(level.value, color=COLOURS["soft"], linewidth=1, label=level.name)
-    low, high = y_bounds or bounds(series, level)
-    room = 0.06 * (high - low) or 1.0
-    axes.set_ylim(low - room, high + room)
-    axes.set_xlim(positions[0] - margin, positions[-1] + margin)
-    axes.set_xticks(positions, [f"{x:g}" for x in positions])
-    axes.set_xlabel(x_label)
-    _legend(axes)
-    return to_svg(figure, f"{title}, over {x_label}: {'; '.join(map(_in_words, series))}")
+    by_name = dict(zip(dict.fromkeys(line.name for line in series), colours, strict=False))
+    names: set[str] = set()
+    shift = 0.01 * np.ptp([x for line in series for x in line.x] or [0])
+    for i, line in enumerate(series):
+        x, y = np.asarray(line.x, dtype=float), np.asarray(line.y, dtype=float)
+        shown = np.isfinite(x) & np.isfinite(y)
+        if not shown.any():
+            continue
+        error = None
+        if line.deviation:  # bars of two series would lie on one another
+            error = np.array([one or 0.0 for one in line.deviation])[shown]
+            x = x + shift * (i - (len(series) - 1) / 2)
+        look = {"lw": 1, "alpha": 0.45, "zorder": 1} if line.pale else {"lw": 1.7}
+        marker = "o" if shown.sum() < FEW else ""  # a single value would make no line
+        label = None if line.name in names else line.name
+        axes.errorbar(x[shown], y[shown], error, color=by_name[line.name], marker=marker, ms=4,
+                      capsize=2, label=label, **look)  # fmt: skip
+        names.add(line.name)
+    return names
 
 
 def curves_picture(title: str, series: Sequence[Series], x_label: str, y_label: str) -> bytes:
-    """Any number of lines with bars over a logarithmic axis, as PNG; the legend is beside them."""
+    """Lines with bars over evenly spaced values of x, as PNG; the legend is beside them."""
     from matplotlib import colormaps
 
     figure = new_figure(9.0, 4.8, dpi=150)
     axes = figure.add_subplot()
     positions = sorted({float(x) for line in series for x in line.x})
-    for i, line in enumerate(series):
-        shift = 1.012 ** (i - (len(series) - 1) / 2)  # bars would lie on one another
-        error = [one or 0.0 for one in line.deviation] or None
-        axes.errorbar([x * shift for x in line.x], line.y, error, fmt=MARKERS[i % len(MARKERS)],
-                      color=colormaps["tab10"](i % 10), ls=("-", "--")[i // 10 % 2], ms=5,
-                      capsize=2, lw=1.5, label=line.name)  # fmt: skip
-    axes.set_xscale("log")
-    axes.set_xticks(positions, [f"{x:g}" for x in positions])
-    axes.minorticks_off()
+    moved = [line._replace(x=[positions.index(x) for x in line.x]) for line in series]
+    draw_series(axes, moved, [colormaps["tab10"](i % 10) for i in range(len(series))])
+    axes.set_xticks(range(len(positions)), [f"{x:g}" for x in positions])
     axes.set(title=title, xlabel=x_label, ylabel=y_label)
     axes.grid(axis="y", color=COLOURS["line"])
     axes.spines[["top", "right"]].set_visible(False)
@@ -252,7 +236,7 @@ def curves_picture(title: str, series: Sequence[Series], x_label: str, y_label: 
 
 
 def _in_words(line: Series) -> str:
-    pairs = zip(line.x, line.y, strict=True)
+    pairs = [pair for pair in zip(line.x, line.y, strict=True) if np.isfinite(pair).all()]
     return f"{line.name} {', '.join(f'{y:.3g} at {x:g}' for x, y in pairs)}"
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas
 import torch
 from PIL import Image
 
@@ -144,65 +145,41 @@ def _layout(groups: Sequence[Points], classes: Sequence[str], points: Sequence[d
     from bokeh.models import CheckboxGroup, CustomJS, CustomJSHover, Div, HoverTool
     from bokeh.plotting import figure
 
-    plot = figure(
-        sizing_mode="stretch_both",
-        min_height=400,
-        tools="pan,wheel_zoom,box_zoom,reset,save",
-    )
+    tools = "pan,wheel_zoom,box_zoom,reset,save"
+    plot = figure(sizing_mode="stretch_both", min_height=400, tools=tools)
     plot.axis.visible = plot.grid.visible = False
     colours = [tuple(round(255 * v) for v in colour[:3]) for colour in class_colours(len(classes))]
     size = float(np.clip(220 / np.sqrt(len(points)), 4, 10))
-    renderers, first = {}, 0
-    for k, group in enumerate(groups):
-        labels = np.asarray(group.labels)
-        for label in np.unique(labels).tolist():
-            rows = np.flatnonzero(labels == label)
-            columns = {
-                "x": group.xy[rows, 0].tolist(),
-                "y": group.xy[rows, 1].tolist(),
-                "point": (first + rows).tolist(),
-                "kind": [group.kind] * len(rows),
-                "label": [classes[label]] * len(rows),
-                "file": [points[first + i]["file"] for i in rows],
-            }
-            centroid = group.kind == CENTROID
-            renderers[f"{k} {label}"] = plot.scatter(
-                "x",
-                "y",
-                source=columns,
-                marker=MARKERS[group.kind][0],
-                size=18 if centroid else size,
-                color=colours[label],
-                line_color="black" if centroid else colours[label],
-                alpha=1.0 if centroid else 0.75,
-            )
-        first += len(labels)
+    frame = pandas.DataFrame(points, columns=["kind", "label", "file"])
+    frame["point"] = frame.index
+    frame["x"], frame["y"] = np.concatenate([group.xy for group in groups]).T
+    kinds, renderers = [group.kind for group in groups], {}
+    for (kind, name), rows in frame.groupby(["kind", "label"], sort=False):
+        k, label, centroid = kinds.index(kind), list(classes).index(name), kind == CENTROID
+        renderers[f"{k} {label}"] = plot.scatter(
+            "x",
+            "y",
+            source=rows.to_dict("list"),
+            marker=MARKERS[kind][0],
+            size=18 if centroid else size,
+            color=colours[label],
+            line_color="black" if centroid else colours[label],
+            alpha=1.0 if centroid else 0.75,
+        )
     picture = CustomJSHover(code=PICTURE)
     plot.add_tools(HoverTool(tooltips=TOOLTIP, formatters={"@point": picture}))
     _add_names(plot, groups, classes, colours)
-    boxes = {
-        name: CheckboxGroup(
-            labels=[f"{text} ({n})" for text, n in names],
-            active=[*range(len(names))],
-            inline=True,
-            stylesheets=[
-                f"label:nth-child({k + 1}) span::before {{ content: '{sign} '; color: {colour} }}"
-                for k, (sign, colour) in enumerate(signs)
-            ],
-        )
-        for name, names, signs in (
-            (
-                "kinds",
-                [(group.kind, len(group.labels)) for group in groups],
-                [(MARKERS[group.kind][1], "black") for group in groups],
-            ),
-            (
-                "classes",
-                [(name, sum(p["label"] == name for p in points)) for name in classes],
-                [("●", f"rgb{colour}") for colour in colours],
-            ),
-        )
-    }
+    boxes = {}
+    dots = {name: ("●", f"rgb{colour}") for name, colour in zip(classes, colours, strict=True)}
+    shapes = {kind: (MARKERS[kind][1], "black") for kind in kinds}
+    for name, of_points, signs in (("kinds", "kind", shapes), ("classes", "label", dots)):
+        styles = [
+            f"label:nth-child({i + 1}) span::before {{ content: '{sign} '; color: {colour} }}"
+            for i, (sign, colour) in enumerate(signs.values())
+        ]
+        labels = [f"{text} ({(frame[of_points] == text).sum()})" for text in signs]
+        active = [*range(len(signs))]
+        boxes[name] = CheckboxGroup(labels=labels, active=active, inline=True, stylesheets=styles)
     for box in boxes.values():
         box.js_on_change("active", CustomJS(args={**boxes, "renderers": renderers}, code=TOGGLE))
     return column(Div(text=html.escape(title)), plot, *boxes.values(), sizing_mode="stretch_both")
