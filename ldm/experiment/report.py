@@ -33,15 +33,12 @@ from ldm.experiment.tables import (
 from ldm.files import write_bytes, write_csv, write_text
 from ldm.report.page import Page, embeddable
 from ldm.report.plots import (
-    SERIES,
     Estimate,
     Level,
     Series,
-    bounds,
     confusion_chart,
     curves_picture,
     estimate_chart,
-    line_chart,
 )
 from ldm.report.tables import TextTable, to_latex
 
@@ -72,8 +69,7 @@ def write_results(table: Table, out: Path) -> str:
     first, *rest = text_tables(results)
     _arms(page, results)
     _table(page, first)
-    _label_curves(page, results, out)
-    _curves(page, results)
+    _curves(page, results, out)
     for one in rest:
         _table(page, one)
     _confusion(page, results)
@@ -191,97 +187,49 @@ def in_percent(value: float | None) -> float | None:
     return None if value is None else 100 * value
 
 
-def _label_curves(page: Page, results: Results, out: Path) -> None:
-    """Every arm over the number of labels: OUT/labels_SPLIT.png."""
-    splits = [results.reported, *results.table.splits[-2::-1]] if results.by_labels else []
-    for split in splits:
-        series = []
-        for label, rows in results.by_labels.items():
-            stats = [(row.factors["labels"], results.stats(row, split)) for row in rows]
-            found = [(labels, *_accuracy(*one)) for labels, one in stats if one[0]]
-            if found:
-                series.append(_series(label, found))
-        if not series:
+def _curves(page: Page, results: Results, out: Path) -> None:
+    """Accuracy over labels per class, or over the amount of synthetic tiles."""
+    amount = "labels" if results.by_labels else "ratio"
+    words = {"labels": "labels per class", "ratio": "synthetic tiles, % of the labelled"}[amount]
+    for split in (results.reported, *results.table.splits[-2::-1]):
+        series = list(_series_of_arms(results, split, amount))
+        if len({x for one in series for x in one.x}) < 2:  # one amount is no curve
             continue
-        path = out / f"labels_{split}.png"
-        title = f"Accuracy over labels per class, {split}"
-        write_bytes(path, curves_picture(title, series, "labels per class", "accuracy, %"))
-        page.heading(title)
-        caption = "Percent, mean and deviation over draws of labels, each with its own seed."
+        level, real = None, results.reference
+        if amount == "ratio" and real is not None and (found := results.stats(real, split))[0]:
+            level = Level(real.label, *_accuracy(*found))
+        path = out / f"{amount}_{split}.png"
+        picture = curves_picture(f"Accuracy, {split}", series, words, "accuracy, %", level)
+        write_bytes(path, picture)
+        page.heading(f"Accuracy over {words}, {split}")
+        caption = (
+            "Percent, mean and deviation over seeds (each with its own draw of labels, where these"
+            " differ). Bars that overlap do not say that a difference is none: arms are paired, see"
+            " Δ in the table."
+        )
         page.pictures([(embeddable(path), caption)])
 
 
-def _curves(page: Page, results: Results) -> None:
-    if results.by_labels:  # the amount is not what differs
-        return
-    for split in (results.reported, *results.table.splits[-2::-1]):
-        charts = list(_curves_of(results, split))
-        if charts:
-            page.heading(f"Accuracy over the amount of synthetic tiles, {split}")
-            page.charts(charts)
-            page.text(
-                "Percent, mean and deviation over seeds; the line and its band are the reference."
-                " Bars that overlap do not say that a difference is none: arms are paired, see Δ.",
-                soft=True,
-            )
-
-
-def _curves_of(results: Results, split: str) -> Iterable[str]:
-    """A chart per generator: a series per strategy, over the ratio."""
-    drawn = list(_series_by_generator(results, split))
-    ratios = sorted({x for _, series in drawn for one in series for x in one.x})
-    if len(ratios) < 2:  # one amount is no curve
-        return
-    level = None
-    if results.reference is not None and (found := results.stats(results.reference, split))[0]:
-        level = Level(results.reference.label, *_accuracy(*found))
-    limits = [bounds(series, level) for _, series in drawn]
-    least, most = min(low for low, _ in limits), max(high for _, high in limits)
-    for label, series in drawn:
-        yield line_chart(
-            shortened(label, TITLE),
-            series,
-            "synthetic tiles, % of the labelled",
-            level,
-            (least, most),
-            ratios,
-        )
+def _series_of_arms(results: Results, split: str, amount: str) -> Iterable[Series]:
+    """A series for each kind of arm, over the amount of tiles in which its rows differ."""
+    arms: dict[str, list[tuple[float, float, float | None]]] = {}
+    rows = results.table.rows
+    if amount == "ratio":
+        rows = [row for row in rows if row.kind == "synthetic" and amount in row.factors]
+    names = {row.key: name for name, group in results.by_labels.items() for row in group}
+    for row in rows:
+        mean, std = results.stats(row, split)
+        if mean and amount in row.factors:
+            name = names.get(row.key) or row.label.removesuffix(f" {row.factors[amount]}%")
+            point = float(row.factors[amount]), *_accuracy(mean, std)
+            arms.setdefault(name, []).append(point)
+    for name, found in arms.items():
+        yield Series(name, *zip(*sorted(found, key=lambda point: point[0]), strict=True))
 
 
 def _accuracy(mean: dict, std: dict) -> tuple[float, float | None]:
     """Accuracy and its deviation in percent."""
     return 100 * mean["accuracy"], in_percent(std["accuracy"])
-
-
-def _series_by_generator(results: Results, split: str) -> Iterable[tuple[str, list[Series]]]:
-    groups: dict[str, dict[str, list[tuple[float, float, float | None]]]] = {}
-    for row in results.table.rows:
-        mean, std = results.stats(row, split)
-        if row.kind != "synthetic" or not mean or "ratio" not in row.factors:
-            continue
-        label = row.label.rsplit(",", 1)[0] if "," in row.label else _others(row)
-        strategy = str(row.factors.get("selection", "all"))
-        point = float(row.factors["ratio"]), *_accuracy(mean, std)
-        groups.setdefault(label, {}).setdefault(strategy, []).append(point)
-    for label, strategies in groups.items():
-        # Strategies beyond the colours that can be told apart go into further charts, each with
-        # the random control again.
-        controls = [name for name in strategies if name in results.controls][:1]
-        others = [name for name in strategies if name not in controls]
-        step = len(SERIES) - len(controls)
-        for start in range(0, max(1, len(others)), step):
-            names = [*others[start : start + step], *controls]
-            yield label, [_series(name, strategies[name]) for name in names]
-
-
-def _others(row: Row) -> str:
-    words = (str(v) for k, v in row.factors.items() if k not in ("selection", "ratio"))
-    return ", ".join(words) or "synthetic"
-
-
-def _series(name: str, found: list[tuple[float, float, float | None]]) -> Series:
-    x, y, deviation = zip(*sorted(found, key=lambda point: point[0]), strict=True)
-    return Series(name, x, y, deviation)
 
 
 def _confusion(page: Page, results: Results) -> None:

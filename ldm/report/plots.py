@@ -134,44 +134,22 @@ def _legend(axes: Any) -> None:
                 handletextpad=0.5)  # fmt: skip
 
 
-def line_chart(
-    title: str,
-    series: Sequence[Series],
-    x_label: str,
-    level: Level | None = None,
-    y_bounds: tuple[float, float] | None = None,
-    x_ticks: Sequence[float] = (),
-    falling: bool = False,
-) -> str:
-    """Lines over a common axis, see `draw_series`.
+def line_chart(title: str, series: Sequence[Series], x_label: str, falling: bool = False) -> str:
+    """Lines over a common axis, see `draw_series`; from 0 where no value is below.
 
     Args:
-        y_bounds: Least range of y, so that several charts have the same axis, see `bounds`; if
-            omitted the axis begins at 0 where no value is below.
-        x_ticks: The values on the x axis.
         falling: Draw x from high to low, as a sampler goes through time steps.
     """
     figure, axes = _chart_axes(title)
     names = draw_series(axes, series)
-    if level is not None:
-        deviation = level.deviation or 0.0
-        axes.axhspan(level.value - deviation, level.value + deviation, color=COLOURS["soft"],
-                     alpha=0.16, linewidth=0)  # fmt: skip
-        axes.axhline(level.value, color=COLOURS["soft"], linewidth=1, label=level.name)
-    low, high = y_bounds or axes.dataLim.intervaly
-    if y_bounds or low < 0:
-        room = 0.06 * (high - low) or 1.0
-        axes.set_ylim(low - room, high + room)
-    elif names:
-        axes.set_ylim(0, 1.06 * high or 1.0)
     if not names:
         axes.text(0.5, 0.5, "no values", transform=axes.transAxes, ha="center", fontsize=9)
-    if x_ticks:
-        axes.set_xticks(x_ticks, [f"{x:g}" for x in x_ticks])
+    elif axes.dataLim.y0 >= 0:
+        axes.set_ylim(0, 1.06 * axes.dataLim.y1 or 1.0)
     axes.set_xlabel(x_label)
     if falling:
         axes.invert_xaxis()
-    if len(names) > 1 or level is not None:
+    if len(names) > 1:
         _legend(axes)
     shown = [line for line in series if len(line.x) < FEW]
     values = f": {'; '.join(map(_in_words, shown))}" if shown else ""
@@ -218,7 +196,13 @@ def draw_series(axes: Any, series: Sequence[Series], colours: Sequence[str] = SE
     return names
 
 
-def curves_picture(title: str, series: Sequence[Series], x_label: str, y_label: str) -> bytes:
+def curves_picture(
+    title: str,
+    series: Sequence[Series],
+    x_label: str,
+    y_label: str,
+    level: Level | None = None,
+) -> bytes:
     """Lines with bars over evenly spaced values of x, as PNG; the legend is beside them."""
     from matplotlib import colormaps
 
@@ -226,7 +210,13 @@ def curves_picture(title: str, series: Sequence[Series], x_label: str, y_label: 
     axes = figure.add_subplot()
     positions = sorted({float(x) for line in series for x in line.x})
     moved = [line._replace(x=[positions.index(x) for x in line.x]) for line in series]
-    draw_series(axes, moved, [colormaps["tab10"](i % 10) for i in range(len(series))])
+    palette = colormaps["tab10" if len(series) <= 10 else "tab20"]
+    draw_series(axes, moved, [palette(i % palette.N) for i in range(len(series))])
+    if level is not None:
+        deviation = level.deviation or 0.0
+        axes.axhspan(level.value - deviation, level.value + deviation, color=COLOURS["soft"],
+                     alpha=0.16, linewidth=0)  # fmt: skip
+        axes.axhline(level.value, color=COLOURS["soft"], linewidth=1, label=level.name)
     axes.set_xticks(range(len(positions)), [f"{x:g}" for x in positions])
     axes.set(title=title, xlabel=x_label, ylabel=y_label)
     axes.grid(axis="y", color=COLOURS["line"])
@@ -238,20 +228,6 @@ def curves_picture(title: str, series: Sequence[Series], x_label: str, y_label: 
 def _in_words(line: Series) -> str:
     pairs = [pair for pair in zip(line.x, line.y, strict=True) if np.isfinite(pair).all()]
     return f"{line.name} {', '.join(f'{y:.3g} at {x:g}' for x, y in pairs)}"
-
-
-def bounds(series: Sequence[Series], level: Level | None = None) -> tuple[float, float]:
-    """Least and greatest value of a chart with its bars."""
-    constants = [] if level is None else [(level.value, level.deviation)]
-    values = [
-        y + sign * (deviation or 0.0)
-        for y, deviation in [
-            *(pair for one in series for pair in zip(one.y, one.deviation, strict=True)),
-            *constants,
-        ]
-        for sign in (-1, 1)
-    ]
-    return min(values), max(values)
 
 
 def estimate_chart(title: str, estimates: Sequence[Estimate], x_label: str, level: Level) -> str:
