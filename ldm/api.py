@@ -38,7 +38,7 @@ from ldm.errors import UserError, require_whole
 from ldm.evaluation.runs import train_and_report
 from ldm.features.diffusion import centre
 from ldm.features.extractor import FEATURES, Extractor
-from ldm.features.probe import Judge
+from ldm.features.judge import Judge
 from ldm.features.sets import FeatureSet
 from ldm.features.source import DIFFUSION, VIT, FeatureSource
 from ldm.files import require_class_names, write_png

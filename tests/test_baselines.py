@@ -175,6 +175,24 @@ def test_linear_probe_of_timm_weights_and_of_a_run(data):
     assert all(0 <= probe["mean"][name] <= 1 for name in HEADLINE)
 
 
+def test_label_spreading_over_unlabelled_tiles(data, tmp_path):
+    pool = tmp_path / "pool"
+    tiny.tiles(pool, 20, seed=7)
+    shutil.copytree(data / "train5", pool / "labelled")  # are left out
+    weights = timm_weights(data / "model.safetensors")
+    options = ("--arch", "test_resnet", "--input_size", 32, "--weights", weights)
+    summary = run(data, "label_spreading", *options, "--unlabelled", pool)
+    assert summary["per_seed"][0]["unlabelled"] == 60
+    assert "strength" not in summary["per_seed"][0]
+    assert summary["mean"]["accuracy"] > 0.6, "random features of plain colours; chance is 1/3"
+    assert run(data, "label_spreading", *options, "--unlabelled", pool) == summary
+    (pool / "ADI/1_0.png").unlink()
+    with pytest.raises(UserError, match="unlabelled .* there, .* now; add [-`]*overwrite`?"):
+        run(data, "label_spreading", *options, "--unlabelled", pool)
+    with pytest.raises(UserError, match="15 of its tiles are those of"):
+        run(data, "label_spreading", *options, "--unlabelled", data / "val", "--overwrite")
+
+
 def test_fine_tuning_of_timm_weights(data):
     """eval.py --finetune with a file as timm has them: the body is loaded, the head is new."""
     weights = timm_weights(data / "model.safetensors")
@@ -201,6 +219,12 @@ def spoil_image(data):
         (None, "--kind linear_probe --weights {data} --input_size 32", "belongs to --arch"),
         (None, "--kind linear_probe --arch vit_smal --weights {data}/val", "nearest: vit_small"),
         (None, "--kind linear_probe --arch vit_small", r"nothing is downloaded; give a local file"),
+        (
+            None,
+            "--kind linear_probe --weights {data} --unlabelled {data}",
+            "--kind label_spreading",
+        ),
+        (None, "--kind label_spreading --arch vit_small", "unlabelled.*belongs to"),
         (None, "--kind linear_probe --weights nowhere", "nor an existing path"),
         (None, "--output_dir nowhere", "nowhere does not exist"),
         (None, "--group_column x", "belongs to --groups"),

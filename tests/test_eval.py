@@ -1125,3 +1125,22 @@ def test_colour_histogram_baseline_knows_colour_and_nothing_else(data):
     spoil_class_names(data)
     with pytest.raises(UserError, match="TUMOUR"):
         colour_histogram_baseline(data / "train5+fake50%", data / "val")
+
+
+def test_a_pass_draws_the_share_of_real_tiles_that_is_asked_for(data):
+    for index in range(30):
+        for name in tiny.CLASSES:
+            folder = data / "train5" / name
+            shutil.copy(min(folder.iterdir()), folder / f"synthetic_{index}.png")
+    splits = open_splits(data, "train5", Settings(**NETWORK, real_share=0.5))
+    tiles = splits.train
+    real = [not name.rpartition("/")[2].startswith("synthetic_") for name in tiles.relative_paths]
+    drawn = [tiles.drawn(seed=0, epoch=epoch) for epoch in range(2)]
+    for one in drawn:
+        assert len(one) == tiles.pass_length() == len(tiles)
+        assert sum(real[i] for i in one) == round(len(tiles) / 2)
+    assert len(set(drawn[0]) & set(drawn[1])) < len(set(drawn[0]))
+    added = np.concatenate(drawn)
+    assert {i for i in range(len(tiles)) if not real[i]} <= set(added.tolist())
+    with pytest.raises(UserError, match="0 added tiles"):
+        open_splits(data, "val", Settings(**NETWORK, real_share=0.5))

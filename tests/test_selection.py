@@ -402,7 +402,16 @@ def test_unlabelled_tiles_with_the_classes_that_a_judge_gives_them(folders, tmp_
     shutil.copyfile(path, pool / "again.png")
     shutil.copytree(folders["real"] / "ADI", pool / "labelled")
     out = tmp_path / "out"
-    words = ["--real", str(folders["real"]), "--unlabelled", str(pool), "--features", "pixels"]
+    words = [
+        "--real",
+        str(folders["real"]),
+        "--unlabelled",
+        str(pool),
+        "--features",
+        "pixels",
+        "--strategy",
+        "confidence",
+    ]
     words += ["--features", str(folders["weights"]), "--device", "cpu", "--no-sheets"]
     words += ["--val", str(folders["fake"]), "--cache", str(tmp_path / "cache")]
     with pytest.raises(UserError, match="18 of its tiles are those of [-`]*val`?"):
@@ -427,6 +436,16 @@ def test_unlabelled_tiles_with_the_classes_that_a_judge_gives_them(folders, tmp_
     assert "there already" in capsys.readouterr().out
     with pytest.raises(UserError, match="`choose`: a classifier"):
         distance.main([*words, "--choose", "--out", str(tmp_path / "other")])
+    # The same with labels that are spread over these tiles: another folder, by the same names.
+    words += ["--spread", str(pool), "--per_class", "5", "--out"]
+    with pytest.raises(UserError, match="spread_over"):
+        distance.main([*words, str(out)])
+    distance.main([*words, str(tmp_path / "spread")])
+    record = json.loads((tmp_path / "spread" / "selection.json").read_text())
+    assert record["judge"]["val"]["accuracy"] == 1.0
+    assert record["settings"]["spread_over"]
+    used = [row for row in rows_of(tmp_path / "spread/selection.csv") if row["decision"] in USED]
+    assert used and all(Path(row["file"]).name.startswith(row["class"]) for row in used)
 
 
 def test_the_network_that_tells_left_out_tiles_apart_is_chosen(folders, tmp_path):

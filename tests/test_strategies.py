@@ -16,8 +16,8 @@ from ldm.errors import UserError
 from ldm.evaluation.fidelity import fidelity
 from ldm.features import neighbours
 from ldm.features.centroids import centroid_distances
+from ldm.features.judge import Judge
 from ldm.features.neighbours import nearest, neighbour_distances, squared_distances
-from ldm.features.probe import Judge
 from ldm.features.sets import FeatureSet
 from ldm.selection.judge import centroids_of
 from ldm.selection.select import FILL_REASON, Selection, select

@@ -361,18 +361,22 @@ def test_rows_are_compared_with_those_of_as_many_labels():
     rows = []
     for n in (10, 25):
         rows.append(row(f"real@{n}", "real", factors={"labels": n}))
-        for kind, selection in (("synthetic", "random"), ("synthetic", "sure"), ("pseudo", "sure")):
+        for kind, selection in (
+            ("synthetic", "random"),
+            ("synthetic", "sure"),
+            ("pseudo", "random"),
+        ):
             factors = {"selection": selection, "ratio": 100, "labels": n}
             rows.append(row(f"{kind}-{selection}@{n}", kind, factors=factors))
     fields = {"umap": None, "record": {}, "settings": {}, "paper": {}}
     table = Table("t", "T", rows, "real@10", ["test"], CLASSES, **fields)
     assert [table.reference_of(one) for one in rows] == ["real@10"] * 4 + ["real@25"] * 4
     assert pseudo_pairs(rows) == [
-        ("synthetic-sure@10", "pseudo-sure@10"),
-        ("synthetic-sure@25", "pseudo-sure@25"),
+        ("synthetic-sure@10", "pseudo-random@10"),
+        ("synthetic-sure@25", "pseudo-random@25"),
     ]
     families = {(d.family, d.row, d.reference) for d in differences(table)}
-    assert ("pseudo", "synthetic-sure@25", "pseudo-sure@25") in families
+    assert ("pseudo", "synthetic-sure@25", "pseudo-random@25") in families
     assert ("reference", "real@25", "real@10") not in families
 
 

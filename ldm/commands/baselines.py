@@ -1,4 +1,4 @@
-"""What colour alone, or a linear probe of a pre-trained network, reaches on the same sets.
+"""What colour alone, or the features of a pre-trained network, reach on the same sets.
 
 Learns from D/SUBSET, chooses on D/val and reports D/test once, with the results in
 LOGDIR/KIND/SUBSET written as eval.py writes its own, so that tables read both.
@@ -7,7 +7,7 @@ LOGDIR/KIND/SUBSET written as eval.py writes its own, so that tables read both.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 from ldm.cli import Commas, Pixels, Workers, existing_path, like, option, parse
 from ldm.devices import resolve_device
@@ -15,8 +15,9 @@ from ldm.errors import UserError
 from ldm.features.source import known_forms
 from ldm.settings import TIMM, DeviceOption, EvaluationOptions, some_cores
 
-PROBE = "linear_probe"
-OF_NETWORKS = {PROBE, "classifier"}
+PROBE, SPREADING = "linear_probe", "label_spreading"
+OF_NETWORKS = {PROBE, SPREADING, "classifier"}
+Kind = Literal["colour_mean", "colour_histogram", "linear_probe", "label_spreading", "classifier"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,12 +25,10 @@ class Options(EvaluationOptions, DeviceOption):
     program: ClassVar = "histodiffusion baselines"
     example: ClassVar = "--data_path D --subset train5 --kind colour_histogram"
 
-    kind: Annotated[
-        tuple[Literal["colour_mean", "colour_histogram", "linear_probe", "classifier"], ...], Commas
-    ] = option(
+    kind: Annotated[tuple[Kind, ...], Commas] = option(
         default=("colour_mean", "colour_histogram"),
         metavar="KINDS",
-        help="some of colour_mean,colour_histogram,linear_probe,classifier (a network as it is)",
+        help=f"some of {','.join(get_args(Kind))} (a network as it is)",
     )
     logdir: str = option(
         default="logs/baselines", metavar="DIR", help="results go to LOGDIR/KIND/SUBSET"
@@ -51,6 +50,13 @@ class Options(EvaluationOptions, DeviceOption):
     )
     input_size: Pixels | None = option(
         default=None, group=PROBE, help="pixels, with --arch; if omitted the network's own"
+    )
+    unlabelled: str | None = option(
+        default=None,
+        group=PROBE,
+        metavar="DIR",
+        help="with label_spreading: tiles that the labels are spread over, for example D/train "
+        "(names of folders are ignored)",
     )
     device: str = like(DeviceOption, "device", "auto", group=PROBE)
     workers: Workers = like(
@@ -78,6 +84,8 @@ class Options(EvaluationOptions, DeviceOption):
         for name in ("features", "weights", "arch", "input_size"):
             if getattr(self, name) is not None and OF_NETWORKS.isdisjoint(self.kind):
                 yield name, "belongs to --kind linear_probe; add that, or leave it out"
+        if (self.unlabelled is None) == (SPREADING in self.kind):
+            yield "unlabelled", "belongs to --kind label_spreading; give both, or neither"
         if self.input_size is not None and not (self.network or TIMM).startswith(TIMM):
             yield "input_size", "belongs to --arch; a run of eval.py knows its own, leave it out"
 
@@ -104,6 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     from ldm.evaluation.metrics import format_summary
     from ldm.evaluation.sets import GroupTable
 
+    unlabelled = args.unlabelled and existing_path(args.unlabelled, "--unlabelled", "dir")
     groups, extractor = GroupTable.given(args), None
     if not OF_NETWORKS.isdisjoint(args.kind):  # opened before minutes are spent on the others
         extractor = open_network(args)
@@ -114,9 +123,10 @@ def main(argv: list[str] | None = None) -> None:
             args.subset,
             Path(args.logdir),
             groups,
-            extractor,
+            extractor if kind in OF_NETWORKS else None,
             args.workers,
             args.overwrite,
+            unlabelled if kind == SPREADING else None,
         )
         print(format_summary(summary))
         print(f"\n{Path(args.logdir) / kind / args.subset / 'summary.json'}\n")

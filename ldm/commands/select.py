@@ -69,6 +69,12 @@ class Options(FeatureOptions):
         help="labelled tiles that the judge is measured on: accuracy and calibration by class; "
         "they also calibrate a checkpoint of eval.py",
     )
+    spread: str | None = option(
+        default=None,
+        metavar="DIR",
+        help="unlabelled tiles: the judge spreads the labels of --real over them (Zhou et al. "
+        "2003), in place of a logistic regression",
+    )
     out: str = option(metavar="DIR", help="training folder to make")
     ratio: Count | None = option(
         default=None,
@@ -82,7 +88,7 @@ class Options(FeatureOptions):
     )
     strategy: Literal["centroid", "confidence", "knn", "coverage", "random"] | None = option(
         default=None,
-        help="which images are accepted; if omitted centroid, with --unlabelled confidence",
+        help="which images are accepted; if omitted centroid, with --unlabelled random",
     )
     random: bool = option(default=False, help="the same as --strategy random")
     seed: Seed | None = option(default=None, help="with --strategy random: its seed; if omitted 0")
@@ -124,7 +130,7 @@ class Options(FeatureOptions):
 
     @property
     def chosen_strategy(self) -> str:
-        usual = "centroid" if self.unlabelled is None else "confidence"
+        usual = "centroid" if self.unlabelled is None else "random"
         return "random" if self.random else self.strategy or usual
 
     def problems(self) -> Iterator[tuple[str, str]]:
@@ -133,6 +139,8 @@ class Options(FeatureOptions):
             yield "synthetic", "is missing; give it, or --unlabelled"
         if self.unlabelled is not None and self.confidence == "manifest":
             yield "confidence", "manifest belongs to --synthetic; leave it out"
+        if self.spread is not None and self.confidence == "manifest":
+            yield "confidence", "manifest asks no judge, so nothing can be spread; leave one out"
         if self.choose and len(self.features) < 2:
             yield "choose", "chooses among several --features; give them, or leave it out"
         if self.ratio is not None and self.per_class is not None:
@@ -215,7 +223,11 @@ def judge(args: Options, real_root: Path, candidates_root: Path, needed: bool):
     from ldm.features.source import parse_features
     from ldm.selection.judge import compute_judged, is_vis_folder, read_judged
 
-    needed = needed or args.choose or args.unlabelled is not None or args.val is not None
+    needed = (
+        needed
+        or args.choose
+        or any(given is not None for given in (args.unlabelled, args.val, args.spread))
+    )
     folders = [name for name in args.features if is_vis_folder(name)]
     if not folders:
         sources = [
@@ -234,10 +246,11 @@ def judge(args: Options, real_root: Path, candidates_root: Path, needed: bool):
             needed,
             args.val and existing_path(args.val, "--val", "dir"),
             args.choose,
+            args.spread and existing_path(args.spread, "--spread", "dir"),
             **args.loading,
         )
     names = ("pretrained_weights", "input_size", "batch_size", "workers", "device", "cache")
-    names += ("unlabelled", "val")
+    names += ("unlabelled", "val", "spread")
     given = [f"--{name}" for name in names if getattr(args, name) is not None]
     if given or len(args.features) > 1:
         raise UserError(

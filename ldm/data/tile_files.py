@@ -267,3 +267,31 @@ def matching_classes(where: str, found: Sequence[str], wanted: Sequence[str] | N
             f" {extra}); rename, add or remove some"
         )
     return classes
+
+
+def new_rows(
+    pool: TileFiles, labelled: TileFiles, held_out: Sequence[TileFiles], setting: str
+) -> list[int]:
+    """Unlabelled tiles that are neither among the labelled ones nor repeat another byte by byte.
+
+    Args:
+        held_out: Sets that classifiers are chosen or measured on.
+        setting: Where `pool` was named.
+
+    Raises:
+        UserError: None is left, or some are those of a set that is held out.
+    """
+    known, first = set(labelled.digests), {}
+    for i, digest in enumerate(pool.digests):
+        if digest not in known:
+            first.setdefault(digest, i)
+    for tiles in held_out:
+        leaked = len(first.keys() & set(tiles.digests))
+        if leaked:
+            raise UserError(
+                f"`{setting}` {pool.root}: {leaked} of its tiles are those of {tiles.root}, which"
+                " must not be trained on; give other tiles"
+            )
+    if not first:
+        raise UserError(f"`{setting}` {pool.root}: all its tiles are labelled; give other tiles")
+    return list(first.values())

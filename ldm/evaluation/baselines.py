@@ -8,12 +8,14 @@ Letters: N images, D features, H W pixels, K classes.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from ldm.data.tile_files import TileFiles, new_rows
 from ldm.data.tiles import TileFolder, decode_tiles, read_tile
 from ldm.errors import UserError
 from ldm.evaluation.metrics import confusion_matrix, scores
@@ -21,16 +23,19 @@ from ldm.evaluation.predictions import Predictions, predictions_name
 from ldm.evaluation.runs import RESULT, read_result
 from ldm.evaluation.sets import GroupTable, Splits, TransformedTiles, open_splits
 from ldm.evaluation.summary import write_confusion, write_summary
-from ldm.features.extractor import LOGITS, Extractor, directions
+from ldm.features.extractor import FEATURES, LOGITS, Extractor
 from ldm.features.probe import STRENGTHS, logistic_regression
+from ldm.features.sets import cached_features
+from ldm.features.spreading import ALPHA, NEIGHBOURS, Spreading
 from ldm.files import remove_leftovers, write_json
 from ldm.models.vit_settings import Settings
 from ldm.run import hardware, provenance
 
 BINS = 16
 COLOUR_MEAN, COLOUR_HISTOGRAM, LINEAR_PROBE = "colour_mean", "colour_histogram", "linear_probe"
+SPREADING = "label_spreading"
 CLASSIFIER = "classifier"  # that was trained elsewhere, and is only asked
-KINDS = (COLOUR_MEAN, COLOUR_HISTOGRAM, LINEAR_PROBE, CLASSIFIER)
+KINDS = (COLOUR_MEAN, COLOUR_HISTOGRAM, LINEAR_PROBE, SPREADING, CLASSIFIER)
 BATCH_SIZE = 64  # of the network of a linear probe
 
 
@@ -80,32 +85,28 @@ def run_baseline(
     extractor: Extractor | None = None,
     num_workers: int = 0,
     overwrite: bool = False,
+    unlabelled: Path | None = None,
 ) -> dict[str, Any]:
     """Fit one baseline on `train_folder`, choose its penalty on val, return the summary.
 
     Leaves `logdir`/`kind`/`train_folder` as eval.py leaves `logdir`/`train_folder`, with the single
-    seed 0, since nothing in it is random. What is there already with the same settings and files
-    is not computed again.
+    seed 0, since nothing in it is random, and features of a network in `logdir`/features. What is
+    there already with the same settings and files is not computed again.
 
     Args:
         kind: One of `KINDS`.
-        extractor: The network of a linear probe, or the classifier.
+        extractor: The network of a linear probe or label spreading, or the classifier.
         num_workers: Threads that decode images for it.
+        unlabelled: Tiles that labels are spread over; names of folders are ignored.
     """
     splits = open_splits(data_path, train_folder, Settings(input_size=1), None, groups)
-    settings: dict[str, Any] = {"baseline": kind, "strengths": list(STRENGTHS)}
-    arch = f"logistic regression on {kind.replace('_', ' ')}"
-    if kind in (LINEAR_PROBE, CLASSIFIER):
-        assert extractor is not None
-        settings |= {"network": extractor.name, "extractor": extractor.identity}
-        arch = f"linear probe of {extractor.name}"
-    if kind == CLASSIFIER:
-        arch = extractor.name
-        if not extractor.classifies(splits.train.classes):
-            raise UserError(
-                f"`features`: {extractor.name} is no classifier of {splits.train.classes}; use"
-                " `kind` linear_probe"
-            )
+    pool = None if unlabelled is None else TileFiles.below(unlabelled, False)
+    arch, settings = _identity(kind, extractor, pool)
+    if kind == CLASSIFIER and not extractor.classifies(splits.classes):
+        raise UserError(
+            f"`features`: {extractor.name} is no classifier of {splits.classes}; use `kind`"
+            " linear_probe"
+        )
     current = {"settings": settings, "data": splits.identity}
     folder = logdir / kind / train_folder
     run = folder / "seed0"
@@ -114,9 +115,17 @@ def run_baseline(
     if result is None:
         start = time.monotonic()
         if kind == CLASSIFIER:
-            found = _report(splits, lambda tiles: _asked(extractor, num_workers, tiles), run)
+            found = _report(splits, _asked(extractor, num_workers, splits), run)
         else:
-            found = _fit_and_report(splits, kind, extractor, num_workers, run)
+            cache = logdir / FEATURES
+
+            def features(files: TileFiles) -> np.ndarray:
+                if kind in COLOURS:
+                    return colour_features(files.paths, kind)
+                values = cached_features(files, extractor, cache, BATCH_SIZE, num_workers).values
+                return values.double().numpy()
+
+            found = _fit_and_report(splits, features, run, pool)
         result = {
             "train_folder": train_folder,
             "arch": arch,
@@ -132,53 +141,77 @@ def run_baseline(
     return summary
 
 
+def _identity(
+    kind: str, extractor: Extractor | None, pool: TileFiles | None
+) -> tuple[str, dict[str, Any]]:
+    """Name of a baseline, and the settings that it depends on."""
+    settings: dict[str, Any] = {"baseline": kind}
+    arch = f"logistic regression on {kind.replace('_', ' ')}"
+    if extractor is not None:
+        settings |= {"network": extractor.name, "extractor": extractor.identity}
+        arch = f"{kind.replace('_', ' ')} of {extractor.name}"
+    if pool is None:
+        settings["strengths"] = list(STRENGTHS)
+    else:
+        settings |= {"unlabelled": pool.digest, "neighbours": NEIGHBOURS, "alpha": ALPHA}
+    return extractor.name if kind == CLASSIFIER else arch, settings
+
+
 def _fit_and_report(
-    splits: Splits, kind: str, extractor: Extractor | None, num_workers: int, run: Path
+    splits: Splits, features: Callable[[TileFiles], np.ndarray], run: Path, pool: TileFiles | None
 ) -> dict[str, Any]:
-    """Fit on the training set, choose on val, predict test once; write the predictions."""
+    """Fit on the training set, predict val and test once, and write the predictions.
 
-    def features(tiles: TransformedTiles) -> np.ndarray:
-        if kind != LINEAR_PROBE:
-            return colour_features(tiles.paths, kind)
-        return probe_features(extractor, tiles.paths, num_workers)
-
+    Args:
+        features: Of a set, (N, D).
+        pool: Unlabelled tiles to spread the labels over; None for logistic regression.
+    """
     # All images are read before anything is written.
-    known, val_features = features(splits.train), features(splits.val)  # (N, D)
-    test_features = None if splits.test is None else features(splits.test)
-    strength, model = _choose(known, np.array(splits.train.labels), val_features, splits.val)
-    held = {id(splits.val): val_features, id(splits.test): test_features}
-    result = _report(splits, lambda tiles: model.predict_proba(held[id(tiles)]), run)
-    note = (
-        f"logistic regression on {known.shape[1]} standardised features, C = {strength:g} chosen on"
-        f" val among {len(STRENGTHS)}; deterministic, so one seed"
-    )
-    facts = {"strength": strength, "features": known.shape[1], "validations": len(STRENGTHS)}
-    return {**result, **facts, "notes": [note]}
+    known = features(splits.train.files)
+    held = {name: features(tiles.files) for name, tiles in splits.evaluated.items()}
+    labels = np.array(splits.train.labels)
+    facts: dict[str, Any] = {"features": known.shape[1]}
+    if pool is not None:
+        held_out = [tiles.files for tiles in splits.evaluated.values()]
+        rows = new_rows(pool, splits.train.files, held_out, "unlabelled")
+        known, spread = (torch.from_numpy(values) for values in (known, features(pool)[rows]))
+        model = Spreading(known, labels, splits.classes, spread)
+        found = {name: model.logits(torch.from_numpy(x)).exp().numpy() for name, x in held.items()}
+        note = (
+            f"labels spread over {len(rows)} unlabelled tiles, {NEIGHBOURS} neighbours by"
+            f" {known.shape[1]} standardised features, alpha {ALPHA:g}; nothing is chosen on val,"
+            " and it is deterministic, so one seed"
+        )
+        facts |= {"unlabelled": len(rows)}
+    else:
+        strength, model = _choose(known, labels, held["val"], splits.val)
+        found = {name: model.predict_proba(x) for name, x in held.items()}
+        note = (
+            f"logistic regression on {known.shape[1]} standardised features, C = {strength:g}"
+            f" chosen on val among {len(STRENGTHS)}; deterministic, so one seed"
+        )
+        facts |= {"strength": strength, "validations": len(STRENGTHS)}
+    return {**_report(splits, found, run), **facts, "notes": [note]}
 
 
-def _report(
-    splits: Splits, predict: Callable[[TransformedTiles], np.ndarray], run: Path
-) -> dict[str, Any]:
-    """Predict val and test once by probabilities (N, K), and write the predictions."""
+def _report(splits: Splits, found: Mapping[str, np.ndarray], run: Path) -> dict[str, Any]:
+    """Write the predictions for val and test, given as probabilities (N, K), and return scores."""
     result: dict[str, Any] = {"seed": 0, "split": splits.reported, "notes": []}
     result |= dict.fromkeys(("best_epoch", "updates", "epochs"))
-    for name, p in [(name, predict(tiles)) for name, tiles in splits.evaluated.items()]:
+    for name, p in found.items():
         predictions = Predictions.of(splits.evaluated[name], p.argmax(axis=1), p)
         predictions.write(run / predictions_name(name))
         result[name] = predictions.scores()
     return result
 
 
-def _asked(extractor: Extractor, num_workers: int, tiles: TransformedTiles) -> np.ndarray:
-    """Probabilities (N, K) by a classifier."""
-    found = extractor.extract(tiles.paths, BATCH_SIZE, num_workers)
-    return found.others[LOGITS].double().softmax(dim=1).numpy()
-
-
-def probe_features(extractor: Extractor, paths: Sequence[Path], num_workers: int) -> np.ndarray:
-    """Features of tiles by a network, of length 1, as the evaluation shows it tiles; (N, D)."""
-    found = extractor.extract(paths, BATCH_SIZE, num_workers)
-    return directions(found.features, paths).double().numpy()
+def _asked(extractor: Extractor, num_workers: int, splits: Splits) -> dict[str, np.ndarray]:
+    """Probabilities (N, K) of val and test by a classifier."""
+    found = {
+        name: extractor.extract(tiles.paths, BATCH_SIZE, num_workers).others[LOGITS]
+        for name, tiles in splits.evaluated.items()
+    }
+    return {name: logits.double().softmax(dim=1).numpy() for name, logits in found.items()}
 
 
 def _choose(

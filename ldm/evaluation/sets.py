@@ -20,12 +20,13 @@ from torch import Tensor
 from torchvision.transforms import Compose
 
 from ldm.cli import existing_path
+from ldm.data.folders import PREFIX, PSEUDO
 from ldm.data.groups import by_csv
 from ldm.data.images import class_folders
 from ldm.data.seeds import seed_generators
 from ldm.data.stain import jitter_stains
 from ldm.data.tile_files import TileFiles
-from ldm.data.tiles import TileSet, check_tiles, decode_tiles, read_tile
+from ldm.data.tiles import TileSet, Weighted, check_tiles, decode_tiles, read_tile
 from ldm.errors import UserError
 from ldm.files import file_sha256
 from ldm.models.vit import eval_transform
@@ -67,6 +68,31 @@ class TransformedTiles(TileSet):
         self.is_random = random
         self._transform = transform
         self._cached: list[np.ndarray | Tensor] | None = None
+
+    def balance(self, real_share: float) -> None:
+        """Let a pass draw so large a share from the real tiles, the rest from the added ones.
+
+        Raises:
+            UserError: There are no tiles of one kind.
+        """
+        counts = np.bincount(self.corpus_numbers(), minlength=2).tolist()
+        if 0 in counts:
+            raise UserError(
+                f"`real_share` {real_share:g}: {self.files.root} has {counts[0]} real and"
+                f" {counts[1]} added tiles ({PREFIX}* or {PSEUDO}*), so nothing can be balanced;"
+                " leave it out"
+            )
+        real = min(max(1, round(real_share * len(self))), len(self) - 1)
+        draws = (real, len(self) - real)
+        self.corpora = [
+            Weighted(name, number / count)
+            for name, number, count in zip(("real", "added"), draws, counts, strict=True)
+        ]
+
+    def corpus_numbers(self) -> np.ndarray:
+        """0 for a real tile and 1 for one that a selection added, (N,)."""
+        names = (name.rpartition("/")[2] for name in self.relative_paths)
+        return np.array([name.startswith((PREFIX, PSEUDO)) for name in names], np.int16)
 
     @property
     def in_memory(self) -> bool:
@@ -275,6 +301,8 @@ def open_splits(
     """
     root = _training_root(data_path, train_folder)
     train = TransformedTiles(root, settings.input_size, train_transform(settings), random=True)
+    if settings.real_share is not None:
+        train.balance(settings.real_share)
     if num_classes not in (None, len(train.classes)):
         raise UserError(
             f"`num_classes` {num_classes}: {root} has {len(train.classes)} class folders"

@@ -170,12 +170,13 @@ def pseudo_pairs(rows: Sequence[Row], controls: Collection[str] = (RANDOM,)) -> 
     def amount(row: Row) -> tuple:
         return row.factors.get("labels"), row.factors.get("ratio")
 
-    chosen = [row for row in rows if row.factors.get("selection") not in controls]
-    pseudo = {amount(row): row.key for row in reversed(chosen) if row.kind == "pseudo"}
+    pseudo = {amount(row): row.key for row in reversed(rows) if row.kind == "pseudo"}
     return [
         (row.key, pseudo[amount(row)])
-        for row in chosen
-        if row.kind == "synthetic" and amount(row) in pseudo
+        for row in rows
+        if row.kind == "synthetic"
+        and row.factors.get("selection") not in controls
+        and amount(row) in pseudo
     ]
 
 

@@ -1,4 +1,4 @@
-"""What networks know of the classes: logistic regressions on features, and a judge of several.
+"""What a network knows of the classes: logistic regression on its features.
 
 Letters: N images, D features, K classes.
 """
@@ -18,7 +18,6 @@ from torch import Tensor
 from ldm.errors import UserError
 from ldm.features.sets import SUFFIX, FeatureSet, read_tensors, write_tensors
 from ldm.files import digest_of
-from ldm.models.classifier import fit_temperature
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +50,56 @@ def logistic_regression(features: np.ndarray, labels: np.ndarray, strength: floa
     return model
 
 
+def folds_of(labels: np.ndarray, classes: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Parts of labelled tiles of which one is left out: places of the others, and of its own.
+
+    Drawn class by class, with a fixed seed.
+
+    Args:
+        labels: (N,) in [0, K).
+        classes: K names.
+
+    Raises:
+        UserError: A class has a single tile, so that none can be left out.
+    """
+    from sklearn.model_selection import StratifiedKFold
+
+    counts = np.bincount(labels, minlength=len(classes))
+    if counts.min() < 2:
+        name = classes[int(counts.argmin())]
+        raise UserError(
+            f"class {name} has {counts.min()} labelled tiles and needs at least 2 for a judge"
+            " by logistic regression or label spreading; add labelled tiles or use `strategy`"
+            " centroid"
+        )
+    folds = StratifiedKFold(min(FOLDS, int(counts.min())), shuffle=True, random_state=0)
+    return list(folds.split(labels, labels))
+
+
+class LeftOut:
+    """What gives classes to tiles by their features, and what it says of tiles it did not see.
+
+    Attributes:
+        left_out: (N, K) log-probabilities of the N labelled tiles, each of them without its label.
+    """
+
+    left_out: Tensor
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Logits (M, K) of features (M, D)."""
+        raise NotImplementedError
+
+    def scores(self, labels: Tensor) -> dict[str, float]:
+        """Cross-entropy and accuracy on the left-out tiles, whose labels are (N,)."""
+        right = self.left_out.argmax(dim=1) == labels
+        return {
+            "cross_entropy": float(F.nll_loss(self.left_out, labels)),
+            "accuracy": float(right.double().mean()),
+        }
+
+
 @dataclass(frozen=True)
-class Probe:
+class Probe(LeftOut):
     """A logistic regression whose penalty was chosen on left-out tiles.
 
     Attributes:
@@ -69,27 +116,13 @@ class Probe:
     def fit(cls, features: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> "Probe":
         """Choose the penalty by the cross-entropy of left-out tiles, then fit on all.
 
-        Nothing but these tiles is looked at. Folds are drawn class by class, with a fixed seed.
+        Nothing but these tiles is looked at.
 
         Args:
             features: (N, D).
-            labels: (N,) in [0, K).
-            classes: K names.
-
-        Raises:
-            UserError: A class has a single tile, so that none can be left out.
+            labels, classes: See `folds_of`, which also says what is raised.
         """
-        from sklearn.model_selection import StratifiedKFold
-
-        counts = np.bincount(labels, minlength=len(classes))
-        if counts.min() < 2:
-            name = classes[int(counts.argmin())]
-            raise UserError(
-                f"class {name} has {counts.min()} labelled tiles and needs at least 2 for a judge"
-                " by logistic regression; add labelled tiles or use `strategy` centroid"
-            )
-        folds = StratifiedKFold(min(FOLDS, int(counts.min())), shuffle=True, random_state=0)
-        parts = list(folds.split(features, labels))
+        parts = folds_of(labels, classes)
         ranked = []
         for strength in STRENGTHS:
             p = np.empty((len(labels), len(classes)))
@@ -118,89 +151,6 @@ class Probe:
             write_tensors(path, vars(probe), {"format": FORMAT})
         return probe
 
-    def scores(self, labels: Tensor) -> dict[str, float]:
-        """Cross-entropy and accuracy on the left-out tiles, whose labels are (N,)."""
-        right = self.left_out.argmax(dim=1) == labels
-        return {
-            "cross_entropy": float(F.nll_loss(self.left_out, labels)),
-            "accuracy": float(right.double().mean()),
-        }
-
     def logits(self, features: Tensor) -> Tensor:
         """Logits (N, K) of features (N, D)."""
         return features.double() @ self.weight.T + self.bias
-
-
-@dataclass(frozen=True)
-class Judge:
-    """What several networks together say of a tile: the geometric mean of their probabilities.
-
-    A network that classifies these very classes is asked itself, any other by a logistic
-    regression on its features. All are calibrated by temperature (Guo et al. 2017). A temperature
-    is at least 1: that all of a few left-out tiles are right does not make a judge surer.
-
-    Attributes:
-        probes: The regression of each network; None for a classifier.
-        temperatures: Of each network.
-        temperature: Of the mean.
-        calibrated_on: Digest of the further tiles that classifiers were calibrated on, if any.
-    """
-
-    probes: list[Probe | None]
-    temperatures: list[float]
-    temperature: float = 1.0
-    calibrated_on: str | None = None
-
-    @classmethod
-    def fit(
-        cls,
-        real: Sequence[FeatureSet],
-        cache: Path | None = None,
-        val: Sequence[FeatureSet] | None = None,
-    ) -> "Judge":
-        """The judge of labelled tiles.
-
-        Args:
-            real: Their features, by network.
-            cache: Folder that keeps the regressions.
-            val: Features of further labelled tiles, by network. They calibrate the classifiers
-                alone, since these may have been trained on `real` and be sure of all of it;
-                without them the temperature of a classifier is 1.
-
-        Raises:
-            UserError: A regression has too few real tiles.
-        """
-        labels = real[0].labels
-        probes = [None if s.logits is not None else Probe.of(s, cache) for s in real]
-        temperatures = []
-        for k, probe in enumerate(probes):
-            if probe is not None:
-                temperatures.append(_softened(probe.left_out, labels))
-            else:
-                temperatures.append(1.0 if val is None else _softened(val[k].logits, val[k].labels))
-        left_out = [
-            (probe.left_out / temperature).log_softmax(dim=1)
-            for probe, temperature in zip(probes, temperatures, strict=True)
-            if probe is not None
-        ]
-        together = 1.0
-        if len(left_out) > 1:
-            together = _softened(torch.stack(left_out).mean(dim=0), labels)
-        on_val = val is not None and None in probes
-        return cls(probes, temperatures, together, val[0].tiles if on_val else None)
-
-    def probabilities(self, sets: Sequence[FeatureSet]) -> Tensor:
-        """Probabilities (N, K) float64 of tiles whose features each network has computed."""
-        logits = [
-            (s.logits.double() if probe is None else probe.logits(s.values)) / temperature
-            for s, probe, temperature in zip(sets, self.probes, self.temperatures, strict=True)
-        ]
-        if len(logits) == 1:
-            return logits[0].softmax(dim=1)
-        mean = torch.stack([values.log_softmax(dim=1) for values in logits]).mean(dim=0)
-        return (mean / self.temperature).softmax(dim=1)
-
-
-def _softened(logits: Tensor, labels: Tensor) -> float:
-    """The temperature of logits (N, K), at least 1."""
-    return max(1.0, fit_temperature(logits, labels))

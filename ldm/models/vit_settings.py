@@ -65,6 +65,12 @@ class Settings:
         default=256,
         help="images per step, of all devices together; a smaller set makes one smaller batch",
     )
+    real_share: Annotated[float, Field(gt=0, lt=1)] | None = _training(
+        default=None,
+        metavar="S",
+        help="share of the drawn images that are real tiles, the rest synthetic or pseudo-labelled "
+        "ones that `histodiffusion select` added; if omitted as the folder has them",
+    )
     opt: str = _training(default="adamw", help="any timm optimizer")
     lr: Rate = _training(default=5e-4, help="learning rate at a batch of 512, scaled to the batch")
     min_lr: Rate = _training(default=1e-5, help="least learning rate of the schedule")

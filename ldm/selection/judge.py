@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.data.tile_files import TileFiles
+from ldm.data.tile_files import TileFiles, new_rows
 from ldm.errors import UserError
 from ldm.evaluation.predictions import Predictions
 from ldm.features.centroids import Centroids, class_centroids
 from ldm.features.extractor import Extractor
-from ldm.features.probe import Judge, Probe
+from ldm.features.judge import Judge
 from ldm.features.sets import FeatureSet, cached_features
 
 REAL_FILE, SYNTHETIC_FILE = "features_real.safetensors", "features_synthetic.safetensors"
@@ -103,6 +103,7 @@ def compute_judged(
     with_judge: bool,
     val_root: Path | None = None,
     choose: bool = False,
+    spread_root: Path | None = None,
     **loading: int,
 ) -> Judged:
     """Features by networks, from the cache where they were asked for the same tiles before.
@@ -113,32 +114,53 @@ def compute_judged(
             class that the judge gives it to, and tiles among the real ones are left out.
         extractors: Opened one after the other, where it is a generator.
         cache, loading: See `cached_features`; without a cache it is CANDIDATES.features.
-        with_judge: Fit a judge, see `ldm.features.probe.Judge`.
+        with_judge: Fit a judge, see `ldm.features.judge.Judge`.
         val_root: Labelled tiles that the judge is measured on.
         choose: Use the network alone whose regression has the lowest cross-entropy on left-out
             real tiles.
+        spread_root: Unlabelled tiles over which the judge spreads the labels, in place of
+            regressions; names of folders are ignored.
     """
     if cache is None:
         beside = candidates_root.resolve()  # which has a name, other than "."
         cache = beside.with_name(f"{beside.name}.features")
     files = _tile_files(real_root, candidates_root, unlabelled, val_root)
-    rows = _free_rows(files[1], files[0], files[2:]) if unlabelled else []
+    rows = new_rows(files[1], files[0], files[2:], "unlabelled") if unlabelled else []
+    if spread_root is not None:
+        pool = TileFiles.below(spread_root, False)
+        spread_rows = new_rows(pool, files[0], files[2:], "spread")
+        files.append(replace(pool, classes=files[0].classes))
     # By set of tiles, then by network.
-    real, found, *val = zip(
+    real, found, *others = zip(
         *([cached_features(tiles, one, cache, **loading) for tiles in files] for one in extractors),
         strict=True,
     )
-    probed = [one for one in real if one.logits is None] if with_judge else []
-    left_out = [(one, Probe.of(one, cache).scores(one.labels)) for one in probed]
+    spread = None
+    if spread_root is not None:
+        spread = [one.select(spread_rows) for one in others.pop()]
+    val = others[0] if others else None
+    judge = Judge.fit(real, cache, val, spread) if with_judge else None
+    probes = judge.probes if with_judge else []
+    left_out = tuple(
+        {"network": one.network, **probe.scores(one.labels)}
+        for one, probe in zip(real, probes, strict=False)  # none where no judge is needed
+        if probe is not None
+    )
     if choose:
-        if len(probed) < len(real):
+        if None in probes:
             raise UserError(
                 "`choose`: a classifier of these classes may have seen the tiles that would be left"
                 " out; name other networks"
             )
-        best = min(range(len(real)), key=lambda k: left_out[k][1]["cross_entropy"])
-        real, found, *val = ((sets[best],) for sets in (real, found, *val))
-    judge = Judge.fit(real, cache, *val) if with_judge else None
+        best = min(range(len(real)), key=lambda k: left_out[k]["cross_entropy"])
+        judge = replace(
+            judge,
+            probes=[judge.probes[best]],
+            temperatures=[judge.temperatures[best]],
+            temperature=1.0,
+        )
+        real, found = (real[best],), (found[best],)
+        val = val and (val[best],)
     if unlabelled:
         labels = judge.probabilities(found).argmax(dim=1)
         found = [replace(one, labels=labels).select(rows) for one in found]
@@ -150,8 +172,8 @@ def compute_judged(
         centroids_of(joined),
         found,
         judge,
-        measured(judge, *val) if val else None,
-        tuple({"network": one.network, **scores} for one, scores in left_out),
+        measured(judge, val) if val else None,
+        left_out,
     )
 
 
@@ -166,24 +188,6 @@ def _tile_files(
         real, candidates = labelled_files(real_root, candidates_root)
     val = [] if val_root is None else [TileFiles.below(val_root, classes=real.classes)]
     return [real, candidates, *val]
-
-
-def _free_rows(pool: TileFiles, real: TileFiles, val: Sequence[TileFiles]) -> list[int]:
-    """Unlabelled tiles that are neither among the real ones nor repeat another byte by byte."""
-    known, first = set(real.digests), {}
-    for i, digest in enumerate(pool.digests):
-        if digest not in known:
-            first.setdefault(digest, i)
-    for tiles in val:
-        leaked = len(first.keys() & set(tiles.digests))
-        if leaked:
-            raise UserError(
-                f"`unlabelled` {pool.root}: {leaked} of its tiles are those of `val` {tiles.root},"
-                " which must not be trained on; give other tiles"
-            )
-    if not first:
-        raise UserError(f"`unlabelled` {pool.root}: all its tiles are labelled; give other tiles")
-    return list(first.values())
 
 
 def measured(judge: Judge, val: Sequence[FeatureSet]) -> dict[str, Any]:

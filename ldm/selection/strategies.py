@@ -116,7 +116,7 @@ def by_confidence(synthetic: FeatureSet, probabilities: Tensor) -> Strategy:
     """Images that the judge gives to their class, the most probable first.
 
     Args:
-        probabilities: Of the judge, (N, K), see `ldm.features.probe.Judge`.
+        probabilities: Of the judge, (N, K), see `ldm.features.judge.Judge`.
     """
     own = probabilities.gather(1, synthetic.labels[:, None])  # (N, 1)
     others = probabilities.scatter(1, synthetic.labels[:, None], -1.0)

@@ -68,7 +68,12 @@ class WantedFolder:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """What decides the content of the folder."""
-        calibrated_on = self.judged.judge and self.judged.judge.calibrated_on
+        judge = self.judged.judge
+        further = {
+            name: getattr(judge, name)
+            for name in ("calibrated_on", "spread_over")
+            if judge is not None and getattr(judge, name) is not None
+        }
         return {
             **self.choice.settings(),
             "fill": self.fill,
@@ -80,7 +85,7 @@ class WantedFolder:
             "real_tiles": self.real.digest,
             f"{'unlabelled' if self.pseudo else 'synthetic'}_tiles": self.judged.synthetic.tiles,
             "link": self.link,
-            **({"calibrated_on": calibrated_on} if calibrated_on else {}),
+            **further,
         }
 
     def is_made(self) -> bool:

@@ -1,0 +1,83 @@
+"""Few labels spread over many unlabelled tiles along the neighbourhoods of their features.
+
+Letters: n labelled tiles, N tiles of the graph, M new tiles, D features, K classes.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.features.probe import LeftOut, folds_of
+
+NEIGHBOURS = 50
+ALPHA = 0.9  # share that a tile takes from its neighbours in each round; the rest is its own label
+ROUNDS = 1000  # at most; about 150 until nothing changes any more
+MOST_TILES = 20_000  # unlabelled ones: the search for neighbours takes the square of it
+
+
+class Spreading(LeftOut):
+    """A classifier that uses the shape of a large unlabelled set: label spreading.
+
+    Each labelled tile passes its label to its nearest neighbours in feature space, these pass it to
+    theirs, and so on; a new tile takes the mean of its nearest tiles. Source: Zhou et al.,
+    "Learning with local and global consistency", NeurIPS 2003.
+
+    Args:
+        features: Of the labelled tiles, (n, D).
+        labels: (n,) in [0, K).
+        classes: K names.
+        unlabelled: Features of further tiles, (N - n, D). Of more than `MOST_TILES`, that many are
+            drawn with a fixed seed.
+
+    Attributes:
+        left_out: (n, K) log-probabilities of the labelled tiles, each of them from the labels of
+            other folds.
+
+    Raises:
+        UserError: A class has a single labelled tile.
+    """
+
+    def __init__(
+        self, features: Tensor, labels: np.ndarray, classes: Sequence[str], unlabelled: Tensor
+    ):
+        from sklearn.neighbors import NearestNeighbors
+        from sklearn.preprocessing import StandardScaler
+
+        folds = folds_of(labels, classes)
+        drawn = np.random.default_rng(0).permutation(len(unlabelled))[:MOST_TILES]
+        values = torch.cat([features, unlabelled[np.sort(drawn)]]).double().numpy()
+        self._scaler = StandardScaler().fit(values)
+        values = self._scaler.transform(values).astype(np.float32)
+        count = min(NEIGHBOURS, len(values))
+        self._search = NearestNeighbors(n_neighbors=count, algorithm="brute").fit(values)
+        self._graph = self._search.kneighbors_graph(values)
+        known = np.full(len(values), -1)
+        known[: len(labels)] = labels
+        self._shares = self._spread(known)  # (N, K)
+        left_out = np.empty((len(labels), len(classes)))
+        for _, hidden in folds:
+            without = known.copy()
+            without[hidden] = -1
+            left_out[hidden] = self._spread(without)[hidden]
+        self.left_out = _logarithm(left_out)
+
+    def _spread(self, labels: np.ndarray) -> np.ndarray:
+        """Shares of the classes in each tile, (N, K), from labels (N,) that are -1 if unknown."""
+        from sklearn.semi_supervised import LabelSpreading
+
+        model = LabelSpreading(kernel=lambda *_: self._graph, alpha=ALPHA, max_iter=ROUNDS)
+        return model.fit(np.zeros((len(labels), 1)), labels).label_distributions_
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Log-probabilities (M, K) float64 of features (M, D)."""
+        queries = self._scaler.transform(features.double().numpy()).astype(np.float32)
+        neighbours = self._search.kneighbors(queries, return_distance=False)  # (M, k)
+        return _logarithm(self._shares[neighbours].mean(axis=1))
+
+
+def _logarithm(shares: np.ndarray) -> Tensor:
+    """Logarithm of shares (M, K) that sum to 1, or to 0 where no label reached a tile."""
+    shares = shares + 1e-6
+    return torch.from_numpy(np.log(shares / shares.sum(axis=1, keepdims=True)))
