@@ -28,7 +28,7 @@ from ldm.synthesis.folder import STAGES
 SIDE = 64  # pixels of a tile on the screen
 SOURCE = 96  # pixels of a tile in the page, at most
 TILES = 4  # per class and group
-GROUPS = 3  # pools side by side
+GROUPS = 4  # of tiles side by side
 TITLE = 52  # letters above a chart
 LARGEST_MAP = 8_000_000  # bytes of an interactive map that becomes a part of the page
 # What is drawn of a model's training: the first of these that its validations logged.
@@ -121,11 +121,14 @@ def _labelled_folder(table: Table) -> Path | None:
 
 def _stages(page: Page, table: Table) -> None:
     """The first tile of each class of a pool, as the model expects it at several time steps."""
-    pools = [(label, pool) for label, pool in table.pools.values() if (pool / STAGES).is_dir()]
-    if not pools:
+    found = {}  # by the noise that they start from: a variation has a tile to start from
+    for label, pool in table.pools.values():
+        if times := [float(file.stem) for file in (pool / STAGES).glob("*/*.png")]:
+            found[max(times)] = label, pool
+    if not found:
         return
     page.heading("From noise to a tile")
-    label, pool = pools[-1]  # generators are listed with the plainest first
+    label, pool = found[max(found)]
     rows = []
     for name in table.classes:
         files = sorted((pool / STAGES / name).glob("*.png"), key=lambda path: -float(path.stem))
