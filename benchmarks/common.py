@@ -10,41 +10,36 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from ldm.cli import Count, NotNegative, option
+from ldm.cli import Count, NotNegative, like, option
 from ldm.errors import UserError
-from ldm.settings import DEVICE_HELP, PRECISION_HELP
+from ldm.settings import DeviceOption, ProcessOptions
 
-# Imported before the memory of a contestant is measured: libraries are not what is compared.
-IMPORTS = {
-    "all": (
-        "torch._dynamo",
-        "torch.utils.benchmark",
-        "torch.utils.flop_counter",
-        "ldm.data.corpora",
-        "ldm.data.datamodule",
-        "ldm.exchange.diffusers_export",
-        "ldm.modules.ema",
-        "ldm.synthesis.synthesiser",
-    ),
-    "ours": (),
-    "diffusers": ("diffusers.models", "diffusers.training_utils"),
-    "monai": ("monai.networks.nets",),
-}
+if TYPE_CHECKING:
+    from benchmarks.networks import Execution
+
+# Imported in every process before memory is measured: libraries are not what is compared.
+IMPORTS = (
+    *("torch._dynamo", "torch.utils.benchmark", "torch.utils.flop_counter"),
+    *("ldm.data.corpora", "ldm.data.datamodule", "ldm.exchange.diffusers_export"),
+    *("ldm.modules.ema", "ldm.synthesis.synthesiser"),
+    *("diffusers.models", "diffusers.training_utils", "monai.networks.nets"),
+)
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 Lap = Callable[[str], None]  # called at the end of each part of a step, with the part's name
-Turns = Mapping[str, Sequence[Mapping[str, Any]]]  # by contestant, what `run_turn` returns
+Turn = Mapping[str, Any]  # what a call of `prepare`'s function returns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +51,7 @@ class BenchmarkOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkOptions(BenchmarkOptions):
+class NetworkOptions(BenchmarkOptions, DeviceOption):
     """Options of the benchmarks that run networks."""
 
     size: Literal["demo", "small", "paper"] = option(default="small", help="size of the networks")
@@ -67,46 +62,32 @@ class NetworkOptions(BenchmarkOptions):
         metavar="LIBRARY",
         help="libraries to compare with, diffusers or monai; without a name: ours alone",
     )
-    precision: Literal["auto", "32", "bf16"] | None = option(
-        default=None, help=PRECISION_HELP.format("bf16")
-    )
-    channels_last: bool = option(default=False, help="memory layout that suits tensor cores")
+    precision: Literal["auto", "32", "bf16"] | None = like(ProcessOptions, "precision", None)
+    channels_last: bool = like(ProcessOptions, "channels_last", False)
     compile: bool = option(default=False, help="compile the networks")
-    device: str = option(default="auto", help=DEVICE_HELP)
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A contestant that is built.
+    """A contestant that is built."""
 
-    Attributes:
-        step: Processes one batch.
-        parameters: Number of weights.
-        flops: Floating-point operations of a step, or None where they are not counted.
-    """
-
-    step: Callable[[Lap], None]
-    parameters: int
-    flops: int | None = None
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """How to build a contestant, in whichever process.
-
-    Attributes:
-        build: A function that can be pickled and returns what is to be measured.
-        device: The torch.device to run on.
-        library: A key of `IMPORTS`.
-    """
-
-    build: Callable[[], Ready]
-    device: Any
-    library: str = "ours"
+    step: Callable[[Lap], None]  # processes one batch
+    parameters: int  # number of weights
+    flops: int  # floating-point operations of a step
 
 
 def no_lap(part: str) -> None:
     """Measure no parts."""
+
+
+def seconds_per_call(call: Callable[[], Any], at_least: float) -> float:
+    """Seconds of a call, the median over calls that take `at_least` seconds together."""
+    import torch
+    from torch.utils.benchmark import Timer
+
+    # The Timer waits for the device. It sets the number of threads, to one unless told otherwise.
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=at_least).median
 
 
 def measure(step: Callable[[Lap], None], min_run_time: float, device: Any) -> dict[str, float]:
@@ -116,7 +97,6 @@ def measure(step: Callable[[Lap], None], min_run_time: float, device: Any) -> di
     the machine does.
     """
     import torch
-    from torch.utils.benchmark import Timer
 
     calls, marks = 0, []
 
@@ -131,9 +111,7 @@ def measure(step: Callable[[Lap], None], min_run_time: float, device: Any) -> di
         marks.append((part, time.perf_counter()))
 
     start = time.process_time()
-    # The Timer waits for the device. It sets the number of threads, to one unless told otherwise.
-    timer = Timer("count()", globals={"count": count}, num_threads=torch.get_num_threads())
-    result = {"total": timer.blocked_autorange(min_run_time=min_run_time).median}
+    result = {"total": seconds_per_call(count, min_run_time)}
     if device.type == "cpu":
         result["cpu"] = (time.process_time() - start) / calls
     lap("")
@@ -162,77 +140,74 @@ def peak_memory(device: Any) -> float:
     return float(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) / 2**10
 
 
-class Host:
-    """A contestant that is built and warmed up in this process."""
+def prepare(
+    build: Callable[[], Ready], device: Any, min_run_time: float
+) -> Callable[[], dict[str, Any]]:
+    """Build a contestant and warm it up in this process.
 
-    def __init__(self, contestant: Contestant, min_run_time: float):
-        for module in (*IMPORTS["all"], *IMPORTS[contestant.library]):
+    Returns:
+        A function that measures a turn: seconds of a step, and the peak memory (MiB) of the
+        contestant since it was built.
+    """
+    for module in IMPORTS:
+        if find_spec(module.partition(".")[0]):
             import_module(module)
-        self.min_run_time, self.device = min_run_time, contestant.device
-        restart_peak(self.device)
-        self.base = 0.0 if self.device.type == "cuda" else peak_memory(self.device)
-        self.ready = contestant.build()
-        gc.collect()
-        restart_peak(self.device)  # building may take more for a moment
-        self.ready.step(no_lap)
+    restart_peak(device)
+    base = 0.0 if device.type == "cuda" else peak_memory(device)
+    ready = build()
+    gc.collect()
+    restart_peak(device)  # building may take more for a moment
+    ready.step(no_lap)
 
-    def run_turn(self) -> dict[str, Any]:
-        """Measure a turn: seconds of a step, and the peak memory (MiB) since it was built."""
-        seconds = measure(self.ready.step, self.min_run_time, self.device)
-        facts = {"parameters": self.ready.parameters, "flops": self.ready.flops}
-        return {"seconds": seconds, "memory": peak_memory(self.device) - self.base, **facts}
+    def turn() -> dict[str, Any]:
+        seconds, memory = measure(ready.step, min_run_time, device), peak_memory(device) - base
+        facts = {"parameters": ready.parameters, "flops": ready.flops}
+        return {"seconds": seconds, "memory": memory, **facts}
 
-
-_hosts: list[Host] = []  # the contestant of this process, where it was started for one
+    return turn
 
 
-def _build(contestant: Contestant, min_run_time: float) -> None:
-    _hosts.append(Host(contestant, min_run_time))
+_turns: list[Callable[[], dict[str, Any]]] = []  # of a process that was started for a contestant
+
+
+def _start(*arguments: Any) -> None:
+    _turns.append(prepare(*arguments))
 
 
 def _run_turn() -> dict[str, Any]:
-    return _hosts[0].run_turn()
+    return _turns[0]()
 
 
-def call_in(pool: Executor, name: str, call: Callable, *args: Any) -> Any:
-    """The result of a call in the process of the contestant `name`, its errors as one line."""
-    import torch
+def compete(
+    builds: Mapping[str, Callable[[], Ready]], device: Any, args: BenchmarkOptions
+) -> dict[str, list[Turn]]:
+    """Let contestants run in turn, `args.repeats` times, each built and warmed up before.
 
-    remedy = "use a smaller --batch_size or --size, or fewer --peers"
-    try:
-        return pool.submit(call, *args).result()
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from None
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"{name}: {error}; python -m pip install {error.name}, or leave it out of --peers"
-        ) from None
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"{name}: {str(error).split('. ')[0]}; {remedy}") from None
-    except BrokenProcessPool:
-        raise UserError(
-            f"the process of {name} ended early: it was killed, as for too much memory, or its "
-            f"error is above; {remedy}"
-        ) from None
-
-
-def compete(contestants: Mapping[str, Contestant], args: BenchmarkOptions) -> Turns:
-    """Let the contestants run in turn, `args.repeats` times, each built and warmed up before.
+    Args:
+        builds: By contestant, a function that can be pickled and builds it.
 
     Raises:
         UserError: A contestant could not be built or run.
     """
-    turns: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
+    import torch
+
+    turns: dict[str, list[Turn]] = {name: [] for name in builds}
     # Not a fork, which would start with the memory, the threads and the CUDA of this process.
     spawn = get_context("spawn")
     with ExitStack() as stack:
-        pools = {}
-        for name, contestant in contestants.items():
-            pools[name] = stack.enter_context(ProcessPoolExecutor(1, spawn))
-            call_in(pools[name], name, _build, contestant, args.min_run_time)
-        for _ in range(args.repeats):
-            for name, pool in pools.items():
-                turns[name].append(call_in(pool, name, _run_turn))
+        pools = {name: stack.enter_context(ProcessPoolExecutor(1, spawn)) for name in builds}
+        try:
+            for name, build in builds.items():
+                pools[name].submit(_start, build, device, args.min_run_time).result()
+            for _ in range(args.repeats):
+                for name, pool in pools.items():
+                    turns[name].append(pool.submit(_run_turn).result())
+        except (UserError, torch.OutOfMemoryError, BrokenProcessPool) as error:
+            why = str(error).split(". ")[0]
+            if isinstance(error, BrokenProcessPool):
+                why = "its process was killed, as for too much memory, or its error is above"
+            remedy = "use a smaller --batch_size or --size, or fewer --peers"
+            raise UserError(f"{name}: {why}; {remedy}") from None
     return turns
 
 
@@ -247,7 +222,9 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {name: rounded(value) for name, value in numbers.items()}
 
 
-def compared(turns: Turns, pairs: Sequence[tuple[str, str]], images: int) -> dict[str, Any]:
+def compared(
+    turns: Mapping[str, Sequence[Turn]], pairs: Sequence[tuple[str, str]], images: int
+) -> dict[str, Any]:
     """The numbers of a contest: by contestant, and for pairs (a, b) as a over b, turn by turn.
 
     Args:
@@ -255,33 +232,20 @@ def compared(turns: Turns, pairs: Sequence[tuple[str, str]], images: int) -> dic
         pairs: Names; where a ratio of rates is above 1, the first of the pair is faster.
         images: Images of a step.
     """
-    # By contestant and part, turn by turn.
-    seconds = {
-        name: {part: [turn["seconds"][part] for turn in own] for part in own[0]["seconds"]}
-        for name, own in turns.items()
-    }
-    medians = {
-        name: {part: spread(values)["median"] for part, values in parts.items()}
-        for name, parts in seconds.items()
-    }
+    import pandas as pd
+
+    # A row per turn, a column per part of a step.
+    seconds = {name: pd.DataFrame([turn["seconds"] for turn in own]) for name, own in turns.items()}
+    medians = {name: table.median().map(rounded).to_dict() for name, table in seconds.items()}
+    memory = {name: max(turn["memory"] for turn in own) for name, own in turns.items()}
+    flops = {name: own[0]["flops"] for name, own in turns.items()}  # of products, convolutions
 
     def rate_ratios(part: str) -> dict[str, dict[str, float]]:
-        return {
-            f"{a}_over_{b}": spread(
-                [y / x for x, y in zip(seconds[a][part], seconds[b][part], strict=True)]
-            )
-            for a, b in pairs
-            if part in seconds[a]
-        }
+        of_part = [pair for pair in pairs if part in seconds[pair[0]]]
+        return {f"{a}_over_{b}": spread(seconds[b][part] / seconds[a][part]) for a, b in of_part}
 
-    memory = {name: max(turn["memory"] for turn in own) for name, own in turns.items()}
-    # Of matrix products and convolutions.
-    flops = {name: own[0]["flops"] for name, own in turns.items() if own[0]["flops"]}
     return {
-        "images_per_s": {
-            name: spread([images / value for value in parts["total"]])
-            for name, parts in seconds.items()
-        },
+        "images_per_s": {name: spread(images / table["total"]) for name, table in seconds.items()},
         "images_per_s_ratio": rate_ratios("total"),
         "images_per_cpu_s_ratio": rate_ratios("cpu"),
         "seconds": medians,
@@ -293,6 +257,25 @@ def compared(turns: Turns, pairs: Sequence[tuple[str, str]], images: int) -> dic
         "tflop_per_s": {n: rounded(f / medians[n]["total"] / 1e12) for n, f in flops.items()},
         "parameters": {name: own[0]["parameters"] for name, own in turns.items()},
     }
+
+
+def run_contest(
+    args: NetworkOptions,
+    execution: "Execution",
+    builds: Mapping[str, Callable[[], Ready]],
+    pairs: Sequence[tuple[str, str]],
+    **facts: Any,
+) -> None:
+    """Let contestants compete, and print what `compared` says of them beside `facts`.
+
+    Raises:
+        UserError: A library is missing; or see `compete`.
+    """
+    for name in args.peers:
+        if find_spec(name) is None:
+            raise UserError(f"{name} is missing: python -m pip install {name}", "peers")
+    numbers = compared(compete(builds, execution.device, args), pairs, args.batch_size)
+    print_result(args, dtype=execution.dtype, **facts, **numbers)
 
 
 def print_result(args: BenchmarkOptions, **facts: Any) -> None:

@@ -4,15 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
-from benchmarks.common import (
-    Contestant,
-    Lap,
-    NetworkOptions,
-    Ready,
-    compared,
-    compete,
-    print_result,
-)
+from benchmarks.common import Lap, NetworkOptions, Ready, run_contest
 from ldm.cli import parse, run_command
 
 if TYPE_CHECKING:
@@ -29,14 +21,12 @@ def build(library: str, networks: "Networks", execution: "Execution", batch_size
     """A contestant that encodes one batch of random images again and again."""
     import torch
 
-    from benchmarks.networks import autoencoder_flops, build_autoencoder, count, randomise
+    from benchmarks.networks import autoencoder_flops, count, make_encoder
 
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = execution.search
-    net, encode = build_autoencoder(library, networks)
+    net, encode = make_encoder(library, networks, execution)
     del net.decoder
-    execution.place(randomise(net)).eval().requires_grad_(False)
-    execution.maybe_compile(net.encoder)
     x = execution.place(2 * torch.rand(batch_size, *networks.image) - 1)
 
     @torch.no_grad()
@@ -53,17 +43,12 @@ def main(argv: list[str] | None = None) -> None:
     from benchmarks.networks import Execution, Networks
 
     execution, networks = Execution.of(args), Networks.of(args.size)
-    contestants = {
-        library: Contestant(
-            partial(build, library, networks, execution, args.batch_size), execution.device, library
-        )
+    builds = {
+        library: partial(build, library, networks, execution, args.batch_size)
         for library in ["ours", *args.peers]
     }
-    turns = compete(contestants, args)
-    pairs = [("ours", peer) for peer in args.peers]
-    shape = [args.batch_size, *networks.image]
-    numbers = compared(turns, pairs, args.batch_size)
-    print_result(args, bench="encode", shape=shape, dtype=execution.dtype, **numbers)
+    pairs, shape = [("ours", peer) for peer in args.peers], [args.batch_size, *networks.image]
+    run_contest(args, execution, builds, pairs, bench="encode", shape=shape)
 
 
 if __name__ == "__main__":

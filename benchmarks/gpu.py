@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -73,22 +74,6 @@ class Options:
         "-c", default=50, help="sampling steps"
     )
     out: Path | None = option(default=None, metavar="FILE", help="JSON file of the results")
-
-
-@dataclass(frozen=True)
-class Latents:
-    """Training data that lies on the device, in the place of `benchmarks.loading.Source`."""
-
-    moments: "torch.Tensor"  # (B, 2C, h, w)
-    kind: ClassVar = "latents"
-
-    @property
-    def batch_size(self) -> int:
-        return len(self.moments)
-
-    def batches(self) -> Iterator[dict[str, Any]]:
-        while True:
-            yield {"moments": self.moments}
 
 
 @dataclass(frozen=True)
@@ -147,7 +132,7 @@ def build_training(
 
     channels, height, width = networks.latent
     moments = torch.randn(batch_size, 2 * channels, height, width, device=execution.device)
-    return train.build(library, networks, execution, Latents(moments))
+    return train.build(library, networks, execution, lambda: repeat({"moments": moments}))
 
 
 def build_autoencoder_training(

@@ -50,23 +50,14 @@ class Options(BenchmarkOptions):
 
 @dataclass(frozen=True)
 class Source:
-    """Where training data comes from.
+    """Where training data comes from."""
 
-    Attributes:
-        root: Folder of tiles, of tar shards or of cached latents.
-        kind: One of `KINDS`.
-        tiles: How many there are.
-        pixels: Side of a tile.
-        batch_size: Tiles per batch.
-        workers: Loader processes.
-    """
-
-    root: Path
-    kind: str
-    tiles: int
-    pixels: int
+    root: Path  # folder of tiles, of tar shards or of cached latents
+    kind: str  # one of `KINDS`
+    tiles: int  # how many there are
+    pixels: int  # side of a tile
     batch_size: int
-    workers: int = 0
+    workers: int = 0  # loader processes
 
     def module(self) -> "DataModuleFromConfig":
         """The data module that a training would have."""
@@ -146,20 +137,18 @@ def make_source(folder: Path, kind: str, networks: "Networks", tiles: int, batch
     return Source(root, kind, tiles, pixels, batch)
 
 
-def measure_rates(sources: Sequence[Source], repeats: int, seconds: float) -> dict[str, Any]:
+def measure_rates(sources: Sequence[Source], args: BenchmarkOptions) -> dict[str, Any]:
     """Images per second by kind, in turns. What was prepared between turns is thrown away."""
     from torch.utils.benchmark import Timer
 
-    streams = {source.kind: source.batches() for source in sources}
     rates: dict[str, list[float]] = {source.kind: [] for source in sources}
-    for _ in range(repeats):
-        for source in sources:
-            stream = streams[source.kind]
-            for _ in range(source.workers * PREFETCH + 1):
-                next(stream)
-            timer = Timer("next(stream)", globals={"stream": stream})
-            took = timer.blocked_autorange(min_run_time=seconds).mean
-            rates[source.kind].append(source.batch_size / took)
+    streams = [(source, source.batches()) for source in sources]
+    for source, stream in streams * args.repeats:
+        for _ in range(source.workers * PREFETCH + 1):
+            next(stream)
+        timer = Timer("next(stream)", globals={"stream": stream})
+        took = timer.blocked_autorange(min_run_time=args.min_run_time).mean
+        rates[source.kind].append(source.batch_size / took)
     return {kind: spread(values) for kind, values in rates.items()}
 
 
@@ -198,31 +187,20 @@ def main(argv: list[str] | None = None) -> None:
             for kind in dict.fromkeys(args.kinds)
         ]
         rates = {
-            workers: measure_rates(
-                [replace(source, workers=workers) for source in sources],
-                args.repeats,
-                args.min_run_time,
-            )
+            workers: measure_rates([replace(one, workers=workers) for one in sources], args)
             for workers in dict.fromkeys(args.workers)
         }
         cpu = {source.kind: cpu_milliseconds(source, args.min_run_time) for source in sources}
-        bytes_per_tile = {
-            source.kind: round(
-                sum(f.stat().st_size for f in source.root.rglob("*") if f.is_file()) / args.tiles
-            )
-            for source in sources
-        }
+        files = {s.kind: [f for f in s.root.rglob("*") if f.is_file()] for s in sources}
+        sizes = {k: round(sum(f.stat().st_size for f in v) / args.tiles) for k, v in files.items()}
     facts = {"shape": [args.batch_size, *networks.image], "latent": networks.latent}
-    facts |= {"images_per_s": rates, "cpu_ms_per_image": cpu, "bytes_per_tile": bytes_per_tile}
+    facts |= {"images_per_s": rates, "cpu_ms_per_image": cpu, "bytes_per_tile": sizes}
     if args.needed is not None:
         # As if processes did not hinder one another.
-        facts["cores_needed"] = {
-            kind: rounded(args.needed * sum(parts.values()) / 1e3) for kind, parts in cpu.items()
-        }
-        facts["share_of_needed"] = {
-            kind: rounded(max(rate[kind]["median"] for rate in rates.values()) / args.needed)
-            for kind in cpu
-        }
+        seconds = {kind: sum(parts.values()) / 1e3 for kind, parts in cpu.items()}
+        facts["cores_needed"] = {kind: rounded(args.needed * s) for kind, s in seconds.items()}
+        best = {kind: max(rate[kind]["median"] for rate in rates.values()) for kind in cpu}
+        facts["share_of_needed"] = {kind: rounded(r / args.needed) for kind, r in best.items()}
     print_result(args, bench="loading", **facts)
 
 

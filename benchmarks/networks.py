@@ -31,17 +31,11 @@ Encode = Callable[[Tensor], Tensor]  # x (B, 3, H, W) in [-1, 1] -> a drawn z (B
 
 @dataclass(frozen=True)
 class Networks:
-    """Architecture of an autoencoder and a noise predictor that belong together.
+    """Architecture of an autoencoder and a noise predictor that belong together."""
 
-    Attributes:
-        unet: Parameters of `ldm.modules.unet.UNetModel`.
-        ddconfig: Parameters of `ldm.modules.autoencoder.AutoencoderKL`.
-        embed_dim: Channels of its latents.
-    """
-
-    unet: dict[str, Any]
-    ddconfig: dict[str, Any]
-    embed_dim: int
+    unet: dict[str, Any]  # parameters of `ldm.modules.unet.UNetModel`
+    ddconfig: dict[str, Any]  # parameters of `ldm.modules.autoencoder.AutoencoderKL`
+    embed_dim: int  # channels of its latents
 
     @classmethod
     def of(cls, size: str) -> "Networks":
@@ -66,20 +60,13 @@ class Networks:
 
 @dataclass(frozen=True)
 class Execution:
-    """How networks are run.
+    """How networks are run."""
 
-    Attributes:
-        device: Where.
-        precision: "32", or "bf16" for autocast.
-        channels_last: Memory layout of features and weights.
-        compile: Whether the networks are compiled.
-        search: Whether cuDNN tries its algorithms at the first step, as the configurations have it.
-    """
-
-    device: torch.device
-    precision: str = "32"
-    channels_last: bool = False
-    compile: bool = False
+    device: torch.device  # where
+    precision: str = "32"  # "32", or "bf16" for autocast
+    channels_last: bool = False  # memory layout of features and weights
+    compile: bool = False  # whether the networks are compiled
+    # Whether cuDNN tries its algorithms at the first step, as the configurations have it.
     search: bool = True
 
     @classmethod
@@ -126,15 +113,9 @@ def build_unet(library: str, params: dict[str, Any]) -> tuple[nn.Module, Predict
         net = UNetModel(**params)
         return net, net
     if library == "diffusers":
-        from diffusers import UNet2DModel
+        from ldm.exchange.diffusers_export import make_unet
 
-        from ldm.exchange.diffusers_export import unet_settings
-        from ldm.exchange.unet_heads import UNetWithHeads
-
-        settings, heads = unet_settings(params)
-        net = (
-            UNet2DModel(**settings) if heads is None else UNetWithHeads(num_heads=heads, **settings)
-        )
+        net = make_unet(params)
         return net, lambda z_t, t: net(z_t, t, return_dict=False)[0]
     from monai.networks.nets import DiffusionModelUNet
 
@@ -192,6 +173,16 @@ def build_autoencoder(library: str, networks: Networks) -> tuple[nn.Module, Enco
     return net, lambda x: net.sampling(*net.encode(x))
 
 
+def make_encoder(
+    library: str, networks: Networks, execution: Execution
+) -> tuple[nn.Module, Encode]:
+    """A frozen autoencoder with random weights, and how to draw latents with it."""
+    net, encode = build_autoencoder(library, networks)
+    execution.place(randomise(net)).eval().requires_grad_(False)
+    execution.maybe_compile(net.encoder)
+    return net, encode
+
+
 def randomise(net: nn.Module) -> nn.Module:
     """Give a network weights of a usual size.
 
@@ -227,9 +218,7 @@ def unet_flops(library: str, networks: Networks, batch_size: int, train: bool = 
 
     def run() -> None:
         _, predict = build_unet(library, networks.unet)
-        z_t, t = torch.empty(batch_size, *networks.latent), torch.empty(batch_size).long()
-        with torch.set_grad_enabled(train):
-            eps = predict(z_t, t)
+        eps = predict(torch.empty(batch_size, *networks.latent), torch.empty(batch_size).long())
         if train:
             eps.sum().backward()
 

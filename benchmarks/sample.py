@@ -7,15 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from benchmarks.common import (
-    Contestant,
-    Lap,
-    NetworkOptions,
-    Ready,
-    compared,
-    compete,
-    print_result,
-)
+from benchmarks.common import Lap, NetworkOptions, Ready, run_contest
 from ldm.cli import like, option, parse, run_command
 
 if TYPE_CHECKING:
@@ -199,16 +191,10 @@ def main(argv: list[str] | None = None) -> None:
 
     execution, networks = Execution.of(args), Networks.of(args.size)
     settings = (networks, CLASSIFIERS[args.size], execution, args.batch_size, args.custom_steps)
-    contestants = {
-        arm: Contestant(
-            partial(build, arm, *settings), execution.device, arm if arm in args.peers else "ours"
-        )
-        for arm in ["ours", *args.peers, "guided"]
-    }
+    builds = {arm: partial(build, arm, *settings) for arm in ["ours", *args.peers, "guided"]}
     pairs = [*(("ours", peer) for peer in args.peers), ("guided", "ours")]
-    numbers = compared(compete(contestants, args), pairs, args.batch_size)
     shape = [args.batch_size, *networks.latent]
-    print_result(args, bench="sample", shape=shape, dtype=execution.dtype, **numbers)
+    run_contest(args, execution, builds, pairs, bench="sample", shape=shape)
 
 
 if __name__ == "__main__":

@@ -7,28 +7,20 @@ numbers that are not finite, on the device.
 """
 
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from benchmarks.common import (
-    Contestant,
-    Lap,
-    NetworkOptions,
-    Ready,
-    compared,
-    compete,
-    print_result,
-)
-from benchmarks.loading import Source, make_source
+from benchmarks.common import Lap, NetworkOptions, Ready, run_contest
+from benchmarks.loading import make_source
 from ldm.cli import Count, Workers, like, option, parse, run_command
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from benchmarks.networks import Encode, Execution, Networks
+    from benchmarks.networks import Execution, Networks
 
 KINDS = {"latents": "latents", "images": "png"}  # of `benchmarks.loading`
 TILES = 32
@@ -80,24 +72,30 @@ def noise_and_average(
     )
 
 
-def build_encode(library: str, networks: "Networks", execution: "Execution") -> "Encode":
-    """What draws latents of images."""
-    from benchmarks.networks import build_autoencoder, randomise
+def build(
+    library: str,
+    networks: "Networks",
+    execution: "Execution",
+    batches: Callable[[], Iterator[dict[str, Any]]],
+) -> Ready:
+    """A contestant that trains with the L1 error of the noise, AdamW and an average of weights.
 
-    net, encode = build_autoencoder(library, networks)
-    execution.place(randomise(net)).eval().requires_grad_(False)
-    execution.maybe_compile(net.encoder)
-    return encode
-
-
-def build(library: str, networks: "Networks", execution: "Execution", source: Source) -> Ready:
-    """A contestant that trains with the L1 error of the noise, AdamW and an average of weights."""
+    Args:
+        batches: Gives batches without end, of `image` or of cached `moments`; can be pickled.
+    """
     import torch
 
-    from benchmarks.networks import autoencoder_flops, build_unet, count, randomise, unet_flops
+    from benchmarks.networks import (
+        autoencoder_flops,
+        build_unet,
+        count,
+        make_encoder,
+        randomise,
+        unet_flops,
+    )
     from ldm.modules.autoencoder import DiagonalGaussian
 
-    device, batch_size = execution.device, source.batch_size
+    device = execution.device
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = execution.search
     with device:  # weights are drawn where they are used, which is sooner
@@ -109,15 +107,20 @@ def build(library: str, networks: "Networks", execution: "Execution", source: So
     )
     finite = torch.ones((), dtype=torch.bool, device=device)
     execution.maybe_compile(net)  # not before: the average is a copy
-    flops = unet_flops(library, networks, batch_size, train=True)
-    key, draw = "moments", lambda moments: DiagonalGaussian(moments).sample()
-    if source.kind != "latents":
-        key, draw = "image", build_encode(library, networks, execution)
-        flops += autoencoder_flops(library, networks, batch_size)
-    batches = source.batches()
+    stream = batches()
+    first = next(stream)
+    key = "moments" if "moments" in first else "image"
+    flops = unet_flops(library, networks, len(first[key]), train=True)
+    if key == "moments":
+
+        def draw(moments: "Tensor") -> "Tensor":
+            return DiagonalGaussian(moments).sample()
+    else:
+        _, draw = make_encoder(library, networks, execution)
+        flops += autoencoder_flops(library, networks, len(first[key]))
 
     def step(lap: Lap) -> None:
-        x = next(batches)[key].to(device, non_blocking=True)
+        x = next(stream)[key].to(device, non_blocking=True)
         lap("data")
         with execution.autocast():
             with torch.no_grad():
@@ -149,22 +152,19 @@ def main(argv: list[str] | None = None) -> None:
 
     execution, networks = Execution.of(args), Networks.of(args.size)
     libraries, sources = ["ours", *args.peers], list(dict.fromkeys(args.sources))
-    contestants, pairs = {}, []
+    builds, pairs = {}, []
     with tempfile.TemporaryDirectory(prefix="benchmark") as folder:
         for name in sources:
             made = make_source(Path(folder), KINDS[name], networks, TILES, args.batch_size)
-            source = Source(**{**vars(made), "workers": args.workers})
+            source = replace(made, workers=args.workers)
             for library in libraries:
-                contestants[f"{library}_from_{name}"] = Contestant(
-                    partial(build, library, networks, execution, source), execution.device, library
-                )
+                build_one = partial(build, library, networks, execution, source.batches)
+                builds[f"{library}_from_{name}"] = build_one
             pairs += [(f"ours_from_{name}", f"{peer}_from_{name}") for peer in args.peers]
         if len(sources) == 2:
             pairs += [(f"{lib}_from_latents", f"{lib}_from_images") for lib in libraries]
-        turns = compete(contestants, args)
-    shape = [args.batch_size, *networks.latent]
-    numbers = compared(turns, pairs, args.batch_size)
-    print_result(args, bench="train", shape=shape, dtype=execution.dtype, **numbers)
+        shape = [args.batch_size, *networks.latent]
+        run_contest(args, execution, builds, pairs, bench="train", shape=shape)
 
 
 if __name__ == "__main__":

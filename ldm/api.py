@@ -44,9 +44,9 @@ from ldm.features.source import DIFFUSION, VIT, FeatureSource
 from ldm.files import require_class_names, write_png
 from ldm.models.vit_settings import Settings
 from ldm.progress import Bar
-from ldm.selection.judge import Judged, centroids_of
+from ldm.selection.judge import Judged
 from ldm.selection.strategies import Choice
-from ldm.selection.wanted import decide
+from ldm.selection.training_folder import decide
 from ldm.synthesis.models import load_models
 from ldm.synthesis.options import Options
 from ldm.synthesis.request import check_models, choose_counts, choose_sampling, choose_sources
@@ -249,7 +249,7 @@ def select(
     judge = Judge.fit([real]) if choice.needs_judge else None
     labels = torch.tensor([classes.index(name) for name in names])
     made = replace(synthetic, labels=labels, classes=classes).in_order()
-    judged = Judged(real, made, centroids_of(real), judge=judge)
+    judged = Judged(real, made, judge=judge)
     _, decided = decide(judged, choice, [per_class] * len(classes))
     rows = {file: row for row, file in enumerate(synthetic.files)}
     chosen = [rows[file] for name in decided.classes for file in decided.used(name)]

@@ -94,13 +94,23 @@ def checkpoint_path(path: str | os.PathLike, what: str = "checkpoint") -> Path:
 
 
 def load_tensors(path: Path, what: str) -> Any:
-    """Content of a file that torch saved, on the CPU, if it is tensors and plain data only.
+    """Content of a file that torch or safetensors saved, on the CPU: tensors and plain data only.
 
     Raises:
-        UserError: The file holds anything else, or was not saved by torch.
+        UserError: The file holds anything else, or was saved by something else.
     """
     import torch
 
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise UserError(
+                f"{what}: {path} is not a safetensors file ({error}); give another"
+            ) from None
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:

@@ -229,22 +229,17 @@ def _with_override(config: DictConfig, override: str, translation: Translation) 
 # --- Translation of published configurations -----------------------------------------------------
 
 
-def upgrade_config(config: DictConfig | Mapping) -> DictConfig | dict:
-    """A copy in which published target and parameter names are translated to native ones.
+def upgrade_config(config: DictConfig | Mapping) -> dict:
+    """A resolved copy in which published target and parameter names are native ones.
 
     What means nothing here is dropped, with one log line for all; a native configuration comes back
     equal.
 
     Raises:
-        UserError: Settings of the published code that are not supported, all together.
+        Problems: Settings of the published code that are not supported.
     """
-    tree = _native(resolve(config))
-    return OmegaConf.create(tree) if isinstance(config, DictConfig) else tree
-
-
-def _native(tree: dict) -> dict:
     translation = Translation()
-    tree = translation.tree(tree)
+    tree = translation.tree(resolve(config))
     translation.log()
     if translation.problems:
         raise Problems(translation.problems, "configuration")
@@ -481,13 +476,12 @@ def instantiate_from_config(config: DictConfig | Mapping, **extra: Any) -> Any:
     Raises:
         UserError: Names that do not exist, here or in a node within, all together.
     """
-    node = resolve(config)
+    node = upgrade_config(config)
     if not _is_node(node):
         raise UserError(
             f"configuration with keys {sorted(map(str, node))} has no target: name the class there "
             f"({TILES})"
         )
-    node = _native(node)
     node.pop("base_learning_rate", None)  # of the model's section, for the command
     problems: Found = {}
     _check_nodes(node, "", problems, supplied=extra.keys())

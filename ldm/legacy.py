@@ -56,110 +56,99 @@ UNSUPPORTED_TARGETS = {
 }
 
 
-@dataclass(frozen=True)
-class WithoutEffect:
-    """A published parameter that means nothing here, as long as it has one of `values` (if any)."""
+# --- Parameters of the published classes that mean nothing here, by native target ----------------
 
-    values: tuple | None = None
-    remedy: str = "remove it"
-
-    def covers(self, value: Any) -> bool:
-        # True == 1 in Python; a flag written where a number belongs is another value.
-        return self.values is None or any(
-            known == value and isinstance(known, bool) == isinstance(value, bool)
-            for known in self.values
-        )
-
-
-# --- Parameters of the published classes that have no counterpart, by native target --------------
-
+# Name -> the values that mean nothing (`ANY` for all), and why another value is not supported. What
+# to do then is to set the parameter to the first of the values, or to remove it if that is None.
+Unused = Mapping[str, tuple[tuple, str]]
+ANY = ()
 _UNCONDITIONAL = (
     "the diffusion model is unconditional and classes come from classifier guidance "
-    "(sample_diffusion.py --classifier); set it to"
+    "(sample_diffusion.py --classifier)"
 )
-_NO_TEXT = WithoutEffect((None,), "there is no text conditioning; remove it")
-_KEY = WithoutEffect(("image",), "tiles come as `image`; set it to image")
-_STRICT = WithoutEffect((None, []), "checkpoints are loaded in full; remove it")
-_OFF = WithoutEffect((False,), "set it to False")
-_ZERO = WithoutEffect((0,), "set it to 0")
-_UNET_NAMES = {
-    "dims": WithoutEffect((2,), "only images are; set it to 2"),
-    "use_fp16": WithoutEffect((False,), "set it to False and give `precision` bf16-mixed"),
-    "use_spatial_transformer": WithoutEffect(
-        (False,), "there is no text conditioning; set it to False"
-    ),
-    "transformer_depth": WithoutEffect(),  # read by the spatial transformer only
-    "context_dim": _NO_TEXT,
-    "n_embed": WithoutEffect((None,), "latents are not quantised; remove it"),
-    "legacy": WithoutEffect(),  # read by the spatial transformer only
+_KEY = (("image",), "tiles come as `image`")
+_STRICT = ((None, []), "checkpoints are loaded in full")
+_OFF, _ZERO = ((False,), ""), ((0,), "")
+_NO_TEXT = "there is no text conditioning"
+_UNET_NAMES: Unused = {
+    "dims": ((2,), "only images are"),
+    "use_fp16": ((False,), "`precision` bf16-mixed is what there is"),
+    "use_spatial_transformer": ((False,), _NO_TEXT),
+    "transformer_depth": (ANY, ""),  # read by the spatial transformer only
+    "context_dim": ((None,), _NO_TEXT),
+    "n_embed": ((None,), "latents are not quantised"),
+    "legacy": (ANY, ""),  # read by the spatial transformer only
 }
-WITHOUT_EFFECT = {
+UNUSED: dict[str, Unused] = {
     "ldm.models.diffusion.LatentDiffusion": {
         # `log_every_t`: logging of intermediate samples; `clip_denoised`: of pixel-space sampling,
         # latents were never clipped; the others: how a condition would be read and fed.
         **dict.fromkeys(
-            ("log_every_t", "clip_denoised", "cond_stage_key", "concat_mode"), WithoutEffect()
+            ("log_every_t", "clip_denoised", "cond_stage_key", "concat_mode"), (ANY, "")
         ),
         **dict.fromkeys(("original_elbo_weight", "v_posterior", "logvar_init"), _ZERO),
         **dict.fromkeys(("use_positional_encodings", "learn_logvar", "load_only_unet"), _OFF),
-        "num_timesteps_cond": WithoutEffect((None, 1), "set it to 1"),
-        "cond_stage_config": WithoutEffect(
-            (None, "__is_unconditional__"), f"{_UNCONDITIONAL} __is_unconditional__"
-        ),
-        "cond_stage_trainable": WithoutEffect((False,), f"{_UNCONDITIONAL} False"),
-        "cond_stage_forward": _NO_TEXT,
-        "conditioning_key": WithoutEffect((None,), f"{_UNCONDITIONAL} null"),
+        "num_timesteps_cond": ((1, None), ""),
+        "cond_stage_config": (("__is_unconditional__", None), _UNCONDITIONAL),
+        "cond_stage_trainable": ((False,), _UNCONDITIONAL),
+        "cond_stage_forward": ((None,), _NO_TEXT),
+        "conditioning_key": ((None,), _UNCONDITIONAL),
         "first_stage_key": _KEY,
         "ignore_keys": _STRICT,
-        "given_betas": WithoutEffect((None,), "use beta_schedule, linear_start and linear_end"),
-        "cosine_s": WithoutEffect((0.008,), "set it to 0.008"),
-        "l_simple_weight": WithoutEffect((1,), "set it to 1 and scale the learning rate"),
+        "given_betas": ((None,), "beta_schedule, linear_start and linear_end say them"),
+        "cosine_s": ((0.008,), ""),
+        "l_simple_weight": ((1,), "scale the learning rate"),
     },
     "ldm.models.autoencoder.AutoencoderKL": {
-        "colorize_nlabels": WithoutEffect((None,), "images have three channels; remove it"),
+        "colorize_nlabels": ((None,), "images have three channels"),
         "image_key": _KEY,
         "ignore_keys": _STRICT,
     },
     "ldm.modules.unet.UNetModel": _UNET_NAMES,
     "ldm.modules.unet.EncoderUNetModel": {
         **_UNET_NAMES,
-        "num_heads_upsample": WithoutEffect(),  # a half UNet has no up-sampling path
+        "num_heads_upsample": (ANY, ""),  # a half UNet has no up-sampling path
     },
     "ldm.modules.losses.LPIPSWithDiscriminator": {
         "use_actnorm": _OFF,
-        "disc_conditional": WithoutEffect(
-            (False,), "the discriminator sees the image alone; set it to False"
-        ),
+        "disc_conditional": ((False,), "the discriminator sees the image alone"),
     },
-    "ldm.modules.lr_schedule.LambdaLinearScheduler": {"verbosity_interval": WithoutEffect()},
+    "ldm.modules.lr_schedule.LambdaLinearScheduler": {"verbosity_interval": (ANY, "")},
     "ldm.data.datamodule.DataModuleFromConfig": {
-        "wrap": WithoutEffect(),  # wraps a dataset in itself
-        "test": WithoutEffect((None,), "evaluation has its own command, eval.py; remove it"),
-        "predict": WithoutEffect(
-            (None,), "sampling has its own command, sample_diffusion.py; remove it"
-        ),
-        "shuffle_test_loader": WithoutEffect(),
-        "shuffle_val_dataloader": WithoutEffect(
-            (False,), "validation keeps its order; set it to False"
-        ),
-        "use_worker_init_fn": WithoutEffect(),  # of iterable datasets
+        "wrap": (ANY, ""),  # wraps a dataset in itself
+        "test": ((None,), "evaluation has its own command, eval.py"),
+        "predict": ((None,), "sampling has its own command, sample_diffusion.py"),
+        "shuffle_test_loader": (ANY, ""),
+        "shuffle_val_dataloader": ((False,), "validation keeps its order"),
+        "use_worker_init_fn": (ANY, ""),  # of iterable datasets
     },
     "ldm.models.callbacks.ImageLogger": {
-        "clamp": WithoutEffect(
-            (True,), "images are always clamped before they are written; set it to True"
-        ),
-        "rescale": WithoutEffect((True,), "images are always written in [0, 255]; set it to True"),
-        "disabled": WithoutEffect((False,), "set lightning.callbacks.image_logger=null instead"),
-        "log_on_batch_idx": WithoutEffect((False,), "steps are optimiser steps; set it to False"),
-        "log_first_step": WithoutEffect(),
-        "log_images_kwargs": WithoutEffect((None, {}), "remove it"),
+        "clamp": ((True,), "images are always clamped before they are written"),
+        "rescale": ((True,), "images are always written in [0, 255]"),
+        "disabled": ((False,), "lightning.callbacks.image_logger=null leaves it out"),
+        "log_on_batch_idx": ((False,), "steps are optimiser steps"),
+        "log_first_step": (ANY, ""),
+        "log_images_kwargs": ((None, {}), ""),
     },
 }
-_DDCONFIG = {
-    "attn_type": WithoutEffect(("vanilla",), "set it to vanilla"),
-    "resamp_with_conv": WithoutEffect((True,), "set it to True"),
+_LIGHTNING: Unused = {
+    "find_unused_parameters": (
+        (False,),
+        "lightning.trainer.strategy=ddp_find_unused_parameters_true says it",
+    )
+}
+_DDCONFIG: Unused = {
+    "attn_type": (("vanilla",), ""),
+    "resamp_with_conv": ((True,), ""),
     **dict.fromkeys(("use_linear_attn", "tanh_out", "give_pre_end"), _OFF),
 }
+
+
+def _means_nothing(value: Any, values: tuple) -> bool:
+    # True == 1 in Python; a flag written where a number belongs is another value.
+    return not values or any(
+        known == value and isinstance(known, bool) == isinstance(value, bool) for known in values
+    )
 
 
 # --- Translation ---------------------------------------------------------------------------------
@@ -193,10 +182,7 @@ class Translation:
         if path in ("lightning", "lightning.callbacks"):
             value = {key: item for key, item in value.items() if item is not None}
         if path == "lightning":
-            unused = WithoutEffect(
-                (False,), "set lightning.trainer.strategy=ddp_find_unused_parameters_true instead"
-            )
-            self.drop_without_effect(value, path, {"find_unused_parameters": unused})
+            self.drop_unused(value, path, _LIGHTNING)
         if path in DEFAULT_TARGETS:
             value.setdefault("target", DEFAULT_TARGETS[path])
         # The node itself first: a nested node that it drops needs no translation of its own.
@@ -226,22 +212,21 @@ class Translation:
             return {**node, "target": native}
         params = dict(node.get("params") or {})
         where = join_keys(path, "params")
-        self.drop_without_effect(params, where, WITHOUT_EFFECT.get(native, {}))
+        self.drop_unused(params, where, UNUSED.get(native, {}))
         if published in _TRANSLATIONS:
             _TRANSLATIONS[published](params, where, self, defaults)
         return {**node, "target": native, "params": params}
 
-    def drop_without_effect(
-        self, params: dict, path: str, table: Mapping[str, WithoutEffect]
-    ) -> None:
-        """Remove the names of `table` from `params`; a value that means something is a problem."""
-        for name in [name for name in params if name in table]:
-            value = params.pop(name)
-            if table[name].covers(value):
+    def drop_unused(self, params: dict, path: str, unused: Unused) -> None:
+        """Remove the names of `unused` from `params`; a value that means something is a problem."""
+        for name in [name for name in params if name in unused]:
+            value, (values, why) = params.pop(name), unused[name]
+            if _means_nothing(value, values):
                 self.dropped.append(f"{path}.{name}")
-            else:
-                remedy = table[name].remedy
-                self.problems[f"{path}.{name}"] = f"{shown(value)} is not supported; {remedy}"
+                continue
+            remedy = "remove it" if values[0] is None else f"set it to {values[0]}"
+            words = "; ".join(filter(None, [f"{shown(value)} is not supported", why, remedy]))
+            self.problems[f"{path}.{name}"] = words
 
     def in_one_language(self, earlier: Any, later: Any, path: str = "") -> tuple[Any, Any]:
         """Two trees, before they are merged, in which nodes that meet have the same names.
@@ -326,7 +311,7 @@ def _translate_autoencoder(
         params["lossconfig"] = None  # a first stage that is not trained
     if isinstance(params.get("ddconfig"), dict):
         params["ddconfig"] = dict(params["ddconfig"])
-        translation.drop_without_effect(params["ddconfig"], f"{path}.ddconfig", _DDCONFIG)
+        translation.drop_unused(params["ddconfig"], f"{path}.ddconfig", _DDCONFIG)
 
 
 def _translate_data(params: dict, path: str, translation: Translation, defaults: bool) -> None:

@@ -7,8 +7,19 @@ import sys
 import uuid
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
+import pytorch_lightning as pl
+import torch
+from omegaconf import OmegaConf
+from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.plugins import environments
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from ldm.checkpoint import read_checkpoint
+from ldm.config import instantiate_from_config, tile_roots
 from ldm.devices import (
     Devices,
     in_shell_of_slurm,
@@ -19,15 +30,24 @@ from ldm.devices import (
 )
 from ldm.errors import UserError
 from ldm.files import remove_leftovers, require_outside, require_space, write_text
+from ldm.models.base import HistoModule
+from ldm.models.callbacks import (
+    MARGIN,
+    BestCheckpoints,
+    CheckpointFiles,
+    FollowLayout,
+    LastCheckpoint,
+    ProgressBar,
+    RecentCheckpoints,
+    RegularCheckpoint,
+    Throughput,
+    TimeLeft,
+    expected_size,
+)
+from ldm.models.diffusion import LatentDiffusion
+from ldm.models.sharding import ShardedStrategy
+from ldm.run import RunFolder
 from ldm.settings import RunOptions, SpeedOptions
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    import pytorch_lightning as pl
-
-    from ldm.models.base import HistoModule
-    from ldm.run import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -45,19 +65,19 @@ def devices_of(args: RunOptions) -> Devices:
 
 
 def fit(
-    model: "HistoModule",
-    data: "pl.LightningDataModule",
-    run: "RunFolder",
+    model: HistoModule,
+    data: pl.LightningDataModule,
+    run: RunFolder,
     devices: Devices,
     *,
-    checkpoint: "Path | None" = None,
-    callbacks: Sequence["pl.Callback"] = (),
+    checkpoint: Path | None = None,
+    callbacks: Sequence[pl.Callback] = (),
     settings: dict[str, Any] | None = None,
     loggers: Any = None,
     config: dict[str, Any] | None = None,
     summary: str = "",
     dry_run: bool = False,
-) -> "pl.Trainer":
+) -> pl.Trainer:
     """Train a model in a run's folder, and leave `last.ckpt`.
 
     Args:
@@ -77,12 +97,6 @@ def fit(
         KeyboardInterrupt: Training was interrupted; all checkpoints that exist are complete.
         Stopped: A signal asked the run to stop; `last.ckpt` is of its last step.
     """
-    import torch
-    from omegaconf import OmegaConf
-
-    from ldm.checkpoint import read_checkpoint
-    from ldm.config import tile_roots
-
     if checkpoint is None and config is not None:
         require_outside({"`logdir`": run.root}, {"the folder of tiles": tile_roots(config["data"])})
     trainer = build_trainer(model, run, devices, callbacks, settings or {}, loggers, dry_run)
@@ -109,10 +123,10 @@ def fit(
 
 
 def _run(
-    trainer: "pl.Trainer",
-    model: "HistoModule",
-    data: "pl.LightningDataModule",
-    checkpoint: "Path | None",
+    trainer: pl.Trainer,
+    model: HistoModule,
+    data: pl.LightningDataModule,
+    checkpoint: Path | None,
 ) -> None:
     # Older Lightning has no such argument; its own default then is to load everything.
     takes_it = "weights_only" in inspect.signature(trainer.fit).parameters
@@ -128,25 +142,18 @@ def _run(
 
 
 def build_trainer(
-    model: "HistoModule",
-    run: "RunFolder",
+    model: HistoModule,
+    run: RunFolder,
     devices: Devices,
-    callbacks: Sequence["pl.Callback"],
+    callbacks: Sequence[pl.Callback],
     settings: dict[str, Any],
     loggers: Any = None,
     dry_run: bool = False,
-) -> "pl.Trainer":
+) -> pl.Trainer:
     """A Lightning trainer for a model, which is prepared for the devices.
 
     It logs to CSV in the run's folder and shows a progress bar. Arguments: see `fit`.
     """
-    import pytorch_lightning as pl
-    from pytorch_lightning.callbacks import LearningRateMonitor
-    from pytorch_lightning.utilities.exceptions import MisconfigurationException
-
-    from ldm.models.callbacks import FollowLayout, ProgressBar, Throughput, TimeLeft
-    from ldm.models.saving import CheckpointFiles
-
     quieten_lightning()
     settings = dict(settings)
     settings["strategy"] = choose_strategy(settings.get("strategy"), devices, model)
@@ -166,7 +173,7 @@ def build_trainer(
     kept: list[Any] = []
     if loggers is not False:
         # One version per start: a resumed run does not overwrite what was logged before.
-        kept = [pl.loggers.CSVLogger(run.root, name="metrics"), *build_loggers(loggers, run)]
+        kept = [CSVLogger(run.root, name="metrics"), *build_loggers(loggers, run)]
         watching.append(LearningRateMonitor("step"))
     if settings.get("enable_progress_bar", True):
         live = sys.stderr.isatty()
@@ -190,16 +197,12 @@ def build_trainer(
         raise UserError(f"lightning.trainer: {' '.join(str(error).split())}") from None
 
 
-def _in_order(callbacks: Sequence["pl.Callback"]) -> list["pl.Callback"]:
+def _in_order(callbacks: Sequence[pl.Callback]) -> list[pl.Callback]:
     """The callbacks in an order in which `last.ckpt` holds what all others have done.
 
     What a validation decides is decided at its end: at the end of the epoch, as Lightning does it
     where each has one validation, is after the checkpoint of the epoch's last step.
     """
-    from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
-
-    from ldm.models.callbacks import LastCheckpoint
-
     for callback in callbacks:
         if not str(getattr(callback, "monitor", None)).startswith("val/"):
             continue
@@ -213,8 +216,6 @@ def _in_order(callbacks: Sequence["pl.Callback"]) -> list["pl.Callback"]:
 
 def cluster_plugins() -> list[Any]:
     """What Lightning is to know of the cluster that started this process."""
-    from pytorch_lightning.plugins import environments
-
     if environments.TorchElasticEnvironment.detect() or not environments.SLURMEnvironment.detect():
         return []
     if in_shell_of_slurm():
@@ -226,7 +227,7 @@ def cluster_plugins() -> list[Any]:
         raise UserError(" ".join(str(error).split())) from None
 
 
-def choose_strategy(configured: Any, devices: Devices, model: "HistoModule") -> Any:
+def choose_strategy(configured: Any, devices: Devices, model: HistoModule) -> Any:
     """Lightning's strategy for `strategy` or `lightning.trainer.strategy` (`configured`).
 
     Raises:
@@ -253,10 +254,7 @@ def choose_strategy(configured: Any, devices: Devices, model: "HistoModule") -> 
     return "ddp" if model.automatic_optimization else "ddp_find_unused_parameters_true"
 
 
-def _sharded(devices: Devices, model: "HistoModule") -> Any:
-    from ldm.models.diffusion import LatentDiffusion
-    from ldm.models.sharding import ShardedStrategy
-
+def _sharded(devices: Devices, model: HistoModule) -> Any:
     if not isinstance(model, LatentDiffusion):
         raise UserError(
             f"`strategy` fsdp shards the diffusion UNet, and {type(model).__name__} has none; use "
@@ -275,8 +273,8 @@ def _sharded(devices: Devices, model: "HistoModule") -> Any:
 
 
 def checkpoint_callbacks(
-    run: "RunFolder", model: "HistoModule", has_validation: bool, node: dict[str, Any] | None = None
-) -> list["pl.Callback"]:
+    run: RunFolder, model: HistoModule, has_validation: bool, node: dict[str, Any] | None = None
+) -> list[pl.Callback]:
     """`last.ckpt` every so many steps and on a signal to stop, `best.ckpt` by the monitored metric.
 
     Args:
@@ -288,10 +286,6 @@ def checkpoint_callbacks(
     Raises:
         UserError: The monitored metric cannot exist.
     """
-    from pytorch_lightning.callbacks import ModelCheckpoint
-
-    from ldm.models.callbacks import LastCheckpoint, RecentCheckpoints
-
     target = "pytorch_lightning.callbacks.ModelCheckpoint"
     if node and node.get("target", target) != target:
         raise UserError(
@@ -320,7 +314,7 @@ def checkpoint_callbacks(
     return callbacks
 
 
-def _check_monitor(monitor: str, model: "HistoModule", has_validation: bool) -> None:
+def _check_monitor(monitor: str, model: HistoModule, has_validation: bool) -> None:
     if not has_validation:
         raise UserError(
             f"model.params.monitor={monitor!r} needs validation tiles: give "
@@ -336,13 +330,11 @@ def _check_monitor(monitor: str, model: "HistoModule", has_validation: bool) -> 
 
 def _further_checkpoints(
     settings: dict[str, Any], stepwise: dict[str, Any], best: dict[str, Any] | None
-) -> "pl.Callback":
+) -> pl.Callback:
     """The kind of checkpoint that a configuration adds (save_top_k, train_time_interval ...).
 
     It is by the monitored metric (parameters `best`), or by step (`stepwise`) if `best` is None.
     """
-    from ldm.models.callbacks import BestCheckpoints, RegularCheckpoint
-
     if best is not None:
         return BestCheckpoints(**{"filename": "best_{step:08d}", **best, **settings})
     if settings.get("save_top_k", -1) > 0:
@@ -356,28 +348,23 @@ def _further_checkpoints(
     return RegularCheckpoint(**extra)
 
 
-def build_loggers(node: Any, run: "RunFolder") -> list[Any]:
+def build_loggers(node: Any, run: RunFolder) -> list[Any]:
     """The loggers beside the CSV files.
 
     `node` is `lightning.logger`: `tensorboard`, `wandb`, a target/params node, or a list of such;
     None is TensorBoard.
     """
-    import pytorch_lightning as pl
-
-    from ldm.config import instantiate_from_config
 
     def build(each: Any) -> Any:
         if each == "tensorboard":
-            return pl.loggers.TensorBoardLogger(run.root, name="", version="tensorboard")
+            return TensorBoardLogger(run.root, name="", version="tensorboard")
         return _wandb_logger(run) if each == "wandb" else instantiate_from_config(each)
 
     nodes = ["tensorboard"] if node is None else node if isinstance(node, list) else [node]
     return [build(each) for each in nodes]
 
 
-def _wandb_logger(run: "RunFolder") -> Any:
-    from pytorch_lightning.loggers import WandbLogger
-
+def _wandb_logger(run: RunFolder) -> Any:
     # A run that goes on is the same run at W&B, too.
     name = run.wandb_id
     identity = name.read_text().strip() if name.is_file() else uuid.uuid4().hex[:12]
@@ -396,10 +383,8 @@ def _wandb_logger(run: "RunFolder") -> Any:
         ) from None
 
 
-def _start_loggers(trainer: "pl.Trainer", run: "RunFolder") -> None:
+def _start_loggers(trainer: pl.Trainer, run: RunFolder) -> None:
     """Connect to W&B now: whether that is possible is better known before the data is read."""
-    from pytorch_lightning.loggers import WandbLogger
-
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             import wandb
@@ -415,14 +400,8 @@ def _start_loggers(trainer: "pl.Trainer", run: "RunFolder") -> None:
                 ) from None
 
 
-def _prepare_disk(
-    trainer: "pl.Trainer", model: "HistoModule", run: "RunFolder", dry_run: bool
-) -> None:
+def _prepare_disk(trainer: pl.Trainer, model: HistoModule, run: RunFolder, dry_run: bool) -> None:
     """Clear away what a killed run left, and see that the disk has room for the checkpoints."""
-    from pytorch_lightning.callbacks import ModelCheckpoint
-
-    from ldm.models.saving import MARGIN, expected_size
-
     if trainer.is_global_zero and not dry_run:
         for path in remove_leftovers(run.root, run.checkpoints, run.configs, run.images):
             log.info("removed %s, which a killed run had not finished", path)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["main", "ldm.models.diffusion", "ldm.train", "ldm.models.saving"])
+_SERVER.set_forkserver_preload(["main", "ldm.models.diffusion", "ldm.train"])
 
 
 def in_ranks(

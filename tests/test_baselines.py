@@ -186,7 +186,7 @@ def test_label_spreading_over_unlabelled_tiles(data, tmp_path):
     assert "strength" not in summary["per_seed"][0]
     assert summary["mean"]["accuracy"] > 0.6, "random features of plain colours; chance is 1/3"
     assert run(data, "label_spreading", *options, "--unlabelled", pool) == summary
-    (pool / "ADI/1_0.png").unlink()
+    min((pool / "ADI").iterdir()).unlink()
     with pytest.raises(UserError, match="unlabelled .* there, .* now; add [-`]*overwrite`?"):
         run(data, "label_spreading", *options, "--unlabelled", pool)
     with pytest.raises(UserError, match="15 of its tiles are those of"):

@@ -5,9 +5,7 @@ import mmap
 import os
 import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +17,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import encode, gpu, loading, sample, train
 from benchmarks.common import (
-    IMPORTS,
     STATUS,
-    Contestant,
-    Host,
     Ready,
-    call_in,
     compared,
     compete,
     peak_memory,
+    prepare,
     restart_peak,
     spread,
 )
@@ -54,7 +49,7 @@ from ldm.modules.blocks import AttentionBlock
 from ldm.synthesis.settings import Sampling
 from ldm.synthesis.synthesiser import Synthesiser
 
-SIZES, PEERS = ("demo", "small", "paper"), ("diffusers", "monai")
+SIZES = ("demo", "small", "paper")
 CPU = torch.device("cpu")
 EXECUTION = Execution(CPU)
 TINY = Networks(tiny.UNET, tiny.DDCONFIG, 3)
@@ -112,8 +107,7 @@ def test_a_turn_reports_the_parts_of_a_step():
         lap("first")
         lap("second")
 
-    host = Host(Contestant(lambda: Ready(step, 7, 9), CPU), 0.001)
-    turn = host.run_turn()
+    turn = prepare(lambda: Ready(step, 7, 9), CPU, 0.001)()
     assert set(turn["seconds"]) == {"total", "cpu", "first", "second"}
     assert turn["parameters"] == 7 and turn["flops"] == 9 and len(calls) > 2
 
@@ -144,34 +138,24 @@ def end() -> Ready:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def lack() -> Ready:
-    return import_module("no_such_library")
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "message"),
-    [(refuse, "x: there is no such thing"), (lack, "pip install no_such_library")],
+    [(refuse, "x: there is no such thing"), (end, "x: its process was killed")],
 )
-def test_an_error_of_a_contestant_is_told_in_one_line(build, message):
-    with ThreadPoolExecutor(1) as pool, pytest.raises(UserError, match=message):
-        call_in(pool, "x", build)
-
-
-@pytest.mark.slow
-def test_the_end_of_a_process_is_told_in_one_line(monkeypatch):
+def test_an_error_of_a_contestant_is_told_in_one_line(build, message, monkeypatch):
     # A new process finds this module by its name.
     monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}{os.pathsep}{Path().resolve()}")
     args = parse(encode.Options, ["--repeats", "1", "--min_run_time", "0"])
-    with pytest.raises(UserError, match="the process of x ended early"):
-        compete({"x": Contestant(end, CPU)}, args)
+    with pytest.raises(UserError, match=message):
+        compete({"x": build}, CPU, args)
 
 
 # The networks
 
 
-def test_sizes_and_libraries_are_known_everywhere():
+def test_sizes_are_known_everywhere():
     assert set(SIZES) == set(FILES) == set(sample.CLASSIFIERS)
-    assert set(IMPORTS) == {"all", "ours", *PEERS}
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -241,7 +225,7 @@ def trained(library: str, source: loading.Source, monkeypatch, weights: dict | N
 
     monkeypatch.setattr(torch.optim, "AdamW", sgd)
     monkeypatch.setattr("benchmarks.networks.build_unet", built)
-    ready = train.build(library, TINY, EXECUTION, source)
+    ready = train.build(library, TINY, EXECUTION, source.batches)
     net = nets[0]  # others were built to count operations
     if weights is not None:
         net.load_state_dict(weights)
@@ -268,8 +252,8 @@ def test_both_libraries_train_alike(sources, monkeypatch):
 
 
 def test_training_from_images_encodes_them(sources):
-    from_images = train.build("ours", TINY, EXECUTION, sources["png"])
-    from_latents = train.build("ours", TINY, EXECUTION, sources["latents"])
+    from_images = train.build("ours", TINY, EXECUTION, sources["png"].batches)
+    from_latents = train.build("ours", TINY, EXECUTION, sources["latents"].batches)
     assert from_images.flops > from_latents.flops
     from_images.step(lambda part: None)
 

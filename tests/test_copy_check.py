@@ -530,7 +530,7 @@ def test_bad_folders(sets, tmp_path):
             run(sets, **{name: tmp_path / "empty", "report": tmp_path / "report"})
         with pytest.raises(UserError, match=f"{name}.*does not exist"):
             run(sets, **{name: tmp_path / "missing", "report": tmp_path / "report"})
-    with pytest.raises(UserError, match="synthetic.? .*: is [-`]*train`?"):
+    with pytest.raises(UserError, match="synthetic.? .*: lies in [-`]*train`?"):
         run(sets, synthetic=sets["train"], report=tmp_path / "report")
     with pytest.raises(UserError, match="holdout.? .*: lies in [-`]*train`?"):
         run(sets, train=sets["root"] / "D", report=tmp_path / "report")
@@ -547,7 +547,7 @@ def test_held_out_tiles_of_the_training_set_are_refused_by_name(sets, tmp_path):
     known = sets["train"] / "TUM" / "slide0000_3.png"
     (holdout / "TUM" / "renamed.png").write_bytes(known.read_bytes())
     with pytest.raises(
-        UserError, match=r"1 of 7 tiles are in [-`]*train`? .*TUM/renamed.png = TUM/sl"
+        UserError, match=r"1 of its 7 tiles are in [-`]*train`? .*TUM/renamed.png = TUM/sl"
     ):
         run(sets, holdout=holdout, report=tmp_path / "report")
     (holdout / "TUM" / "renamed.png").unlink()

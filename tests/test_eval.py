@@ -1129,10 +1129,9 @@ def test_colour_histogram_baseline_knows_colour_and_nothing_else(data):
 
 def test_a_pass_draws_the_share_of_real_tiles_that_is_asked_for(data):
     for index in range(30):
-        for name in tiny.CLASSES:
-            folder = data / "train5" / name
+        for folder in (data / "train5+fake50%").iterdir():
             shutil.copy(min(folder.iterdir()), folder / f"synthetic_{index}.png")
-    splits = open_splits(data, "train5", Settings(**NETWORK, real_share=0.5))
+    splits = open_splits(data, "train5+fake50%", Settings(**NETWORK, real_share=0.5))
     tiles = splits.train
     real = [not name.rpartition("/")[2].startswith("synthetic_") for name in tiles.relative_paths]
     drawn = [tiles.drawn(seed=0, epoch=epoch) for epoch in range(2)]
@@ -1142,5 +1141,7 @@ def test_a_pass_draws_the_share_of_real_tiles_that_is_asked_for(data):
     assert len(set(drawn[0]) & set(drawn[1])) < len(set(drawn[0]))
     added = np.concatenate(drawn)
     assert {i for i in range(len(tiles)) if not real[i]} <= set(added.tolist())
+    for path in (data / "train5+fake50%").glob("*/synthetic_*"):
+        path.unlink()
     with pytest.raises(UserError, match="0 added tiles"):
-        open_splits(data, "val", Settings(**NETWORK, real_share=0.5))
+        open_splits(data, "train5+fake50%", Settings(**NETWORK, real_share=0.5))

@@ -16,7 +16,6 @@ import pytest
 
 from ldm.errors import UserError
 from ldm.experiment import engine
-from ldm.experiment.earlier import convert_records
 from ldm.experiment.engine import Machine, slurm_resources
 from ldm.experiment.execute import execute, take_gpus
 from ldm.experiment.jobs import (
@@ -25,6 +24,7 @@ from ldm.experiment.jobs import (
     JobBusy,
     Record,
     Records,
+    convert_records,
     keys_of,
     lock_file,
     needed_by,

@@ -155,7 +155,7 @@ def test_list_shows_what_is_here_and_fetches_nothing(caches, monkeypatch, capsys
 def test_places_are_those_that_the_libraries_look_into(caches):
     from torchvision.models import VGG16_Weights
 
-    from ldm.models.lpips import find_backbone
+    from ldm.models.autoencoder import find_backbone
 
     assert known.WEIGHTS["lpips"].url == VGG16_Weights.IMAGENET1K_V1.url
     with pytest.raises(UserError, match=str(known.WEIGHTS["lpips"].place)):

@@ -19,7 +19,6 @@ from ldm.data.shards import write_tar
 from ldm.data.storage import LAYOUTS
 from ldm.data.tile_files import TileFiles
 from ldm.errors import UserError
-from ldm.features.centroids import Centroids
 from ldm.features.sets import FeatureSet
 from ldm.files import require_class_names
 from ldm.selection.judge import read_judged
@@ -143,11 +142,6 @@ def of_features(site, folder):
     FeatureSet.load(folder / "f.safetensors")
 
 
-def of_centroids(site, folder):
-    Centroids(torch.ones(1, 2), [ESCAPE], "n", "t").save(folder / "c.safetensors")
-    Centroids.load(folder / "c.safetensors")
-
-
 def of_folder(site, folder):
     tiny.tiles(folder / "D", 1)
     (folder / "D" / "ADI").rename(folder / "D" / "A\nB")
@@ -157,7 +151,7 @@ def of_folder(site, folder):
 @pytest.mark.parametrize(
     "enter",
     [of_checkpoint, of_import, of_label_file, of_tar_member, of_array, of_index, of_cache]
-    + [of_features, of_centroids, of_folder],
+    + [of_features, of_folder],
 )
 def test_a_class_that_leaves_its_folder_enters_nowhere(enter, site, tmp_path):
     with pytest.raises(UserError, match="class name .* cannot name a folder"):
@@ -219,9 +213,6 @@ def test_features_that_name_other_files_are_refused(site, tmp_path):
         labels = torch.tensor(files.labels)
         sets[kind] = FeatureSet(values, labels, files.names, files.classes, "net", files.digest)
         sets[kind].save(tmp_path / f"features_{kind}.safetensors")
-    real = sets["real"]
-    centroids = Centroids(torch.rand(3, 4), real.classes, "net", real.tiles)
-    centroids.save(tmp_path / "centroids.safetensors")
     assert len(read_judged(str(tmp_path), site / "fake").synthetic.files) == 6
     sets["synthetic"].files[0] = "ADI/../../../x.png"
     sets["synthetic"].save(tmp_path / "features_synthetic.safetensors")

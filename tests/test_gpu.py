@@ -162,7 +162,7 @@ def sampled(folder: Path, out: Path, kind: str, *more: str) -> list[dict]:
 @pytest.mark.parametrize(
     ("kind", "classifier", "options"),
     [
-        ("eps", "classifier", "--eta 1 --classifier_scale 2"),
+        ("eps", "classifier", "--eta 1 --classifier_scale 100"),
         ("v", "classifier", "--sampler dpm++2m --classifier_scale 2 --guidance_on z_0"),
         ("flow", "readout", "--classifier_scale 2 --channels_last"),
     ],

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -14,7 +15,6 @@ from PIL import Image
 from ldm.checkpoint import write_checkpoint
 from ldm.errors import UserError
 from ldm.evaluation.sweep import (
-    JudgedTiles,
     Row,
     best,
     draw,
@@ -23,36 +23,42 @@ from ldm.evaluation.sweep import (
     score,
     write_sweep,
 )
+from ldm.features.sets import FeatureSet
 from ldm.models.vit import TileClassifier
 from scripts import guidance_sweep
 
 K, D, PER_CLASS = 3, 16, 40
 
 
-def judged(seed: int, spread: float = 0.3, per_class: int = PER_CLASS) -> JudgedTiles:
+def judged(seed: int, spread: float = 0.3, per_class: int = PER_CLASS) -> FeatureSet:
     """Three clouds on the sphere; the judge gives each point its nearest cloud."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(K).repeat_interleave(per_class)
     centres = torch.eye(D)[:K]
     noise = spread * torch.randn(len(labels), D, generator=generator) / D**0.5 * 2
     features = F.normalize(centres[labels] + noise, dim=1)
-    return JudgedTiles(features, (features @ centres.T).argmax(dim=1), labels)
+    return tiles_with(features, labels, features @ centres.T)
 
 
-def shuffled(tiles: JudgedTiles) -> JudgedTiles:
+def tiles_with(features: torch.Tensor, labels: torch.Tensor, logits: torch.Tensor) -> FeatureSet:
+    classes = ["a", "b", "c"]
+    return FeatureSet(features, labels, [], classes, "", "", others={"logits": logits})
+
+
+def shuffled(tiles: FeatureSet) -> FeatureSet:
     order = torch.randperm(len(tiles.labels), generator=torch.Generator().manual_seed(0))
     return dataclasses.replace(tiles, labels=tiles.labels[order])
 
 
-def collapsed(tiles: JudgedTiles) -> JudgedTiles:
+def collapsed(tiles: FeatureSet) -> FeatureSet:
     """One tile of each class, again and again, almost."""
     first = torch.arange(K).repeat_interleave(PER_CLASS) * PER_CLASS
-    features = F.normalize(tiles.features[first] + 1e-4 * tiles.features, dim=1)
-    return JudgedTiles(features, tiles.predicted[first], tiles.labels)
+    features = F.normalize(tiles.values[first] + 1e-4 * tiles.values, dim=1)
+    return tiles_with(features, tiles.labels, tiles.logits[first])
 
 
 def test_tiles_like_real_ones_score_well():
-    scores = score(judged(0), judged(1), K)
+    scores = SimpleNamespace(**score(judged(0), judged(1)))
     assert scores.images == K * PER_CLASS
     assert scores.agreement > 0.95
     assert abs(scores.class_kernel_distance) < 2 * scores.class_kernel_distance_error + 1e-3
@@ -61,7 +67,9 @@ def test_tiles_like_real_ones_score_well():
 
 
 def test_wrong_classes_show_in_agreement_and_class_distance_alone():
-    right, wrong = score(judged(0), judged(1), K), score(judged(0), shuffled(judged(1)), K)
+    right, wrong = (
+        SimpleNamespace(**score(judged(0), other)) for other in (judged(1), shuffled(judged(1)))
+    )
     assert wrong.agreement == pytest.approx(1 / K, abs=0.15)
     assert wrong.class_kernel_distance > 10 * abs(right.class_kernel_distance)
     # Without the labels it is the same set.
@@ -70,25 +78,25 @@ def test_wrong_classes_show_in_agreement_and_class_distance_alone():
 
 
 def test_collapse_shows_in_recall_and_diversity():
-    scores = score(judged(0), collapsed(judged(1)), K)
+    scores = SimpleNamespace(**score(judged(0), collapsed(judged(1))))
     assert scores.agreement == 1
     assert scores.recall < 0.1
     assert scores.diversity < 0.05
-    assert scores.class_kernel_distance > 5 * abs(score(judged(0), judged(1), K).kernel_distance)
+    assert scores.class_kernel_distance > 5 * abs(score(judged(0), judged(1))["kernel_distance"])
 
 
 def test_agreement_is_a_mean_over_classes():
     tiles = judged(1)
     predicted = tiles.labels.clone()
     predicted[:PER_CLASS] = 1  # the whole of class 0 is missed
-    uneven = JudgedTiles(tiles.features[20:], predicted[20:], tiles.labels[20:])
-    scores = score(judged(0), uneven, K)
-    assert scores.agreement == pytest.approx(2 / 3)  # not 80 / 100
-    assert scores.agreement_error == 0
+    logits = F.one_hot(predicted[20:], K)
+    scores = score(judged(0), tiles_with(tiles.values[20:], tiles.labels[20:], logits))
+    assert scores["agreement"] == pytest.approx(2 / 3)  # not 80 / 100
+    assert scores["agreement_error"] == 0
 
 
 def test_pairwise_distance_by_brute_force():
-    features = judged(2).features[:7].double()
+    features = judged(2).values[:7].double()
     pairs = [1 - features[i] @ features[j] for i in range(7) for j in range(7) if i != j]
     assert pairwise_distance(features) == pytest.approx(sum(pairs).item() / 42)
 
@@ -97,19 +105,15 @@ def test_too_few_tiles():
     with pytest.raises(
         UserError, match="the synthetic tiles: a class has 7 tiles, each needs 8 or more"
     ):
-        score(judged(0), judged(1, per_class=7), K)
+        score(judged(0), judged(1, per_class=7))
 
 
 def row(scale: float, distance: float, error: float, agreement: float, **values) -> Row:
-    scores = dataclasses.replace(
-        score(judged(0), judged(1), K),
-        class_kernel_distance=distance,
-        class_kernel_distance_error=error,
-        agreement=agreement,
-    )
+    errors = {"class_kernel_distance_error": error, "agreement": agreement}
+    scores = {**score(judged(0), judged(1)), "class_kernel_distance": distance, **errors}
     settings = {"guidance": "classifier", "interval": "all", "sampler": "ddim", "steps": 25}
     facts = {"eta": 1.0, "probability": 0.5, "guidance_to_noise": 0.1, "images_per_s": 2.0}
-    return Row(scale=scale, scores=scores, folder="f", **{**settings, **facts, **values})
+    return {"scale": scale, **settings, **facts, **scores, "folder": "f", **values}
 
 
 def test_best_is_clearest_among_the_closest():
@@ -119,7 +123,7 @@ def test_best_is_clearest_among_the_closest():
         row(10, 0.010, 0.002, 0.4),
         row(30, 0.013, 0.002, 0.9),  # clearer, but further than the error allows
     ]
-    assert best(rows).scale == 5
+    assert best(rows)["scale"] == 5
 
 
 def test_table_and_picture(tmp_path):

@@ -121,9 +121,9 @@ def reads(monkeypatch) -> list[str]:
     names: list[str] = []
     plain = scan.scan_file
 
-    def counted(root, layout, stamp):
+    def counted(roots, layout, stamp):
         names.append(stamp[1])
-        return plain(root, layout, stamp)
+        return plain(roots, layout, stamp)
 
     monkeypatch.setattr(scan, "scan_file", counted)
     return names

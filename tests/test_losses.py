@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from ldm.errors import UserError
-from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.lpips import read_backbone
+from ldm.models.autoencoder import AutoencoderKL, read_backbone
 from ldm.modules import losses
 from ldm.modules.autoencoder import DiagonalGaussian
 from ldm.modules.ema import EMA

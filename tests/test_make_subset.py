@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from ldm.data.images import list_images
-from ldm.data.subset import REST, SUBSET, UNUSED, Labelled, draw, wanted_per_class
+from ldm.data.subset import REST, SUBSET, UNUSED, Amount, Labelled, draw
 from ldm.errors import UserError
 from scripts import make_subset
 
@@ -88,8 +88,8 @@ def test_by_group_no_group_is_on_both_sides(seed):
 
 def test_a_fraction_is_of_each_class():
     tiles = labelled({"A": {"p1": 150}, "B": {"p1": 50}})
-    assert wanted_per_class(tiles, 0.1) == {"A": 15, "B": 5}
-    assert wanted_per_class(tiles, 0.0001) == {"A": 1, "B": 1}
+    assert Amount(0.1).wanted(tiles, {}) == {"A": 15, "B": 5}
+    assert Amount(0.0001).wanted(tiles, {}) == {"A": 1, "B": 1}
     taken = chosen(tiles, draw(tiles, {"A": 60, "B": 60}, 0, False))
     assert Counter(tile.label for tile in taken) == {"A": 60, "B": 50}  # B has no more
 

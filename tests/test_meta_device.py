@@ -31,8 +31,7 @@ from ldm.data.latents import channel_sums, latent_sums
 from ldm.devices import Devices
 from ldm.diffusion import guidance, make_process
 from ldm.diffusion.samplers import sample
-from ldm.features.centroids import centroid_distances
-from ldm.features.neighbours import nearest, neighbour_distances
+from ldm.features.neighbours import centroid_distances, nearest, neighbour_distances
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.auxiliary import DecoderFinetune
 from ldm.models.classifier import NoisyLatentClassifier

@@ -168,9 +168,11 @@ def test_features_do_not_depend_on_the_batch(models, data):
     tiles = TileFolder(data, tiny.PIXELS, labelled=True, augment=["d4"])
     make = lambda: FeatureMaker(readout, diffusion, Devices(), 8).training(tiles, 2, 0)  # noqa: E731
     one, two = make(), make()
-    assert torch.equal(one.features, two.features) and torch.equal(one.t, two.t)
+    for name in ("features", "t"):
+        assert torch.equal(one.datasets[name], two.datasets[name])
     half = len(tiles)
-    assert not torch.equal(one.t[:half], one.t[half:])
+    times = one.datasets["t"]
+    assert not torch.equal(times[:half], times[half:])
 
 
 @pytest.mark.parametrize(

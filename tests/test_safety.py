@@ -30,7 +30,7 @@ from ldm.cli import parse, run_command
 from ldm.commands import classify as classifier_train
 from ldm.config import load_configs, validate_config
 from ldm.errors import Stopped, UserError
-from ldm.models import callbacks, saving
+from ldm.models import callbacks
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.base import SKIPPED_STEPS
 from ldm.models.classifier import NoisyLatentClassifier
@@ -105,7 +105,7 @@ def test_a_full_file_system(small_disk):
 
 
 def test_saving_looks_at_the_free_space_first(tmp_path, monkeypatch):
-    path, io = tmp_path / "last.ckpt", saving.CheckpointFiles()
+    path, io = tmp_path / "last.ckpt", callbacks.CheckpointFiles()
     io.save_checkpoint({"x": torch.zeros(1000), "global_step": 1}, path)
     size = path.stat().st_size
     monkeypatch.setattr("ldm.files.free_space", lambda _: int(1.1 * size) - 1)
@@ -122,7 +122,7 @@ def test_a_run_does_not_start_without_room(data, tmp_path, monkeypatch):  # noqa
     config = write_config(tmp_path / "c.yaml", data, model)
     _, trained = run(config, tmp_path, "first", 1)
     # Weights and two moments of each; last, best and one that is being written.
-    size = saving.expected_size(trained)
+    size = callbacks.expected_size(trained)
     real = (tmp_path / "first" / "checkpoints" / "last.ckpt").stat().st_size
     assert 0.8 * real < size < 1.1 * real
     monkeypatch.setattr("ldm.files.free_space", lambda _: int(3 * size))

@@ -25,10 +25,10 @@ from ldm.data.tiles import read_tile, resize_tile
 from ldm.devices import Devices, shared_devices
 from ldm.errors import UserError
 from ldm.models.label_adapter import LabelAdapter
-from ldm.synthesis.counts import balance, choose_classes, parse_counts
 from ldm.synthesis.folder import SampleFolder
 from ldm.synthesis.guidance_log import GuidanceLog
 from ldm.synthesis.models import load_models, make_settings
+from ldm.synthesis.request import balance, choose_classes, parse_counts
 from ldm.synthesis.settings import Sampling
 from ldm.synthesis.synthesiser import Synthesiser
 
@@ -531,8 +531,8 @@ def log_of(**quantities):
 
 def test_guidance_warnings():
     ddim, solver = Sampling("ddim", 2, 0.0, 1.0, 0), Sampling("dpm++2m", 2, 0.0, 1.0, 0)
-    assert log_of(guidance_to_noise=[0.1, 0.2]).warnings(ddim) == []
-    assert GuidanceLog().warnings(ddim) == []
+    assert not list(log_of(guidance_to_noise=[0.1, 0.2]).warnings(ddim))
+    assert not list(GuidanceLog().warnings(ddim))
     (line,) = log_of(guidance_to_noise=[0.01, 0.019]).warnings(ddim)
     assert "does almost nothing, at most 0.0190" in line and "t=500" in line and "raise" in line
     (line,) = log_of(guidance_to_noise=[1.5, 0.019]).warnings(ddim)
@@ -543,7 +543,7 @@ def test_guidance_warnings():
     assert line.startswith("`cfg_scale`: guidance dominates")
     (line,) = log_of(guidance_to_noise=[0.1, 0.5]).warnings(solver)
     assert "second-order solver" in line and "t=500" in line
-    assert log_of(guidance_to_noise=[0.1, 0.2]).warnings(solver) == []
+    assert not list(log_of(guidance_to_noise=[0.1, 0.2]).warnings(solver))
 
 
 def test_guidance_log_merges():

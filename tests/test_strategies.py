@@ -4,6 +4,7 @@ Features here are drawn, not computed; the commands are in test_selection.py.
 """
 
 import csv
+import dataclasses
 import resource
 import time
 from dataclasses import replace
@@ -15,11 +16,14 @@ import torch
 from ldm.errors import UserError
 from ldm.evaluation.fidelity import fidelity
 from ldm.features import neighbours
-from ldm.features.centroids import centroid_distances
 from ldm.features.judge import Judge
-from ldm.features.neighbours import nearest, neighbour_distances, squared_distances
+from ldm.features.neighbours import (
+    centroid_distances,
+    nearest,
+    neighbour_distances,
+    squared_distances,
+)
 from ldm.features.sets import FeatureSet
-from ldm.selection.judge import centroids_of
 from ldm.selection.select import FILL_REASON, Selection, select
 from ldm.selection.strategies import Choice, by_manifest
 
@@ -64,7 +68,7 @@ IMAGES = feature_set(SYNTHETIC, LABELS, others={"logits": logits_of(SYNTHETIC)})
 
 def choose(name: str, wanted, images=IMAGES, real=REAL, fill=False, k=3, seed=0) -> Selection:
     images = images.in_order()
-    distances = centroid_distances(images.values, centroids_of(real).values)
+    distances = centroid_distances(images.values, real.centroids)
     sure = None
     if name == "confidence":
         sure = Judge.fit([real if images.logits is None else images]).probabilities([images])
@@ -175,10 +179,9 @@ def test_coverage_is_greedy_in_the_discrepancy():
             discrepancy = kernel(part, part).mean() - 2 * kernel(part, real).mean()
             values.append(torch.inf if i in chosen else discrepancy.item())
         chosen.append(int(np.argmin(values)))
-    centroids = centroids_of(REAL)
-    distances = centroid_distances(images.values, centroids.values)
+    distances = centroid_distances(images.values, REAL.centroids)
     strategy = Choice("coverage", 3, "judge", 0).make(images, REAL, distances, None, None)
-    strategy.rejections = [None] * 40
+    strategy = dataclasses.replace(strategy, rejections=[None] * 40)
     selection = select(strategy, images, distances.numpy(), [15, 0])
     assert selection.used("A") == [f"A/{i:05d}" for i in chosen]
 
@@ -284,12 +287,12 @@ def test_confidence_by_the_manifest(tmp_path):
 @pytest.mark.parametrize(
     "rows, columns, expected",
     [
-        (None, (), "no file"),
-        ([("A/a", "0.5")], ("file", "probability"), "no column prob"),
-        ([("A/a", "")], ("file", "prob"), "A/a has no probability"),
-        ([("A/a", "nan")], ("file", "prob"), "A/a has no probability"),
-        ([("A/a",)], ("file", "prob"), "A/a has no probability"),
-        ([("A/b", "0.5")], ("file", "prob"), "no row for 1 images, the first is A/a"),
+        (None, (), "'no row'"),
+        ([("A/a", "0.5")], ("file", "probability"), "'no row'"),
+        ([("A/a", "")], ("file", "prob"), "'no row'"),
+        ([("A/a", "nan")], ("file", "prob"), "'nan'"),
+        ([("A/a",)], ("file", "prob"), "'no row'"),
+        ([("A/b", "0.5")], ("file", "prob"), "1 images, the first is A/a"),
     ],
 )
 def test_manifests_that_do_not_serve(tmp_path, rows, columns, expected):

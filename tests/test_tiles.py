@@ -92,7 +92,7 @@ def test_check_names_the_first_bad_files_and_counts_them(labelled):
     for i in range(5):
         (labelled / "B" / f"bad{i}.png").write_bytes(b"\x89PNG nonsense")
     with pytest.raises(UserError) as error:
-        check_tiles(list_images(labelled), workers=2)
+        check_tiles(list_images(labelled))
     text = message(error)
     assert "5 of 10" in text and "bad0.png" in text and "bad2.png" in text and "2 more" in text
     assert "bad3.png" not in text

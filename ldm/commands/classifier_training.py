@@ -148,7 +148,7 @@ def build_readout(args: Any, data, devices):
     log.info("reading %d draws of %d tiles", draws, len(tiles))
     maker = FeatureMaker(model, diffusion, devices)
     train, validation = maker.training(tiles, draws, args.seed), maker.validation(data.val_dataset)
-    model.net.standardise(train.features)
+    model.net.standardise(train.datasets["features"])
     return model, FeatureData(train, validation, args.batch_size, args.seed)
 
 

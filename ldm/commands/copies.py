@@ -19,9 +19,8 @@ from pydantic import Field
 
 from ldm.cli import Count, existing_path, like, option, output_path, parse
 from ldm.devices import resolve_device
-from ldm.errors import UserError
 from ldm.features.source import known_forms
-from ldm.files import lies_in, remove_leftovers, require_outside
+from ldm.files import remove_leftovers, require_outside
 from ldm.settings import DeviceOption, LoaderOptions, NetworkChoice
 
 
@@ -68,30 +67,18 @@ class Options(NetworkChoice, DeviceOption):
             yield missing, "is missing: --remove and --removed_to belong together"
 
 
-def check_places(
-    sets: dict[str, Path], targets: dict[str, Path], more_sources: dict[str, Path]
-) -> None:
-    """UserError where one set lies in another, or a target in a source or a file; by option."""
-    for name, path in sets.items():
-        for other, folder in sets.items():
-            if name != other and lies_in(path, folder):
-                where = "is" if path.resolve() == folder.resolve() else "lies in"
-                raise UserError(
-                    f"{name} {path}: {where} {other} {folder}; give folders apart from one another"
-                )
-    require_outside(targets, {**sets, **more_sources})
-
-
 def check_paths(args: Options) -> tuple[dict[str, Path], Path]:
-    """The folders of the three sets, by name, and that of the report."""
+    """The folders of the three sets, by name, and that of the report; none lies in another."""
     names = ("synthetic", "train", "holdout")
     sets = {name: existing_path(getattr(args, name), f"--{name}", "dir") for name in names}
     out = output_path(args.out, "--out", "dir")
-    targets, more_sources = {"--out": out}, {}
+    sources, targets = {f"--{name}": path for name, path in sets.items()}, {"--out": out}
+    for name, path in sources.items():
+        require_outside({name: path}, {other: sources[other] for other in sources if other != name})
     if args.remove:
         targets["--removed_to"] = output_path(args.removed_to, "--removed_to", "dir")
-        more_sources["--remove"] = existing_path(args.remove, "--remove", "dir")
-    check_places({f"--{name}": path for name, path in sets.items()}, targets, more_sources)
+        sources["--remove"] = existing_path(args.remove, "--remove", "dir")
+    require_outside(targets, sources)
     return sets, out
 
 

@@ -102,10 +102,9 @@ def main(argv: list[str] | None = None) -> None:
         cached_features(files, extractor, out / name, **args.loading)
         for files, name in ((real_files, judge.REAL_FILE), (synthetic_files, judge.SYNTHETIC_FILE))
     )
-    centroids = judge.centroids_of(real)
-    centroids.save(out / judge.CENTROIDS_FILE)
+    real.save_centroids(out / judge.CENTROIDS_FILE)
     groups = plane_groups(
-        real, synthetic, centroids, decisions, args.umap_neighbors, args.umap_min_dist, args.seed
+        real, synthetic, decisions, args.umap_neighbors, args.umap_min_dist, args.seed
     )
     write_pictures(out, groups, real.classes, real_root, synthetic_root, args.thumbnails)
     counts = {"real": len(real.files), "synthetic": len(synthetic.files)}

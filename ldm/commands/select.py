@@ -18,10 +18,10 @@ per class.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from ldm.cli import Count, Seed, contradictions, existing_path, option, parse
 from ldm.devices import resolve_device
@@ -134,7 +134,8 @@ class Options(FeatureOptions):
         return "random" if self.random else self.strategy or usual
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        yield from contradictions(self, "synthetic", "unlabelled")
+        for names in (("synthetic", "unlabelled"), ("ratio", "per_class"), ("sheets", "no_sheets")):
+            yield from contradictions(self, *names)
         if self.synthetic is None and self.unlabelled is None:
             yield "synthetic", "is missing; give it, or --unlabelled"
         if self.unlabelled is not None and self.confidence == "manifest":
@@ -143,10 +144,6 @@ class Options(FeatureOptions):
             yield "confidence", "manifest asks no judge, so nothing can be spread; leave one out"
         if self.choose and len(self.features) < 2:
             yield "choose", "chooses among several --features; give them, or leave it out"
-        if self.ratio is not None and self.per_class is not None:
-            yield "per_class", "not allowed with --ratio; give one of them"
-        if self.no_sheets and self.sheets is not None:
-            yield "no_sheets", "not allowed with --sheets; give one of them"
         if self.random and self.strategy not in (None, "random"):
             yield "random", f"not allowed with --strategy {self.strategy}; give one of them"
             return
@@ -156,24 +153,6 @@ class Options(FeatureOptions):
                 yield name, f"belongs to --strategy {strategy}; leave it out"
         if self.fill and self.chosen_strategy == "random":
             yield "fill", "--strategy random rejects nothing to fill up with; leave it out"
-
-
-def describe(counts: dict[str, dict[str, int]]) -> str:
-    """The counts as a table, a row per class."""
-    columns = ("generated", "rejected", "surplus", "accepted", "wanted", "shortfall", "filled")
-    rows = {name: {column: row[column] for column in columns} for name, row in counts.items()}
-    return by_class(rows, 9)
-
-
-def by_class(rows: Mapping[str, Mapping[str, Any]], width: int) -> str:
-    """Aligned lines, a row per class, of cells of the same columns that are `width` wide."""
-    first = max(map(len, ("class", *rows)))
-    table = {"class": next(iter(rows.values())).keys()}
-    table |= {name: row.values() for name, row in rows.items()}
-    return "\n".join(
-        f"{name:{first}}  " + "  ".join(f"{cell:>{width}}" for cell in cells)
-        for name, cells in table.items()
-    )
 
 
 def report_shortfall(counts: dict[str, dict[str, int]]) -> None:
@@ -191,6 +170,8 @@ def report_shortfall(counts: dict[str, dict[str, int]]) -> None:
 
 def report_judge(judge: dict) -> None:
     """Print what a judge is worth on --val, and how often it sees the wanted classes."""
+    from ldm.report.tables import aligned
+
     rows: dict[str, dict[str, float | None]] = {}
     for one in judge["left_out"]:
         print(
@@ -215,7 +196,7 @@ def report_judge(judge: dict) -> None:
         for name, row in rows.items()
     }
     if cells:
-        print(by_class(cells, 16))
+        print(aligned(cells, 16))
 
 
 def judge(args: Options, real_root: Path, candidates_root: Path, needed: bool):
@@ -262,11 +243,11 @@ def judge(args: Options, real_root: Path, candidates_root: Path, needed: bool):
 
 
 def wanted_folder(args: Options, real_root: Path, candidates_root: Path):
-    """The training folder that is wanted, an `ldm.selection.wanted.WantedFolder`."""
+    """The training folder that is wanted, an `ldm.selection.training_folder.WantedFolder`."""
     from ldm.data.tile_files import TileFiles
     from ldm.selection.select import wanted_per_class
     from ldm.selection.strategies import Choice
-    from ldm.selection.wanted import WantedFolder
+    from ldm.selection.training_folder import WantedFolder
 
     choice = Choice(
         args.chosen_strategy,
@@ -310,6 +291,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from ldm.data.folders import refuse_held_out
     from ldm.features.source import VIT, FeatureSource
+    from ldm.report.tables import aligned
 
     if args.unlabelled is not None:
         refuse_held_out(candidates_root, option_name)
@@ -334,7 +316,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     record = folder.make(downstream)
     counts = record["counts"]
-    print(describe(counts))
+    print(aligned(counts, 9))
     report_shortfall(counts)
     if "val" in record["judge"]:
         report_judge(record["judge"])

@@ -79,14 +79,15 @@ def main(argv: list[str] | None = None) -> None:
             "--by_group: needs to know the groups; give --group_level, --group_regex or --group_csv"
         )
 
-    from ldm.data.subset import Amount, Subset, describe
+    from ldm.data.subset import Amount, Subset
+    from ldm.report.tables import aligned
 
     amount = Amount(args.fraction, args.per_class, args.ratio)
     subset = Subset.plan(data, amount, grouping, args.by_group, args.seed, include)
     if not subset.make(out, args.link):
         print(f"{out} is there already, made with the same settings")
         return
-    print(describe(subset.counts()))
+    print(aligned(subset.counts(), 7))
     total = len(subset.tiles)
     if include is None:
         print(f"{len(subset.drawn)} of {total} tiles in {out}")

@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     require_outside({"--out": out}, {"--real": real_root})
     remove_leftovers(out)
 
-    from ldm.evaluation.sweep import Sweep
+    from ldm.evaluation.sweep import Sweep, series
     from ldm.features.source import VIT, FeatureSource
     from ldm.synthesis.models import load_models
 
@@ -189,6 +189,6 @@ def main(argv: list[str] | None = None) -> None:
     print((out / "sweep.md").read_text(encoding="utf-8"), end="")
     option = "--cfg_scale" if models.classifier is None else "--classifier_scale"
     print(
-        f"best by these numbers: {option} {chosen.scale:g} ({chosen.series}); a judge overlooks "
-        f"what an eye sees, so look at {out}/tiles.png before you use it"
+        f"best by these numbers: {option} {chosen['scale']:g} ({series(chosen)}); a judge "
+        f"overlooks what an eye sees, so look at {out}/tiles.png before you use it"
     )

@@ -97,8 +97,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from ldm.commands.preflight import check_commands
     from ldm.experiment import engine
-    from ldm.experiment.earlier import convert_records
-    from ldm.experiment.jobs import Records, show_path
+    from ldm.experiment.jobs import Records, convert_records, show_path
     from ldm.experiment.plan import Plan
     from ldm.experiment.progress import Progress
     from ldm.experiment.settings import read_settings

@@ -4,9 +4,10 @@ Letters: M synthetic tiles, N training tiles, H held-out tiles, all with structu
 `pixels.LEAST_CONTRAST`): tiles without are background, alike everywhere, and are only counted.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,48 +37,33 @@ FEWEST_TRAIN = 20  # tiles with structure
 PER_STEP = 64  # small pictures that are made together
 
 
-def check_apart(train: TileFiles, held_out: TileFiles) -> None:
-    """UserError where held-out tiles are among the training tiles, byte for byte."""
-    names = dict(zip(train.digests, train.names, strict=True))
-    shared = [
-        f"{name} = {names[digest]}"
-        for name, digest in zip(held_out.names, held_out.digests, strict=True)
-        if digest in names
-    ]
-    if shared:
-        more = f" and {len(shared) - 3} more" if len(shared) > 3 else ""
-        raise UserError(
-            f"`holdout` {held_out.root}: {len(shared)} of {len(held_out)} tiles are in `train`"
-            f" {train.root} too ({', '.join(shared[:3])}{more}); give tiles that the generator"
-            " never saw"
-        )
-
-
-def check_groups_apart(train: TileFiles, held_out: TileFiles, pattern: str) -> None:
-    """UserError where a patient, slide or region has tiles in both sets."""
-    group = by_regex(pattern)
-    ours, theirs = ({group(name) for name in tiles.names} for tiles in (train, held_out))
-    shared = sorted(ours & theirs)
-    if shared:
-        raise UserError(
-            f"`holdout` {held_out.root}: {len(shared)} of its {len(theirs)} groups are in `train`"
-            f" {train.root} too ({', '.join(shared[:3])}); give tiles of others"
-        )
+def check_apart(train: TileFiles, held_out: TileFiles, pattern: str | None) -> None:
+    """UserError where held-out tiles, or their patients or slides, are in the training set too."""
+    known = dict(zip(train.digests, train.names, strict=True))
+    pairs = zip(held_out.names, held_out.digests, strict=True)
+    same = [f"{name} = {known[digest]}" for name, digest in pairs if digest in known]
+    shared = {f"{len(held_out)} tiles": same}
+    if pattern:
+        group = by_regex(pattern)
+        ours, theirs = ({group(name) for name in tiles.names} for tiles in (train, held_out))
+        shared[f"{len(theirs)} groups"] = sorted(ours & theirs)
+    for what, found in shared.items():
+        if found:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            raise UserError(
+                f"`holdout` {held_out.root}: {len(found)} of its {what} are in `train`"
+                f" {train.root} too ({', '.join(found[:3])}{more}); give tiles that the generator"
+                " never saw"
+            )
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One set of tiles against the training set, in one space.
+    """One set of tiles against the training set, in one space."""
 
-    Attributes:
-        neighbours: Their nearest training tiles.
-        own: Distance of each of these to its nearest other training tile, (M,).
-        cells: Cell of each, (M,).
-    """
-
-    neighbours: Neighbours
-    own: np.ndarray
-    cells: np.ndarray
+    neighbours: Neighbours  # their nearest training tiles
+    own: np.ndarray  # distance of each of these to its nearest other training tile, (M,)
+    cells: np.ndarray  # cell of each, (M,)
 
     @property
     def distance(self) -> np.ndarray:
@@ -93,17 +79,12 @@ class Compared:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Synthetic and held-out tiles against the training set, in one space.
+    """Synthetic and held-out tiles against the training set, in one space."""
 
-    Attributes:
-        name: "pixels" or "features".
-        threshold: Relative distances below it are flagged.
-    """
-
-    name: str
+    name: str  # "pixels" or "features"
     synthetic: Compared
     held_out: Compared
-    threshold: float
+    threshold: float  # relative distances below it are flagged
 
     @property
     def suspicion(self) -> np.ndarray:
@@ -118,107 +99,56 @@ class Comparison:
         )
 
 
-@dataclass(frozen=True)
-class Space:
-    """How tiles are compared: vectors of length 1 in one representation.
-
-    Attributes:
-        name: "pixels" or "features".
-        train: (N, D).
-        synthetic, held_out: M and H rows of what `orient` takes.
-        train_again: Training tiles at some indices, as `orient` takes them.
-        orient: From B rows to all their orientations, (B, 8, D).
-        unturned: Vectors of the training tiles that do not depend on how a tile is turned, (N, D).
-    """
-
-    name: str
-    train: Tensor
-    synthetic: Tensor
-    held_out: Tensor
-    train_again: Callable[[Tensor], Tensor]
-    orient: Callable[[Tensor], Tensor]
-    unturned: Tensor
-
-
-def pixel_space(synthetic: Tensor, held_out: Tensor, train: Tensor) -> Space:
-    """The space of small pictures, see `ldm.features.pixels`."""
-    parts = [pixels.oriented_vectors(part.float()).mean(dim=1) for part in train.split(4096)]
-    orient = pixels.oriented_vectors
-    return Space("pixels", train, synthetic, held_out, train.__getitem__, orient, torch.cat(parts))
-
-
-def feature_space(
-    synthetic: TileFiles,
-    held_out: TileFiles,
-    train: TileFiles,
-    extractor: Extractor,
-    batch_size: int,
-    cache: Path,
-) -> Space:
-    """The space of a network's features; orientations are those of the image it sees."""
-
-    def features(tiles: TileFiles, name: str, views: Views = pixels.ORIENTED) -> Tensor:
-        file = cache / f"{name}_features.safetensors"
-        return cached_features(tiles, extractor, file, batch_size, usable_cores(), views).values
-
-    vectors = features(train, "train", pixels.CENTRE)
-    return Space(
-        "features",
-        vectors,
-        features(synthetic, "synthetic"),
-        features(held_out, "held_out"),
-        lambda index: features(train.select(index.tolist()), "neighbours"),
-        lambda rows: rows,
-        vectors,
-    )
-
-
 def compare(
-    space: Space, groups: Tensor, level: float, device: torch.device | str = "cpu"
+    name: str,
+    train: Tensor,
+    queries: Sequence[Tensor],
+    orient: Callable[[Tensor], Tensor],
+    train_again: Callable[[Tensor], Tensor],
+    unturned: Tensor,
+    groups: Tensor,
+    level: float,
+    device: torch.device | str = "cpu",
 ) -> Comparison:
     """Nearest training tiles of both sets, and the nearest others of these training tiles.
 
     Args:
+        name: "pixels" or "features".
+        train: (N, D), of length 1.
+        queries: Synthetic and held-out tiles, M and H rows of what `orient` takes.
+        orient: From B rows to all their orientations, (B, 8, D).
+        train_again: Training tiles at some indices, as `orient` takes them.
+        unturned: Vectors of the training tiles that do not depend on how a tile is turned, (N, D).
         groups: Group of each training tile, (N,) int64; tiles of one group are not each other's
             neighbours.
         level: Rate of false alarms.
     """
-    fewest = min(len(space.synthetic), len(space.held_out))
-    cells = training_cells(space.unturned.numpy(), fewest)
+    cells = training_cells(unturned.numpy(), min(map(len, queries)))
     found = [
-        nearest(queries, space.train, SCALE_NEIGHBOUR, space.orient, device=device, what=what)
-        for queries, what in ((space.synthetic, "synthetic"), (space.held_out, "held out"))
+        nearest(rows, train, SCALE_NEIGHBOUR, orient, device=device, what=what)
+        for rows, what in zip(queries, ("synthetic", "held out"), strict=True)
     ]
     chosen = torch.cat([part.index for part in found]).unique()
-    near = nearest(
-        space.train_again(chosen), space.train, 1, space.orient, groups, groups[chosen], device,
-        "their neighbours",
-    )  # fmt: skip
-    own = torch.empty(len(space.train), dtype=torch.float64)
+    again, what = train_again(chosen), "their neighbours"
+    near = nearest(again, train, 1, orient, groups, groups[chosen], device, what)
+    own = torch.empty(len(train), dtype=torch.float64)
     own[chosen] = near.distance
     sides = [Compared(part, own[part.index].numpy(), cells[part.index.numpy()]) for part in found]
-    return Comparison(space.name, *sides, alarm_threshold(sides[1].relative, level))
+    return Comparison(name, *sides, alarm_threshold(sides[1].relative, level))
 
 
 @dataclass(frozen=True)
 class CopyCheck:
-    """What is known of every tile.
+    """What is known of every tile."""
 
-    Attributes:
-        synthetic, held_out, train: TileFiles with structure, in the order of the comparisons.
-        without_structure: TileFiles without, by set.
-        comparisons: In one or two spaces, pixels first.
-        variations: Sources of synthetic tiles; None where all are made of noise.
-        quantile: Rate of false alarms over all spaces.
-    """
-
+    # Tiles with structure, in the order of the comparisons.
     synthetic: TileFiles
     held_out: TileFiles
     train: TileFiles
-    without_structure: dict[str, TileFiles]
-    comparisons: list[Comparison]
-    variations: Variations | None
-    quantile: float
+    without_structure: dict[str, TileFiles]  # those without, by set
+    comparisons: list[Comparison]  # in one or two spaces, pixels first
+    variations: Variations | None  # sources of synthetic tiles; None where all are made of noise
+    quantile: float  # rate of false alarms over all spaces
 
     @property
     def suspicion(self) -> np.ndarray:
@@ -268,9 +198,7 @@ def check_copies(
             another.
         batch_size: Images per pass of the network.
     """
-    check_apart(train, held_out)
-    if group_regex:
-        check_groups_apart(train, held_out, group_regex)
+    check_apart(train, held_out, group_regex)
     kept, vectors, without = {}, {}, {}
     sets = {"synthetic": synthetic, "held_out": held_out, "train": train.distinct()}
     pictures = FeatureSource(PIXELS).open("cpu")
@@ -288,16 +216,39 @@ def check_copies(
     level = quantile if extractor is None else quantile / 2
     check_counts(kept, len(set(groups)), level)
 
-    groups = torch.from_numpy(groups)
-    comparisons = [compare(pixel_space(**vectors), groups, level, device)]
+    rest = {"groups": torch.from_numpy(groups), "level": level, "device": device}
+    comparisons = [_in_pixels(**vectors, **rest)]
     if extractor is not None:
-        space = feature_space(**kept, extractor=extractor, batch_size=batch_size, cache=cache)
-        comparisons.append(compare(space, groups, level, device))
+        comparisons.append(_in_features(kept, extractor, batch_size, cache, **rest))
     variations = find_variations(
         kept["synthetic"], train, kept["train"], vectors["synthetic"], vectors["train"]
     )
     return CopyCheck(**kept, without_structure=without, comparisons=comparisons,
                      variations=variations, quantile=quantile)  # fmt: skip
+
+
+def _in_pixels(train: Tensor, synthetic: Tensor, held_out: Tensor, **rest: Any) -> Comparison:
+    """The comparison of small pictures, see `ldm.features.pixels`."""
+    orient, queries = pixels.oriented_vectors, (synthetic, held_out)
+    unturned = torch.cat([orient(part.float()).mean(dim=1) for part in train.split(4096)])
+    return compare("pixels", train, queries, orient, train.__getitem__, unturned, **rest)
+
+
+def _in_features(
+    kept: dict[str, TileFiles], extractor: Extractor, batch_size: int, cache: Path, **rest: Any
+) -> Comparison:
+    """The comparison of a network's features; orientations are those of the image it sees."""
+
+    def features(tiles: TileFiles, name: str, views: Views = pixels.ORIENTED) -> Tensor:
+        file = cache / f"{name}_features.safetensors"
+        return cached_features(tiles, extractor, file, batch_size, usable_cores(), views).values
+
+    def train_again(index: Tensor) -> Tensor:
+        return features(kept["train"].select(index.tolist()), "neighbours")
+
+    train = features(kept["train"], "train", pixels.CENTRE)
+    queries = [features(kept[name], name) for name in ("synthetic", "held_out")]
+    return compare("features", train, queries, lambda rows: rows, train_again, train, **rest)
 
 
 def check_counts(kept: dict[str, TileFiles], groups: int, level: float) -> None:

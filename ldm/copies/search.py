@@ -18,19 +18,12 @@ BLOCKS = (64, 8192)  # queries, which have 8 orientations each, and training til
 
 @dataclass(frozen=True)
 class Neighbours:
-    """The nearest training tile of each query, over all orientations of the query.
+    """The nearest training tile of each query, over all orientations of the query."""
 
-    Attributes:
-        index: Training tile, (M,) int64.
-        orientation: Orientation of the query, (M,) int64 in [0, R).
-        distance: Distance to that tile, (M,) float64.
-        scale: Distance to the k-th nearest training tile, (M,) float64.
-    """
-
-    index: Tensor
-    orientation: Tensor
-    distance: Tensor
-    scale: Tensor
+    index: Tensor  # training tile, (M,) int64
+    orientation: Tensor  # orientation of the query, (M,) int64 in [0, R)
+    distance: Tensor  # distance to that tile, (M,) float64
+    scale: Tensor  # distance to the k-th nearest training tile, (M,) float64
 
     @property
     def relative(self) -> Tensor:

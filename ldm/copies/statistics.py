@@ -52,19 +52,12 @@ def mann_whitney_z(a: np.ndarray, b: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class CopyingTest:
-    """C_T and what it rests on.
+    """C_T and what it rests on."""
 
-    Attributes:
-        c_t: None where no cell has enough tiles.
-        cells: Cells that count.
-        left_out: Cells with held-out or synthetic tiles, too few of one of them.
-        weight: Share of the held-out tiles that lie in cells that count.
-    """
-
-    c_t: float | None
-    cells: int
-    left_out: int
-    weight: float
+    c_t: float | None  # None where no cell has enough tiles
+    cells: int  # cells that count
+    left_out: int  # cells with held-out or synthetic tiles, too few of one of them
+    weight: float  # share of the held-out tiles that lie in cells that count
 
 
 def copying_test(

@@ -3,45 +3,30 @@
 Letters: M synthetic tiles, N training tiles, D numbers of a small picture (`ldm.features.pixels`).
 """
 
-import csv
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.data.folders import manifest_column
 from ldm.data.tile_files import TileFiles
 from ldm.features.pixels import oriented_vectors
 
-MANIFEST = "manifest.csv"
 BLOCK = 256  # tiles whose orientations are in memory together
 
 
 @dataclass(frozen=True)
 class Variations:
-    """The sources of synthetic tiles.
+    """The sources of synthetic tiles."""
 
-    Attributes:
-        sources: As the manifest names them, M; empty texts for tiles made of noise.
-        index: The training tile that each is, (M,) int64; -1 where it is none that was compared.
-        distance: To it in pixels, in the nearest orientation, (M,) float64; else not a number.
-    """
-
-    sources: list[str]
+    sources: list[str]  # as the manifest names them, M; empty texts for tiles made of noise
+    # The training tile that each is, (M,) int64; -1 where it is none that was compared.
     index: Tensor
+    # To it in pixels, in the nearest orientation, (M,) float64; else not a number.
     distance: np.ndarray
-
-
-def read_sources(root: Path) -> dict[str, str]:
-    """Source of each variation, by its file below the folder; empty where there are none."""
-    path = root / MANIFEST
-    if not path.is_file():
-        return {}
-    with path.open(newline="", encoding="utf-8", errors="replace") as stream:
-        rows = csv.DictReader(stream)
-        return {row["file"]: row["source"] for row in rows if row.get("source") and "file" in row}
 
 
 def find_variations(
@@ -61,7 +46,7 @@ def find_variations(
         listed: All training tiles, those among them that repeat others byte by byte.
         vectors, train_vectors: Small pictures, (M, D) and (N, D).
     """
-    known = read_sources(synthetic.root)
+    known = manifest_column(synthetic.root, "source")
     sources = [known.get(name, "") for name in synthetic.names]
     if not any(sources):
         return None

@@ -67,19 +67,12 @@ class TileArray:
         return 1.0 if high <= 1.001 else 255.0  # 1 with the rounding errors of a colour transform
 
     def class_names(self) -> list[str | None]:
-        """The label of each row as a name; numbers are filled with zeros, to be sorted as such.
-
-        Raises:
-            UserError: There is not one number or name for each row, or a name is no folder's.
-        """
+        """The label of each row as a name; numbers are filled with zeros, to be sorted as such."""
         if self.labels is None:
             return [None] * len(self)
         labels = np.asarray(self.labels)
-        if (
-            labels.size != len(self)
-            or labels.shape[0] != len(self)
-            or labels.dtype.kind not in "iuUS"
-        ):
+        shaped = labels.size == len(self) == labels.shape[0]
+        if not shaped or labels.dtype.kind not in "iuUS":
             raise UserError(
                 f"{self.path}: its labels, {labels.dtype} {labels.shape}, must be a number or a"
                 f" name for each of {len(self)} tiles"
@@ -97,9 +90,6 @@ def open_arrays(path: Path) -> dict[str, TileArray]:
     """The arrays of tiles in a file by name, such as train and test; or the PART of FILE/PART.
 
     The only array of a file has no name.
-
-    Raises:
-        UserError: The file is damaged, or holds no array of tiles or none of this name.
     """
     file = holder(path)
     # By process, since a handle of HDF5 must not be shared after a fork.
@@ -182,11 +172,9 @@ def _zipped(path: str) -> dict[str, Any]:
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         for member in archive.infolist():
             with archive.open(member) as stream:
-                version = np.lib.format.read_magic(stream)
-                read = np.lib.format.read_array_header_2_0
-                if version == (1, 0):
-                    read = np.lib.format.read_array_header_1_0
-                shape, fortran, dtype = read(stream)
+                first = np.lib.format.read_magic(stream) == (1, 0)
+                read = f"read_array_header_{1 if first else 2}_0"
+                shape, fortran, dtype = getattr(np.lib.format, read)(stream)
                 header = stream.tell()
             if dtype.hasobject or fortran:
                 continue  # pickled, or not in rows

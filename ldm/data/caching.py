@@ -1,6 +1,5 @@
 """Making a cache of latents: every tile of a data module encoded once (see `ldm.data.latents`)."""
 
-import math
 import time
 import zlib
 from collections.abc import Sequence
@@ -25,18 +24,11 @@ from ldm.data.latents import (
     Shards,
     read_manifest,
     scale_from_sums,
-    shards_of,
 )
 from ldm.data.tiles import Tiles
 from ldm.devices import Devices, Ranks, one_thread
 from ldm.errors import UserError
-from ldm.files import (
-    digest_of_text,
-    free_space,
-    remove_leftovers,
-    require_space,
-    write_bytes,
-)
+from ldm.files import digest_of_text, free_space, remove_leftovers, require_space, write_bytes
 from ldm.modules.autoencoder import AutoencoderKL as AutoencoderNet
 from ldm.progress import Bar
 from ldm.run import MadeFolder, hardware, provenance
@@ -44,6 +36,7 @@ from ldm.run import MadeFolder, hardware, provenance
 SHARD_BYTES = 64 * 2**20  # a shard is held in memory until it is written
 SCALE_TILES = 2048  # over which the scale of the latents is measured, as training does
 SYMMETRIES = 8
+Jobs = Sequence[tuple[str, int]]  # shards: split, number
 
 
 def symmetry(x: Tensor, number: int) -> Tensor:
@@ -64,20 +57,18 @@ class Views(Dataset):
         self.plain = tiles.without_augmentation()
         self.seed = seed
 
-    @property
-    def is_symmetric(self) -> bool:
-        """Whether there are the 8 symmetries and no other views."""
-        return self.tiles.augment == ["d4"] and self.tiles.crop == "center"
+        # Whether there are the 8 symmetries and no other views.
+        self.is_symmetric = tiles.augment == ["d4"] and tiles.crop == "center"
 
     def __getitem__(self, key: tuple[int, int]) -> Tensor:
         index, view = key
         if view == 0:
             return self.plain[index]["image"]
         name = self.tiles.relative_paths[index]
-        if self.is_symmetric:
-            order = np.random.default_rng(_number(self.seed, name)).permutation(SYMMETRIES - 1) + 1
-            return symmetry(self.plain[index]["image"], int(order[view - 1])).contiguous()
-        return self.tiles[index, _number(self.seed, name, view)]["image"]
+        if not self.is_symmetric:
+            return self.tiles[index, _number(self.seed, name, view)]["image"]
+        order = np.random.default_rng(_number(self.seed, name)).permutation(SYMMETRIES - 1) + 1
+        return symmetry(self.plain[index]["image"], int(order[view - 1])).contiguous()
 
     def __len__(self) -> int:
         return len(self.tiles)
@@ -101,9 +92,6 @@ class CachePlan:
         seed: Seed of the views.
         devices: Precision and memory layout.
         shard_tiles: Tiles per shard; None for about 64 MiB.
-
-    Raises:
-        UserError: The tiles cannot be cached, or the folder holds something else.
     """
 
     def __init__(
@@ -125,9 +113,17 @@ class CachePlan:
         if data.val_dataset is not None:
             self.sets["validation"] = data.val_dataset
         size = net.latent_size
-        self.moments = (2 * net.embed_dim, size, size)
         for split, tiles in self.sets.items():
-            self._check(split, tiles)
+            if not isinstance(tiles, Tiles):
+                raise UserError(
+                    f"data: {split} is a {type(tiles).__name__}; only ldm.data.tiles.TileFolder and"
+                    " ldm.data.corpora.Corpora can be cached"
+                )
+            if tiles.size != net.resolution:
+                raise UserError(
+                    f"data: {split} has tiles of size={tiles.size}, the autoencoder works on "
+                    f"{net.resolution} pixels; set it to that"
+                )
         train = Views(self.sets["train"], seed)
         if views > 1 and not train.tiles.is_random:
             raise UserError(
@@ -151,27 +147,16 @@ class CachePlan:
                 for split, tiles in self.sets.items()
             },
         }
-        self.shards = {split: shards_of(root, self.settings, split) for split in self.sets}
+        self.shards = {split: Shards.of(root, self.settings, split) for split in self.sets}
         self.made = MadeFolder(root, self.settings, MANIFEST)
         read_manifest(root, "out")  # of this version, or none
         self.made.exists()
 
-    def _check(self, split: str, tiles: Dataset) -> None:
-        if not isinstance(tiles, Tiles):
-            raise UserError(
-                f"data: {split} is a {type(tiles).__name__}; only ldm.data.tiles.TileFolder and "
-                "ldm.data.corpora.Corpora can be cached"
-            )
-        if tiles.size != self.net.resolution:
-            raise UserError(
-                f"data: {split} has tiles of size={tiles.size}, the autoencoder works on "
-                f"{self.net.resolution} pixels; set it to that"
-            )
-
     def _describe(
         self, tiles: Tiles, views: int, dtype: str, shard_tiles: int | None
     ) -> dict[str, Any]:
-        tile_bytes = views * math.prod(self.moments) * DTYPES[dtype].itemsize
+        numbers = 2 * self.net.embed_dim * self.net.latent_size**2
+        tile_bytes = views * numbers * DTYPES[dtype].itemsize
         rows = zip(*self.table(tiles).values(), strict=True)
         lines = (f"{name}\0{label}\0{group}\0{corpus}\n" for name, _, label, group, corpus in rows)
         return {
@@ -197,34 +182,30 @@ class CachePlan:
             "corpus": tiles.corpus_numbers().tolist(),
         }
 
-    def missing(self) -> list[tuple[str, int]]:
-        """Shards (split, number) that are still to be made.
-
-        Raises:
-            UserError: A shard is damaged.
-        """
-        jobs = []
+    def missing(self) -> Jobs:
+        """The shards that are still to be made; UserError if one of the others is damaged."""
+        missing = []
         for split, shards in self.shards.items():
             for number in range(len(shards)):
                 if shards.path(number).exists():
                     shards.open(number)
                 else:
-                    jobs.append((split, number))
-        return jobs
+                    missing.append((split, number))
+        return missing
 
-    def images(self, jobs: Sequence[tuple[str, int]]) -> int:
+    def images(self, jobs: Jobs) -> int:
         """How many images these shards take."""
         return sum(len(self.shards[s].range(n)) * self.shards[s].views for s, n in jobs)
 
-    def bytes_of(self, jobs: Sequence[tuple[str, int]]) -> int:
+    def bytes_of(self, jobs: Jobs) -> int:
         """Disk use of these shards."""
         return sum(self.shards[s].bytes_of(n) for s, n in jobs)
 
-    def require_space(self, jobs: Sequence[tuple[str, int]]) -> None:
+    def require_space(self, jobs: Jobs) -> None:
         """Check that these shards fit on the disk; UserError otherwise."""
         require_space(self.root, self.bytes_of(jobs), "out: cache of latents")
 
-    def describe(self, jobs: Sequence[tuple[str, int]]) -> str:
+    def describe(self, jobs: Jobs) -> str:
         """Tiles, views, sizes and disk use, one per line."""
         lines = []
         for split, shards in self.shards.items():
@@ -236,7 +217,7 @@ class CachePlan:
                 f"{augment if shards.views > 1 else ''} in {len(shards):,} files"
             )
         channels, height, width = self.settings["latent"]
-        everything = [(s, n) for s, shards in self.shards.items() for n in range(len(shards))]
+        total = sum(s.bytes_of(n) for s in self.shards.values() for n in range(len(s)))
         classes = self.settings["classes"]
         return "\n".join(
             [
@@ -245,7 +226,7 @@ class CachePlan:
                 f"latents      mean and log-variance, {channels}x{height}x{width} each, "
                 f"{self.settings['dtype']}, encoded in {self.settings['precision']}",
                 f"autoencoder  {self.settings['autoencoder'][:12]}",
-                f"disk         {gibibytes(self.bytes_of(everything))}, of which "
+                f"disk         {gibibytes(total)}, of which "
                 f"{gibibytes(self.bytes_of(jobs))} are to be made; "
                 f"{gibibytes(free_space(self.root))} free",
             ]
@@ -337,12 +318,7 @@ def _batches(shards: Shards, number: int, batch_size: int) -> list[list[tuple[in
 
 
 def _encode(
-    plan: CachePlan,
-    device: torch.device,
-    jobs: Sequence[tuple[str, int]],
-    quiet: bool,
-    batch_size: int,
-    workers: int,
+    plan: CachePlan, device: torch.device, jobs: Jobs, quiet: bool, batch_size: int, workers: int
 ) -> None:
     """Encode and write these shards."""
     layout = torch.channels_last if plan.devices.channels_last else torch.contiguous_format
@@ -367,25 +343,15 @@ def _encode(
                 moments, sums = [], []
                 for _ in _batches(shards, number, batch_size):
                     x = next(stream).to(device, memory_format=layout, non_blocking=True)
-                    posterior = _posterior(net, x, plan.devices)  # (b, 2C, h, w) float32
-                    moments.append(posterior.cpu())
-                    sums.append(latent_sums_of(posterior))
+                    with torch.inference_mode(), plan.devices.autocast(device):
+                        found = net.encode(x)
+                        posterior = torch.cat([found.mean, found.logvar], dim=1).float()
+                    moments.append(posterior.cpu())  # (b, 2C, h, w)
+                    mean, logvar = moments[-1].double().chunk(2, dim=1)
+                    both = mean.sum((1, 2, 3)), (mean.square() + logvar.exp()).sum((1, 2, 3))
+                    sums.append(torch.stack(both, dim=1))  # (b, 2)
                     bar.update(len(x))
                 _write_shard(shards, number, torch.cat(moments), torch.cat(sums))
-
-
-@torch.inference_mode()
-def _posterior(net: AutoencoderNet, x: Tensor, devices: Devices) -> Tensor:
-    """Mean and log-variance of images, stacked, (B, 2C, h, w) float32."""
-    with devices.autocast(x.device):
-        posterior = net.encode(x)
-    return torch.cat([posterior.mean, posterior.logvar], dim=1).float()
-
-
-def latent_sums_of(moments: Tensor) -> Tensor:
-    """Sum of the mean and of mean^2 + variance of each image, (B, 2) float64."""
-    mean, logvar = moments.cpu().double().chunk(2, dim=1)
-    return torch.stack([mean.sum((1, 2, 3)), (mean.square() + logvar.exp()).sum((1, 2, 3))], dim=1)
 
 
 def _write_shard(shards: Shards, number: int, moments: Tensor, sums: Tensor) -> None:

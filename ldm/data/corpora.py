@@ -1,64 +1,58 @@
 """Several corpora as one training set, each with its own storage and weight."""
 
 import logging
-import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import AfterValidator, BeforeValidator, Field
 
+from ldm.cli import checked
 from ldm.data.index import CorpusIndex
 from ldm.data.storage import LAYOUTS, layout_of
 from ldm.data.tiles import Tiles, Weighted, tiles_below
-from ldm.errors import UserError
+from ldm.errors import Problems, UserError
 
 log = logging.getLogger(__name__)
 
-SETTINGS = ("root", "layout", "weight", "index")
+
+def _given(value: Any) -> Any:
+    if not value:
+        raise ValueError(f"{value!r} is no folder; give the corpus's folder, or a list of them")
+    return value
 
 
-@dataclass(frozen=True)
+Root = Annotated[Path, BeforeValidator(_given), AfterValidator(Path.expanduser)]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Corpus(Weighted):
     """Settings of one corpus."""
 
-    roots: list[Path]
-    layout: str | None  # None: that of the index, or what is at the root
-    index: Path | None
+    root: Root | Annotated[tuple[Root, ...], BeforeValidator(_given)]
+    layout: Literal["folder", "array", "shards", "slides"] | None = None  # None: see `Corpora`
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)] = 1.0
+    index: Path | None = None
 
     @classmethod
     def from_settings(cls, name: str, settings: Any) -> "Corpus":
-        """Check what stands under `corpora.NAME`.
-
-        Raises:
-            UserError: A name is unknown, or a value is not allowed.
-        """
+        """Check what stands under `corpora.NAME`."""
         where = f"corpora.{name}"
         if not name or "/" in name:
             raise UserError(f"{where}: a corpus needs a name without slashes")
         if not isinstance(settings, Mapping):
-            raise UserError(f"{where}={settings!r} must be a mapping of {', '.join(SETTINGS)}")
-        unknown = sorted(set(settings) - set(SETTINGS))
-        if unknown:
-            raise UserError(f"{where}.{unknown[0]}: unknown name (allowed: {', '.join(SETTINGS)})")
-        root, index = settings.get("root"), settings.get("index")
-        roots = [root] if isinstance(root, str | os.PathLike | None) else root
-        if not isinstance(roots, Sequence) or not roots or not all(roots):
-            raise UserError(f"{where}.root={root!r}: give the corpus's folder, or a list of them")
-        weight = settings.get("weight", 1.0)
-        usable = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not usable or not 0 < weight < math.inf:
-            raise UserError(
-                f"{where}.weight={weight!r} must be a number above 0; remove a corpus with"
-                f" corpora.{name}=null"
-            )
-        layout = settings.get("layout")
-        if layout not in (None, *LAYOUTS):
-            raise UserError(f"{where}.layout={layout!r}: choose among {', '.join(LAYOUTS)}")
-        roots = [Path(root).expanduser() for root in roots]
-        return cls(name, float(weight), roots, layout, Path(index) if index else None)
+            raise UserError(f"{where}={settings!r} must be a mapping, such as {{root: DIR}}")
+        try:
+            return checked(cls, {**settings, "name": name}, strict=False)
+        except Problems as error:
+            found = {f"{where}.{key}": text for key, text in error.found.items()}
+            raise Problems(found) from None
+
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        return self.root if isinstance(self.root, tuple) else (self.root,)
 
 
 class Corpora(Tiles):

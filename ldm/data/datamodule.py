@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import cv2
@@ -36,9 +37,6 @@ class ResumableSampler(DistributedSampler):
         batch_size: Per rank.
         num_replicas: Ranks. They see disjoint shares of the pass.
         position: Batches (per rank) drawn so far. Default: whole passes, counted by `set_epoch`.
-
-    Raises:
-        UserError: There are fewer tiles than ranks.
     """
 
     def __init__(
@@ -87,7 +85,7 @@ def start_worker(worker_id: int) -> None:
 
 
 def split_by_group(
-    names: list[str], labels: list[int], fraction: float, pattern: str | None, seed: int
+    groups: list[str], labels: list[int], fraction: float, seed: int
 ) -> tuple[list[int], list[int]]:
     """Split tiles into (train, held out) so that no group is on both sides.
 
@@ -95,20 +93,13 @@ def split_by_group(
     are added, until each class has its share held out. At least half of each class stays in train.
 
     Args:
-        names: Relative paths, or the groups themselves.
+        groups: Patient, slide or region of each tile.
         labels: Classes of the tiles; the same number everywhere when there are none.
         fraction: Share of the tiles to hold out, in (0, 1).
-        pattern: Regular expression searched in the name; its group 1 is the patient, slide or
-            region. None makes each name a group.
-
-    Raises:
-        UserError: The pattern is no regular expression or does not match a name, or there are too
-            few groups.
     """
     members: dict[str, list[int]] = defaultdict(list)
-    grouping = None if pattern is None else by_regex(pattern)
-    for i, name in enumerate(names):
-        members[name if grouping is None else grouping(name)].append(i)
+    for i, group in enumerate(groups):
+        members[group].append(i)
 
     label_of = np.asarray(labels) - np.min(labels)  # unlabelled tiles, all -1, become one class
     total = np.bincount(label_of)
@@ -124,14 +115,14 @@ def split_by_group(
             held_count += count
     if not held:
         raise UserError(
-            f"val_fraction={fraction}: {len(names)} tiles in {len(members)} groups are too few to"
+            f"val_fraction={fraction}: {len(groups)} tiles in {len(members)} groups are too few to"
             " hold some out; add tiles, give `validation` or set val_fraction=0"
         )
     without = int(((total > 0) & (held_count == 0)).sum())
     if without:
         log.warning("validation: %d classes have too few groups to hold one out", without)
     chosen = set(held)
-    return [i for i in range(len(names)) if i not in chosen], sorted(held)
+    return [i for i in range(len(groups)) if i not in chosen], sorted(held)
 
 
 class DataModuleFromConfig(pl.LightningDataModule):
@@ -151,8 +142,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
         num_workers: Loader processes.
         prefetch: Batches that each of them prepares ahead.
         val_fraction: Share held out, in [0, 0.5]; 0 for none. Not used with `validation`.
-        group_regex: See `split_by_group`: tiles of one patient, slide or region stay together.
-            Without it, those of one group of a corpus index do.
+        group_regex: Regular expression whose first group is the patient, slide or region in a
+            tile's name: those tiles stay together. Without it, those of one group of an index do.
         seed: Seed of the hold-out, the order and the augmentation.
         latents: Folder of a cache that scripts/cache_latents.py made.
 
@@ -195,13 +186,12 @@ class DataModuleFromConfig(pl.LightningDataModule):
         self.cache: LatentCache | None = None
         self._train_node = train
         self._validation_node = validation
-        self._sets: tuple[Dataset, Dataset | None] | None = None
 
     def setup(self, stage: str | None = None) -> None:
-        if self._sets is None:
-            self._sets = self._build()
+        _ = self._sets
 
-    def _build(self) -> tuple[Dataset, Dataset | None]:
+    @cached_property
+    def _sets(self) -> tuple[Dataset, Dataset | None]:
         if self.latents is not None:
             self.cache = LatentCache.read(self.latents, "data.params.latents")
             views = self.cache.train.shards.views
@@ -224,24 +214,20 @@ class DataModuleFromConfig(pl.LightningDataModule):
                 f"val_fraction={self.val_fraction} needs tiles to hold some out of, not"
                 f" {type(train).__name__}; give `validation` or set val_fraction=0"
             )
-        names = train.relative_paths
-        if train.groups is not None and self.group_regex is None:
-            names = train.groups
-        kept, held = split_by_group(
-            names, train.labels, self.val_fraction, self.group_regex, self.seed
-        )
+        groups = train.groups or train.relative_paths
+        if self.group_regex is not None:
+            groups = list(map(by_regex(self.group_regex), train.relative_paths))
+        kept, held = split_by_group(groups, train.labels, self.val_fraction, self.seed)
         return train.subset(kept), train.subset(held, random=False)
 
     @property
     def train_dataset(self) -> Dataset:
         """The training tiles, built on first use."""
-        self.setup()
         return self._sets[0]
 
     @property
     def val_dataset(self) -> Dataset | None:
         """The given or held-out validation tiles; None when there are none."""
-        self.setup()
         return self._sets[1]
 
     @property

@@ -1,5 +1,6 @@
 """Folders of copies of tiles, or of links to them, made completely or not at all."""
 
+import csv
 import errno
 import os
 import shutil
@@ -28,6 +29,16 @@ def refuse_held_out(root: Path, option: str) -> None:
         )
 
 
+def manifest_column(root: Path, column: str) -> dict[str, str]:
+    """What ROOT/manifest.csv of sample_diffusion.py says of each file in a column, if anything."""
+    try:
+        with (root / "manifest.csv").open(newline="", encoding="utf-8", errors="replace") as stream:
+            rows = list(csv.DictReader(stream))
+    except FileNotFoundError:
+        return {}
+    return {row["file"]: row[column] for row in rows if row.get(column) and "file" in row}
+
+
 def build_folder(
     out: Path, files: Mapping[str, Path], notes: Mapping[str, str], link: str = "copy"
 ) -> None:
@@ -40,9 +51,6 @@ def build_folder(
         files: Where each file comes from, by its path in `out`.
         notes: Text files to write beside them: content by path in `out`.
         link: "copy", "hard" or "symbolic" (to absolute paths).
-
-    Raises:
-        UserError: The file system has no such links.
     """
     put = {"copy": shutil.copyfile, "hard": os.link, "symbolic": os.symlink}[link]
     with atomic_folder(out) as partial:

@@ -20,12 +20,7 @@ Grouping = Callable[[str], str]  # from a tile's path below its root to the name
 
 
 def by_regex(pattern: str) -> Grouping:
-    """Groups are the first parenthesis of a regular expression that is searched in the path.
-
-    Raises:
-        UserError: The pattern is no regular expression or has no parenthesis; or, when the grouping
-            is used, it does not match a path.
-    """
+    """Groups are the first parenthesis of a regular expression that is searched in the path."""
     try:
         regex = re.compile(pattern)
     except re.error as error:
@@ -62,10 +57,6 @@ def by_csv(table: Path, column: str, rows: str | None = None) -> Grouping:
     Args:
         column: Name of the column of groups.
         rows: `COLUMN=VALUE` reads only these rows, of a table of several splits. None reads all.
-
-    Raises:
-        UserError: A column is missing, or a tile has two groups; or, when the grouping is used, a
-            tile has none.
     """
     with table.open(newline="", encoding="utf-8-sig", errors="replace") as stream:
         reader = csv.DictReader(stream)

@@ -49,13 +49,11 @@ class UnsupportedImage(UserError):
 
 
 class Folder(NamedTuple):
-    """The wanted files and the subfolders of one folder."""
+    """One folder of a tree and its wanted files."""
 
     path: Path
     modified: int  # st_mtime_ns, read before the names: a later change has a later time
     files: list[str]
-    subfolders: list[str]
-    others: Counter  # extensions of the other files
 
 
 def is_junk(name: str) -> bool:
@@ -68,25 +66,18 @@ def is_image(name: str) -> bool:
     return not is_junk(name) and os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
-def read_folder(path: str | os.PathLike, wanted: Callable[[str], bool]) -> Folder:
-    """One folder's wanted files and its subfolders, without junk, sorted."""
-    modified = os.stat(path).st_mtime_ns
-    files, subfolders, others = [], [], Counter()
-    with os.scandir(path) as entries:
+def _entries(folder: str | os.PathLike) -> tuple[list[str], list[str]]:
+    """Names of the subfolders and of the files in a folder, sorted, without junk."""
+    names: tuple[list[str], list[str]] = [], []
+    with os.scandir(folder) as entries:
         for entry in entries:
-            if is_junk(entry.name):
-                continue
-            if entry.is_dir():
-                subfolders.append(entry.name)
-            elif wanted(entry.name):
-                files.append(entry.name)
-            else:
-                others[os.path.splitext(entry.name)[1].lower()] += 1
-    return Folder(Path(path), modified, sorted(files), sorted(subfolders), others)
+            if not is_junk(entry.name):
+                names[not entry.is_dir()].append(entry.name)
+    return sorted(names[0]), sorted(names[1])
 
 
 def walk(root: str | os.PathLike, wanted: Callable[[str], bool]) -> Iterator[Folder]:
-    """`root` and every folder below it, each once.
+    """`root` and every folder below it, each once, with the files whose names are `wanted`.
 
     Links are followed after all real folders, so that a folder has its own name rather than that of
     a link to it. What else lies in the folders is counted and reported at the end.
@@ -105,12 +96,12 @@ def walk(root: str | os.PathLike, wanted: Callable[[str], bool]) -> Iterator[Fol
             _warn(f"{path} leads to a folder that is read already, or that holds {root}; left out")
             continue
         seen.add(key)
-        folder = read_folder(path, wanted)
-        for name in folder.subfolders:
-            below = path / name
+        modified = os.stat(path).st_mtime_ns
+        subfolders, files = _entries(path)
+        for below in (path / name for name in subfolders):
             (links if below.is_symlink() else folders).append(below)
-        others += folder.others
-        yield folder
+        others.update(os.path.splitext(name)[1].lower() for name in files if not wanted(name))
+        yield Folder(path, modified, [name for name in files if wanted(name)])
     kinds = [f"{n:,} {kind}" for kind, n in sorted(others.items()) if not _RECORDS.fullmatch(kind)]
     if kinds:
         _warn(f"{root}: left out {', '.join(kinds)} files, which are not read here")
@@ -131,16 +122,12 @@ def list_images(root: str | os.PathLike) -> list[Path]:
 
 def class_folders(root: str | os.PathLike) -> list[str]:
     """Names of the class folders directly below `root`, sorted; junk is skipped."""
-    return read_folder(root, is_image).subfolders
+    return _entries(root)[0]
 
 
 @lru_cache(4096)
 def declared_white(folder: Path) -> float | None:
-    """The value of white that `WHITE` in this folder, or in one above it, declares; else None.
-
-    Raises:
-        UserError: The file holds no number above 0.
-    """
+    """The value of white that `WHITE` in this folder, or in one above it, declares; else None."""
     for place in (folder, *folder.parents):
         try:
             text = (place / WHITE).read_text(errors="replace")
@@ -164,10 +151,6 @@ def to_levels(pixels: np.ndarray, name: str, white: float | None = None) -> np.n
     Args:
         name: Path of the file, for errors; `declared_white` of its folder comes first.
         white: The value of white where none is declared.
-
-    Raises:
-        UnsupportedImage: White is not declared, values are outside its range or not finite, or the
-            shape is that of no tile.
     """
     shape = getattr(pixels, "shape", ())
     if len(shape) == 2:
@@ -235,18 +218,15 @@ def decode_tile(content: bytes, name: str) -> np.ndarray:
 
     Args:
         name: Path of the file: its extension tells arrays from images, and see `to_levels`.
-
-    Raises:
-        UserError: The file is no image, or cut short.
-        UnsupportedImage: See `to_levels`.
     """
     try:
         return to_levels(_decode(content, name), name)
     except UserError:
         raise
     except (*_DECODE_ERRORS, Image.DecompressionBombError):
-        reason = "unreadable or truncated image"
-        raise UserError(f"{name}: {reason}; replace or remove the file") from None
+        raise UserError(
+            f"{name}: unreadable or truncated image; replace or remove the file"
+        ) from None
 
 
 def read_tile(path: str | os.PathLike) -> np.ndarray:
@@ -278,54 +258,43 @@ def map_ahead(
             pool.shutdown(cancel_futures=True)
 
 
-def require_good(errors: Sequence[str], count: int) -> None:
-    """Check that no image of a set is bad.
+def attempts(
+    function: Callable[[Any], Any], items: Iterable[Any], workers: int, ahead: int
+) -> Iterator[Any]:
+    """As `map_ahead`, where the `UserError` that an item raises is its result."""
 
-    Args:
-        errors: What is wrong with the bad ones.
-        count: Number of images in the set.
+    def attempt(item: Any) -> Any:
+        try:
+            return function(item)
+        except UserError as error:
+            return error
 
-    Raises:
-        UserError: Some files are bad: how many, and the first few by name.
-    """
+    return map_ahead(attempt, items, workers, ahead)
+
+
+def require_good(outcomes: Sequence[Any]) -> None:
+    """Check that none of the results of `attempts` on all images of a set is an error."""
+    errors = [str(outcome) for outcome in outcomes if isinstance(outcome, UserError)]
     if len(errors) == 1:
         raise UserError(errors[0])
     if errors:
         more = f" | and {len(errors) - 3} more" if len(errors) > 3 else ""
-        raise UserError(f"{len(errors)} of {count} images are bad: {' | '.join(errors[:3])}{more}")
+        bad = f"{len(errors)} of {len(outcomes)} images are bad"
+        raise UserError(f"{bad}: {' | '.join(errors[:3])}{more}")
 
 
-def decode_tiles(
-    tiles: Sequence[Any], decode: Callable[[Any], Any], workers: int | None = None
-) -> list:
+def decode_tiles(tiles: Sequence[Any], decode: Callable[[Any], Any]) -> list:
     """`decode(tile)` of every tile in threads (Pillow decodes outside the interpreter's lock).
 
     Raises:
-        UserError: Some files are bad; the message counts them and names the first few.
+        UserError: See `require_good`.
     """
-
-    def attempt(tile: Any):
-        try:
-            return decode(tile), None
-        except UserError as error:
-            return None, str(error)
-
-    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
-        outcomes = list(pool.map(attempt, tiles))
-    errors = [message for _, message in outcomes if message is not None]
-    require_good(errors, len(tiles))
-    return [value for value, _ in outcomes]
+    outcomes = list(attempts(decode, tiles, min(8, os.cpu_count() or 1), 16))
+    require_good(outcomes)
+    return outcomes
 
 
-def check_tiles(
-    tiles: Sequence[Any],
-    workers: int | None = None,
-    read: Callable[[Any], np.ndarray] = read_tile,
-) -> None:
-    """Decode every tile once, so that a bad one is known now and not after hours of training.
-
-    Raises:
-        UserError: See `decode_tiles`.
-    """
+def check_tiles(tiles: Sequence[Any], read: Callable[[Any], np.ndarray] = read_tile) -> None:
+    """Decode every tile once, so that a bad one is known now and not after hours of training."""
     # The pixels are dropped at once: the set need not fit into memory.
-    decode_tiles(tiles, lambda tile: read(tile) is None, workers)
+    decode_tiles(tiles, lambda tile: read(tile) is None)

@@ -52,11 +52,7 @@ class CorpusIndex:
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> "CorpusIndex":
-        """Read an index.
-
-        Raises:
-            UserError: The file does not exist, or is not an index of this version.
-        """
+        """Read an index."""
         import pyarrow as pa
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
@@ -86,11 +82,7 @@ class CorpusIndex:
     def of_roots(
         cls, path: str | os.PathLike, roots: Sequence[Path], layout: str | None = None
     ) -> "CorpusIndex":
-        """Read the index of these folders and check that it still fits them.
-
-        Raises:
-            UserError: See `read` and `check`; or the corpus has another layout than the given one.
-        """
+        """Read the index of these folders and check that it still fits them."""
         index = cls.read(path)
         if layout not in (None, index.layout):
             raise UserError(
@@ -102,13 +94,8 @@ class CorpusIndex:
 
     def write(self) -> None:
         """Write the file atomically."""
-        record = {
-            "version": VERSION,
-            "layout": self.layout,
-            "scanned": list(self.scanned),
-            "folders": list(self.folders),
-            "tiling": self.tiling,
-        }
+        record = {"version": VERSION, "layout": self.layout, "scanned": list(self.scanned)}
+        record |= {"folders": list(self.folders), "tiling": self.tiling}
         write_table(self.path, self.table.replace_schema_metadata({METADATA: json.dumps(record)}))
 
     def rows(self, root: int) -> "pyarrow.Table":
@@ -130,9 +117,6 @@ class CorpusIndex:
         were added, removed or renamed are noticed. Of some tiles, spread evenly, the file's size is
         compared and, where its time differs, the stored bytes. A corpus may thus be copied
         elsewhere.
-
-        Raises:
-            UserError: Something differs; the message says what.
         """
         if len(roots) != len(self.folders):
             raise UserError(
@@ -140,11 +124,10 @@ class CorpusIndex:
                 f" same roots as to {COMMAND}, in the same order"
             )
         layout = LAYOUTS[self.layout]
-        for number, root in enumerate(roots):
+        for number, (root, folders) in enumerate(zip(roots, self.folders, strict=True)):
             rows = self.rows(number)
-            reason = self._changed_folders(root, self.folders[number], rows, layout)
-            reason = reason or _changed_tiles(root, rows, layout)
-            if reason:
+            reason = _changed_folders(root, folders, rows, layout)
+            if reason := reason or _changed_tiles(root, rows, layout):
                 # Shards do not change by themselves: one that did is damaged.
                 first = "write the shard again (scripts/write_shards.py), "
                 raise UserError(
@@ -153,27 +136,24 @@ class CorpusIndex:
                     " the root"
                 )
 
-    def _changed_folders(
-        self, root: Path, known: dict[str, int], rows: "pyarrow.Table", layout: Layout
-    ) -> str | None:
-        """What was added to or removed from the folders, in words; None if nothing was."""
-        touched = False
-        for name, modified in known.items():
-            try:
-                touched |= os.stat(root / name).st_mtime_ns != modified
-            except (FileNotFoundError, NotADirectoryError):
-                return f"the folder {root / name} is gone"
-        if not touched:
+
+def _changed_folders(
+    root: Path, known: dict[str, int], rows: "pyarrow.Table", layout: Layout
+) -> str | None:
+    """What was added to or removed from the folders, in words; None if nothing was."""
+    try:
+        if {name: os.stat(root / name).st_mtime_ns for name in known} == known:
             return None
-        try:
-            files = set(find_files(root, layout)[0])
-        except UserError as error:
-            return str(error)
-        indexed = set(rows["file"].to_pylist())
-        for what, names in (("are gone", indexed - files), ("were added", files - indexed)):
-            if names:
-                return f"{len(names)} files {what}, such as {root / min(names)}"
-        return None
+        files = set(find_files(root, layout)[0])
+    except (FileNotFoundError, NotADirectoryError) as error:
+        return f"the folder {error.filename} is gone"
+    except UserError as error:
+        return str(error)
+    indexed = set(rows["file"].to_pylist())
+    for what, names in (("are gone", indexed - files), ("were added", files - indexed)):
+        if names:
+            return f"{len(names)} files {what}, such as {root / min(names)}"
+    return None
 
 
 def _changed_tiles(root: Path, rows: "pyarrow.Table", layout: Layout) -> str | None:

@@ -22,7 +22,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,14 +43,6 @@ STORED = {"float16": "F16", "float32": "F32"}  # names of the types in safetenso
 AGAIN = f"delete it and run {COMMAND} again as before, which makes what is missing"
 
 
-class OpenShard(NamedTuple):
-    """An open file of latents; moments are read from it when they are indexed."""
-
-    moments: Any
-    sums: np.ndarray
-    crc: np.ndarray
-
-
 @dataclass(frozen=True)
 class Shards:
     """Files that hold the latents of a split."""
@@ -61,6 +53,15 @@ class Shards:
     moments: tuple[int, int, int]  # (2C, h, w), shape of a view
     dtype: str  # "float16" or "float32"
     shard_tiles: int  # tiles per shard; the last one may have fewer
+
+    @classmethod
+    def of(cls, root: Path, settings: dict[str, Any], split: str) -> "Shards":
+        """The shards of a split in the cache `root`."""
+        channels, height, width = settings["latent"]
+        facts = settings["splits"][split]
+        numbers = {name: facts[name] for name in ("tiles", "views", "shard_tiles")}
+        moments = (2 * channels, height, width)
+        return cls(folder=root / split, moments=moments, dtype=settings["dtype"], **numbers)
 
     def __len__(self) -> int:
         return math.ceil(self.tiles / self.shard_tiles)
@@ -78,33 +79,29 @@ class Shards:
         stored = math.prod(self.moments) * DTYPES[self.dtype].itemsize
         return len(self.range(number)) * self.views * (stored + 2 * 8 + 4)
 
-    def open(self, number: int) -> OpenShard:
-        """Open a shard for reading.
-
-        Raises:
-            UserError: The file is missing or cut short, or its arrays have another shape or type.
-        """
+    def open(self, number: int) -> dict[str, Any]:
+        """Its moments, which are read when they are indexed, and its other arrays."""
         path = self.path(number)
-        try:
-            file = safe_open(path, framework="np")
-            arrays = {name: file.get_slice(name) for name in OpenShard._fields}
-        except FileNotFoundError:
-            raise UserError(f"{path} is missing; run {COMMAND} again as before") from None
-        except (SafetensorError, OSError, KeyError):
-            size = path.stat().st_size
-            raise UserError(f"{path} is damaged ({size} bytes); {AGAIN}") from None
         n = len(self.range(number))
         wanted = {
             "moments": (STORED[self.dtype], [n, self.views, *self.moments]),
             "sums": ("F64", [n, self.views, 2]),
             "crc": ("U32", [n, self.views]),
         }
+        try:
+            file = safe_open(path, framework="np")
+            arrays = {name: file.get_slice(name) for name in wanted}
+        except FileNotFoundError:
+            raise UserError(f"{path} is missing; run {COMMAND} again as before") from None
+        except (SafetensorError, OSError, KeyError):
+            size = path.stat().st_size
+            raise UserError(f"{path} is damaged ({size} bytes); {AGAIN}") from None
         for name, (dtype, shape) in wanted.items():
             found = arrays[name].get_dtype(), list(arrays[name].get_shape())
             if found != (dtype, shape):
                 reason = f"its {name} are {found[0]} {found[1]}, not {dtype} {shape}"
                 raise UserError(f"{path} is damaged ({reason}); {AGAIN}")
-        return OpenShard(arrays["moments"], arrays["sums"][:], arrays["crc"][:])
+        return {"moments": arrays["moments"], "sums": arrays["sums"][:], "crc": arrays["crc"][:]}
 
 
 class LatentTiles(TileSet):
@@ -119,9 +116,6 @@ class LatentTiles(TileSet):
         table: Columns of the split's Parquet file.
         classes: Class names in label order.
         corpora: (name, weight) of the corpora that the cache was made of.
-
-    Raises:
-        UserError: A shard is missing or damaged.
     """
 
     def __init__(
@@ -140,7 +134,7 @@ class LatentTiles(TileSet):
         self.corpora = [Weighted(name, weight) for name, weight in corpora]
         self._corpus_numbers = np.array(table["corpus"])
         self._views = shards.views
-        self._open: dict[int, OpenShard] = {}
+        self._open: dict[int, dict[str, Any]] = {}
         for number in range(len(shards)):
             shards.open(number)
 
@@ -158,7 +152,7 @@ class LatentTiles(TileSet):
         plain._views = 1  # view 0 is the tile as it is
         return plain
 
-    def _shard(self, index: int) -> tuple[OpenShard, int]:
+    def _shard(self, index: int) -> tuple[dict[str, Any], int]:
         """The shard that holds a tile, and the tile's place in it."""
         number, place = divmod(index, self.shards.shard_tiles)
         if number not in self._open:
@@ -166,14 +160,10 @@ class LatentTiles(TileSet):
         return self._open[number], place
 
     def moments(self, index: int, view: int = 0) -> np.ndarray:
-        """The stored moments of a view, (2C, h, w).
-
-        Raises:
-            UserError: The file is damaged: they are not what was written.
-        """
+        """The stored moments of a view, (2C, h, w)."""
         shard, place = self._shard(index)
-        stored = shard.moments[place, view]
-        if zlib.crc32(stored) != shard.crc[place, view]:
+        stored = shard["moments"][place, view]
+        if zlib.crc32(stored) != shard["crc"][place, view]:
             path = self.shards.path(index // self.shards.shard_tiles)
             raise UserError(
                 f"{path} is damaged (checksum of {self.relative_paths[index]}); {AGAIN}"
@@ -195,7 +185,7 @@ class LatentTiles(TileSet):
         sums = np.zeros(2)
         for index in indices:
             shard, place = self._shard(index)
-            sums += shard.sums[place, 0]
+            sums += shard["sums"][place, 0]
         return torch.tensor([count, *sums], dtype=torch.float64)
 
 
@@ -203,10 +193,7 @@ Encode = Callable[[Tensor], DiagonalGaussian]  # from images, (B, 3, S, S), to t
 
 
 def latent_sums(
-    dataset: Dataset,
-    indices: Sequence[int],
-    encode: Encode,
-    batch_size: int = 32,
+    dataset: Dataset, indices: Sequence[int], encode: Encode, batch_size: int = 32
 ) -> Tensor:
     """Count, sum and sum of squares of the latents of these tiles, (3,) float64 on the CPU.
 
@@ -221,17 +208,14 @@ def latent_sums(
         return dataset.latent_sums(indices)
     sums = torch.zeros(3, dtype=torch.float64)
     for mean, variance in _posteriors(dataset, indices, encode, batch_size):
-        squares = mean.square() + variance
-        sums += torch.stack([torch.tensor(float(mean.numel())), mean.sum(), squares.sum()])
+        sums[0] += mean.numel()
+        sums[1] += mean.sum()
+        sums[2] += (mean.square() + variance).sum()
     return sums
 
 
 def channel_sums(
-    dataset: Dataset,
-    indices: Sequence[int],
-    encode: Encode,
-    channels: int,
-    batch_size: int = 32,
+    dataset: Dataset, indices: Sequence[int], encode: Encode, channels: int, batch_size: int = 32
 ) -> Tensor:
     """As `latent_sums`, for each of C `channels` of its own, (3, C) float64 on the CPU."""
     sums = torch.zeros(3, channels, dtype=torch.float64)
@@ -244,10 +228,7 @@ def channel_sums(
 
 @torch.no_grad()
 def _posteriors(
-    dataset: Dataset,
-    indices: Sequence[int],
-    encode: Encode,
-    batch_size: int,
+    dataset: Dataset, indices: Sequence[int], encode: Encode, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Mean and variance of the latents of tiles, each (B, C, h, w) float64, batch by batch."""
     dataset = without_augmentation(dataset)
@@ -261,11 +242,7 @@ def _posteriors(
 
 
 def scale_from_sums(sums: Tensor) -> float:
-    """1 / std of the latents behind `latent_sums`.
-
-    Raises:
-        UserError: The latents do not vary (an untrained or broken autoencoder).
-    """
+    """1 / std of the latents behind `latent_sums`."""
     count, total, squares = sums.cpu().tolist()
     variance = squares / count - (total / count) ** 2
     if not variance > 1e-12:
@@ -288,12 +265,7 @@ class LatentCache:
 
     @classmethod
     def read(cls, root: str | os.PathLike, what: str = "latents") -> "LatentCache":
-        """Open a cache, which errors call `what`.
-
-        Raises:
-            UserError: The folder holds no cache, an unfinished one, or one of another version; or a
-                file is damaged.
-        """
+        """Open a cache, which errors call `what`."""
         root = Path(root).expanduser()
         manifest = read_manifest(root, what)
         if manifest is None:
@@ -303,16 +275,16 @@ class LatentCache:
                 f"{what}: {root} is unfinished; run {COMMAND} again as before, it goes on"
             )
         settings = manifest["settings"]
-        require_class_names(settings["classes"] or [], f"{what}: {root / MANIFEST}")
+        classes = settings["classes"] or []
+        require_class_names(classes, f"{what}: {root / MANIFEST}")
+        corpora = {"train": settings["corpora"] or []}
         splits: dict[str, LatentTiles] = {}
         for name, split in settings["splits"].items():
-            shards = shards_of(root, settings, name)
             table = _read_table(root / f"{name}.parquet", split["tiles"])
-            corpora = settings["corpora"] if name == "train" else None
-            splits[name] = LatentTiles(shards, table, settings["classes"], corpora or ())
-        return cls(
-            root, settings, manifest["statistics"], splits["train"], splits.get("validation")
-        )
+            shards = Shards.of(root, settings, name)
+            splits[name] = LatentTiles(shards, table, classes, corpora.get(name, ()))
+        validation = splits.get("validation")
+        return cls(root, settings, manifest["statistics"], splits["train"], validation)
 
     def require(self, fingerprint: str, what: str = "latents") -> None:
         """Check that this autoencoder made the latents; UserError otherwise."""
@@ -324,20 +296,8 @@ class LatentCache:
             )
 
 
-def shards_of(root: Path, settings: dict[str, Any], split: str) -> Shards:
-    """The shards of a split in the cache `root`."""
-    channels, height, width = settings["latent"]
-    numbers = {name: settings["splits"][split][name] for name in ("tiles", "views", "shard_tiles")}
-    moments = (2 * channels, height, width)
-    return Shards(folder=root / split, moments=moments, dtype=settings["dtype"], **numbers)
-
-
 def read_manifest(root: Path, what: str) -> dict[str, Any] | None:
-    """The manifest of a cache; None without one.
-
-    Raises:
-        UserError: The manifest cannot be read, or is of another version.
-    """
+    """The manifest of a cache; None without one."""
     path = root / MANIFEST
     try:
         manifest = json.loads(path.read_text())

@@ -30,6 +30,7 @@ PROBLEMS = (UNREADABLE, TRUNCATED, UNSUPPORTED, TOO_SMALL, DUPLICATE)
 PROBLEM_COLUMNS = ("root", "path", "problem", "reason", "width", "height", "size")
 AHEAD = 16  # files per thread that wait, so that a scan of millions holds no million of results
 
+EMPTY = dict.fromkeys(("group", "hash", "width", "height", "problem", "reason"))
 Row = dict[str, Any]  # of the index, by column
 Stamp = tuple[int, str, int, int]  # root number, file, its bytes, its time of change
 
@@ -76,61 +77,48 @@ def _scan(
     """The rows of all files; those that `earlier` lacks are read, and put down in the journal."""
     rows = [row for stamp in stamps for row in earlier.get(stamp, ())]
     todo = [stamp for stamp in stamps if stamp not in earlier]
-    with Journal(path) as journal:
+    scanned = map_ahead(lambda stamp: scan_file(roots, layout, stamp), todo, workers, AHEAD)
+    bar = Bar(total=len(stamps), initial=len(stamps) - len(todo), unit="file")
+    with Journal(path) as journal, bar:
         journal.add(header)
-        with Bar(total=len(stamps), initial=len(stamps) - len(todo), unit="file") as bar:
-            found_rows = map_ahead(
-                lambda stamp: scan_file(roots[stamp[0]], layout, stamp), todo, workers, AHEAD
-            )
-            for stamp, found in zip(todo, found_rows, strict=True):
-                journal.add([*stamp, found])
-                rows += found
-                bar.update()
+        for stamp, found in zip(todo, scanned, strict=True):
+            journal.add([*stamp, found])
+            rows += found
+            bar.update()
     return sorted(rows, key=lambda row: (row["root"], path_order(row["path"])))
 
 
-def scan_file(root: Path, layout: Layout, stamp: Stamp) -> list[Row]:
+def scan_file(roots: Sequence[Path], layout: Layout, stamp: Stamp) -> list[Row]:
     """The rows of the tiles in one file, without what depends on other files or on options."""
     number, file, file_size, modified = stamp
-    common = {"root": number, "file_size": file_size, "modified": modified, "group": None}
+    common = {"root": number, "file_size": file_size, "modified": modified, **EMPTY}
     try:
-        places = layout.places(root, file)
+        places, reason = layout.places(roots[number], file), "no tile in it"
     except (UserError, OSError) as error:
         places, reason = [], _reason(error)
-    else:
-        reason = "no tile in it"
-    if not places:
-        place = Place(file, file, 0, file_size, None)
-        return [common | _row(place, problem=UNREADABLE, reason=reason)]
-    rows = [common | _scan_tile(root, layout, place) for place in places]
-    for row in rows:
-        row["size"] = row["size"] or file_size
-    return rows
+    rows = [common | place._asdict() for place in places]
+    for row, place in zip(rows, places, strict=True):
+        row |= {"size": place.size or file_size, **_scan_tile(roots[number], layout, place)}
+    nothing = {**Place(file, file, 0, file_size, None)._asdict(), "problem": UNREADABLE}
+    return rows or [{**common, **nothing, "reason": reason}]
 
 
 def _scan_tile(root: Path, layout: Layout, place: Place) -> Row:
-    content, digest = None, None
+    """The hash of a tile and its width and height, or its problem and the reason."""
+    content, found = None, {}
     try:
         content = layout.content(root, place)
-        digest = content_hash(content)
-        height, width, _ = layout.decode(root, place, content).shape
-    except UnsupportedImage as error:
-        return _row(place, digest, problem=UNSUPPORTED, reason=str(error))
-    except UserError as error:
+        found["hash"] = content_hash(content)
+        found["height"], found["width"], _ = layout.decode(root, place, content).shape
+    except (UserError, OSError) as error:
         problem = TRUNCATED if _starts_as_image(content) else UNREADABLE
-        return _row(place, digest, problem=problem, reason=str(error))
-    except OSError as error:
-        return _row(place, problem=UNREADABLE, reason=_reason(error))
-    return _row(place, digest, width=width, height=height)
+        problem = UNSUPPORTED if isinstance(error, UnsupportedImage) else problem
+        found |= {"problem": problem, "reason": _reason(error)}
+    return found
 
 
 def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
-
-
-def _row(place: Place, digest: str | None = None, **values: Any) -> Row:
-    empty = dict.fromkeys(("width", "height", "problem", "reason"))
-    return {**place._asdict(), "hash": digest, **empty, **values}
 
 
 def _starts_as_image(content: Any) -> bool:
@@ -238,9 +226,6 @@ def index_corpora(
     Returns:
         The index; and how many tiles have each problem, how many "files" there are and how many of
         them were "known".
-
-    Raises:
-        UserError: A root is missing or empty, a group cannot be told, or no tile is good.
     """
     remove_leftovers(out, problems_of(out))
     reader = LAYOUTS[layout] if tiling is None else SlideLayout(tiling)

@@ -20,15 +20,18 @@ from PIL import Image
 
 from ldm.data.images import WHITE, declared_white, map_ahead
 from ldm.data.index import COLUMNS, COMMAND, CorpusIndex, content_hash, index_table, place_of
-from ldm.data.storage import BLOCK, LAYOUTS, Layout, Place, path_order, top_folder
-from ldm.errors import UserError
-from ldm.files import (
-    atomic_file,
-    digest_of_text,
-    remove_leftovers,
-    require_space,
-    write_text,
+from ldm.data.storage import (
+    BLOCK,
+    LAYOUTS,
+    Layout,
+    Place,
+    path_order,
+    read_content,
+    read_place,
+    top_folder,
 )
+from ldm.errors import UserError
+from ldm.files import atomic_file, digest_of_text, remove_leftovers, require_space, write_text
 from ldm.progress import Bar
 from ldm.run import MadeFolder
 
@@ -75,9 +78,6 @@ class CorpusShards:
         roots: Folders of the corpus, in the order of the index.
         out: Folder of the shards; their index is written beside it, as OUT.parquet.
         size: Most bytes of a shard, unless a single tile is larger.
-
-    Raises:
-        UserError: The index no longer fits the corpus, or `out` holds other shards or files.
     """
 
     def __init__(self, index: CorpusIndex, roots: Sequence[Path], out: Path, size: int):
@@ -91,6 +91,8 @@ class CorpusShards:
         self.layout: Layout = LAYOUTS[index.layout]
         good = index.table.filter(index.table["problem"].is_null())
         self._tiles: pyarrow.Table = good.select(list(COLUMNS))
+        columns = (good[name].to_pylist() for name in ("root", "path"))
+        self._paths = list(zip(*columns, strict=True))  # number of the root, path below it
         self._re_encodes = not self.layout.holds_images
         self._white = None if self._re_encodes else self._declared_white()
         self._names = self._member_names()
@@ -120,8 +122,7 @@ class CorpusShards:
 
     def _declared_white(self) -> float | None:
         """The value of white of the tiles that are not 8-bit, to be declared for the shards too."""
-        columns = (self._tiles[name].to_pylist() for name in ("root", "path"))
-        folders = {(self.roots[root] / path).parent for root, path in zip(*columns, strict=True)}
+        folders = {(self.roots[root] / path).parent for root, path in self._paths}
         found = sorted({declared_white(folder) for folder in folders} - {None})
         if len(found) > 1:
             raise UserError(
@@ -133,14 +134,12 @@ class CorpusShards:
     def _member_names(self) -> list[str]:
         """Names in the shards: those below the roots, with one dot, since the first ends the key
         in WebDataset's eyes."""
-        several, taken, names = len(self.roots) > 1, set(), []
-        columns = (self._tiles[name].to_pylist() for name in ("root", "path"))
-        for root, path in zip(*columns, strict=True):
+        taken, names = set(), []
+        for root, path in self._paths:
             folder, _, base = path.rpartition("/")
             stem, extension = (base, ".png") if self._re_encodes else os.path.splitext(base)
-            parts = [str(root)] if several else []
-            parts += [folder] if folder else []
-            key = plain = "/".join([*parts, stem.replace(".", "_")])
+            parts = (str(root) if len(self.roots) > 1 else "", folder, stem.replace(".", "_"))
+            key = plain = "/".join(filter(None, parts))
             number = 1
             while key in taken:  # a.b.png beside a_b.png, or a.png beside a.jpg
                 number += 1
@@ -209,21 +208,15 @@ class CorpusShards:
         size = sum(self.path(number).stat().st_size for number in range(len(self)))
         return Report(len(todo), len(self) - len(todo), total, size)
 
-    def _source(self, number: int) -> list[Row]:
-        """The rows, of the corpus's index, of the tiles that a shard holds."""
-        first, end = self.starts[number : number + 2]
-        return self._tiles.slice(first, end - first).to_pylist()
-
-    def _names_of(self, number: int) -> list[str]:
-        return self._names[self.starts[number] : self.starts[number + 1]]
+    def _part(self, number: int) -> list[tuple[Row, str]]:
+        """The tiles that a shard holds: row of the corpus's index, name of the member."""
+        part = slice(*self.starts[number : number + 2])
+        return list(zip(self._tiles[part].to_pylist(), self._names[part], strict=True))
 
     def _read(self, row: Row) -> bytes:
         """The bytes to store of a tile."""
         root, place = self.roots[row["root"]], place_of(row)
-        try:
-            content = self.layout.content(root, place)
-        except OSError as error:
-            raise UserError(f"{root / place.file}: {error.strerror}; restore the file") from error
+        content = read_content(root, self.layout, place)
         if content_hash(content) != row["hash"]:
             raise UserError(
                 f"{root / place.path} is not what was indexed; run {COMMAND} again, then this "
@@ -237,9 +230,9 @@ class CorpusShards:
 
     def _members(self, number: int, workers: int, bar: Bar) -> Iterator[tuple[str, bytes]]:
         """Name and content of everything in a shard."""
-        source = self._source(number)
-        contents = map_ahead(self._read, source, workers, AHEAD)
-        for row, name, content in zip(source, self._names_of(number), contents, strict=True):
+        part = self._part(number)
+        contents = map_ahead(self._read, (row for row, _ in part), workers, AHEAD)
+        for (row, name), content in zip(part, contents, strict=True):
             yield name, content
             if row["label"] is not None:
                 yield f"{os.path.splitext(name)[0]}.cls", row["label"].encode()
@@ -247,32 +240,28 @@ class CorpusShards:
 
     def _rows_of(self, number: int, verify: bool) -> "pyarrow.Table | None":
         """The index's rows of a shard that is there; None when it is not what it should be."""
-        name, source = NAME.format(number), self._source(number)
+        name, part, rows = NAME.format(number), self._part(number), []
         try:
             places = LAYOUTS["shards"].places(self.out, name)
         except UserError:
             return None
-        wanted = [
-            (f"{name}/{member}", top_folder(member) if row["label"] is None else row["label"])
-            for member, row in zip(self._names_of(number), source, strict=True)
-        ]
-        if [(place.path, place.label) for place in places] != wanted:
+        if len(places) != len(part):
             return None
-        rows = []
         with self.path(number).open("rb") as stream:
             state = os.fstat(stream.fileno())
             common = {"root": 0, "file_size": state.st_size, "modified": state.st_mtime_ns}
-            for place, row in zip(places, source, strict=True):
-                digest = row["hash"]
-                if not self._re_encodes and place.size != row["size"]:
+            for place, (row, member) in zip(places, part, strict=True):
+                label = top_folder(member) if row["label"] is None else row["label"]
+                same = (place.path, place.label) == (f"{name}/{member}", label)
+                if not same or not (self._re_encodes or place.size == row["size"]):
                     return None
+                new = place._asdict() | {"label": row["label"], "reason": None}
                 if self._re_encodes or verify:
                     stream.seek(place.offset)
                     content = stream.read(place.size)
-                    digest = content_hash(content)
+                    new["hash"] = content_hash(content)
                     if verify and not self._agrees(place, content, row):
                         return None
-                new = place._asdict() | {"label": row["label"], "hash": digest, "reason": None}
                 rows.append(row | common | new)
         rows.sort(key=lambda row: path_order(row["path"]))
         return index_table(rows)  # not a list, since there may be millions of rows
@@ -285,9 +274,8 @@ class CorpusShards:
             pixels = LAYOUTS["shards"].decode(self.out, place, content)
         except UserError:
             return False
-        root, origin = self.roots[row["root"]], place_of(row)
-        wanted = self.layout.decode(root, origin, self.layout.content(root, origin))
-        return np.array_equal(pixels, wanted)
+        origin = read_place(self.roots[row["root"]], self.layout, place_of(row))
+        return np.array_equal(pixels, origin)
 
     def _write_index(self, parts: "dict[int, pyarrow.Table]") -> None:
         import pyarrow as pa

@@ -65,7 +65,8 @@ def chosen_tiles(path: Path, tiling: Tiling) -> list[str]:
     side = tiling.side(slide, path)
     if side > min(slide.dimensions):
         return []
-    share = is_tissue(overview(slide, side))
+    # Glass, black borders and shadows have no colour.
+    share = np.ptp(overview(slide, side), axis=2) >= CHROMA
     share = share.reshape(len(share) // MASK, MASK, -1, MASK).mean(axis=(1, 3))
     return [
         f"x{column * side:06d}_y{row * side:06d}_side{side}_px{tiling.pixels}"
@@ -111,11 +112,7 @@ def _open(path: str, process: int) -> "openslide.OpenSlide":
 def read_region(
     slide: "openslide.OpenSlide", corner: tuple[int, int], level: int, size: tuple[int, int]
 ) -> Image.Image:
-    """A part of a level in RGB, white where nothing was scanned; `corner` is of level 0.
-
-    Raises:
-        UserError: The file is damaged there.
-    """
+    """A part of a level in RGB, white where nothing was scanned; `corner` is of level 0."""
     import openslide
 
     try:
@@ -149,11 +146,6 @@ def overview(slide: "openslide.OpenSlide", side: int) -> np.ndarray:
             y, x = row * MASK, column * MASK
             picture[y : y + down * MASK, x : x + across * MASK] = np.array(region)
     return picture
-
-
-def is_tissue(picture: np.ndarray) -> np.ndarray:
-    """Which pixels of an overview show tissue: glass, black borders and shadows have no colour."""
-    return np.ptp(picture, axis=2) >= CHROMA
 
 
 def report(slides: Mapping[Path, list[str]], tiling: Tiling) -> str:

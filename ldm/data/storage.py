@@ -13,7 +13,7 @@ import re
 import tarfile
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -145,35 +145,32 @@ class ShardLayout(Layout):
                     end = member.offset_data + -(-member.size // BLOCK) * BLOCK
                     if not member.isreg():
                         continue
-                    if member.name.startswith("/") or ".." in member.name.split("/"):
-                        raise UserError(f"{path}: member {member.name} leaves the shard; rename it")
-                    key, extension = split_member(member.name)
-                    parts = PurePosixPath(member.name).parts
+                    name, parts = member.name, PurePosixPath(member.name).parts
+                    if name.startswith("/") or ".." in parts:
+                        raise UserError(f"{path}: member {name} leaves the shard; rename it")
+                    key, extension = split_member(name)
                     if extension == "cls":
                         content = archive.extractfile(member).read()
                         classes[key] = content.decode(errors="replace").strip()
                     elif is_image(parts[-1]) and not any(map(is_junk, parts)):
-                        if member.name in found:
-                            raise UserError(f"{path}: two members {member.name}; rename one")
-                        label = top_folder(member.name.removeprefix("./"))
-                        found[member.name] = Place(
-                            f"{file}/{member.name}", file, member.offset_data, member.size, label
-                        )
+                        if name in found:
+                            raise UserError(f"{path}: two members {name}; rename one")
+                        label, place = top_folder(name.removeprefix("./")), member.offset_data
+                        found[name] = Place(f"{file}/{name}", file, place, member.size, label)
             with path.open("rb") as stream:
                 stream.seek(end)
                 # tarfile takes a file that ends between two members for a complete one.
-                complete = stream.read(BLOCK) == bytes(BLOCK)
+                if stream.read(BLOCK) != bytes(BLOCK):
+                    raise EOFError("its end is missing")
         except (tarfile.TarError, EOFError) as error:
             raise UserError(f"{path}: not a complete tar file ({error}); write it again") from None
-        if not complete:
-            raise UserError(f"{path}: not a complete tar file (its end is missing); write it again")
-        labels = [classes.get(split_member(name)[0], p.label) for name, p in found.items()]
-        require_class_names(sorted(set(labels) - {None}), str(path))
-        places = zip(found.values(), labels, strict=True)
-        return [place._replace(label=label) for place, label in places]
+        labels = {name: classes.get(split_member(name)[0], p.label) for name, p in found.items()}
+        require_class_names(sorted(set(labels.values()) - {None}), str(path))
+        return [place._replace(label=labels[name]) for name, place in found.items()]
 
     def content(self, root: Path, place: Place) -> bytes:
-        content = _open_shard(str(root / place.file)).read(place.offset, place.size)
+        shard = _open_shard(str(root / place.file))
+        content = os.pread(shard.fileno(), place.size, place.offset)
         if len(content) < place.size:
             raise UserError(f"{root / place.path}: the shard is cut short; write it again")
         return content
@@ -234,11 +231,7 @@ def path_order(path: str) -> list[str]:
 
 
 def find_files(root: Path, layout: Layout) -> tuple[list[str], dict[str, int]]:
-    """The files below `root` that hold tiles, sorted, and the time of change of every folder.
-
-    Raises:
-        UserError: The folder does not exist, or holds no tiles.
-    """
+    """The files below `root` that hold tiles, sorted, and the time of change of every folder."""
     if layout_of(root) == "array" and layout is LAYOUTS["array"]:
         return ["."], {}
     if not root.is_dir():
@@ -255,37 +248,22 @@ def find_files(root: Path, layout: Layout) -> tuple[list[str], dict[str, int]]:
     return sorted(files, key=path_order), folders
 
 
-def read_place(root: Path, layout: Layout, place: Place) -> np.ndarray:
-    """One tile, uint8 (H, W, 3).
-
-    Raises:
-        UserError: The tile is missing or damaged.
-    """
+def read_content(root: Path, layout: Layout, place: Place) -> Any:
+    """The content of a tile; UserError where it cannot be read."""
     try:
-        content = layout.content(root, place)
+        return layout.content(root, place)
     except OSError as error:
         raise UserError(
             f"{root / place.file}: {error.strerror}; restore the file or index the corpus again"
         ) from error
-    return layout.decode(root, place, content)
 
 
-class _Shard:
-    """An open file, read at any place by any thread, also after a fork."""
-
-    def __init__(self, path: str):
-        self._descriptor = os.open(path, os.O_RDONLY)
-
-    def read(self, offset: int, length: int) -> bytes:
-        parts = []
-        while length > 0 and (part := os.pread(self._descriptor, length, offset)):
-            parts.append(part)
-            offset, length = offset + len(part), length - len(part)
-        return b"".join(parts)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
+def read_place(root: Path, layout: Layout, place: Place) -> np.ndarray:
+    """One tile, uint8 (H, W, 3); UserError where it cannot be read or decoded."""
+    return layout.decode(root, place, read_content(root, layout, place))
 
 
-_open_shard = lru_cache(OPEN_FILES)(_Shard)
+@lru_cache(OPEN_FILES)
+def _open_shard(path: str) -> IO[bytes]:
+    """An open file, which any thread can read with `os.pread`, also after a fork."""
+    return open(path, "rb", buffering=0)

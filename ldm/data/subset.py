@@ -1,7 +1,5 @@
 """Draw a few labelled tiles from many: by class, spread over the groups, by seed."""
 
-import csv
-import io
 import json
 import logging
 from collections import Counter, defaultdict
@@ -16,7 +14,7 @@ from ldm.data.groups import Grouping, random_order
 from ldm.data.storage import top_folder
 from ldm.data.tile_files import TileFiles
 from ldm.errors import UserError
-from ldm.files import digest_of_text, file_sha256
+from ldm.files import csv_text, digest_of_text, file_sha256
 from ldm.run import MadeFolder, provenance
 
 log = logging.getLogger(__name__)
@@ -36,14 +34,6 @@ class Labelled:
     @property
     def label(self) -> str:
         return self.file.split("/", 1)[0]
-
-
-def wanted_per_class(tiles: Sequence[Labelled], fraction: float) -> dict[str, int]:
-    """How many tiles are `fraction` of each class, at least 1."""
-    return {
-        name: max(1, round(fraction * number))
-        for name, number in sorted(Counter(tile.label for tile in tiles).items())
-    }
 
 
 def draw(
@@ -119,10 +109,9 @@ def _divide(
         if all(have[name] + number <= wanted[name] for name, number in members[group].items()):
             chosen.add(group)
             have += members[group]
-    for group in sorted(
-        set(groups) - chosen, key=lambda g: (members[g].total(), random_order(seed, g))
-    ):
-        if any(have[name] < wanted[name] for name in members[group]):
+    # A stable sort: groups of one size stay in the random order.
+    for group in sorted(groups, key=lambda group: members[group].total()):
+        if group not in chosen and any(have[name] < wanted[name] for name in members[group]):
             chosen.add(group)
             have += members[group]
     return chosen
@@ -141,10 +130,10 @@ class Amount:
         if self.ratio is not None:
             # Rounded as scripts/distance.py rounds synthetic tiles.
             return {name: (n * self.ratio + 50) // 100 for name, n in included.items()}
-        if self.per_class is not None:
-            total = {tile.label: self.per_class for tile in tiles}
-        else:
-            total = wanted_per_class(tiles, self.fraction)
+        there = sorted(Counter(tile.label for tile in tiles).items())
+        total = {
+            name: self.per_class or max(1, round(self.fraction * number)) for name, number in there
+        }
         return {name: max(0, number - included.get(name, 0)) for name, number in total.items()}
 
 
@@ -172,12 +161,7 @@ class Subset:
         seed: int = 0,
         include: Path | None = None,
     ) -> "Subset":
-        """Draw a subset, without making it.
-
-        Raises:
-            UserError: The folder has no classes or an empty one, `include` has other classes, or a
-                tile has no group.
-        """
+        """Draw a subset, without making it."""
         files = TileFiles.below(data)
         tiles = [Labelled(n, n if grouping is None else grouping(n)) for n in files.names]
         included, held = None, set()
@@ -204,12 +188,11 @@ class Subset:
     @cached_property
     def table(self) -> str:
         """What becomes of each tile, as CSV: class, file, group, decision."""
-        stream = io.StringIO()
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(("class", "file", "group", "decision"))
-        for tile, decision in zip(self.tiles, self.decisions, strict=True):
-            writer.writerow((tile.label, tile.file, tile.group, decision))
-        return stream.getvalue()
+        rows = [
+            {"class": tile.label, "file": tile.file, "group": tile.group, "decision": decision}
+            for tile, decision in zip(self.tiles, self.decisions, strict=True)
+        ]
+        return csv_text(rows, ("class", "file", "group", "decision"))
 
     def settings(self, link: str) -> dict[str, Any]:
         """What decides the content of the folder."""
@@ -226,17 +209,15 @@ class Subset:
 
     def counts(self) -> dict[str, dict[str, int]]:
         """For each class its tiles by decision and, where known, its groups in the subset."""
-        rows: dict[str, dict[str, int]] = {}
-        groups: dict[str, set[str]] = defaultdict(set)
-        for tile, decision in zip(self.tiles, self.decisions, strict=True):
-            row = rows.setdefault(tile.label, dict.fromkeys(DECISIONS, 0))
-            row[decision] += 1
-            if decision == SUBSET:
-                groups[tile.label].add(tile.group)
-        if self.grouped:
-            for name, row in rows.items():
-                row["groups"] = len(groups[name])
-        return dict(sorted(rows.items()))
+        pairs = list(zip(self.tiles, self.decisions, strict=True))
+        number = Counter((tile.label, decision) for tile, decision in pairs)
+        used = {(tile.label, tile.group) for tile, decision in pairs if decision == SUBSET}
+        groups = Counter(name for name, _ in used)
+        return {
+            name: {decision: number[name, decision] for decision in DECISIONS}
+            | ({"groups": groups[name]} if self.grouped else {})
+            for name in sorted({tile.label for tile in self.tiles})
+        }
 
     def make(self, out: Path, link: str) -> bool:
         """Make the folder of the subset.
@@ -254,16 +235,18 @@ class Subset:
         if made.exists():
             return False
         drawn = Counter(top_folder(file) for file in self.drawn)
-        record = {
-            "settings": dict(made.settings),
-            "counts": self.counts(),
-            "included": {} if self.included is None else self.included.counts,
-            "drawn": dict(drawn),
-            **provenance(),
-        }
+        included = {} if self.included is None else self.included.counts
+        record = {"settings": dict(made.settings), "counts": self.counts()}
+        record |= {"included": included, "drawn": dict(drawn), **provenance()}
         notes = {LIST: self.table, RECORD: json.dumps(record, indent=2) + "\n"}
         build_folder(out, self._sources(), notes, link)
-        self._report_shortage(drawn)
+        short = [
+            f"{name} {drawn[name]} of {n}" for name, n in self.wanted.items() if drawn[name] < n
+        ]
+        if short:
+            log.warning("fewer tiles than wanted: %s", ", ".join(short))
+        if REST not in self.decisions:
+            log.warning("no tile is left for the rest; ask for fewer tiles to have one")
         return True
 
     def _sources(self) -> dict[str, Path]:
@@ -283,35 +266,13 @@ class Subset:
             found[target] = self.data / file
         return found | there
 
-    def _report_shortage(self, drawn: Mapping[str, int]) -> None:
-        short = [
-            f"{name} {drawn.get(name, 0)} of {number}"
-            for name, number in self.wanted.items()
-            if drawn.get(name, 0) < number
-        ]
-        if short:
-            log.warning("fewer tiles than wanted: %s", ", ".join(short))
-        if REST not in self.decisions:
-            log.warning("no tile is left for the rest; ask for fewer tiles to have one")
-
 
 def _same_contents(files: TileFiles, others: TileFiles) -> set[str]:
     """Names of those files whose contents are among the others, whatever these are called."""
-    sizes = {path.stat().st_size for path in others.paths}
-    digests = set(others.digests)
+    sizes, digests = {path.stat().st_size for path in others.paths}, set(others.digests)
     # Hashing is slow on large sets, and only a file of one of these sizes can be the same.
     return {
         name
         for name, path in zip(files.names, files.paths, strict=True)
         if path.stat().st_size in sizes and file_sha256(path) in digests
     }
-
-
-def describe(counts: dict[str, dict[str, int]]) -> str:
-    """The counts of `Subset.counts` as a table for people, a row per class."""
-    columns = list(next(iter(counts.values())))
-    width = max(len("class"), *map(len, counts))
-    lines = [f"{'class':{width}}  " + "  ".join(f"{column:>7}" for column in columns)]
-    for name, row in counts.items():
-        lines.append(f"{name:{width}}  " + "  ".join(f"{row[column]:>7}" for column in columns))
-    return "\n".join(lines)

@@ -107,12 +107,7 @@ def _stain() -> list[A.BasicTransform]:
 
 
 def _build_transform(node: Mapping[str, Any], where: str) -> A.BasicTransform:
-    """The transform of a `{target, params}` node.
-
-    Raises:
-        UserError: The node is no transform of albumentations or `StainJitter`, or has values that
-            the transform does not take.
-    """
+    """The transform of a `{target, params}` node."""
     target = node.get("target") if isinstance(node, Mapping) else None
     own = f"{__name__}.StainJitter"
     if not isinstance(target, str) or not (target == own or target.startswith("albumentations.")):
@@ -183,21 +178,15 @@ class TileSet(Dataset):
     Items and passes are functions of a seed: `tiles[index, seed]` uses the given one (see
     `ldm.data.datamodule.ResumableSampler`), `tiles[index]` draws one from torch, whose seed a
     DataLoader sets in each worker.
-
-    Attributes:
-        classes: Class names in label order; empty when unlabelled.
-        relative_paths: Names of the tiles below their root, with `/`.
-        labels: One int per tile; -1 when unlabelled.
-        groups: Patient, slide or region of each tile (its own name where unknown), from an index;
-            None without one.
-        corpora: Weights of the corpora that the tiles come from; empty if a pass has every tile
-            once.
     """
 
+    # Weights of the corpora that the tiles come from; empty if a pass has every tile once.
     corpora: Sequence[Weighted] = ()
-    classes: list[str]
-    relative_paths: list[str]
-    labels: list[int]
+    classes: list[str]  # class names in label order; empty when unlabelled
+    relative_paths: list[str]  # names of the tiles below their root, with `/`
+    labels: list[int]  # one int per tile; -1 when unlabelled
+    # Patient, slide or region of each tile (its own name where unknown), from an index; None
+    # without one.
     groups: list[str] | None
 
     def path(self, index: int) -> str:
@@ -264,9 +253,6 @@ class Tiles(TileSet):
         crop: "center" or "random".
         preprocess: Nodes of `PREPROCESSING`, applied in order to the whole tile.
         resize: Whether the shorter side becomes `size`. False crops at the tile's own resolution.
-
-    Raises:
-        UserError: A value is not allowed.
     """
 
     _PER_TILE = ("relative_paths", "labels", "groups", "_places")  # what `subset` takes a part of
@@ -482,9 +468,6 @@ def tiles_below(
     Args:
         index: Index of the root, which is then not read.
         number: Number of the root in the index.
-
-    Raises:
-        UserError: There are none.
     """
     if index is not None:
         table = index.tiles(number)

@@ -40,7 +40,6 @@ def _render(out: Path, size: int, seed: int, task: tuple[str, str, int]) -> None
 def _check(
     size: int, counts: Mapping[str, int], train5: int, seed: int, classes: Sequence[str]
 ) -> None:
-    """Check the arguments of `make_tileset`; UserError for a value that is not allowed."""
     unknown = [name for name in classes if name not in CLASSES]
     if unknown or not classes or len(set(classes)) != len(classes):
         raise UserError(f"classes={' '.join(classes)}: give distinct names of {' '.join(CLASSES)}")
@@ -86,19 +85,18 @@ def make_tileset(
     counts = {"train": train, "val": val, "test": test}
     _check(size, counts, train5, seed, classes)
     settings = {"version": VERSION, "size": size, **counts, "train5": train5}
-    settings |= {"seed": seed, "classes": list(classes)}
-    made = MadeFolder(out, settings, RECORD, key=None)
+    made = MadeFolder(out, {**settings, "seed": seed, "classes": list(classes)}, RECORD, key=None)
     made.exists()
     made.begin()
 
+    remove_leftovers(*(out / split / name for split in (*counts, "train5") for name in classes))
     tasks = [
-        (split, name, FIRST[split] + i)
+        (split, name, index)
         for split, count in counts.items()
         for name in classes
-        for i in range(count)
+        for index in range(FIRST[split], FIRST[split] + count)
+        if not (out / split / name / tile_name(index)).exists()
     ]
-    remove_leftovers(*(out / split / name for split in (*counts, "train5") for name in classes))
-    tasks = [t for t in tasks if not (out / t[0] / t[1] / tile_name(t[2])).exists()]
     render = partial(_render, out, size, seed)
     if workers > 1 and len(tasks) >= POOL_FROM:
         with ProcessPoolExecutor(workers) as pool:

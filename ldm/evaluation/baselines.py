@@ -178,7 +178,7 @@ def _fit_and_report(
         model = Spreading(known, labels, splits.classes, spread)
         found = {name: model.logits(torch.from_numpy(x)).exp().numpy() for name, x in held.items()}
         note = (
-            f"labels spread over {len(rows)} unlabelled tiles, {NEIGHBOURS} neighbours by"
+            f"labels spread over {len(rows)} unlabelled tiles, {model.neighbours} neighbours by"
             f" {known.shape[1]} standardised features, alpha {ALPHA:g}; nothing is chosen on val,"
             " and it is deterministic, so one seed"
         )

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.sparse import coo_array
 
 from ldm.evaluation.predictions import Predictions, check_same_images
 
@@ -30,8 +31,6 @@ def resampled_confusions(
         runs: Predictions of S networks for the same images, in the same order.
         resamples: R; yielded are parts of an array (R, S, K, K) along its first axis.
     """
-    from scipy.sparse import coo_array
-
     first = runs[0]
     for number, run in enumerate(runs[1:], 2):
         check_same_images(run, first, f"network {number}", "network 1")

@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
 
 from ldm.errors import UserError
 
@@ -45,8 +48,6 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     Args:
         first, second: (N, D) and (M, D) float64.
     """
-    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-
     if min(len(first), len(second)) > first.shape[1]:
         statistics = [fid_features_to_statistics(features) for features in (first, second)]
         found = fid_statistics_to_metric(*statistics, verbose=False)
@@ -78,9 +79,6 @@ def fidelity(real: Tensor, synthetic: Tensor, seed: int = 0) -> dict[str, float]
         `kernel_distance` and `kernel_distance_std` (Binkowski et al. 2018; unbiased), `precision`
         and `recall` in [0, 1] (Kynkaanniemi et al. 2019).
     """
-    from torch_fidelity.metric_kid import kid_features_to_metric
-    from torch_fidelity.metric_prc import prc_features_to_metric
-
     if real.ndim != 2 or synthetic.ndim != 2 or real.shape[1] != synthetic.shape[1]:
         raise UserError(
             f"features of shapes {tuple(real.shape)} and {tuple(synthetic.shape)} do not compare; "

@@ -16,7 +16,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike
+from scipy.stats import rankdata
 
 HEADLINE = ("accuracy", "macro_f1", "sensitivity", "specificity")
 OF_PROBABILITIES = ("auc", "calibration_error")  # not in results of earlier versions
@@ -59,7 +61,7 @@ def scores(confusion: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
         name: {
             "images": int(images[k]),
             "predicted": int(predicted[k]),
-            **{key: _or_none(values[k]) for key, values in columns.items()},
+            **{key: _mean(values[k : k + 1]) for key, values in columns.items()},
         }
         for k, name in enumerate(classes)
     }
@@ -105,8 +107,6 @@ def macro_auc(probabilities: ArrayLike, labels: ArrayLike) -> float | None:
     Args:
         probabilities, labels: As for `calibration_error`.
     """
-    from scipy.stats import rankdata
-
     p, true = _checked(probabilities, labels)
     own = true[:, None] == np.arange(p.shape[1])  # (N, K)
     positive = own.sum(axis=0)  # (K,)
@@ -207,8 +207,6 @@ def format_per_class(runs: Sequence[dict[str, Any]]) -> str:
 
 def _table(rows: Sequence[dict[str, Any]], names: list[str], numbers: list[str]) -> str:
     """Text of a table; a number that is missing or None is `-`."""
-    import pandas as pd
-
     table = pd.DataFrame(rows, columns=[*names, *numbers]).astype(dict.fromkeys(numbers, float))
     return table.to_string(index=False, float_format="{:.4f}".format, na_rep="-")
 
@@ -217,7 +215,3 @@ def _mean(values: np.ndarray) -> float | None:
     """Mean of the defined values; None when there are none."""
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if defined.size else None
-
-
-def _or_none(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from ldm.errors import UserError
 from ldm.evaluation.metrics import calibration_error, confusion_matrix, macro_auc, scores
@@ -23,23 +24,14 @@ def predictions_name(split: str) -> str:
 
 @dataclass
 class Predictions:
-    """Predictions for the images of a set, in the order of the set.
+    """Predictions for the images of a set, in the order of the set."""
 
-    Attributes:
-        classes: K names in label order.
-        paths: Below the folder of the set, with `/`.
-        labels: True classes, (N,) int64.
-        predicted: Likewise, of the classifier.
-        probabilities: (N, K), rows sum to 1.
-        groups: Patient, slide or region of each image; None where unknown.
-    """
-
-    classes: list[str]
-    paths: list[str]
-    labels: np.ndarray
-    predicted: np.ndarray
-    probabilities: np.ndarray
-    groups: list[str] | None = None
+    classes: list[str]  # K names in label order
+    paths: list[str]  # below the folder of the set, with `/`
+    labels: np.ndarray  # true classes, (N,) int64
+    predicted: np.ndarray  # likewise, of the classifier
+    probabilities: np.ndarray  # (N, K), rows sum to 1
+    groups: list[str] | None = None  # patient, slide or region of each image; None where unknown
 
     @classmethod
     def of(cls, tiles, predicted: np.ndarray, probabilities: np.ndarray) -> "Predictions":
@@ -59,8 +51,6 @@ class Predictions:
 
     def write(self, path: Path) -> None:
         """Columns path, group, label, predicted and p_CLASS for each class."""
-        import pandas as pd
-
         names = np.array(self.classes)
         columns = (self.paths, self.groups or "", names[self.labels], names[self.predicted])
         table = pd.DataFrame(dict(zip(COLUMNS, columns, strict=True)))
@@ -72,8 +62,6 @@ class Predictions:
     @classmethod
     def read(cls, path: Path) -> "Predictions":
         """Read what `write` wrote; UserError for another table."""
-        import pandas as pd
-
         try:
             table = pd.read_csv(path, dtype=str, keep_default_na=False)
             if tuple(table.columns[: len(COLUMNS)]) != COLUMNS or table.empty:

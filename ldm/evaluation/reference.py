@@ -57,7 +57,15 @@ def reference(
         loading: See `FeatureSet.compute`.
     """
     if stats is not None and stats.exists():
-        known = _read_stats(stats)
+        try:
+            known = FeatureSet.load(stats)
+        except UserError:
+            known = None
+        if known is None or not known.facts.get("raw"):
+            raise UserError(
+                f"`stats` {stats}: not a file that scripts/fidelity.py --stats wrote; give another"
+                " name"
+            )
         differs = list(_differences(known, files, extractor))
         if not differs:
             log.info("features of %d images from %s", len(known.values), stats)
@@ -107,18 +115,6 @@ def compare_sets(
         **provenance(),
         "hardware": hardware(),
     }
-
-
-def _read_stats(path: Path) -> FeatureSet:
-    try:
-        known = FeatureSet.load(path)
-    except UserError:
-        known = None
-    if known is None or not known.facts.get("raw"):
-        raise UserError(
-            f"`stats` {path}: not a file that scripts/fidelity.py --stats wrote; give another name"
-        )
-    return known
 
 
 def _differences(known: FeatureSet, files: TileFiles | None, extractor: Extractor) -> Iterator[str]:

@@ -41,7 +41,7 @@ CACHE_LIMIT = 2 * 2**30  # bytes of decoded tiles that one set may hold in memor
 
 
 class TransformedTiles(TileSet):
-    """Labelled tiles as a timm transform gives them: items are (image, label).
+    """Labelled tiles as a timm transform gives them: items have an `image` and a `label`.
 
     Args:
         root: Folder of class folders.
@@ -116,14 +116,14 @@ class TransformedTiles(TileSet):
         pixels = read_tile(path)
         return pixels if self.is_random else self._transform(Image.fromarray(pixels))
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         index, seed = key if isinstance(key, tuple) else (key, None)
         item = self._cached[index] if self.in_memory else self._prepare(self.paths[index])
         if self.is_random:
             if seed is not None:
                 seed_generators(seed, accelerators=False)
             item = self._transform(Image.fromarray(item))
-        return item, self.labels[index]
+        return {"image": item, "label": self.labels[index]}
 
 
 class RandomD4:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from ldm.evaluation.bootstrap import FEW_GROUPS, intervals
 from ldm.evaluation.metrics import VAL_WARNING, mean_and_std
@@ -133,8 +134,6 @@ def write_confusion(folder: Path, summary: dict[str, Any]) -> None:
     Args:
         summary: Content of summary.json.
     """
-    import pandas as pd
-
     runs, split = summary["per_seed"], summary["split"]
     matrices, classes = {}, {}
     for name in SPLITS:

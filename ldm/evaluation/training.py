@@ -4,13 +4,14 @@ Letters: N images, B batch, S side in pixels, K classes.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler, default_collate
+from torch.utils.data import DataLoader, Sampler
 
 from ldm.data.datamodule import ResumableSampler
 from ldm.devices import Devices, Ranks
@@ -35,14 +36,8 @@ def make_loader(tiles: TransformedTiles, workers: int, **options: Any) -> DataLo
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # its own: an iterator draws a number for its workers
-        collate_fn=_named,
         **options,
     )
-
-
-def _named(items: list[tuple[Tensor, int]]) -> dict[str, Tensor]:
-    images, labels = default_collate(items)
-    return {"image": images, "label": labels}
 
 
 class RunBatches(Sampler[list]):
@@ -61,9 +56,8 @@ class RunBatches(Sampler[list]):
         ranks: Ranks,
         position: Callable[[], int],
     ):
-        self.course, self.position = course, position
-        self.order = ResumableSampler(tiles, course.batch_size, seed)
-        size = course.batch_size
+        self.course, self.position, size = course, position, course.batch_size
+        self.order = ResumableSampler(tiles, size, seed)
         self.places = list(range(size))
         if ranks.size > 1:
             first = range(ranks.rank, size // 2, ranks.size)
@@ -97,14 +91,16 @@ class TrainingData(pl.LightningDataModule):
         return make_loader(self.tiles, self.workers, batch_sampler=self.batches)
 
 
+@dataclass
 class Predictor:
     """Predicts whole sets, divided among the processes of a run.
 
     Each process computes its share, in the precision of `devices`, and has all results.
     """
 
-    def __init__(self, devices: Devices, workers: int, ranks: Ranks | None = None):
-        self.devices, self.workers, self.ranks = devices, workers, ranks or Ranks()
+    devices: Devices
+    workers: int  # loader processes
+    ranks: Ranks = Ranks()
 
     @property
     def device(self) -> torch.device:

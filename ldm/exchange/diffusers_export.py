@@ -10,19 +10,19 @@ import json
 import logging
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from ldm.errors import UserError
 from ldm.files import atomic_folder, file_sha256, write_json, write_text
-
-if TYPE_CHECKING:
-    import torch
-
-    from ldm.models.diffusion import LatentDiffusion
+from ldm.models.diffusion import LatentDiffusion
+from ldm.modules.autoencoder import Architecture
+from ldm.modules.blocks import AttentionBlock, ResBlock
 
 log = logging.getLogger(__name__)
 
-State = dict[str, "torch.Tensor"]
+State = dict[str, torch.Tensor]
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction"}
 SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2"}
 TOLERANCE = 1e-4  # largest difference between the two libraries, of values about 1, float32
@@ -75,6 +75,18 @@ def unet_settings(params: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
         "attention_head_dim": head_width,
     }
     return settings, heads
+
+
+def make_unet(params: dict[str, Any]) -> torch.nn.Module:
+    """The network of diffusers for the parameters of our `UNetModel`, see `unet_settings`."""
+    from diffusers import UNet2DModel
+
+    from ldm.exchange.unet_heads import UNetWithHeads
+
+    settings, heads = unet_settings(params)
+    if heads is None:
+        return UNet2DModel(**settings)
+    return UNetWithHeads(num_heads=heads, **settings)
 
 
 def _require_exportable(params: dict[str, Any]) -> None:
@@ -159,10 +171,8 @@ def _attention(state: State, old: str, new: str, heads: int, new_order: bool) ->
     return result
 
 
-def unet_state(net: "torch.nn.Module", params: dict[str, Any]) -> State:
+def unet_state(net: torch.nn.Module, params: dict[str, Any]) -> State:
     """The weights of our `UNetModel` under the names of `UNet2DModel`."""
-    from ldm.modules.blocks import AttentionBlock, ResBlock
-
     state = net.state_dict()
     new_order = params.get("use_new_attention_order", False)
     names = {
@@ -178,7 +188,7 @@ def unet_state(net: "torch.nn.Module", params: dict[str, Any]) -> State:
         for part in ("weight", "bias")
     }
 
-    def put(layer: "torch.nn.Module", old: str, resnet: str, attention: str, sampler: str) -> None:
+    def put(layer: torch.nn.Module, old: str, resnet: str, attention: str, sampler: str) -> None:
         """Copy one layer to its place; a layer that is neither of the two blocks resamples."""
         if isinstance(layer, AttentionBlock):
             result.update(_attention(state, old, attention, layer.num_heads, new_order))
@@ -221,8 +231,6 @@ def vae_settings(ddconfig: dict[str, Any], embed_dim: int, scale_factor: float) 
     Raises:
         UserError: `AutoencoderKL` of diffusers does not have this architecture.
     """
-    from ldm.modules.autoencoder import Architecture
-
     config = vars(Architecture(**ddconfig))
     if config["z_channels"] != embed_dim:
         raise UserError(
@@ -249,7 +257,7 @@ def vae_settings(ddconfig: dict[str, Any], embed_dim: int, scale_factor: float) 
     }
 
 
-def vae_state(net: "torch.nn.Module") -> State:
+def vae_state(net: torch.nn.Module) -> State:
     """The weights of our autoencoder under the names of diffusers' `AutoencoderKL`."""
     levels = len(net.decoder.up)
     result = {}
@@ -279,7 +287,7 @@ def vae_state(net: "torch.nn.Module") -> State:
     return result
 
 
-def scheduler_settings(model: "LatentDiffusion") -> dict[str, Any]:
+def scheduler_settings(model: LatentDiffusion) -> dict[str, Any]:
     """The arguments of `DDIMScheduler` that make it visit the same time steps as our sampler.
 
     They agree for every number of sampling steps S < T that divides T: our steps are
@@ -307,16 +315,15 @@ def scheduler_settings(model: "LatentDiffusion") -> dict[str, Any]:
     }
 
 
-def build_pipeline(model: "LatentDiffusion", use_ema: bool = True) -> Any:
+def build_pipeline(model: LatentDiffusion, use_ema: bool = True) -> Any:
     """An `LDMPipeline` of diffusers with the weights of `model`.
 
     Raises:
         UserError: The model has an option that diffusers does not have.
     """
-    from diffusers import AutoencoderKL, DDIMScheduler, LDMPipeline, UNet2DModel
+    from diffusers import AutoencoderKL, DDIMScheduler, LDMPipeline
 
     params = model.unet_config["params"]
-    settings, heads = unet_settings(params)
     first = model.first_stage_config["params"]
     if "ddconfig" not in first or model.scale_factor.ndim:
         what = "a latent scale for each channel" if model.scale_factor.ndim else "patch PCA"
@@ -327,12 +334,7 @@ def build_pipeline(model: "LatentDiffusion", use_ema: bool = True) -> Any:
     scale = float(model.scale_factor)
     vae = AutoencoderKL(**vae_settings(first["ddconfig"], first["embed_dim"], scale))
     vae.load_state_dict(vae_state(model.first_stage_model))
-    if heads is None:
-        unet = UNet2DModel(**settings)
-    else:
-        from ldm.exchange.unet_heads import UNetWithHeads
-
-        unet = UNetWithHeads(num_heads=heads, **settings)
+    unet = make_unet(params)
     unet.load_state_dict(unet_state(model.network(use_ema), params))
     scheduler = DDIMScheduler(**scheduler_settings(model))
     pipeline = LDMPipeline(vqvae=vae.eval(), unet=unet.eval(), scheduler=scheduler)
@@ -340,26 +342,18 @@ def build_pipeline(model: "LatentDiffusion", use_ema: bool = True) -> Any:
     return pipeline
 
 
-def largest_difference(model: "LatentDiffusion", pipeline: Any, use_ema: bool = True) -> float:
+def largest_difference(model: LatentDiffusion, pipeline: Any, use_ema: bool = True) -> float:
     """The largest difference between our networks and the exported ones, on random inputs."""
-    import torch
-
     generator = torch.Generator().manual_seed(0)
     z = torch.randn((1, *model.latent_shape), generator=generator)
-    worst = 0.0
+    first, vqvae, scaled = model.first_stage_model, pipeline.vqvae, z / float(model.scale_factor)
     with torch.no_grad():
-        for t in (0, model.schedule.T // 2, model.schedule.T - 1):
-            ours = model.network(use_ema)(z, torch.tensor([t]))
-            theirs = pipeline.unet(z, torch.tensor([t])).sample
-            worst = max(worst, float((ours - theirs).abs().max() / ours.abs().max().clamp(min=1)))
-        scaled = z / float(model.scale_factor)
-        ours, theirs = model.first_stage_model.decode(scaled), pipeline.vqvae.decode(scaled).sample
-        worst = max(worst, float((ours - theirs).abs().max() / ours.abs().max().clamp(min=1)))
-        x = ours.clamp(-1, 1)
-        ours = model.first_stage_model.encode(x).mode()
-        theirs = pipeline.vqvae.encode(x).latent_dist.mode()
-        worst = max(worst, float((ours - theirs).abs().max() / ours.abs().max().clamp(min=1)))
-    return worst
+        times = [torch.tensor([t]) for t in (0, model.schedule.T // 2, model.schedule.T - 1)]
+        pairs = [(model.network(use_ema)(z, t), pipeline.unet(z, t).sample) for t in times]
+        pairs.append((first.decode(scaled), vqvae.decode(scaled).sample))
+        x = pairs[-1][0].clamp(-1, 1)
+        pairs.append((first.encode(x).mode(), vqvae.encode(x).latent_dist.mode()))
+    return max(float((a - b).abs().max() / a.abs().max().clamp(min=1)) for a, b in pairs)
 
 
 CARD = """# {name}
@@ -367,7 +361,6 @@ CARD = """# {name}
 An unconditional latent diffusion model of tissue tiles ({pixels} x {pixels} pixels), exported for
 the diffusers library from `{source}` (SHA-256 {sha256}).
 
-    import torch
     from diffusers import LDMPipeline
 
     pipeline = {load}
@@ -380,7 +373,7 @@ draw their noise differently. Classifier guidance is not part of the pipeline.
 """
 
 
-def export(checkpoint: Path, model: "LatentDiffusion", out: Path, use_ema: bool = True) -> float:
+def export(checkpoint: Path, model: LatentDiffusion, out: Path, use_ema: bool = True) -> float:
     """Write the pipeline to the new folder `out`, completely or not at all.
 
     Args:

@@ -6,8 +6,12 @@ The weights get the names that latent diffusion gives them, and are then importe
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from ldm.config import instantiate_from_config
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 from ldm.exchange.diffusers_export import (
     HEADS_CLASS,
@@ -17,9 +21,7 @@ from ldm.exchange.diffusers_export import (
     vae_state,
 )
 from ldm.exchange.foreign import UNET, State, read_payload
-
-if TYPE_CHECKING:
-    import torch
+from ldm.modules.autoencoder import AutoencoderKL
 
 FILE = "diffusion_pytorch_model"
 # Layers of attention in earlier versions of the library.
@@ -36,9 +38,6 @@ def read_folder(folder: Path, node: dict[str, Any], kind: str) -> State:
     Raises:
         UserError: The folder holds no such network, or another than the configuration describes.
     """
-    from ldm.config import instantiate_from_config
-    from ldm.modules.autoencoder import AutoencoderKL
-
     params, state = node.get("params") or {}, {}
     first = node if kind == "autoencoder" else params.get("first_stage_config") or {}
     vae, unet = _part(folder, "AutoencoderKL"), _part(folder, "UNet2DModel", HEADS_CLASS)
@@ -81,9 +80,9 @@ def _weights(folder: Path) -> State:
 
 
 def _in_our_names(
-    net: "torch.nn.Module",
+    net: torch.nn.Module,
     theirs: State,
-    translate: Callable[["torch.nn.Module"], State],
+    translate: Callable[[torch.nn.Module], State],
     prefix: str,
 ) -> State:
     """The weights `theirs` under our names, with `prefix`; those that are missing are left out.
@@ -91,8 +90,6 @@ def _in_our_names(
     `translate` gives our weights under their names. Where each number of theirs belongs is found by
     translating a network whose weights are the numbers of their places.
     """
-    import torch
-
     own, places, count = net.state_dict(), {}, 0
     for name, value in own.items():
         places[name] = torch.arange(count, count + value.numel()).view(value.shape)
@@ -117,10 +114,6 @@ def _in_our_names(
 
 def _process(folder: Path, vae: Path | None, parameterization: str) -> State:
     """The noise schedule and the latent scale of a pipeline, as far as it says them."""
-    import torch
-
-    from ldm.diffusion.schedule import NoiseSchedule
-
     state, file = {}, folder / "scheduler" / "scheduler_config.json"
     if file.is_file():
         names = {theirs: ours for ours, theirs in SCHEDULES.items()}

@@ -23,16 +23,26 @@ import types
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ldm.checkpoint import KEY, load_model, load_tensors, write_checkpoint
 from ldm.cli import existing_path
+from ldm.config import read_yaml, upgrade_config
 from ldm.errors import UserError
 from ldm.files import digest_of, file_sha256
-
-if TYPE_CHECKING:
-    import torch
-
-    from ldm.models.base import HistoModule
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.base import HistoModule
+from ldm.models.classifier import (
+    LatentSpace,
+    NoisyLatentClassifier,
+    network_config,
+    process_params,
+)
+from ldm.models.diffusion import LatentDiffusion
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +55,7 @@ ENTRIES = ("ema", "model_ema", "params_ema", "state_dict_ema", "ema_state_dict")
 ENTRIES += ("state_dict", "model", "params")
 UNET, AVERAGE = "model.diffusion_model.", "model_ema.diffusion_model"
 
-State = dict[str, "torch.Tensor"]
+State = dict[str, torch.Tensor]
 
 
 # --- Reading -------------------------------------------------------------------------------------
@@ -111,10 +121,6 @@ def read_foreign(path: str | Path, allow_pickle: bool = False) -> tuple[State, d
         UserError: The file does not exist, is not a checkpoint, is one of this toolkit already, or
             needs `allow_pickle`.
     """
-    import torch
-
-    from ldm.checkpoint import KEY
-
     path = existing_path(path, "FILE", "file")
     payload = read_payload(path, allow_pickle)
     if not isinstance(payload, dict):
@@ -146,22 +152,13 @@ def _plain_name(name: str) -> str:
 
 def read_payload(path: Path, allow_pickle: bool = False) -> Any:
     """Read what torch or safetensors saved in a file, see `read_foreign`."""
-    import torch
-
-    from ldm.checkpoint import load_tensors
-
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise UserError(f"{path} is no safetensors file ({error}); give another") from None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix != ".safetensors":
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if not _is_pickle_of_more(error):
+        # Words of torch for a readable file that asks for other classes.
+        words = ("Unsupported global", "Unsupported class", "GLOBAL")
+        if not any(word in str(error) for word in words):
             load_tensors(path, "FILE")  # says what is wrong with it
         if not allow_pickle:
             raise UserError(
@@ -171,17 +168,11 @@ def read_payload(path: Path, allow_pickle: bool = False) -> Any:
             ) from None
         return _load_without_objects(path)
     except (RuntimeError, EOFError, ValueError, LookupError):
-        return load_tensors(path, "FILE")
-
-
-def _is_pickle_of_more(error: pickle.UnpicklingError) -> bool:
-    # Words of torch.load(weights_only=True) for a readable file that asks for other classes.
-    return any(word in str(error) for word in ("Unsupported global", "Unsupported class", "GLOBAL"))
+        pass
+    return load_tensors(path, "FILE")  # or say what is wrong with it
 
 
 def _load_without_objects(path: Path) -> Any:
-    import torch
-
     met: set[str] = set()
     try:
         payload = torch.load(
@@ -209,11 +200,6 @@ def read_model_node(path: str | Path, kind: str) -> dict[str, Any]:
     Raises:
         UserError: The file has no model section, or a setting that is not supported.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    from ldm.config import read_yaml, upgrade_config
-
     config = read_yaml(path)
     node = config.get("model")
     if not OmegaConf.is_dict(node) or "target" not in node:
@@ -271,7 +257,7 @@ class _Matcher:
         self.state = state
         self.report = Report(unused=sorted(state))
 
-    def take(self, name: str) -> "torch.Tensor | None":
+    def take(self, name: str) -> torch.Tensor | None:
         """The tensor of that name, marked as used; None if the file does not have it."""
         if name not in self.state:
             return None
@@ -280,7 +266,7 @@ class _Matcher:
             self.report.used.append(name)
         return self.state[name]
 
-    def fill(self, module: "torch.nn.Module", names: dict[str, str], where: str) -> None:
+    def fill(self, module: torch.nn.Module, names: dict[str, str], where: str) -> None:
         """Load a network from the file's names of its weights.
 
         Args:
@@ -311,22 +297,20 @@ def _require_target(node: dict[str, Any], name: str) -> None:
         raise UserError(f"config: model.target is {node['target']}; needed is a {name}")
 
 
-def _identical_names(module: "torch.nn.Module", prefix: str = "") -> dict[str, str]:
+def _identical_names(module: torch.nn.Module, prefix: str = "") -> dict[str, str]:
     return {name: prefix + name for name in module.state_dict()}
 
 
 # --- The three kinds -----------------------------------------------------------------------------
 
 
-def import_autoencoder(state: State, node: dict[str, Any]) -> "tuple[HistoModule, Report]":
+def import_autoencoder(state: State, node: dict[str, Any]) -> tuple[HistoModule, Report]:
     """Build an autoencoder from its own file, or from the first stage in a diffusion model's file.
 
     Args:
         state: From `read_foreign`.
         node: From `read_model_node`.
     """
-    from ldm.models.autoencoder import AutoencoderKL
-
     params = node.get("params") or {}
     wanted = {k: params[k] for k in ("ddconfig", "embed_dim") if k in params}
     if len(wanted) < 2:
@@ -343,7 +327,7 @@ def import_diffusion(
     node: dict[str, Any],
     autoencoder: str | None = None,
     scale_factor: float | None = None,
-) -> "tuple[HistoModule, Report]":
+) -> tuple[HistoModule, Report]:
     """Build an unconditional latent diffusion model.
 
     Args:
@@ -355,11 +339,6 @@ def import_diffusion(
         UserError: The weights have other shapes or another noise schedule than the configuration
             says; or the latent scale or the autoencoder is missing or given twice and different.
     """
-    import torch
-
-    from ldm.checkpoint import load_model
-    from ldm.models.diffusion import LatentDiffusion
-
     _require_target(node, "LatentDiffusion")
     matcher = _Matcher(state)
     params = dict(node.get("params") or {})
@@ -398,7 +377,7 @@ def import_diffusion(
 
 
 def _first_stage_config(
-    params: dict[str, Any], in_file: bool, other: "HistoModule | None"
+    params: dict[str, Any], in_file: bool, other: HistoModule | None
 ) -> dict[str, Any]:
     """The configuration of the autoencoder: that of the file's own, or of `other`.
 
@@ -423,11 +402,11 @@ def _first_stage_config(
     )
 
 
-def _average_names(unet: "torch.nn.Module") -> dict[str, str]:
+def _average_names(unet: torch.nn.Module) -> dict[str, str]:
     return {name: AVERAGE + name.replace(".", "") for name in unet.state_dict()}
 
 
-def _fill_average(matcher: _Matcher, module: "HistoModule") -> None:
+def _fill_average(matcher: _Matcher, module: HistoModule) -> None:
     """Fill the average of the UNet's weights, its count of updates and its decay."""
     ema = module.ema
     matcher.fill(ema.net, _average_names(ema.net), "averaged UNet")
@@ -441,10 +420,8 @@ def _fill_average(matcher: _Matcher, module: "HistoModule") -> None:
         matcher.report.notes.append(note)
 
 
-def _tolerance(stored: "torch.Tensor", least: float) -> float:
+def _tolerance(stored: torch.Tensor, least: float) -> float:
     """Relative tolerance for numbers that a file stores, perhaps in half precision."""
-    import torch
-
     return max(least, 2 * torch.finfo(stored.dtype).eps) if stored.is_floating_point() else least
 
 
@@ -479,8 +456,6 @@ def _scale(matcher: _Matcher, stated: float | None, given: float | None) -> floa
 
 def _check_schedule(matcher: _Matcher, schedule) -> None:
     """Compare the file's noise schedule with the configuration's."""
-    import torch
-
     known = {"betas": schedule.betas, "alphas_cumprod": schedule.alphas_cumprod}
     seen = False
     for name, ours in known.items():
@@ -509,7 +484,7 @@ def import_classifier(
     node: dict[str, Any] | None = None,
     scale_factor: float | None = None,
     noised: bool = False,
-) -> "tuple[HistoModule, Report]":
+) -> tuple[HistoModule, Report]:
     """Build a noisy-latent classifier.
 
     Args:
@@ -520,13 +495,6 @@ def import_classifier(
         node: `EncoderUNetModel` with its parameters; None for the published classifier's.
         noised: Whether it was trained on noisy latents; the published code trains at t = 0.
     """
-    from ldm.models.classifier import (
-        LatentSpace,
-        NoisyLatentClassifier,
-        network_config,
-        process_params,
-    )
-
     space = LatentSpace.load(first_stage, what="autoencoder")
     scale = scale_factor if space.scale_factor is None else space.scale_factor
     if scale is None:
@@ -565,11 +533,9 @@ def import_classifier(
 
 
 def write_imported(
-    module: "HistoModule", report: Report, source: Path, out: Path, beside: dict[str, Any]
+    module: HistoModule, report: Report, source: Path, out: Path, beside: dict[str, Any]
 ) -> None:
     """Write the imported model as a checkpoint that records its source file."""
-    from ldm.checkpoint import KEY, write_checkpoint
-
     payload: dict[str, Any] = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(payload)
     files = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.is_file())

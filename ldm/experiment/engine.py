@@ -37,17 +37,12 @@ LOG = "snakemake.log"
 
 @dataclass(frozen=True)
 class Machine:
-    """Where jobs run.
+    """Where jobs run."""
 
-    Attributes:
-        jobs: How many run at once.
-        gpus: Numbers or UUIDs of the GPUs that are shared out; empty where commands choose.
-        slurm: What SLURM is asked for; None for processes of this machine.
-    """
-
-    jobs: int = 1
+    jobs: int = 1  # how many run at once
+    # Numbers or UUIDs of the GPUs that are shared out; empty where commands choose.
     gpus: Sequence[str] = ()
-    slurm: Slurm | None = None
+    slurm: Slurm | None = None  # what SLURM is asked for; None for processes of this machine
 
     @property
     def share(self) -> int:

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,32 +120,26 @@ def execute(
     Raises:
         JobBusy: Another process is running it.
     """
+    environment = {**(os.environ if variables is None else variables), **job.environment}
     with lock_file(records.lock(job.name)) as lock:
         if lock is None:
             raise JobBusy(job.name)
+        status = 0
         if records.finished(job, key) is None:
-            environment = {**(os.environ if variables is None else variables), **job.environment}
-            status = _execute(records, job, key, environment, launch, lock)
-            if status != 0:
-                return status
-        write_text(records.marker(job.name), "")
-        return 0
+            run = partial(launch, job.command, records.log(job.name), environment, lock)
+            status = _record(records, job, key, run)
+        if status == 0:
+            write_text(records.marker(job.name), "")
+        return status
 
 
-def _execute(
-    records: Records,
-    job: Job,
-    key: str,
-    environment: Mapping[str, str],
-    launch: Launch,
-    lock: int,
-) -> int:
+def _record(records: Records, job: Job, key: str, run: Callable[[], int]) -> int:
+    """Run a job's command by `run`, and keep its record; returns the exit status."""
     log_path, known = records.log(job.name), records.read(job.name)
     records.marker(job.name).unlink(missing_ok=True)
-    if known and known.key == key and not known.done:
-        before = known.seconds  # it goes on
-    else:
-        before = 0.0
+    goes_on = known and known.key == key and not known.done
+    before = known.seconds if goes_on else 0.0
+    if not goes_on:
         for path in (records.path(job.name), *job.output, log_path):
             remove(path)
     start = time.monotonic()
@@ -156,7 +151,7 @@ def _execute(
     # Written first: whatever is found later beside this key may be gone on with.
     note()
     try:
-        status = launch(job.command, log_path, environment, lock)
+        status = run()
     except BaseException:
         note()
         raise
@@ -169,7 +164,7 @@ def _execute(
         note(done=True, number=key_number(job))
     elif status in INTERRUPTED:
         note()
-        status = STOPPED
+        return STOPPED
     else:
         note(failed=status, reason=explain_failure(records, job.name, status))
     return status

@@ -99,15 +99,30 @@ def gather_row(plan: Plan, arm: Arm, standing: Mapping[str, Standing]) -> Row:
     def is_done(job: str) -> bool:
         return job in standing and standing[job].state is State.DONE
 
-    def read_if_done(path: Path, job: str) -> dict[str, Any] | None:
-        return read_json(path) if is_done(job) else None
-
     places = {seed: arm.places[seed] for seed, job in arm.jobs.items() if is_done(job)}
     summary = merge(plan, arm, places) if places else None
     images = summary.get("n_train") if summary else None
     predictions = {seed: _predictions(place) for seed, place in places.items()}
     first = arm.first or arm.key
-    row = Row(
+    found: dict[str, Any] = dict.fromkeys(
+        ("fidelity", "copies", "chosen_copies", "samples", "selection")
+    )
+    if is_done(f"fidelity-{first}"):
+        found["fidelity"] = read_json(plan.fidelity(first))
+    synthetic = None if images is None else 0
+    if arm.generator is not None:
+        samples, pool = plan.samples(arm.generator), plan.copies(arm.generator)
+        found["samples"] = samples if samples.is_dir() else None
+        if is_done(f"copies-{arm.generator}"):
+            found["copies"] = read_json(pool / "report.json")
+        folder = next(iter(arm.folders.values()))  # the first draw, where there are several
+        if is_done(f"select-{folder}"):
+            found["selection"] = selection = plan.data / folder
+            counts = read_json(selection / "selection.json")["counts"].values()
+            synthetic = sum(one["accepted"] + one["filled"] for one in counts)
+            if found["copies"]:
+                found["chosen_copies"] = _chosen_copies(selection, pool)
+    return Row(
         key=arm.key,
         label=arm.label,
         factors=arm.factors,
@@ -115,32 +130,13 @@ def gather_row(plan: Plan, arm: Arm, standing: Mapping[str, Standing]) -> Row:
         status=_status([standing[job].state for job in arm.jobs.values()]),
         failures=_failures([*arm.jobs.values(), *arm.other_jobs], standing),
         images=images,
-        synthetic=None if images is None else 0,
+        synthetic=synthetic,
         wanted=arm.wanted,
         seeds=len(arm.jobs),
         summary=summary,
         predictions={seed: files for seed, files in predictions.items() if files},
-        fidelity=read_if_done(plan.fidelity(first), f"fidelity-{first}"),
-        copies=None,
-        chosen_copies=None,
-        samples=None,
-        selection=None,
+        **found,
     )
-    if arm.generator is None:
-        return row
-    found: dict[str, Any] = {}
-    samples, pool = plan.samples(arm.generator), plan.copies(arm.generator)
-    folder = next(iter(arm.folders.values()))  # the first draw, where there are several
-    if samples.is_dir():
-        found["samples"] = samples
-    found["copies"] = read_if_done(pool / "report.json", f"copies-{arm.generator}")
-    if is_done(f"select-{folder}"):
-        found["selection"] = selection = plan.data / folder
-        counts = read_json(selection / "selection.json")["counts"].values()
-        found["synthetic"] = sum(one["accepted"] + one["filled"] for one in counts)
-        if found["copies"]:
-            found["chosen_copies"] = _chosen_copies(selection, pool)
-    return dataclasses.replace(row, **found)
 
 
 def _status(states: Sequence[State]) -> str:

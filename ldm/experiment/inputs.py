@@ -25,13 +25,9 @@ class Split:
     @cached_property
     def identity(self) -> str:
         """Digest of names, sizes and times of all tiles, without reading them."""
-        lines = []
-        for folder in walk(self.root, is_image):
-            for path in (folder.path / name for name in folder.files):
-                status = path.stat()
-                facts = f"{status.st_size} {status.st_mtime_ns}"
-                lines.append(f"{path.relative_to(self.root)} {facts}\n")
-        return digest_of_text(lines)
+        found = [f.path / name for f in walk(self.root, is_image) for name in f.files]
+        facts = [(p.relative_to(self.root), p.stat()) for p in found]
+        return digest_of_text(f"{p} {s.st_size} {s.st_mtime_ns}\n" for p, s in facts)
 
     @property
     def is_empty(self) -> bool:

@@ -11,6 +11,7 @@ because the comments of a configuration, or the device, are no reason to train a
 """
 
 import fcntl
+import hashlib
 import json
 import re
 import shlex
@@ -48,31 +49,23 @@ NEUTRAL = ("--device", "--num_workers", "--workers")
 
 @dataclass(frozen=True)
 class Job:
-    """One command.
+    """One command."""
 
-    Attributes:
-        name: Name of its log and record.
-        title: What it does, in a few words.
-        command: Command of `histodiffusion`, or else words for Python, and arguments.
-        after: Names of the jobs whose results it uses.
-        output: What it writes; removed when it has to be made anew.
-        files: Configurations that it reads; their content is part of the key.
-        environment: Variables that it needs; part of the key.
-        data: Further facts that decide the result, such as digests of tiles and checkpoints.
-        kind: What sort of work it is; decides which number is shown of its result.
-        gpus: How many GPUs it is to be given, where there are any.
-    """
-
-    name: str
-    title: str
-    command: tuple[str, ...]
-    after: tuple[str, ...] = ()
-    output: tuple[Path, ...] = ()
-    files: tuple[Path, ...] = ()
+    name: str  # name of its log and record
+    title: str  # what it does, in a few words
+    command: tuple[str, ...]  # command of `histodiffusion`, or else words for Python, and arguments
+    after: tuple[str, ...] = ()  # names of the jobs whose results it uses
+    output: tuple[Path, ...] = ()  # what it writes; removed when it has to be made anew
+    files: tuple[Path, ...] = ()  # configurations that it reads; their content is part of the key
+    # Variables that it needs; part of the key.
     environment: Mapping[str, str] = field(default_factory=dict)
-    data: str = ""
-    kind: str = ""
-    gpus: int = 1
+    data: str = ""  # further facts that decide the result, such as digests of tiles and checkpoints
+    gpus: int = 1  # how many GPUs it is to be given, where there are any
+
+    @property
+    def kind(self) -> str:
+        """What sort of work it is: the first word of its name."""
+        return self.name.partition("-")[0]
 
     @property
     def shown(self) -> str:
@@ -83,27 +76,17 @@ class Job:
 
 @dataclass(frozen=True)
 class Record:
-    """What is remembered of a job that was begun.
+    """What is remembered of a job that was begun."""
 
-    Attributes:
-        key: Key that it was begun under.
-        title: Its title at that time.
-        command: The command as one types it.
-        seconds: Wall-clock time of all attempts under this key.
-        done: Whether it ended well.
-        number: Key number of its result, in words.
-        failed: Exit status of a command that failed; None of one that was stopped or goes on.
-        reason: Why it failed, on one line.
-    """
-
-    key: str
-    title: str
-    command: str
-    seconds: float = 0.0
-    done: bool = False
-    number: str = ""
+    key: str  # key that it was begun under
+    title: str  # its title at that time
+    command: str  # the command as one types it
+    seconds: float = 0.0  # wall-clock time of all attempts under this key
+    done: bool = False  # whether it ended well
+    number: str = ""  # key number of its result, in words
+    # Exit status of a command that failed; None of one that was stopped or goes on.
     failed: int | None = None
-    reason: str = ""
+    reason: str = ""  # why it failed, on one line
 
 
 class State(Enum):
@@ -119,17 +102,12 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Standing:
-    """A job's state, with what is known of it.
-
-    Attributes:
-        record: None of a job that was never begun, or has to be made anew.
-        blocked_by: Name of the failed job.
-    """
+    """A job's state, with what is known of it."""
 
     job: Job
     state: State
-    record: Record | None = None
-    blocked_by: str = ""
+    record: Record | None = None  # None of a job that was never begun, or has to be made anew
+    blocked_by: str = ""  # name of the failed job
 
 
 class JobBusy(Exception):
@@ -139,9 +117,8 @@ class JobBusy(Exception):
 class Records:
     """NAME.json, NAME.log, NAME.lock and NAME.done of every job, in one folder.
 
-    NAME.done is the file that Snakemake waits for. It stands for the record and is made from it.
-
-    A lock belongs to whoever runs the job, and goes when that process and its command are gone:
+    NAME.done is the empty file that Snakemake waits for. It stands for the record and is made from
+    it. A lock belongs to whoever runs the job, and goes when that process and its command are gone:
     there is none to clean up after a crash.
     """
 
@@ -149,16 +126,16 @@ class Records:
         self.folder = folder
 
     def path(self, name: str) -> Path:
-        """Path of a job's record."""
         return self.folder / f"{name}.json"
 
     def log(self, name: str) -> Path:
-        """Path of a job's log."""
         return self.folder / f"{name}.log"
 
     def marker(self, name: str) -> Path:
-        """Path of the empty file that tells Snakemake that a job is done."""
         return self.folder / f"{name}.done"
+
+    def lock(self, name: str) -> Path:
+        return self.folder / f"{name}.lock"
 
     def read(self, name: str) -> Record | None:
         """What is known of a job; None where it was never begun."""
@@ -176,10 +153,6 @@ class Records:
         if record and record.done and record.key == key:
             return record if all(path.exists() for path in job.output) else None
         return None
-
-    def lock(self, name: str) -> Path:
-        """Path of the file that whoever runs a job holds locked."""
-        return self.folder / f"{name}.lock"
 
     def is_running(self, name: str) -> bool:
         """Whether a process, here or on another machine, holds the job."""
@@ -288,12 +261,9 @@ def arguments(options: Mapping[str, Any]) -> list[str]:
         elif value is not None:
             values = value if isinstance(value, list | tuple) else [value]
             dashes = "-" if len(name) == 1 else "--"
-            words += [dashes + name, *([] if value is True else map(_word, values))]
+            shown = [show_path(v) if isinstance(v, Path) else str(v) for v in values]
+            words += [dashes + name, *([] if value is True else shown)]
     return words
-
-
-def _word(value: Any) -> str:
-    return show_path(value) if isinstance(value, Path) else str(value)
 
 
 def show_path(path: Path) -> str:
@@ -324,3 +294,35 @@ def content_of(path: Path) -> str:
         return json.dumps(yaml.safe_load(text), default=str)
     except yaml.YAMLError:
         return text
+
+
+def convert_records(records: Records, jobs: Sequence[Job]) -> None:
+    """Rewrite records of version 0.1.0 that are still valid under the present keys.
+
+    Args:
+        jobs: Each after those that it needs.
+    """
+    keys, stamps = keys_of(jobs), {}
+    for job in jobs:
+        try:
+            old = json.loads(records.path(job.name).read_text())
+        except (OSError, ValueError):
+            continue
+        if "done" in old or any(name not in stamps for name in job.after):
+            continue
+        if old.get("key") != _earlier_key(job, stamps):
+            continue
+        done = "stamp" in old
+        if done:
+            stamps[job.name] = old["stamp"]
+        facts = {name: old[name] for name in ("number", "failed", "reason") if name in old}
+        record = Record(keys[job.name], job.title, job.shown, old["seconds"], done, **facts)
+        records.write(job.name, record)
+
+
+def _earlier_key(job: Job, stamps: Mapping[str, str]) -> str:
+    """The key that version 0.1.0 gave a job; `stamps` are of the jobs before it."""
+    facts: list[Any] = ["", deciding_words(job.command), dict(job.environment), job.data]
+    facts += [content_of(path) for path in job.files]
+    facts += [stamps[name] for name in job.after]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

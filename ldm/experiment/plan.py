@@ -30,29 +30,22 @@ DATA_VARIABLE = "HISTO_DATA"
 
 @dataclass
 class Arm:
-    """One row, as it is planned.
-
-    Attributes:
-        folders: Training folder (below OUT/data) of each seed.
-        places: Folder of each seed's results.
-        jobs: The job of each seed that trains and evaluates; baselines of colours have seed 0 only.
-        other_jobs: Further jobs whose results stand in the row.
-        wanted: Synthetic tiles, all classes together.
-        generator: Its pool, of the first draw of labels where there are several.
-        first: Key of the row's part that belongs to the first of several draws.
-    """
+    """One row, as it is planned."""
 
     key: str
     label: str
     kind: str
     factors: dict[str, str | int] = field(default_factory=dict)
+    # Training folder (below OUT/data) of each seed.
     folders: dict[int, str] = field(default_factory=dict)
-    places: dict[int, Path] = field(default_factory=dict)
+    places: dict[int, Path] = field(default_factory=dict)  # folder of each seed's results
+    # The job of each seed that trains and evaluates; baselines of colours have seed 0 only.
     jobs: dict[int, str] = field(default_factory=dict)
+    # Further jobs whose results stand in the row.
     other_jobs: list[str] = field(default_factory=list)
-    wanted: int | None = None
-    generator: str | None = None
-    first: str | None = None
+    wanted: int | None = None  # synthetic tiles, all classes together
+    generator: str | None = None  # its pool, of the first draw of labels where there are several
+    first: str | None = None  # key of the row's part that belongs to the first of several draws
 
 
 @dataclass(frozen=True)
@@ -131,6 +124,11 @@ class Plan:
     def _seeds(self) -> list[int]:
         """Seeds of the networks of an arm."""
         return [self._draw.seed] if self._draw else self.settings.evaluation.seeds
+
+    @property
+    def _seed(self) -> Options:
+        """The seed of the draw, as an option of what is made for each draw."""
+        return {"seed": self._draw.seed} if self._draw else {}
 
     def _depends_on_labels(self, name: str) -> bool:
         """Whether a model is trained anew for every draw of labels."""
@@ -313,7 +311,7 @@ class Plan:
         title: str,
         verb: str,
         options: dict[str, Any],
-        output: tuple[Path, ...],
+        output: Sequence[Path],
         needs: Needs,
         words: Sequence[str] = (),
         **more: Any,
@@ -325,7 +323,7 @@ class Plan:
             more: Further attributes of `Job`.
         """
         if name not in self._jobs:
-            command = (verb, *arguments(options), *words)
+            command, output = (verb, *arguments(options), *words), tuple(output)
             self._jobs[name] = Job(
                 name, title, command, needs.after, output, data=needs.data, **more
             )
@@ -335,8 +333,8 @@ class Plan:
         settings = self.settings
         if settings.data.tiles is not None:
             options = {"out": self.root, **settings.data.tiles}
-            self._add(TILES, "procedural tiles", "tiles", options, (self.root,),
-                      NOTHING, gpus=0, kind="tiles")  # fmt: skip
+            self._add(TILES, "procedural tiles", "tiles", options, [self.root],
+                      NOTHING, gpus=0)  # fmt: skip
         if settings.draws is None:
             self.rows = self._arms()
         else:
@@ -374,14 +372,14 @@ class Plan:
         options = {
             "data": self.data / unlabelled,
             "per_class": draw.per_class,
-            "seed": draw.seed,
+            **self._seed,
             "link": self.settings.link,
             "out": out,
             **self.settings.draws.options,
         }
         title = f"{draw.per_class} labelled tiles per class, draw {draw.seed}"
-        self._add(f"subset-{self._labelled}", title, "subset", options, (out,),
-                  self._tiles(unlabelled), kind="subset", gpus=0)  # fmt: skip
+        self._add(f"subset-{self._labelled}", title, "subset", options, [out],
+                  self._tiles(unlabelled), gpus=0)  # fmt: skip
 
     def _filled_options(self, options: Options) -> tuple[Options, Needs]:
         """Options with `_filled` values; a folder of labelled tiles is needed, too."""
@@ -439,21 +437,18 @@ class Plan:
             verb, files = "classify", ()
             splits = (self._labelled, "val")
             options = {"data_dir": self.data / self._labelled, "val_data_dir": self.data / "val"}
-            options |= {**given, **common}
-            options |= {"seed": self._draw.seed} if self._draw else {}
-            options |= model.classifier or {}
+            options |= {**given, **common, **self._seed, **(model.classifier or {})}
             environment = dict(model.env)
         return self._add(
             f"train-{run}",
             model.label or f"training of {run}",
             verb,
             options,
-            (self.out / "models" / run,),
+            [self.out / "models" / run],
             self._tiles(*splits) + self._models(*model.needs.values()),
             model.overrides,
             files=files,
             environment=environment,
-            kind="train",
             gpus=model.gpus,
         )
 
@@ -470,10 +465,9 @@ class Plan:
         amounts = {c: math.ceil(max(1, n) * sampling.per_wanted) for c, n in wanted.items()}
         if generator.amount is not None:
             amounts = dict.fromkeys(wanted, generator.amount)
+        amount: Options = {"counts": ",".join(f"{c}={n}" for c, n in amounts.items())}
         if len(set(amounts.values())) == 1:
-            amount: dict[str, Any] = {"n_samples": next(iter(amounts.values()))}
-        else:
-            amount = {"counts": ",".join(f"{c}={n}" for c, n in amounts.items())}
+            amount = {"n_samples": next(iter(amounts.values()))}
         further, needs = self._filled_options({**sampling.options, **generator.sampling})
         pool = self.samples(name + self._part)
         options = {
@@ -482,14 +476,13 @@ class Plan:
             "first_stage": generator.decoder and self.model(generator.decoder),
             **amount,
             "outdir": pool,
-            **({"seed": self._draw.seed} if self._draw else {}),
+            **self._seed,
             **further,
         }
         models = filter(None, (generator.diffusion, generator.classifier, generator.decoder))
         title = f"sampling by {generator.label or name}"
         return self._add(f"sample-{name}{self._part}", title, "sample", options,
-                         (pool,), self._models(*models) + needs, kind="sample",
-                         gpus=sampling.gpus)  # fmt: skip
+                         [pool], self._models(*models) + needs, gpus=sampling.gpus)  # fmt: skip
 
     def _judge(self) -> tuple[dict[str, Any], Needs]:
         """The judge as an option (`weights`, `model` or `features`), and what a job needs that uses
@@ -523,9 +516,8 @@ class Plan:
             **self.settings.judge.options,
         }
         needs = self._tiles(labelled) + Needs((sample_job,)) + needs
-        title, output = f"features and UMAP of {pool}", (self.features(pool),)
-        return self._add(f"features-{pool}", title, "features", options, output, needs,
-                         kind="features")  # fmt: skip
+        title, output = f"features and UMAP of {pool}", [self.features(pool)]
+        return self._add(f"features-{pool}", title, "features", options, output, needs)
 
     def _selection(self, arm: Arm, folder: str, selection: str, ratio: int, seed: int) -> Needs:
         """What a job needs that uses the training folder of an arm; adds the job that makes it."""
@@ -550,8 +542,8 @@ class Plan:
         needs = self._tiles(labelled) + needs
         title, options = f"selection of {folder}", {**options, **strategy.options}
         # Without a folder of scripts/vis.py the selection computes features itself.
-        job = self._add(f"select-{folder}", title, "select", options, tuple(output),
-                        needs, kind="select", gpus=int("cache" in candidates))  # fmt: skip
+        job = self._add(f"select-{folder}", title, "select", options, output, needs,
+                        gpus=int("cache" in candidates))  # fmt: skip
         return Needs((job,))
 
     def _candidates(self, arm: Arm) -> tuple[Options, Needs]:
@@ -599,10 +591,9 @@ class Plan:
             f"ViT on {label}, seed {seed}",
             "evaluate",
             options,
-            (self.results(key) / folder / f"seed{seed}",),
+            [self.results(key) / folder / f"seed{seed}"],
             self._tiles(self._labelled, "val", "test") + needs,
-            ("--seed", str(seed)),
-            kind="eval",
+            ["--seed", str(seed)],
             gpus=evaluation.gpus,
         )
 
@@ -647,7 +638,7 @@ class Plan:
         needs += self._tiles(labelled, "val", "test")
         arm.places[seed] = results / kind / labelled / "seed0"
         arm.jobs[seed] = self._add(f"baseline-{arm.key}", arm.label, "baselines",
-                                   options, (output,), needs, kind="baseline")  # fmt: skip
+                                   options, [output], needs)  # fmt: skip
         return arm
 
     def _probe(self, name: str) -> Arm:
@@ -672,14 +663,11 @@ class Plan:
     def combinations(self) -> list[tuple[str, str, int]]:
         """Generator, selection and ratio of all synthetic rows."""
         grid = self.settings.grid
+        names = {"generator": grid.generators, "selection": grid.selection, "ratio": grid.ratios}
 
         def cells(one: Cells) -> list[tuple[str, str, int]]:
             """All combinations of what is given, and of the whole grid where nothing is."""
-            given = (
-                (one.generator, grid.generators),
-                (one.selection, grid.selection),
-                (one.ratio, grid.ratios),
-            )
+            given = [(getattr(one, part), known) for part, known in names.items()]
             return list(product(*(known if v is None else as_list(v) for v, known in given)))
 
         without = {cell for one in grid.without for cell in cells(one)}
@@ -730,7 +718,7 @@ class Plan:
                 needs = self._selection(arm, f"{key}@{seed}", selection, ratio, seed)
                 self._add_seeds(arm, f"{key}@{seed}", needs, [seed])
         else:
-            seed = self._draw.seed if self._draw else 0
+            seed = self._seed.get("seed", 0)
             self._add_seeds(arm, key, self._selection(arm, key, selection, ratio, seed))
         if not pseudo:
             self._add_fidelity(arm)
@@ -752,9 +740,8 @@ class Plan:
             options |= {"extractor": named} if named else judge
             needs += judged
         title = f"fidelity of {arm.key}"
-        job = self._add(f"fidelity-{arm.key}", title, "fidelity", options, (output,),
-                        needs, kind="fidelity")  # fmt: skip
-        arm.other_jobs.append(job)
+        job = f"fidelity-{arm.key}"
+        arm.other_jobs.append(self._add(job, title, "fidelity", options, [output], needs))
 
     def _copy_check(self, name: str, sample_job: str) -> list[str]:
         """The job that looks for copies in a generator's pool, if there is to be one."""
@@ -775,9 +762,8 @@ class Plan:
             judge, judged = self._judge()
             options |= judge
             needs += judged
-        title, output = f"copy check of {pool}", (self.copies(pool),)
-        return [self._add(f"copies-{pool}", title, "copies", options, output, needs,
-                          kind="copies")]  # fmt: skip
+        job, title, output = f"copies-{pool}", f"copy check of {pool}", [self.copies(pool)]
+        return [self._add(job, title, "copies", options, output, needs)]
 
     def _ceiling_arm(self, ratio: int) -> Arm:
         """Real tiles in place of synthetic ones."""
@@ -788,12 +774,12 @@ class Plan:
             "ratio": ratio,
             "link": self.settings.link,
             "out": self.data / key,
-            **({"seed": self._draw.seed} if self._draw else {}),
+            **self._seed,
             **self.settings.baselines.ceiling.options,
         }
         needs = self._tiles(unlabelled, self._labelled)
         job = self._add(f"subset-{key}", f"{ratio}% more real tiles", "subset",
-                        options, (self.data / key,), needs, kind="subset", gpus=0)  # fmt: skip
+                        options, [self.data / key], needs, gpus=0)  # fmt: skip
         factors = {"selection": REAL, "ratio": ratio}
         arm = Arm(key, f"real tiles instead, {ratio}%", "ceiling", factors)
         self._add_seeds(arm, key, Needs((job,)))

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TextIO
 
 from ldm.experiment.jobs import Record, Records, Standing, State
@@ -11,28 +12,20 @@ TAIL = 15  # lines of a failed job's log that are shown
 STOPPED_WORDS = "stopped; the same command goes on here"
 
 
+@dataclass
 class Progress:
     """Follows the records of jobs.
 
     On a terminal, the seconds of a job that runs alone count up.
-
-    Args:
-        at_once: How many jobs run at once; of several, the start is shown too.
-        extra: Steps after the jobs, for the count.
-        tails: Whether the end of a failed job's log is shown.
-        stream: Standard output if omitted.
     """
 
-    def __init__(
-        self,
-        records: Records,
-        at_once: int = 1,
-        extra: int = 0,
-        tails: bool = False,
-        stream: TextIO | None = None,
-    ):
-        self.records, self.at_once, self.extra, self.tails = records, at_once, extra, tails
-        self.stream = sys.stdout if stream is None else stream
+    records: Records
+    at_once: int = 1  # how many jobs run at once; of several, the start is shown too
+    extra: int = 0  # steps after the jobs, for the count
+    tails: bool = False  # whether the end of a failed job's log is shown
+    stream: TextIO = field(default_factory=lambda: sys.stdout)
+
+    def __post_init__(self):
         self.titles: dict[str, str] = {}  # of the jobs that have not ended
         self._seen: dict[str, int] = {}  # time of a record when it was looked at last
         self._started: dict[str, float] = {}

@@ -49,6 +49,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from scipy.optimize import brentq
+from scipy.special import digamma, polygamma
 
 from ldm.errors import UserError
 from ldm.evaluation.metrics import confusion_matrix
@@ -71,50 +73,35 @@ CHUNK = 1 << 21  # random numbers that are held at a time
 
 @dataclass(frozen=True)
 class Arm:
-    """What the networks of one arm said about one set.
+    """What the networks of one arm said about one set."""
 
-    Attributes:
-        key: Key of its row.
-        seeds: S numbers.
-        runs: Their predictions, in the same order.
-        deterministic: Whether one run stands for all seeds: its training is not random.
-    """
-
-    key: str
-    seeds: list[int]
-    runs: list[Predictions]
-    deterministic: bool = False
+    key: str  # key of its row
+    seeds: list[int]  # S numbers
+    runs: list[Predictions]  # their predictions, in the same order
+    deterministic: bool = False  # whether one run stands for all seeds: its training is not random
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Arm minus reference. Fractions, not percent; None where unknown or not claimed.
+    """Arm minus reference. Fractions, not percent; None where unknown or not claimed."""
 
-    Attributes:
-        family: "reference", or of a selection "random" (against random choice from the same pool)
-            or "pseudo" (against real tiles that the judge labelled, in the same amount).
-        row, reference: Keys of the two rows.
-        mean: Over the seeds that both have.
-        low, high: Interval at `LEVEL`.
-        p: Two-sided, of no difference; `p_holm` corrected for all rows of its family.
-        groups: None where images were resampled.
-        note: Why something is missing; "" where nothing is.
-    """
-
+    # "reference", or of a selection "random" (against random choice from the same pool) or "pseudo"
+    # (against real tiles that the judge labelled, in the same amount).
     family: str
-    row: str
-    reference: str
+    row: str  # its key
+    reference: str  # key of the other row
     split: str
     metric: str
-    mean: float | None = None
-    low: float | None = None
+    mean: float | None = None  # over the seeds that both have
+    low: float | None = None  # of the interval at `LEVEL`
     high: float | None = None
+    # Two-sided, of no difference; `p_holm` corrected for all rows of its family.
     p: float | None = None
     p_holm: float | None = None
     seeds: tuple[int, ...] = ()
     images: int | None = None
-    groups: int | None = None
-    note: str = ""
+    groups: int | None = None  # None where images were resampled
+    note: str = ""  # why something is missing; "" where nothing is
 
 
 def differences(table: Table, resamples: int = RESAMPLES, seed: int = 0) -> list[Difference]:
@@ -257,17 +244,11 @@ class _Comparison:
 
 @dataclass(frozen=True)
 class Prior:
-    """What the arms of a table say about the variance over seeds of any one of them.
+    """What the arms of a table say about the variance over seeds of any one of them."""
 
-    Attributes:
-        variance: s_0^2, of one arm.
-        degrees: f_0, how many degrees of freedom that is worth; 0 is nothing.
-        most: All degrees of freedom that there are.
-    """
-
-    variance: float = 0.0
-    degrees: float = 0.0
-    most: float = 0.0
+    variance: float = 0.0  # s_0^2, of one arm
+    degrees: float = 0.0  # f_0, how many degrees of freedom that is worth; 0 is nothing
+    most: float = 0.0  # all degrees of freedom that there are
 
     def moderate(self, variance: float, degrees: int, arms: int) -> tuple[float, float]:
         """A variance and its degrees of freedom, moderated.
@@ -288,8 +269,6 @@ def prior_of(variances: Sequence[float], degrees: Sequence[int]) -> Prior:
         variances: s_a^2 of each arm, over its seeds.
         degrees: Their degrees of freedom, at least 1.
     """
-    from scipy.special import digamma, polygamma
-
     s2, d = np.array(variances, dtype=float), np.array(degrees, dtype=float)
     if len(s2) < FEWEST_ARMS or not np.median(s2) > 0:
         return Prior()
@@ -305,9 +284,6 @@ def prior_of(variances: Sequence[float], degrees: Sequence[int]) -> Prior:
 
 def inverse_trigamma(y: float) -> float:
     """x > 0 with trigamma(x) = y, for y > 0."""
-    from scipy.optimize import brentq
-    from scipy.special import polygamma
-
     # 1 / x + 1 / (2 x^2) < trigamma(x) < 1 / x + 1 / x^2 encloses the root; widened, since for
     # small y both bounds are 1 / y but for rounding.
     low, high = (
@@ -353,7 +329,11 @@ def compare_pairs(
         deviations = resample_means(stack, resamples, rng)  # (R, M)
         for m, (i, c) in enumerate(members):
             draws = deviations[:, m] + c.training * rng.standard_t(c.degrees, resamples)
-            found[i] = _concluded(found[i], draws)
+            draws += found[i].mean
+            low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+            other_side = min(np.sum(draws <= 0), np.sum(draws >= 0))
+            p = min(1.0, 2 * (1 + int(other_side)) / (1 + resamples))
+            found[i] = replace(found[i], low=float(low), high=float(high), p=p)
     return _corrected(found)
 
 
@@ -486,16 +466,6 @@ def resample_means(u: np.ndarray, resamples: int, rng: np.random.Generator) -> n
         times = np.bincount(drawn.ravel(), minlength=rows * groups).reshape(rows, groups)
         means.append(times @ u / groups)
     return np.concatenate(means)
-
-
-def _concluded(difference: Difference, draws: np.ndarray) -> Difference:
-    """A difference with its interval and p value; `draws` (R,) are deviations from its mean."""
-    mean = difference.mean
-    assert mean is not None
-    low, high = np.quantile(mean + draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    other_side = min(np.sum(mean + draws <= 0), np.sum(mean + draws >= 0))
-    p = min(1.0, 2 * (1 + int(other_side)) / (1 + len(draws)))
-    return replace(difference, low=float(low), high=float(high), p=p)
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -9,6 +9,7 @@ described by mean and deviation over space of these blocks' channels.
 A classifier that guides sampling can be asked for the class of a tile without noise, too.
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,19 +33,14 @@ SEED = 0
 
 def parse_argument(text: str) -> tuple[str, list[int], list[int] | None]:
     """Run, time steps and blocks (None for all) of `RUN@20`, `RUN@20,60` or `RUN@20/0,3`."""
-    run, at, points = text.rpartition("@")
-    times, slash, blocks = points.partition("/")
-    try:
-        if not at or not run:
-            raise ValueError
-        steps = [int(word) for word in times.split(",")]
-        chosen = [int(word) for word in blocks.split(",")] if slash else None
-    except ValueError:
+    match = re.fullmatch(r"(.+)@(\d+(?:,\d+)*)(?:/(\d+(?:,\d+)*))?", text)
+    if match is None:
         raise UserError(
             f"features diffusion:{text}: give diffusion:RUN@T or RUN@T,T, with time steps of the "
             "model and, after a slash, the blocks (0 the middle, 1, 2, ... the up-blocks)"
-        ) from None
-    return run, steps, chosen
+        )
+    times, blocks = (part and list(map(int, part.split(","))) for part in match.groups()[1:])
+    return match[1], times, blocks
 
 
 def open_diffusion(source: FeatureSource, device: torch.device | str) -> Extractor:
@@ -52,10 +48,10 @@ def open_diffusion(source: FeatureSource, device: torch.device | str) -> Extract
     run, times, blocks = parse_argument(source.argument)
     model = load_model(run, "diffusion", device, what="features")
     T, widths = model.schedule.T, model.network().feature_widths
-    if not all(0 <= t < T for t in times):
+    if max(times) >= T:
         raise UserError(f"features {source}: time steps must be in [0, {T})")
     blocks = list(range(len(widths))) if blocks is None else sorted(set(blocks))
-    if not all(0 <= block < len(widths) for block in blocks):
+    if blocks[-1] >= len(widths):
         raise UserError(f"features {source}: blocks are 0 (the middle) to {len(widths) - 1}")
     path = checkpoint_path(run, "features")
     pixels = model.first_stage_model.resolution
@@ -85,11 +81,7 @@ def open_diffusion(source: FeatureSource, device: torch.device | str) -> Extract
 
 
 def open_guide(source: FeatureSource, device: torch.device | str) -> Extractor:
-    """Load a guiding classifier, whose logits at t = 0 are its features, too.
-
-    Raises:
-        UserError: The argument has another form, or the models do not belong together.
-    """
+    """Load a guiding classifier, whose logits at t = 0 are its features, too."""
     classifier, at, run = source.argument.rpartition("@")
     if not at or not run or not classifier:
         raise UserError(f"features {source}: give guide:CLASSIFIER@RUN, RUN a diffusion model")

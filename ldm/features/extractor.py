@@ -3,12 +3,9 @@
 Letters: N tiles, B batch, V views of a tile, H W pixels of a file, D features, K classes.
 """
 
-import json
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from hashlib import sha256
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.data.images import read_tile, require_good
+from ldm.data.images import attempts, read_tile, require_good
 from ldm.devices import within_memory
 from ldm.errors import UserError
+from ldm.files import digest_of
 from ldm.progress import Bar
 
 AHEAD = 2  # batches that are decoded while another one is computed
@@ -28,30 +26,20 @@ FEATURES, LOGITS = "features", "logits"
 
 
 class Extracted(NamedTuple):
-    """What an extractor found in a set of files, in their order, on the CPU.
+    """What an extractor found in a set of files, in their order, on the CPU."""
 
-    Attributes:
-        features: (N, D), or (N, V, D) of several views, as the network gives them.
-        others: Further values by name, of the same form: "logits", (N, K), of a classifier.
-        sizes: Width and height of each file in pixels.
-    """
-
-    features: Tensor
+    features: Tensor  # (N, D), or (N, V, D) of several views, as the network gives them
+    # Further values by name, of the same form: "logits", (N, K), of a classifier.
     others: dict[str, Tensor]
-    sizes: list[tuple[int, int]]
+    sizes: list[tuple[int, int]]  # width and height of each file in pixels
 
 
 class Views(NamedTuple):
-    """The pictures of a tile that a network sees.
+    """The pictures of a tile that a network sees."""
 
-    Attributes:
-        name: A word for files that keep features.
-        count: V, the same number for every tile.
-        of: From a tile, uint8 (H, W, 3), to its V pictures.
-    """
-
-    name: str
-    count: int
+    name: str  # a word for files that keep features
+    count: int  # V, the same number for every tile
+    # From a tile, uint8 (H, W, 3), to its V pictures.
     of: Callable[[np.ndarray], Sequence[np.ndarray]]
 
 
@@ -60,35 +48,23 @@ WHOLE = Views("whole", 1, lambda tile: [tile])
 
 @dataclass(frozen=True)
 class Extractor:
-    """Something that turns tiles into features, with its fixed pre-processing.
+    """Something that turns tiles into features, with its fixed pre-processing."""
 
-    Attributes:
-        name: What it is and where it comes from, for people.
-        network: What it is alone.
-        identity: SHA-256 of all that decides the features: architecture, weights, pre-processing.
-        transform: From a tile, uint8 (H, W, 3), to what is stacked into a batch. It is called by
-            several threads at the same time.
-        forward: From a batch on `device` to its values by name: "features", (B, D), and of a
-            classifier "logits", (B, K).
-        device: Device of the network.
-        preprocessing: What is done to a tile, in words.
-        weights: File of the weights; None where there is none.
-        weights_sha256: SHA-256 of that file.
-        classes: K class names of a classifier, in the order of its logits.
-        trained_on: Which labelled tiles the network was trained on, see `training_tiles`; None
-            where that is not recorded.
-    """
-
-    name: str
-    network: str
-    identity: str
+    name: str  # what it is and where it comes from, for people
+    network: str  # what it is alone
+    identity: str  # SHA-256 of all that decides the features: architecture, weights, pre-processing
+    # From a tile, uint8 (H, W, 3), to what is stacked into a batch. It is called by several threads
+    # at the same time.
     transform: Callable[[np.ndarray], Tensor]
+    # From a batch on `device` to its values by name: "features", (B, D), and of a classifier
+    # "logits", (B, K).
     forward: Callable[[Tensor], dict[str, Tensor]]
     device: torch.device
-    preprocessing: str
-    weights: Path | None = None
-    weights_sha256: str = ""
-    classes: list[str] | None = field(default=None)
+    preprocessing: str  # what is done to a tile, in words
+    weights: Path | None = None  # file of the weights; None where there is none
+    weights_sha256: str = ""  # SHA-256 of that file
+    classes: list[str] | None = None  # K class names of a classifier, in the order of its logits
+    # Which labelled tiles the network was trained on, see `TileFiles.listing`; None if unknown.
     trained_on: str | None = None
 
     def classifies(self, classes: Sequence[str]) -> bool:
@@ -103,7 +79,7 @@ class Extractor:
             "weights": str(self.weights),
             "weights_sha256": self.weights_sha256,
             "preprocessing": self.preprocessing,
-            "identity": record_identity(*facts),
+            "identity": digest_of(facts),
         }
 
     @torch.no_grad()
@@ -133,24 +109,26 @@ class Extractor:
             height, width = tile.shape[:2]
             return [self.transform(picture) for picture in views.of(tile)], (width, height)
 
-        step = max(1, batch_size // views.count)
+        step, threads = max(1, batch_size // views.count), max(1, num_workers)
+        prepared = attempts(prepare, paths, threads, -(-AHEAD * step // threads))
         rows: list[dict[str, Tensor]] = []
-        sizes: list[tuple[int, int]] = []
-        bad: list[str] = []
-        batches = _in_batches(paths, prepare, step, num_workers)
+        outcomes: list[Any] = []  # the size of each file, or what is wrong with it
+        failed = False
         cudnn = torch.backends.cudnn
         flags = cudnn.flags(enabled=cudnn.enabled, deterministic=True, allow_tf32=False)
         with within_memory(batch_size), flags:
-            for batch in Bar(batches, what, -(-len(paths) // step), unit="batch"):
-                bad += [outcome for outcome in batch if isinstance(outcome, str)]
-                if not bad:  # otherwise, only find out which other files are bad
-                    sizes += [size for _, size in batch]
+            for _ in Bar(range(0, len(paths), step), what, unit="batch"):
+                batch = list(islice(prepared, step))
+                bad = [isinstance(outcome, UserError) for outcome in batch]
+                outcomes += [one if b else one[1] for one, b in zip(batch, bad, strict=True)]
+                failed = failed or any(bad)
+                if not failed:  # otherwise, only find out which other files are bad
                     rows += self._rows([image for images, _ in batch for image in images])
-        require_good(bad, len(paths))
+        require_good(outcomes)
         values = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         if views.count > 1:
             values = {name: v.unflatten(0, (-1, views.count)) for name, v in values.items()}
-        return Extracted(values.pop(FEATURES), values, sizes)
+        return Extracted(values.pop(FEATURES), values, outcomes)
 
     def _rows(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
         """The values of each image; images of one shape pass through the network together."""
@@ -164,52 +142,21 @@ class Extractor:
         return [found[i] for i in range(len(images))]
 
 
-def record_identity(network: str, weights_sha256: str, preprocessing: str) -> str:
-    """SHA-256 that names a network in records beside measured values."""
-    return sha256(json.dumps([network, weights_sha256, preprocessing]).encode()).hexdigest()
-
-
 def directions(features: Tensor, paths: Sequence[Path]) -> Tensor:
     """Features scaled to length 1, (N, ..., D) float32."""
-    norms = features.norm(dim=-1).view(len(features), -1)
-    bad = (~(norms.isfinite() & (norms > 0)).all(dim=1)).nonzero().flatten().tolist()
-    if bad:
-        raise UserError(
-            f"{len(bad)} images have features without a direction (zero or not finite), the"
-            f" first is {paths[bad[0]]}; use another network"
-        )
+    norms = features.norm(dim=-1)
+    remedy = "without a direction (zero or not finite), the first is {}; use another network"
+    _require(norms.isfinite() & (norms > 0), paths, remedy)
     return F.normalize(features, dim=-1)
 
 
 def require_finite(features: Tensor, paths: Sequence[Path]) -> None:
     """Check that no feature is infinite or not a number."""
-    bad = (~features.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
+    remedy = "that are not finite, the first is {}; check the weights of the network"
+    _require(features.isfinite(), paths, remedy)
+
+
+def _require(good: Tensor, paths: Sequence[Path], remedy: str) -> None:
+    bad = (~good.view(len(good), -1).all(dim=1)).nonzero().flatten().tolist()
     if bad:
-        raise UserError(
-            f"{len(bad)} images have features that are not finite, the first is"
-            f" {paths[bad[0]]}; check the weights of the network"
-        )
-
-
-def _in_batches(
-    paths: Sequence[Path], prepare: Callable[[Path], Any], step: int, threads: int
-) -> Iterator[list[Any]]:
-    """Prepared files by batches, in order; a file that is bad is the text of its error instead.
-
-    At most `AHEAD` batches wait in memory.
-    """
-
-    def attempt(path: Path) -> Any:
-        try:
-            return prepare(path)
-        except UserError as error:
-            return str(error)
-
-    waiting: deque[list] = deque()
-    with ThreadPoolExecutor(max(1, threads)) as pool:
-        for start in range(0, len(paths), step):
-            waiting.append([pool.submit(attempt, path) for path in paths[start : start + step]])
-            if len(waiting) > AHEAD:
-                yield [future.result() for future in waiting.popleft()]
-        for batch in waiting:
-            yield [future.result() for future in batch]
+        raise UserError(f"{len(bad)} images have features {remedy.format(paths[bad[0]])}")

@@ -24,19 +24,15 @@ class Judge:
     regression on its features, or by labels that are spread over unlabelled tiles. All are
     calibrated by temperature (Guo et al. 2017). A temperature is at least 1: that all of a few
     left-out tiles are right does not make a judge surer.
-
-    Attributes:
-        probes: The regression (or spreading) of each network; None for a classifier.
-        temperatures: Of each network.
-        temperature: Of the mean.
-        calibrated_on: Digest of the further tiles that classifiers were calibrated on, if any.
-        spread_over: Digest of the unlabelled tiles that the labels were spread over, if any.
     """
 
+    # The regression (or spreading) of each network; None for a classifier.
     probes: list[LeftOut | None]
-    temperatures: list[float]
-    temperature: float = 1.0
+    temperatures: list[float]  # of each network
+    temperature: float = 1.0  # of the mean
+    # Digest of the further tiles that classifiers were calibrated on, if any.
     calibrated_on: str | None = None
+    # Digest of the unlabelled tiles that the labels were spread over, if any.
     spread_over: str | None = None
 
     @classmethod
@@ -62,17 +58,14 @@ class Judge:
         """
         labels = real[0].labels
         probes: list[LeftOut | None] = []
-        for k, one in enumerate(real):
-            if one.logits is not None:
-                probes.append(None)
-            elif unlabelled is None:
-                probes.append(Probe.of(one, cache))
-            else:
-                probes.append(
-                    Spreading(one.values, labels.numpy(), one.classes, unlabelled[k].values)
-                )
         temperatures = []
-        for k, probe in enumerate(probes):
+        for k, one in enumerate(real):
+            probe = None
+            if one.logits is None and unlabelled is None:
+                probe = Probe.of(one, cache)
+            elif one.logits is None:
+                probe = Spreading(one.values, labels.numpy(), one.classes, unlabelled[k].values)
+            probes.append(probe)
             if probe is not None:
                 temperatures.append(_softened(probe.left_out, labels))
             else:

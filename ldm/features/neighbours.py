@@ -93,6 +93,20 @@ def in_chunks(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield slice(start, start + CHUNK), x[start : start + CHUNK]
 
 
+def centroid_distances(features: Tensor, centroids: Tensor) -> Tensor:
+    """Mean squared distance (over D) of images (N, D) to centroids (K, D), (N, K) float64.
+
+    Each entry is computed from its own row alone, so it depends neither on the order of the images
+    nor on how many there are.
+    """
+    shape = (len(features), len(centroids))
+    distances = torch.empty(shape, dtype=torch.float64, device=features.device)
+    for place, part in in_chunks(features):
+        for k, centroid in enumerate(centroids.double()):
+            distances[place, k] = (part.double() - centroid).square().mean(dim=1)
+    return distances
+
+
 def nearest(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """The nearest row of y for every row of x: its index (N,) and its distance (N,) float64."""
     _, index = search(x, len(y), lambda part, place: -squared_distances(part, y[place]))

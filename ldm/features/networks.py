@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoint import load_tensors
 from ldm.errors import UserError
-from ldm.features.extractor import FEATURES, LOGITS, Extractor, record_identity
+from ldm.features.extractor import FEATURES, LOGITS, Extractor
 from ldm.features.source import DINOV2, INCEPTION, FeatureSource
 from ldm.features.weights import WEIGHTS, cached_weights
 from ldm.files import digest_of, file_sha256
@@ -49,20 +49,9 @@ def open_timm(source: FeatureSource, device: torch.device | str) -> Extractor:
     arch = source.argument
     full_name = f"{arch}_patch16_224" if arch in SHORT_NAMES else arch
     config = timm.get_pretrained_cfg(full_name) if timm.is_model(full_name) else None
-    settings, size = {}, source.input_size
-    if config is not None:
-        settings = {"mean": list(config.mean), "std": list(config.std)}
-        size = size or config.input_size[-1]
-    net = _untrained(arch, size or 224, source, **settings)
+    size = source.input_size or (config.input_size[-1] if config else 224)
     weights = source.weights or cached_weights(config)
-    if weights is None:
-        raise UserError(
-            f"features {source}: the weights are not on this machine and nothing is downloaded;"
-            " give a local file of weights, or where there is internet run: python -c"
-            f" \"import timm; timm.create_model('{full_name}', pretrained=True)\""
-        )
-    load_pretrained(net, weights, what="weights")
-    net = net.to(device).eval().requires_grad_(False)
+    net = _timm_network(arch, size, source, config, weights, device)
     return classifier_extractor(net, f"{arch} with {weights.name}", weights, device)
 
 
@@ -87,7 +76,7 @@ def open_inception(source: FeatureSource, device: torch.device | str) -> Extract
     return _published(
         "torch-fidelity inception-v3-compat, layer 2048",
         lambda images: {FEATURES: net(images)[0].float()},
-        _channels_first,
+        lambda tile: torch.from_numpy(np.ascontiguousarray(tile.transpose(2, 0, 1))),
         device,
         path,
         "whole tile to 299 x 299, bilinear as in TensorFlow 1; (x - 128) / 128",
@@ -100,23 +89,13 @@ def open_dinov2(source: FeatureSource, device: torch.device | str) -> Extractor:
     from timm.data import create_transform
 
     path = _weights_file(source)
-    config = get_pretrained_cfg(DINOV2[source.kind])
-    settings = {"mean": list(config.mean), "std": list(config.std)}
-    net = _untrained(DINOV2[source.kind], DINOV2_SIZE, source, **settings)
-    load_pretrained(net, path, what="weights")
-    net = net.to(device).eval().requires_grad_(False)
+    name = DINOV2[source.kind]
+    net = _timm_network(name, DINOV2_SIZE, source, get_pretrained_cfg(name), path, device)
+    options = {"is_training": False, "interpolation": "bicubic", "crop_pct": 1, "normalize": False}
     return _published(
-        f"timm {DINOV2[source.kind]}, class token",
+        f"timm {name}, class token",
         lambda images: {FEATURES: net.forward_features(images).float()},
-        _of_pillow(
-            create_transform(
-                DINOV2_SIZE,
-                is_training=False,
-                interpolation="bicubic",
-                crop_pct=1.0,
-                normalize=False,
-            )
-        ),
+        _of_pillow(create_transform(DINOV2_SIZE, **options)),
         device,
         path,
         f"shorter side to {DINOV2_SIZE}, Pillow bicubic; centre {DINOV2_SIZE} x {DINOV2_SIZE};"
@@ -171,7 +150,7 @@ def _published(network, forward, transform, device, weights: Path, preprocessing
     return Extractor(
         name=network,
         network=network,
-        identity=record_identity(network, weights_sha256, preprocessing),
+        identity=digest_of([network, weights_sha256, preprocessing]),
         transform=transform,
         forward=forward,
         device=torch.device(device),
@@ -181,12 +160,24 @@ def _published(network, forward, transform, device, weights: Path, preprocessing
     )
 
 
-def _untrained(arch: str, size: int, source: FeatureSource, **settings) -> TileClassifier:
-    """A timm network without a head; its errors name the source."""
+def _timm_network(
+    arch: str, size: int, source: FeatureSource, config, weights: Path | None, device
+) -> TileClassifier:
+    """A timm network without a head, with the normalisation of its pretrained configuration."""
+    settings = {"mean": list(config.mean), "std": list(config.std)} if config else {}
     try:
-        return TileClassifier(arch, 0, size, **settings)
+        net = TileClassifier(arch, 0, size, **settings)
     except UserError as error:
         raise UserError(f"features {source}: {error}") from None
+    if weights is None:
+        name = f"{arch}_patch16_224" if arch in SHORT_NAMES else arch
+        raise UserError(
+            f"features {source}: the weights are not on this machine and nothing is downloaded;"
+            " give a local file of weights, or where there is internet run: python -c"
+            f" \"import timm; timm.create_model('{name}', pretrained=True)\""
+        )
+    load_pretrained(net, weights, what="weights")
+    return net.to(device).eval().requires_grad_(False)
 
 
 def _weights_file(source: FeatureSource) -> Path:
@@ -205,11 +196,6 @@ def _recorded_training_tiles(checkpoint: Path) -> str | None:
         return result["data"]["train"]["sha256"]
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
-
-
-def _channels_first(tile: np.ndarray) -> Tensor:
-    """uint8 (H, W, 3) -> (3, H, W)."""
-    return torch.from_numpy(np.ascontiguousarray(tile.transpose(2, 0, 1)))
 
 
 def _of_pillow(transform):

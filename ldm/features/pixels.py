@@ -40,16 +40,6 @@ def centre_square(image: np.ndarray) -> np.ndarray:
     return image[top : top + side, left : left + side]
 
 
-def small_density(image: np.ndarray) -> np.ndarray:
-    """uint8 (H, W, 3) -> optical density of its centre square, float32 (3, S, S)."""
-    density = optical_density(centre_square(image))
-    if density.shape[0] != SIDE:
-        shrinks = density.shape[0] > SIDE
-        kind = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-        density = cv2.resize(density, (SIDE, SIDE), interpolation=kind)
-    return density.transpose(2, 0, 1)
-
-
 def pixel_vector(image: np.ndarray) -> tuple[np.ndarray, float]:
     """The small picture of a tile, float16 (D,) of length 1, and its contrast.
 
@@ -58,7 +48,11 @@ def pixel_vector(image: np.ndarray) -> tuple[np.ndarray, float]:
     Args:
         image: uint8 (H, W, 3).
     """
-    density = small_density(image).astype(np.float64)
+    density = optical_density(centre_square(image))
+    if len(density) != SIDE:
+        kind = cv2.INTER_AREA if len(density) > SIDE else cv2.INTER_LINEAR
+        density = cv2.resize(density, (SIDE, SIDE), interpolation=kind)
+    density = density.transpose(2, 0, 1).astype(np.float64)  # (3, S, S)
     density -= density.mean(axis=(1, 2), keepdims=True)
     deviation = np.sqrt(np.square(density).mean(axis=(1, 2), keepdims=True))  # (3, 1, 1)
     vector = (density / np.maximum(deviation, FLOOR)).ravel()

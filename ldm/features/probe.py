@@ -58,9 +58,6 @@ def folds_of(labels: np.ndarray, classes: Sequence[str]) -> list[tuple[np.ndarra
     Args:
         labels: (N,) in [0, K).
         classes: K names.
-
-    Raises:
-        UserError: A class has a single tile, so that none can be left out.
     """
     from sklearn.model_selection import StratifiedKFold
 
@@ -77,12 +74,9 @@ def folds_of(labels: np.ndarray, classes: Sequence[str]) -> list[tuple[np.ndarra
 
 
 class LeftOut:
-    """What gives classes to tiles by their features, and what it says of tiles it did not see.
+    """What gives classes to tiles by their features, and what it says of tiles it did not see."""
 
-    Attributes:
-        left_out: (N, K) log-probabilities of the N labelled tiles, each of them without its label.
-    """
-
+    # (N, K) log-probabilities of the N labelled tiles, each of them without its label.
     left_out: Tensor
 
     def logits(self, features: Tensor) -> Tensor:
@@ -100,16 +94,12 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Probe(LeftOut):
-    """A logistic regression whose penalty was chosen on left-out tiles.
+    """A logistic regression whose penalty was chosen on left-out tiles."""
 
-    Attributes:
-        weight, bias: From features to logits, (K, D) and (K,) float64.
-        left_out: (N, K) log-probabilities of the tiles it was fitted on, each of them by a
-            regression of the same penalty that did not see it.
-    """
-
-    weight: Tensor
-    bias: Tensor
+    weight: Tensor  # (K, D) float64, from features to logits
+    bias: Tensor  # (K,) float64
+    # (N, K) log-probabilities of the tiles it was fitted on, each of them by a regression of the
+    # same penalty that did not see it.
     left_out: Tensor
 
     @classmethod

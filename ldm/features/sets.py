@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,36 +35,38 @@ log = logging.getLogger(__name__)
 
 FORMAT = "histodiffusion features 1"
 REFERENCE_FORMAT = "histodiffusion fidelity reference 1"  # of earlier versions, which are read
+CENTROIDS_FORMAT = "histodiffusion centroids 1"
 SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """Features of a set of tiles, with what they belong to.
+    """Features of a set of tiles, with what they belong to."""
 
-    Attributes:
-        values: (N, D), or (N, V, D) of several views; rows of length 1 unless `facts` say "raw".
-        labels: (N,) int64 in [0, K), -1 in a set without classes.
-        files: N paths below the folder, with `/`.
-        classes: K names in label order.
-        extractor: SHA-256 that names the network, see `Extractor.identity`.
-        tiles: SHA-256 over the images, see `TileFiles.digest`.
-        network: Name of the network, for people.
-        trained_on: Which tiles the network was trained on, see `Extractor`.
-        others: Further values by name, (N, ...): "logits", (N, K), of a classifier of `classes`.
-        facts: What else is known of files and network, see `compute`.
-    """
-
+    # (N, D), or (N, V, D) of several views; rows of length 1 unless `facts` say "raw".
     values: Tensor
-    labels: Tensor
-    files: list[str]
-    classes: list[str]
-    extractor: str
-    tiles: str
-    network: str = ""
-    trained_on: str | None = None
+    labels: Tensor  # (N,) int64 in [0, K), -1 in a set without classes
+    files: list[str]  # N paths below the folder, with `/`
+    classes: list[str]  # K names in label order
+    extractor: str  # SHA-256 that names the network, see `Extractor.identity`
+    tiles: str  # SHA-256 over the images, see `TileFiles.digest`
+    network: str = ""  # name of the network, for people
+    trained_on: str | None = None  # which tiles the network was trained on, see `Extractor`
+    # Further values by name, (N, ...): "logits", (N, K), of a classifier of `classes`.
     others: dict[str, Tensor] = field(default_factory=dict)
+    # What else is known of files and network, see `compute`.
     facts: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def centroids(self) -> Tensor:
+        """Mean of the features of each class, which is not normalised again, (K, D) float32."""
+        counts = torch.bincount(self.labels, minlength=len(self.classes))  # (K,)
+        empty = [name for name, count in zip(self.classes, counts, strict=True) if not count]
+        if empty:
+            raise UserError(f"classes {empty} have no images, so they have no centroid")
+        sums = torch.zeros(len(counts), self.values.shape[1], dtype=torch.float64)
+        sums.index_add_(0, self.labels, self.values.double())
+        return (sums / counts[:, None]).float()
 
     @property
     def logits(self) -> Tensor | None:
@@ -95,14 +98,8 @@ class FeatureSet:
                 images by "WIDTHxHEIGHT" and by extension), extractor (`Extractor.record`).
         """
         stamp = files.stamp() if raw else ""  # before the files are read
-        found = extractor.extract(
-            files.paths,
-            batch_size,
-            num_workers,
-            views,
-            f"features of {files.root.name}",
-            files.read,
-        )
+        what = f"features of {files.root.name}"
+        found = extractor.extract(files.paths, batch_size, num_workers, views, what, files.read)
         facts: dict[str, Any] = {} if views is WHOLE else {"views": views.name}
         if raw:
             require_finite(found.features, files.paths)
@@ -154,13 +151,12 @@ class FeatureSet:
         tensors, metadata = read_tensors(path, FORMAT, REFERENCE_FORMAT)
         facts = json.loads(metadata.get("facts", "{}"))
         values, labels = tensors.pop(FEATURES), tensors.pop("labels")
-        if metadata["format"] == FORMAT:
-            require_class_names(json.loads(metadata["classes"]), str(path))
         if metadata["format"] == REFERENCE_FORMAT:
             classes = facts.pop("class_names")
             if not classes:
                 labels = torch.full_like(labels, -1)
             return cls(values, labels, [], classes, "", "", facts={"raw": True, **facts})
+        require_class_names(json.loads(metadata["classes"]), str(path))
         return cls(
             values=values,
             labels=labels,
@@ -173,6 +169,12 @@ class FeatureSet:
             others=tensors,
             facts=facts,
         )
+
+    def save_centroids(self, path: str | os.PathLike) -> None:
+        """Write `centroids` with what they belong to as a safetensors file."""
+        facts = {"extractor": self.extractor, "tiles": self.tiles}
+        facts |= {"format": CENTROIDS_FORMAT, "classes": json.dumps(self.classes)}
+        write_tensors(path, {"centroids": self.centroids}, facts)
 
     def in_order(self) -> "FeatureSet":
         """The same set sorted by class and file name, whatever order it came in."""
@@ -225,33 +227,26 @@ def cached_features(
     if cache.suffix != SUFFIX:
         cache = cache / f"{extractor.identity[:16]}-{files.digest[:16]}{SUFFIX}"
     remove_leftovers(cache)
-    known = _readable(cache)
-    if known is not None:
-        if (
-            (known.extractor, known.tiles) == (extractor.identity, files.digest)
-            and (known.files, known.classes) == (files.names, files.classes)
-            and (known.logits is not None) == extractor.classifies(files.classes)
-            and known.facts.get("views", WHOLE.name) == views.name
-            and known.facts.get("raw", False) == raw
-        ):
-            log.info("%s: %d images, features from %s", files.root, len(known.files), cache)
-            return known
-        log.info("%s: images or network differ from those of %s; computing anew", files.root, cache)
+    if cache.is_file():
+        try:
+            known = FeatureSet.load(cache)
+        except UserError as error:
+            log.info("%s; computing anew", error)
+        else:
+            if (
+                (known.extractor, known.tiles) == (extractor.identity, files.digest)
+                and (known.files, known.classes) == (files.names, files.classes)
+                and (known.logits is not None) == extractor.classifies(files.classes)
+                and known.facts.get("views", WHOLE.name) == views.name
+                and known.facts.get("raw", False) == raw
+            ):
+                log.info("%s: %d images, features from %s", files.root, len(known.files), cache)
+                return known
+            log.info("%s: other images or network than in %s; computing anew", files.root, cache)
     result = FeatureSet.compute(files, extractor, batch_size, num_workers, views, raw)
     result.save(cache)
     log.info("%s: features of %d images with %s", files.root, len(result.files), extractor.name)
     return result
-
-
-def _readable(cache: Path) -> FeatureSet | None:
-    """The content of a cache file; None where there is none that can be read."""
-    if not cache.is_file():
-        return None
-    try:
-        return FeatureSet.load(cache)
-    except UserError as error:
-        log.info("%s; computing anew", error)
-        return None
 
 
 def write_tensors(

@@ -43,24 +43,19 @@ FORMS: dict[str, str] = {VIT: "RUN", TIMM: "NAME", DIFFUSION: "RUN@T", GUIDE: "C
 
 @dataclass(frozen=True)
 class FeatureSource:
-    """A network that makes features, as a user names it.
+    """A network that makes features, as a user names it."""
 
-    Attributes:
-        kind: A key of `KINDS`.
-        argument: What follows `KIND:`; for "vit" a run or checkpoint of eval.py, for "timm" timm's
-            name of a network; for "diffusion" RUN@T and for "guide" CLASSIFIER@RUN, see
-            `ldm.features.diffusion`. Empty for kinds without an argument.
-        weights: Local file of weights; None for those in the caches of torch and Hugging Face. The
-            kinds "vit", "pixels", "diffusion" and "guide" take none.
-        input_size: Side of the network's input in pixels; None for its own. For "timm" only.
-        setting: Name of the setting that names the network, for errors.
-    """
-
-    kind: str
+    kind: str  # a key of `KINDS`
+    # What follows `KIND:`; for "vit" a run or checkpoint of eval.py, for "timm" timm's name of a
+    # network; for "diffusion" RUN@T and for "guide" CLASSIFIER@RUN, see `ldm.features.diffusion`.
+    # Empty for kinds without an argument.
     argument: str = ""
+    # Local file of weights; None for those in the caches of torch and Hugging Face. The kinds
+    # "vit", "pixels", "diffusion" and "guide" take none.
     weights: Path | None = None
+    # Side of the network's input in pixels; None for its own. For "timm" only.
     input_size: int | None = None
-    setting: str = "`features`"
+    setting: str = "`features`"  # name of the setting that names the network, for errors
 
     def __str__(self) -> str:
         if self.kind == VIT:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ldm.features.probe import LeftOut, folds_of
 
-NEIGHBOURS = 50
+NEIGHBOURS = 50  # at most, and in small sets a tenth of the tiles that a class has on average
+LEAST_NEIGHBOURS = 5
 ALPHA = 0.9  # share that a tile takes from its neighbours in each round; the rest is its own label
 ROUNDS = 1000  # at most; about 150 until nothing changes any more
 MOST_TILES = 20_000  # unlabelled ones: the search for neighbours takes the square of it
@@ -32,6 +33,7 @@ class Spreading(LeftOut):
             drawn with a fixed seed.
 
     Attributes:
+        neighbours: How many of them each tile has.
         left_out: (n, K) log-probabilities of the labelled tiles, each of them from the labels of
             other folds.
 
@@ -50,7 +52,9 @@ class Spreading(LeftOut):
         values = torch.cat([features, unlabelled[np.sort(drawn)]]).double().numpy()
         self._scaler = StandardScaler().fit(values)
         values = self._scaler.transform(values).astype(np.float32)
-        count = min(NEIGHBOURS, len(values))
+        count = min(NEIGHBOURS, len(values) // (10 * len(classes)))
+        count = min(max(count, LEAST_NEIGHBOURS), len(values))
+        self.neighbours = count
         self._search = NearestNeighbors(n_neighbors=count, algorithm="brute").fit(values)
         self._graph = self._search.kneighbors_graph(values)
         known = np.full(len(values), -1)

@@ -51,21 +51,14 @@ def _torch_cache(url: str) -> Path:
 
 @dataclass(frozen=True)
 class Weights:
-    """A file of published weights.
+    """A file of published weights."""
 
-    Attributes:
-        name: Short name, as commands take it.
-        purpose: What it is for.
-        url: Where it comes from.
-        timm_name: timm's name, of those that lie in the cache of Hugging Face; None of files in
-            the cache of torch.
-        hash_prefix: First digits of the SHA-256, which the file's name carries; None if unknown.
-    """
-
-    name: str
-    purpose: str
-    url: str
+    name: str  # short name, as commands take it
+    purpose: str  # what it is for
+    url: str  # where it comes from
+    # timm's name, of those in the cache of Hugging Face; None of files in the cache of torch.
     timm_name: str | None = None
+    # First digits of the SHA-256, which the file's name carries; None if unknown.
     hash_prefix: str | None = None
 
     @property

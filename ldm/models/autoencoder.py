@@ -1,15 +1,16 @@
 """Training of the KL autoencoder (stage 1 of the method)."""
 
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from ldm.checkpoint import load_tensors
 from ldm.config import instantiate_from_config
 from ldm.errors import UserError
 from ldm.models.base import HistoModule
-from ldm.models.lpips import read_backbone
 from ldm.modules.autoencoder import AutoencoderKL as AutoencoderNet
 from ldm.modules.autoencoder import psnr
 
@@ -28,14 +29,11 @@ class AutoencoderKL(HistoModule):
         monitor: Validation metric that chooses the best checkpoint.
         betas: Adam's, of both optimisers.
         accumulate_grad_batches: Batches per optimiser step.
-
-    Attributes:
-        gradient_clip_val, gradient_clip_algorithm: As for a Lightning trainer, of each optimiser's
-            own gradient; set by the command.
     """
 
     kind = "autoencoder"
     training_only = ("loss.",)
+    # As for a Lightning trainer, of each optimiser's own gradient; set by the command.
     gradient_clip_val: float | None = None
     gradient_clip_algorithm: str | None = None
 
@@ -155,3 +153,24 @@ class AutoencoderKL(HistoModule):
             "reconstructions": x_rec,
             "samples": self.net.decode(torch.randn_like(posterior.mean)),
         }
+
+
+def find_backbone(path: str | None) -> Path:
+    """The given file, or the one in torchvision's download cache; nothing is ever downloaded."""
+    from torchvision.models import VGG16_Weights
+
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(VGG16_Weights.IMAGENET1K_V1.url).name
+    found = Path(path).expanduser() if path else cached
+    if not found.is_file():
+        raise UserError(
+            f"perceptual_weight is above 0, but the LPIPS backbone weights are not at {found}; "
+            "where there is internet, run python scripts/fetch_weights.py lpips (TORCH_HOME says "
+            "where to), or set lossconfig.params.perceptual_weights=FILE, or train without LPIPS "
+            "with lossconfig.params.perceptual_weight=0"
+        )
+    return found
+
+
+def read_backbone(path: str | None) -> dict[str, Tensor]:
+    """State dictionary of torchvision's VGG-16; see `find_backbone`."""
+    return load_tensors(find_backbone(path), "LPIPS backbone (torchvision's vgg16)")

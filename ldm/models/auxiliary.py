@@ -2,13 +2,15 @@
 
 from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.checkpoint import load_model
 from ldm.errors import UserError
+from ldm.models.autoencoder import read_backbone
 from ldm.models.base import HistoModule
-from ldm.models.lpips import read_backbone
 from ldm.modules.autoencoder import AutoencoderKL as AutoencoderNet
 from ldm.modules.losses import PerceptualLoss
 
@@ -53,8 +55,6 @@ class DecoderFinetune(HistoModule):
         monitor: str | None = None,
     ):
         super().__init__()
-        from ldm.checkpoint import load_model
-
         if not autoencoder_ckpt:
             raise UserError(
                 "model.params.autoencoder_ckpt is not set: export HISTO_AUTOENCODER=CKPT or give "
@@ -87,8 +87,6 @@ class DecoderFinetune(HistoModule):
 
     def use_classes(self, classes: list[str]) -> None:
         """Make the auxiliary classifier for these classes."""
-        import timm
-
         if not classes:
             raise UserError(
                 "decoder fine-tuning needs labelled tiles: set "

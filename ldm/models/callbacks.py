@@ -1,4 +1,4 @@
-"""Lightning callbacks for image grids, throughput, checkpoints, and stopping on a signal."""
+"""What Lightning calls: image grids, throughput, checkpoints and their files, stops on a signal."""
 
 import logging
 import math
@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
-from torch import Tensor
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from torch import nn
 from tqdm import tqdm
 
+from ldm.checkpoint import write_checkpoint
 from ldm.data.tiles import to_uint8
 from ldm.devices import follow_layout
 from ldm.errors import Stopped
-from ldm.files import write_png
+from ldm.files import require_space, write_png
 from ldm.models.sharding import is_sharded
 from ldm.progress import FirstStep
 
@@ -26,14 +28,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-
-def image_grid(images: Tensor, columns: int = 4):
-    """Tile images (B, 3, H, W) in [-1, 1] into one uint8 array (height, width, 3)."""
-    from torchvision.utils import make_grid
-
-    return to_uint8(
-        make_grid(images.detach().float().cpu().clamp(-1, 1), nrow=columns, pad_value=1.0)
-    )
+MARGIN = 1.1  # room that is asked for, in sizes of the last checkpoint
+MOMENTS = 2  # numbers that Adam keeps for each trained weight
 
 
 class ImageLogger(pl.Callback):
@@ -81,6 +77,8 @@ class ImageLogger(pl.Callback):
         # A network in shards computes on all ranks or on none.
         if not (trainer.is_global_zero or is_sharded(pl_module)):
             return
+        from torchvision.utils import make_grid
+
         folder = Path(trainer.default_root_dir) / "images"
         folder.mkdir(parents=True, exist_ok=True)
         was_training = pl_module.training
@@ -93,7 +91,8 @@ class ImageLogger(pl.Callback):
         if not trainer.is_global_zero:
             return
         for name, images in grids.items():
-            grid = image_grid(images)
+            images = images.detach().float().cpu().clamp(-1, 1)  # (B, 3, H, W)
+            grid = to_uint8(make_grid(images, nrow=4, pad_value=1.0))  # (height, width, 3)
             write_png(folder / f"{name}_{trainer.global_step:08d}.png", grid)
             for logger in trainer.loggers:
                 if isinstance(logger, pl.loggers.TensorBoardLogger):
@@ -216,7 +215,9 @@ class RegularCheckpoint(ModelCheckpoint):
             return
         self._waiting = validation_is_due(trainer)
         if not self._waiting:
-            self._write_after_batch(trainer)
+            # Lightning logs a step after all callbacks; a run that goes on from here would lack it.
+            trainer._logger_connector.update_train_step_metrics()
+            self.write(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._waiting:
@@ -236,11 +237,6 @@ class RegularCheckpoint(ModelCheckpoint):
         if is_due:
             self._last_time_checked = now
         return is_due
-
-    def _write_after_batch(self, trainer: pl.Trainer) -> None:
-        # Lightning logs a step after all callbacks; a run that goes on from here would lack it.
-        trainer._logger_connector.update_train_step_metrics()
-        self.write(trainer)
 
     def write(self, trainer: pl.Trainer) -> None:
         """Write the checkpoint, unless there is one of this step."""
@@ -286,13 +282,13 @@ class LastCheckpoint(RegularCheckpoint):
     def path(self) -> Path:
         return Path(self.dirpath) / "last.ckpt"
 
-    def _note(self, number: int, frame: Any) -> None:
-        self.received = signal.Signals(number)
-
     def _take_signals(self) -> None:
+        def note(number: int, frame: Any) -> None:
+            self.received = signal.Signals(number)
+
         # Other threads cannot install handlers.
         if not self._previous and threading.current_thread() is threading.main_thread():
-            self._previous = {s: signal.signal(s, self._note) for s in self.SIGNALS}
+            self._previous = {s: signal.signal(s, note) for s in self.SIGNALS}
 
     def on_sanity_check_start(self, *_: Any) -> None:
         # After Lightning has installed its own handlers, and before the first validation: a SIGTERM
@@ -423,3 +419,34 @@ class Throughput(pl.Callback):
 
     def on_validation_start(self, *_: Any) -> None:
         self._since = None
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Writes checkpoints completely or not at all, if the disk has room for them.
+
+    Lightning itself writes to the system's temporary folder and moves the file. Between two file
+    systems that is a copy, and a run that is killed meanwhile leaves half a checkpoint.
+
+    Raises:
+        UserError: The disk is full while a checkpoint is saved; the one before it stays.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._size: int | None = None  # bytes of the last checkpoint that was written
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        path = Path(path)
+        size = path.stat().st_size if self._size is None and path.is_file() else self._size
+        if size is not None:
+            require_space(path, int(MARGIN * size))
+        write_checkpoint(path, checkpoint)
+        self._size = path.stat().st_size
+
+
+def expected_size(model: nn.Module) -> int:
+    """Bytes of a training checkpoint of `model`: its weights, and what Adam keeps for each."""
+    weights = sum(value.nbytes for value in model.state_dict().values())
+    return weights + MOMENTS * sum(p.nbytes for p in model.parameters() if p.requires_grad)

@@ -37,6 +37,10 @@ from ldm.modules.lr_schedule import LinearAnneal
 QUARTERS = 4  # ranges of t whose validation accuracy is reported
 SCALE_TOLERANCE = 0.05  # relative difference of latent scales that models bear
 TEMPERATURES = (0.1, 10.0)  # least and largest that calibration gives
+# Parameters of the encoder of a diffusion model's UNet.
+SHARED_WITH_UNET = """image_size in_channels model_channels num_res_blocks attention_resolutions
+    channel_mult conv_resample num_heads num_head_channels use_scale_shift_norm resblock_updown
+    use_new_attention_order"""
 
 # Least pixels -> width multipliers by level. From 128 as guided diffusion's classifiers (512: their
 # first level is half as wide).
@@ -97,17 +101,13 @@ def fit_temperature(logits: Tensor, y: Tensor) -> float:
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """What a classifier takes over from stage 1, so that it fits the diffusion model.
+    """What a classifier takes over from stage 1, so that it fits the diffusion model."""
 
-    Attributes:
-        first_stage: The frozen autoencoder.
-        schedule: Settings of the noise schedule or flow, see `ldm.diffusion.make_process`.
-        scale_factor: Latent scale, one or one per channel; None when the checkpoint does not know
-            it (an autoencoder's).
-    """
-
-    first_stage: AutoencoderNet
+    first_stage: AutoencoderNet  # the frozen autoencoder
+    # Settings of the noise schedule or flow, see `ldm.diffusion.make_process`.
     schedule: dict[str, Any]
+    # Latent scale, one or one per channel; None when the checkpoint does not know it (an
+    # autoencoder's).
     scale_factor: float | list[float] | None
 
     @classmethod
@@ -219,22 +219,8 @@ def network_config_of(
     Args:
         pool, use_checkpoint: See `ldm.modules.unet.EncoderUNetModel`.
     """
-    shared = (
-        "image_size",
-        "in_channels",
-        "model_channels",
-        "num_res_blocks",
-        "attention_resolutions",
-        "channel_mult",
-        "conv_resample",
-        "num_heads",
-        "num_head_channels",
-        "use_scale_shift_norm",
-        "resblock_updown",
-        "use_new_attention_order",
-    )
     unet = diffusion.unet_config["params"]
-    params = {name: unet[name] for name in shared if name in unet}
+    params = {name: unet[name] for name in SHARED_WITH_UNET.split() if name in unet}
     params |= {"out_channels": num_classes, "pool": pool, "dropout": dropout}
     # The blocks' heads must stay the UNet's, by number or by width; the pool is new.
     params["pool_head_channels"] = math.gcd(64, params["model_channels"])
@@ -264,11 +250,7 @@ def start_from_unet(model: "NoisyLatentClassifier", diffusion: LatentDiffusion, 
 def start_from_classifier(
     model: "NoisyLatentClassifier", source: "NoisyLatentClassifier", where: str
 ) -> None:
-    """Copy the weights of a classifier of the same classes and latents.
-
-    Raises:
-        UserError: `where`: other classes or other latents.
-    """
+    """Copy the weights of a classifier; a UserError if its classes or latents are others."""
     if source.classes != model.classes:
         raise UserError(f"{where} knows the classes {source.classes}, the data {model.classes}")
     if source.autoencoder_fingerprint != model.autoencoder_fingerprint:
@@ -356,19 +338,13 @@ class GuidingClassifier(HistoModule):
         return {"val/loss", *accuracies, *calibration}
 
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = torch.optim.AdamW(
-            self.net.parameters(),
-            lr=self.learning_rate,
-            weight_decay=self.weight_decay,
-            fused=self.fused or None,
-        )
+        options = {"weight_decay": self.weight_decay, "fused": self.fused or None}
+        optimizer = torch.optim.AdamW(self.net.parameters(), lr=self.learning_rate, **options)
         if self.anneal_steps is None:
             return {"optimizer": optimizer}
         factor = LinearAnneal(self.anneal_steps)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
-        }
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def on_validation_epoch_start(self) -> None:
         self._validated.clear()
@@ -393,10 +369,8 @@ class GuidingClassifier(HistoModule):
             "val/accuracy": sum(accuracy for _, accuracy in seen) / len(seen),
         }
         self.log_dict(values, prog_bar=True, batch_size=len(y), sync_dist=True)
-        ranges = {
-            name: accuracy
-            for name, (_, accuracy) in zip(self.quarter_metrics, quarters, strict=True)
-        }
+        accuracies = [accuracy for _, accuracy in quarters]
+        ranges = dict(zip(self.quarter_metrics, accuracies, strict=True))
         ranges["val/accuracy_clean"] = clean[1]
         self.log_dict(ranges, batch_size=len(y), sync_dist=True)
 
@@ -407,10 +381,8 @@ class GuidingClassifier(HistoModule):
         # (ranks, N, K) from several ranks; every one then finds the same temperature.
         logits, y = self.all_gather(logits).flatten(0, -2), self.all_gather(y).flatten()
         self.temperature.fill_(fit_temperature(logits, y))
-        values = {
-            "val/temperature": self.temperature,
-            "val/loss_calibrated": F.cross_entropy(logits / self.temperature, y),
-        }
+        calibrated = F.cross_entropy(logits / self.temperature, y)
+        values = {"val/temperature": self.temperature, "val/loss_calibrated": calibrated}
         self.log_dict(values, sync_dist=True)
 
     def validation_point(
@@ -468,18 +440,14 @@ class NoisyLatentClassifier(GuidingClassifier):
 
     Args:
         net_config: target/params of `ldm.modules.unet.EncoderUNetModel`; `out_channels` is K.
-        autoencoder_fingerprint: Names the latent space.
-        scale_factor: The latents are multiplied by it; the diffusion model's.
         timesteps, beta_schedule, linear_start, linear_end: The diffusion model's, see
             `ldm.diffusion.schedule.NoiseSchedule`; not used where there is a `process`.
-        process: Settings of any process, see `ldm.diffusion.make_process`.
         noised: Train on z_t with t over the whole schedule. False trains on clean latents at t = 0,
             as the code published with the paper does.
         t_sampler: "uniform" or "stratified", see `sample_time_steps`.
         microbatch: Images per forward pass; gradients accumulate over the batch. None for all.
-        weight_decay: AdamW's.
-        anneal_steps: The learning rate falls linearly to 0 over so many steps; None keeps it.
         first_stage: The frozen autoencoder, needed to train.
+        Others as `GuidingClassifier`.
     """
 
     def __init__(
@@ -553,10 +521,11 @@ class NoisyLatentClassifier(GuidingClassifier):
                 "give the same `first_stage`"
             )
         theirs, ours = stored["net_config"]["params"], self.net_config["params"]
+        names = ours.keys() - {"use_checkpoint"}  # the same network either way
         different = [
-            f"{k} {theirs.get(k)} there, {ours.get(k)} here"
-            for k in ours
-            if theirs.get(k) != ours[k] and k != "use_checkpoint"  # the same network either way
+            f"{k} {theirs.get(k)} there, {ours[k]} here"
+            for k in sorted(names)
+            if theirs.get(k) != ours[k]
         ]
         if different:
             raise UserError(

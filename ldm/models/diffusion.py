@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoint import KEY
+from ldm.checkpoint import KEY, load_model
 from ldm.config import instantiate_from_config
 from ldm.data.latents import channel_sums, latent_sums, scale_from_sums
 from ldm.diffusion.flow import RectifiedFlow
@@ -158,8 +158,6 @@ class LatentDiffusion(HistoModule):
     @staticmethod
     def _first_stage(ckpt: str | None, config: dict | None) -> tuple[AutoencoderNet, dict]:
         """The frozen autoencoder, and the configuration that rebuilds it without a file."""
-        from ldm.checkpoint import load_model
-
         config = dict(config or {})
         params = dict(config.get("params") or {})
         ckpt = ckpt or params.pop("ckpt_path", None)
@@ -198,20 +196,13 @@ class LatentDiffusion(HistoModule):
                 f"model.params.channels={channels}, but the autoencoder's latents have "
                 f"{first.embed_dim}"
             )
-        for name, value in (
-            ("in_channels", self.unet.in_channels),
-            ("out_channels", self.unet.out_channels),
-        ):
-            if value != channels:
+        wanted = {"in_channels": channels, "out_channels": channels, "image_size": size}
+        for name, value in wanted.items():
+            if getattr(self.unet, name) != value:
                 raise UserError(
-                    f"model.params.unet_config.params.{name}={value} must be {channels}, as "
-                    "model.params.channels"
+                    f"model.params.unet_config.params.{name}={getattr(self.unet, name)} must be "
+                    f"{value}, as model.params.{name.removeprefix('in_').removeprefix('out_')}"
                 )
-        if self.unet.image_size != size:
-            raise UserError(
-                f"model.params.unet_config.params.image_size={self.unet.image_size} must be "
-                f"model.params.image_size={size}"
-            )
 
     def check_data(self, data: pl.LightningDataModule) -> None:
         first, size = self.first_stage_model, self.latent_shape[1]
@@ -298,8 +289,6 @@ class LatentDiffusion(HistoModule):
 
     def replace_first_stage(self, path: str) -> None:
         """Decode with another autoencoder of the same latent space, one with a tuned decoder."""
-        from ldm.checkpoint import load_model
-
         other = load_model(path, "autoencoder", self.device, what="`first_stage`").net
         if other.fingerprint() != self.autoencoder_fingerprint:
             raise UserError(
@@ -326,14 +315,14 @@ class LatentDiffusion(HistoModule):
         def encode(x: Tensor) -> DiagonalGaussian:
             return first_stage.encode(x.to(device))
 
-        if self.scale_factor.ndim:
+        channels = self.scale_factor.ndim > 0
+        if channels:
             sums = channel_sums(dataset, mine, encode, len(self.scale_factor))
-            sums = self.trainer.strategy.reduce(sums.to(device), reduce_op="sum")
-            scale = scale_tensor([scale_from_sums(one) for one in sums.unbind(dim=1)])
         else:
             sums = latent_sums(dataset, mine, encode)
-            sums = self.trainer.strategy.reduce(sums.to(device), reduce_op="sum")
-            scale = scale_tensor(scale_from_sums(sums))
+        sums = self.trainer.strategy.reduce(sums.to(device), reduce_op="sum")
+        scales = [scale_from_sums(one) for one in (sums.unbind(dim=1) if channels else [sums])]
+        scale = scale_tensor(scales if channels else scales[0])
         log.info("latent scale factor %s, from %d tiles", scale_text(scale), len(chosen))
         return scale
 
@@ -440,8 +429,8 @@ class LatentDiffusion(HistoModule):
             batch_idx * self.trainer.world_size + self.global_rank
         )
         z_0 = self.latents(batch, generator)
-        draw = partial(_drawn, generator=generator)
-        t = self.schedule.draw_times(draw, len(z_0)).to(z_0.device)
+        drawn = self.schedule.draw_times(lambda fn, n: fn(n, generator=generator), len(z_0))
+        t = drawn.to(z_0.device)
         eps = torch.randn(z_0.shape, generator=generator).to(z_0.device)
         values = self.validation_losses(z_0, t, eps, self.labels(batch))
         self.log_dict(values, prog_bar=True, batch_size=len(z_0), sync_dist=True)
@@ -498,10 +487,6 @@ class LatentDiffusion(HistoModule):
             "reconstructions": self.decode_first_stage(z_0_real),
             "samples": self.decode_first_stage(z_0),
         }
-
-
-def _drawn(fn, size: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return fn(size, generator=generator)
 
 
 def _lasting(settings: Any) -> Any:

@@ -5,6 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ldm.checkpoint import load_model
 from ldm.diffusion.samplers import EpsFn
 from ldm.errors import UserError
 from ldm.models.diffusion import LatentDiffusion
@@ -132,8 +133,6 @@ class LabelAdapter(LatentDiffusion):
 
 def _pretrained(path: str | None) -> LatentDiffusion:
     """The unconditional model to start from."""
-    from ldm.checkpoint import load_model
-
     if not path:
         raise UserError(
             "model.params.pretrained is not set: export HISTO_DIFFUSION=CKPT or give "

@@ -2,8 +2,9 @@
 
 import logging
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
@@ -11,9 +12,6 @@ from ldm.data.tiles import without_augmentation
 from ldm.models.base import HistoModule
 from ldm.modules.autoencoder import psnr
 from ldm.modules.patch_pca import PatchPCA as PatchPCANet
-
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
 
 log = logging.getLogger(__name__)
 
@@ -38,12 +36,8 @@ class PatchPCA(HistoModule):
     ):
         super().__init__()
         self.automatic_optimization = False  # there is nothing to optimise
-        self.params = {
-            "resolution": resolution,
-            "patch": patch,
-            "components": components,
-            "exponent": exponent,
-        }
+        sizes = {"resolution": resolution, "patch": patch, "components": components}
+        self.params = {**sizes, "exponent": exponent}
         self.net = PatchPCANet(**self.params)
         self.tile_size = resolution
 
@@ -75,7 +69,7 @@ class PatchPCA(HistoModule):
         return {"inputs": x, "reconstructions": self.net(x)[0]}
 
 
-def fit_first_stage(net: PatchPCANet, trainer: "pl.Trainer", batch_size: int = 64) -> None:
+def fit_first_stage(net: PatchPCANet, trainer: pl.Trainer, batch_size: int = 64) -> None:
     """Fit to the training tiles, without augmentation; every rank finds the same."""
     dataset, device = trainer.datamodule.train_dataset, trainer.strategy.root_device
     dataset = without_augmentation(dataset)

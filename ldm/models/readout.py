@@ -9,6 +9,7 @@ training takes seconds. Guidance shares the UNet's pass with the noise predictio
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, StackDataset
 
 from ldm.checkpoint import KEY
 from ldm.data.datamodule import ResumableSampler
@@ -182,12 +183,8 @@ class ReadoutClassifier(GuidingClassifier):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        stored = checkpoint[KEY]["model"]
-        different = [
-            key
-            for key, value in self.rebuild_config()["params"].items()
-            if stored["params"].get(key) != value
-        ]
+        stored, own = checkpoint[KEY]["model"]["params"], self.rebuild_config()["params"]
+        different = [key for key, value in own.items() if stored.get(key) != value]
         if different:
             raise UserError(
                 f"the checkpoint to resume holds another readout ({', '.join(different)} differ); "
@@ -221,66 +218,38 @@ class ReadoutClassifier(GuidingClassifier):
         self.log_validation(clean, noisy, batch["label"])
 
 
-class ReadoutSet(Dataset):
-    """Features of tiles at given times, as a training or validation set of a readout.
-
-    Attributes:
-        features, t: (N, ...) of each item.
-        labels, paths: Of each item.
-    """
-
-    def __init__(self, features: Tensor, t: Tensor, labels: Sequence[int], paths: Sequence[str]):
-        self.features, self.t = features, t
-        self.labels, self.paths = list(labels), list(paths)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        return {
-            "features": self.features[i],
-            "t": self.t[i],
-            "label": self.labels[i],
-            "path": self.paths[i],
-        }
-
-
+@dataclass
 class FeatureMaker:
-    """Makes the features that a readout is trained and validated on.
+    """Makes the sets that a readout is trained and validated on.
 
-    Args:
-        model: Attached to its diffusion model.
-        diffusion: Gives the latents.
-        device, devices: Where and how the UNet is computed.
-        batch_size: Tiles per pass.
+    Their items have the features and the time(s) `t` of a tile, its `label` and its `path`.
     """
 
-    def __init__(
-        self,
-        model: ReadoutClassifier,
-        diffusion: LatentDiffusion,
-        devices: Devices,
-        batch_size: int = 64,
-    ):
-        self.model, self.diffusion = model, diffusion.to(devices.device)
-        self.devices, self.device = devices, devices.device
-        self.batch_size = batch_size
+    model: ReadoutClassifier  # attached to its diffusion model
+    diffusion: LatentDiffusion  # gives the latents
+    devices: Devices  # where and how the UNet is computed
+    batch_size: int = 64  # tiles per pass
+
+    def __post_init__(self):
+        self.device = self.devices.device
+        self.diffusion.to(self.device)
 
     def _features(self, z_t: Tensor, t: Tensor) -> Tensor:
         net = self.diffusion.network()
         with self.devices.autocast(self.device):
             return net.with_features(z_t, t, self.model.blocks)[1].float().cpu()
 
-    def _batches(self, tiles: Dataset, seeds: np.ndarray | None):
+    def _batches(self, tiles: Dataset, seeds: np.ndarray | None = None):
+        """Batches of images or cached moments, with their paths."""
         for start in range(0, len(tiles), self.batch_size):
             chosen = range(start, min(start + self.batch_size, len(tiles)))
             items = [tiles[i] if seeds is None else tiles[i, int(seeds[i])] for i in chosen]
             name = "moments" if "moments" in items[0] else "image"
             batch = {name: torch.stack([item[name] for item in items]).to(self.device)}
-            yield batch, [str(item["path"]) for item in items], list(chosen)
+            yield batch, [str(item["path"]) for item in items]
 
     @torch.no_grad()
-    def training(self, tiles: Dataset, draws: int, seed: int) -> ReadoutSet:
+    def training(self, tiles: Dataset, draws: int, seed: int) -> StackDataset:
         """`draws` augmentations, times and noises of each tile, functions of the seed.
 
         Times are uniform over the process.
@@ -289,22 +258,22 @@ class FeatureMaker:
         for draw in range(draws):
             seeds = np.random.default_rng((seed, draw)).integers(2**62, size=len(tiles))
             generator = torch.Generator().manual_seed(int(seeds[0]))
-            for batch, _, chosen in self._batches(tiles, seeds):
+            for batch, _ in self._batches(tiles, seeds):
                 z_0 = self.diffusion.latents(batch, generator)
-                t = process.uniform_times(
-                    lambda fn, size, g=generator: fn(size, generator=g), len(chosen)
-                ).to(self.device)
+                drawn = process.uniform_times(
+                    lambda fn, size, g=generator: fn(size, generator=g), len(z_0)
+                )
+                t = drawn.to(self.device)
                 eps = torch.randn(z_0.shape, generator=generator).to(self.device)
                 parts.append(self._features(process.q_sample(z_0, t, eps), t))
                 times.append(t.cpu())
-        labels, paths = list(tiles.labels) * draws, [str(p) for p in tiles.paths] * draws
-        return ReadoutSet(torch.cat(parts), torch.cat(times).float(), labels, paths)
+        return _stacked(parts, times, list(tiles.labels) * draws, list(tiles.paths) * draws)
 
     @torch.no_grad()
-    def validation(self, tiles: Dataset) -> ReadoutSet:
+    def validation(self, tiles: Dataset) -> StackDataset:
         """Each tile without noise at t = 0, and noised at one t in each quarter of the process."""
         process, parts, times = self.diffusion.schedule, [], []
-        for batch, paths, _ in self._batches(tiles, None):
+        for batch, paths in self._batches(tiles):
             z_0 = self.diffusion.latents(batch, sample=False)
             zero = torch.zeros(len(paths), dtype=torch.int64, device=self.device)
             points = [(z_0, zero)]
@@ -313,38 +282,29 @@ class FeatureMaker:
                 points.append((process.q_sample(z_0, t, eps), t))
             parts.append(torch.stack([self._features(*point) for point in points], dim=1))
             times.append(torch.stack([t for _, t in points], dim=1).cpu())
-        paths = [str(path) for path in tiles.paths]
-        return ReadoutSet(torch.cat(parts), torch.cat(times).float(), tiles.labels, paths)
+        return _stacked(parts, times, list(tiles.labels), tiles.paths)
+
+
+def _stacked(
+    features: list[Tensor], t: list[Tensor], labels: list[int], paths: Sequence
+) -> StackDataset:
+    both = {"features": torch.cat(features), "t": torch.cat(t).float()}
+    return StackDataset(**both, label=labels, path=list(map(str, paths)))
 
 
 class FeatureData(pl.LightningDataModule):
-    """The features of training and validation tiles.
+    """The features of training and validation tiles, see `FeatureMaker`."""
 
-    Args:
-        train, validation: See `FeatureMaker`.
-        batch_size: Of training.
-        seed: Of the order.
-    """
-
-    def __init__(self, train: ReadoutSet, validation: ReadoutSet, batch_size: int, seed: int):
+    def __init__(self, train: StackDataset, validation: StackDataset, batch_size: int, seed: int):
         super().__init__()
         self.train_dataset, self.val_dataset = train, validation
         self.batch_size, self.seed = batch_size, seed
 
     def train_dataloader(self) -> DataLoader:
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        sampler = ResumableSampler(
-            self.train_dataset,
-            self.batch_size,
-            self.seed,
-            position=lambda: progress.total.ready,
-        )
-        return DataLoader(
-            self.train_dataset,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            pin_memory=torch.cuda.is_available(),
-        )
+        tiles, size, pinned = self.train_dataset, self.batch_size, torch.cuda.is_available()
+        order = ResumableSampler(tiles, size, self.seed, position=lambda: progress.total.ready)
+        return DataLoader(tiles, batch_size=size, sampler=order, pin_memory=pinned)
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(self.val_dataset, batch_size=1024)

@@ -266,18 +266,9 @@ def read_weights(
     path = Path(path).expanduser()
     if not path.is_file():
         raise UserError(f"{what}: no file {path}; give a local checkpoint, nothing is downloaded")
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            payload: Any = load_file(path)
-        except SafetensorError as error:
-            raise UserError(f"{what} {path} is not a safetensors file ({error})") from None
-    else:
-        # Training scripts keep their options, a Namespace of plain values, beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            payload = load_tensors(path, what)
+    # Training scripts keep their options, a Namespace of plain values, beside the weights.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        payload = load_tensors(path, what)
     if not isinstance(payload, dict):
         raise UserError(f"{what} {path} holds a {type(payload).__name__}, not weights by name")
 

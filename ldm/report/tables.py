@@ -1,9 +1,10 @@
 """A table of text that is laid out once and written as Markdown, LaTeX or HTML."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -31,6 +32,17 @@ LATEX = str.maketrans(
         **{letter: f"\\{letter}" for letter in "&%$#_{}"},
     }
 )
+
+
+def aligned(rows: Mapping[str, Mapping[str, Any]], width: int) -> str:
+    """Lines for a terminal: a row per class, of cells of the same columns, `width` wide."""
+    table = {"class": next(iter(rows.values())).keys()}
+    table |= {name: row.values() for name, row in rows.items()}
+    first = max(map(len, table))
+    return "\n".join(
+        f"{name:{first}}  " + "  ".join(f"{cell:>{width}}" for cell in cells)
+        for name, cells in table.items()
+    )
 
 
 @dataclass

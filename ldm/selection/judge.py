@@ -11,7 +11,6 @@ from torch import Tensor
 from ldm.data.tile_files import TileFiles, new_rows
 from ldm.errors import UserError
 from ldm.evaluation.predictions import Predictions
-from ldm.features.centroids import Centroids, class_centroids
 from ldm.features.extractor import Extractor
 from ldm.features.judge import Judge
 from ldm.features.sets import FeatureSet, cached_features
@@ -22,23 +21,16 @@ CENTROIDS_FILE = "centroids.safetensors"
 
 @dataclass(frozen=True)
 class Judged:
-    """Features and centroids that belong together (checked); the synthetic ones are in order.
+    """Features that belong together (checked); the synthetic ones are in order."""
 
-    Attributes:
-        real, synthetic, centroids: Of all networks side by side, see `FeatureSet.joined`.
-        networks: The synthetic tiles by network; empty for a single one.
-        judge: What gives classes to tiles; None where none was asked for.
-        val: What `measured` found; None where there are no labelled tiles to measure on.
-        left_out: Name, cross-entropy and accuracy of each network that has a regression, on
-            left-out real tiles.
-    """
-
-    real: FeatureSet
-    synthetic: FeatureSet
-    centroids: Centroids
-    networks: tuple[FeatureSet, ...] = ()
-    judge: Judge | None = None
+    real: FeatureSet  # of all networks side by side, see `FeatureSet.joined`
+    synthetic: FeatureSet  # likewise
+    networks: tuple[FeatureSet, ...] = ()  # the synthetic tiles by network; empty for a single one
+    judge: Judge | None = None  # what gives classes to tiles; None where none was asked for
+    # What `measured` found; None where there are no labelled tiles to measure on.
     val: dict[str, Any] | None = None
+    # Name, cross-entropy and accuracy of each network that has a regression, on left-out real
+    # tiles.
     left_out: tuple[dict[str, Any], ...] = ()
 
     @cached_property
@@ -47,21 +39,15 @@ class Judged:
         return self.judge and self.judge.probabilities(self.networks or [self.synthetic])
 
     def __post_init__(self):
-        for name, other in (("real tiles", self.real), ("centroids", self.centroids)):
-            if self.synthetic.classes != other.classes:
-                raise UserError(
-                    f"the synthetic images have the classes {self.synthetic.classes}, the {name}"
-                    f" {other.classes}; run scripts/vis.py on folders with the same classes"
-                )
-            if self.synthetic.extractor != other.extractor:
-                raise UserError(
-                    f"the features of the synthetic images and the {name} come from different"
-                    " networks; run scripts/vis.py again with one network for both"
-                )
-        if self.real.tiles != self.centroids.tiles:
+        if self.synthetic.classes != self.real.classes:
             raise UserError(
-                "the centroids are not of the real tiles whose features lie beside them; run"
-                " scripts/vis.py again"
+                f"the synthetic images have the classes {self.synthetic.classes}, the real tiles"
+                f" {self.real.classes}; run scripts/vis.py on folders with the same classes"
+            )
+        if self.synthetic.extractor != self.real.extractor:
+            raise UserError(
+                "the features of the synthetic images and the real tiles come from different"
+                " networks; run scripts/vis.py again with one network for both"
             )
 
 
@@ -78,11 +64,8 @@ def read_judged(source: str, synthetic_root: Path, with_judge: bool = False) -> 
         with_judge: Fit a judge.
     """
     folder = Path(source).expanduser()
-    judged = Judged(
-        FeatureSet.load(folder / REAL_FILE),
-        FeatureSet.load(folder / SYNTHETIC_FILE).in_order(),
-        Centroids.load(folder / CENTROIDS_FILE),
-    )
+    real, synthetic = (FeatureSet.load(folder / name) for name in (REAL_FILE, SYNTHETIC_FILE))
+    judged = Judged(real, synthetic.in_order())
     files = TileFiles.below(synthetic_root, True, judged.real.classes)
     # The names too: they are copied to a new folder by them.
     same_names = sorted(files.names) == sorted(judged.synthetic.files)
@@ -153,28 +136,16 @@ def compute_judged(
                 " out; name other networks"
             )
         best = min(range(len(real)), key=lambda k: left_out[k]["cross_entropy"])
-        judge = replace(
-            judge,
-            probes=[judge.probes[best]],
-            temperatures=[judge.temperatures[best]],
-            temperature=1.0,
-        )
+        only = {"probes": [judge.probes[best]], "temperatures": [judge.temperatures[best]]}
+        judge = replace(judge, **only, temperature=1.0)
         real, found = (real[best],), (found[best],)
         val = val and (val[best],)
     if unlabelled:
         labels = judge.probabilities(found).argmax(dim=1)
         found = [replace(one, labels=labels).select(rows) for one in found]
     found = tuple(one.in_order() for one in found)
-    joined = FeatureSet.joined(real)
-    return Judged(
-        joined,
-        FeatureSet.joined(found),
-        centroids_of(joined),
-        found,
-        judge,
-        measured(judge, val) if val else None,
-        left_out,
-    )
+    both = FeatureSet.joined(real), FeatureSet.joined(found)
+    return Judged(*both, found, judge, measured(judge, val) if val else None, left_out)
 
 
 def _tile_files(
@@ -207,15 +178,11 @@ def measured(judge: Judge, val: Sequence[FeatureSet]) -> dict[str, Any]:
     for k, row in enumerate(scores["per_class"].values()):
         own = p[judged == k, k]
         row["confidence"] = float(own.mean()) if len(own) else None
-    alone = [
-        Judge([probe], [1.0]).probabilities([one]).argmax(dim=1) == one.labels
-        for probe, one in zip(judge.probes, val, strict=True)
-    ]
-    names = [one.network for one in val]
-    scores["networks"] = [
-        {"network": name, "accuracy": float(right.double().mean())}
-        for name, right in zip(names, alone, strict=True)
-    ]
+    scores["networks"] = []
+    for probe, one in zip(judge.probes, val, strict=True):
+        right = Judge([probe], [1.0]).probabilities([one]).argmax(dim=1) == one.labels
+        accuracy = float(right.double().mean())
+        scores["networks"].append({"network": one.network, "accuracy": accuracy})
     return scores
 
 
@@ -223,12 +190,6 @@ def labelled_files(real_root: Path, synthetic_root: Path) -> tuple[TileFiles, Ti
     """Both sets of tiles; UserError where the folders have other classes than one another."""
     real = TileFiles.below(real_root)
     return real, TileFiles.below(synthetic_root, classes=real.classes)
-
-
-def centroids_of(real: FeatureSet) -> Centroids:
-    """Centroids of labelled tiles."""
-    values = class_centroids(real.values, real.labels, len(real.classes))
-    return Centroids(values, real.classes, real.extractor, real.tiles)
 
 
 def conflicts(
@@ -252,11 +213,8 @@ def conflicts(
     warnings = []
     if downstream is not None:
         same = downstream.identity in [one.extractor for one in networks]
-        facts["downstream"] = {
-            "network": downstream.name,
-            "identity": downstream.identity,
-            "is_the_judge": same,
-        }
+        model = {"network": downstream.name, "identity": downstream.identity}
+        facts["downstream"] = {**model, "is_the_judge": same}
         if same:
             warnings.append(
                 f"judge and downstream model are the same network ({name}): it is given what it"

@@ -18,19 +18,12 @@ SPECTRAL_LEAST = 16  # points; with fewer, UMAP's spectral start has too few eig
 
 
 class Points(NamedTuple):
-    """Points of one kind on the plane.
+    """Points of one kind on the plane."""
 
-    Attributes:
-        kind: real, centroid, synthetic, or what was decided on synthetic images.
-        labels: n classes, in [0, K).
-        files: n names; empty for centroids.
-        xy: (n, 2).
-    """
-
-    kind: str
-    labels: Sequence[int]
-    files: Sequence[str]
-    xy: np.ndarray
+    kind: str  # real, centroid, synthetic, or what was decided on synthetic images
+    labels: Sequence[int]  # n classes, in [0, K)
+    files: Sequence[str]  # n names; empty for centroids
+    xy: np.ndarray  # (n, 2)
 
 
 def project(features: np.ndarray, neighbors: int, min_dist: float, seed: int) -> np.ndarray:

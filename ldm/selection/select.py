@@ -13,6 +13,7 @@ The images in the training folder are those of the decisions in USED.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 
@@ -30,31 +31,18 @@ KINDS = (ACCEPTED, SURPLUS, FILLED, REJECTED)  # of a selection; a record may al
 
 @dataclass(frozen=True)
 class Selection:
-    """Decisions for all images, class by class: accepted, surplus, filled, rejected, best first.
+    """Decisions for all images, class by class: accepted, surplus, filled, rejected, best first."""
 
-    Attributes:
-        classes: K names.
-        wanted: Images wanted of each class.
-        labels: Class of each image, (N,).
-        files: Their paths below the synthetic folder.
-        decisions: One of KINDS each.
-        ranks: Place among those that may be used, from 1; 0 when rejected.
-        scores: Of the strategy, (N,), larger is better; not a number where there is none.
-        distances: Mean squared distance to each centroid, (N, K).
-        reasons: In words.
-        probabilities: Of a judge, (N, K); None where there is none.
-    """
-
-    classes: list[str]
-    wanted: list[int]
-    labels: np.ndarray
-    files: list[str]
-    decisions: list[str]
-    ranks: list[int]
-    scores: np.ndarray
-    distances: np.ndarray
-    reasons: list[str]
-    probabilities: np.ndarray | None = None
+    classes: list[str]  # K names
+    wanted: list[int]  # images wanted of each class
+    labels: np.ndarray  # class of each image, (N,)
+    files: list[str]  # their paths below the synthetic folder
+    decisions: list[str]  # one of KINDS each
+    ranks: list[int]  # place among those that may be used, from 1; 0 when rejected
+    scores: np.ndarray  # of the strategy, (N,), larger is better; not a number where there is none
+    distances: np.ndarray  # mean squared distance to each centroid, (N, K)
+    reasons: list[str]  # in words
+    probabilities: np.ndarray | None = None  # of a judge, (N, K); None where there is none
 
     def of_class(self, name: str, *decisions: str) -> list[int]:
         """Rows of class `name` with one of these decisions, best first."""
@@ -85,18 +73,13 @@ class Selection:
 
         The shortfall is what was wanted and not accepted, whether it was filled up or not.
         """
+        keys = ("generated", "rejected", "surplus", "accepted", "wanted", "shortfall", "filled")
         result = {}
         for name, wanted in zip(self.classes, self.wanted, strict=True):
             number = {decision: len(self.of_class(name, decision)) for decision in KINDS}
-            result[name] = {
-                "generated": sum(number.values()),
-                "rejected": number[REJECTED],
-                "surplus": number[SURPLUS],
-                "accepted": number[ACCEPTED],
-                "wanted": wanted,
-                "shortfall": wanted - number[ACCEPTED],
-                "filled": number[FILLED],
-            }
+            number |= {"generated": sum(number.values()), "wanted": wanted}
+            number["shortfall"] = wanted - number[ACCEPTED]
+            result[name] = {key: number[key] for key in keys}
         return result
 
     def to_csv(self) -> str:
@@ -149,42 +132,38 @@ def select(
         fill: Use the best of the rejected images where candidates are too few.
         probabilities: Of a judge, (N, K), for the record.
     """
-    labels = synthetic.labels.numpy()
+    labels, none = synthetic.labels.numpy(), np.zeros(0, dtype=np.int64)
     rejected = np.array([reason is not None for reason in strategy.rejections], dtype=bool)
-    rows, decisions, ranks, scores, reasons = [], [], [], [], []
+    rows: list[tuple] = []  # number of an image, decision, rank, score, reason
     for label, number in enumerate(wanted):
         of_class = labels == label
-        candidates, order_scores = strategy.order(
-            np.flatnonzero(of_class & ~rejected), number, np.zeros(0, dtype=np.int64)
-        )
-        accepted = candidates[:number]
-        missing = number - len(accepted)
-        others, other_scores = strategy.order(
-            np.flatnonzero(of_class & rejected), missing if fill else 0, accepted
-        )
-        rows += [*candidates, *others]
-        scores += [*order_scores, *other_scores]
-        ranks += range(1, len(candidates) + 1)
-        decisions += [ACCEPTED] * len(accepted) + [SURPLUS] * (len(candidates) - len(accepted))
-        reasons += [strategy.accepted] * len(accepted)
-        reasons += [strategy.surplus.format(number)] * (len(candidates) - len(accepted))
-        filled = min(missing, len(others)) if fill else 0
-        ranks += range(len(candidates) + 1, len(candidates) + filled + 1)
-        ranks += [0] * (len(others) - filled)
-        decisions += [FILLED] * filled + [REJECTED] * (len(others) - filled)
-        for place, i in enumerate(others):
+        members = np.flatnonzero(of_class & ~rejected)
+        candidates, scores = strategy.order(members, number, none)
+        for i, score, rank in zip(candidates, scores, count(1), strict=False):
+            if rank <= number:
+                rows.append((i, ACCEPTED, rank, score, strategy.accepted))
+            else:
+                rows.append((i, SURPLUS, rank, score, strategy.surplus.format(number)))
+        most = max(len(candidates), number) if fill else 0  # ranks of those that are used
+        taken, members = candidates[:number], np.flatnonzero(of_class & rejected)
+        others, scores = strategy.order(members, max(0, most - len(candidates)), taken)
+        for i, score, rank in zip(others, scores, count(len(candidates) + 1), strict=False):
             reason = strategy.rejections[i]
-            reasons.append(f"{FILL_REASON}{reason}" if place < filled else reason)
-    rows = np.array(rows, dtype=np.int64)
+            if rank <= most:
+                rows.append((i, FILLED, rank, score, f"{FILL_REASON}{reason}"))
+            else:
+                rows.append((i, REJECTED, 0, score, reason))
+    index, decisions, ranks, scores, reasons = zip(*rows, strict=True) if rows else [()] * 5
+    index = np.array(index, dtype=np.int64)
     return Selection(
         classes=list(synthetic.classes),
         wanted=list(wanted),
-        labels=labels[rows],
-        files=[synthetic.files[i] for i in rows],
-        decisions=decisions,
-        ranks=ranks,
+        labels=labels[index],
+        files=[synthetic.files[i] for i in index],
+        decisions=list(decisions),
+        ranks=list(ranks),
         scores=np.array(scores),
-        distances=distances[rows],
-        reasons=reasons,
-        probabilities=None if probabilities is None else probabilities[rows],
+        distances=distances[index],
+        reasons=list(reasons),
+        probabilities=None if probabilities is None else probabilities[index],
     )

@@ -3,7 +3,6 @@
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -51,14 +50,14 @@ class Sheets:
         used = of_class(name, *USED)
         rejected = of_class(name, REJECTED)
         missed = [*of_class(name, SURPLUS), *rejected]
-        best = used[:COLUMNS]
         last = used[COLUMNS:][-COLUMNS // 2 :]
         border = [*last, *missed[: COLUMNS - len(last)]]
-        worst = [i for i in rejected if i not in border][-COLUMNS:][::-1]
         found = {
-            "used, the best first": best,
+            "used, the best first": used[:COLUMNS],
             "at the border: the last that are used, the first that are not": border,
-            "rejected, the worst first": worst,
+            "rejected, the worst first": [i for i in rejected if i not in border][
+                : -COLUMNS - 1 : -1
+            ],
         }
         return {heading: rows for heading, rows in found.items() if rows}
 
@@ -93,20 +92,15 @@ class Sheets:
 
     def _title(self, name: str) -> str:
         counts = self.selection.counts()[name]
-        others = [key for key in (FILLED, SURPLUS, REJECTED) if counts[key]]
-        return (
-            f"{name}: {counts['accepted']} accepted of {counts['wanted']} wanted, of"
-            f" {counts['generated']} generated"
-            + "".join(f", {counts[key]} {key}" for key in others)
-        )
-
-    @cached_property
-    def _index(self) -> dict[str, int]:
-        return {file: i for i, file in enumerate(self.synthetic.files)}
+        keys = [key for key in (FILLED, SURPLUS, REJECTED) if counts[key]]
+        others = "".join(f", {counts[key]} {key}" for key in keys)
+        accepted = f"{counts['accepted']} accepted of {counts['wanted']} wanted"
+        return f"{name}: {accepted}, of {counts['generated']} generated{others}"
 
     def _neighbours(self, rows: Sequence[int]) -> tuple[list[int], list[float]]:
         """The nearest real tile of each image, and its distance."""
-        features = self.synthetic.values[[self._index[self.selection.files[i]] for i in rows]]
+        place = {file: i for i, file in enumerate(self.synthetic.files)}
+        features = self.synthetic.values[[place[self.selection.files[i]] for i in rows]]
         index, distance = nearest(features, self.real.values)
         return index.tolist(), distance.tolist()
 

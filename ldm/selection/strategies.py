@@ -8,8 +8,6 @@ so that nothing depends on the order of the folder, and ties go to the first fil
 A larger number of wanted images always contains a smaller one.
 """
 
-import csv
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -20,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.data.folders import manifest_column
 from ldm.errors import UserError
 from ldm.features.neighbours import (
     in_chunks,
@@ -32,25 +31,19 @@ from ldm.features.neighbours import (
 from ldm.features.sets import FeatureSet
 
 BANDWIDTH_NEIGHBOUR = 3  # of the kernel of `Coverage`
-MANIFEST = "manifest.csv"
 
 
-class Strategy(ABC):
-    """An order of the images of each class.
+@dataclass(frozen=True)
+class Strategy:
+    """An order of the images of each class, here the highest score first."""
 
-    Attributes:
-        score: What the score is, in words; larger is better. None where there is none.
-        accepted: Why an image is accepted.
-        surplus: Why a candidate is not accepted; `{}` stands for the wanted number.
-        rejections: Why an image is no candidate, (N,); None for those that are.
-    """
+    rejections: Sequence[str | None]  # why an image is no candidate, (N,); None for those that are
+    # (N,) float64, larger is better; None where they depend on what was chosen before.
+    scores: Tensor | None
+    score: str | None  # what the score is, in words; None where it says nothing of an image
+    accepted: str  # why an image is accepted
+    surplus: str  # why a candidate is not accepted; `{}` stands for the wanted number
 
-    score: str | None
-    accepted: str
-    surplus: str
-    rejections: Sequence[str | None]
-
-    @abstractmethod
     def order(
         self, members: np.ndarray, number: int, taken: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -61,37 +54,28 @@ class Strategy(ABC):
             number: How many will be used: the order of the others may be rough.
             taken: Images of the class that are in the selection already.
         """
+        scores = self.scores.numpy()
+        order = members[np.argsort(-scores[members], kind="stable")]
+        return order, scores[order] if self.score else np.full(len(order), np.nan)
 
 
-class ByScore(Strategy):
-    """Highest score first."""
+def _rivals(values: Tensor, synthetic: FeatureSet) -> tuple[Tensor, list[tuple[int, float, str]]]:
+    """The value of the own class, (N,), of values (N, K) of which the larger is better.
 
-    def __init__(
-        self,
-        scores: Tensor,
-        rejections: Sequence[str | None],
-        score: str,
-        accepted: str,
-        surplus: str,
-    ):
-        self.scores = scores.numpy()
-        self.rejections, self.score = rejections, score
-        self.accepted, self.surplus = accepted, surplus
-
-    def order(self, members, number, taken):
-        order = members[np.argsort(-self.scores[members], kind="stable")]
-        return order, self.scores[order]
+    Also the images that have as large a value of another class: number, value and class.
+    """
+    own = values.gather(1, synthetic.labels[:, None])[:, 0]
+    best, winner = values.scatter(1, synthetic.labels[:, None], -torch.inf).max(dim=1)
+    rows = (best >= own).nonzero().flatten().tolist()
+    return own, [(i, best[i].item(), synthetic.classes[winner[i]]) for i in rows]
 
 
 def centroid_rejections(synthetic: FeatureSet, distances: Tensor) -> list[str | None]:
     """Why images are rejected: another centroid is at least as near. `distances` are (N, K)."""
-    own = distances.gather(1, synthetic.labels[:, None])  # (N, 1)
-    others = distances.scatter(1, synthetic.labels[:, None], torch.inf)
-    best, winner = others.min(dim=1)
+    own, rivals = _rivals(-distances, synthetic)
     reasons: list[str | None] = [None] * len(own)
-    for i in (best <= own[:, 0]).nonzero().flatten().tolist():
-        tie = best[i] == own[i, 0]
-        name = synthetic.classes[winner[i]]
+    for i, best, name in rivals:
+        tie = best == own[i]
         reasons[i] = "another centroid is as near" if tie else f"nearest centroid is {name}"
     return reasons
 
@@ -102,10 +86,9 @@ def by_centroid(synthetic: FeatureSet, distances: Tensor) -> Strategy:
     Args:
         distances: To every centroid, (N, K), see `centroid_distances`.
     """
-    own = distances.gather(1, synthetic.labels[:, None])[:, 0]
-    return ByScore(
-        -own,
+    return Strategy(
         centroid_rejections(synthetic, distances),
+        -distances.gather(1, synthetic.labels[:, None])[:, 0],
         score="minus the distance to the centroid",
         accepted="own centroid is the nearest",
         surplus="{} others are closer",
@@ -118,15 +101,13 @@ def by_confidence(synthetic: FeatureSet, probabilities: Tensor) -> Strategy:
     Args:
         probabilities: Of the judge, (N, K), see `ldm.features.judge.Judge`.
     """
-    own = probabilities.gather(1, synthetic.labels[:, None])  # (N, 1)
-    others = probabilities.scatter(1, synthetic.labels[:, None], -1.0)
-    best, winner = others.max(dim=1)
+    own, rivals = _rivals(probabilities, synthetic)
     reasons: list[str | None] = [None] * len(own)
-    for i in (best >= own[:, 0]).nonzero().flatten().tolist():
-        reasons[i] = f"judged {synthetic.classes[winner[i]]}, probability {best[i]:.3f}"
-    return ByScore(
-        own[:, 0],
+    for i, p, name in rivals:
+        reasons[i] = f"judged {name}, probability {p:.3f}"
+    return Strategy(
         reasons,
+        own,
         score="probability by the judge",
         accepted="judged to be of its class",
         surplus="{} others are more probable",
@@ -139,54 +120,47 @@ def by_manifest(synthetic: FeatureSet, root: Path) -> Strategy:
     The manifest has no probabilities of other classes, so an image is rejected unless its own
     class has more than half: only then no other class can have more.
     """
-    known = _read_probabilities(root / MANIFEST)
-    missing = [file for file in synthetic.files if file not in known]
+    known = manifest_column(root, "prob")
+
+    def probability(file: str) -> float:
+        try:
+            return float(known[file])
+        except (KeyError, ValueError):
+            return np.nan
+
+    own = torch.tensor([probability(file) for file in synthetic.files], dtype=torch.float64)
+    missing = (~((own >= 0) & (own <= 1))).nonzero().flatten().tolist()
     if missing:
+        file = synthetic.files[missing[0]]
         raise UserError(
-            f"`confidence` manifest: {root / MANIFEST} has no row for {len(missing)} images, the"
-            f" first is {missing[0]}; give the folder as sample_diffusion.py wrote it"
+            f"`confidence` manifest: {root}/manifest.csv has no probability (column prob) of"
+            f" {len(missing)} images, the first is {file} ({known.get(file, 'no row')!r}); give a"
+            " folder as sample_diffusion.py wrote it with a classifier, or use `confidence` judge"
         )
-    own = torch.tensor(
-        [_probability(known[file], file) for file in synthetic.files], dtype=torch.float64
-    )
     reasons = [None if p > 0.5 else f"probability {p:.3f} is not above 0.5" for p in own.tolist()]
-    return ByScore(
-        own,
+    return Strategy(
         reasons,
+        own,
         score="probability by the guiding classifier",
         accepted="more than half of the probability",
         surplus="{} others are more probable",
     )
 
 
-def _read_probabilities(path: Path) -> dict[str, str]:
-    """Column `prob` by file."""
-    if not path.is_file():
-        raise UserError(
-            f"`confidence` manifest: no file {path}; give a folder that sample_diffusion.py wrote"
-        )
-    with path.open(newline="") as stream:
-        reader = csv.DictReader(stream)
-        absent = {"file", "prob"} - set(reader.fieldnames or ())
-        if absent:
-            raise UserError(
-                f"`confidence` manifest: {path} has no column {', '.join(sorted(absent))}; give a"
-                " folder that sample_diffusion.py wrote"
-            )
-        return {row["file"]: row["prob"] for row in reader}
+def at_random(synthetic: FeatureSet, seed: int) -> Strategy:
+    """The control arm: all images of a class are candidates, whatever they look like.
 
-
-def _probability(text: str, file: str) -> float:
-    try:
-        value = float(text)
-    except (TypeError, ValueError):  # a short row, or an empty cell
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise UserError(
-            f"`confidence` manifest: {file} has no probability (prob {text!r}); images sampled"
-            " without a classifier have none, use `confidence` judge"
-        )
-    return value
+    The order of a class is a function of (seed, class, file names).
+    """
+    scores = torch.zeros(len(synthetic.files), dtype=torch.float64)
+    for label, name in enumerate(synthetic.classes):
+        members = (synthetic.labels == label).nonzero().flatten()
+        digest = blake2b(f"{seed}:{name}".encode(), digest_size=16).digest()
+        generator = np.random.default_rng(int.from_bytes(digest, "big"))
+        places = torch.arange(len(members), dtype=torch.float64)
+        scores[members[generator.permutation(len(members))]] = -places
+    rejections = [None] * len(scores)
+    return Strategy(rejections, scores, None, accepted="drawn at random", surplus="not drawn")
 
 
 def _real_of_class(real: FeatureSet, label: int, least: int, why: str) -> Tensor:
@@ -234,15 +208,16 @@ def by_realism(synthetic: FeatureSet, real: FeatureSet, k: int) -> Strategy:
             for i in (near_other <= near_own).nonzero().flatten().tolist():
                 name = real.classes[real.labels[foreign[other[i]]]]
                 reasons[members[i]] = f"nearest real tile is {name}"
-    return ByScore(
-        realism,
+    return Strategy(
         reasons,
+        realism,
         score=f"realism, {k} neighbours",
         accepted="inside a ball of its class",
         surplus="{} others are more realistic",
     )
 
 
+@dataclass(frozen=True)
 class Coverage(Strategy):
     """Images that are spread as the real tiles of their class are.
 
@@ -259,17 +234,21 @@ class Coverage(Strategy):
     are ordered by their last one.
     """
 
-    score = "gain in coverage when chosen"
-    accepted = "adds most to the coverage of its class"
-    surplus = "{} others add more"
+    synthetic: FeatureSet
+    real: list[Tensor]  # features of the real tiles of each class, (R, D)
 
-    def __init__(self, synthetic: FeatureSet, real: FeatureSet, distances: Tensor):
-        self.synthetic = synthetic
-        self.rejections = centroid_rejections(synthetic, distances)
-        self.real = [
-            _real_of_class(real, label, 2, "`strategy` coverage")
-            for label in range(len(real.classes))
-        ]
+    @classmethod
+    def of(cls, synthetic: FeatureSet, real: FeatureSet, distances: Tensor) -> Strategy:
+        labels = range(len(real.classes))
+        return cls(
+            centroid_rejections(synthetic, distances),
+            None,
+            "gain in coverage when chosen",
+            "adds most to the coverage of its class",
+            "{} others add more",
+            synthetic,
+            [_real_of_class(real, label, 2, "`strategy` coverage") for label in labels],
+        )
 
     def order(self, members, number, taken):
         if not len(members):
@@ -310,45 +289,14 @@ class Coverage(Strategy):
         return members[order], np.concatenate([scores, gain.numpy()[others]])
 
 
-class AtRandom(Strategy):
-    """The control arm: all images of a class are candidates, whatever they look like.
-
-    The order of a class is a function of (seed, class, file names).
-    """
-
-    score = None
-    accepted = "drawn at random"
-    surplus = "not drawn"
-
-    def __init__(self, synthetic: FeatureSet, seed: int):
-        self.rejections = [None] * len(synthetic.files)
-        self.synthetic, self.seed = synthetic, seed
-
-    def order(self, members, number, taken):
-        if not len(members):
-            return members, np.zeros(0)
-        name = self.synthetic.classes[int(self.synthetic.labels[members[0]])]
-        digest = blake2b(f"{self.seed}:{name}".encode(), digest_size=16).digest()
-        generator = np.random.default_rng(int.from_bytes(digest, "big"))
-        order = members[generator.permutation(len(members))]
-        return order, np.full(len(order), np.nan)
-
-
 @dataclass(frozen=True)
 class Choice:
-    """A strategy as a user names it, with its options.
+    """A strategy as a user names it, with its options."""
 
-    Attributes:
-        name: centroid, confidence, knn, coverage or random.
-        neighbors: Of knn.
-        confidence: Of confidence: judge or manifest.
-        seed: Of random.
-    """
-
-    name: str
-    neighbors: int
-    confidence: str
-    seed: int
+    name: str  # centroid, confidence, knn, coverage or random
+    neighbors: int  # of knn
+    confidence: str  # of confidence: judge or manifest
+    seed: int  # of random
 
     @property
     def needs_judge(self) -> bool:
@@ -375,18 +323,17 @@ class Choice:
             distances: Of the synthetic images to every centroid, (N, K).
             probabilities: Of the judge, (N, K); None where there is none, see `needs_judge`.
         """
-        if self.name == "centroid":
-            return by_centroid(synthetic, distances)
-        if self.needs_judge:
-            return by_confidence(synthetic, probabilities)
-        if self.name == "confidence":
-            return by_manifest(synthetic, synthetic_root)
-        if self.name == "knn":
-            return by_realism(synthetic, real, self.neighbors)
-        if self.name == "coverage":
-            return Coverage(synthetic, real, distances)
-        if self.name == "random":
-            return AtRandom(synthetic, self.seed)
-        raise UserError(
-            f"`strategy` {self.name!r} must be centroid, confidence, knn, coverage or random"
-        )
+        strategies = {
+            "centroid": lambda: by_centroid(synthetic, distances),
+            "confidence": lambda: (
+                by_confidence(synthetic, probabilities)
+                if self.needs_judge
+                else by_manifest(synthetic, synthetic_root)
+            ),
+            "knn": lambda: by_realism(synthetic, real, self.neighbors),
+            "coverage": lambda: Coverage.of(synthetic, real, distances),
+            "random": lambda: at_random(synthetic, self.seed),
+        }
+        if self.name not in strategies:
+            raise UserError(f"`strategy` {self.name!r} must be among {', '.join(strategies)}")
+        return strategies[self.name]()

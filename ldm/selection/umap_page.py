@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 
 from ldm.data.images import decode_tiles, read_tile
-from ldm.features.centroids import Centroids
 from ldm.features.sets import FeatureSet
 from ldm.files import write_bytes, write_csv, write_text
 from ldm.report.tables import environment
@@ -202,7 +201,6 @@ def _add_names(plot, groups: Sequence[Points], classes: Sequence[str], colours) 
 def plane_groups(
     real: FeatureSet,
     synthetic: FeatureSet,
-    centroids: Centroids,
     decisions: Mapping[str, str] | None,
     neighbors: int,
     min_dist: float,
@@ -212,7 +210,7 @@ def plane_groups(
 
     With decisions, by synthetic file, the synthetic points of each are a group.
     """
-    sets = (real.values, synthetic.values, centroids.values)
+    sets = (real.values, synthetic.values, real.centroids)
     plane = project(torch.cat(sets).numpy(), neighbors, min_dist, seed)
     ends = np.cumsum([len(values) for values in sets])
     real_xy, synthetic_xy, centroids_xy = np.split(plane, ends[:-1])

@@ -113,18 +113,15 @@ def _classes(settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> 
 
 
 def _models(settings: Mapping[str, Any], facts: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    lines = []
-    for role, title in ROLES.items():
-        if role in facts:
-            known = facts[role]
-            classes = ", ".join(known["classes"]) if known["classes"] else "none"
-            seed, revision = (known[key] for key in ("seed", "revision"))
-            digest = settings[f"{role}_sha256"]
-            unknown = "not recorded"
-            lines.append(
-                [title, known["model"], classes, unknown if seed is None else seed]
-                + [unknown if revision is None else f"`{revision[:12]}`", f"`{digest}`"]
-            )
+    lines, unknown = [], "not recorded"
+    for role in [role for role in ROLES if role in facts]:
+        known, digest = facts[role], settings[f"{role}_sha256"]
+        seed, revision = (known[key] for key in ("seed", "revision"))
+        classes = ", ".join(known["classes"] or ["none"])
+        lines.append(
+            [ROLES[role], known["model"], classes, unknown if seed is None else seed]
+            + [unknown if revision is None else f"`{revision[:12]}`", f"`{digest}`"]
+        )
     return lines
 
 

@@ -6,6 +6,7 @@
     OUT/guidance.csv          what guidance did, by time step
     OUT/grid.png, README.md   the first images of each class; the data set's card
     OUT/.stages/CLASS/T.png   what the model expected of its first image at time step T
+    OUT/shard-000000.tar      images in the layout of WebDataset: key.png, key.cls, key.json
     OUT/.parts/               the journal: a file per start and process, a line per finished batch
 
 Every file appears completely or not at all, and an image before the line that lists it. So at
@@ -17,14 +18,16 @@ import csv
 import io
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from ldm.data.shards import NAME, write_tar
 from ldm.data.tiles import read_tile, resize_tile
 from ldm.errors import UserError
 from ldm.files import Journal, read_journal, remove_leftovers, write_bytes, write_png
@@ -76,6 +79,7 @@ COLUMNS = ("class", "index", "file", *OF_FOLDER, "prob", "entropy", "source", "m
 # Columns that manifests of earlier versions lack.
 LATER = ("limit", "strength", "start_from_sha256", "source")
 DECIMALS = {"prob": 6, "entropy": 6, "seconds": 3}
+VOLATILE = ("made", "seconds")  # what two runs of the same command differ in
 
 Row = dict[str, Any]
 
@@ -198,19 +202,18 @@ class SampleFolder:
 
     def write_manifest(self) -> None:
         """manifest.csv and manifest.parquet, from `rows`."""
-        constant = self._of_folder()
+        low, high = self.settings.get("interval") or (None, None)
+        known = self.settings | {"interval_low": low, "interval_high": high}
+        constant = {key: known.get(key) for key in OF_FOLDER}
         rows = [constant | self.rows[key] for key in sorted(self.rows)]
         stream = io.StringIO()
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(COLUMNS)
-        writer.writerows([_cell(key, row[key]) for key in COLUMNS] for row in rows)
+        for row in rows:
+            digits = {k: f"{row[k]:.{n}f}" for k, n in DECIMALS.items() if row[k] is not None}
+            writer.writerow((row | digits)[key] for key in COLUMNS)  # None is an empty cell
         write_if_changed(self.root / "manifest.csv", stream.getvalue().encode())
         write_if_changed(self.root / "manifest.parquet", _parquet(rows))
-
-    def _of_folder(self) -> Row:
-        low, high = self.settings.get("interval") or (None, None)
-        known = self.settings | {"interval_low": low, "interval_high": high}
-        return {key: known.get(key) for key in OF_FOLDER}
 
     def finish(self) -> None:
         """Write all files that are made from the journals, except those that would not change."""
@@ -234,13 +237,12 @@ class SampleFolder:
             rows = [paths[start : start + GRID_COLUMNS] for start in starts]
         columns = max(len(paths) for paths in rows)
         height, width, _ = read_tile(rows[0][0]).shape
-        gap = 2  # white pixels between tiles
-        shape = (len(rows) * (height + gap) - gap, columns * (width + gap) - gap, 3)
-        grid = np.full(shape, 255, dtype=np.uint8)
+        # Each tile with two white pixels below and to the right, which the last ones lose.
+        grid = np.full((len(rows), height + 2, columns, width + 2, 3), 255, dtype=np.uint8)
         for i, paths in enumerate(rows):
             for j, path in enumerate(paths):
-                top, left = i * (height + gap), j * (width + gap)
-                grid[top : top + height, left : left + width] = read_tile(path)
+                grid[i, :height, j, :width] = read_tile(path)
+        grid = grid.reshape(len(rows) * (height + 2), columns * (width + 2), 3)[:-2, :-2]
         stream = io.BytesIO()
         Image.fromarray(grid).save(stream, "PNG")
         return stream.getvalue()
@@ -256,23 +258,15 @@ def image_file(name: str, index: int) -> str:
     return f"{name}/{index:06d}.png"
 
 
-def image_row(
-    name: str,
-    index: int,
-    file: str,
-    prob: float | None,
-    entropy: float | None,
-    seconds: float,
-    source: str | None = None,
-) -> Row:
+def image_row(name: str, index: int, **facts: Any) -> Row:
     """A row of the journal for an image that was just written.
 
     Args:
-        source: The real tile that it started from, relative to `start_from`.
+        facts: Of `OF_IMAGE` file, prob, entropy, seconds, and source, which is the real tile that
+            it started from, relative to `start_from`.
     """
-    row = {"class": name, "index": index, "file": file, "prob": prob, "entropy": entropy}
-    row["source"] = source
-    row |= {"made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "seconds": seconds}
+    made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    row = {"class": name, "index": index, **facts, "made": made}
     # As the manifest will say it, so that both ways to read a row give the same.
     digits = {key: row[key] for key in DECIMALS if row[key] is not None}
     return row | {key: round(value, DECIMALS[key]) for key, value in digits.items()}
@@ -282,12 +276,6 @@ def write_if_changed(path: Path, content: bytes) -> None:
     """Write a file atomically, unless it has this content already."""
     if not path.is_file() or path.read_bytes() != content:
         write_bytes(path, content)
-
-
-def _cell(key: str, value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.{DECIMALS[key]}f}" if key in DECIMALS else str(value)
 
 
 def _parquet(rows: Sequence[Row]) -> bytes:
@@ -303,3 +291,40 @@ def _parquet(rows: Sequence[Row]) -> bytes:
     stream = io.BytesIO()
     pq.write_table(pa.table(columns, schema=schema), stream)
     return stream.getvalue()
+
+
+def write_shards(folder: SampleFolder, size: int) -> list[Path]:
+    """Pack the images into OUT/shard-000000.tar, ...; the same images give the same bytes.
+
+    They lie beside the class folders: a folder of them would count as a class.
+
+    The classes alternate, so each shard holds all of them as evenly as the counts allow.
+
+    Args:
+        size: Images per shard. One shard is held in memory.
+
+    Returns:
+        The shards. Others, of an earlier division, are removed.
+    """
+    keys = sorted(folder.rows, key=lambda key: (key[1], key[0]))
+    shards = []
+    for start in range(0, len(keys), size):
+        path, stream = folder.root / NAME.format(len(shards)), io.BytesIO()
+        members = (_members(folder, key) for key in keys[start : start + size])
+        write_tar(stream, chain.from_iterable(members))
+        write_if_changed(path, stream.getvalue())
+        shards.append(path)
+    for path in folder.root.glob("shard-*.tar"):
+        if path not in shards:
+            path.unlink()
+    return shards
+
+
+def _members(folder: SampleFolder, key: tuple[str, int]) -> Iterator[tuple[str, bytes]]:
+    classes, row = folder.settings["classes"], folder.rows[key]
+    stem = row["file"].removesuffix(".png")
+    label = -1 if classes is None else classes.index(row["class"])
+    about = {name: row[name] for name in OF_IMAGE if name not in VOLATILE}
+    yield f"{stem}.png", (folder.root / row["file"]).read_bytes()
+    yield f"{stem}.cls", str(label).encode()
+    yield f"{stem}.json", json.dumps(about).encode()

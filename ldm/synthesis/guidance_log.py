@@ -32,15 +32,11 @@ class Means(NamedTuple):
 
 @dataclass
 class GuidanceLog:
-    """Sums over images, by time step.
+    """Sums over images, by time step."""
 
-    Attributes:
-        sums: t -> the sum of each of `QUANTITIES`, None where it did not act.
-        images: t -> number of images.
-    """
-
+    # t -> the sum of each of `QUANTITIES`, None where it did not act.
     sums: dict[float, list[float | None]] = field(default_factory=dict)
-    images: dict[float, int] = field(default_factory=dict)
+    images: dict[float, int] = field(default_factory=dict)  # t -> number of images
 
     def add(self, times: Sequence[float], sums: Sequence[Sequence[float]], images: int) -> None:
         """Add a batch: per time step the three sums over its images, NaN for none."""
@@ -78,46 +74,34 @@ class GuidanceLog:
             lines.append(",".join((f"{t:g}", *cells, str(images))))
         return "\n".join(lines) + "\n"
 
-    def warnings(self, sampling: Sampling) -> list[str]:
+    def warnings(self, sampling: Sampling) -> Iterator[str]:
         """Sentences that name a time step, a ratio and the remedy, where guidance looks wrong."""
-        option = "`cfg_scale`" if sampling.cfg_scale != 1 else "`autoguidance_scale`"
-        return [
-            *self._judge("guidance_to_noise", "`classifier_scale`", ", or set `guidance_clip`"),
-            *self._judge("extrapolation_to_noise", option, ""),
-            *self._judge_solver(sampling),
-        ]
-
-    def _largest(self, quantity: str) -> tuple[float, float] | None:
-        """Largest mean of a quantity and its time step."""
-        means = [(getattr(row, quantity), row.t) for row in self]
-        return max(((ratio, t) for ratio, t in means if ratio is not None), default=None)
-
-    def _judge(self, quantity: str, option: str, clip: str) -> list[str]:
-        largest = self._largest(quantity)
-        if largest is None:
-            return []
-        ratio, t = largest
-        if ratio < WEAKEST_RATIO:
-            return [
-                f"{option}: guidance does almost nothing, at most {ratio:.4f} of the predicted "
-                f"noise (at t={t:g}); raise it"
-            ]
-        if ratio > STRONGEST_RATIO:
-            return [
-                f"{option}: guidance dominates, {ratio:.2f} times the predicted noise at t={t:g}; "
-                f"lower it{clip}, or leave such t out with `guidance_interval`"
-            ]
-        return []
-
-    def _judge_solver(self, sampling: Sampling) -> list[str]:
-        if sampling.sampler != "dpm++2m":
-            return []
-        found = [self._largest(name) for name in ("guidance_to_noise", "extrapolation_to_noise")]
-        largest = max((pair for pair in found if pair is not None), default=None)
-        if largest is None or largest[0] <= STRONGEST_RATIO_2M:
-            return []
-        return [
-            f"`sampler` dpm++2m: guidance is {largest[0]:.2f} times the predicted noise at "
-            f"t={largest[1]:g}, where a second-order solver may be worse than DDIM; compare with "
-            "`sampler` ddim, take more steps or guide less"
-        ]
+        further = "`cfg_scale`" if sampling.cfg_scale != 1 else "`autoguidance_scale`"
+        strongest = (0.0, 0.0)  # ratio and its time step, of any guidance
+        for quantity, option, clip in (
+            ("guidance_to_noise", "`classifier_scale`", ", or set `guidance_clip`"),
+            ("extrapolation_to_noise", further, ""),
+        ):
+            means = [(getattr(row, quantity), row.t) for row in self]
+            known = [pair for pair in means if pair[0] is not None]
+            if not known:
+                continue
+            ratio, t = max(known)
+            strongest = max(strongest, (ratio, t))
+            if ratio < WEAKEST_RATIO:
+                yield (
+                    f"{option}: guidance does almost nothing, at most {ratio:.4f} of the predicted "
+                    f"noise (at t={t:g}); raise it"
+                )
+            elif ratio > STRONGEST_RATIO:
+                yield (
+                    f"{option}: guidance dominates, {ratio:.2f} times the predicted noise at "
+                    f"t={t:g}; lower it{clip}, or leave such t out with `guidance_interval`"
+                )
+        ratio, t = strongest
+        if sampling.sampler == "dpm++2m" and ratio > STRONGEST_RATIO_2M:
+            yield (
+                f"`sampler` dpm++2m: guidance is {ratio:.2f} times the predicted noise at t={t:g}, "
+                "where a second-order solver may be worse than DDIM; compare with `sampler` ddim, "
+                "take more steps or guide less"
+            )

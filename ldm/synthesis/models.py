@@ -1,6 +1,5 @@
 """Models that belong together, from their checkpoints."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from ldm.checkpoint import KEY, checkpoint_path, load_model, read_checkpoint
 from ldm.devices import Devices
 from ldm.errors import UserError
 from ldm.files import file_sha256
+from ldm.models.base import HistoModule
 from ldm.models.classifier import GuidingClassifier, check_latents
 from ldm.models.diffusion import LatentDiffusion
 from ldm.synthesis.settings import UNCONDITIONAL, Sampling
@@ -18,20 +18,14 @@ from ldm.synthesis.settings import UNCONDITIONAL, Sampling
 
 @dataclass(frozen=True)
 class Models:
-    """What a synthesiser needs, in evaluation mode.
+    """What a synthesiser needs, in evaluation mode."""
 
-    Attributes:
-        diffusion: The noise predictor, and the decoder.
-        classifier: Guides, and gives the probability of the wanted class.
-        weak: An earlier or smaller noise predictor, for autoguidance.
-        files: SHA-256 of each checkpoint, by role.
-        facts: What each checkpoint says of itself, by role.
-    """
-
-    diffusion: LatentDiffusion
+    diffusion: LatentDiffusion  # the noise predictor, and the decoder
+    # Guides, and gives the probability of the wanted class.
     classifier: GuidingClassifier | None = None
-    weak: LatentDiffusion | None = None
-    files: dict[str, str] = field(default_factory=dict)
+    weak: LatentDiffusion | None = None  # an earlier or smaller noise predictor, for autoguidance
+    files: dict[str, str] = field(default_factory=dict)  # SHA-256 of each checkpoint, by role
+    # What each checkpoint says of itself, by role.
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -78,14 +72,21 @@ def load_models(
         UserError: A wrong kind, or models that were not made for one another: another latent space,
             latent scale, noise schedule or class list.
     """
+    files: dict[str, str] = {}
+    facts: dict[str, dict[str, Any]] = {}
+
+    def note(role: str, path: str | Path, record: dict[str, Any]) -> None:
+        """Note what a reader of a data set may want to know of a checkpoint."""
+        files[role] = file_sha256(checkpoint_path(path))
+        known = {name: record[name] for name in ("classes", "seed", "revision")}
+        facts[role] = {"model": record["model"]["target"].rsplit(".", 1)[-1], **known}
+
     diffusion = load_model(diffusion_path, "diffusion", device, what="`model`")
-    files = {"diffusion": file_sha256(checkpoint_path(diffusion_path))}
-    facts = {"diffusion": _facts(diffusion.record)}
+    note("diffusion", diffusion_path, diffusion.record)
     classifier = weak = None
     if classifier_path is not None:
         classifier = load_model(classifier_path, "classifier", device, what="`classifier`")
-        files["classifier"] = file_sha256(checkpoint_path(classifier_path))
-        facts["classifier"] = _facts(classifier.record)
+        note("classifier", classifier_path, classifier.record)
         where = f"`classifier` {classifier_path}"
         if not classifier.classes:
             raise UserError(f"{where} is damaged: it names no classes; give another checkpoint")
@@ -96,8 +97,7 @@ def load_models(
             _check_classes(diffusion, diffusion_path, classifier, where)
     if autoguidance_path is not None:
         weak = load_model(autoguidance_path, "diffusion", device, what="`autoguidance`")
-        files["autoguidance"] = file_sha256(checkpoint_path(autoguidance_path))
-        facts["autoguidance"] = _facts(weak.record)
+        note("autoguidance", autoguidance_path, weak.record)
         where = f"`autoguidance` {autoguidance_path}"
         if files["autoguidance"] == files["diffusion"]:
             raise UserError(f"{where} is {diffusion_path} itself; give an earlier one of its run")
@@ -106,9 +106,8 @@ def load_models(
             _check_classes(diffusion, diffusion_path, weak, where)
     if first_stage_path is not None:
         diffusion.replace_first_stage(str(first_stage_path))
-        files["first_stage"] = file_sha256(checkpoint_path(first_stage_path))
         record = read_checkpoint(first_stage_path)[KEY]
-        facts["first_stage"] = _facts(record)
+        note("first_stage", first_stage_path, record)
         classes = Models(diffusion, classifier).classes
         if classes and record["classes"] and record["classes"] != classes:
             raise UserError(
@@ -119,27 +118,13 @@ def load_models(
 
 
 def _check_classes(
-    diffusion: LatentDiffusion,
-    path: str | Path,
-    other: GuidingClassifier | LatentDiffusion,
-    where: str,
+    diffusion: LatentDiffusion, path: str | Path, other: HistoModule, where: str
 ) -> None:
-    ours: Sequence[str] | None = diffusion.classes
-    if other.classes != ours:
+    if other.classes != diffusion.classes:
         raise UserError(
-            f"{where} knows the classes {other.classes}, {path} {ours}; use models of the same "
-            "labelled set"
+            f"{where} knows the classes {other.classes}, {path} {diffusion.classes}; use models of "
+            "the same labelled set"
         )
-
-
-def _facts(record: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint's record says that a reader of a data set may want to know."""
-    return {
-        "model": record["model"]["target"].rsplit(".", 1)[-1],
-        "classes": record["classes"],
-        "seed": record["seed"],
-        "revision": record["revision"],
-    }
 
 
 def make_settings(

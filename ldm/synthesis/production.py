@@ -7,10 +7,9 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import accumulate, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,67 +32,28 @@ QUEUE = 2  # sampled batches that may wait to be written: latents are small, but
 STAGES = 8  # pictures of a class's first image on its way from noise
 
 
-@dataclass(frozen=True)
-class Part:
-    """A share of the images: every `count`-th from the `number`-th on."""
+class SampleReport(NamedTuple):
+    """What a call of `synthesise` did."""
 
-    number: int = 0
-    count: int = 1
-
-    @property
-    def is_whole(self) -> bool:
-        return self.count == 1
-
-    @property
-    def suffix(self) -> str:
-        """Ending of the names of journals, so that parts that start together do not share one."""
-        return "" if self.is_whole else f"-{self.number:04d}"
-
-    def of(self, jobs: Iterable[Job]) -> Iterator[Job]:
-        return islice(jobs, self.number, None, self.count)
-
-
-EVERYTHING = Part()
-
-
-@dataclass(frozen=True)
-class SampleReport:
-    """What a call of `synthesise` did.
-
-    Attributes:
-        made: Images made, by all processes together.
-        present: Images that were wanted and there already.
-        seconds: Wall-clock time of making them, without loading models.
-    """
-
-    made: int
-    present: int
-    seconds: float
+    made: int  # images, by all processes together
+    present: int  # images that were wanted and there already
+    seconds: float  # wall-clock time of making them, without loading models
 
     @property
     def images_per_s(self) -> float:
         return self.made / self.seconds if self.made else 0.0
 
 
-@dataclass(frozen=True)
-class Batch:
-    """A sampled batch, to be decoded and written.
+class Batch(NamedTuple):
+    """A sampled batch, to be decoded and written."""
 
-    Attributes:
-        jobs: (class, index) of each image.
-        z_0: Latents, (B, C, H, W).
-        seconds: Time it took so far.
-        sources: The real tile that each image started from.
-        stages: Class, time step and expected latent (C, H, W) of first images on their way.
-    """
-
-    jobs: list[tuple[str, int]]
-    z_0: Tensor
-    confidences: list[Confidence | None]
+    jobs: list[Job]
+    z_0: Tensor  # latents, (B, C, H, W)
+    confidences: list[Confidence]
     guidance: GuidanceLog
-    seconds: float
-    sources: list[str | None]
-    stages: list[tuple[str, float, Tensor]]
+    seconds: float  # that it took so far
+    sources: list[str | None]  # the real tile that each image started from
+    stages: list[tuple[str, float, Tensor]]  # class, t, expected latent of first images
 
 
 class Writer:
@@ -141,11 +101,10 @@ class Writer:
             for job, image in zip(batch.jobs, images, strict=True)
         ]
         seconds = (batch.seconds + time.perf_counter() - start) / len(files)
+        columns = zip(batch.jobs, files, batch.confidences, batch.sources, strict=True)
         rows = [
-            image_row(*job, file, *(confidence or (None, None)), seconds, source)
-            for job, file, confidence, source in zip(
-                batch.jobs, files, batch.confidences, batch.sources, strict=True
-            )
+            image_row(*job, file=file, **opinion._asdict(), source=source, seconds=seconds)
+            for job, file, opinion, source in columns
         ]
         self._journal.add({"rows": rows, "guidance": batch.guidance.record()})
 
@@ -156,7 +115,7 @@ def synthesise(
     counts: Mapping[str, int],
     batch_size: int,
     ranks: Ranks | None = None,
-    part: Part = EVERYTHING,
+    part: tuple[int, int] = (0, 1),
     sources: Sources | None = None,
 ) -> SampleReport:
     """Make the images 0..count-1 of each class that `folder` does not hold yet.
@@ -165,32 +124,37 @@ def synthesise(
         counts: Images per class, of `synthesiser.models.names`.
         batch_size: Images sampled together, of several classes where one does not fill the batch.
         ranks: Processes that share the work; this one alone by default.
-        part: Share of the images to make. Other runs may be making theirs in the same folder, so
-            what is made of all images (manifest, card) is left to a run without parts.
+        part: Share of the images to make, (i, n) for every n-th from the i-th on. Other runs may be
+            making theirs in the same folder, so what is made of all images (manifest, card) is left
+            to a run without parts.
         sources: Real tiles to start from, where there is a `Sampling.strength`.
 
     Raises:
         UserError: Sampling failed; images that were finished before are in the folder.
     """
     ranks = ranks or Ranks()
+    (number, count), alone = part, part == (0, 1)
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
+    if not alone:
+        stamp += f"-{number:04d}"  # parts that start together do not share a journal
     # The same for all: each would find what the others have made already.
-    there, stamp = ranks.broadcast((frozenset(folder.rows), f"{stamp}{part.suffix}"))
-    wanted = len(range(part.number, sum(counts.values()), part.count))
+    there, stamp = ranks.broadcast((frozenset(folder.rows), stamp))
+    wanted = len(range(number, sum(counts.values()), count))
     present = _count_present(there, counts, part)
     if present == wanted:
-        if ranks.is_first and part.is_whole:
+        if ranks.is_first and alone:
             folder.finish()
         return SampleReport(0, present, 0.0)
     if present:
         log.info("%d of %d images are there already", present, wanted)
     if ranks.is_first:
         log.info("%s", synthesiser.devices.describe())
-        folder.start(alone=part.is_whole)
+        folder.start(alone)
     ranks.barrier()
     start = time.perf_counter()
     try:
-        missing = (job for job in part.of(_jobs(counts)) if job not in there)
+        jobs = ((name, i) for name, images in counts.items() for i in range(images))
+        missing = (job for job in islice(jobs, number, None, count) if job not in there)
         mine = islice(missing, ranks.rank, None, ranks.size)
         share = len(range(ranks.rank, wanted - present, ranks.size))
         with (
@@ -202,28 +166,24 @@ def synthesise(
             _sample(synthesiser, folder, journal, mine, share, batch_size, quiet, sources)
         ranks.barrier()
     except BaseException:
-        if ranks.is_first and part.is_whole:
+        if ranks.is_first and alone:
             folder.read()
             folder.write_manifest()
         raise
     seconds = time.perf_counter() - start
-    if ranks.is_first and part.is_whole:
+    if ranks.is_first and alone:
         folder.read()
         folder.finish()
     return SampleReport(wanted - present, present, seconds)
 
 
-def _count_present(there: Iterable[Job], counts: Mapping[str, int], part: Part) -> int:
+def _count_present(there: Iterable[Job], counts: Mapping[str, int], part: tuple[int, int]) -> int:
     """How many of the images `there` are wanted; no list of all is made, there may be millions."""
     firsts = dict(zip(counts, accumulate(counts.values(), initial=0), strict=False))
     return sum(
-        index < counts.get(name, 0) and (firsts[name] + index) % part.count == part.number
+        index < counts.get(name, 0) and (firsts[name] + index) % part[1] == part[0]
         for name, index in there
     )
-
-
-def _jobs(counts: Mapping[str, int]) -> Iterator[Job]:
-    return ((name, index) for name, count in counts.items() for index in range(count))
 
 
 def _start(synthesiser: Synthesiser, ranks: Ranks) -> dict[str, Any] | None:
@@ -279,14 +239,13 @@ def _sample(
             bar.set_description(batch[0][0], refresh=bar.live)
             start = time.perf_counter()
             labels = [synthesiser.models.label(name) for name, _ in batch]
-            synthesiser.guidance_log, stages = GuidanceLog(), []
             indices = [index for _, index in batch]
+            synthesiser.guidance_log, stages = GuidanceLog(), []
             starts = None if sources is None else sources.latents(batch)
             z_0 = synthesiser.latents(labels, indices, show, starts)
             confidences = synthesiser.confidences(z_0, labels)
             seconds = time.perf_counter() - start
             files = [None if sources is None else sources.file(*job) for job in batch]
-            log_of_batch = synthesiser.guidance_log
-            done = Batch(batch, z_0, confidences, log_of_batch, seconds, files, stages)
-            writer.put(done)
+            guidance = synthesiser.guidance_log
+            writer.put(Batch(batch, z_0, confidences, guidance, seconds, files, stages))
             bar.update(len(batch))

@@ -1,25 +1,116 @@
 """What sample_diffusion.py does: images of each class, as its options say."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ldm.checkpoint import checkpoint_path
 from ldm.cli import existing_path
+from ldm.data.images import class_folders, list_images
 from ldm.devices import shared_devices
 from ldm.errors import UserError
 from ldm.files import require_outside
 from ldm.settings import DEFAULT_COUNT, DEFAULT_SCALE, DEFAULT_STEPS, DEFAULT_STRENGTH
-from ldm.synthesis.counts import balance, choose_classes, parse_counts
-from ldm.synthesis.folder import SampleFolder
+from ldm.synthesis.folder import SampleFolder, write_shards
 from ldm.synthesis.models import Models, load_models, make_settings
-from ldm.synthesis.production import Part, synthesise
+from ldm.synthesis.production import synthesise
 from ldm.synthesis.settings import Sampling
-from ldm.synthesis.shards import write_shards
 from ldm.synthesis.sources import Sources
 from ldm.synthesis.synthesiser import Synthesiser
 
 log = logging.getLogger(__name__)
+
+
+def find_class(word: str, known: Sequence[str], option: str) -> str:
+    """The class that a name or an index means; a class whose name is a number wins over an index.
+
+    Raises:
+        UserError: There is no such class.
+    """
+    if word in known:
+        return word
+    if word.isdecimal() and int(word) < len(known):
+        return known[int(word)]
+    listed = ", ".join(f"{index}={name}" for index, name in enumerate(known))
+    raise UserError(f"{option}: unknown class {word!r}; the model knows {listed}")
+
+
+def choose_classes(text: str, known: Sequence[str]) -> list[str]:
+    """The classes that a text such as `ADI,3` means, in the model's order.
+
+    Raises:
+        UserError: A class is unknown or given twice, or the list is empty.
+    """
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    option = f"classes={text}"
+    if not words:
+        raise UserError(f"{option}: empty list; the model knows {', '.join(known)}")
+    chosen = [find_class(word, known, option) for word in words]
+    _check_distinct(chosen, option)
+    return [name for name in known if name in chosen]
+
+
+def parse_counts(text: str, known: Sequence[str]) -> dict[str, int]:
+    """Images per class that a text such as `ADI=500,3=200` means, in the model's order.
+
+    Raises:
+        UserError: A class is unknown or given twice, or a count is not a whole number from 1.
+    """
+    option, counts = f"counts={text}", {}
+    names = []
+    for part in (part.strip() for part in text.split(",") if part.strip()):
+        word, equals, number = (piece.strip() for piece in part.rpartition("="))
+        if not equals or not number.isdecimal() or int(number) < 1:
+            raise UserError(
+                f"{option}: {part!r} must be CLASS=NUMBER with a whole number from 1, as ADI=500"
+            )
+        names.append(find_class(word, known, option))
+        counts[names[-1]] = int(number)
+    if not names:
+        raise UserError(f"{option}: empty list; give CLASS=NUMBER,...")
+    _check_distinct(names, option)
+    return {name: counts[name] for name in known if name in counts}
+
+
+def balance(
+    folder: str | Path, names: Sequence[str], known: Sequence[str], extra: int = 0
+) -> dict[str, int]:
+    """Images per class that bring each to the size of the largest class of a training folder.
+
+    Args:
+        folder: Labelled training set, FOLDER/CLASS/images.
+        names: Classes to fill up.
+        known: All classes of the model.
+        extra: Images on top of that, for every class.
+
+    Raises:
+        UserError: `folder` is no such set, has other classes, or needs no images.
+    """
+    root = existing_path(folder, "balance", "dir")
+    found = {name: len(list_images(root / name)) for name in class_folders(root)}
+    different = sorted(found.keys() ^ set(known))
+    if different:
+        raise UserError(
+            f"balance={folder}: its classes are {', '.join(found) or 'none'}, the model's "
+            f"{', '.join(known)} (different: {', '.join(different)}); give a training set with the "
+            "model's classes"
+        )
+    largest = max(found.values())
+    counts = {name: largest - found[name] + extra for name in names}
+    counts = {name: count for name, count in counts.items() if count > 0}
+    if not counts:
+        raise UserError(
+            f"balance={folder}: its classes are balanced, with {largest} images each; give -n "
+            "to add so many to each"
+        )
+    return counts
+
+
+def _check_distinct(names: Sequence[str], option: str) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"{option}: {', '.join(twice)} is given twice; name each class once")
 
 
 def check_models(args: Any, models: Models) -> None:
@@ -117,13 +208,6 @@ def choose_sources(args: Any, models: Models, counts: dict[str, int]) -> Sources
     return sources
 
 
-def default_outdir(checkpoint: Path, label: str) -> Path:
-    """RUN/samples/LABEL for RUN/checkpoints/x.ckpt, else a folder beside the checkpoint."""
-    parent = checkpoint.parent
-    run = parent.parent if parent.name == "checkpoints" else parent
-    return run / "samples" / label
-
-
 def sample(args: Any) -> int:
     """Make the images that the options of sample_diffusion.py ask for; returns the exit status."""
     # Everything that can be wrong is found before other processes are started.
@@ -139,10 +223,12 @@ def sample(args: Any) -> int:
     check_models(args, models)
     sampling, counts = choose_sampling(args, models), choose_counts(args, models)
     sources = choose_sources(args, models, counts)
-    checkpoint = checkpoint_path(args.model, "`model`")
-    outdir = Path(args.out) if args.out else default_outdir(checkpoint, sampling.label)
+    # Of RUN/checkpoints/x.ckpt it is RUN/samples/LABEL, else a folder beside the checkpoint.
+    run = checkpoint_path(args.model, "`model`").parent
+    run = run.parent if run.name == "checkpoints" else run
+    outdir = Path(args.out) if args.out else run / "samples" / sampling.label
     settings = make_settings(sampling, models, devices, args.out_size)
-    part = Part(*(args.part or (0, 1)))
+    part = args.part or (0, 1)
     folder = SampleFolder(outdir, settings, models.facts)
 
     with devices.launch() as (ranks, device):
@@ -153,9 +239,9 @@ def sample(args: Any) -> int:
     for warning in folder.guidance_log.warnings(sampling):
         log.warning("warning: %s", warning)
     shards = write_shards(folder, args.tar) if args.tar else []
-    if not part.is_whole:
+    if part != (0, 1):
         print(
-            f"part {part.number} of {part.count}: {report.made} images made, {report.present} were "
+            f"part {part[0]} of {part[1]}: {report.made} images made, {report.present} were "
             f"there, in {outdir}; once all parts are made, the same command without `part`"
         )
     elif report.made:

@@ -82,15 +82,11 @@ def accelerated(
 
 
 class Confidence(NamedTuple):
-    """The classifier's opinion of a finished latent, at t = 0.
+    """The classifier's opinion of a finished latent, at t = 0; None without a classifier."""
 
-    Attributes:
-        prob: p(y | z_0) of the wanted class.
-        entropy: Of p(. | z_0), nats: 0 for a certain classifier, log K for one that guesses.
-    """
-
-    prob: float
-    entropy: float
+    prob: float | None = None  # p(y | z_0) of the wanted class
+    # Of p(. | z_0), nats: 0 for a certain classifier, log K for one that guesses.
+    entropy: float | None = None
 
 
 class Synthesiser:
@@ -279,10 +275,10 @@ class Synthesiser:
         return to_uint8(self._decode(z_0))
 
     @torch.no_grad()
-    def confidences(self, z_0: Tensor, labels: Sequence[int]) -> list[Confidence | None]:
-        """The classifier's opinion of each latent; None without a classifier."""
+    def confidences(self, z_0: Tensor, labels: Sequence[int]) -> list[Confidence]:
+        """The classifier's opinion of each latent."""
         if self._classify is None:
-            return [None] * len(labels)
+            return [Confidence()] * len(labels)
         p = self._judge(z_0)  # (B, K)
         wanted = p.gather(1, torch.tensor(labels, device=p.device)[:, None])[:, 0].tolist()
         entropies = torch.special.entr(p).sum(dim=1).tolist()
