@@ -1,17 +1,19 @@
 """Measure training and sampling on a GPU: images/s, share of the card's peak, beside diffusers.
 
     python benchmarks/gpu.py
-    python benchmarks/gpu.py --minutes 1.6 --out gpu.json
+    python benchmarks/gpu.py --minutes 3 --out gpu.json
 
 The networks are the paper's, with random weights that both libraries share in number and layout;
-all run in bf16 autocast, with fused optimisers. Each line is printed as soon as it is measured, the
-most telling ones first; a line that the time left does not allow is named and left out. So cuDNN's
-search for algorithms, which took half a minute for the UNet on an H200, comes last. The peak is
-that of a bf16 matrix product, measured at the start.
+all run in bf16 autocast, with fused optimisers. Each line is printed as soon as it is measured; a
+line that the time left does not allow is named and left out. The peak is that of a bf16 matrix
+product, measured at the start. Compiled lines come first, in processes that compile side by side
+before anything is measured; cuDNN's search for algorithms, half a minute for each, comes last. At
+the end a line for each task says what each choice (channels_last, compile, search) gave.
 
 - training step: the paper's UNet on latents in memory, with L1 error, AdamW and averaged weights.
 - autoencoder step: reconstruction and KL at 256 pixels, without LPIPS and discriminator.
-- parts: kernels of attention, and norms, at the UNet's full resolution, forward and backward.
+- parts: kernels of attention, and norms, at the UNet's full resolution, and the step of AdamW.
+  Where flash attention is faster than cuDNN's, which PyTorch prefers on Hopper, all lines use it.
 - guided sampling: 50 DDIM steps guided by the half UNet, and decoding to uint8 in main memory.
   diffusers has no classifier guidance, so ours guides its networks and scheduler in a plain loop.
 """
@@ -19,12 +21,16 @@ that of a bf16 matrix product, measured at the start.
 import gc
 import importlib.util
 import math
+import os
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -35,6 +41,7 @@ if not __package__:  # run as a file: its own folder comes first on the path, th
 
 from benchmarks.common import Ready, no_lap, peak_memory, restart_peak, rounded, surroundings
 from ldm.cli import Count, option, parse, run_command
+from ldm.devices import usable_cores
 from ldm.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,8 +53,22 @@ STARTED = time.monotonic()  # imports take some of the time, too
 MATRIX = 8192  # side of the matrices whose product gives the peak
 PARTS = 16  # images of the parts
 SEARCH = 30.0  # seconds that cuDNN searches for the algorithms of a network
-LONG = 2.0  # seconds of a step whose operators are not listed
-OPERATORS = 12  # that are listed, of those that take most time
+LONG = 2.0  # seconds of a step whose kernels are not listed
+LISTED = 12  # kinds of kernels (on a CPU, operators), those that take most time
+# Kinds of kernels by what their names hold; the first that fits counts.
+KINDS = {
+    "layout": ("nchwToNhwc", "nhwcToNchw"),
+    "attention": ("fmha", "flash", "sdpa"),
+    "optimiser": ("multi_tensor", "Adam"),
+    "norm": ("GroupNorm", "RowwiseMoments", "GammaBeta", "InternalGradients", "ComputeFusedParams"),
+    "compiled": ("triton",),
+    "product": ("gemm", "conv", "cutlass", "xmma", "wgrad", "dgrad", "fprop", "nvjet"),
+    "copy": ("copy", "Memcpy", "Memset", "CatArray"),
+    "elementwise": ("elementwise",),
+}
+CHOICES = ("compile", "channels_last", "search")
+FLASH = "TORCH_CUDNN_SDPA_DEPRIORITIZED"  # PyTorch's own variable: flash attention before cuDNN's
+PATIENCE, PAUSE = 4, 15.0  # times, and seconds, that a process waits for memory others hold
 MEASURED = 3.0  # seconds that each line is measured for, after a warm-up
 AUTOENCODER_RATE, KL_WEIGHT = 4.5e-6, 1e-6  # of the paper's configuration
 
@@ -57,7 +78,7 @@ class Options:
     """Measure training and sampling on a GPU, beside diffusers."""
 
     program: ClassVar = "python benchmarks/gpu.py"
-    example: ClassVar = "--minutes 1.6 --out gpu.json"
+    example: ClassVar = "--minutes 3 --out gpu.json"
 
     minutes: Annotated[float, Field(gt=0, le=600)] = option(
         default=8.0, help="time for all; what does not fit is left out"
@@ -69,7 +90,7 @@ class Options:
         default=64, help="images of a training step; halved until they fit, as the others"
     )
     autoencoder_batch: Count = option(default=16, help="images of an autoencoder's step")
-    sample_batch: Count = option(default=32, help="images that are sampled at once")
+    sample_batch: Count = option(default=64, help="images that are sampled at once")
     custom_steps: Annotated[int, Field(ge=1, le=1000)] = option(
         "-c", default=50, help="sampling steps"
     )
@@ -103,27 +124,35 @@ def tasks_of(networks: "Networks", classifier: dict[str, Any], args: Options) ->
     Args:
         classifier: Settings of the guide's network, see `ldm.models.classifier.network_config`.
     """
-    from benchmarks import sample
-
-    def train_unet(library: str, execution: "Execution", batch_size: int) -> Ready:
-        return build_training(library, networks, execution, batch_size)
-
-    def train_autoencoder(library: str, execution: "Execution", batch_size: int) -> Ready:
-        return build_autoencoder_training(library, networks, execution, batch_size)
-
-    def guided(library: str, execution: "Execution", batch_size: int) -> Ready:
-        arm = "guided" if library == "ours" else f"guided_{library}"
-        return sample.build(arm, networks, classifier, execution, batch_size, args.custom_steps)
-
+    training = partial(build_training, networks=networks)
+    guided = partial(
+        build_sampling, networks=networks, classifier=classifier, steps=args.custom_steps
+    )
+    autoencoder = partial(build_autoencoder_training, networks=networks)
     return [
-        Task("training step", train_unet, args.train_batch, 12, 110, goal=0.4),
+        Task("training step", training, args.train_batch, 12, 110, goal=0.4),
         Task("guided sampling", guided, args.sample_batch, 15, 90, goal=25.0),
-        Task("autoencoder step", train_autoencoder, args.autoencoder_batch, 8, 60),
+        Task("autoencoder step", autoencoder, args.autoencoder_batch, 8, 60),
     ]
 
 
+def build_sampling(
+    library: str,
+    execution: "Execution",
+    batch_size: int,
+    networks: "Networks",
+    classifier: dict[str, Any],
+    steps: int,
+) -> Ready:
+    """A contestant that samples under guidance, see `benchmarks.sample.build`."""
+    from benchmarks import sample
+
+    arm = "guided" if library == "ours" else f"guided_{library}"
+    return sample.build(arm, networks, classifier, execution, batch_size, steps)
+
+
 def build_training(
-    library: str, networks: "Networks", execution: "Execution", batch_size: int
+    library: str, execution: "Execution", batch_size: int, networks: "Networks"
 ) -> Ready:
     """A contestant that trains the noise predictor, see `benchmarks.train.build`."""
     import torch
@@ -136,7 +165,7 @@ def build_training(
 
 
 def build_autoencoder_training(
-    library: str, networks: "Networks", execution: "Execution", batch_size: int
+    library: str, execution: "Execution", batch_size: int, networks: "Networks"
 ) -> Ready:
     """A contestant that trains an autoencoder with pixel and KL errors and Adam."""
     import torch
@@ -234,66 +263,133 @@ def release(device: "torch.device") -> None:
     restart_peak(device)
 
 
-def attempt(
-    task: Task, library: str, execution: "Execution", batch_size: int, at_least: float
-) -> dict[str, Any]:
-    """Build a contestant and measure it for `at_least` seconds, after a warm-up."""
-    device = execution.device
-    release(device)
-    base = 0.0 if device.type == "cuda" else peak_memory(device)
-    ready = task.build(library, execution, batch_size)
-    start = time.perf_counter()
-    ready.step(no_lap)
-    synchronise(device)
-    first = time.perf_counter() - start
-    seconds = seconds_per_call(lambda: ready.step(no_lap), device, at_least)
-    memory = peak_memory(device) - base
-    shares = operators(lambda: ready.step(no_lap), device) if seconds < LONG else {}
-    return {
-        "batch_size": batch_size,
-        "images_per_s": rounded(batch_size / seconds),
-        "seconds": rounded(seconds),
-        "first_step_s": rounded(first),
-        "tflop_per_s": rounded(ready.flops / seconds / 1e12),
-        "gflop_per_image": rounded(ready.flops / batch_size / 1e9),
-        "peak_memory_mib": rounded(memory),
-        "parameters": ready.parameters,
-        "operators": shares,
-    }
+@dataclass(frozen=True)
+class Warm:
+    """A contestant that has taken its first step."""
+
+    ready: Ready
+    device: "torch.device"
+    batch_size: int
+    first_step: float  # seconds, with compilation
+    base: float  # MiB that this process held before it was built
+
+    def measure(self, at_least: float) -> dict[str, Any]:
+        """Its numbers, measured for `at_least` seconds."""
+
+        def step() -> None:
+            self.ready.step(no_lap)
+
+        restart_peak(self.device)
+        seconds = seconds_per_call(step, self.device, at_least)
+        return {
+            "batch_size": self.batch_size,
+            "images_per_s": rounded(self.batch_size / seconds),
+            "seconds": rounded(seconds),
+            "first_step_s": rounded(self.first_step),
+            "tflop_per_s": rounded(self.ready.flops / seconds / 1e12),
+            "gflop_per_image": rounded(self.ready.flops / self.batch_size / 1e9),
+            "peak_memory_mib": rounded(peak_memory(self.device) - self.base),
+            "parameters": self.ready.parameters,
+            "kernels": kernels(step, self.device) if seconds < LONG else {},
+        }
 
 
-def measure_line(
-    task: Task, library: str, execution: "Execution", at_least: float
-) -> dict[str, Any]:
-    """What `attempt` finds, with half of the images as long as they do not fit."""
+def warm_up(task: Task, library: str, execution: "Execution", patience: int = 0) -> Warm:
+    """Build a contestant, with half of the images as long as they do not fit into memory.
+
+    Args:
+        patience: How often to wait for memory that other processes may give back.
+    """
     import torch
 
-    batch_size = task.batch_size
+    device, batch_size = execution.device, task.batch_size
     while True:
+        release(device)
+        base = 0.0 if device.type == "cuda" else peak_memory(device)
         try:
-            return attempt(task, library, execution, batch_size, at_least)
+            ready = task.build(library, execution, batch_size)
+            start = time.perf_counter()
+            ready.step(no_lap)
+            synchronise(device)
+            return Warm(ready, device, batch_size, time.perf_counter() - start, base)
         except torch.OutOfMemoryError:
             if batch_size == 1:
                 raise
-        batch_size //= 2
+        if patience:
+            patience -= 1
+            time.sleep(PAUSE)
+        else:
+            batch_size //= 2
+
+
+def work(pipe: Any, task: Task, library: str, execution: "Execution", at_least: float) -> None:
+    """Warm up, say so, and measure when asked to; runs in a process of its own."""
+    try:
+        choose_attention()
+        warm = warm_up(task, library, execution, PATIENCE)
+        if execution.device.type == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()
+        pipe.send({})
+        pipe.recv()
+        pipe.send(warm.measure(at_least))
+    except Exception as error:  # of any library; the other lines are worth having
+        pipe.send({"failed": said(error)})
+
+
+class Worker:
+    """A process that warms up beside others, and measures when it is asked to."""
+
+    def __init__(self, task: Task, library: str, execution: "Execution", at_least: float):
+        spawn = get_context("spawn")
+        self.pipe, theirs = spawn.Pipe()
+        args = (theirs, task, library, execution, at_least)
+        self.process = spawn.Process(target=work, args=args, daemon=True)
+        self.process.start()
+        theirs.close()  # so that the end of the process is seen
+
+    def answer(self, until: float) -> dict[str, Any]:
+        """What it says next, or why it says nothing until then (`time.monotonic`)."""
+        try:
+            if self.pipe.poll(max(0.0, until - time.monotonic())):
+                return self.pipe.recv()
+            self.process.terminate()
+            return {"skipped": "not compiled in time"}
+        except EOFError:
+            return {"failed": "its process was killed, as for too much memory"}
+
+    def measure(self, until: float) -> dict[str, Any]:
+        self.pipe.send(None)
+        numbers = self.answer(until)
+        self.process.terminate()  # gives its memory back
+        self.process.join()
+        return numbers
+
+
+def said(error: Exception) -> str:
+    """An error as one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def plan(
     tasks: list[Task], peers: list[str], device: "torch.device"
-) -> Iterator[tuple[Task, str, "Execution"]]:
+) -> list[tuple[Task, str, "Execution"]]:
     """Lines in the order of measuring: task, library, and how it is run."""
     from benchmarks.networks import Execution
 
-    # channels_last, compile, search
-    for mode in (
-        (True, False, False),
+    modes = [  # channels_last, compile, search
         (True, True, False),
         (False, False, False),
+        (True, False, False),
         (True, False, True),
-    ):
-        for task in tasks:
-            for library in ["ours", *peers]:
-                yield task, library, Execution(device, "bf16", *mode)
+    ]
+    return [
+        (task, library, Execution(device, "bf16", *mode))
+        for mode in modes
+        for task in tasks
+        for library in ["ours", *peers]
+    ]
 
 
 def parts(networks: "Networks", device: "torch.device", batch_size: int) -> dict[str, float]:
@@ -309,30 +405,56 @@ def parts(networks: "Networks", device: "torch.device", batch_size: int) -> dict
     x = torch.randn(batch_size, width, side, side, **options)
     weight = torch.ones(width, device=device)
 
-    def attention() -> None:
-        F.scaled_dot_product_attention(*qkv).sum().backward()
+    def attention(backward: bool = True) -> None:
+        with torch.set_grad_enabled(backward):
+            found = F.scaled_dot_product_attention(*qkv)
+        if backward:
+            found.sum().backward()
 
     def norm(autocast: bool) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             scale = weight if autocast else weight.to(x.dtype)
             F.silu(F.group_norm(x, 32, scale, scale)).to(x.dtype).sum().backward()
 
-    calls = {"norm autocast": lambda: norm(True), "norm bf16": lambda: norm(False)}
-    result = {}
+    def milliseconds(call: Callable[..., None], *args: bool) -> float:
+        return rounded(1000 * seconds_per_call(lambda: call(*args), device, 0.2))
+
+    result = {"norm autocast": milliseconds(norm, True), "norm bf16": milliseconds(norm, False)}
+    result["attention"] = milliseconds(attention)  # the kernel that PyTorch prefers
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+        name = f"attention {backend.name.split('_')[0].lower()}"
         with sdpa_kernel(backend):
             try:
-                attention()
+                result[name] = milliseconds(attention)
             except RuntimeError:  # a device without this kernel
                 continue
-            name = f"attention {backend.name.split('_')[0].lower()}"
-            result[name] = seconds_per_call(attention, device, 0.2)
-    result |= {name: seconds_per_call(call, device, 0.2) for name, call in calls.items()}
-    return {name: rounded(1000 * seconds) for name, seconds in result.items()}
+            result[f"{name} forward"] = milliseconds(attention, False)
+    weights = [torch.zeros(2**20, device=device, requires_grad=True) for _ in range(100)]
+    for p in weights:
+        p.grad = torch.zeros_like(p)
+    for name in ("fused", "foreach"):
+        step = torch.optim.AdamW(weights, **{name: True}).step
+        result[f"AdamW {name}, 105 M weights"] = milliseconds(step)
+    return result
 
 
-def operators(call: Callable[[], Any], device: "torch.device") -> dict[str, float]:
-    """The operators that take most of a call: share of the device's time by name."""
+def choose_attention(ms: dict[str, float] | None = None) -> None:
+    """Have this process and those that it starts use flash attention where it is the faster one.
+
+    Args:
+        ms: What `parts` found; None in a process that was started: what was chosen before.
+    """
+    import torch
+
+    flash, cudnn = ((ms or {}).get(f"attention {name}", math.inf) for name in ("flash", "cudnn"))
+    if flash < cudnn < math.inf:
+        os.environ[FLASH] = "1"
+    if FLASH in os.environ:
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def kernels(call: Callable[[], Any], device: "torch.device") -> dict[str, float]:
+    """The kinds of kernels (on a CPU, operators) that take most of a call: shares of its time."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
@@ -341,14 +463,20 @@ def operators(call: Callable[[], Any], device: "torch.device") -> dict[str, floa
     with profile(activities=activities) as profiler:
         call()
         synchronise(device)
-    times = {
-        event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        for event in profiler.key_averages()
-        if event.device_type == DeviceType.CPU  # with the time of the kernels that they start
-    }
-    total = sum(times.values())
-    first = sorted(times, key=times.get, reverse=True)[:OPERATORS]
-    return {name: rounded(times[name] / total) for name in first}
+    times: Counter[str] = Counter()
+    for event in profiler.key_averages():
+        if not on_gpu:
+            times[event.key] += event.self_cpu_time_total
+        elif event.device_type == DeviceType.CUDA:
+            times[kind_of(event.key)] += event.self_device_time_total
+    total = times.total()
+    return {name: rounded(time_ / total) for name, time_ in times.most_common(LISTED)}
+
+
+def kind_of(kernel: str) -> str:
+    """The kind of a kernel by its name, see `KINDS`."""
+    fits = (kind for kind, words in KINDS.items() if any(word in kernel for word in words))
+    return next(fits, kernel.split("<")[0][-40:])
 
 
 def measured(
@@ -369,27 +497,61 @@ def measured(
     """
     peak = matmul_peak(device, side)
     yield {"task": "matmul", "tflop_per_s": rounded(peak / 1e12)}
-    yield {"task": "parts", "ms": parts(networks, device, PARTS)}
+    ms = parts(networks, device, PARTS)
+    choose_attention(ms)
+    yield {"task": "parts", "ms": ms, "flash": FLASH in os.environ}
+    release(device)
+    contest = plan(tasks, peers, device)
+    compiled = compile_ahead(contest, until, at_least)
     took: dict[tuple, float] = {}  # by task and mode, what the last line took
-    for task, library, execution in plan(tasks, peers, device):
+    for task, library, execution in contest:
         left = until - time.monotonic()
         mode = (task.title, execution)
         extra = execution.compile * task.compilation + execution.search * SEARCH
         needed = took.get(mode, task.seconds + extra)
-        facts = {name: getattr(execution, name) for name in ("compile", "channels_last", "search")}
+        facts = {name: getattr(execution, name) for name in CHOICES}
         line = {"task": task.title, "library": library, **facts}
-        if left < needed:
-            yield {**line, "skipped": f"{needed:.0f} s needed, {left:.0f} s left"}
-            continue
         began = time.monotonic()
-        try:
-            line |= measure_line(task, library, execution, at_least)
+        worker = compiled.get((library, *mode))
+        if isinstance(worker, Worker):
+            line |= worker.measure(until)
+        elif worker is not None:
+            line |= worker
+        elif left < needed:
+            line["skipped"] = f"{needed:.0f} s needed, {left:.0f} s left"
+        else:
+            try:
+                line |= warm_up(task, library, execution).measure(at_least)
+            except Exception as error:  # of any library; the other lines are worth having
+                line["failed"] = said(error)
+            took[mode] = time.monotonic() - began
+        if "tflop_per_s" in line:
             line["share_of_peak"] = rounded(line["tflop_per_s"] * 1e12 / peak)
-        except Exception as error:  # of any library; the other lines are worth having
-            line["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        took[mode] = time.monotonic() - began
-        yield {**line, "took_s": rounded(took[mode])}
+        yield {**line, "took_s": rounded(time.monotonic() - began)}
     release(device)
+
+
+def compile_ahead(
+    contest: list[tuple[Task, str, "Execution"]], until: float, at_least: float
+) -> dict[tuple, Worker | dict[str, Any]]:
+    """Processes that have compiled the lines for which there is time, side by side.
+
+    Returns:
+        By library, task and mode, the process, or why there is none.
+    """
+    left = until - time.monotonic()
+    lines = [
+        (task, library, execution)
+        for task, library, execution in contest
+        if execution.compile and task.seconds + task.compilation <= left
+    ]
+    if lines:
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", f"{usable_cores() // len(lines)}")
+    found: dict[tuple, Worker | dict[str, Any]] = {
+        (line[1], line[0].title, line[2]): Worker(*line, at_least) for line in lines
+    }
+    last = until - 3 * at_least * len(lines)
+    return {key: worker.answer(last) or worker for key, worker in found.items()}
 
 
 def describe(line: dict[str, Any], lines: list[dict[str, Any]]) -> str:
@@ -401,7 +563,8 @@ def describe(line: dict[str, Any], lines: list[dict[str, Any]]) -> str:
     if line["task"] == "matmul":
         return f"peak of a bf16 matrix product: {line['tflop_per_s']:g} TFLOP/s"
     if line["task"] == "parts":
-        return "parts, ms: " + ", ".join(f"{name} {ms:g}" for name, ms in line["ms"].items())
+        text = "parts, ms: " + ", ".join(f"{name} {ms:g}" for name, ms in line["ms"].items())
+        return text + f"; all lines with {FLASH}=1" * line["flash"]
     layout = "channels_last" if line["channels_last"] else "contiguous"
     mode = f"{'compiled' if line['compile'] else 'eager'}, {layout}"
     mode += ", cuDNN search" if line["search"] else ""
@@ -414,19 +577,33 @@ def describe(line: dict[str, Any], lines: list[dict[str, Any]]) -> str:
         f"{line['share_of_peak']:.1%} of the peak, {line['peak_memory_mib'] / 1024:.1f} GiB, "
         f"batch {line['batch_size']}, first step {line['first_step_s']:g} s"
     )
-    keys = ("task", "compile", "channels_last", "search")
     for other in lines:
-        if "images_per_s" in other and all(other[key] == line[key] for key in keys):
+        if "images_per_s" in other and all(other[key] == line[key] for key in ("task", *CHOICES)):
             ours, theirs = (line, other) if line["library"] == "ours" else (other, line)
             times = ours["images_per_s"] / theirs["images_per_s"]
             text += f"; ours / {theirs['library']}: {times:.2f} times images/s"
             if theirs["peak_memory_mib"]:
                 memory = ours["peak_memory_mib"] / theirs["peak_memory_mib"]
                 text += f", {memory:.2f} times memory"
-    if line["library"] == "ours" and line["operators"]:
-        shares = [f"{name} {share:.0%}" for name, share in list(line["operators"].items())[:6]]
-        text += f"; {', '.join(shares)}"
-    return text
+    shares = [f"{name} {share:.0%}" for name, share in list(line["kernels"].items())[:6]]
+    return "; ".join([text, ", ".join(shares)]) if shares else text
+
+
+def choices(task: Task, lines: list[dict[str, Any]]) -> str:
+    """What each choice gave ours: times images/s of the line that differs in nothing else."""
+    rates = {
+        tuple(line[name] for name in CHOICES): line
+        for line in lines
+        if line["task"] == task.title and line["library"] == "ours" and "images_per_s" in line
+    }
+    words = []
+    for mode, line in rates.items():
+        for place, name in enumerate(CHOICES):
+            other = rates.get((*mode[:place], False, *mode[place + 1 :]))
+            if mode[place] and other is not None:
+                times = line["images_per_s"] / other["images_per_s"]
+                words.append(f"{name} {times:.2f}, first step {line['first_step_s']:g} s")
+    return f"choices for {task.title}, times images/s: {'; '.join(words) or 'not measured'}"
 
 
 def best_of(task: Task, lines: list[dict[str, Any]]) -> dict[str, Any]:
@@ -446,8 +623,9 @@ def best_of(task: Task, lines: list[dict[str, Any]]) -> dict[str, Any]:
             if name != "ours"
         }
         if task.goal is not None:
-            reached = ours["share_of_peak" if task.goal < 1 else "images_per_s"]
-            summary |= {"goal": task.goal, "reached": reached}
+            rate = ours["images_per_s"]
+            goal = rate * task.goal / ours["share_of_peak"] if task.goal < 1 else task.goal
+            summary |= {"goal": rounded(goal), "reached": rate}
     return summary
 
 
@@ -489,8 +667,10 @@ def measure_all(
             f"{n:.2f} times {name}'s images/s" for name, n in summary.get("ours_over", {}).items()
         ]
         if "goal" in summary:
-            words.append(f"{summary['reached']:g} where the goal is {summary['goal']:g}")
+            words.append(f"{summary['reached']:g} images/s, the goal is {summary['goal']:g}")
         print(f"best of {summary['task']}: {', '.join(words) or 'not measured'}", flush=True)
+    for task in tasks:
+        print(choices(task, lines), flush=True)
     return int(any("failed" in line for line in lines))
 
 

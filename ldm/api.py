@@ -202,7 +202,7 @@ RUNS = {"diffusion": DiffusionRun, "autoencoder": AutoencoderRun, "vit": Classif
 
 @dataclass(frozen=True)
 class Probe:
-    """A calibrated logistic regression on the features of `real` tiles: few labels suffice."""
+    """A calibrated classifier on the features of `real` tiles: few labels suffice."""
 
     judge: Judge
     real: FeatureSet
@@ -218,9 +218,15 @@ class Probe:
         return [self.real.classes[k] for k in self.probabilities(features).argmax(axis=1)]
 
 
-def fit_probe(real: FeatureSet) -> Probe:
-    """Fit a probe on labelled tiles, at least 2 of a class; the penalty by cross-validation."""
-    return Probe(Judge.fit([_labelled(real, "real")]), real)
+def fit_probe(real: FeatureSet, unlabelled: FeatureSet | None = None) -> Probe:
+    """Fit a probe on labelled tiles, at least 2 of a class.
+
+    Args:
+        unlabelled: Tiles that the labels are spread over, see `ldm.features.spreading`. Without
+            them it is a logistic regression, its penalty by cross-validation.
+    """
+    further = None if unlabelled is None else [unlabelled]
+    return Probe(Judge.fit([_labelled(real, "real")], unlabelled=further), real)
 
 
 def select(

@@ -122,6 +122,11 @@ def test_a_probe_of_a_few_labels(site, run, real):
     np.testing.assert_allclose(probe.probabilities(test).sum(axis=1), 1)
     with pytest.raises(UserError, match="another network"):
         probe.predict(run.features(site / "data" / "test", at=20))
+    pool = tiny.tiles(site / "pool", 20, seed=7)
+    spread = ldm.fit_probe(real, run.features(pool))
+    right = [a == b for a, b in zip(spread.predict(test), test.class_names, strict=True)]
+    assert sum(right) > len(right) / 2  # chance is a third
+    assert not np.allclose(spread.probabilities(test), probe.probabilities(test))
 
 
 def test_a_classifier_of_eval_describes_tiles(site, tmp_path):

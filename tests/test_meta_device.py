@@ -31,6 +31,8 @@ from ldm.data.latents import channel_sums, latent_sums
 from ldm.devices import Devices
 from ldm.diffusion import guidance, make_process
 from ldm.diffusion.samplers import sample
+from ldm.evaluation.fidelity import fidelity
+from ldm.features.extractor import Extractor
 from ldm.features.neighbours import centroid_distances, nearest, neighbour_distances
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.auxiliary import DecoderFinetune
@@ -441,29 +443,94 @@ BLOCKS = (ResBlock, AttentionBlock, Upsample, Downsample, ResnetBlock, AttnBlock
 
 @contextmanager
 def described_gpu():
-    with FakeTensorMode(), torch.device("cuda"):
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
         yield
 
 
-@pytest.mark.parametrize("build", [unet, half_unet, attentive_autoencoder])
-def test_every_block_keeps_channels_last(build):
-    lost, seen = set(), set()
+@contextmanager
+def half_precision(enabled: bool):
+    """Autocast as on a GPU, which torch.autocast leaves out where there is none.
+
+    In float16: for the kernels of bfloat16 PyTorch asks the GPU, and both take the same layouts.
+    """
+    torch.set_autocast_enabled("cuda", enabled)
+    torch.set_autocast_dtype("cuda", torch.float16)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.set_autocast_dtype("cuda", torch.float16)
+
+
+class ResBlockInPlainLayout(ResBlock):
+    """A broken copy: it gives its features back in the plain layout."""
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return super().forward(x, emb).contiguous()
+
+
+def broken_unet() -> UNetModel:
+    net = unet()
+    for module in net.modules():
+        if isinstance(module, ResBlock):
+            module.__class__ = ResBlockInPlainLayout
+    return net
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    ("build", "losing"),
+    [
+        (unet, PLAIN_ON_CUDA),
+        (half_unet, PLAIN_ON_CUDA),
+        (attentive_autoencoder, PLAIN_ON_CUDA),
+        (broken_unet, {"ResBlockInPlainLayout", *PLAIN_ON_CUDA}),
+    ],
+)
+def test_every_block_keeps_channels_last(build, losing, autocast):
+    """Also in autocast, in which products and convolutions, and nothing else, compute in half."""
+    lost, seen, halves = set(), set(), set()
 
     def look(module: torch.nn.Module, inputs: tuple, output: Tensor) -> None:
         ours = [x for x in (inputs[0], output) if x.ndim == 4]
-        seen.add(type(module).__name__)
+        name = type(module).__name__
+        seen.add(name)
         if [x.is_contiguous(memory_format=torch.channels_last) for x in ours] == [True, False]:
-            lost.add(type(module).__name__)
+            lost.add(name)
+        if output.dtype == torch.float16 and inputs[0].dtype == torch.float32:
+            halves.add(name)
 
-    with described_gpu():
+    with described_gpu(), half_precision(autocast):
         net = build()
         for module in net.modules():
-            if isinstance(module, BLOCKS):
+            if isinstance(module, (*BLOCKS, torch.nn.Linear)):
                 module.register_forward_hook(look)
         x = torch.randn(BATCH, 3, tiny.LATENT[1], tiny.LATENT[1])
         x = x.contiguous(memory_format=torch.channels_last)
         net(x) if build is attentive_autoencoder else net(x, torch.arange(BATCH))
-    assert len(seen) >= 4 and lost == PLAIN_ON_CUDA, (seen, lost)
+    assert len(seen) >= 4 and lost == losing, (seen, lost)
+    assert ("Conv2d" in halves) == autocast and not halves & {"GroupNorm", "SiLU"}
+
+
+@pytest.mark.parametrize("count", [20, 40])  # of fewer and of more images than features
+def test_features_come_to_the_cpu_where_a_fidelity_is_summed(count, tmp_path):
+    """It is summed in NumPy; a broken copy, whose features stay on the device, is refused."""
+    tiny.tiles(tmp_path, 1, 0)
+    with described_gpu():
+        net = torch.nn.Conv2d(3, 32, tiny.PIXELS)
+        extractor = Extractor(
+            name="net",
+            network="net",
+            identity="",
+            transform=lambda tile: torch.from_numpy(tile).permute(2, 0, 1) / 255,
+            forward=lambda x: {"features": net(x).flatten(1)},
+            device=torch.device("cuda"),
+            preprocessing="none",
+        )
+        found = extractor.extract(sorted(tmp_path.rglob("*.png")))
+    assert found.features.device.type == "cpu" and len(found.features) == 3
+    with pytest.raises(Exception, match="numpy|item"):
+        fidelity(*torch.zeros(2, count, 32, device=META))
 
 
 def test_a_latent_scale_is_summed_on_the_cpu():
@@ -506,7 +573,7 @@ FOR_CUDA = {
 }
 
 
-def for_cuda() -> set[str]:
+def for_cuda(root: Path = ROOT) -> set[str]:
     """FILE: FUNCTION of everything that asks for CUDA."""
     found = set()
 
@@ -514,15 +581,20 @@ def for_cuda() -> set[str]:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             scope = f"{scope}.{node.name}".lstrip(".")
         asks = isinstance(node, ast.Attribute) and node.attr == "cuda"
-        if asks or (isinstance(node, ast.Constant) and node.value == "cuda"):
+        if asks or (isinstance(node, ast.Constant) and str(node.value).startswith("cuda")):
             found.add(f"{path}: {scope}")
         for child in ast.iter_child_nodes(node):
             visit(child, path, scope)
 
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("ldm/**/*.py"), *ROOT.glob("scripts/*.py")]:
-        visit(ast.parse(path.read_text()), str(path.relative_to(ROOT)), "")
+    for path in [*root.glob("*.py"), *root.glob("ldm/**/*.py"), *root.glob("scripts/*.py")]:
+        visit(ast.parse(path.read_text()), str(path.relative_to(root)), "")
     return found
 
 
-def test_code_for_cuda_alone_is_listed():
+def test_code_for_cuda_alone_is_listed(tmp_path):
     assert for_cuda() == FOR_CUDA.keys()
+    (tmp_path / "ldm").mkdir()
+    code = "class A:\n    def f(self, x):\n        {}\ndef g(x):\n    return x\n"
+    for number, line in enumerate(("x.cuda()", "torch.cuda.synchronize()", "x.to('cuda:1')")):
+        (tmp_path / "ldm" / f"{number}.py").write_text(code.format(line))
+    assert for_cuda(tmp_path) == {f"ldm/{number}.py: A.f" for number in range(3)}

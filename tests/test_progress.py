@@ -46,6 +46,7 @@ def by_hand(bar):
         (by_hand, {"total": 2000, "initial": 1000}, 1000),
         (by_hand, {"total": 20, "step": 0.01}, 2000),
         (by_hand, {"total": 4000, "step": 4}, 1000),
+        (iter, {"iterable": range(2000), "delay": 0.1, "leave": False}, 2000),
     ],
 )
 def test_a_slow_first_step_tells_the_least_time_left(monkeypatch, stream, advance, options, steps):
@@ -134,3 +135,9 @@ def test_nothing_is_told_once_a_stage_is_over_failed_or_in_its_second_step(items
         assert step is fail
     wait_until(lambda: not watched())
     assert "under way" not in out.getvalue()
+
+
+def test_a_delayed_bar_of_a_quick_stage_says_nothing():
+    out = io.StringIO()
+    assert list(Bar(range(5), file=out, delay=60, leave=False)) == list(range(5))
+    assert out.getvalue() == ""

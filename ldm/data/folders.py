@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ldm.errors import UserError
 from ldm.files import atomic_folder, write_text
+from ldm.progress import FIRST_SIGN, Bar
 
 # Of a training folder: where its decisions and settings are, and how its added tiles are named.
 DECISIONS, RECORD = "selection.csv", "selection.json"
@@ -54,7 +55,8 @@ def build_folder(
     """
     put = {"copy": shutil.copyfile, "hard": os.link, "symbolic": os.symlink}[link]
     with atomic_folder(out) as partial:
-        for target, source in files.items():
+        options = {"unit": "file", "delay": FIRST_SIGN, "leave": False}
+        for target, source in Bar(files.items(), out.name, **options):
             (partial / target).parent.mkdir(parents=True, exist_ok=True)
             try:
                 put(source.absolute(), partial / target)

@@ -34,6 +34,7 @@ from ldm.data.tiles import TileSet, Weighted, without_augmentation
 from ldm.errors import UserError
 from ldm.files import require_class_names
 from ldm.modules.autoencoder import DiagonalGaussian
+from ldm.progress import FIRST_SIGN, Bar
 
 COMMAND = "scripts/cache_latents.py"
 MANIFEST = "manifest.json"
@@ -232,7 +233,8 @@ def _posteriors(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Mean and variance of the latents of tiles, each (B, C, h, w) float64, batch by batch."""
     dataset = without_augmentation(dataset)
-    for start in range(0, len(indices), batch_size):
+    starts = range(0, len(indices), batch_size)
+    for start in Bar(starts, "latent scale", unit="batch", delay=FIRST_SIGN, leave=False):
         items = [dataset[i] for i in indices[start : start + batch_size]]
         if "moments" in items[0]:
             posterior = DiagonalGaussian(torch.stack([item["moments"] for item in items]))

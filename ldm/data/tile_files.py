@@ -20,6 +20,7 @@ from ldm.data.images import EXTENSIONS, class_folders, list_images, read_tile
 from ldm.data.storage import top_folder
 from ldm.errors import UserError
 from ldm.files import digest_of_text, file_sha256, require_class_names
+from ldm.progress import FIRST_SIGN, Bar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -144,7 +145,9 @@ class TileFiles:
     def digests(self) -> list[str]:
         """SHA-256 of the content of each file; files are read when this is first asked for."""
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            return list(pool.map(file_sha256, self.paths))
+            digests = pool.map(file_sha256, self.paths)
+            options = {"total": len(self.paths), "unit": "file", "leave": False}
+            return list(Bar(digests, "contents", delay=FIRST_SIGN, **options))
 
     # Three SHA-256 of the same facts, paths and contents, since each is recorded in files of its
     # own: with a changed line, none that was recorded before would be that of the same tiles.

@@ -18,6 +18,7 @@ from torch import Tensor
 from ldm.errors import UserError
 from ldm.features.sets import SUFFIX, FeatureSet, read_tensors, write_tensors
 from ldm.files import digest_of
+from ldm.progress import FIRST_SIGN, Bar
 
 log = logging.getLogger(__name__)
 
@@ -114,15 +115,19 @@ class Probe(LeftOut):
         """
         parts = folds_of(labels, classes)
         ranked = []
+        total = len(STRENGTHS) * len(parts) + 1
+        bar = Bar(total=total, desc="regression", unit="fit", delay=FIRST_SIGN, leave=False)
         for strength in STRENGTHS:
             p = np.empty((len(labels), len(classes)))
             for known, left_out in parts:
                 model = logistic_regression(features[known], labels[known], strength)
                 p[left_out] = model.predict_proba(features[left_out])
+                bar.update()
             log_p = np.log(np.maximum(p, np.finfo(float).tiny))
             ranked.append((-log_p[np.arange(len(labels)), labels].mean(), strength, log_p))
         _, strength, log_p = min(ranked, key=lambda one: one[0])
         scaler, model = (m for _, m in logistic_regression(features, labels, strength).steps)
+        bar.close()
         weight, bias = model.coef_ / scaler.scale_, model.intercept_
         bias = bias - weight @ scaler.mean_
         if len(classes) == 2:  # scikit-learn has the logit of the second class alone

@@ -12,6 +12,7 @@ from ldm.data.tiles import without_augmentation
 from ldm.models.base import HistoModule
 from ldm.modules.autoencoder import psnr
 from ldm.modules.patch_pca import PatchPCA as PatchPCANet
+from ldm.progress import FIRST_SIGN, Bar
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,8 @@ def fit_first_stage(net: PatchPCANet, trainer: pl.Trainer, batch_size: int = 64)
     mine = chosen.tolist()[trainer.global_rank :: trainer.world_size]
     values = net.encoder.weight.shape[1]
     sums = torch.zeros(values + 1, values + 1, dtype=torch.float64)
-    for start in range(0, len(mine), batch_size):
+    starts = range(0, len(mine), batch_size)
+    for start in Bar(starts, "patch PCA", unit="batch", delay=FIRST_SIGN, leave=False):
         x = torch.stack([dataset[i]["image"] for i in mine[start : start + batch_size]])
         patches = net.patches(x).movedim(1, -1).reshape(-1, values).double()
         # A column of ones gives the sum and the count beside the products.

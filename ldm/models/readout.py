@@ -27,6 +27,7 @@ from ldm.models.classifier import QUARTERS, GuidingClassifier, tile_names
 from ldm.models.diffusion import LatentDiffusion, scale_record
 from ldm.modules.autoencoder import weights_digest
 from ldm.modules.readout import Readout
+from ldm.progress import Bar
 
 log = logging.getLogger(__name__)
 
@@ -255,25 +256,29 @@ class FeatureMaker:
         Times are uniform over the process.
         """
         process, parts, times = self.diffusion.schedule, [], []
-        for draw in range(draws):
-            seeds = np.random.default_rng((seed, draw)).integers(2**62, size=len(tiles))
-            generator = torch.Generator().manual_seed(int(seeds[0]))
-            for batch, _ in self._batches(tiles, seeds):
-                z_0 = self.diffusion.latents(batch, generator)
-                drawn = process.uniform_times(
-                    lambda fn, size, g=generator: fn(size, generator=g), len(z_0)
-                )
-                t = drawn.to(self.device)
-                eps = torch.randn(z_0.shape, generator=generator).to(self.device)
-                parts.append(self._features(process.q_sample(z_0, t, eps), t))
-                times.append(t.cpu())
+        options = {"desc": "draws", "unit": "img", "step": self.batch_size}
+        with Bar(total=draws * len(tiles), **options) as bar:
+            for draw in range(draws):
+                seeds = np.random.default_rng((seed, draw)).integers(2**62, size=len(tiles))
+                generator = torch.Generator().manual_seed(int(seeds[0]))
+                for batch, _ in self._batches(tiles, seeds):
+                    z_0 = self.diffusion.latents(batch, generator)
+                    drawn = process.uniform_times(
+                        lambda fn, size, g=generator: fn(size, generator=g), len(z_0)
+                    )
+                    t = drawn.to(self.device)
+                    eps = torch.randn(z_0.shape, generator=generator).to(self.device)
+                    parts.append(self._features(process.q_sample(z_0, t, eps), t))
+                    times.append(t.cpu())
+                    bar.update(len(z_0))
         return _stacked(parts, times, list(tiles.labels) * draws, list(tiles.paths) * draws)
 
     @torch.no_grad()
     def validation(self, tiles: Dataset) -> StackDataset:
         """Each tile without noise at t = 0, and noised at one t in each quarter of the process."""
         process, parts, times = self.diffusion.schedule, [], []
-        for batch, paths in self._batches(tiles):
+        batches = Bar(self._batches(tiles), "validation", -(-len(tiles) // self.batch_size))
+        for batch, paths in batches:
             z_0 = self.diffusion.latents(batch, sample=False)
             zero = torch.zeros(len(paths), dtype=torch.int64, device=self.device)
             points = [(z_0, zero)]

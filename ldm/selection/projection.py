@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ldm.errors import UserError
+from ldm.progress import FIRST_SIGN, Bar
 from ldm.report import plots
 from ldm.selection.select import KINDS, REMOVED
 
@@ -47,8 +48,11 @@ def project(features: np.ndarray, neighbors: int, min_dist: float, seed: int) ->
             init="spectral" if len(features) >= SPECTRAL_LEAST else "random",
             random_state=seed,
             n_jobs=1,
+            tqdm_kwds={"desc": "UMAP", "disable": False, "delay": FIRST_SIGN, "leave": False},
         )
-        return reducer.fit_transform(np.ascontiguousarray(features, dtype=np.float32))
+        # The graph of neighbours and the start of the layout come before its epochs.
+        with Bar(total=1, desc="UMAP", bar_format="{desc}: {postfix}", delay=FIRST_SIGN):
+            return reducer.fit_transform(np.ascontiguousarray(features, dtype=np.float32))
 
 
 def table(groups: Sequence[Points], classes: Sequence[str]) -> list[dict[str, str]]:
