@@ -66,10 +66,6 @@ class TileFiles:
             classes: The classes there must be, in label order. Default: the folders' names, sorted.
             index: Index of the folder, which is then not walked; tiles with a problem are left out.
             number: Number of the folder among the roots of the index.
-
-        Raises:
-            UserError: The folder, its classes or the images of a class are missing, or the classes
-                are not those that there must be.
         """
         root = Path(root).expanduser()
         if not root.is_dir():
@@ -103,9 +99,6 @@ class TileFiles:
 
         Args:
             what: How errors call the folder.
-
-        Raises:
-            UserError: There are no images.
         """
         labelled = bool(class_folders(root))
         names = _by_class(root, labelled)
@@ -251,9 +244,6 @@ def matching_classes(where: str, found: Sequence[str], wanted: Sequence[str] | N
 
     Args:
         where: How the error calls those that were found.
-
-    Raises:
-        UserError: There are other classes, or two names differ only in case.
     """
     spellings: dict[str, str] = {}
     for name in (*(wanted or ()), *found):
@@ -280,9 +270,6 @@ def new_rows(
     Args:
         held_out: Sets that classifiers are chosen or measured on.
         setting: Where `pool` was named.
-
-    Raises:
-        UserError: None is left, or some are those of a set that is held out.
     """
     known, first = set(labelled.digests), {}
     for i, digest in enumerate(pool.digests):
