@@ -168,7 +168,8 @@ def test_a_finished_run_does_nothing(models, tmp_path, monkeypatch, capsys, capl
 
 
 def test_pictures_of_the_first_images_on_their_way(models, tmp_path):
-    """They are the same in batches of any size, and end at the image itself."""
+    """They are the same in batches of any size, and end a grey level from the image: a step of DDIM
+    ends with the little noise of time 0."""
     found = []
     for batch in (1, 4):
         out = tmp_path / str(batch)
@@ -177,7 +178,8 @@ def test_pictures_of_the_first_images_on_their_way(models, tmp_path):
     assert found[0] == found[1] and len(found[0]) == 8 * len(tiny.CLASSES)
     for name in tiny.CLASSES:
         files = sorted((out / ".stages" / name).iterdir(), key=lambda path: float(path.stem))
-        assert files[0].read_bytes() == (out / name / "000000.png").read_bytes()
+        last, image = (read_tile(p).astype(int) for p in (files[0], out / name / "000000.png"))
+        assert abs(last - image).max() <= 1 < abs(read_tile(files[-1]).astype(int) - image).max()
 
 
 def test_a_copied_folder_without_its_journal_goes_on(models, tmp_path):
