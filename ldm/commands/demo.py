@@ -17,7 +17,6 @@ from ldm.cli import STOPPED, existing_path, option, parse
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    program: ClassVar = "histodiffusion demo"
     example: ClassVar = "--out logs/demo sampling.scale=5"
 
     out: str = option(default="logs/demo", metavar="DIR", help="folder of all results")

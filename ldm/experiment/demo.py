@@ -10,9 +10,9 @@ from omegaconf.errors import OmegaConfBaseException
 from ldm.config import read_yaml
 from ldm.errors import UserError
 from ldm.experiment.inputs import Split
-from ldm.experiment.jobs import ROOT
 from ldm.experiment.plan import Plan
 from ldm.experiment.settings import check_settings, with_override
+from ldm.files import ROOT
 
 CONFIGS = "configs/demo"
 SETTINGS = f"{CONFIGS}/demo.yaml"
