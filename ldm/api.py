@@ -293,7 +293,7 @@ def train_classifier(
     if "precision" in settings:
         settings["precision"] = devices.precision
     options = checked(Settings, settings, strict=False)
-    data, logs = existing_path(data_path, "`data_path`", "dir"), Path(logdir).expanduser()
+    data, logs = existing_path(data_path, "`data_path`", "tiles"), Path(logdir).expanduser()
     return train_and_report(data, subset, options, list(seeds), logs, devices, workers)
 
 
@@ -306,7 +306,7 @@ def _labelled(features: FeatureSet, name: str) -> FeatureSet:
 def _tiles(tiles: Tiles, labels: Labels = None, classes: Sequence[str] | None = None) -> TileFiles:
     """The tiles as a set of files; `classes` are what the labels are names of, if known."""
     if isinstance(tiles, str | os.PathLike):
-        root = existing_path(tiles, "`tiles`", "dir")
+        root = existing_path(tiles, "`tiles`", "tiles")
         if labels is not None:
             raise UserError("`labels` are for arrays; a folder has those of its class folders")
         if classes is not None and class_folders(root):

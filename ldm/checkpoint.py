@@ -14,6 +14,7 @@ rebuilds the model without any other file:
 import os
 import pickle
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -223,7 +224,11 @@ def load_model(
 
 
 def load_strictly(model, state: dict, where: str) -> None:
-    """Load weights by `load_state_dict`; mismatches become one line that names the first few."""
+    """Load weights by `load_state_dict`.
+
+    Raises:
+        UserError: The weights have other names or shapes than the model's, or one is not finite.
+    """
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
@@ -231,3 +236,14 @@ def load_strictly(model, state: dict, where: str) -> None:
         raise UserError(
             f"{where}: the weights do not fit the model: {' '.join(lines)[:400]}"
         ) from None
+    require_finite(model.named_parameters(), where)
+
+
+def require_finite(weights: "Iterable[tuple[str, torch.Tensor]]", where: str) -> None:
+    """Check that weights are numbers; a UserError names the first that is not."""
+    for name, value in weights:
+        if not value.isfinite().all():
+            raise UserError(
+                f"{where}: {name} has values that are not finite (NaN or infinite); give another "
+                "checkpoint, one of before they became so"
+            )

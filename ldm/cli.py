@@ -7,7 +7,7 @@ says the default, the help, other names and the group in `--help`:
     class TrainSettings:
         \"\"\"Train a network.\"\"\"  # if omitted, the docstring of the module says what is done
 
-        program: ClassVar = "histodiffusion train"
+        program: ClassVar = "python -m examples.train"
         steps: Count = option("-n", default=100, help="optimiser steps")
 
     settings = parse(TrainSettings)
@@ -40,12 +40,41 @@ from typing import Annotated, Any, NoReturn
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from ldm.errors import Problems, Stopped, UserError
+from ldm.files import ROOT
 
 TRACEBACK_VARIABLE = "HISTO_TRACEBACK"
+PROGRAM = "histodiffusion"
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
 TRUE_WORDS, FALSE_WORDS = ("true", "yes", "y", "1", "t"), ("false", "no", "n", "0", "f")
 
+# The commands in the order of use, with the scripts of a checkout that are their other names.
+COMMANDS = {
+    "demo": "scripts/demo.py",
+    "tiles": "scripts/make_tiles.py",
+    "index": "scripts/index_corpus.py",
+    "shards": "scripts/write_shards.py",
+    "subset": "scripts/make_subset.py",
+    "fetch": "scripts/fetch_weights.py",
+    "train": "main.py",
+    "cache": "scripts/cache_latents.py",
+    "classify": "classifier_train.py",
+    "sweep": "scripts/guidance_sweep.py",
+    "sample": "sample_diffusion.py",
+    "copies": "scripts/copy_check.py",
+    "features": "scripts/vis.py",
+    "select": "scripts/distance.py",
+    "evaluate": "eval.py",
+    "baselines": "scripts/baselines.py",
+    "fidelity": "scripts/fidelity.py",
+    "table": "scripts/reproduce_table.py",
+    "import": "scripts/import_checkpoint.py",
+    "export": "scripts/export_diffusers.py",
+}
+OF_SCRIPTS = {script: f"{PROGRAM} {verb}" for verb, script in COMMANDS.items()}
+SCRIPT = re.compile(rf"(?:python )?(?<![\w/.-])({'|'.join(map(re.escape, OF_SCRIPTS))})\b")
+
 RANGE_ERRORS = ("greater_than_equal", "less_than_equal", "greater_than", "less_than")
+REQUIRED, OPTIONS = "required", "options"  # titles in --help
 BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 
 # --- Types of options ----------------------------------------------------------------------------
@@ -82,7 +111,7 @@ def option(
     help: str,
     default: Any = dataclasses.MISSING,
     default_factory: Any = dataclasses.MISSING,
-    group: str = "",
+    group: str = OPTIONS,
     metavar: str | tuple[str, ...] | None = None,
     published: Sequence[str] = (),
     off: Sequence[str] = (),
@@ -275,7 +304,7 @@ def parse(settings: type, argv: Sequence[str] | None = None) -> Any:
         Problems: All of a user's mistakes: see `checked`.
         UserError: An option without its value.
     """
-    parser = _parser(settings)
+    parser = make_parser(settings)
     words = sys.argv[1:] if argv is None else argv
     fields = options_of(settings)
     found: dict[str, str] = {}
@@ -296,7 +325,7 @@ def parse(settings: type, argv: Sequence[str] | None = None) -> Any:
     try:
         result = checked(settings, values, strict=False)
     except Problems as problems:
-        found |= {flags[name]: _as_options(text, fields) for name, text in problems.found.items()}
+        found |= {flags[name]: _as_typed(text, fields) for name, text in problems.found.items()}
     if found:
         raise Problems(found)
     return result
@@ -313,31 +342,41 @@ def description(settings: type) -> str:
 def typed(settings: type | None) -> str:
     """The start of the command line as the user typed it: `python scripts/vis.py`.
 
-    What was started as a module or an installed command is called by its `program`.
+    What was started as a module or an installed command is called by its `program`, or else as
+    the command of its module.
     """
-    script = sys.argv[0]
-    if script.endswith(".py") and getattr(sys.modules["__main__"], "__spec__", None) is None:
-        return f"python {script}"
-    return getattr(settings, "program", "histodiffusion")
+    if _is_script():
+        return f"python {sys.argv[0]}"
+    verb = settings.__module__.rpartition(".")[2].rstrip("_") if settings else ""
+    return getattr(settings, "program", f"{PROGRAM} {verb}".rstrip())
+
+
+def _is_script() -> bool:
+    """Whether a script was typed, not an installed command or a module."""
+    of_module = getattr(sys.modules["__main__"], "__spec__", None) is not None
+    return sys.argv[0].endswith(".py") and not of_module
 
 
 @functools.cache
-def _parser(settings: type) -> _Parser:
-    first, _, more = description(settings).partition("\n\n")
+def make_parser(settings: type) -> _Parser:
+    """The parser of a command, which splits words and prints `--help`."""
     program, fields = typed(settings), options_of(settings)
+    first, _, more = _as_typed(description(settings), {}).partition("\n\n")
     example = f"example:\n  {program} {settings.example}" if hasattr(settings, "example") else ""
     parser = _Parser(
         prog=program,
         usage=_usage(program, fields),
         description=" ".join(first.split()),
         epilog="\n\n".join(filter(None, [textwrap.dedent(more).strip(), example])),
+        add_help=False,
         allow_abbrev=False,
         formatter_class=_HelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
-    groups: dict[str, Any] = {"": parser}
+    groups = {title: parser.add_argument_group(title) for title in (REQUIRED, OPTIONS)}
+    groups[OPTIONS].add_argument("-h", "--help", action="help", help="show this text and exit")
     for name, field in fields.items():
-        group = field.metadata["option"]["group"]
+        group = REQUIRED if _is_required(field) else field.metadata["option"]["group"]
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
         _add_option(groups[group], name, field, fields)
@@ -347,7 +386,7 @@ def _parser(settings: type) -> _Parser:
 def _add_option(
     group: Any, name: str, field: dataclasses.Field, fields: Mapping[str, dataclasses.Field]
 ) -> None:
-    help = _as_options(_help(field), fields)
+    help = _as_typed(_help(field), fields)
     facts = field.metadata["option"]
     metavar, nargs = facts["metavar"], facts["nargs"]
     if metavar is None:
@@ -379,9 +418,7 @@ def _help(field: dataclasses.Field) -> str:
     default = field.default
     if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
         default = field.default_factory()
-    if default is dataclasses.MISSING:
-        notes.append("required")
-    elif default is not False and default not in (None, (), (None,)):
+    if default is not False and default not in (None, (), (None,), dataclasses.MISSING):
         between = "," if Commas in getattr(field.type, "__metadata__", ()) else " "
         values = default if isinstance(default, tuple) else (default,)
         words = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
@@ -399,7 +436,7 @@ def _usage(program: str, fields: Mapping[str, dataclasses.Field]) -> str:
     words = []
     for name, field in fields.items():
         facts = field.metadata["option"]
-        needed = field.default is field.default_factory  # both are missing
+        needed = _is_required(field)
         if not (needed or facts["positional"]):
             continue
         word = f"{facts['metavar'] or name.upper()}{' ...' if _is_tuple(field) else ''}"
@@ -507,6 +544,10 @@ def _flag(field: dataclasses.Field) -> str:
     return facts["metavar"] or field.name.upper() if facts["positional"] else f"--{field.name}"
 
 
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.default is field.default_factory  # both are missing
+
+
 def _is_bool(field: dataclasses.Field) -> bool:
     return bool in _parts(field.type)
 
@@ -525,11 +566,16 @@ def _is_tuple(field: dataclasses.Field) -> bool:
 def existing_path(text: str | os.PathLike, what: str, kind: str = "any") -> Path:
     """The path, if it is there and a file ("file"), a folder ("dir") or either ("any").
 
+    A path configs/... that is not in the working folder is that of this package.
+    Of a folder of tiles ("tiles") it may be that of a file of arrays, or lead into one.
+
     Args:
         what: Name of the setting, for an error.
     """
     path = Path(text).expanduser()
-    if not path.exists():
+    if path.parts[:1] == ("configs",) and not path.exists() and (ROOT / path).exists():
+        path = ROOT / path
+    if not (path.exists() or (kind == "tiles" and path.parent.is_file())):
         raise UserError(f"{path} does not exist; check the path", what)
     if kind == "file" and not path.is_file():
         raise UserError(f"{path} is a folder; give a file", what)
@@ -567,13 +613,17 @@ def _messages(error: BaseException, settings: type | None) -> list[str]:
     texts = [error.reason if key else str(error)]
     if isinstance(error, Problems) and len(error.found) > 1:
         texts = error.lines
-    return [_as_options(start + _one_line(text), fields) for text in texts]
+    return [_as_typed(start + _one_line(text), fields) for text in texts]
 
 
-def _as_options(text: str, fields: Mapping[str, dataclasses.Field]) -> str:
-    """A text in which settings in backquotes are called as their options."""
+def _as_typed(text: str, fields: Mapping[str, dataclasses.Field]) -> str:
+    """A text in which settings in backquotes are called as their options.
+
+    Scripts are called as commands where the user did not type a script.
+    """
     names = {name: _flag(field) for name, field in fields.items()}
-    return re.sub(r"`(\w+)`", lambda found: names.get(found[1], found[0]), text)
+    text = re.sub(r"`(\w+)`", lambda found: names.get(found[1], found[0]), text)
+    return text if _is_script() else SCRIPT.sub(lambda found: OF_SCRIPTS[found[1]], text)
 
 
 class _Formatter(logging.Formatter):
@@ -584,7 +634,7 @@ class _Formatter(logging.Formatter):
         self.fields = options_of(settings) if settings else {}
 
     def format(self, record: logging.LogRecord) -> str:
-        return _as_options(super().format(record), self.fields)
+        return _as_typed(super().format(record), self.fields)
 
 
 def _nobody_reads() -> bool:

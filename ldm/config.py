@@ -65,11 +65,12 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]  # of those of Lightning's
 Below1 = Annotated[float, Field(ge=0, lt=1)]
 OrMinus1 = Annotated[int, Field(ge=-1, le=MOST)]  # -1 stands for all, none, or what follows
 Signed = Annotated[float, Field(ge=-1e3, le=1e3)]
+Multiple = Annotated[float, Field(gt=0, le=1024)]  # of a width
 Size = Annotated[int, Field(ge=1, le=2**14)]  # pixels of a side, channels, layers
 _COUNTS = """accumulate_grad_batches batch_frequency batch_size check_val_every_n_epoch
     every_n_epochs every_n_train_steps max_images num_nodes prefetch scale_images
     total_steps"""
-_SIZES = """ch ch_mult channel_mult channels components disc_in_channels disc_num_layers embed_dim
+_SIZES = """ch ch_mult channels components disc_in_channels disc_num_layers embed_dim
     image_size in_channels model_channels out_ch out_channels patch
     resolution size z_channels"""
 _OR_MINUS_1 = """devices max_epochs max_steps num_head_channels num_heads num_heads_upsample
@@ -78,6 +79,7 @@ RANGES: dict[str, Any] = {
     **dict.fromkeys(_COUNTS.split(), Count),
     **dict.fromkeys(_SIZES.split(), Size),
     **dict.fromkeys(_OR_MINUS_1.split(), OrMinus1),
+    "channel_mult": Multiple,
     **dict.fromkeys(("betas", "dropout", "ema_decay", "label_dropout", "plateau"), Below1),
     **dict.fromkeys(("embedding_rate", "min_snr_gamma", "scale_factor"), Positive),
     **dict.fromkeys(("time_shift", "time_std", "val_check_interval"), Positive),
@@ -451,7 +453,7 @@ def _mismatch(value: Any, annotation: Any) -> str | None:
 
 def _out_of_range(value: Any, allowed: Any) -> str | None:
     """What is wrong with a number, or with one in a list, by its range; None for other values."""
-    if isinstance(value, list) and not value and allowed in (Size, Count):
+    if isinstance(value, list) and not value and allowed in (Size, Count, Multiple):
         return "[] must hold a number"
     numbers = value if isinstance(value, list) else [value]
     found = (

@@ -468,7 +468,16 @@ def in_shell_of_slurm() -> bool:
     """
     if os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
         return True
-    return "SLURM_STEP_ID" in os.environ and os.isatty(0)
+    return "SLURM_STEP_ID" in os.environ and has_terminal()
+
+
+def has_terminal() -> bool:
+    """Whether a terminal controls this process, wherever input and output go (nohup, a pipe)."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+        return True
+    except OSError:
+        return False
 
 
 def parse_gpus(text: str) -> list[int] | int:

@@ -29,6 +29,11 @@ from typing import IO, TYPE_CHECKING, Any
 
 from ldm.errors import UserError
 
+_PACKAGE = Path(__file__).resolve().parent
+# Folder of the repository; None where the package is installed without it.
+CHECKOUT = _PACKAGE.parent if (_PACKAGE.parent / "workflow" / "Snakefile").is_file() else None
+ROOT = CHECKOUT or _PACKAGE  # folder of configs/ and workflow/
+
 if TYPE_CHECKING:
     import numpy as np
 

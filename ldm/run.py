@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import UserError
-from ldm.files import is_temporary, remove_leftovers, write_json, write_text
+from ldm.files import CHECKOUT, is_temporary, remove_leftovers, write_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +32,11 @@ def git_revision() -> str | None:
     """Commit of this checkout, with "+changes" when files differ; None outside a checkout."""
 
     def git(*words: str) -> str:
-        options = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
+        options = {"cwd": CHECKOUT, "capture_output": True, "text": True}
         return subprocess.run(["git", *words], check=True, timeout=10, **options).stdout.strip()
 
+    if CHECKOUT is None:  # a repository around an installed package would be the user's own
+        return None
     try:
         changed = git("status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "HEAD") + ("+changes" if changed else "")

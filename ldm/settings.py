@@ -65,7 +65,7 @@ class RunOptions(SpeedOptions):
     resume: str | None = _run(
         "-r", default=None, metavar="RUN", help="run folder or checkpoint to go on from"
     )
-    seed: Seed = _run("-s", default=23, help="seed of all randomness")
+    seed: Seed = _run("-s", default=23, help="seed of all randomness, as in the published main.py")
     logdir: str = _run("-l", default="logs", metavar="DIR", help="folder of all runs")
     dry_run: bool = _run(default=False, help="print what would be trained, and exit")
     gpus: str | None = _devices(

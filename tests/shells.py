@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 from ldm import cli
+from ldm.commands import load
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = """{
@@ -14,7 +15,18 @@ RECORD = """{
     printf "\\035%s\\036" "$(env | grep ^HISTO_)"
 } >> "$RECORD"; exit "${STATUS:-0}\""""
 # Programs of an installation, which are recorded with their name.
-OTHERS = ("bash", "conda", "cp", "make", "module", "pip", "snakemake", "wandb")
+OTHERS = (
+    "apptainer",
+    "bash",
+    "conda",
+    "cp",
+    "docker",
+    "make",
+    "module",
+    "pip",
+    "snakemake",
+    "wandb",
+)
 
 PROGRAMS = {
     # The step: without its own options, the command.
@@ -47,7 +59,7 @@ PROGRAMS = {
         fi
         /bin/bash "$script" "$@" >&2 || exit
         echo 7""",
-    **{name: f'set -- {name} "$@"; {RECORD}' for name in OTHERS},
+    **{name: f'set -- {name} "$@"; {RECORD}' for name in (*OTHERS, cli.PROGRAM)},
 }
 ENTRY_POINTS = ("main.py", "classifier_train.py", "sample_diffusion.py", "eval.py")
 
@@ -104,6 +116,8 @@ def recorded(site: Path) -> list[list[str]]:
 def parse(command: list[str]):
     """The words as the entry point takes them."""
     module, *words = command
+    if module == cli.PROGRAM:
+        return cli.parse(load(words[0]).Options, words[1:]) if words[0] in cli.COMMANDS else None
     if module == "-m":
         module, *words = words
     else:

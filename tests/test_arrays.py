@@ -1,5 +1,7 @@
 """Data sets as they are published, one file of arrays: read row by row, with their labels."""
 
+import importlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -11,14 +13,20 @@ import tiny
 import torch
 
 import classifier_train
+from ldm.checkpoint import write_checkpoint
 from ldm.data import arrays
 from ldm.data.arrays import open_arrays
 from ldm.data.corpora import Corpora
 from ldm.data.datamodule import DataModuleFromConfig
+from ldm.data.images import read_tile
 from ldm.data.index import CorpusIndex
+from ldm.data.subset import Amount, Subset
+from ldm.data.tile_files import TileFiles
 from ldm.data.tiles import TileFolder, to_uint8
 from ldm.errors import UserError
+from ldm.models.vit import TileClassifier
 from ldm.run import RunFolder
+from ldm.synthesis.request import balance
 from scripts import index_corpus, write_shards
 
 SIZE = 12
@@ -190,6 +198,103 @@ def test_damaged_labels_are_named(published, tmp_path):
         (tmp_path / beside).write_bytes((source / beside).read_bytes()[:90])
         with pytest.raises(UserError, match=f"{name}: no complete file of arrays"):
             TileFolder(tmp_path / name, SIZE, labelled=True)
+
+
+VIT = "--arch test_vit --patch_size 16 --input-size 32 --epochs 1 --device cpu --num_workers 0"
+NETWORK = "--features {vit} --device cpu --batch_size 8"
+COMMANDS = {
+    "eval": VIT + " --lr 0.05 --data_path {data} --subset train --logdir {out} --seeds 0",
+    "scripts.baselines": "--data_path {data} --subset train --logdir {out}"
+    " --kind colour_histogram,colour_mean",
+    "scripts.make_subset": "--data {data}/train --per_class 3 --out {out}/subset",
+    "scripts.distance": "--real {data}/train --synthetic {data}/val --ratio 50 --workers 0"
+    " --out {out}/selected " + NETWORK,
+    "scripts.fidelity": "--real {data}/train --fake {data}/val --out {out}/f.json " + NETWORK,
+    "scripts.copy_check": "--synthetic {data}/val --train {data}/train --holdout {data}/test"
+    " --quantile 0.05 --out {out}/copies",
+}
+OWN = {"seconds", "train_seconds", "images_per_second", "free", "cores", "threads", "size"}
+
+
+def numbers(value, key=""):
+    """The numbers in nested containers by their keys, without times."""
+    if isinstance(value, dict | list):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, item in pairs:
+            if name not in OWN:
+                yield from numbers(item, f"{key}.{name}")
+    elif isinstance(value, int | float):
+        yield key, value
+
+
+def made(folder: Path) -> dict:
+    """What the files in a folder say, but for what names the set: texts, numbers and pixels."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.suffix == ".json":
+            found[name] = dict(numbers(json.loads(path.read_text())))
+        elif path.suffix == ".csv":
+            found[name] = path.name == "metrics.csv" or path.read_text()  # with speeds
+        elif path.suffix == ".png":
+            found[name] = read_tile(path).tolist()
+    return found
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory) -> Path:
+    """The same labelled sets in x.npz, and in folders as its rows are named; and a network."""
+    root = tmp_path_factory.mktemp("both")
+    arrays = {}
+    for seed, (part, count) in enumerate({"train": 8, "val": 4, "test": 8}.items()):
+        tiny.tiles(root / "drawn" / part, count, seed)
+        files = TileFiles.below(root / "drawn" / part)
+        order = np.random.default_rng(seed).permutation(len(files))
+        arrays[f"{part}_images"] = np.stack([read_tile(files.paths[i]) for i in order])
+        arrays[f"{part}_labels"] = np.array([[files.labels[i]] for i in order])
+        for row, i in enumerate(order):
+            target = root / "folders" / part / str(files.labels[i]) / f"{row:06d}.png"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(files.paths[i], target)
+    np.savez_compressed(root / "x.npz", **arrays)
+    net = TileClassifier("test_vit", 3, tiny.PIXELS, patch_size=16)
+    net.classes = ["0", "1", "2"]
+    write_checkpoint(root / "vit.ckpt", tiny.vit_checkpoint(net))
+    return root
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_make_of_arrays_what_they_make_of_folders(both, tmp_path, command):
+    results = []
+    for data in ("folders", "x.npz"):
+        out = tmp_path / data
+        words = COMMANDS[command].format(data=both / data, out=out, vit=both / "vit.ckpt")
+        importlib.import_module(command).main(words.split())
+        results.append(made(out))
+    assert results[0] and results[0].keys() == results[1].keys()
+    for name, expected in results[0].items():
+        assert results[1][name] == expected, name
+
+
+def test_tiles_of_arrays_are_balanced_and_start_samples(both):
+    assert balance(both / "x.npz/train", ["0", "1", "2"], ["0", "1", "2"], 2)["1"] == 2
+    files = TileFiles.below(both / "x.npz")
+    assert files.names[0].startswith("0/test_")
+    assert len(files) == 60 and len({*files.digests}) == 60 and len(files.stamp()) == 64
+    held = Subset.plan(both / "x.npz/train", Amount(per_class=2), include=both / "folders/train")
+    assert len(held.held) == 24
+
+
+@pytest.mark.parametrize("name", ["x.npz/none", "x.npz/val/0/000099.png", "x.npz/val/0/y.png"])
+def test_rows_that_are_not_there(both, name):
+    with pytest.raises(UserError, match="has no part none|has 12 tiles|No such file"):
+        read_tile(both / name) if name.endswith("png") else TileFiles.below(both / name)
+
+
+def test_a_link_may_name_an_array(published, tmp_path):
+    """So that eval.py finds train, val and test in files of any name."""
+    (tmp_path / "val").symlink_to(published / "pcam" / "level_2_val_x.h5")
+    assert TileFiles.below(tmp_path / "val").classes == [f"{i}" for i in range(VAL)]
 
 
 def test_the_classifier_trains_on_a_part_of_a_file(published, tmp_path):

@@ -16,7 +16,9 @@ import pytest
 from pydantic import BeforeValidator
 
 import main as main_py
+from ldm import cli
 from ldm.cli import (
+    OPTIONS,
     Commas,
     Count,
     NotNegative,
@@ -28,6 +30,7 @@ from ldm.cli import (
     parse,
     run_command,
 )
+from ldm.commands import load
 from ldm.errors import Problems, UserError
 from ldm.features.source import KINDS
 
@@ -146,7 +149,7 @@ def test_help_shows_what_the_fields_say(capsys):
     assert stop.value.code == 0 and said.startswith("usage: thing.py FILE ... [options]")
     for part in (
         "Do a thing.",
-        "5% of images (required)",
+        "required: FILE 5% of images",
         "-s, --seed N seed (default: 0)",
         "processes (default: 2; published: --num_workers)",
         "--sizes SIZES sizes (default: 1,2)",
@@ -344,15 +347,65 @@ def test_features_names_the_network_in_every_command(command, words, published):
         parse(module.Options, [*needed, *words.split(), *published.split()])
 
 
+PUBLISHED = {"vis.py": "features", "selective_filtering.py": "select"}
+
+
 @pytest.mark.parametrize(
-    ("published", "script"), [("vis", "vis"), ("selective_filtering", "distance")]
+    ("script", "verb"),
+    [*((script, verb) for verb, script in cli.COMMANDS.items()), *PUBLISHED.items()],
 )
-def test_published_scripts_are_at_the_top(published, script):
+def test_scripts_are_further_names_of_commands(script, verb):
     # By its file: other tests import scripts/vis.py under the same name.
-    spec = importlib.util.spec_from_file_location(f"top_{published}", ROOT / f"{published}.py")
+    spec = importlib.util.spec_from_file_location("one_script", ROOT / script)
     here = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(here)
-    assert here.main is importlib.import_module(f"scripts.{script}").main
+    assert (here.main, here.Options) == (load(verb).main, load(verb).Options)
+    assert cli.typed(here.Options) == f"histodiffusion {verb}"
+
+
+def run(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "said", "usage", "also"),
+    [
+        (["scripts/vis.py"], "vis.py", "python scripts/vis.py", "what sample_diffusion.py wrote"),
+        (
+            ["-m", "ldm.commands", "features"],
+            "histodiffusion features",
+            "histodiffusion features",
+            "what histodiffusion sample wrote",
+        ),
+    ],
+)
+def test_a_command_is_called_as_it_was_typed(words, said, usage, also):
+    done = run(*words, "--no_such")
+    assert done.returncode == 2 and done.stderr.startswith(f"{said}: error: ")
+    text = run(*words, "--help").stdout
+    assert text.startswith(f"usage: {usage} --real") and f"\n  {usage} --real D/train5" in text
+    assert also in " ".join(text.split())
+
+
+def test_the_overview_lists_commands_in_the_order_of_use():
+    lines = run("-m", "ldm.commands", "--help").stdout.splitlines()
+    assert [line.split()[0] for line in lines if line.startswith("  ")] == list(cli.COMMANDS)
+    unknown = run("-m", "ldm.commands", "sampel")
+    assert unknown.returncode == 2 and "did you mean sample?" in unknown.stderr
+
+
+def test_completion_knows_commands_options_and_choices(tmp_path):
+    script = run("-m", "ldm.commands", "--print-completion", "bash").stdout
+    ask = 'COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); _shtab_histodiffusion; echo "${COMPREPLY[@]}"'
+    for words, found in (
+        ("sam", "sample"),
+        ("sample --cl", "--classifier"),
+        ("table --st", "--status"),
+        ("sample --sampler d", "ddim"),
+    ):
+        text = f"{script}\nCOMP_WORDS=(histodiffusion {words}); {ask}"
+        done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=True)
+        assert found in done.stdout.split(), done
 
 
 @pytest.mark.parametrize("command", ["vis", "copy_check", "baselines", "fidelity"])
@@ -446,12 +499,25 @@ def test_help_of_every_command(command, capsys):
         parse(settings, ["--help"])
     said = capsys.readouterr().out
     assert stop.value.code == 0
+    ungrouped = 0
     for name, field in options_of(settings).items():
         facts = field.metadata["option"]
         assert facts["help"][0] != " " and len(facts["help"]) > 5
         assert (facts["metavar"] or name if facts["positional"] else f"--{name}") in said
-    assert said.startswith(f"usage: {settings.program} ")
-    assert said.rstrip().endswith(f"{settings.program} {settings.example.rstrip()}")
+        ungrouped += facts["group"] == OPTIONS and field.default is not field.default_factory
+        if field.default is True:  # a default that reads as its opposite
+            assert f"--{name} True|False" in said
+            assert not re.match(r"no_|without_|skip_", name), name
+            assert not re.match(r"no |do not|without|leave|skip", facts["help"]), name
+    assert ungrouped <= 8, "give options groups"
+    seed = options_of(settings).get("seed")
+    assert (
+        seed is None
+        or seed.default in (None, 0)
+        or re.search("published|trainings", seed.metadata["option"]["help"])
+    )
+    assert said.startswith(f"usage: {cli.typed(settings)} ")
+    assert said.rstrip().endswith(f"{cli.typed(settings)} {settings.example.rstrip()}")
     parse(settings, shlex.split(settings.example.replace("\\\n", " ")))
 
 

@@ -14,8 +14,9 @@ from ldm.cli import parse, run_command
 from ldm.commands import demo
 from ldm.commands.preflight import check_commands
 from ldm.errors import UserError
-from ldm.experiment.jobs import ROOT, Records, State, keys_of
+from ldm.experiment.jobs import Records, State, keys_of
 from ldm.experiment.plan import Plan
+from ldm.files import ROOT
 
 # The plan
 

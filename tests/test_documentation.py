@@ -11,11 +11,14 @@ from unittest import mock
 import pytest
 from shells import OTHERS, ROOT, make_site, parse, recorded_with_variables, shell
 
-from ldm.commands import configured_training as configured
+from ldm import cli
+from ldm.commands import train
 from ldm.errors import UserError
 
 DOCUMENTS = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md"))]
-STARTERS = (*OTHERS, "export", "python", "sbatch", "srun", "torchrun", ".venv/bin/python")
+STARTERS = (*OTHERS, cli.PROGRAM, "export", "python", "sbatch", "srun", "torchrun")
+STARTERS += (".venv/bin/python",)
+IMAGES = ("histodiffusion", "histodiffusion.sif")  # containers of docs/cluster.md
 # What a placeholder of a command stands for while it is parsed.
 PLACEHOLDERS = {
     "CONFIG": "configs/latent-diffusion/histo-ldm-kl-8.yaml",
@@ -133,13 +136,16 @@ def mistake(words: list[str]) -> str | None:
         return None if set(wanted) <= set(targets) else f"make has no target {wanted}"
     if words[:2] == ["conda", "env"]:
         return None if (ROOT / words[words.index("-f") + 1]).exists() else "no such environment"
+    if words[:2] in (["docker", "run"], ["apptainer", "run"]):
+        image = next(i for i, word in enumerate(words) if word in IMAGES)
+        words = [cli.PROGRAM, *words[image + 1 :]]
     if words[0] in OTHERS or words[:2] == ["-m", "pip"]:
         return None
     try:
         with contextlib.redirect_stderr(output):
             args = parse([PLACEHOLDERS.get(word, word) for word in words])
             if words[0] == "main.py" and args.base:
-                configured.load_configuration(args)
+                train.load_configuration(args)
     except SystemExit as stop:
         return f"status {stop.code}: {output.getvalue().strip()}" if stop.code else None
     except (UserError, AssertionError) as error:

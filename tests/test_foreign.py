@@ -226,6 +226,7 @@ VARIANTS = {
         **{k: v for k, v in s.items() if not k.startswith(("model.", "model_ema."))},
     },
     "safetensors": lambda s: s,
+    "flat.safetensors": lambda s: renamed(s, "", "state_dict."),
 }
 
 
@@ -233,8 +234,8 @@ VARIANTS = {
 def test_other_ways_to_store_the_same_weights(variant, ours, tmp_path):
     model = load_model(ours / "diffusion.ckpt", "diffusion")
     content = VARIANTS[variant](diffusion_state(model))
-    file = tmp_path / ("f.safetensors" if variant == "safetensors" else "f.ckpt")
-    if variant == "safetensors":
+    file = tmp_path / ("f.safetensors" if variant.endswith("safetensors") else "f.ckpt")
+    if variant.endswith("safetensors"):
         save_file({k: v.clone().contiguous() for k, v in content.items()}, file)
     else:
         torch.save(content, file)
@@ -292,6 +293,7 @@ def test_the_latent_scale(ours, tmp_path):
     torch.save({"state_dict": state}, tmp_path / "without.ckpt")
     measured = ldm_yaml(tmp_path / "c.yaml")
     stated = ldm_yaml(tmp_path / "d.yaml", scale_by_std=False, scale_factor=0.18215)
+    silent = ldm_yaml(tmp_path / "e.yaml", scale_by_std=False)
     out = tmp_path / "out.ckpt"
 
     def scale(file: str, config: Path, *more: str) -> float:
@@ -302,6 +304,7 @@ def test_the_latent_scale(ours, tmp_path):
 
     assert scale("with.ckpt", measured) == pytest.approx(0.8)
     assert scale("without.ckpt", stated) == pytest.approx(0.18215)
+    assert scale("without.ckpt", silent) == 1 and scale("with.ckpt", silent) == pytest.approx(0.8)
     assert scale("without.ckpt", measured, "--scale_factor", "0.5") == pytest.approx(0.5)
     with pytest.raises(UserError, match="give scale_factor"):
         scale("without.ckpt", measured)
@@ -309,6 +312,9 @@ def test_the_latent_scale(ours, tmp_path):
         scale("with.ckpt", measured, "--scale_factor", "0.5")
     with pytest.raises(UserError, match=r"config: .*scale_factor=0.18215: the file holds 0.8"):
         scale("with.ckpt", stated)
+    torch.save({**state, "scale_factor": torch.tensor(torch.nan)}, tmp_path / "nan.ckpt")
+    with pytest.raises(UserError, match="scale_factor=nan must be positive"):
+        scale("nan.ckpt", measured)
 
 
 def test_what_does_not_fit_is_refused(ours, tmp_path):
@@ -326,7 +332,12 @@ def test_what_does_not_fit_is_refused(ours, tmp_path):
     with pytest.raises(UserError, match="UNet: .* other shapes.*time_embed"):
         attempt(ldm_yaml(tmp_path / "b.yaml", unet_config=unet))
     good = ldm_yaml(tmp_path / "c.yaml")
-    del state["model.diffusion_model.out.2.bias"]
+    value = state.pop("model.diffusion_model.out.2.bias")
+    torch.save({**state, "model.diffusion_model.out.2.bias": value / 0}, tmp_path / "h.ckpt")
+    with pytest.raises(
+        UserError, match=r"UNet: model\.diffusion_model\.out\.2\.bias has values .*NaN"
+    ):
+        attempt(good, "h.ckpt")
     torch.save({"state_dict": state}, tmp_path / "g.ckpt")
     with pytest.raises(UserError, match=r"1 weights are missing.*diffusion_model\.out\.2\.bias"):
         attempt(good, "g.ckpt")
@@ -434,6 +445,15 @@ def test_a_damaged_record(entry, value, ours, tmp_path):
     torch.save(payload, tmp_path / "f.ckpt")
     with pytest.raises(UserError, match=r"f\.ckpt is damaged"):
         load_model(tmp_path / "f.ckpt", "autoencoder")
+
+
+def test_a_checkpoint_whose_weights_are_not_finite_is_not_loaded(ours, tmp_path):
+    """Guidance by such a classifier would fail only after sampling has begun."""
+    payload = read_checkpoint(ours / "classifier.ckpt")
+    payload["state_dict"]["net.time_embed.0.bias"][3] = torch.inf
+    torch.save(payload, tmp_path / "f.ckpt")
+    with pytest.raises(UserError, match=r"f\.ckpt: net\.time_embed\.0\.bias has values .*finite"):
+        load_model(tmp_path / "f.ckpt", "classifier")
 
 
 def test_class_names_for_another_number_of_outputs(ours, tmp_path):

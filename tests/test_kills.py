@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 from kills import COMMANDS, SKIPPED_STATUS
 
-QUICK = ("index_corpus", "write_shards", "make_subset", "cache_latents", "diffusion")
+QUICK = (
+    "index_corpus",
+    "write_shards",
+    "make_subset",
+    "cache_latents",
+    "diffusion",
+    "distance",
+    "eval",
+)
 
 
 def disturbed(*words: str) -> None:

@@ -14,7 +14,6 @@ import yaml
 from ldm import progress
 from ldm.checkpoint import load_model, read_checkpoint
 from ldm.cli import parse
-from ldm.commands import configured_training as configured
 from ldm.commands import train as main_py
 from ldm.errors import Stopped, UserError
 from ldm.models.callbacks import LastCheckpoint
@@ -388,7 +387,7 @@ def test_files_merge_left_to_right_and_overrides_win(data, autoencoder_ckpt, tmp
         main_py.Options,
         ["--base", str(first), str(tmp_path / "b.yaml"), "data.params.batch_size=3"],
     )
-    config = configured.load_configuration(args)
+    config = main_py.load_configuration(args)
     assert (
         config["model"]["base_learning_rate"] == 0.5 and config["data"]["params"]["batch_size"] == 3
     )

@@ -142,12 +142,26 @@ def test_networks_are_copied_and_pickled():
         ({"num_heads": 5, "attention_resolutions": [1]}, "num_heads=5"),
         ({"num_head_channels": 7, "attention_resolutions": [1]}, "num_head_channels=7"),
         ({"image_size": 9, "channel_mult": (1, 2)}, "image_size=9"),
+        ({"channel_mult": (0.3, 1)}, "multiple of 32"),
+        ({"attention_resolutions": [3]}, r"attention_resolutions=\[3\]: .* the factors 1; choose"),
     ],
 )
 def test_unet_sizes_that_do_not_fit(change, words):
     options = {**UNET, "channel_mult": (1,), "attention_resolutions": [], **change}
     with pytest.raises(UserError, match=words):
         UNetModel(**options)
+
+
+def test_a_first_level_of_part_of_the_width(caplog):
+    """Guided diffusion at 512 pixels: the network begins and ends at the width of that level."""
+    options = {**UNET, "model_channels": 64, "channel_mult": (0.5, 1), "attention_resolutions": [8]}
+    net = awaken(UNetModel(**options))
+    shapes = {name: tuple(value.shape) for name, value in net.state_dict().items()}
+    assert shapes["input_blocks.0.0.weight"] == (32, 3, 3, 3)
+    assert shapes["output_blocks.3.0.in_layers.2.weight"] == (32, 64, 3, 3)
+    assert shapes["out.2.weight"] == (3, 32, 3, 3) and shapes["time_embed.0.weight"] == (256, 64)
+    assert net(*inputs()).isfinite().all()
+    assert "the factors 1, 2 only" in caplog.text
 
 
 def test_unknown_pool():

@@ -21,7 +21,7 @@ from ldm import train as training
 from ldm.checkpoint import load_model, read_checkpoint
 from ldm.cli import parse
 from ldm.commands import classify as classifier_train
-from ldm.commands import configured_training as configured
+from ldm.commands import train
 from ldm.devices import Devices, follow_layout, training_devices
 from ldm.errors import UserError
 from ldm.models.diffusion import LatentDiffusion
@@ -201,7 +201,7 @@ def test_more_processes_than_cores(monkeypatch):
 def test_devices_of_the_configuration(argv, settings, expected):
     """They are counted in the batch and checked as those of the command, which come first."""
     args = parse(main_py.Options, argv)
-    args = configured.configured_devices(args, settings)
+    args = train.configured_devices(args, settings)
     assert (args.gpus, args.devices, args.num_nodes) == expected and not settings
 
 

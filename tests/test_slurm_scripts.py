@@ -13,7 +13,7 @@ from pytorch_lightning.plugins.environments import LightningEnvironment
 from shells import OTHERS, ROOT, make_site, parse, recorded, shell
 
 from ldm.commands import cache as cache_latents
-from ldm.commands import configured_training as configured
+from ldm.commands import train
 from ldm.errors import UserError
 from ldm.train import cluster_plugins
 
@@ -99,7 +99,7 @@ def test_the_guide_runs_and_parses(site, tmp_path, monkeypatch):
         used.add(command[0])
         args = parse(command)
         if command[0] == "main.py":
-            config = configured.load_configuration(args)
+            config = train.load_configuration(args)
             assert config["model"]["target"].startswith("ldm.models.")
         if command[0] == "scripts/cache_latents.py" and args.views > 1:
             # All views would be alike, which is refused.
@@ -235,7 +235,7 @@ def test_lightning_leaves_requeueing_to_the_script(monkeypatch):
     assert plugin.auto_requeue is False
     with monkeypatch.context() as shell_of_a_user:  # srun --pty -J train bash
         shell_of_a_user.setenv("SLURM_STEP_ID", "0")
-        shell_of_a_user.setattr(os, "isatty", lambda descriptor: True)
+        shell_of_a_user.setattr("ldm.devices.has_terminal", lambda: True)
         (plugin,) = cluster_plugins()
         assert isinstance(plugin, LightningEnvironment)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "torchrun inside a job")

@@ -22,7 +22,6 @@ Kind = Literal["colour_mean", "colour_histogram", "linear_probe", "label_spreadi
 
 @dataclass(frozen=True, kw_only=True)
 class Options(EvaluationOptions, DeviceOption):
-    program: ClassVar = "histodiffusion baselines"
     example: ClassVar = "--data_path D --subset train5 --kind colour_histogram"
 
     kind: Annotated[tuple[Kind, ...], Commas] = option(
@@ -106,13 +105,13 @@ def open_network(args: Options):
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(Options, argv)
-    data_path = existing_path(args.data_path, "--data_path", "dir")
+    data_path = existing_path(args.data_path, "--data_path", "tiles")
 
     from ldm.evaluation.baselines import run_baseline
     from ldm.evaluation.metrics import format_summary
     from ldm.evaluation.sets import GroupTable
 
-    unlabelled = args.unlabelled and existing_path(args.unlabelled, "--unlabelled", "dir")
+    unlabelled = args.unlabelled and existing_path(args.unlabelled, "--unlabelled", "tiles")
     groups, extractor = GroupTable.given(args), None
     if not OF_NETWORKS.isdisjoint(args.kind):  # opened before minutes are spent on the others
         extractor = open_network(args)

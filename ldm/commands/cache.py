@@ -29,7 +29,6 @@ FOLDERS = "folders of tiles"
 
 @dataclass(frozen=True, kw_only=True)
 class Options(ProcessOptions, LoaderOptions):
-    program: ClassVar = "histodiffusion cache"
     example: ClassVar = """\
 --model logs/autoencoder --out latents --views 8 \\
       --data configs/latent-diffusion/histo-ldm-kl-8.yaml 'data.params.train.params.augment=[d4]'"""
@@ -55,7 +54,7 @@ class Options(ProcessOptions, LoaderOptions):
     seed: Seed = option(
         "-s",
         default=23,
-        help="seed of hold-out and views; training with the same seed holds out the same tiles",
+        help="seed of hold-out and views; trainings have the same, and hold out the same tiles",
     )
     shard_tiles: Count | None = option(
         default=None, metavar="N", help="tiles per file; if omitted, as many as make 64 MiB"
@@ -104,9 +103,10 @@ def data_config(args: Options, pixels: int) -> dict[str, Any]:
         UserError: Missing files, folders beside YAML files, or options of folders with YAML files.
     """
     from ldm.config import load_configs, resolve
+    from ldm.data.arrays import is_array
 
-    paths = [existing_path(path, "--data") for path in args.data]
-    folders = [path for path in paths if path.is_dir()]
+    paths = [existing_path(path, "--data", "tiles") for path in args.data]
+    folders = [path for path in paths if path.is_dir() or is_array(path)]
     if folders and len(folders) < len(paths):
         raise UserError("--data: give either folders of tiles or YAML files, not both")
     if folders:
@@ -156,7 +156,7 @@ def _folders_config(args: Options, folders: list[Path], pixels: int) -> dict[str
         for name in ("val_fraction", "group_regex"):
             if getattr(args, name) is not None:
                 raise UserError(f"--{name} holds out training tiles; leave it out with --val_data")
-        validation = [existing_path(path, "--val_data", "dir") for path in args.val_data]
+        validation = [existing_path(path, "--val_data", "tiles") for path in args.val_data]
         params["validation"] = tiles(validation, [])
     else:
         params["val_fraction"] = VAL_FRACTION if args.val_fraction is None else args.val_fraction
@@ -201,6 +201,4 @@ def main(argv: list[str] | None = None) -> None:
         )
     else:
         print(f"nothing to do: {out} is complete; scale factor {scale:.6f}")
-    print(
-        f"train with data.params.latents={out} (main.py) or --latents {out} (classifier_train.py)"
-    )
+    print(f"train a model with data.params.latents={out}, a classifier with --latents {out}")

@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -60,7 +59,6 @@ def default_of(name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(RunOptions):
-    program: ClassVar = "histodiffusion classify"
     replaced: ClassVar = {
         "--classifier-use-fp16": "give --precision 16-mixed instead, or leave it out"
     }
@@ -257,8 +255,6 @@ class Options(RunOptions):
 
 def check_paths(args: Options) -> None:
     """Missing files and folders, before anything heavy is imported."""
-    from ldm.data.arrays import holder
-
     if not args.first_stage:
         raise UserError(
             "--first_stage is missing: give a diffusion or autoencoder checkpoint, or export "
@@ -271,9 +267,9 @@ def check_paths(args: Options) -> None:
     if args.latents:
         existing_path(args.latents, "--latents", "dir")
     else:
-        existing_path(holder(Path(args.data_dir).expanduser()), "--data_dir")
+        existing_path(args.data_dir, "--data_dir", "tiles")
     if args.val_data_dir:
-        existing_path(holder(Path(args.val_data_dir).expanduser()), "--val_data_dir")
+        existing_path(args.val_data_dir, "--val_data_dir", "tiles")
 
 
 def train(args: Options) -> "tuple[pl.Trainer, pl.LightningModule] | None":

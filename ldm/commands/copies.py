@@ -26,7 +26,6 @@ from ldm.settings import DeviceOption, LoaderOptions, NetworkChoice
 
 @dataclass(frozen=True, kw_only=True)
 class Options(NetworkChoice, DeviceOption):
-    program: ClassVar = "histodiffusion copies"
     example: ClassVar = """\
 --synthetic OUT --train D/train --holdout D/val --out REPORT \\
       --features logs/eval/train5/seed0"""
@@ -70,7 +69,7 @@ class Options(NetworkChoice, DeviceOption):
 def check_paths(args: Options) -> tuple[dict[str, Path], Path]:
     """The folders of the three sets, by name, and that of the report; none lies in another."""
     names = ("synthetic", "train", "holdout")
-    sets = {name: existing_path(getattr(args, name), f"--{name}", "dir") for name in names}
+    sets = {name: existing_path(getattr(args, name), f"--{name}", "tiles") for name in names}
     out = output_path(args.out, "--out", "dir")
     sources, targets = {f"--{name}": path for name, path in sets.items()}, {"--out": out}
     for name, path in sources.items():

@@ -25,7 +25,6 @@ BATCH = 32  # of the flow
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    program: ClassVar = "histodiffusion demo"
     example: ClassVar = "--out logs/demo sampling.options.classifier_scale=5"
 
     out: str = option(default="logs/demo", metavar="DIR", help="folder of all results")
@@ -51,8 +50,8 @@ def read_demo(args: Options) -> "Settings":
 
     from ldm.config import read_yaml, resolve
     from ldm.devices import resolve_device
-    from ldm.experiment.jobs import ROOT
     from ldm.experiment.settings import check_settings, with_override
+    from ldm.files import ROOT
 
     files = [DEMO, FAST] if args.fast else [DEMO]
     config = OmegaConf.merge(*(read_yaml(ROOT / file) for file in files))

@@ -28,7 +28,6 @@ run_option = partial(option, group="run")
 
 @dataclass(frozen=True, kw_only=True)
 class Options(EvaluationOptions, SharedDevices, Settings):
-    program: ClassVar = "histodiffusion evaluate"
     example: ClassVar = "--arch vit_small --data_path D --subset 'train5+fake50%' --seeds 0 1 2"
 
     precision: Literal["auto", "32", "bf16-mixed", "16-mixed"] | None = like(
@@ -91,7 +90,7 @@ def evaluate(args: Options, data_path: Path, devices: Devices, groups: "GroupTab
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(Options, argv)
-    data_path = existing_path(args.data_path, "--data_path", "dir")
+    data_path = existing_path(args.data_path, "--data_path", "tiles")
     if args.finetune:
         existing_path(args.finetune, "--finetune", "file")
 

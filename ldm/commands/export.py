@@ -17,7 +17,6 @@ log = logging.getLogger("export_diffusers")
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    program: ClassVar = "histodiffusion export"
     example: ClassVar = "--model logs/ldm --out exported/ldm"
 
     model: str = option(

@@ -33,7 +33,6 @@ from ldm.settings import FeatureOptions, NetworkChoice
 
 @dataclass(frozen=True, kw_only=True)
 class Options(NetworkChoice, FeatureOptions):
-    program: ClassVar = "histodiffusion features"
     example: ClassVar = """\
 --real D/train5 --synthetic OUT --features logs/eval/train5/seed0 \\
       --out VIS"""
@@ -72,8 +71,8 @@ class Options(NetworkChoice, FeatureOptions):
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(Options, argv)
-    real_root = existing_path(args.real, "--real", "dir")
-    synthetic_root = existing_path(args.synthetic, "--synthetic", "dir")
+    real_root = existing_path(args.real, "--real", "tiles")
+    synthetic_root = existing_path(args.synthetic, "--synthetic", "tiles")
     out = output_path(args.out, "--out", "dir")
     require_outside({"--out": out}, {"--real": real_root, "--synthetic": synthetic_root})
     remove_leftovers(out)

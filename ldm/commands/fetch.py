@@ -19,7 +19,6 @@ NAMES = ("inception", "lpips", "dinov2", "dinov2_base", "dinov2_large", "dinov2_
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    program: ClassVar = "histodiffusion fetch"
     example: ClassVar = "inception dinov2 lpips"
 
     names: tuple[str, ...] = option(

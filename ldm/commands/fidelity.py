@@ -28,7 +28,6 @@ NETWORKS = ("inception", "dinov2", "dinov2_base", "dinov2_large", "dinov2_giant"
 
 @dataclass(frozen=True, kw_only=True)
 class Options(LoaderOptions, DeviceOption):
-    program: ClassVar = "histodiffusion fidelity"
     example: ClassVar = """\
 --real D/test --fake OUT --features dinov2 --out fidelity.json"""
 
@@ -121,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from ldm.data.images import class_folders
 
-    fake_roots = [existing_path(path, "--fake", "dir") for path in args.fake]
+    fake_roots = [existing_path(path, "--fake", "tiles") for path in args.fake]
     out = output_path(args.out, "--out", "file")
     if args.weights:
         existing_path(args.weights, "--weights")
@@ -130,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--stats {stats} is --out too; give two files")
     if args.real is None:
         existing_path(stats, "--stats (without --real)", "file")
-    real_root = existing_path(args.real, "--real", "dir") if args.real else None
+    real_root = existing_path(args.real, "--real", "tiles") if args.real else None
     # Beside the class folders of a set is no harm done.
     folders = {"--real": [real_root] if real_root else [], "--fake": fake_roots}
     classes = {k: [r / n for r in roots for n in class_folders(r)] for k, roots in folders.items()}

@@ -7,6 +7,7 @@ weights that were used, left out and missing.
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -18,10 +19,11 @@ from ldm.files import remove_leftovers, require_class_names
 
 log = logging.getLogger("import_checkpoint")
 
+_kind = partial(option, group="what the file does not say")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    program: ClassVar = "histodiffusion import"
     example: ClassVar = """\
 ldm.ckpt --kind diffusion --config ldm.yaml \\
       --out models/diffusion.ckpt"""
@@ -36,21 +38,21 @@ ldm.ckpt --kind diffusion --config ldm.yaml \\
         help="configuration of the checkpoint; a classifier without one has the published network",
     )
     out: str = option(metavar="CKPT", help="checkpoint to write")
-    autoencoder: str | None = option(
+    autoencoder: str | None = _kind(
         default=None,
         metavar="CKPT",
         help="diffusion: our autoencoder, for a file without one; classifier: our diffusion model "
         "(or autoencoder) that it works with",
     )
-    scale_factor: Annotated[float, Field(ge=1e-6, le=1e6)] | None = option(
+    scale_factor: Annotated[float, Field(ge=1e-6, le=1e6)] | None = _kind(
         default=None, metavar="X", help="scale of the latents, if the file does not hold it"
     )
-    classes: str | None = option(
+    classes: str | None = _kind(
         default=None,
         metavar="A,B,C",
         help="classifier: class names in the order of its outputs",
     )
-    noised: bool = option(
+    noised: bool = _kind(
         default=False,
         takes_value=True,
         help="classifier: it was trained on noisy latents (the published one was not)",

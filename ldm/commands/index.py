@@ -26,7 +26,6 @@ Micrometres = Annotated[float, Field(gt=0, le=10_000)]
 
 @dataclass(frozen=True, kw_only=True)
 class Options(GroupOptions):
-    program: ClassVar = "histodiffusion index"
     example: ClassVar = "ROOT --out corpus.parquet --min_size 224 --group_level 1"
 
     roots: tuple[str, ...] = option(

@@ -20,6 +20,7 @@ per class.
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -34,10 +35,13 @@ log = logging.getLogger("distance")
 MOST_PER_CLASS = 500  # of the published selection
 NEIGHBORS = 3  # of the published realism score
 
+_judge = partial(option, group="judge")
+_choice = partial(option, group="which tiles are chosen")
+_results = partial(option, group="training folder")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options(FeatureOptions):
-    program: ClassVar = "histodiffusion select"
     example: ClassVar = """\
 --real D/train5 --synthetic OUT --features VIS --ratio 50 \\
       --out 'D/train5+fake50%'"""
@@ -58,12 +62,12 @@ class Options(FeatureOptions):
         help="what scripts/vis.py wrote for them, a checkpoint of eval.py, timm:NAME or "
         "diffusion:RUN@T; several are judge together, as the mean of their calibrated opinions",
     )
-    choose: bool = option(
+    choose: bool = _judge(
         default=False,
         help="use only that one of --features which tells left-out tiles of --real apart best, for "
         "example of diffusion:RUN@50, RUN@200 and RUN@400",
     )
-    val: str | None = option(
+    val: str | None = _judge(
         default=None,
         metavar="DIR",
         help="labelled tiles that the judge is measured on: accuracy and calibration by class; "
@@ -76,48 +80,48 @@ class Options(FeatureOptions):
         "2003), in place of a logistic regression",
     )
     out: str = option(metavar="DIR", help="training folder to make")
-    ratio: Count | None = option(
+    ratio: Count | None = _choice(
         default=None,
         metavar="PERCENT",
         help="synthetic images per class, in percent of its real ones (published: 50 100 200 300)",
     )
-    per_class: Count | None = option(
+    per_class: Count | None = _choice(
         default=None,
         metavar="N",
         help=f"most synthetic images of each class; {MOST_PER_CLASS} where --ratio is omitted too",
     )
-    strategy: Literal["centroid", "confidence", "knn", "coverage", "random"] | None = option(
+    strategy: Literal["centroid", "confidence", "knn", "coverage", "random"] | None = _choice(
         default=None,
         help="which images are accepted; if omitted centroid, with --unlabelled random",
     )
-    random: bool = option(default=False, help="the same as --strategy random")
-    seed: Seed | None = option(default=None, help="with --strategy random: its seed; if omitted 0")
-    neighbors: Count | None = option(
+    random: bool = _choice(default=False, help="the same as --strategy random")
+    seed: Seed | None = _choice(default=None, help="with --strategy random: its seed; if omitted 0")
+    neighbors: Count | None = _choice(
         default=None,
         metavar="K",
         help="with --strategy knn: a real tile reaches to its K-th neighbour; if omitted "
         f"{NEIGHBORS}",
     )
-    confidence: Literal["judge", "manifest"] | None = option(
+    confidence: Literal["judge", "manifest"] | None = _choice(
         default=None,
         help="with --strategy confidence: by the network of --features (one that knows no classes "
         "by logistic regression on --real), or by the classifier that guided (manifest.csv); if "
         "omitted judge",
     )
-    fill: bool = option(
+    fill: bool = _choice(
         default=False,
         help="where too few images are accepted, use the best of the rejected, marked as filled",
     )
-    downstream: str | None = option(
+    downstream: str | None = _results(
         default=None,
         metavar="CKPT",
         help="checkpoint of eval.py that the images are for: a warning when it is the judge",
     )
-    sheets: str | None = option(
+    sheets: str | None = _results(
         default=None, metavar="DIR", help="folder of contact sheets; if omitted OUT.sheets"
     )
-    no_sheets: bool = option(default=False, help="draw no contact sheets")
-    link: Literal["copy", "hard", "symbolic"] = option(
+    no_sheets: bool = _results(default=False, help="draw no contact sheets")
+    link: Literal["copy", "hard", "symbolic"] = _results(
         default="copy", help="copy the files or link to them"
     )
     cache: str | None = option(
@@ -225,9 +229,9 @@ def judge(args: Options, real_root: Path, candidates_root: Path, needed: bool):
             (source.open(resolve_device(args.device)) for source in sources),
             Path(args.cache) if args.cache else None,
             needed,
-            args.val and existing_path(args.val, "--val", "dir"),
+            args.val and existing_path(args.val, "--val", "tiles"),
             args.choose,
-            args.spread and existing_path(args.spread, "--spread", "dir"),
+            args.spread and existing_path(args.spread, "--spread", "tiles"),
             **args.loading,
         )
     names = ("pretrained_weights", "input_size", "batch_size", "workers", "device", "cache")
@@ -278,9 +282,9 @@ def wanted_folder(args: Options, real_root: Path, candidates_root: Path):
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(Options, argv)
-    real_root = existing_path(args.real, "--real", "dir")
+    real_root = existing_path(args.real, "--real", "tiles")
     option_name = "--synthetic" if args.unlabelled is None else "--unlabelled"
-    candidates_root = existing_path(args.synthetic or args.unlabelled, option_name, "dir")
+    candidates_root = existing_path(args.synthetic or args.unlabelled, option_name, "tiles")
     out = Path(args.out)
     sheets = None if args.no_sheets else Path(args.sheets or f"{out}.sheets")
     sources = {"--real": real_root, option_name: candidates_root}

@@ -34,7 +34,6 @@ def size_in_bytes(text: str | int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    program: ClassVar = "histodiffusion shards"
     example: ClassVar = "tcga.parquet --out /scratch/tcga_shards --size 1G"
 
     index: str = option(positional=True, metavar="INDEX", help="what scripts/index_corpus.py wrote")
@@ -59,14 +58,13 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(os.path.abspath(Path(args.out).expanduser()))
     existing_path(args.index, "INDEX", "file")
 
-    from ldm.data.arrays import holder
     from ldm.data.index import CorpusIndex
     from ldm.data.shards import CorpusShards
 
     index = CorpusIndex.read(args.index)
     roots = [Path(root).expanduser() for root in args.root or index.scanned]
     for root in roots:
-        existing_path(holder(root), "--root")
+        existing_path(root, "--root", "tiles")
     require_outside({"--out": out}, {"--root": roots})
     shards = CorpusShards(index, roots, out, args.size)
     if args.dry_run:

@@ -10,6 +10,7 @@ tiles.
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -23,28 +24,29 @@ from ldm.settings import GroupOptions
 
 log = logging.getLogger("make_subset")
 
+_amount = partial(option, group="how many tiles")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options(GroupOptions):
-    program: ClassVar = "histodiffusion subset"
     example: ClassVar = """\
 --data D/train --fraction 0.05 --group_csv slides.csv --by_group \\
       --out D/train5"""
 
     data: str = option(metavar="DIR", help="labelled tiles, DIR/CLASS/images")
     out: str = option(metavar="DIR", help="folder to make")
-    fraction: Annotated[float, Field(gt=0, le=1)] | None = option(
+    fraction: Annotated[float, Field(gt=0, le=1)] | None = _amount(
         default=None, metavar="SHARE", help="share of the tiles of each class (published: 0.05)"
     )
-    per_class: Count | None = option(
+    per_class: Count | None = _amount(
         default=None, metavar="N", help="tiles of each class, the same number for all"
     )
-    ratio: Count | None = option(
+    ratio: Count | None = _amount(
         default=None,
         metavar="PERCENT",
         help="with --include: further tiles of each class, in percent of those it has there",
     )
-    include: str | None = option(
+    include: str | None = _amount(
         default=None,
         metavar="DIR",
         help="a labelled folder that is in the subset as a whole; only what it lacks is drawn",
@@ -69,9 +71,9 @@ class Options(GroupOptions):
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(Options, argv)
-    data = existing_path(args.data, "--data", "dir")
+    data = existing_path(args.data, "--data", "tiles")
     out = Path(args.out).expanduser()
-    include = None if args.include is None else existing_path(args.include, "--include", "dir")
+    include = None if args.include is None else existing_path(args.include, "--include", "tiles")
     require_outside({"--out": out}, {"--data": data, "--include": include})
     grouping = grouping_of(args)
     if args.by_group and grouping is None:

@@ -9,6 +9,7 @@ setting) and the tiles below SWEEP/tiles. The same command again makes what is m
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Annotated, ClassVar, Literal
 
@@ -45,9 +46,13 @@ def interval(text: str) -> tuple[int, int] | None:
     return int(low), int(high)
 
 
+_tried = partial(option, group="what is tried")
+_guidance = partial(option, group="guidance")
+_images = partial(option, group="images")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options(DeviceOption):
-    program: ClassVar = "histodiffusion sweep"
     example: ClassVar = """\
 --model DIFFUSION --classifier CLASSIFIER --real D/val \\
       --judge logs/eval/train5/seed0 --scales 0,3,10,30 -n 64 --out SWEEP"""
@@ -64,43 +69,43 @@ class Options(DeviceOption):
     judge: str = option(metavar="CKPT", help="checkpoint (or seed folder) from eval.py")
     real: str = option(metavar="DIR", help="held-out real tiles, DIR/CLASS/images")
     out: str = option(metavar="DIR", help="folder of the results")
-    scales: Annotated[tuple[NotNegative, ...], Commas] = option(
+    scales: Annotated[tuple[NotNegative, ...], Commas] = _tried(
         default=(0.0, 3.0, 10.0, 30.0),
         metavar="X,X",
         help="guidance scales; 0 is unguided (classifier), 1 plain conditional (label adapter)",
     )
     intervals: Annotated[
         tuple[Annotated[tuple[Whole, Whole] | None, BeforeValidator(interval)], ...], Commas
-    ] = option(
+    ] = _tried(
         default=(None,),
         metavar="SPANS",
         help="guided time steps, LOW:HIGH or all; if omitted all, for a flow up to 950",
     )
-    steps: Annotated[tuple[Count, ...], Commas] = option(
+    steps: Annotated[tuple[Count, ...], Commas] = _tried(
         default=(25,), metavar="N,N", help="sampling steps"
     )
     samplers: (
         Annotated[tuple[Literal["ddim", "ddpm", "dpm++2m", "euler", "heun"], ...], Commas] | None
-    ) = option(
+    ) = _tried(
         default=None,
         metavar="NAME,NAME",
         help="among ddim, ddpm, dpm++2m, or euler, heun for a flow; if omitted ddim or euler",
     )
-    latent_limit: Positive | None = option(
+    latent_limit: Positive | None = _tried(
         default=None, help="with euler and heun: keep predicted clean latents within +-X"
     )
-    eta: Share = option(default=1.0, help="DDIM noise, 0 is deterministic")
-    guidance_on: Literal["z_t", "z_0"] = option(default="z_t", help="what the classifier sees")
-    guidance_norm: bool = option(default=False, help="scale = |guidance| / |eps|")
-    guidance_clip: Positive | None = option(default=None, help="largest |guidance| / |eps|")
-    temperature: Annotated[float, Field(ge=1e-3, le=1e3)] | None = option(
+    eta: Share = _tried(default=1.0, help="DDIM noise, 0 is deterministic")
+    guidance_on: Literal["z_t", "z_0"] = _guidance(default="z_t", help="what the classifier sees")
+    guidance_norm: bool = _guidance(default=False, help="scale = |guidance| / |eps|")
+    guidance_clip: Positive | None = _guidance(default=None, help="largest |guidance| / |eps|")
+    temperature: Annotated[float, Field(ge=1e-3, le=1e3)] | None = _guidance(
         default=None, help="temperature of the classifier; if omitted its calibrated one"
     )
-    n_samples: Annotated[int, Field(ge=8, le=MOST)] = option(
+    n_samples: Annotated[int, Field(ge=8, le=MOST)] = _images(
         "-n", default=64, help="images per class"
     )
     batch_size: Count = like(LoaderOptions, "batch_size", 32, help="images sampled together")
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = option(default=0, help="seed of the noise")
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = _images(default=0, help="seed of the noise")
     precision: Literal["auto", "32", "bf16"] | None = like(ProcessOptions, "precision", None)
 
     def problems(self) -> Iterator[tuple[str, str]]:
@@ -157,7 +162,7 @@ def temperature_of(args: Options, models) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(Options, argv)
-    real_root = existing_path(args.real, "--real", "dir")
+    real_root = existing_path(args.real, "--real", "tiles")
     existing_path(args.judge, "--judge")
     out = output_path(args.out, "--out", "dir")
     require_outside({"--out": out}, {"--real": real_root})

@@ -13,40 +13,43 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from ldm.cli import STOPPED, Count, contradictions, option, parse
 from ldm.errors import UserError
 
+_ran = partial(option, group="what is run, and where")
+_shown = partial(option, group="instead of a run")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    program: ClassVar = "histodiffusion table"
     example: ClassVar = "--config configs/tables/crc5.yaml --gpus 0,1,2,3"
 
     config: str = option(metavar="YAML", help="the table, see configs/tables")
-    status: bool = option(default=False, help="show where every job stands, and exit")
-    dry_run: bool = option(default=False, help="print the commands in order, and exit")
-    report: bool = option(default=False, help="only write the table again, from what is there")
-    slurm: bool = option(
+    status: bool = _shown(default=False, help="show where every job stands, and exit")
+    dry_run: bool = _shown(default=False, help="print the commands in order, and exit")
+    report: bool = _shown(default=False, help="only write the table again, from what is there")
+    slurm: bool = _ran(
         default=False,
         published=("--submit",),
         help="run the jobs on SLURM, as the section slurm says; this process waits for them",
     )
-    only: tuple[str, ...] = option(
+    only: tuple[str, ...] = _ran(
         default=(),
         metavar="ROW",
         help="only the jobs of these rows, for example 'real' '*-centroid-100'",
     )
-    jobs: Count | None = option(
+    jobs: Count | None = _ran(
         default=None, metavar="N", help="jobs at once; if omitted one per GPU, or 1"
     )
-    gpus: str | None = option(
+    gpus: str | None = _ran(
         default=None,
         metavar="LIST",
         help="GPUs to share out, such as 0,1,2; each job gets one (or as many as it asks for)",
     )
-    retry: bool = option(default=False, help="run again what failed before")
+    retry: bool = _ran(default=False, help="run again what failed before")
     overrides: tuple[str, ...] = option(
         default=(), positional=True, metavar="section.key=value", help="settings"
     )

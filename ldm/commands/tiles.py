@@ -14,7 +14,6 @@ from ldm.cli import Count, Seed, Threads, Whole, option, parse
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    program: ClassVar = "histodiffusion tiles"
     example: ClassVar = "--out tiles --size 64 --train 60 --train5 6"
 
     out: str = option(metavar="DIR", help="folder to make; new, empty or one to go on in")

@@ -6,6 +6,7 @@ PanNuke's .npy files, MedMNIST's .npz files and PatchCamelyon's HDF5 files: each
 Letters: N rows, H W pixels.
 """
 
+import errno
 import os
 import re
 import zipfile
@@ -38,6 +39,48 @@ def holds_arrays(name: str) -> bool:
 def holder(path: Path) -> Path:
     """The file of a path FILE or FILE/PART, where a part is one of the arrays of a file."""
     return path if path.exists() or not path.parent.is_file() else path.parent
+
+
+def is_array(path: Path) -> bool:
+    """Whether a path is that of a file of arrays, or of a part of one; also by a link to it."""
+    file = holder(path)
+    return file.is_file() and holds_arrays(file.resolve().name)
+
+
+def list_rows(root: Path) -> list[str]:
+    """The tiles of a file of arrays, or of a part of one, named like files in class folders.
+
+    That is CLASS/000003.png, CLASS/PART_000003.png in a file of several arrays, and without CLASS
+    where there are no labels. `find_row` finds what ROOT/NAME stands for.
+    """
+    return [
+        "/".join(filter(None, (label, f"{part and part + '_'}{i:06d}.png")))
+        for part, array in open_arrays(root).items()
+        for i, label in enumerate(array.class_names())
+    ]
+
+
+def file_of(path: Path) -> Path:
+    """The file that holds a tile: the path itself, or the file of arrays that it leads into."""
+    if path.exists():
+        return path
+    return next((parent for parent in path.parents if parent.is_file()), path)
+
+
+def find_row(path: Path) -> "tuple[TileArray, int]":
+    """The array and the row of a tile in a file of arrays, see `list_rows`.
+
+    Raises:
+        FileNotFoundError: There is no such array.
+    """
+    file = file_of(path)
+    part, _, row = path.stem.rpartition("_")
+    try:
+        arrays = open_arrays(file)
+        first = path.relative_to(file).parts[0]
+        return arrays[part or (first if first in arrays else "")], int(row)
+    except (KeyError, ValueError):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
 
 
 @dataclass
@@ -93,7 +136,7 @@ def open_arrays(path: Path) -> dict[str, TileArray]:
     """
     file = holder(path)
     # By process, since a handle of HDF5 must not be shared after a fork.
-    arrays = _open(str(file), os.getpid())
+    arrays = _open(str(file.resolve()), os.getpid())
     if file == path:
         return arrays
     if path.name not in arrays:

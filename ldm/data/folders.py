@@ -7,8 +7,10 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from ldm.data.arrays import file_of
+from ldm.data.images import read_tile
 from ldm.errors import UserError
-from ldm.files import atomic_folder, write_text
+from ldm.files import atomic_folder, write_png, write_text
 from ldm.progress import FIRST_SIGN, Bar
 
 # Of a training folder: where its decisions and settings are, and how its added tiles are named.
@@ -43,7 +45,7 @@ def manifest_column(root: Path, column: str) -> dict[str, str]:
 def build_folder(
     out: Path, files: Mapping[str, Path], notes: Mapping[str, str], link: str = "copy"
 ) -> None:
-    """Make a folder of copies of files, or of links to them.
+    """Make a folder of copies of files, or of links to them; rows of arrays become PNG files.
 
     It is built under a hidden name beside `out` and renamed, so `out` is complete or not there.
 
@@ -58,6 +60,9 @@ def build_folder(
         options = {"unit": "file", "delay": FIRST_SIGN, "leave": False}
         for target, source in Bar(files.items(), out.name, **options):
             (partial / target).parent.mkdir(parents=True, exist_ok=True)
+            if file_of(source) != source:  # a row of an array
+                write_png(partial / target, read_tile(source))
+                continue
             try:
                 put(source.absolute(), partial / target)
             except OSError as error:

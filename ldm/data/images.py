@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ldm.data.arrays import find_row, is_array, list_rows
 from ldm.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -114,14 +115,18 @@ def _warn(text: str) -> None:
 
 
 def list_images(root: str | os.PathLike) -> list[Path]:
-    """Every image file below `root`, sorted by path; junk is skipped."""
+    """Every image file below `root`, sorted by path; junk is skipped. Also the rows of an array."""
     if not os.path.isdir(root):
-        return []
+        root = Path(root)
+        return sorted(root / name for name in list_rows(root)) if is_array(root) else []
     return sorted(folder.path / name for folder in walk(root, is_image) for name in folder.files)
 
 
 def class_folders(root: str | os.PathLike) -> list[str]:
-    """Names of the class folders directly below `root`, sorted; junk is skipped."""
+    """Names of the class folders directly below `root`, sorted; or of the classes of an array."""
+    if not os.path.isdir(root):
+        names = (path.relative_to(root) for path in list_images(root))
+        return sorted({name.parts[0] for name in names if len(name.parts) > 1})
     return _entries(root)[0]
 
 
@@ -230,9 +235,17 @@ def decode_tile(content: bytes, name: str) -> np.ndarray:
 
 
 def read_tile(path: str | os.PathLike) -> np.ndarray:
-    """Read and decode an image file, see `decode_tile`; UserError where it cannot be read."""
+    """Read and decode an image file, or a row of an array, see `decode_tile`.
+
+    Raises:
+        UserError: It cannot be read.
+    """
     try:
-        content = Path(path).read_bytes()
+        try:
+            content = Path(path).read_bytes()
+        except NotADirectoryError:  # it lies in a file
+            array, row = find_row(Path(path))
+            return to_levels(array[row], os.fspath(path), array.white)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; replace or remove the file") from error
     return decode_tile(content, os.fspath(path))

@@ -17,7 +17,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from ldm.data.arrays import OPEN_FILES, TileArray, holder, holds_arrays, open_arrays
+from ldm.data.arrays import OPEN_FILES, TileArray, holder, holds_arrays, is_array, open_arrays
 from ldm.data.images import decode_tile, is_image, is_junk, to_levels, walk
 from ldm.data.slides import EXTENSIONS, Tiling, chosen_tiles, read_window
 from ldm.errors import UserError
@@ -221,8 +221,7 @@ LAYOUTS = {
 
 def layout_of(root: Path) -> str:
     """The layout of tiles at `root`, where none is given: arrays if it is a file of these."""
-    file = holder(root)
-    return "array" if holds_arrays(file.name) and file.is_file() else "folder"
+    return "array" if is_array(root) else "folder"
 
 
 def path_order(path: str) -> list[str]:

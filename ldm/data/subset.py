@@ -9,10 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ldm.data.arrays import is_array
 from ldm.data.folders import build_folder
 from ldm.data.groups import Grouping, random_order
+from ldm.data.images import read_tile
 from ldm.data.storage import top_folder
-from ldm.data.tile_files import TileFiles
+from ldm.data.tile_files import TileFiles, pixels_sha256
 from ldm.errors import UserError
 from ldm.files import csv_text, digest_of_text, file_sha256
 from ldm.run import MadeFolder, provenance
@@ -269,6 +271,10 @@ class Subset:
 
 def _same_contents(files: TileFiles, others: TileFiles) -> set[str]:
     """Names of those files whose contents are among the others, whatever these are called."""
+    if is_array(files.root) or is_array(others.root):  # whose rows may be files in the other
+        known = {pixels_sha256(read_tile(path)) for path in others.paths}
+        same = (pixels_sha256(read_tile(path)) in known for path in files.paths)
+        return {name for name, found in zip(files.names, same, strict=True) if found}
     sizes, digests = {path.stat().st_size for path in others.paths}, set(others.digests)
     # Hashing is slow on large sets, and only a file of one of these sizes can be the same.
     return {

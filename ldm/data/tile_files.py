@@ -16,6 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm.data.arrays import file_of, is_array
 from ldm.data.images import EXTENSIONS, class_folders, list_images, read_tile
 from ldm.data.storage import top_folder
 from ldm.errors import UserError
@@ -62,13 +63,14 @@ class TileFiles:
 
         Args:
             root: Folder of the set; of a labelled one, ROOT/CLASS/** holds the images, and images
-                beside the classes are reported and left out.
+                beside the classes are reported and left out. Or a file of arrays, or a part of it,
+                whose rows are named like such files.
             classes: The classes there must be, in label order. Default: the folders' names, sorted.
             index: Index of the folder, which is then not walked; tiles with a problem are left out.
             number: Number of the folder among the roots of the index.
         """
         root = Path(root).expanduser()
-        if not root.is_dir():
+        if not (root.is_dir() or is_array(root)):
             reason = "is not a folder" if root.exists() else "does not exist"
             raise UserError(f"tile folder {root} {reason}; check the path")
         group_of = None
@@ -138,7 +140,7 @@ class TileFiles:
     def digests(self) -> list[str]:
         """SHA-256 of the content of each file; files are read when this is first asked for."""
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            digests = pool.map(file_sha256, self.paths)
+            digests = pool.map(content_sha256, self.paths)
             options = {"total": len(self.paths), "unit": "file", "leave": False}
             return list(Bar(digests, "contents", delay=FIRST_SIGN, **options))
 
@@ -171,7 +173,7 @@ class TileFiles:
         """
         lines = []
         for name, path in zip(self.names, self.paths, strict=True):
-            state = os.stat(path)
+            state = os.stat(file_of(path))
             times = f"{state.st_mtime_ns}\0{state.st_ctime_ns}"
             lines.append(f"{name}\0{state.st_size}\0{times}\n")
         return digest_of_text(lines)
@@ -214,7 +216,20 @@ class TilesInMemory(TileFiles):
 
     @cached_property
     def digests(self) -> list[str]:
-        return [sha256(f"{one.shape}".encode() + one.tobytes()).hexdigest() for one in self.arrays]
+        return [pixels_sha256(one) for one in self.arrays]
+
+
+def pixels_sha256(pixels: "np.ndarray") -> str:
+    """SHA-256 of the pixels of a tile, hexadecimal."""
+    return sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
+
+
+def content_sha256(path: Path) -> str:
+    """SHA-256 of an image file, or of the pixels of a row of an array."""
+    try:
+        return file_sha256(path)
+    except NotADirectoryError:
+        return pixels_sha256(read_tile(path))
 
 
 def _by_class(root: Path, labelled: bool, indexed: list[str] | None = None) -> dict[str, list[str]]:

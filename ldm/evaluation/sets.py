@@ -20,6 +20,7 @@ from torch import Tensor
 from torchvision.transforms import Compose
 
 from ldm.cli import existing_path
+from ldm.data.arrays import is_array, open_arrays
 from ldm.data.folders import PREFIX, PSEUDO
 from ldm.data.groups import by_csv
 from ldm.data.images import class_folders
@@ -268,6 +269,12 @@ class Splits:
             tiles.load()
 
 
+def evaluated_sets(data_path: Path) -> list[str]:
+    """Those of `val` and `test` that are folders below `data_path`, or arrays in that file."""
+    parts = open_arrays(data_path) if is_array(data_path) else ()
+    return [name for name in EVALUATED if name in parts or (data_path / name).exists()]
+
+
 def open_evaluation_sets(
     data_path: Path,
     classes: Sequence[str],
@@ -278,8 +285,7 @@ def open_evaluation_sets(
     transform = eval_transform(input_size)
     found = {
         name: TransformedTiles(data_path / name, input_size, transform, False, classes)
-        for name in EVALUATED
-        if (data_path / name).exists()
+        for name in evaluated_sets(data_path)
     }
     if groups is not None:
         for name, tiles in found.items():
@@ -310,7 +316,8 @@ def open_splits(
         )
     if len(train.classes) < 2:
         raise UserError(f"{root} has one class folder, {train.classes[0]}; two or more are needed")
-    existing_path(data_path / "val", "`data_path` (val, which chooses the epoch)", "dir")
+    if "val" not in evaluated_sets(data_path):
+        existing_path(data_path / "val", "`data_path` (val, which chooses the epoch)")
     _refuse_untrained_classes(root, data_path, train.classes)
     evaluation = open_evaluation_sets(data_path, train.classes, settings.input_size, groups)
     notes = list(_notes(train, evaluation))
@@ -350,9 +357,9 @@ def _training_root(data_path: Path, name: str) -> Path:
 
 def _refuse_untrained_classes(root: Path, data_path: Path, classes: Sequence[str]) -> None:
     """Check that every class that is evaluated has a training folder; UserError otherwise."""
-    for name in EVALUATED:
+    for name in evaluated_sets(data_path):
         folder = data_path / name
-        there = class_folders(folder) if folder.is_dir() else []
+        there = class_folders(folder)
         missing = [label for label in there if label not in classes]
         # Where the names merely differ, what opens the set says so.
         if missing and set(classes) <= set(there):

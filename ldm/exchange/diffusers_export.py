@@ -43,7 +43,7 @@ def unet_settings(params: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
         UserError: The network has an option that `UNet2DModel` does not have.
     """
     _require_exportable(params)
-    widths = [m * params["model_channels"] for m in params.get("channel_mult", (1, 2, 4, 8))]
+    widths = [int(m * params["model_channels"]) for m in params.get("channel_mult", (1, 2, 4, 8))]
     attention = [2**level in params["attention_resolutions"] for level in range(len(widths))]
     # A level without attention has a class of its own for each way of resampling.
     resample, plain, block = "conv", ("Down", "Up"), "Block2D"

@@ -8,8 +8,9 @@ weights:
                   first_stage_model.* (the autoencoder), scale_factor, betas and other tables
     classifier    the bare weights of a half UNet, `model_010000.pt`
 
-Prefixes of compiled and of distributed models are left out (`_orig_mod.`, `module.`), and averages
-that stand in an entry of their own (`ema`, `params_ema`) are the weights that are read.
+Prefixes of compiled, distributed and flattened models are left out (`_orig_mod.`, `module.`,
+`state_dict.`), and averages that stand in an entry of their own (`ema`, `params_ema`) are the
+weights that are read.
 
 Such a file does not describe its network, so the architecture comes from a configuration, native or
 published.
@@ -146,8 +147,9 @@ def read_foreign(path: str | Path, allow_pickle: bool = False) -> tuple[State, d
 
 
 def _plain_name(name: str) -> str:
-    """The name of a weight without what torch.compile and DistributedDataParallel put before."""
-    return re.sub(r"_orig_mod\.?", "", str(name)).removeprefix("module.")
+    """The name of a weight without what compiling, distributing and flattening put before it."""
+    name = re.sub(r"_orig_mod\.?", "", str(name))
+    return name.removeprefix("state_dict.").removeprefix("module.")
 
 
 def read_payload(path: Path, allow_pickle: bool = False) -> Any:
@@ -273,8 +275,11 @@ class _Matcher:
             names: Name in `module` -> name in the file.
 
         Raises:
-            UserError: A weight of another shape: the configuration describes another network.
+            UserError: A weight has another shape (the configuration describes another network), or
+                is not finite.
         """
+        from ldm.checkpoint import require_finite
+
         own, wrong, found = module.state_dict(), [], {}
         for name, theirs in names.items():
             value = self.take(theirs)
@@ -289,6 +294,7 @@ class _Matcher:
                 f"{where}: {len(wrong)} weights have other shapes than the configuration says "
                 f"({'; '.join(wrong[:3])}); give the configuration that the file was trained with"
             )
+        require_finite(((names[name], value) for name, value in found.items()), where)
         module.load_state_dict({**own, **found})
 
 
@@ -431,9 +437,15 @@ def _scale(matcher: _Matcher, stated: float | None, given: float | None) -> floa
     if isinstance(stated, list) or (stored is not None and stored.numel() != 1):
         raise UserError("a latent scale for each channel is not imported; give a single number")
     if stored is not None:
+        if not 0 < float(stored) < math.inf:
+            raise UserError(f"the file's scale_factor={float(stored)} must be positive and finite")
         tolerance = _tolerance(stored, SCALE_TOLERANCE)
         said = {"scale_factor": given, "config: model.params.scale_factor": stated}
         said = {name: value for name, value in said.items() if value is not None}
+        if stated == 1 and float(stored) != 1:
+            # What a published configuration without a scale means; the file has a measured one.
+            del said["config: model.params.scale_factor"]
+            matcher.report.notes.append(f"scale_factor {float(stored):.6g} from the file")
         for name, value in said.items():
             if abs(float(stored) - value) > tolerance * abs(value):
                 raise UserError(

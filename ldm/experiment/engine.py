@@ -24,10 +24,10 @@ from typing import Any
 from ldm.devices import usable_cores
 from ldm.errors import UserError
 from ldm.experiment.execute import GRACE, THREADS, save_plan, wait_or_kill
-from ldm.experiment.jobs import ROOT, Job, Records, Standing, State, keys_of, lock_file
+from ldm.experiment.jobs import Job, Records, Standing, State, keys_of, lock_file
 from ldm.experiment.progress import Progress
 from ldm.experiment.settings import Slurm
-from ldm.files import remove_leftovers, write_text
+from ldm.files import CHECKOUT, ROOT, remove_leftovers, write_text
 
 POLL = 0.2  # seconds between looks at the records
 PATIENCE = 10.0  # seconds beyond `GRACE` that a stopped run has to be gone
@@ -209,6 +209,8 @@ def run(
                 jobs,
                 keys,
                 targets=left,
+                # Of a checkout, tables may be started from anywhere.
+                root=str(CHECKOUT or Path.cwd()),
                 threads=machine.threads,
                 variables=machine.variables,
                 gpus=list(machine.gpus),
@@ -244,7 +246,8 @@ def _run_snakemake(
     command += ["--scheduler", "greedy", "--nocolor"]  # greedy: by priority, the order of the plan
     if keep_going:
         command.append("--keep-going")
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    paths = (CHECKOUT and str(CHECKOUT), os.environ.get("PYTHONPATH"))
+    path = os.pathsep.join(filter(None, paths))
     with (records.folder / LOG).open("wb") as log:
         process = subprocess.Popen(
             command,

@@ -22,8 +22,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from ldm.cli import STOPPED
-from ldm.experiment.jobs import ROOT, SCRIPTS, Job, JobBusy, Record, Records, lock_file
+from ldm.cli import COMMANDS, STOPPED
+from ldm.experiment.jobs import Job, JobBusy, Record, Records, lock_file
 from ldm.experiment.numbers import key_number
 from ldm.files import write_json, write_text
 
@@ -76,11 +76,10 @@ def launch(
     Any exception, a signal for example, ends the process. So does the end of our parent.
     """
     parent = os.getppid()
-    start = ["-m", "ldm.commands"] if command[0] in SCRIPTS else []
+    start = ["-m", "ldm.commands"] if command[0] in COMMANDS else []
     with log_path.open("ab") as output:
         process = subprocess.Popen(
             [sys.executable, *start, *command],
-            cwd=ROOT,
             env=dict(environment),
             stdin=subprocess.DEVNULL,
             stdout=output,

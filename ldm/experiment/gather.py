@@ -13,7 +13,7 @@ from ldm.config import read_yaml, resolve
 from ldm.errors import UserError
 from ldm.evaluation.predictions import Predictions, predictions_name
 from ldm.evaluation.summary import OVER_IMAGES, SPLITS, SUMMARY, write_summary
-from ldm.experiment.jobs import ROOT, Standing, State
+from ldm.experiment.jobs import Standing, State
 from ldm.experiment.numbers import read_csv, read_json
 from ldm.experiment.plan import REAL, Arm, Plan
 from ldm.experiment.results import PUBLISHED_GAIN, Row, Table
@@ -211,8 +211,7 @@ def read_paper(path: str | None, table: str, keys: list[str]) -> dict[str, dict[
     """
     if path is None:
         return {}
-    given = Path(path)
-    source = given if given.is_file() else existing_path(ROOT / given, "paper", "file")
+    source = existing_path(path, "paper", "file")
     rows = resolve(read_yaml(source)).get(table) or {}
     known = [PUBLISHED_GAIN, *keys]
     found = {}

@@ -24,24 +24,8 @@ from typing import Any
 
 import yaml
 
-from ldm.files import digest_of, write_json
-
-ROOT = Path(__file__).resolve().parents[2]  # folder of configs/
-
-# Keys name commands as version 0.1.0 did, by their scripts: what was made then counts.
-SCRIPTS = {
-    "train": "main.py",
-    "classify": "classifier_train.py",
-    "sample": "sample_diffusion.py",
-    "evaluate": "eval.py",
-    "features": "scripts/vis.py",
-    "select": "scripts/distance.py",
-    "copies": "scripts/copy_check.py",
-    "subset": "scripts/make_subset.py",
-    "tiles": "scripts/make_tiles.py",
-    "baselines": "scripts/baselines.py",
-    "fidelity": "scripts/fidelity.py",
-}
+from ldm.cli import COMMANDS
+from ldm.files import ROOT, digest_of, write_json
 
 # Options that say how something is computed, not what: another value makes nothing anew.
 NEUTRAL = ("--device", "--num_workers", "--workers")
@@ -267,14 +251,17 @@ def arguments(options: Mapping[str, Any]) -> list[str]:
 
 
 def show_path(path: Path) -> str:
-    """The path, relative to the repository's folder where it is in it."""
+    """The path, relative to `ROOT` where it is in it: also that of a configuration of ours."""
     path = path.absolute()
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
 def deciding_words(command: Sequence[str]) -> list[str]:
-    """The words of a command that decide its result."""
-    words, skip = [SCRIPTS.get(command[0], command[0])], False
+    """The words of a command that decide its result.
+
+    The command is called by its script, as in version 0.1.0: what was made then counts.
+    """
+    words, skip = [COMMANDS.get(command[0], command[0])], False
     for word in command[1:]:
         if skip:
             skip = False

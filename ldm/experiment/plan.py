@@ -17,7 +17,7 @@ from ldm.checkpoint import checkpoint_path
 from ldm.cli import existing_path, nearest
 from ldm.errors import UserError
 from ldm.experiment.inputs import Checkpoints, Split
-from ldm.experiment.jobs import ROOT, Job, arguments, needed_by, show_path
+from ldm.experiment.jobs import Job, arguments, needed_by, show_path
 from ldm.experiment.settings import Cells, Generator, Model, Options, Settings, as_list
 
 REAL = "real"  # key of the row without synthetic tiles
@@ -228,7 +228,7 @@ class Plan:
             if model.run is not None:
                 checks.append((checkpoint_path, self.model(name), f"models.{name}.run"))
             for path in as_list(model.config) if model.config is not None else ():
-                checks.append((self._config_file, path, name))
+                checks.append((existing_path, path, f"models.{name}.config", "file"))
         if settings.judge.run is not None:
             checks.append((existing_path, settings.judge.run, "judge.run"))
         problems = []
@@ -425,7 +425,7 @@ class Plan:
             verb, splits = "train", (data.unlabelled, data.labelled, "val")
             if self.settings.draws is not None:  # it is the same for all draws
                 splits = (data.unlabelled, "val")
-            files = tuple(self._config_file(path, name) for path in as_list(model.config))
+            files = tuple(existing_path(p, "config").absolute() for p in as_list(model.config))
             options = {"base": files, "t": True, **common, **model.arguments}
             environment = {DATA_VARIABLE: show_path(self.data), **model.env}
             environment |= {key: show_path(path) for key, path in given.items()}
@@ -451,12 +451,6 @@ class Plan:
             environment=environment,
             gpus=model.gpus,
         )
-
-    def _config_file(self, path: Any, name: str) -> Path:
-        for file in (ROOT / str(path), Path(str(path)).absolute()):
-            if file.is_file():
-                return file
-        raise UserError(f"models.{name}.config: no file {path}; check the path")
 
     def _sampling(self, name: str, largest: int) -> str:
         """The job that makes the pool of a generator, for its largest ratio."""

@@ -291,7 +291,7 @@ def _record(page: Page, results: Results) -> None:
     page.text("; ".join(_machine(record)) + ".", soft=True)
     commands = [job["command"] for job in jobs.values() if job.get("command")]
     if commands:
-        page.folded("The commands, to be typed in the repository", "\n\n".join(commands))
+        page.folded("The commands, to be typed where this was started", "\n\n".join(commands))
     if timed:
         longest = sorted(timed, key=lambda one: -one[1]["seconds"])
         lines = (

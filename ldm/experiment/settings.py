@@ -57,7 +57,7 @@ class Model(Section):
     """
 
     run: str | None = None  # run folder or checkpoint, from elsewhere; never written to
-    config: Any = None  # of main.py: a file or several, relative to the repository
+    config: Any = None  # of main.py: a file or several
     overrides: list[str] = []  # of `config`
     classifier: Options | None = None  # options of classifier_train.py, on the labelled tiles
     arguments: Options = {}  # of main.py, such as precision

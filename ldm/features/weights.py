@@ -137,7 +137,7 @@ def _fetch_timm(timm_name: str) -> Path:
 _KNOWN = (
     Weights(
         "inception",
-        "FID and KID as published (scripts/fidelity.py --extractor inception)",
+        "FID and KID as published (histodiffusion fidelity --extractor inception)",
         "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
         "weights-inception-2015-12-05-6726825d.pth",
         hash_prefix="6726825d",
@@ -151,7 +151,7 @@ _KNOWN = (
     *(
         Weights(
             name,
-            f"{timm_name} (scripts/fidelity.py --extractor {name}, --model and --features timm:)",
+            f"{timm_name} (histodiffusion fidelity --extractor {name}, --model, --features timm:)",
             f"https://huggingface.co/timm/{timm_name}",
             timm_name=timm_name,
         )

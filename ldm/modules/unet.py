@@ -3,6 +3,7 @@
 Letters: B batch, C channels, H W spatial (of the latent), K classes, E width of the time embedding.
 """
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 
@@ -22,6 +23,8 @@ from ldm.modules.blocks import (
     zero_init,
 )
 
+log = logging.getLogger(__name__)
+
 POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
 
 
@@ -36,7 +39,7 @@ class _Encoder(nn.Module):
         num_res_blocks: int,
         attention_resolutions: Sequence[int],
         dropout: float,
-        channel_mult: Sequence[int],
+        channel_mult: Sequence[float],
         conv_resample: bool,
         use_checkpoint: bool,
         num_heads: int,
@@ -52,6 +55,7 @@ class _Encoder(nn.Module):
                 f"{2 ** (len(channel_mult) - 1)}, as channel_mult has {len(channel_mult)} levels; "
                 "use fewer levels or larger tiles"
             )
+        _require_levels(attention_resolutions, len(channel_mult))
         self.image_size = image_size
         self.in_channels = in_channels
         self.model_channels = model_channels
@@ -75,7 +79,9 @@ class _Encoder(nn.Module):
             use_checkpoint=use_checkpoint,
             use_new_attention_order=use_new_attention_order,
         )
-        channels = model_channels
+        # A first level narrower than `model_channels` (guided diffusion at 512 pixels) begins at
+        # its own width; a wider one begins at `model_channels`, as in latent diffusion.
+        channels = int(min(1, channel_mult[0]) * model_channels)
         self.input_blocks = nn.ModuleList(
             [TimestepEmbedSequential(nn.Conv2d(in_channels, channels, 3, padding=1))]
         )
@@ -83,8 +89,8 @@ class _Encoder(nn.Module):
         factor = 1  # down-sampling factor, the unit of attention_resolutions
         for level, mult in enumerate(channel_mult):
             for _ in range(num_res_blocks):
-                layers = [res_block(channels, out_channels=mult * model_channels)]
-                channels = mult * model_channels
+                layers = [res_block(channels, out_channels=int(mult * model_channels))]
+                channels = int(mult * model_channels)
                 if factor in attention_resolutions:
                     layers.append(attention(channels))
                 self.input_blocks.append(TimestepEmbedSequential(*layers))
@@ -107,6 +113,25 @@ class _Encoder(nn.Module):
         return self.time_embed(timestep_embedding(t, self.model_channels).to(dtype))  # (B, E)
 
 
+def _require_levels(attention_resolutions: Sequence[int], levels: int) -> None:
+    """Check the down-sampling factors of attention.
+
+    Published configurations name factors of levels that a small network does not have.
+
+    Raises:
+        UserError: A factor is no power of two, so that no level can have it.
+    """
+    factors = [2**level for level in range(levels)]
+    known = ", ".join(map(str, factors))
+    said = (
+        f"attention_resolutions={list(attention_resolutions)}: the levels have the factors {known}"
+    )
+    if any(factor < 1 or factor & (factor - 1) for factor in attention_resolutions):
+        raise UserError(f"{said}; choose among them")
+    if set(attention_resolutions) - set(factors):
+        log.warning("%s only; there is no attention at others", said)
+
+
 class UNetModel(_Encoder):
     """Noise predictor eps(z_t, t) (Dhariwal & Nichol 2021; Rombach et al. 2022).
 
@@ -114,7 +139,7 @@ class UNetModel(_Encoder):
         image_size: Height and width of the latent; must be a multiple of 2 ** (levels - 1).
         attention_resolutions: Down-sampling factors at which there is attention (1 = full
             resolution).
-        channel_mult: Width of each level in multiples of `model_channels`.
+        channel_mult: Width of each level in multiples (or parts) of `model_channels`.
         conv_resample: Learned resampling between levels; unused with `resblock_updown`.
         num_heads, num_head_channels: Heads by number, or by width when `num_head_channels` is not
             -1.
@@ -132,7 +157,7 @@ class UNetModel(_Encoder):
         num_res_blocks: int,
         attention_resolutions: Sequence[int],
         dropout: float = 0.0,
-        channel_mult: Sequence[int] = (1, 2, 4, 8),
+        channel_mult: Sequence[float] = (1, 2, 4, 8),
         conv_resample: bool = True,
         num_classes: int | None = None,
         use_checkpoint: bool = False,
@@ -168,10 +193,9 @@ class UNetModel(_Encoder):
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(channel_mult))):
             for i in range(num_res_blocks + 1):
-                layers = [
-                    self._res_block(channels + widths.pop(), out_channels=mult * model_channels)
-                ]
-                channels = mult * model_channels
+                width = int(mult * model_channels)
+                layers = [self._res_block(channels + widths.pop(), out_channels=width)]
+                channels = width
                 if factor in attention_resolutions:
                     layers.append(self._attention(channels, num_heads=heads))
                 if level > 0 and i == num_res_blocks:
@@ -274,7 +298,7 @@ class EncoderUNetModel(_Encoder):
         num_res_blocks: int,
         attention_resolutions: Sequence[int],
         dropout: float = 0.0,
-        channel_mult: Sequence[int] = (1, 2, 4, 8),
+        channel_mult: Sequence[float] = (1, 2, 4, 8),
         conv_resample: bool = True,
         use_checkpoint: bool = False,
         num_heads: int = 1,

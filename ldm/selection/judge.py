@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ldm.data.arrays import holder
 from ldm.data.tile_files import TileFiles, new_rows
 from ldm.errors import UserError
 from ldm.evaluation.predictions import Predictions
@@ -106,7 +107,7 @@ def compute_judged(
     """
     if cache is None:
         beside = candidates_root.resolve()  # which has a name, other than "."
-        cache = beside.with_name(f"{beside.name}.features")
+        cache = holder(beside).with_name(f"{beside.name}.features")
     files = _tile_files(real_root, candidates_root, unlabelled, val_root)
     rows = new_rows(files[1], files[0], files[2:], "unlabelled") if unlabelled else []
     if spread_root is not None:

@@ -24,7 +24,7 @@ and not a substitute for real tissue in an evaluation: report results on real im
 - A label is what was asked of the model, not what a pathologist saw. Select images before use.
 - The images show what the models learned from their training tiles, with the gaps, stains and
   errors of these; rare appearances may be missing.
-- A generative model can reproduce training images. Run `scripts/copy_check.py` before images are
+- A generative model can reproduce training images. Run `histodiffusion copies` before images are
   passed on, and keep to the terms under which the training tiles may be used.
 - The probability of a class is the opinion of the classifier that also guided, where one did. It
   is no independent measure of quality.

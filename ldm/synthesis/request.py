@@ -1,25 +1,17 @@
-"""What sample_diffusion.py does: images of each class, as its options say."""
+"""What the options of sample_diffusion.py mean for given models."""
 
-import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.checkpoint import checkpoint_path
 from ldm.cli import existing_path
 from ldm.data.images import class_folders, list_images
-from ldm.devices import shared_devices
 from ldm.errors import UserError
-from ldm.files import require_outside
 from ldm.settings import DEFAULT_COUNT, DEFAULT_SCALE, DEFAULT_STEPS, DEFAULT_STRENGTH
-from ldm.synthesis.folder import SampleFolder, write_shards
-from ldm.synthesis.models import Models, load_models, make_settings
-from ldm.synthesis.production import synthesise
+from ldm.synthesis.models import Models
 from ldm.synthesis.settings import Sampling
 from ldm.synthesis.sources import Sources
-from ldm.synthesis.synthesiser import Synthesiser
-
-log = logging.getLogger(__name__)
 
 
 def find_class(word: str, known: Sequence[str], option: str) -> str:
@@ -87,8 +79,9 @@ def balance(
     Raises:
         UserError: `folder` is no such set, has other classes, or needs no images.
     """
-    root = existing_path(folder, "balance", "dir")
-    found = {name: len(list_images(root / name)) for name in class_folders(root)}
+    root = existing_path(folder, "balance", "tiles")
+    images = Counter(path.relative_to(root).parts[0] for path in list_images(root))
+    found = {name: images[name] for name in class_folders(root)}
     different = sorted(found.keys() ^ set(known))
     if different:
         raise UserError(
@@ -195,7 +188,7 @@ def choose_sources(args: Any, models: Models, counts: dict[str, int]) -> Sources
             "`start_from` needs `classifier`, or a model that takes labels as `model`: a variation "
             "is made for a class"
         )
-    existing_path(args.start_from, "start_from", "dir")
+    existing_path(args.start_from, "start_from", "tiles")
     sources = Sources(
         args.start_from,
         models.diffusion,
@@ -206,55 +199,3 @@ def choose_sources(args: Any, models: Models, counts: dict[str, int]) -> Sources
     sources.require([name for name, count in counts.items() if count])
     models.files["start_from"] = sources.digest
     return sources
-
-
-def sample(args: Any) -> int:
-    """Make the images that the options of sample_diffusion.py ask for; returns the exit status."""
-    # Everything that can be wrong is found before other processes are started.
-    tiles = {f"`{name}`": getattr(args, name) for name in ("start_from", "balance")}
-    tiles = {name: Path(path) for name, path in tiles.items() if path}
-    require_outside({"`out`": Path(args.out) if args.out else None}, tiles)
-    devices = shared_devices(args.device, args.devices, args.num_nodes).with_precision(
-        args.precision, channels_last=args.channels_last, compile=args.compile
-    )
-    models = load_models(
-        args.model, args.classifier, args.first_stage, autoguidance_path=args.autoguidance
-    )
-    check_models(args, models)
-    sampling, counts = choose_sampling(args, models), choose_counts(args, models)
-    sources = choose_sources(args, models, counts)
-    # Of RUN/checkpoints/x.ckpt it is RUN/samples/LABEL, else a folder beside the checkpoint.
-    run = checkpoint_path(args.model, "`model`").parent
-    run = run.parent if run.name == "checkpoints" else run
-    outdir = Path(args.out) if args.out else run / "samples" / sampling.label
-    settings = make_settings(sampling, models, devices, args.out_size)
-    part = args.part or (0, 1)
-    folder = SampleFolder(outdir, settings, models.facts)
-
-    with devices.launch() as (ranks, device):
-        synthesiser = Synthesiser(models.to(device), sampling, devices)
-        report = synthesise(synthesiser, folder, counts, args.batch_size, ranks, part, sources)
-    if not ranks.is_first:
-        return 0
-    for warning in folder.guidance_log.warnings(sampling):
-        log.warning("warning: %s", warning)
-    shards = write_shards(folder, args.tar) if args.tar else []
-    if part != (0, 1):
-        print(
-            f"part {part[0]} of {part[1]}: {report.made} images made, {report.present} were "
-            f"there, in {outdir}; once all parts are made, the same command without `part`"
-        )
-    elif report.made:
-        print(
-            f"{report.made} images of {len(counts)} classes in {outdir}, {report.seconds:.1f} s, "
-            f"{report.images_per_s:.2f} images/s"
-        )
-        print(
-            f"next: histodiffusion select --real LABELLED --synthetic {outdir} --features NETWORK"
-            " --out TRAINING"
-        )
-    else:
-        print(f"nothing to do: all {report.present} images are in {outdir}")
-    if shards:
-        print(f"{len(shards)} shards: {shards[0]} ... {shards[-1].name}")
-    return 0

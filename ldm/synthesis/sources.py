@@ -12,10 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.data.arrays import is_array, list_rows
 from ldm.data.folders import refuse_held_out
+from ldm.data.images import class_folders
+from ldm.data.tile_files import content_sha256
 from ldm.data.tiles import TileFolder
 from ldm.errors import UserError
-from ldm.files import digest_of, file_sha256
+from ldm.files import digest_of
 from ldm.models.classifier import GuidingClassifier
 from ldm.models.diffusion import LatentDiffusion
 
@@ -58,7 +61,7 @@ class Sources:
         self.root, self.diffusion = Path(root).expanduser(), diffusion
         refuse_held_out(self.root, "`start_from`")
         size = diffusion.first_stage_model.resolution
-        labelled = all((self.root / name).is_dir() for name in classes)
+        labelled = set(classes) <= set(class_folders(self.root))
         self._tiles = TileFolder(self.root, size, labelled, list(classes) if labelled else None)
         if labelled:
             chosen = {name: [] for name in classes}
@@ -72,15 +75,16 @@ class Sources:
         else:
             chosen = self._judged(classes, judge, least)
         self._chosen = chosen
-        paths = {
-            name: [Path(self._tiles.paths[i]) for i in members] for name, members in chosen.items()
-        }
-        self.by_class = {
-            name: [path.relative_to(self.root).as_posix() for path in files]
-            for name, files in paths.items()
-        }
+        if is_array(self.root):
+            files = list_rows(self.root)
+        else:
+            files = [path.relative_to(self.root).as_posix() for path in self._tiles.paths]
+        self.by_class = {name: [files[i] for i in members] for name, members in chosen.items()}
         self.digest = digest_of(
-            {name: [file_sha256(path) for path in files] for name, files in paths.items()}
+            {
+                name: [content_sha256(self.root / file) for file in files]
+                for name, files in self.by_class.items()
+            }
         )
 
     @torch.no_grad()
