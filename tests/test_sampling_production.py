@@ -282,7 +282,8 @@ def test_shards(models, tmp_path):
     sample(models, one, "--tar", 6, n=3, steps=1)
     assert len(list(one.glob("shard-*.tar"))) == 2
     # A training folder is still one: the shards are no class.
-    assert sorted(path.name for path in one.iterdir() if path.is_dir()) == [".parts", *tiny.CLASSES]
+    folders = sorted(path.name for path in one.iterdir() if path.is_dir())
+    assert folders == [".parts", ".stages", *tiny.CLASSES]
 
 
 def test_out_size(models, tmp_path):
