@@ -111,6 +111,7 @@ class Judge(Section):
     model: str | None = None
     features: list[str] = []  # that judge together, such as diffusion:{flow}@400
     options: Options = {}  # of scripts/vis.py; with `features` of scripts/distance.py
+    umap: Options | None = None  # with `features`: a UMAP by the first, too, by scripts/vis.py
 
 
 class Strategy(Section):
@@ -203,6 +204,8 @@ class Settings(Section):
 
     name: str
     title: str = ""
+    about: str = ""  # what is done, at the top of the report
+    caution: str = ""  # what its reader must not conclude
     out: str
     paper: str | None = None  # YAML with the numbers of the paper
     vars: Options = {}  # for interpolation only
@@ -382,6 +385,8 @@ def _contradictions(settings: Settings) -> Iterable[str]:
     judged = [key for key in keys if getattr(judge, key) not in (None, [])]
     if len(judged) > 1 and judged != ["seed", "network"]:
         yield f"judge must have one of seed, run, model and features, not {', '.join(judged)}"
+    if judge.umap is not None and not judge.features:
+        yield "judge.umap belongs to judge.features; without them there always is one: remove it"
     seeds = settings.evaluation.seeds
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         yield "evaluation.seeds must be different whole numbers from 0, such as [0, 1, 2]"
