@@ -18,6 +18,7 @@ from ldm.data.procedural import render_tile
 from ldm.evaluation.metrics import mean_and_std
 from ldm.evaluation.predictions import Predictions, predictions_name
 from ldm.experiment.results import Row, Table
+from ldm.files import write_csv, write_json, write_png, write_text
 from scripts import copy_check
 
 CLASSES = ["ADI", "LYM", "TUM"]
@@ -150,6 +151,63 @@ def fidelity(fid: float, recall: float) -> dict[str, Any]:
     }
 
 
+def traces(folder: Path) -> dict[str, dict[str, tuple[str, Path]]]:
+    """What training, sampling and selection leave of `folder`/samples: `models` and `pools`."""
+    steps = [f"{10 * i},{0.9 - 0.1 * i}," for i in range(4)] + ["40,,0.4"]
+    logs = {
+        "diffusion": "step,train/loss_simple,val/loss_simple_ema",
+        "guide": "step,train/accuracy,val/accuracy",
+    }
+    for name, head in logs.items():
+        write_text(
+            folder / "models" / name / "metrics/version_0/metrics.csv",
+            "\n".join([head, *steps, ""]),
+        )
+    last = {"val/accuracy_clean": 0.9, "val/accuracy_t500-999": 0.4, "val/accuracy_t0-499": 0.8}
+    write_json(folder / "models/guide/result.json", {"last": last})
+    write_png(folder / "models/diffusion/images/samples_00000040.png", render_tile("LYM", 0, 48))
+    for key in ("real", SHORTFALL):
+        write_text(
+            folder / "eval" / key / "seed0/metrics.csv", "updates,val_accuracy\n9,0.2\n18,0.4\n"
+        )
+    for scale, name in enumerate(GENERATORS):
+        pool = folder / "samples" / name
+        write_json(pool / "settings.json", {"images": {"scale": scale}})
+        write_csv(
+            pool / "manifest.csv", [{"class": c, "prob": 0.5} for c in CLASSES], ["class", "prob"]
+        )
+        for t in (9, 700, 80.5):
+            for c in CLASSES:
+                write_png(pool / ".stages" / c / f"{t:g}.png", render_tile(c, int(t), 48))
+    write_text(pool / "guidance.csv", "t,guidance_to_noise,probability\n700,0.1,0.3\n9,0.2,0.8\n")
+    chosen = folder / "data" / SHORTFALL
+    rows = [
+        {"class": c, "file": f"{c}/{i:06d}.png", "decision": decision, "score": 0.1 * i,
+         "nearest": c if decision == "accepted" else "ADI", "own_distance": 0.001 * i}
+        for c in CLASSES for i in range(4)
+        for decision in ["accepted" if i < 2 and c != "LYM" else "rejected"]
+    ]  # fmt: skip
+    write_csv(chosen / "selection.csv", rows, list(rows[0]))
+    counts = {
+        "generated": 4,
+        "rejected": 2,
+        "surplus": 0,
+        "accepted": 2,
+        "wanted": 3,
+        "shortfall": 1,
+    }
+    of_lym = {**counts, "rejected": 4, "accepted": 0, "shortfall": 3}
+    write_json(
+        chosen / "selection.json",
+        {"counts": {c: of_lym if c == "LYM" else counts for c in CLASSES}},
+    )
+    return {
+        "models": {"diffusion": ("a diffusion model", folder / "models/diffusion"),
+                   "guide": ("a noise classifier", folder / "models/guide")},
+        "pools": {name: (label, folder / "samples" / name) for name, label in GENERATORS.items()},
+    }  # fmt: skip
+
+
 def make_table(folder: Path) -> Table:
     """Every kind of row, and one of each thing that can go wrong."""
     maker = Maker(folder)
@@ -228,6 +286,7 @@ def make_table(folder: Path) -> Table:
         "jobs": {
             "eval-real-0": {
                 "title": "real tiles only, seed 0",
+                "kind": "eval",
                 "state": "done",
                 "command": "python eval.py --data_path D --output_dir train5 --seed 0",
                 "number": "accuracy 0.61",
@@ -241,6 +300,6 @@ def make_table(folder: Path) -> Table:
     }  # fmt: skip
     paper = {"selected - real": {"accuracy": 6.4}, "real": {"accuracy": 70.1, "macro_f1": None}}
     title = "Procedural tiles: a table with <everything> & more"
-    return Table(
-        "wiring", title, rows, "real", list(SPLITS), CLASSES, settings, paper, umap, record
-    )
+    split = list(SPLITS)
+    return Table("wiring", title, rows, "real", split, CLASSES, settings, paper, umap, record,
+                 **traces(folder))  # fmt: skip

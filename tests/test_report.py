@@ -85,9 +85,11 @@ def test_page_escapes_and_embeds():
     page.folded("commands", "python x.py\n\n<y>")
     tile = np.full((4, 4, 3), 255, np.uint8)
     page.grid([TileRow("<class>", [[Tile(tile, "1\n2", "good")], []])], ["one", "two"], "c", 32)
+    page.frame("map", '<script src="a">"</script>')
     page.charts([plots.bar_chart("<svg>", ["k"], [0.5], Level("chance", 0.1))])
     text = page.render()
-    for word in ("<b>", "<x>", "<li><li>", "<numbers>", "<y>", "<class>", "<svg>"):
+    assert 'srcdoc="&lt;script src=&#34;a&#34;&gt;&#34;&lt;/script&gt;"' in text
+    for word in ("<script", "<b>", "<x>", "<li><li>", "<numbers>", "<y>", "<class>", "<svg>"):
         assert word not in text
     assert 'href="a%20b/c.csv"' in text and '<div class="cell good">' in text
     assert (
@@ -122,22 +124,23 @@ def test_a_sheet_of_cards():
 def test_charts_follow_the_colours_of_the_page_and_describe_themselves():
     first = Series("<a>", [50, 100], [70.0, 80.0], [2.0, None])
     second = Series("b", [50], [60.0], [5.0])
-    level = Level("real", 65.0, 5.0)
-    chart = plots.series_chart("t", [first, second], "x", level, (50, 90), [200])
+    chart = plots.line_chart("t", [first, second], "x")
     assert "&lt;a&gt;" in chart and "<a>" not in chart
-    assert "70 at 50" in chart and ">200</text>" in chart
+    assert "70 at 50" in chart
     assert "var(--mark)" in chart and "var(--second)" in chart
     assert not re.search("#[0-9a-f]{6}\\b", chart), "a colour that the dark page would not change"
-    assert chart == plots.series_chart("t", [first, second], "x", level, (50, 90), [200])
+    assert chart == plots.line_chart("t", [first, second], "x")
     ids = re.findall(' id="([^"]+)"', chart)
     assert ids and all(f"#{name}" in chart for name in ids)
-    assert plots.bounds([first, second]) == (55.0, 80.0)
-    assert plots.bounds([first], Level("real", 50.0, 1.0)) == (49.0, 80.0)
+    level = Level("real", 65.0, 5.0)
+    picture = plots.curves_picture("t", [first, second], "x", "y", level)
+    assert Image.open(io.BytesIO(picture)).width == 9 * 150
+    assert picture != plots.curves_picture("t", [first, second], "x", "y")
 
 
 def test_points_are_to_scale():
     """Equal steps of the values are equal steps on the page."""
-    chart = plots.series_chart("t", [Series("a", [1, 2, 4], [0.0, 10.0, 30.0], [None] * 3)], "x")
+    chart = plots.line_chart("t", [Series("a", [1, 2, 4], [0.0, 10.0, 30.0], [None] * 3)], "x")
     line = re.search(r'd="(M[^"]*L[^"]*L[^"]*)"[^>]*stroke: var\(--mark\)', chart)[1]
     x, y = np.array(re.findall(r"[ML] ([\d.]+) ([\d.]+)", line), dtype=float).T
     assert x[2] - x[0] == pytest.approx(3 * (x[1] - x[0]), rel=1e-4)
@@ -151,10 +154,16 @@ def test_values_that_are_not_finite_are_left_out():
 
 
 def test_estimates_say_their_intervals():
-    chart = plots.estimate_chart(
-        "Change", [Estimate("a", 3.0, 1.0, 5.0), Estimate("b", -1.0)], "points", "real"
-    )
+    found = [Estimate("a", 3.0, 1.0, 5.0, [2.0, 4.0]), Estimate("b", -1.0)]
+    chart = plots.estimate_chart("Change", found, "points", Level("real", 0))
     assert "a +3.0 (+1.0 to +5.0); b -1.0" in chart
+    assert "a 3.0 (1.0 to 5.0)" in plots.estimate_chart("A", found, "percent", Level("real", 2))
+
+
+def test_lines_of_one_name_have_one_colour_and_all_are_in_the_picture():
+    series = [Series("a", [0, 1], [1, 1]), Series("a", [0, 1], [2, 2]), Series("b", [0, 1], [9, 9])]
+    chart = plots.line_chart("t", series, "x")
+    assert chart.count(">a</text>") == 1 and ">8</text>" in chart  # a tick near the last line
 
 
 def test_confusion_shows_percent_and_counts_of_rows():

@@ -182,6 +182,7 @@ def set_key(key: str, value):
         ("judge.run", "x", "judge must have one of"),
         ("judge.network", "wide", "judge.network: unknown wide"),
         ("judge.features", ["pixels"], "judge must have one of seed, run, model and features"),
+        ("judge.umap", {}, "judge.umap belongs to judge.features"),
         ("draws", {"per_class": [0]}, r"draws.per_class\[0\] 0 must be greater"),
         ("generators.tuned.unlabelled", "train", "either diffusion or unlabelled"),
         ("link", "hardly", "link 'hardly' must be 'copy'"),

@@ -105,7 +105,7 @@ def test_killed_then_finished_by_two_processes(models, tmp_path):
     assert_same(out, whole)
     for path in sorted(before)[:-1]:  # the last one may not have had its line
         assert path.stat().st_mtime_ns == before[path]
-    assert [p for p in out.rglob(".*") if p.name != ".parts"] == []
+    assert {p.name for p in out.rglob(".*")} == {".parts", ".stages"}
     # Over both starts, all images are in guidance.csv, up to the order of summation.
     ours, theirs = (read_csv(folder / "guidance.csv") for folder in (out, whole))
     assert [row["images"] for row in ours] == ["24"] * 3
@@ -165,6 +165,21 @@ def test_a_finished_run_does_nothing(models, tmp_path, monkeypatch, capsys, capl
     (out / "shard-000000.tar").write_bytes(b"")
     sample(models, out, "--tar", 4, n=1, steps=1)
     assert files(out) == lost
+
+
+def test_pictures_of_the_first_images_on_their_way(models, tmp_path):
+    """They are the same in batches of any size, and end a grey level from the image: a step of DDIM
+    ends with the little noise of time 0."""
+    found = []
+    for batch in (1, 4):
+        out = tmp_path / str(batch)
+        sample(models, out, "--batch_size", batch, n=2, steps=12)
+        found.append({p.relative_to(out): p.read_bytes() for p in out.glob(".stages/*/*.png")})
+    assert found[0] == found[1] and len(found[0]) == 8 * len(tiny.CLASSES)
+    for name in tiny.CLASSES:
+        files = sorted((out / ".stages" / name).iterdir(), key=lambda path: float(path.stem))
+        last, image = (read_tile(p).astype(int) for p in (files[0], out / name / "000000.png"))
+        assert abs(last - image).max() <= 1 < abs(read_tile(files[-1]).astype(int) - image).max()
 
 
 def test_a_copied_folder_without_its_journal_goes_on(models, tmp_path):
@@ -228,7 +243,7 @@ def test_parts_make_all_images_between_them(models, tmp_path, capsys):
     out, whole = tmp_path / "out", tmp_path / "whole"
     sample(models, whole, "--classifier_scale", 20, n=3, steps=2)
     assert sample(models, out, "--classifier_scale", 20, "--part", "1/2", n=3, steps=2) == 0
-    made = sorted(path.relative_to(out).as_posix() for path in out.rglob("*.png"))
+    made = sorted(path.relative_to(out).as_posix() for path in out.glob("[!.]*/*.png"))
     wanted = [f"{name}/{index:06d}.png" for name in tiny.CLASSES for index in range(3)]
     assert made == wanted[1::2] and not (out / "manifest.csv").exists()
     (out / "ADI" / ".000001.png.part").write_bytes(b"of the other part")
@@ -267,7 +282,8 @@ def test_shards(models, tmp_path):
     sample(models, one, "--tar", 6, n=3, steps=1)
     assert len(list(one.glob("shard-*.tar"))) == 2
     # A training folder is still one: the shards are no class.
-    assert sorted(path.name for path in one.iterdir() if path.is_dir()) == [".parts", *tiny.CLASSES]
+    folders = sorted(path.name for path in one.iterdir() if path.is_dir())
+    assert folders == [".parts", ".stages", *tiny.CLASSES]
 
 
 def test_out_size(models, tmp_path):

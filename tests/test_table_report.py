@@ -45,6 +45,8 @@ from ldm.experiment.tables import (
 )
 from ldm.report.page import Page
 from ldm.report.tables import to_latex
+from ldm.selection.projection import Points
+from ldm.selection.umap_page import render
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 BROWSER = next((path for name in BROWSERS if (path := shutil.which(name))), None)
@@ -52,7 +54,14 @@ BROWSER = next((path for name in BROWSERS if (path := shutil.which(name))), None
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory) -> Table:
-    return make_table(tmp_path_factory.mktemp("table"))
+    """A table whose interactive map is a real one."""
+    made = make_table(tmp_path_factory.mktemp("table"))
+    xy = np.random.default_rng(0).normal(size=(3, 2))
+    files = [f"{name}/000000.png" for name in CLASSES]
+    groups = [Points("synthetic", range(3), files, xy), Points("centroid", range(3), (), xy)]
+    text = render(groups, CLASSES, {"synthetic": made.pools["in_domain"][1]}, 3, "map")
+    (made.umap / "umap.html").write_text(text)
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -286,8 +295,8 @@ def test_no_interval_is_spoken_of_where_there_is_none(tmp_path):
         del of.predictions[2]
         of.summary["per_seed"].pop()
     write_results(table, tmp_path / "two")
-    page = (tmp_path / "two/report.html").read_text()
-    assert "percent points on test<" in page and "95% interval" not in page
+    head = (tmp_path / "two/report.html").read_text().partition("<h2>")[0]
+    assert "percent points on test<" in head and "95% interval" not in head
 
 
 @pytest.mark.parametrize(
@@ -321,32 +330,68 @@ def test_page_holds_all_sections_and_nothing_unescaped(table, written):
     page = (written / "report.html").read_text()
     heads = [html.unescape(h) for h in re.findall("<h2>(.*?)</h2>", page)]
     assert heads == [
-        "Every arm against “real tiles only”, test",
+        "Accuracy of every arm, test",
         "All arms, test",
-        "Accuracy over the amount of synthetic tiles, test",
-        "Accuracy over the amount of synthetic tiles, val",
+        "Accuracy over synthetic tiles, % of the labelled, test",
+        "Accuracy over synthetic tiles, % of the labelled, val",
         "All arms, val",
         "Selected against random, test",
         "The synthetic tiles",
         "Class by class, test",
-        "Samples",
-        "What the selection took and left",
+        "Real and synthetic tiles",
+        "From noise to a tile",
+        "Guidance",
+        "What the selection of “pre-trained, centroid 200%” took and left",
         "Feature space",
         "Copies of training tiles",
+        "Training",
         "What failed",
         "How it was made",
     ]
     assert "<everything>" not in page and "&lt;everything&gt;" in page
     assert "<td colspan=6>failed: RuntimeError: CUDA out of memory" in page
     assert "eval.py --data_path D --output_dir train5" in page and "match_steps: 2000" in page
-    # 3 classes x 4 tiles of the labelled and of each pool, 3 sheets, a UMAP, 2 copy reports
-    assert page.count("<img ") == 3 * 4 * (1 + len(GENERATORS)) + 3 + 1 + 2
+    assert page.count("<img ") == IMAGES
     assert all(words.strip() for words in re.findall('<img [^>]*alt="([^"]*)"', page))
     assert str(written) not in page.replace(str(written / "D"), "")  # but for the settings
-    # Changes of two metrics, two generators on two splits, two confusion matrices
+    # Accuracy and its changes, two confusion matrices, guidance over time, two models and the
+    # classifiers
     charts = re.findall(r'<svg [^>]*aria-label="([^"]*)"', page)
-    assert len(charts) == page.count("<svg ") == 2 + 2 * 2 + 2
-    assert sum(words.startswith("pre-trained, over ") for words in charts) == 2
+    assert len(charts) == page.count("<svg ") == 3 + 2 + 3 + 3
+
+
+# 4 labelled tiles and 4 of each pool of 3 classes; 3 time steps of each class; of the selection
+# 4 labelled ones, 4 accepted of two classes, 8 rejected; a UMAP, 2 copy reports, a run's samples,
+# curves of 2 splits.
+IMAGES = 3 * 4 * (1 + len(GENERATORS)) + 3 * 3 + (3 * 4 + 4 + 8) + 1 + 2 + 1 + 2
+
+
+def test_what_is_behind_the_numbers(results, written):
+    """Each fact of the files that commands left is where a reader looks for it."""
+    page = html.unescape((written / "report.html").read_text())
+    sections = dict(one.split("</h2>", 1) for one in page.split("<h2>")[1:])
+    stages = re.findall(r"t (\d+)</div>", sections["From noise to a tile"])
+    assert stages == ["700", "80", "9"] * 3
+    guidance = sections["Guidance"]
+    assert "clean 0.90, t 0-499 0.80, t 500-999 0.40" in guidance and "chance 0.33" in guidance
+    selection = sections[f"What the selection of “{results.best.label}” took and left"]
+    assert selection.count('class="cell good"') == 4 and selection.count('class="cell bad"') == 8
+    assert '<span class="soft">none</span>' in selection and "No tile of LYM was acc" in selection
+    before, after = (results.class_means(r, "LYM")[1] for r in (results.reference, results.best))
+    assert f"LYM {100 * before:.1f} to {100 * after:.1f}." in selection
+    training = sections["Training"]
+    for words in ("A diffusion model:", "A noise classifier:", "accuracy, all noise levels"):
+        assert words in training
+    made = sections["How it was made"]
+    assert "<td>training of the classifiers</td><td class=n>1</td><td class=n>1.2 min" in made
+
+
+def test_sections_appear_where_their_data_are_there(tmp_path):
+    table = small_table(tmp_path, {"real": 0.0, "a": 0.5})
+    write_results(table, tmp_path / "out")
+    heads = re.findall("<h2>(.*?)</h2>", (tmp_path / "out" / "report.html").read_text())
+    assert not {"Guidance", "Training", "From noise to a tile", "Feature space"} & set(heads)
+    assert "Class by class, test" in heads
 
 
 def test_the_page_begins_with_question_and_answer(results, written):
@@ -392,6 +437,7 @@ def test_page_asks_for_no_other_file(written):
     links = re.findall(r'<a href="([^"]+)"', page)
     assert "table.csv" in links and all((written / link).exists() for link in links)
     page = re.sub(r"<a href=.*?>", "", page)  # followed by the reader alone
+    page = re.sub('<iframe [^>]*srcdoc="[^"]*">', "", page)  # the map, see the browser test
     addresses = re.findall(r"""(?:src|srcset|action|data)\s*=\s*["']?([^"'\s>]+)""", page)
     assert addresses and all(a.startswith(("data:image/png;base64,", "data:image/jpeg;base64,"))
                              for a in addresses)  # fmt: skip
@@ -408,23 +454,26 @@ def test_page_asks_for_no_other_file(written):
 
 # No request leaves the browser: the policy stops it, and says which one it was.
 POLICY = """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
-  style-src 'unsafe-inline'; script-src 'unsafe-inline'"><script>
+  style-src 'unsafe-inline'; script-src 'unsafe-inline' 'unsafe-eval'"><script>
 const requests = [];
 document.addEventListener("securitypolicyviolation", e => requests.push(e.blockedURI));
 </script>"""
 PROBE = """<script>
 document.querySelectorAll("details").forEach(d => d.open = true);
-window.addEventListener("load", () => {
+document.querySelectorAll("iframe").forEach(f => f.loading = "eager");
+window.addEventListener("load", () => setTimeout(() => {
   const wide = [...document.querySelectorAll("body *")].filter(
     e => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest(".scroll"));
   const images = [...document.images];
   parent.postMessage(JSON.stringify({
     width: innerWidth, page: document.documentElement.scrollWidth,
     wide: wide.map(e => e.tagName).slice(0, 5), images: images.length, requests,
+    maps: [...document.querySelectorAll("iframe")].map(
+      f => f.contentDocument.getElementById("plot").childElementCount),
     broken: images.filter(i => !i.complete || i.naturalWidth === 0).length,
     small: [...document.querySelectorAll("svg")].filter(s => s.clientWidth < 200).length,
   }), "*");
-});
+}, 2000));
 </script></body>"""
 # A window is at least 500 px wide; a frame may be as narrow as a telephone.
 FRAME = """<!doctype html><pre id="finding"></pre><script>
@@ -446,6 +495,7 @@ def browse(page: str, folder: Path, width: int) -> tuple[dict, list[str]]:
     found = re.search(r'<pre id="finding">(.+?)</pre>', done.stdout)
     assert found, f"the browser showed no page: {done.stderr[-2000:]}"
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    console = [line for line in console if '"[bokeh ' not in line]  # which says that it is there
     return json.loads(base64.b64decode(found[1])), console
 
 
@@ -460,7 +510,8 @@ def test_page_in_a_browser(written, tmp_path, width):
     finding, console = browse((written / "report.html").read_text(), tmp_path, width)
     assert finding["width"] == width
     assert finding["page"] <= width and finding["wide"] == [], "the page scrolls sideways"
-    assert finding["images"] == 3 * 4 * 3 + 6 and finding["broken"] == 0
+    assert finding["images"] == IMAGES and finding["broken"] == 0
+    assert finding["maps"] == [1], "the interactive map is empty"
     assert finding["small"] == 0, "charts are too small to read"
     assert finding["requests"] == [] and console == []
 

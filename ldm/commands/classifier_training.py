@@ -271,4 +271,5 @@ def train(args: Any) -> tuple[pl.Trainer, pl.LightningModule] | None:
         return None
     if trainer.is_global_zero:
         write_result(trainer, run)
+        print(f"next: histodiffusion sample -r DIFFUSION --classifier {run.root}")
     return trainer, model

@@ -10,14 +10,22 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ldm.cli import STOPPED, existing_path, option, parse
+from ldm.devices import usable_cores
+
+if TYPE_CHECKING:
+    from ldm.experiment.settings import Settings
+
+DEMO, FAST = "configs/demo/demo.yaml", "configs/demo/fast.yaml"
+JOBS = 2  # at once: networks this small gain little from a second thread
+BATCH = 32  # of the flow
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    example: ClassVar = "--out logs/demo sampling.scale=5"
+    example: ClassVar = "--out logs/demo sampling.options.classifier_scale=5"
 
     out: str = option(default="logs/demo", metavar="DIR", help="folder of all results")
     data: str | None = option(
@@ -32,38 +40,75 @@ class Options:
     )
 
 
+def read_demo(args: Options) -> "Settings":
+    """The settings of the demo: a table, with the folders and the devices that are here.
+
+    Raises:
+        UserError: `data` does not exist, or an override names nothing that is there.
+    """
+    from omegaconf import OmegaConf
+
+    from ldm.config import read_yaml, resolve
+    from ldm.devices import resolve_device
+    from ldm.experiment.settings import check_settings, with_override
+    from ldm.files import ROOT
+
+    files = [DEMO, FAST] if args.fast else [DEMO]
+    config = OmegaConf.merge(*(read_yaml(ROOT / file) for file in files))
+    for word in args.overrides:
+        config = with_override(config, word)
+    config.out = args.out
+    if args.data is not None:
+        data = config.data
+        data.root, data.tiles = str(existing_path(args.data, "data", "dir").absolute()), None
+        config.grid.ratios = affordable_ratios(config, Path(data.root) / data.labelled)
+    if resolve_device(None).type == "cpu" and usable_cores() >= JOBS:
+        # A process on each core, half a batch in each.
+        config.models.flow.arguments.devices = JOBS
+        config.models.flow.overrides.append(f"data.params.batch_size={BATCH // JOBS}")
+    return check_settings(resolve(config), DEMO)
+
+
+def affordable_ratios(config: Any, labelled: Path) -> list[int]:
+    """The ratios of the demo, lowered where they want more than `vars.most` tiles of a class."""
+    from ldm.experiment.inputs import Split
+
+    count = max(Split(labelled).counts.values()) if labelled.is_dir() else 1
+    most = int(100 * config.vars.most / (config.sampling.per_wanted * count))
+    return [max(1, min(ratio, most)) for ratio in config.grid.ratios]
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(Options, argv)
-    data = existing_path(args.data, "--data", "dir") if args.data else None
 
     from ldm.commands.preflight import check_commands
     from ldm.experiment import engine
-    from ldm.experiment.demo import Demo, read_settings
     from ldm.experiment.gather import gather
     from ldm.experiment.jobs import Records, State, show_path
+    from ldm.experiment.plan import Plan
     from ldm.experiment.progress import Progress
 
     # As an exception, so that the job that runs is ended too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     start = time.monotonic()
-    demo = Demo(Path(args.out), data, read_settings(args.overrides, args.fast))
-    plan = demo.plan
+    plan = Plan(read_demo(args))
     check_commands(plan.jobs)
     plan.prepare()
     records = Records(plan.jobs_folder)
     records.forget_failures(plan.jobs)
-    progress = Progress(records, extra=1, tails=True)
-    standing = engine.run(records, plan.jobs, engine.Machine(), progress, keep_going=False)
+    progress = Progress(records, JOBS, extra=1, tails=True)
+    standing = engine.run(records, plan.jobs, engine.Machine(JOBS), progress, keep_going=False)
     failed = [one.record.failed for one in standing.values() if one.state is State.FAILED]
     if failed:
         return failed[0] if failed[0] > 0 else 1
     if any(one.state is not State.DONE for one in standing.values()):
         return STOPPED
 
-    from ldm.experiment.demo_report import write_report
+    from ldm.experiment.report import write_results
 
     before = time.monotonic()
-    headline = write_report(demo, gather(plan, standing))
+    headline = write_results(gather(plan, standing), plan.out)
     progress.step("report and table", time.monotonic() - before, headline)
     print(f"{show_path(plan.out / 'report.html')} and table.csv, {time.monotonic() - start:.0f} s")
+    print("next: open the report in a browser; --data DIR takes tiles of your own")
     return 0

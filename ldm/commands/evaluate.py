@@ -131,4 +131,5 @@ def main(argv: list[str] | None = None) -> int:
     if summary is not None:
         print(format_summary(summary))
         print(f"\n{Path(args.logdir) / args.subset / 'summary.json'}")
+        print("next: the same with another --subset of the same tiles, to compare with")
     return 0

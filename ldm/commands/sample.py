@@ -60,6 +60,10 @@ def main(argv: list[str] | None = None) -> int:
             f"{report.made} images of {len(counts)} classes in {outdir}, {report.seconds:.1f} s, "
             f"{report.images_per_s:.2f} images/s"
         )
+        print(
+            f"next: histodiffusion select --real LABELLED --synthetic {outdir} --features NETWORK"
+            " --out TRAINING"
+        )
     else:
         print(f"nothing to do: all {report.present} images are in {outdir}")
     if shards:

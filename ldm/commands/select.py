@@ -329,3 +329,4 @@ def main(argv: list[str] | None = None) -> None:
     used = sum(row["accepted"] + row["filled"] for row in counts.values())
     what = "synthetic" if args.unlabelled is None else "pseudo-labelled"
     print(f"{len(folder.real)} real and {used} {what} tiles in {out}")
+    print(f"next: histodiffusion evaluate --data_path {out.parent} --subset {out.name}")

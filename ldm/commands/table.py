@@ -137,6 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     standing = records.survey(plan.jobs)
     print(write_results(gather(plan, standing), plan.out))
     print(f"{show_path(plan.out / 'report.html')} and table.md, {time.monotonic() - start:.0f} s")
+    print("next: open the report in a browser; --status says where every job stands")
     return report_failures([standing[job.name] for job in jobs])
 
 

@@ -14,7 +14,13 @@ from ldm.settings import RunOptions
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
-
+FIRST_STAGE = "train --base DIFFUSION.yaml -t, with HISTO_AUTOENCODER={run}"
+NEXT = {  # what a run is for, by its model
+    "AutoencoderKL": FIRST_STAGE,
+    "PatchPCA": FIRST_STAGE,
+    "DecoderFinetune": "sample -r DIFFUSION --classifier CLASSIFIER --first_stage {run}",
+    "LatentDiffusion": "classify --data_dir LABELLED --val_data_dir VAL --first_stage {run}",
+}
 # Options of the published command that are settings of Lightning's trainer.
 OF_TRAINER = [
     "accumulate_grad_batches",
@@ -184,6 +190,9 @@ def train(args: Options) -> "tuple[pl.Trainer, pl.LightningModule] | None":
     )
     if args.dry_run:
         return None
+    if trainer.is_global_zero:
+        command = NEXT.get(type(model).__name__, "sample -r {run}")
+        print(f"next: histodiffusion {command.format(run=run.root)}")
     return trainer, model
 
 

@@ -164,6 +164,7 @@ def report(slides: Mapping[Path, list[str]], tiling: Tiling) -> str:
     chosen = sorted(slides)[:: -(-len(slides) // SHOWN)]
     size = f"{tiling.micrometres:g} micrometres, read as {tiling.pixels} pixels"
     page.text(f"{len(chosen)} of the slides, with outlines of their tiles of {size}.", soft=True)
+    pictures = []
     for path in chosen:
         names = slides[path]
         side = window(names[0])[2]
@@ -174,5 +175,6 @@ def report(slides: Mapping[Path, list[str]], tiling: Tiling) -> str:
             corners = np.rint(np.array([(x, y), (x + side, y + side)]) * MASK * scale / side)
             cv2.rectangle(picture, *corners.astype(int).tolist(), (0, 110, 70), 1)
         encoded = cv2.imencode(".jpg", picture[..., ::-1])[1].tobytes()
-        page.picture(encoded, f"{path}: {len(names):,} tiles")
+        pictures.append((encoded, f"{path}: {len(names):,} tiles"))
+    page.pictures(pictures)
     return page.render()

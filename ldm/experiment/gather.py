@@ -50,6 +50,7 @@ def gather(plan: Plan, standing: Mapping[str, Standing]) -> Table:
             "jobs": {
                 name: {
                     "title": one.job.title,
+                    "kind": one.job.kind,
                     "state": one.state.value,
                     "command": one.record.command if one.state is State.DONE else None,
                     "number": one.record.number if one.state is State.DONE else None,
@@ -58,11 +59,38 @@ def gather(plan: Plan, standing: Mapping[str, Standing]) -> Table:
                 for name, one in standing.items()
             },
         },
+        models=_models(plan, standing),
+        pools=_pools(plan, standing),
     )
     content = json.dumps(dataclasses.asdict(table), indent=2, default=str)
     remove_leftovers(plan.out)
     write_text(plan.out / "table.json", f"{content}\n")
     return table
+
+
+def _models(plan: Plan, standing: Mapping[str, Standing]) -> dict[str, tuple[str, Path]]:
+    """Label and run folder of the models from elsewhere, and of those that are trained."""
+    found = {}
+    for name, model in plan.settings.models.items():
+        if model.run is not None:
+            path = plan.model(name)
+            found[name] = model.label or name, path if path.is_dir() else path.parents[1]
+    for one in standing.values():
+        if one.job.kind == "train" and one.state is State.DONE:
+            (folder,) = one.job.output
+            found[folder.name] = one.job.title, folder
+    return found
+
+
+def _pools(plan: Plan, standing: Mapping[str, Standing]) -> dict[str, tuple[str, Path]]:
+    """Label and folder of the first pool of each generator."""
+    found: dict[str, tuple[str, Path]] = {}
+    for one in standing.values():
+        if one.job.kind == "sample" and one.job.output[0].is_dir():
+            (folder,) = one.job.output
+            name = folder.name.partition("@")[0]
+            found.setdefault(name, (plan.settings.generators[name].label or name, folder))
+    return found
 
 
 def gather_row(plan: Plan, arm: Arm, standing: Mapping[str, Standing]) -> Row:

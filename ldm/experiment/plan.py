@@ -474,7 +474,7 @@ class Plan:
             **further,
         }
         models = filter(None, (generator.diffusion, generator.classifier, generator.decoder))
-        title = f"sampling by {generator.label or name}"
+        title = f"sampling of {generator.label or name}"
         return self._add(f"sample-{name}{self._part}", title, "sample", options,
                          [pool], self._models(*models) + needs, gpus=sampling.gpus)  # fmt: skip
 
@@ -499,15 +499,16 @@ class Plan:
         return {"weights": self._jobs[job].output[0]}, Needs((job,))
 
     def _features(self, name: str, sample_job: str) -> str:
-        """The job that makes the features of a generator's pool, by which its tiles are chosen."""
+        """The job that makes the features of a generator's pool, and a UMAP of them."""
         labelled, pool = self._labelled, name + self._part
         judge, needs = self._judge()
+        settings = self.settings.judge
         options = {
             "real": self.data / labelled,
             "synthetic": self.samples(pool),
             "out": self.features(pool),
             **judge,
-            **self.settings.judge.options,
+            **(settings.umap if settings.umap is not None else settings.options),
         }
         needs = self._tiles(labelled) + Needs((sample_job,)) + needs
         title, output = f"features and UMAP of {pool}", [self.features(pool)]
@@ -674,18 +675,18 @@ class Plan:
             mine = [cell for cell in combinations if cell[0] == name]
             if not mine and generator.amount is None:
                 continue
-            copy_jobs: list[str] = []
+            beside: list[str] = []  # jobs
             if generator.unlabelled is None:
                 sample_job = self._sampling(name, max((ratio for *_, ratio in mine), default=0))
                 if not mine:
                     self.other_jobs.append(sample_job)
                     continue
-                if not settings.judge.features:
-                    self._features(name, sample_job)
-                copy_jobs = self._copy_check(name, sample_job)
+                if not settings.judge.features or settings.judge.umap is not None:
+                    beside.append(self._features(name, sample_job))
+                beside += self._copy_check(name, sample_job)
             for _, selection, ratio in mine:
                 arm = self._synthetic_arm(name, generator, selection, ratio)
-                arm.other_jobs += copy_jobs
+                arm.other_jobs += beside
                 arms.append(arm)
         return arms
 

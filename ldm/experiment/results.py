@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 PUBLISHED_GAIN = "selected - real"  # of the paper's best arm: its numbers belong to no row
@@ -50,6 +50,9 @@ class Table:
     paper: dict  # row key, or "selected - real" -> {metric: value}, as published
     umap: Path | None  # folder of scripts/vis.py
     record: dict  # versions, hardware, revision, seconds by job
+    # Label and folder of every model that is there, and of the first pool of each generator.
+    models: dict[str, tuple[str, Path]] = field(default_factory=dict)
+    pools: dict[str, tuple[str, Path]] = field(default_factory=dict)
 
     def reference_of(self, row: Row) -> str:
         """Key of the row that differences of a row are taken to: as many labels, nothing else."""

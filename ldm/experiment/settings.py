@@ -114,6 +114,8 @@ class Judge(Section):
     model: str | None = None  # network of timm
     features: list[str] = []  # networks that judge together, such as diffusion:{flow}@400
     options: Options = {}  # options of scripts/vis.py; with `features` of scripts/distance.py
+    # Options of scripts/vis.py: with `features`, draw a UMAP by the first of them, too.
+    umap: Options | None = None
 
 
 class Strategy(Section):
@@ -211,6 +213,8 @@ class Settings(Section):
 
     name: str  # name of the experiment
     title: str = ""  # title of the page; the name if omitted
+    about: str = ""  # what is done, at the top of the report
+    caution: str = ""  # what readers of the report must not conclude
     out: str  # folder of everything that the experiment makes
     paper: str | None = None  # YAML file with published numbers
     vars: Options = {}  # values for interpolation, such as ${vars.steps}
@@ -390,6 +394,8 @@ def _contradictions(settings: Settings) -> Iterable[str]:
     judged = [key for key in keys if getattr(judge, key) not in (None, [])]
     if len(judged) > 1 and judged != ["seed", "network"]:
         yield f"judge must have one of seed, run, model and features, not {', '.join(judged)}"
+    if judge.umap is not None and not judge.features:
+        yield "judge.umap belongs to judge.features; without them there always is one: remove it"
     seeds = settings.evaluation.seeds
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         yield "evaluation.seeds must be different whole numbers from 0, such as [0, 1, 2]"

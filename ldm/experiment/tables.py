@@ -83,6 +83,15 @@ class Results:
     def mean(self, row: Row, split: str, metric: str) -> float | None:
         return self.stats(row, split)[0].get(metric)
 
+    def class_means(self, row: Row, name: str) -> list[float | None]:
+        """F1 and sensitivity of a class, means over the seeds that define them."""
+        per_class = [run["per_class"][name] for run in self.runs(row, self.reported)]
+        found = [
+            [one[metric] for one in per_class if one[metric] is not None]
+            for metric in ("f1", "sensitivity")
+        ]
+        return [sum(values) / len(values) if values else None for values in found]
+
     def difference(
         self, row: Row, split: str, metric: str, family: str = "reference"
     ) -> Difference | None:

@@ -63,14 +63,18 @@ class Page:
         """Text as it is, such as commands or a YAML file, that can be unfolded."""
         self.add("folded", summary=summary, text=text)
 
-    def picture(self, picture: bytes, caption: str) -> None:
-        """A PNG or JPEG file in full width."""
-        self.add("picture", address=image_address(picture), caption=caption)
+    def pictures(self, pictures: Iterable[tuple[bytes, str]], summary: str = "") -> None:
+        """PNG or JPEG files with captions, side by side where there is room.
 
-    def folded_pictures(self, summary: str, pictures: Iterable[tuple[bytes, str]]) -> None:
-        """Picture files with captions that can be unfolded."""
+        Args:
+            summary: Fold them under these words.
+        """
         shown = [(image_address(data), caption) for data, caption in pictures]
-        self.add("folded_pictures", summary=summary, pictures=shown)
+        self.add("pictures", summary=summary, pictures=shown)
+
+    def frame(self, summary: str, page: str) -> None:
+        """Another page, HTML that may hold scripts, to be unfolded."""
+        self.add("frame", summary=summary, page=page)
 
     def grid(self, rows: Sequence[TileRow], heads: Sequence[str], caption: str, side: int) -> None:
         """Rows of tiles in groups of columns.

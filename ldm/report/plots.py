@@ -26,8 +26,8 @@ COLOURS = {
     "page": "#ffffff",
 }
 SERIES = (COLOURS["mark"], COLOURS["second"], COLOURS["third"])  # that a chart can tell apart
-MARKERS = "osD^vPX<>*"
 WIDTH, HEIGHT = 4.4, 2.8  # inches
+FEW = 20  # points of a line that are marked, and said in words
 SVG_SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "histodiffusion"}
 PNG_METADATA = {"Software": None}  # else files differ with the version of matplotlib
 
@@ -37,12 +37,14 @@ class Series(NamedTuple):
 
     Attributes:
         deviation: Half the length of each point's bar, None where unknown; empty without bars.
+        pale: Drawn behind the others.
     """
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
     deviation: Sequence[float | None] = ()
+    pale: bool = False
 
 
 class Level(NamedTuple):
@@ -54,12 +56,13 @@ class Level(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """A value with its interval, None where unknown."""
+    """A value with its interval, None where unknown, and the values that it is the mean of."""
 
     name: str
     value: float
     low: float | None = None
     high: float | None = None
+    values: Sequence[float] = ()
 
 
 def new_figure(width: float, height: float, dpi: int = 120) -> Any:
@@ -132,31 +135,25 @@ def _legend(axes: Any) -> None:
 
 
 def line_chart(title: str, series: Sequence[Series], x_label: str, falling: bool = False) -> str:
-    """Lines over a common axis; values that are not finite are left out.
+    """Lines over a common axis, see `draw_series`; from 0 where no value is below.
 
     Args:
         falling: Draw x from high to low, as a sampler goes through time steps.
     """
     figure, axes = _chart_axes(title)
-    empty = True
-    for line, colour in zip(series, SERIES, strict=False):
-        x, y = np.asarray(line.x, dtype=float), np.asarray(line.y, dtype=float)
-        shown = np.isfinite(x) & np.isfinite(y)
-        if not shown.any():
-            continue
-        empty = False
-        marker = "o" if shown.sum() < 20 else ""  # a single value would make no line
-        axes.plot(x[shown], y[shown], color=colour, lw=1.8, marker=marker, ms=3.5, label=line.name)
-        if y[shown].min() >= 0:
-            axes.set_ylim(bottom=0)
-    if empty:
+    names = draw_series(axes, series)
+    if not names:
         axes.text(0.5, 0.5, "no values", transform=axes.transAxes, ha="center", fontsize=9)
+    elif axes.dataLim.y0 >= 0:
+        axes.set_ylim(0, 1.06 * axes.dataLim.y1 or 1.0)
     axes.set_xlabel(x_label)
     if falling:
         axes.invert_xaxis()
-    if len(series) > 1 and not empty:
+    if len(names) > 1:
         _legend(axes)
-    return to_svg(figure, f"{title}, over {x_label}")
+    shown = [line for line in series if len(line.x) < FEW]
+    values = f": {'; '.join(map(_in_words, shown))}" if shown else ""
+    return to_svg(figure, f"{title}, over {x_label}{values}")
 
 
 def bar_chart(
@@ -173,68 +170,54 @@ def bar_chart(
     return to_svg(figure, f"{title}: {shown}")
 
 
-def draw_series(axes: Any, series: Sequence[Series], colours: Sequence[str] = SERIES) -> None:
-    """Points joined by lines, with bars of their deviations."""
-    for line, colour in zip(series, colours, strict=False):
-        error = [one or 0.0 for one in line.deviation] or None
-        axes.errorbar(line.x, line.y, error, color=colour, marker="o", ms=4, capsize=2,
-                      linewidth=1.6, label=line.name)  # fmt: skip
+def draw_series(axes: Any, series: Sequence[Series], colours: Sequence[str] = SERIES) -> set[str]:
+    """Points joined by lines, with bars of their deviations; returns the names that have values.
+
+    Values that are not finite are left out. Series of one name have one colour.
+    """
+    by_name = dict(zip(dict.fromkeys(line.name for line in series), colours, strict=False))
+    names: set[str] = set()
+    shift = 0.01 * np.ptp([x for line in series for x in line.x] or [0])
+    for i, line in enumerate(series):
+        x, y = np.asarray(line.x, dtype=float), np.asarray(line.y, dtype=float)
+        shown = np.isfinite(x) & np.isfinite(y)
+        if not shown.any():
+            continue
+        error = None
+        if line.deviation:  # bars of two series would lie on one another
+            error = np.array([one or 0.0 for one in line.deviation])[shown]
+            x = x + shift * (i - (len(series) - 1) / 2)
+        look = {"lw": 1, "alpha": 0.45, "zorder": 1} if line.pale else {"lw": 1.7}
+        marker = "o" if shown.sum() < FEW else ""  # a single value would make no line
+        label = None if line.name in names else line.name
+        axes.errorbar(x[shown], y[shown], error, color=by_name[line.name], marker=marker, ms=4,
+                      capsize=2, label=label, **look)  # fmt: skip
+        names.add(line.name)
+    return names
 
 
-def series_chart(
+def curves_picture(
     title: str,
     series: Sequence[Series],
     x_label: str,
+    y_label: str,
     level: Level | None = None,
-    y_bounds: tuple[float, float] | None = None,
-    x_ticks: Sequence[float] = (),
-) -> str:
-    """Points with bars of their deviations. The y axis need not hold 0.
-
-    Args:
-        y_bounds: Least range of y, so that several charts have the same axis; see `bounds`.
-        x_ticks: Values on the x axis, likewise; those of the points are among them anyway.
-    """
-    figure, axes = _chart_axes(title)
-    positions = sorted({float(x) for line in series for x in line.x} | set(map(float, x_ticks)))
-    margin = 0.08 * (positions[-1] - positions[0]) or 1.0
-    shift = margin / 8  # bars of two series would lie on one another
-    moved = [
-        line._replace(x=[x + shift * (i - (len(series) - 1) / 2) for x in line.x])
-        for i, line in enumerate(series)
-    ]
-    draw_series(axes, moved)
-    if level is not None:
-        deviation = level.deviation or 0.0
-        axes.axhspan(level.value - deviation, level.value + deviation, color=COLOURS["soft"],
-                     alpha=0.16, linewidth=0)  # fmt: skip
-        axes.axhline(level.value, color=COLOURS["soft"], linewidth=1, label=level.name)
-    low, high = y_bounds or bounds(series, level)
-    room = 0.06 * (high - low) or 1.0
-    axes.set_ylim(low - room, high + room)
-    axes.set_xlim(positions[0] - margin, positions[-1] + margin)
-    axes.set_xticks(positions, [f"{x:g}" for x in positions])
-    axes.set_xlabel(x_label)
-    _legend(axes)
-    return to_svg(figure, f"{title}, over {x_label}: {'; '.join(map(_in_words, series))}")
-
-
-def curves_picture(title: str, series: Sequence[Series], x_label: str, y_label: str) -> bytes:
-    """Any number of lines with bars over a logarithmic axis, as PNG; the legend is beside them."""
+) -> bytes:
+    """Lines with bars over evenly spaced values of x, as PNG; the legend is beside them."""
     from matplotlib import colormaps
 
     figure = new_figure(9.0, 4.8, dpi=150)
     axes = figure.add_subplot()
     positions = sorted({float(x) for line in series for x in line.x})
-    for i, line in enumerate(series):
-        shift = 1.012 ** (i - (len(series) - 1) / 2)  # bars would lie on one another
-        error = [one or 0.0 for one in line.deviation] or None
-        axes.errorbar([x * shift for x in line.x], line.y, error, fmt=MARKERS[i % len(MARKERS)],
-                      color=colormaps["tab10"](i % 10), ls=("-", "--")[i // 10 % 2], ms=5,
-                      capsize=2, lw=1.5, label=line.name)  # fmt: skip
-    axes.set_xscale("log")
-    axes.set_xticks(positions, [f"{x:g}" for x in positions])
-    axes.minorticks_off()
+    moved = [line._replace(x=[positions.index(x) for x in line.x]) for line in series]
+    palette = colormaps["tab10" if len(series) <= 10 else "tab20"]
+    draw_series(axes, moved, [palette(i % palette.N) for i in range(len(series))])
+    if level is not None:
+        deviation = level.deviation or 0.0
+        axes.axhspan(level.value - deviation, level.value + deviation, color=COLOURS["soft"],
+                     alpha=0.16, linewidth=0)  # fmt: skip
+        axes.axhline(level.value, color=COLOURS["soft"], linewidth=1, label=level.name)
+    axes.set_xticks(range(len(positions)), [f"{x:g}" for x in positions])
     axes.set(title=title, xlabel=x_label, ylabel=y_label)
     axes.grid(axis="y", color=COLOURS["line"])
     axes.spines[["top", "right"]].set_visible(False)
@@ -243,37 +226,24 @@ def curves_picture(title: str, series: Sequence[Series], x_label: str, y_label: 
 
 
 def _in_words(line: Series) -> str:
-    pairs = zip(line.x, line.y, strict=True)
+    pairs = [pair for pair in zip(line.x, line.y, strict=True) if np.isfinite(pair).all()]
     return f"{line.name} {', '.join(f'{y:.3g} at {x:g}' for x, y in pairs)}"
 
 
-def bounds(series: Sequence[Series], level: Level | None = None) -> tuple[float, float]:
-    """Least and greatest value of a chart with its bars."""
-    constants = [] if level is None else [(level.value, level.deviation)]
-    values = [
-        y + sign * (deviation or 0.0)
-        for y, deviation in [
-            *(pair for one in series for pair in zip(one.y, one.deviation, strict=True)),
-            *constants,
-        ]
-        for sign in (-1, 1)
-    ]
-    return min(values), max(values)
-
-
-def estimate_chart(title: str, estimates: Sequence[Estimate], x_label: str, zero: str) -> str:
-    """Values with their intervals, one below the other, beside a line at zero.
+def estimate_chart(title: str, estimates: Sequence[Estimate], x_label: str, level: Level) -> str:
+    """Values with their intervals, one below the other, beside a line at what they compare with.
 
     Args:
-        zero: What 0 stands for.
+        level: 0 for differences.
     """
     figure, axes = _chart_axes(title, 1.1 + 0.26 * len(estimates))
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", color=COLOURS["line"], linewidth=0.8)
-    axes.axvline(0, color=COLOURS["soft"], linewidth=1, label=zero)
+    axes.axvline(level.value, color=COLOURS["soft"], linewidth=1, label=level.name)
     for place, one in enumerate(estimates):
+        axes.plot(one.values, [place] * len(one.values), "|", ms=7, color=COLOURS["soft"])
         if one.low is not None and one.high is not None:
-            clear = one.low > 0 or one.high < 0
+            clear = one.low > level.value or one.high < level.value
             axes.plot([one.low, one.high], [place, place], color=SERIES[0], linewidth=1.6)
             axes.plot(one.value, place, "o", ms=5, color=SERIES[0],
                       mfc=SERIES[0] if clear else COLOURS["page"])  # fmt: skip
@@ -284,9 +254,10 @@ def estimate_chart(title: str, estimates: Sequence[Estimate], x_label: str, zero
     axes.set_ylim(len(estimates) - 0.5, -0.5)
     axes.set_xlabel(x_label)
     _legend(axes)
+    sign = "" if level.value else "+"
     shown = (
-        f"{one.name} {one.value:+.1f}"
-        + ("" if one.low is None else f" ({one.low:+.1f} to {one.high:+.1f})")
+        f"{one.name} {one.value:{sign}.1f}"
+        + ("" if one.low is None else f" ({one.low:{sign}.1f} to {one.high:{sign}.1f})")
         for one in estimates
     )
     return to_svg(figure, f"{title}, {x_label}: {'; '.join(shown)}")

@@ -90,7 +90,7 @@ class TextTable:
 
 def environment(**options) -> Environment:
     """Jinja templates of this package."""
-    return Environment(
+    made = Environment(
         loader=FileSystemLoader(TEMPLATES),
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -98,6 +98,8 @@ def environment(**options) -> Environment:
         keep_trailing_newline=True,
         **options,
     )
+    made.policies["json.dumps_kwargs"] = {}  # sorted keys would part bokeh's references from it
+    return made
 
 
 def escape_markdown(text: str) -> str:

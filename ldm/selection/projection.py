@@ -82,16 +82,39 @@ def by_decision(
 
 
 def class_colours(K: int) -> list[tuple[float, float, float]]:
-    """A colour per class, (red, green, blue) in [0, 1]."""
+    """A colour per class, (red, green, blue) in [0, 1]; grey is the last that is used."""
     from matplotlib import colormaps
 
+    if K > 20:
+        return [colormaps["hsv"](k / K)[:3] for k in range(K)]
     palette = colormaps["tab10" if K <= 10 else "tab20"].colors
-    return [palette[k] if len(palette) >= K else colormaps["hsv"](k / K)[:3] for k in range(K)]
+    return sorted(palette, key=lambda colour: len(set(colour)) == 1)[:K]  # greys come last
+
+
+def place_names(centroids: np.ndarray, extent: np.ndarray, letters: int) -> np.ndarray:
+    """Places above K centroids, (K, 2), at which names do not cover one another.
+
+    Args:
+        extent: Width and height of the picture, (2,).
+        letters: Length of the longest name.
+    """
+    width, height = extent * (0.022 * letters, 0.05)
+    places = centroids + (0, 0.6 * height)
+    for _ in range(200):
+        apart = places[:, None] - places[None]  # (K, K, 2)
+        near = (abs(apart) < (width, height)).all(axis=-1) & ~np.eye(len(places), dtype=bool)
+        if not near.any():
+            break
+        order = np.sign(np.arange(len(places))[:, None] - np.arange(len(places)))
+        up = np.where(apart[..., 1] == 0, order, np.sign(apart[..., 1]))
+        places[:, 1] += 0.26 * (near * up * (height - abs(apart[..., 1]))).sum(axis=1)
+    return places
 
 
 def draw(groups: Sequence[Points], classes: Sequence[str], title: str) -> bytes:
     """PNG with a panel per kind, all with the same axes, and the centroids in each."""
     from matplotlib.lines import Line2D
+    from matplotlib.patheffects import withStroke
 
     kinds = [group for group in groups if group.kind != CENTROID]
     (centroids,) = (group for group in groups if group.kind == CENTROID)
@@ -99,6 +122,8 @@ def draw(groups: Sequence[Points], classes: Sequence[str], title: str) -> bytes:
     everything = np.concatenate([group.xy for group in groups])
     low, high = everything.min(axis=0), everything.max(axis=0)
     margin = 0.05 * (high - low) + 1e-3
+    places = place_names(centroids.xy, high - low, max(map(len, classes)))
+    halo = withStroke(linewidth=3, foreground="white")
 
     columns = 2 if len(kinds) in (2, 4) else 3
     rows = -(-len(kinds) // columns)
@@ -118,6 +143,9 @@ def draw(groups: Sequence[Points], classes: Sequence[str], title: str) -> bytes:
         axes.set(ylim=(low[1] - margin[1], high[1] + margin[1]))
         axes.set_title(f"{shown.kind} ({len(shown.labels)} tiles)", fontsize=11)
         axes.spines[:].set_color("0.75")
+        for name, place, colour in zip(classes, places, colors, strict=True):
+            axes.text(*place, name, color=colour, ha="center", va="bottom", fontsize=9,
+                      fontweight="bold", zorder=4, path_effects=[halo])  # fmt: skip
     star = {"marker": "*", "ms": 11, "mfc": "none", "mec": "black", "label": "centroid"}
     dots = [{"marker": "o", "color": c, "label": n} for n, c in zip(classes, colors, strict=True)]
     handles = [Line2D([], [], linestyle="", **look) for look in (*dots, star)]

@@ -5,11 +5,13 @@ soon as the page is open (points are numbered as the rows of umap.csv, from 0).
 """
 
 import base64
+import html
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas
 import torch
 from PIL import Image
 
@@ -25,6 +27,7 @@ from ldm.selection.projection import (
     by_decision,
     class_colours,
     draw,
+    place_names,
     project,
     table,
 )
@@ -33,15 +36,15 @@ from ldm.selection.select import ACCEPTED, FILLED, REJECTED, REMOVED, SURPLUS
 TITLE = "UMAP of features"
 SIDE = 64  # pixels of a thumbnail
 QUALITY = 80
-MARKERS = {
-    "real": "circle",
-    "synthetic": "diamond",
-    ACCEPTED: "square",
-    FILLED: "triangle",
-    SURPLUS: "circle_x",
-    REJECTED: "x",
-    REMOVED: "cross",
-    CENTROID: "star",
+MARKERS = {  # of bokeh, and the same as a letter
+    "real": ("circle", "●"),
+    "synthetic": ("diamond", "◆"),
+    ACCEPTED: ("square", "■"),
+    FILLED: ("triangle", "▲"),
+    SURPLUS: ("circle_x", "⊗"),
+    REJECTED: ("x", "×"),
+    REMOVED: ("cross", "+"),
+    CENTROID: ("star", "★"),
 }
 TOOLTIP = """
 <div style="max-width: 260px; overflow-wrap: anywhere">
@@ -137,58 +140,62 @@ def point_records(
 
 def _layout(groups: Sequence[Points], classes: Sequence[str], points: Sequence[dict], title: str):
     """Bokeh's plot with check boxes for kinds and classes."""
-    from bokeh.layouts import column, row
-    from bokeh.models import CheckboxGroup, CustomJS, CustomJSHover, HoverTool
+    from bokeh.layouts import column
+    from bokeh.models import CheckboxGroup, CustomJS, CustomJSHover, Div, HoverTool
     from bokeh.plotting import figure
 
-    plot = figure(
-        title=title,
-        sizing_mode="stretch_both",
-        min_height=400,
-        tools="pan,wheel_zoom,box_zoom,reset,save",
-    )
+    tools = "pan,wheel_zoom,box_zoom,reset,save"
+    plot = figure(sizing_mode="stretch_both", min_height=400, tools=tools)
     plot.axis.visible = plot.grid.visible = False
     colours = [tuple(round(255 * v) for v in colour[:3]) for colour in class_colours(len(classes))]
     size = float(np.clip(220 / np.sqrt(len(points)), 4, 10))
-    renderers, first = {}, 0
-    for k, group in enumerate(groups):
-        labels = np.asarray(group.labels)
-        for label in np.unique(labels).tolist():
-            rows = np.flatnonzero(labels == label)
-            columns = {
-                "x": group.xy[rows, 0].tolist(),
-                "y": group.xy[rows, 1].tolist(),
-                "point": (first + rows).tolist(),
-                "kind": [group.kind] * len(rows),
-                "label": [classes[label]] * len(rows),
-                "file": [points[first + i]["file"] for i in rows],
-            }
-            centroid = group.kind == CENTROID
-            renderers[f"{k} {label}"] = plot.scatter(
-                "x",
-                "y",
-                source=columns,
-                marker=MARKERS[group.kind],
-                size=18 if centroid else size,
-                color=colours[label],
-                line_color="black" if centroid else colours[label],
-                alpha=1.0 if centroid else 0.75,
-            )
-        first += len(labels)
+    frame = pandas.DataFrame(points, columns=["kind", "label", "file"])
+    frame["point"] = frame.index
+    frame["x"], frame["y"] = np.concatenate([group.xy for group in groups]).T
+    kinds, renderers = [group.kind for group in groups], {}
+    for (kind, name), rows in frame.groupby(["kind", "label"], sort=False):
+        k, label, centroid = kinds.index(kind), list(classes).index(name), kind == CENTROID
+        renderers[f"{k} {label}"] = plot.scatter(
+            "x",
+            "y",
+            source=rows.to_dict("list"),
+            marker=MARKERS[kind][0],
+            size=18 if centroid else size,
+            color=colours[label],
+            line_color="black" if centroid else colours[label],
+            alpha=1.0 if centroid else 0.75,
+        )
     picture = CustomJSHover(code=PICTURE)
     plot.add_tools(HoverTool(tooltips=TOOLTIP, formatters={"@point": picture}))
-    boxes = {
-        name: CheckboxGroup(
-            labels=[f"{text} ({n})" for text, n in names], active=[*range(len(names))]
-        )
-        for name, names in (
-            ("kinds", [(group.kind, len(group.labels)) for group in groups]),
-            ("classes", [(name, sum(p["label"] == name for p in points)) for name in classes]),
-        )
-    }
+    _add_names(plot, groups, classes, colours)
+    boxes = {}
+    dots = {name: ("●", f"rgb{colour}") for name, colour in zip(classes, colours, strict=True)}
+    shapes = {kind: (MARKERS[kind][1], "black") for kind in kinds}
+    for name, of_points, signs in (("kinds", "kind", shapes), ("classes", "label", dots)):
+        styles = [
+            f"label:nth-child({i + 1}) span::before {{ content: '{sign} '; color: {colour} }}"
+            for i, (sign, colour) in enumerate(signs.values())
+        ]
+        labels = [f"{text} ({(frame[of_points] == text).sum()})" for text in signs]
+        active = [*range(len(signs))]
+        boxes[name] = CheckboxGroup(labels=labels, active=active, inline=True, stylesheets=styles)
     for box in boxes.values():
         box.js_on_change("active", CustomJS(args={**boxes, "renderers": renderers}, code=TOGGLE))
-    return row(plot, column(*boxes.values()), sizing_mode="stretch_both")
+    return column(Div(text=html.escape(title)), plot, *boxes.values(), sizing_mode="stretch_both")
+
+
+def _add_names(plot, groups: Sequence[Points], classes: Sequence[str], colours) -> None:
+    """Write the names of the classes above their centroids."""
+    for group in groups:
+        if group.kind == CENTROID:
+            everything = np.concatenate([one.xy for one in groups])
+            extent = np.ptp(everything, axis=0)
+            places = place_names(group.xy, extent, max(map(len, classes)))
+            plot.text(
+                *places.T.tolist(), list(classes), text_color=colours, text_align="center",
+                text_font_style="bold", text_font_size="13px", background_fill_color="white",
+                background_fill_alpha=0.8,
+            )  # fmt: skip
 
 
 def plane_groups(

@@ -5,6 +5,7 @@
     OUT/manifest.csv          one row per image; manifest.parquet is the same with types
     OUT/guidance.csv          what guidance did, by time step
     OUT/grid.png, README.md   the first images of each class; the data set's card
+    OUT/.stages/CLASS/T.png   what the model expected of its first image at time step T
     OUT/shard-000000.tar      images in the layout of WebDataset: key.png, key.cls, key.json
     OUT/.parts/               the journal: a file per start and process, a line per finished batch
 
@@ -38,7 +39,7 @@ from ldm.synthesis.settings import UNCONDITIONAL
 SETTINGS = "settings.json"
 GRID_COLUMNS = 8
 GRID_ROWS = 8  # of a grid without classes
-JOURNAL = ".parts"
+JOURNAL, STAGES = ".parts", ".stages"
 
 # Manifest columns and their Arrow types. What stands in a row of the journal, then what is the
 # same for all images of a folder, from its settings.
@@ -194,6 +195,10 @@ class SampleFolder:
         size = self.settings.get("out_size")
         write_png(self.root / file, image if size is None else resize_tile(image, size))
         return file
+
+    def write_stage(self, name: str, t: float, image: np.ndarray) -> None:
+        """Write what the model expects of the first image of a class at time step t."""
+        write_png(self.root / STAGES / name / f"{t:g}.png", image)
 
     def write_manifest(self) -> None:
         """manifest.csv and manifest.parquet, from `rows`."""

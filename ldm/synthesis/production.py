@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 Job = tuple[str, int]  # class and index of an image
 QUEUE = 2  # sampled batches that may wait to be written: latents are small, but not free
+STAGES = 8  # pictures of a class's first image on its way from noise
 
 
 class SampleReport(NamedTuple):
@@ -52,6 +53,7 @@ class Batch(NamedTuple):
     guidance: GuidanceLog
     seconds: float  # that it took so far
     sources: list[str | None]  # the real tile that each image started from
+    stages: list[tuple[str, float, Tensor]]  # class, t, expected latent of first images
 
 
 class Writer:
@@ -92,6 +94,8 @@ class Writer:
         # The latents are complete: `latents` has looked at them.
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             images = self._synthesiser.images(batch.z_0)
+            for name, t, z_0_pred in batch.stages:
+                self._folder.write_stage(name, t, self._synthesiser.images(z_0_pred[None])[0])
         files = [
             self._folder.write_image(*job, image)
             for job, image in zip(batch.jobs, images, strict=True)
@@ -209,6 +213,7 @@ def _sample(
 ) -> None:
     """Make `share` images, which are this process's, batch by batch."""
     steps = len(synthesiser.pairs)
+    shown_steps = {round(k * (steps - 1) / (STAGES - 1)) for k in range(STAGES)}
     options = {"unit": "img", "disable": quiet, "step": min(batch_size, share) / steps or 1}
     began = time.monotonic()
     shown = [began]  # when a log file got its last line
@@ -217,6 +222,9 @@ def _sample(
         def show(step: Step) -> None:
             """Say the step, and the time left before the first batch tells tqdm the rate."""
             bar.begun()
+            if step.j in shown_steps:
+                firsts = [i for i, (_, index) in enumerate(batch) if index == 0]
+                stages.extend((batch[i][0], step.t, step.z_0_pred[i]) for i in firsts)
             done = bar.n + len(batch) * (step.j + 1) / steps  # images
             now = time.monotonic()
             left = (now - began) / done * (share - done)
@@ -232,11 +240,12 @@ def _sample(
             start = time.perf_counter()
             labels = [synthesiser.models.label(name) for name, _ in batch]
             indices = [index for _, index in batch]
-            synthesiser.guidance_log = GuidanceLog()
+            synthesiser.guidance_log, stages = GuidanceLog(), []
             starts = None if sources is None else sources.latents(batch)
             z_0 = synthesiser.latents(labels, indices, show, starts)
             confidences = synthesiser.confidences(z_0, labels)
             seconds = time.perf_counter() - start
             files = [None if sources is None else sources.file(*job) for job in batch]
-            writer.put(Batch(batch, z_0, confidences, synthesiser.guidance_log, seconds, files))
+            guidance = synthesiser.guidance_log
+            writer.put(Batch(batch, z_0, confidences, guidance, seconds, files, stages))
             bar.update(len(batch))
