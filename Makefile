@@ -1,6 +1,7 @@
 # make demo [DATA=DIR]   the whole method on procedural tiles, or on your own folder of tiles
 # make test              style and quick tests
 # make test-slow         the tests that `make test` leaves out
+# make docs              the tables of docs/configuration.md, from the code
 # make gpu-test          the tests that need a GPU: three minutes
 #
 # Each sets up .venv first, when that is missing or older than pyproject.toml.
@@ -13,7 +14,7 @@ RUN := $(VENV)/bin/python
 # By environment, so that any character in a path reaches the command unchanged.
 export DATA
 
-.PHONY: help demo test test-slow gpu-test lint setup clean
+.PHONY: help demo test test-slow gpu-test docs lint setup clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
@@ -31,6 +32,9 @@ test-slow: $(STAMP)
 
 gpu-test: $(STAMP)
 	@$(RUN) -m pytest -q -rs -m gpu tests/test_gpu.py
+
+docs: $(STAMP)
+	@$(RUN) docs/configuration.py
 
 lint: $(STAMP)
 	@$(RUN) -m ruff check .

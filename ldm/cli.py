@@ -219,7 +219,7 @@ def reason(error: Mapping[str, Any], annotation: Any = None) -> str:
         choices = _literals(annotation)
         return f"{shown(value)} must be one of {', '.join(choices)}{nearest(value, choices, '')}"
     if kind in RANGE_ERRORS:
-        return f"{_shortened(str(value))} must be {_bounds(annotation, context) or context}"
+        return f"{_shortened(str(value))} must be {bounds_in_words(annotation, context) or context}"
     return f"{shown(value)} {error['msg'].replace('Input should', 'must', 1)}"
 
 
@@ -235,7 +235,7 @@ def _literals(annotation: Any) -> list[str]:
     return [str(choice) for literal in literals for choice in typing.get_args(literal)]
 
 
-def _bounds(annotation: Any, violated: Mapping[str, Any]) -> str:
+def bounds_in_words(annotation: Any, violated: Mapping[str, Any]) -> str:
     """`in [1, 8]`, or `at least 1`, of an annotated type.
 
     The limit `MOST` is named only where it is the one that is `violated`.
@@ -244,7 +244,7 @@ def _bounds(annotation: Any, violated: Mapping[str, Any]) -> str:
     for part in _parts(annotation):
         for bound in getattr(part, "metadata", ()):
             bounds |= {key: getattr(bound, key) for key in BOUNDS if hasattr(bound, key)}
-    if bounds.get("le") == MOST:
+    if bounds.get("le", 0) >= MOST:
         bounds = {key: value for key, value in bounds.items() if key in violated}
     if len(bounds) < 2:
         return " and ".join(f"{BOUNDS[key]} {value}" for key, value in bounds.items())

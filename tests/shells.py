@@ -1,9 +1,12 @@
-"""Documented commands in a real shell; the programs that they call only record their words."""
+"""Documented commands: in a real shell whose programs only record their words, and for real."""
 
 import importlib
+import multiprocessing
 import os
 import shutil
 import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 from ldm import cli
@@ -61,6 +64,8 @@ PROGRAMS = {
         echo 7""",
     **{name: f'set -- {name} "$@"; {RECORD}' for name in (*OTHERS, cli.PROGRAM)},
 }
+# What takes long to import: done once, in the process that those of commands are forked from.
+HEAVY = ("shells", "albumentations", "pytorch_lightning", "timm", "ldm.train", "ldm.api", "umap")
 ENTRY_POINTS = ("main.py", "classifier_train.py", "sample_diffusion.py", "eval.py")
 
 
@@ -127,3 +132,30 @@ def parse(command: list[str]):
     if hasattr(entry, "Options"):
         return cli.parse(entry.Options, words)
     return entry.make_parser().parse_args(words)
+
+
+def run(words: list[str], folder: Path, variables: dict[str, str]) -> str:
+    """Run a command (without its `python`) in a process of its own; what it says if it fails."""
+    log = folder.parent / "log"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(HEAVY))
+    process = context.Process(target=_be, args=(words, folder, variables, log))
+    process.start()
+    process.join()
+    lines = log.read_text().strip().splitlines()[-3:] if log.exists() else []
+    return "" if process.exitcode == 0 else f"status {process.exitcode}: {' | '.join(lines)}"
+
+
+def _be(words: list[str], folder: Path, variables: dict[str, str], log: Path) -> None:
+    """Be the process of a command, with its output in a file."""
+    os.chdir(folder)
+    for name in [name for name in os.environ if name.startswith("HISTO_")]:
+        del os.environ[name]
+    os.environ.update(variables)
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    program, *argv = words[1:] if words[0] == "-m" else words
+    entry = importlib.import_module(program.removesuffix(".py").replace("/", "."))
+    sys.argv = [program, *argv]
+    cli.run_command(partial(entry.main, argv), getattr(entry, "Options", None))

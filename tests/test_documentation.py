@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 from shells import OTHERS, ROOT, make_site, parse, recorded_with_variables, shell
 
+from docs import configuration
 from ldm import cli
 from ldm.commands import train
 from ldm.errors import UserError
@@ -24,7 +25,7 @@ PLACEHOLDERS = {
     "CONFIG": "configs/latent-diffusion/histo-ldm-kl-8.yaml",
     "TABLE": "configs/tables/crc5.yaml",
 }
-OF_PLACEHOLDERS = {"HISTO_DATA": "D", "HISTO_AUTOENCODER": "logs/RUN"}
+OF_PLACEHOLDERS = {"HISTO_DATA": "D", "HISTO_AUTOENCODER": "logs/autoencoder"}
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,12 @@ def test_commands_are_found():
             text = text.replace(snippet.text, "")
         left = re.findall(r"(?:python|torchrun|sbatch) (?:\S+ )*?\S+\.(?:py|sbatch)\b.{20}", text)
         assert not left, f"{document}: {left}"
+
+
+def test_the_page_of_all_keys_is_up_to_date():
+    page = configuration.page()
+    assert not re.findall(r".*\|  \|$", page, re.MULTILINE)  # a key without a meaning
+    assert configuration.PAGE.read_text() == page, "run `make docs`"
 
 
 # Where a path of an earlier revision is named.

@@ -10,10 +10,9 @@ import subprocess
 
 import pytest
 from pytorch_lightning.plugins.environments import LightningEnvironment
-from shells import OTHERS, ROOT, make_site, parse, recorded, shell
+from shells import ROOT, make_site, parse, recorded, shell
+from test_documentation import follow
 
-from ldm.commands import cache as cache_latents
-from ldm.commands import train
 from ldm.errors import UserError
 from ldm.train import cluster_plugins
 
@@ -69,58 +68,14 @@ def test_usage_runs_and_parses(site, name):
         parse(command)
 
 
-def blocks():
-    """The code blocks of the guide, as one script each."""
-    found, current = [], []
-    for line in [*GUIDE.read_text().splitlines(), "end"]:
-        if line.startswith("    "):
-            current.append(line[4:])
-        elif not line and current:
-            current.append("")
-        elif current:
-            found.append("\n".join(current))
-            current = []
-    return [text for text in found if "sbatch" in text or ".venv/bin/python" in text]
-
-
-def test_the_guide_runs_and_parses(site, tmp_path, monkeypatch):
-    """Every command of the guide, in one shell; what main.py is given is resolved and checked."""
-    text = "\n".join(blocks())
-    assert text.count("sbatch ") > 15
-    done = shell(site, text)
-    assert done.returncode == 0, done.stderr
-    commands = [command for command in recorded(site) if command[0] not in OTHERS]
-    assert len(commands) > 20
-    for name in ("VGH", "PANNUKE", "TCGA_BRCA", "DATA", "LATENTS"):
-        monkeypatch.setenv(f"HISTO_{name}", str(tmp_path))
-    monkeypatch.setenv("HISTO_AUTOENCODER", str(tmp_path))
-    used, trained = set(), []
-    for command in commands:
-        used.add(command[0])
-        args = parse(command)
-        if command[0] == "main.py":
-            config = train.load_configuration(args)
-            assert config["model"]["target"].startswith("ldm.models.")
-        if command[0] == "scripts/cache_latents.py" and args.views > 1:
-            # All views would be alike, which is refused.
-            config = {} if args.augment else cache_latents.data_config(args, 256)["params"]
-            assert args.augment or config["train"]["params"]["augment"]
-        if command[0] == "eval.py":
-            seeds = getattr(args, "seeds", None) or [getattr(args, "seed", 0)]
-            trained += [f"logs/eval/{args.subset}/seed{seed}" for seed in seeds]
-        for word in command:
-            assert not word.startswith("logs/eval/") or word in trained, f"{word} comes later"
-    assert {"main.py", "classifier_train.py", "sample_diffusion.py", "eval.py"} <= used
-    assert {
-        "scripts/index_corpus.py",
-        "scripts/write_shards.py",
-        "scripts/cache_latents.py",
-    } <= used
-    (parts,) = [c for c in commands if "--part" in c]
-    assert parse(parts).part == (0, 16)
+def test_jobs_of_the_guide(tmp_path):
+    """Shares, seeds and nodes that sbatch hands over; test_documentation looks at the rest."""
+    commands = [c.words for c in follow("docs/cluster.md", make_site(tmp_path))]
+    (share,) = [parse(c).part for c in commands if "--part" in c]
+    assert share == (0, 16)
     assert [c[c.index("--seed") + 1] for c in commands if "--seed" in c] == ["0"] * 3
-    nodes = [parse(c).num_nodes for c in commands if c[0] == "main.py" and "-t" in c]
-    assert nodes == [1, 4]
+    trained = [parse(c) for c in commands if c[0] == "main.py" and "--name" in c]
+    assert [args.num_nodes for args in trained] == [1, 4]
 
 
 def said() -> str:

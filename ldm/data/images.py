@@ -209,7 +209,8 @@ def _decode(content: bytes, name: str) -> np.ndarray:
             raise
     import cv2
 
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    version_4 = hasattr(cv2, "setLogLevel")
+    (cv2 if version_4 else cv2.utils.logging).setLogLevel(0)  # silent
     # These flags keep the depth and turn the image; IMREAD_UNCHANGED does not turn all formats.
     flags = cv2.IMREAD_ANYDEPTH | cv2.IMREAD_ANYCOLOR
     pixels = cv2.imdecode(np.frombuffer(content, np.uint8), flags)

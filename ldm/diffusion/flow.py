@@ -26,8 +26,8 @@ class RectifiedFlow(Process):
 
     Args:
         time_sampling: Distribution of s in training. "logit_normal": logit(s) is normal (Esser et
-            al. 2024, eq. 19), which spends most images in the middle of the line. "uniform".
-        time_mean, time_std: Of logit(s); not used with "uniform".
+            al. 2024, eq. 19), which spends most images in the middle of the line; or "uniform".
+        time_mean, time_std: Mean and deviation of logit(s); not used with "uniform".
         time_shift: Moves s towards noise, s -> shift s / (1 + (shift - 1) s), in training and in
             sampling (Esser et al. 2024, eq. 23). Larger latents need more: at the same s their
             neighbouring values tell more of one another, so less is hidden.

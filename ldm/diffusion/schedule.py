@@ -33,7 +33,7 @@ def make_betas(
         name: "scaled_linear" is linear in sqrt(beta) (Rombach et al. 2022; configurations published
             with that code call it linear), "linear" is linear in beta (Ho et al. 2020), "cosine" is
             Nichol & Dhariwal 2021, eq. 17, which has no start and end.
-        timesteps: T, at least 1.
+        timesteps: Time steps of training, T.
         linear_start: First beta of the two linear schedules.
         linear_end: Last beta, at least `linear_start` and below 1.
 

@@ -41,12 +41,12 @@ class Section(BaseModel):
 class Data(Section):
     """Where the tiles are. `root` holds `val`, `test` and the two folders that are named here."""
 
-    root: str
-    labelled: str = "train5"  # the few labels
-    unlabelled: str = "train"  # what the generators saw
-    groups: str | None = None  # CSV of patients or slides, for intervals (see eval.py)
-    group_column: str = "group"
-    tiles: Options | None = None  # make procedural ones in `root`: arguments of make_tiles.py
+    root: str  # folder of the tiles
+    labelled: str = "train5"  # folder of the few labelled tiles
+    unlabelled: str = "train"  # folder of the tiles that generators saw
+    groups: str | None = None  # CSV of patients or slides, for intervals (`eval.py --groups`)
+    group_column: str = "group"  # column of `groups`
+    tiles: Options | None = None  # options of make_tiles.py, which makes procedural tiles
 
 
 class Model(Section):
@@ -57,15 +57,15 @@ class Model(Section):
     """
 
     run: str | None = None  # run folder or checkpoint, from elsewhere; never written to
-    config: Any = None  # of main.py: a file or several
-    overrides: list[str] = []  # of `config`
+    config: Any = None  # configuration of main.py: one file or several, below the repository
+    overrides: list[str] = []  # overrides of `config`
     classifier: Options | None = None  # options of classifier_train.py, on the labelled tiles
-    arguments: Options = {}  # of main.py, such as precision
-    env: dict[str, str] = {}
-    needs: dict[str, str] = {}
-    checkpoint: Literal["last", "best"] = "last"  # which one of a model trained here is used
-    label: str | None = None  # what its training does, for people
-    gpus: Whole = 1
+    arguments: Options = {}  # options of main.py, such as precision
+    env: dict[str, str] = {}  # environment variables of its training
+    needs: dict[str, str] = {}  # other models, by the variable or option that takes them
+    checkpoint: Literal["last", "best"] = "last"  # which checkpoint is used
+    label: str | None = None  # description of its training for people
+    gpus: Whole = 1  # GPUs of a job
 
 
 class Draws(Section):
@@ -74,8 +74,9 @@ class Draws(Section):
     Models of kind `classifier`, pools, selections, baselines and ceilings are made for each draw.
     """
 
+    # Labels per class; every number is an experiment of its own.
     per_class: list[Annotated[int, Field(ge=1, strict=True)]]
-    options: Options = {}  # of scripts/make_subset.py, such as group_csv
+    options: Options = {}  # options of scripts/make_subset.py, such as group_csv
 
 
 class Generator(Section):
@@ -84,89 +85,96 @@ class Generator(Section):
     Or real tiles that the judge labels: `unlabelled`, a folder of `data` or a path.
     """
 
-    diffusion: str | None = None
-    unlabelled: str | None = None
-    classifier: str | None = None  # that guides
-    decoder: str | None = None  # fine-tuned; its own without
-    label: str | None = None  # for people; the name if omitted
+    diffusion: str | None = None  # diffusion model, a name of `models`
+    unlabelled: str | None = None  # real tiles, in place of `diffusion`
+    classifier: str | None = None  # classifier that guides, a name of `models`
+    decoder: str | None = None  # fine-tuned decoder, a name of `models`
+    label: str | None = None  # description for people; the name if omitted
     # Tiles per class, also where no arm uses them; else as many as needed.
     amount: Count | None = None
-    factors: Options = {}  # columns of the table
-    sampling: Options = {}  # over those of the section `sampling`
+    factors: Options = {}  # values for columns of the table, by name
+    sampling: Options = {}  # options that replace those of the section `sampling`
 
 
 class Sampling(Section):
-    per_wanted: float = Field(2.0, ge=1, le=1000)  # tiles made for one that the largest ratio wants
-    options: Options = {}  # of sample_diffusion.py
-    gpus: Whole = 1
+    """How many tiles every generator makes, and how."""
+
+    per_wanted: float = Field(2.0, ge=1, le=1000)  # tiles made for each that is wanted
+    options: Options = {}  # options of sample_diffusion.py
+    gpus: Whole = 1  # GPUs of a job
 
 
 class Judge(Section):
     """Whose features choose: the classifier of a seed on the labelled tiles, a run of eval.py, a
     timm network, or whatever scripts/distance.py takes ({NAME} stands for a model's checkpoint)."""
 
-    seed: Seed | None = None
-    network: str | None = None  # that classifier: one of `baselines.networks`, not the arms' own
-    run: str | None = None
-    model: str | None = None
-    features: list[str] = []  # that judge together, such as diffusion:{flow}@400
-    options: Options = {}  # of scripts/vis.py; with `features` of scripts/distance.py
+    seed: Seed | None = None  # seed of a classifier on the labelled tiles
+    network: str | None = None  # name of `baselines.networks`; if omitted the arms' own network
+    run: str | None = None  # run of eval.py
+    model: str | None = None  # network of timm
+    features: list[str] = []  # networks that judge together, such as diffusion:{flow}@400
+    options: Options = {}  # options of scripts/vis.py; with `features` of scripts/distance.py
     umap: Options | None = None  # with `features`: a UMAP by the first, too, by scripts/vis.py
 
 
 class Strategy(Section):
     """How synthetic tiles are chosen: options of scripts/distance.py."""
 
-    strategy: str
-    redraw: bool = False  # another draw for every seed of the evaluation (random only)
-    sheets: bool = True  # contact sheets
-    options: Options = {}
+    strategy: str  # `--strategy` of scripts/distance.py
+    redraw: bool = False  # draw anew for every seed of the evaluation (strategy random only)
+    sheets: bool = True  # write contact sheets
+    options: Options = {}  # further options of scripts/distance.py
 
 
 class Cells(Section):
     """Arms that are left out or added: names or lists of them; all where nothing is given."""
 
-    generator: Any = None
-    selection: Any = None
-    ratio: Ratio | list[Ratio] | None = None
+    generator: Any = None  # names of `generators`
+    selection: Any = None  # names of `selection`
+    ratio: Ratio | list[Ratio] | None = None  # synthetic tiles, percent of the labelled
 
 
 class Grid(Section):
     """All combinations, less those of `without`, and those of `also`."""
 
-    generators: list[str] = []
-    selection: list[str] = []
+    generators: list[str] = []  # names of the section `generators`
+    selection: list[str] = []  # names of the section `selection`
     ratios: list[Ratio] = []  # synthetic tiles, percent of the labelled
     without: list[Cells] = []
     also: list[Cells] = []
 
 
 class Evaluation(Section):
-    seeds: list[Seed]
-    arguments: Options = {}  # of eval.py
-    gpus: Whole = 1
+    """How every arm is trained and tested."""
+
+    seeds: list[Seed]  # seeds of the networks of every arm
+    arguments: Options = {}  # options of eval.py
+    gpus: Whole = 1  # GPUs of a job
 
 
 class Network(Section):
     """A further classifier on the labelled tiles alone: options of eval.py over those of the arms,
     or of scripts/baselines.py."""
 
-    label: str | None = None
-    arguments: Options = {}
+    label: str | None = None  # description for people; the name if omitted
+    arguments: Options = {}  # options of the command
 
 
 class Ceiling(Section):
     """Real tiles instead of synthetic ones, in the same amount."""
 
-    ratios: list[Ratio] = []
-    options: Options = {}  # of scripts/make_subset.py
+    ratios: list[Ratio] = []  # further real tiles, percent of the labelled
+    options: Options = {}  # options of scripts/make_subset.py
 
 
 class Baselines(Section):
-    kinds: list[str] = []  # of scripts/baselines.py
-    options: dict[str, Options] = {}  # by kind
-    networks: dict[str, Network] = {}
-    probes: dict[str, Network] = {}  # of features: {NAME} is a model's checkpoint
+    """Further rows of the table, without synthetic tiles."""
+
+    kinds: list[str] = []  # kinds of scripts/baselines.py
+    options: dict[str, Options] = {}  # options of scripts/baselines.py, by kind
+    networks: dict[str, Network] = {}  # further classifiers of eval.py
+    # Logistic regressions on features, where {NAME} stands for a model's checkpoint.
+    probes: dict[str, Network] = {}
     ceiling: Ceiling | None = None
 
 
@@ -174,43 +182,43 @@ class Fidelity(Section):
     """Distances of the chosen synthetic tiles to real ones, arm by arm."""
 
     real: str = "val"  # a folder of `data`, or a path
-    judge: bool = False  # in the features of the judge
-    options: Options = {}  # of scripts/fidelity.py
+    judge: bool = False  # compare in the features of the judge
+    options: Options = {}  # options of scripts/fidelity.py
 
 
 class Copies(Section):
     """Copies of training tiles, pool by pool."""
 
     holdout: str = "val"  # a folder of `data`, or a path
-    judge: bool = False  # in the features of the judge, too
-    options: Options = {}  # of scripts/copy_check.py
+    judge: bool = False  # search in the features of the judge, too
+    options: Options = {}  # options of scripts/copy_check.py
 
 
 class Slurm(Section):
     """What SLURM is asked for, with `--slurm`."""
 
-    cluster: Literal["slurm", "local"] = "slurm"  # local: processes of this machine, to try it out
-    partition: str | None = None
+    cluster: Literal["slurm", "local"] = "slurm"  # local: processes of this machine, to try it
+    partition: str | None = None  # the cluster's default if omitted
     hours: Positive = 24.0  # time limit of a job; one that needs longer is requeued and goes on
-    cpus: Count = 8
-    memory_gb: Positive | None = None
-    gpus: bool = True  # False on a cluster without any
+    cpus: Count = 8  # cores of a job
+    memory_gb: Positive | None = None  # memory of a job; the cluster's default if omitted
+    gpus: bool = True  # false on a cluster without GPUs
     parallel: Count = 16  # jobs in the queue at once
-    parameters: Options = {}  # further ones, such as slurm_account
+    parameters: Options = {}  # further parameters of sbatch, such as slurm_account
 
 
 class Settings(Section):
     """A complete file of configs/tables."""
 
-    name: str
-    title: str = ""
+    name: str  # name of the experiment
+    title: str = ""  # title of the page; the name if omitted
     about: str = ""  # what is done, at the top of the report
     caution: str = ""  # what its reader must not conclude
-    out: str
-    paper: str | None = None  # YAML with the numbers of the paper
-    vars: Options = {}  # for interpolation only
+    out: str  # folder of everything that the experiment makes
+    paper: str | None = None  # YAML file with published numbers
+    vars: Options = {}  # values for interpolation, such as ${vars.steps}
     data: Data
-    draws: Draws | None = None  # in place of data.labelled
+    draws: Draws | None = None  # draws of labels in place of `data.labelled`
     models: dict[str, Model] = {}
     generators: dict[str, Generator] = {}
     sampling: Sampling = Sampling()

@@ -31,7 +31,7 @@ class DecoderFinetune(HistoModule):
         aux_start: Step from which the cross entropy reaches the decoder; before it, only the
             classifier learns, so that the decoder is not tuned by a classifier that knows nothing.
         rec_weight: Weight of the mean absolute reconstruction error.
-        perceptual_weight, perceptual_weights: LPIPS, as in `LPIPSWithDiscriminator`.
+        perceptual_weight, perceptual_weights: See `ldm.modules.losses.LPIPSWithDiscriminator`.
         weight_decay: AdamW's, of the auxiliary classifier only.
         monitor: Validation metric that chooses the best checkpoint.
 

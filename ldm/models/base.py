@@ -111,7 +111,7 @@ class HistoModule(pl.LightningModule):
 
     def _batch_seed(self, batches: int, stream: int) -> int:
         key = (self.seed or 0, batches, stream)
-        return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+        return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1
 
     def draw(self, fn: Callable[..., Tensor], size: Sequence[int], **options: Any) -> Tensor:
         """Draw random numbers for the images of a training batch, on the model's device.

@@ -35,9 +35,13 @@ MOMENTS = 2  # numbers that Adam keeps for each trained weight
 class ImageLogger(pl.Callback):
     """Writes what a model's `log_images` shows as PNG grids into RUN/images, TensorBoard and W&B.
 
-    That is every `batch_frequency` optimiser steps and, with `increase_log_steps`, also at steps 1,
-    2, 4, 8, ... below it. Grids come from the first validation batch (the first training batch
+    Grids come from the first validation batch (the first training batch
     where nothing is held out), so that successive grids show the same tiles.
+
+    Args:
+        batch_frequency: Optimiser steps between two grids.
+        max_images: Tiles per grid.
+        increase_log_steps: Whether there are grids of steps 1, 2, 4, 8, ... too.
     """
 
     def __init__(self, batch_frequency: int, max_images: int = 8, increase_log_steps: bool = False):

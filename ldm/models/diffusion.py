@@ -54,8 +54,9 @@ class LatentDiffusion(HistoModule):
         first_stage_ckpt: Autoencoder checkpoint.
         first_stage_config: target/params of the autoencoder; `params.ckpt_path` is its checkpoint
             in published configurations. Not needed beside `first_stage_ckpt`.
-        timesteps, beta_schedule, linear_start, linear_end: See
-            `ldm.diffusion.schedule.NoiseSchedule`.
+        beta_schedule: "scaled_linear", "linear" or "cosine", see `name` of
+            `ldm.diffusion.schedule.make_betas`.
+        timesteps, linear_start, linear_end: See `ldm.diffusion.schedule.make_betas`.
         loss_type: "l1" (the paper's) or "l2", on what the network predicts.
         parameterization: What the network predicts, see `ldm.diffusion.prediction`: "eps", the
             noise, or "v" (Salimans & Ho 2022), both of a noise schedule; or "flow", the velocity of
@@ -63,9 +64,9 @@ class LatentDiffusion(HistoModule):
             the noise whatever it is.
         rescale_zero_terminal_snr: See `ldm.diffusion.schedule.NoiseSchedule`; needs
             `parameterization: v`, as the noise says nothing of the image where there is only noise.
-        time_sampling, time_mean, time_std, time_shift: Of a rectified flow, see
-            `ldm.diffusion.flow.RectifiedFlow`. `time_shift: auto` is the side of the latent / 16,
-            and at least 1.
+        time_sampling, time_mean, time_std: See `ldm.diffusion.flow.RectifiedFlow`.
+        time_shift: How far times of a flow are moved towards noise, as there; "auto" is the side of
+            the latent / 16, and at least 1.
         loss_weighting: "none", or "min_snr" (Hang et al. 2023), which multiplies the mean error of
             each image by `ldm.diffusion.schedule.NoiseSchedule.min_snr_weight` of its time step.
             The weights are those of the squared error, "l1" is multiplied by the same. Only what

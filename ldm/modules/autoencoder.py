@@ -247,7 +247,22 @@ class Decoder(nn.Module):
 
 @dataclass
 class Architecture:
-    """Keys of `ddconfig`, see `AutoencoderKL`."""
+    """What the networks of an autoencoder look like: the keys of `ddconfig`.
+
+    Args:
+        ch: Channels of the first level; a multiple of 32.
+        ch_mult: Width of each level in multiples of `ch`; each level after the first halves the
+            side.
+        num_res_blocks: Residual blocks per level; the decoder has one more.
+        z_channels: Channels of the encoder's output, before the 1x1 convolution to the latent.
+        resolution: Side of a tile in pixels.
+        in_channels: Channels of a tile.
+        out_ch: Channels of a decoded tile.
+        attn_resolutions: Sides in pixels at which there is attention.
+        dropout: Share of the features that training leaves out.
+        double_z: Must be true: the encoder gives mean and log-variance.
+        use_checkpoint: Recompute features in the backward pass: less memory, the same gradients.
+    """
 
     ch: int
     ch_mult: Sequence[int]
@@ -266,10 +281,7 @@ class AutoencoderKL(nn.Module):
     """Encoder, posterior and decoder.
 
     Args:
-        ddconfig: Architecture: `ch`, `ch_mult`, `num_res_blocks`, `z_channels`, `resolution` (of
-            the image, pixels), and optionally `in_channels`, `out_ch`, `attn_resolutions`,
-            `dropout`, `double_z` (True), `use_checkpoint` (recompute features in the backward pass:
-            less memory, the same gradients).
+        ddconfig: Keys of `Architecture`.
         embed_dim: Channels of the latent.
     """
 

@@ -75,11 +75,15 @@ class LPIPSWithDiscriminator(nn.Module):
     Args:
         disc_start: Generator step (optimiser steps) from which the discriminator takes part.
         logvar_init: Log-variance of the reconstruction term.
+        pixelloss_weight: Weight of |x - x_rec|.
         kl_weight: Weight of KL(q || N(0, 1)), summed over each image.
         disc_weight: Weight of the adversarial term; 0 trains without a discriminator.
         disc_ramp: Steps over which the adversarial term grows from 0 after `disc_start`; 0
             switches it on at once, as published.
         disc_adaptive_max: Upper clamp of the adaptive weight.
+        disc_num_layers: Convolutions of the discriminator that halve the side.
+        disc_in_channels: Channels of a tile.
+        disc_loss: Adversarial loss of the discriminator.
         disc_factor: Further factor of both adversarial losses.
         perceptual_weight: Weight of LPIPS; 0 needs no backbone weights.
         perceptual_weights: File of the backbone's weights; None for torchvision's cache. Whoever

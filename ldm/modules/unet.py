@@ -137,6 +137,10 @@ class UNetModel(_Encoder):
 
     Args:
         image_size: Height and width of the latent; must be a multiple of 2 ** (levels - 1).
+        in_channels, out_channels: Channels of the latent.
+        model_channels: Channels of the first level; a multiple of 32.
+        num_res_blocks: Residual blocks per level; the up-sampling path has one more.
+        dropout: Share of the features that training leaves out.
         attention_resolutions: Down-sampling factors at which there is attention (1 = full
             resolution).
         channel_mult: Width of each level in multiples (or parts) of `model_channels`.
@@ -144,6 +148,9 @@ class UNetModel(_Encoder):
         num_heads, num_head_channels: Heads by number, or by width when `num_head_channels` is not
             -1.
         num_heads_upsample: Number of heads on the up-sampling path; -1 for `num_heads`.
+        use_scale_shift_norm: The time scales and shifts features, instead of being added to them.
+        resblock_updown: Resample in residual blocks.
+        use_new_attention_order: Split heads before query, key and value; changes what weights mean.
         num_classes: Labels are embedded and added to the time embedding, see `add_labels`.
         use_checkpoint: Recompute activations in the backward pass: less memory, the same gradients.
     """
