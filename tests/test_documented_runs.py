@@ -21,10 +21,13 @@ from PIL import Image
 from shells import ROOT, make_site, run
 from test_documentation import DOCUMENTS, OF_PLACEHOLDERS, PLACEHOLDERS, Command, follow
 
+from ldm import cli
+
 # A pattern of document and words, and why such commands are not run. All are parsed nevertheless.
 NOT_RUN = {
     r"docs/experiments/.*": "records of hours on tiles that are not part of this project",
-    r"\S+ (make|conda|pip|wandb|module|cp) .*": "sets up a machine",
+    r"\S+ (make|conda|pip|wandb|module|cp|docker|apptainer) .*": "sets up a machine",
+    r"\S+ histodiffusion --.*": "test_installed",
     r".* scripts/fetch_weights\.py .*": "needs the internet",
     r".* scripts/(demo|reproduce_table)\.py.*": "test_demo, test_experiment_jobs",
     r".* (dinov2|\S+\.dino|--finetune FILE|timm:NAME)( .*|$)": "needs weights of others",
@@ -123,6 +126,8 @@ def adapted(command: Command, site: Path) -> tuple[list[str], dict[str, str]]:
         return re.sub(r"(?<![\w.])/(?=(data|scratch)/)", f"{site}/", text)
 
     words = [PLACEHOLDERS.get(word, here(word)) for word in command.words]
+    if words[0] == cli.PROGRAM:  # by its published name
+        words = [cli.COMMANDS[words[1]], *words[2:]]
     before = ["", *words]
     words = [w for w, b in zip(words, before, strict=False) if not {w, b} & {*DEVICES}]
     key = "benchmarks" if words[0] == "-m" else "--readout" if "--readout" in words else words[0]

@@ -57,7 +57,7 @@ class Model(Section):
     """
 
     run: str | None = None  # run folder or checkpoint, from elsewhere; never written to
-    config: Any = None  # configuration of main.py: one file or several, below the repository
+    config: Any = None  # configuration of main.py: one file or several
     overrides: list[str] = []  # overrides of `config`
     classifier: Options | None = None  # options of classifier_train.py, on the labelled tiles
     arguments: Options = {}  # options of main.py, such as precision
@@ -114,7 +114,8 @@ class Judge(Section):
     model: str | None = None  # network of timm
     features: list[str] = []  # networks that judge together, such as diffusion:{flow}@400
     options: Options = {}  # options of scripts/vis.py; with `features` of scripts/distance.py
-    umap: Options | None = None  # with `features`: a UMAP by the first, too, by scripts/vis.py
+    # Options of scripts/vis.py: with `features`, draw a UMAP by the first of them, too.
+    umap: Options | None = None
 
 
 class Strategy(Section):
@@ -213,7 +214,7 @@ class Settings(Section):
     name: str  # name of the experiment
     title: str = ""  # title of the page; the name if omitted
     about: str = ""  # what is done, at the top of the report
-    caution: str = ""  # what its reader must not conclude
+    caution: str = ""  # what readers of the report must not conclude
     out: str  # folder of everything that the experiment makes
     paper: str | None = None  # YAML file with published numbers
     vars: Options = {}  # values for interpolation, such as ${vars.steps}
