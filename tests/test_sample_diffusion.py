@@ -92,7 +92,7 @@ def test_images_do_not_depend_on_the_batch_size(models, tmp_path):
     for other in folders[1:]:
         assert_same(other, folders[0])
     first = files(folders[0])
-    images = [name for name in first if name.endswith(".png")]
+    images = [name for name in first if name.endswith(".png") and not name.startswith(".stages")]
     assert len(images) == 9 + 1  # and the grid
     # The images are not all alike, or this would prove nothing.
     assert len({first[name] for name in images}) == len(images)
@@ -234,7 +234,8 @@ def test_an_interrupted_run_goes_on(models, tmp_path, monkeypatch):
     calls = []
 
     def stop(self, z_0):
-        calls.append(len(z_0))
+        if len(z_0) > 1:  # others are the first tile on its way
+            calls.append(len(z_0))
         if len(calls) == 3:
             raise KeyboardInterrupt
         return images(self, z_0)

@@ -686,7 +686,7 @@ POOL = ["distance", "--real", "{real}", "--out", "{new}", "--features", "pixels"
             "--batch_size: 0 must be",
         ),
         ([*VIS, "--weights", "{weights}", "--synthetic", "{two}"], "'LYM'"),
-        ([*DISTANCE, "--features", "{real}"], "make it with scripts/vis.py"),
+        ([*DISTANCE, "--features", "{real}"], "features_real.safetensors; make it with"),
         (
             [*DISTANCE, "--features", "{vis}", "--ratio", "50", "--per_class", "3"],
             "not allowed with",

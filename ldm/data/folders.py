@@ -37,7 +37,7 @@ def manifest_column(root: Path, column: str) -> dict[str, str]:
     try:
         with (root / "manifest.csv").open(newline="", encoding="utf-8", errors="replace") as stream:
             rows = list(csv.DictReader(stream))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     return {row["file"]: row[column] for row in rows if row.get(column) and "file" in row}
 
