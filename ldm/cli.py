@@ -244,7 +244,7 @@ def bounds_in_words(annotation: Any, violated: Mapping[str, Any]) -> str:
     for part in _parts(annotation):
         for bound in getattr(part, "metadata", ()):
             bounds |= {key: getattr(bound, key) for key in BOUNDS if hasattr(bound, key)}
-    if bounds.get("le", 0) >= MOST:
+    if bounds.get("le") == MOST:
         bounds = {key: value for key, value in bounds.items() if key in violated}
     if len(bounds) < 2:
         return " and ".join(f"{BOUNDS[key]} {value}" for key, value in bounds.items())

@@ -189,7 +189,7 @@ def test_label_spreading_over_unlabelled_tiles(data, tmp_path):
     min((pool / "ADI").iterdir()).unlink()
     with pytest.raises(UserError, match="unlabelled .* there, .* now; add [-`]*overwrite`?"):
         run(data, "label_spreading", *options, "--unlabelled", pool)
-    with pytest.raises(UserError, match="15 of its tiles are those of"):
+    with pytest.raises(UserError, match="15 of its tiles are those of `val`"):
         run(data, "label_spreading", *options, "--unlabelled", data / "val", "--overwrite")
 
 

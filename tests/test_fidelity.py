@@ -549,7 +549,7 @@ def test_reference_file_notices_tiles_replaced_with_their_times_kept(tile_sets, 
         (["--real", "{real}", "--fake", "{fake}", "--weights", "{none}"], "--weights: {none}"),
         (
             ["--real", "{real}", "--fake", "{fake}", "--weights", "{vit}", "--stats", "{vit}"],
-            "`stats` {vit}: not a file that ",
+            "`stats` {vit}: not a file that histodiffusion fidelity",
         ),
         (
             ["--real", "{real}", "--fake", "{fake}", "--weights", "{vit}", "--extractor", "dinov2"],

@@ -278,24 +278,24 @@ def matching_classes(where: str, found: Sequence[str], wanted: Sequence[str] | N
 
 
 def new_rows(
-    pool: TileFiles, labelled: TileFiles, held_out: Sequence[TileFiles], setting: str
+    pool: TileFiles, labelled: TileFiles, held_out: Mapping[str, TileFiles], setting: str
 ) -> list[int]:
     """Unlabelled tiles that are neither among the labelled ones nor repeat another byte by byte.
 
     Args:
-        held_out: Sets that classifiers are chosen or measured on.
+        held_out: Sets that classifiers are chosen or measured on, by name.
         setting: Where `pool` was named.
     """
     known, first = set(labelled.digests), {}
     for i, digest in enumerate(pool.digests):
         if digest not in known:
             first.setdefault(digest, i)
-    for tiles in held_out:
+    for name, tiles in held_out.items():
         leaked = len(first.keys() & set(tiles.digests))
         if leaked:
             raise UserError(
-                f"`{setting}` {pool.root}: {leaked} of its tiles are those of {tiles.root}, which"
-                " must not be trained on; give other tiles"
+                f"`{setting}` {pool.root}: {leaked} of its tiles are those of `{name}`"
+                f" {tiles.root}, which must not be trained on; give other tiles"
             )
     if not first:
         raise UserError(f"`{setting}` {pool.root}: all its tiles are labelled; give other tiles")

@@ -9,6 +9,7 @@ Letters: N images, D features, H W pixels, K classes.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from ldm.evaluation.summary import write_confusion, write_summary
 from ldm.features.extractor import FEATURES, LOGITS, Extractor
 from ldm.features.probe import STRENGTHS, logistic_regression
 from ldm.features.sets import cached_features
-from ldm.features.spreading import ALPHA, NEIGHBOURS, Spreading
+from ldm.features.spreading import ALPHA, NEIGHBOURS, Spreading, unlabelled_pool
 from ldm.files import remove_leftovers, write_json
 from ldm.models.vit_settings import Settings
 from ldm.run import hardware, provenance
@@ -100,7 +101,7 @@ def run_baseline(
         unlabelled: Tiles that labels are spread over; names of folders are ignored.
     """
     splits = open_splits(data_path, train_folder, Settings(input_size=1), None, groups)
-    pool = None if unlabelled is None else TileFiles.below(unlabelled, False)
+    pool = None if unlabelled is None else unlabelled_pool(unlabelled)
     arch, settings = _identity(kind, extractor, pool)
     if kind == CLASSIFIER and not extractor.classifies(splits.classes):
         raise UserError(
@@ -117,14 +118,7 @@ def run_baseline(
         if kind == CLASSIFIER:
             found = _report(splits, _asked(extractor, num_workers, splits), run)
         else:
-            cache = logdir / FEATURES
-
-            def features(files: TileFiles) -> np.ndarray:
-                if kind in COLOURS:
-                    return colour_features(files.paths, kind)
-                values = cached_features(files, extractor, cache, BATCH_SIZE, num_workers).values
-                return values.double().numpy()
-
+            features = partial(_features, kind, extractor, logdir / FEATURES, num_workers)
             found = _fit_and_report(splits, features, run, pool)
         result = {
             "train_folder": train_folder,
@@ -157,6 +151,16 @@ def _identity(
     return extractor.name if kind == CLASSIFIER else arch, settings
 
 
+def _features(
+    kind: str, extractor: Extractor | None, cache: Path, num_workers: int, files: TileFiles
+) -> np.ndarray:
+    """Features of a set, (N, D); those of a network are kept in the folder `cache`."""
+    if kind in COLOURS:
+        return colour_features(files.paths, kind)
+    values = cached_features(files, extractor, cache, BATCH_SIZE, num_workers).values
+    return values.double().numpy()
+
+
 def _fit_and_report(
     splits: Splits, features: Callable[[TileFiles], np.ndarray], run: Path, pool: TileFiles | None
 ) -> dict[str, Any]:
@@ -172,7 +176,7 @@ def _fit_and_report(
     labels = np.array(splits.train.labels)
     facts: dict[str, Any] = {"features": known.shape[1]}
     if pool is not None:
-        held_out = [tiles.files for tiles in splits.evaluated.values()]
+        held_out = {name: tiles.files for name, tiles in splits.evaluated.items()}
         rows = new_rows(pool, splits.train.files, held_out, "unlabelled")
         known, spread = (torch.from_numpy(values) for values in (known, features(pool)[rows]))
         model = Spreading(known, labels, splits.classes, spread)

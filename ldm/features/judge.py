@@ -4,13 +4,13 @@ Letters: N images, K classes.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ldm.features.probe import LeftOut, Probe
+from ldm.features.probe import FeatureClassifier, Probe
 from ldm.features.sets import FeatureSet
 from ldm.features.spreading import Spreading
 from ldm.models.classifier import fit_temperature
@@ -27,7 +27,7 @@ class Judge:
     """
 
     # The regression (or spreading) of each network; None for a classifier.
-    probes: list[LeftOut | None]
+    probes: list[FeatureClassifier | None]
     temperatures: list[float]  # of each network
     temperature: float = 1.0  # of the mean
     # Digest of the further tiles that classifiers were calibrated on, if any.
@@ -57,7 +57,7 @@ class Judge:
             UserError: A regression has too few real tiles.
         """
         labels = real[0].labels
-        probes: list[LeftOut | None] = []
+        probes: list[FeatureClassifier | None] = []
         temperatures = []
         for k, one in enumerate(real):
             probe = None
@@ -85,6 +85,12 @@ class Judge:
             together,
             val[0].tiles if on_val else None,
             unlabelled[0].tiles if unlabelled else None,
+        )
+
+    def alone(self, k: int) -> "Judge":
+        """The judge by one of the networks."""
+        return replace(
+            self, probes=[self.probes[k]], temperatures=[self.temperatures[k]], temperature=1.0
         )
 
     def probabilities(self, sets: Sequence[FeatureSet]) -> Tensor:

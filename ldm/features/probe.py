@@ -74,8 +74,8 @@ def folds_of(labels: np.ndarray, classes: Sequence[str]) -> list[tuple[np.ndarra
     return list(folds.split(labels, labels))
 
 
-class LeftOut:
-    """What gives classes to tiles by their features, and what it says of tiles it did not see."""
+class FeatureClassifier:
+    """A classifier of features, with what it says of labelled tiles that it does not see."""
 
     # (N, K) log-probabilities of the N labelled tiles, each of them without its label.
     left_out: Tensor
@@ -94,7 +94,7 @@ class LeftOut:
 
 
 @dataclass(frozen=True)
-class Probe(LeftOut):
+class Probe(FeatureClassifier):
     """A logistic regression whose penalty was chosen on left-out tiles."""
 
     weight: Tensor  # (K, D) float64, from features to logits

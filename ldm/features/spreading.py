@@ -4,12 +4,14 @@ Letters: n labelled tiles, N tiles of the graph, M new tiles, D features, K clas
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.features.probe import LeftOut, folds_of
+from ldm.data.tile_files import TileFiles
+from ldm.features.probe import FeatureClassifier, folds_of
 
 NEIGHBOURS = 50  # at most, and in small sets a tenth of the tiles that a class has on average
 LEAST_NEIGHBOURS = 5
@@ -18,7 +20,22 @@ ROUNDS = 1000  # at most; about 150 until nothing changes any more
 MOST_TILES = 20_000  # unlabelled ones: the search for neighbours takes the square of it
 
 
-class Spreading(LeftOut):
+def drawn(count: int) -> np.ndarray:
+    """Which of `count` unlabelled tiles are used, in order: all, or `MOST_TILES` at random."""
+    return np.sort(np.random.default_rng(0).permutation(count)[:MOST_TILES])
+
+
+def unlabelled_pool(root: Path) -> TileFiles:
+    """The tiles of a folder that labels are spread over; names of folders below it are ignored.
+
+    They are drawn before a network sees them, whatever is labelled, so that their features serve
+    all draws of labels.
+    """
+    pool = TileFiles.below(root, False)
+    return pool if len(pool) <= MOST_TILES else pool.select(drawn(len(pool)).tolist())
+
+
+class Spreading(FeatureClassifier):
     """A classifier that uses the shape of a large unlabelled set: label spreading.
 
     Each labelled tile passes its label to its nearest neighbours in feature space, these pass it to
@@ -48,8 +65,7 @@ class Spreading(LeftOut):
         from sklearn.preprocessing import StandardScaler
 
         folds = folds_of(labels, classes)
-        drawn = np.random.default_rng(0).permutation(len(unlabelled))[:MOST_TILES]
-        values = torch.cat([features, unlabelled[np.sort(drawn)]]).double().numpy()
+        values = torch.cat([features, unlabelled[drawn(len(unlabelled))]]).double().numpy()
         self._scaler = StandardScaler().fit(values)
         values = self._scaler.transform(values).astype(np.float32)
         count = min(NEIGHBOURS, len(values) // (10 * len(classes)))

@@ -15,6 +15,7 @@ from ldm.evaluation.predictions import Predictions
 from ldm.features.extractor import Extractor
 from ldm.features.judge import Judge
 from ldm.features.sets import FeatureSet, cached_features
+from ldm.features.spreading import unlabelled_pool
 
 REAL_FILE, SYNTHETIC_FILE = "features_real.safetensors", "features_synthetic.safetensors"
 CENTROIDS_FILE = "centroids.safetensors"
@@ -108,58 +109,71 @@ def compute_judged(
     if cache is None:
         beside = candidates_root.resolve()  # which has a name, other than "."
         cache = holder(beside).with_name(f"{beside.name}.features")
-    files = _tile_files(real_root, candidates_root, unlabelled, val_root)
-    rows = new_rows(files[1], files[0], files[2:], "unlabelled") if unlabelled else []
+    files = _tile_files(real_root, candidates_root, unlabelled, val_root, spread_root)
+    held_out = {"val": files["val"]} if "val" in files else {}
+    rows = {}
+    if unlabelled:
+        rows["candidates"] = new_rows(files["candidates"], files["real"], held_out, "unlabelled")
     if spread_root is not None:
-        pool = TileFiles.below(spread_root, False)
-        spread_rows = new_rows(pool, files[0], files[2:], "spread")
-        files.append(replace(pool, classes=files[0].classes))
-    # By set of tiles, then by network.
-    real, found, *others = zip(
-        *([cached_features(tiles, one, cache, **loading) for tiles in files] for one in extractors),
-        strict=True,
-    )
-    spread = None
-    if spread_root is not None:
-        spread = [one.select(spread_rows) for one in others.pop()]
-    val = others[0] if others else None
-    judge = Judge.fit(real, cache, val, spread) if with_judge else None
-    probes = judge.probes if with_judge else []
-    left_out = tuple(
-        {"network": one.network, **probe.scores(one.labels)}
-        for one, probe in zip(real, probes, strict=False)  # none where no judge is needed
-        if probe is not None
-    )
+        rows["spread"] = new_rows(files["spread"], files["real"], held_out, "spread")
+    by_network = [
+        {name: cached_features(tiles, one, cache, **loading) for name, tiles in files.items()}
+        for one in extractors
+    ]
+    sets = {name: [found[name] for found in by_network] for name in files}
+    if "spread" in sets:
+        sets["spread"] = [one.select(rows["spread"]) for one in sets["spread"]]
+    judge, left_out = None, ()
+    if with_judge:
+        judge = Judge.fit(sets["real"], cache, sets.get("val"), sets.get("spread"))
+        left_out = tuple(
+            {"network": one.network, **probe.scores(one.labels)}
+            for one, probe in zip(sets["real"], judge.probes, strict=True)
+            if probe is not None
+        )
     if choose:
-        if None in probes:
-            raise UserError(
-                "`choose`: a classifier of these classes may have seen the tiles that would be left"
-                " out; name other networks"
-            )
-        best = min(range(len(real)), key=lambda k: left_out[k]["cross_entropy"])
-        only = {"probes": [judge.probes[best]], "temperatures": [judge.temperatures[best]]}
-        judge = replace(judge, **only, temperature=1.0)
-        real, found = (real[best],), (found[best],)
-        val = val and (val[best],)
+        best = _best_network(judge, left_out)
+        judge = judge.alone(best)
+        sets = {name: [values[best]] for name, values in sets.items()}
+    found = sets["candidates"]
     if unlabelled:
         labels = judge.probabilities(found).argmax(dim=1)
-        found = [replace(one, labels=labels).select(rows) for one in found]
+        found = [replace(one, labels=labels).select(rows["candidates"]) for one in found]
     found = tuple(one.in_order() for one in found)
-    both = FeatureSet.joined(real), FeatureSet.joined(found)
-    return Judged(*both, found, judge, measured(judge, val) if val else None, left_out)
+    both = FeatureSet.joined(sets["real"]), FeatureSet.joined(found)
+    val = measured(judge, sets["val"]) if "val" in sets else None
+    return Judged(*both, found, judge, val, left_out)
+
+
+def _best_network(judge: Judge, left_out: Sequence[dict[str, Any]]) -> int:
+    """Number of the network with the lowest cross-entropy on left-out tiles."""
+    if None in judge.probes:
+        raise UserError(
+            "`choose`: a classifier of these classes may have seen the tiles that would be left"
+            " out; name other networks"
+        )
+    return min(range(len(left_out)), key=lambda k: left_out[k]["cross_entropy"])
 
 
 def _tile_files(
-    real_root: Path, candidates_root: Path, unlabelled: bool, val_root: Path | None
-) -> list[TileFiles]:
-    """The real tiles, the candidates and, if they are asked for, those of validation."""
+    real_root: Path,
+    candidates_root: Path,
+    unlabelled: bool,
+    val_root: Path | None,
+    spread_root: Path | None,
+) -> dict[str, TileFiles]:
+    """The real tiles, the candidates and, if they are asked for, those of `val` and `spread`."""
     if unlabelled:
         real = TileFiles.below(real_root)
         candidates = replace(TileFiles.below(candidates_root, False), classes=real.classes)
     else:
         real, candidates = labelled_files(real_root, candidates_root)
-    val = [] if val_root is None else [TileFiles.below(val_root, classes=real.classes)]
-    return [real, candidates, *val]
+    files = {"real": real, "candidates": candidates}
+    if val_root is not None:
+        files["val"] = TileFiles.below(val_root, classes=real.classes)
+    if spread_root is not None:
+        files["spread"] = replace(unlabelled_pool(spread_root), classes=real.classes)
+    return files
 
 
 def measured(judge: Judge, val: Sequence[FeatureSet]) -> dict[str, Any]:
