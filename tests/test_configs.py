@@ -40,11 +40,6 @@ def environment(variables, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("path", TRAINING)
-def test_valid(path, variables):
-    validate_config(resolve(load_configs([ROOT / path])))
-
-
 BAD = ["x", -5, 1e30, float("nan"), True]
 # Values that are none to complain of: a duration, a word that the model looks at, a mean.
 ALLOWED = (("x", "val_check_interval"), ("x", "time_shift"), (-5, "time_mean"))
@@ -72,8 +67,9 @@ def numbers(tree: dict, path: str = "") -> dict[str, float | list]:
 @pytest.mark.parametrize("bad", [*BAD, 0], ids=str)
 @pytest.mark.parametrize("path", TRAINING)
 def test_every_number_has_a_type_and_a_range(path, bad, variables):
-    """All wrong ones are reported together, each by its name."""
+    """All wrong ones are reported together, each by its name; as it stands, none is wrong."""
     config = resolve(load_configs([ROOT / path]))
+    validate_config(config)
     config["lightning"].setdefault("trainer", {})["accumulate_grad_batches"] = 1
     params = {"every_n_train_steps": 10}
     target = "pytorch_lightning.callbacks.ModelCheckpoint"
