@@ -214,7 +214,9 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     (fake / "LYM" / "1_0.png").rename(fake / "TUM" / "1_wrong.png")
     out = root / "vis"
     command = ["--real", str(real), "--synthetic", str(fake), "--weights", str(weights)]
+    threads = torch.get_num_threads()
     vis.main([*command, "--out", str(out), "--device", "cpu", "--num_workers", "0"])
+    assert torch.get_num_threads() == threads  # numba would set it to the number of cores
     return {"root": root, "real": real, "fake": fake, "weights": weights, "vis": out}
 
 
