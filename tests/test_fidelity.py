@@ -37,8 +37,6 @@ from ldm.features.source import VIT, FeatureSource, parse_features
 from ldm.models.vit import TileClassifier
 from scripts import fidelity as command
 
-ROOT = Path(__file__).resolve().parents[1]
-
 
 def load_extractor(network, weights=None, device="cpu"):
     return parse_features(str(network), weights).open(device)

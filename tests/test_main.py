@@ -21,8 +21,6 @@ from ldm.modules.autoencoder import DiagonalGaussian
 from ldm.modules.discriminator import NLayerDiscriminator
 from ldm.run import RunFolder
 
-ROOT = Path(__file__).resolve().parents[1]
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
