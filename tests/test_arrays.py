@@ -282,7 +282,10 @@ def both(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(c, marks=[pytest.mark.slow] if c == "scripts.vis" else []) for c in COMMANDS],
+)
 def test_commands_make_of_arrays_what_they_make_of_folders(both, tmp_path, command):
     results = []
     for data in ("folders", "x.npz"):
