@@ -5,11 +5,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from threading import Event, Lock, Thread
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
-LOG_EVERY = 10.0  # seconds between lines of progress in a log file
+LOG_EVERY = 30.0  # seconds between lines of progress in a log file, at least
+LOG_FORMAT = "{desc}: {n_fmt} of {total_fmt} {unit} in {elapsed}, {remaining} left{postfix}"
 FIRST_SIGN = 10.0  # seconds after which a first step is said to be under way
 
 
@@ -48,8 +49,24 @@ class FirstStep:
             due *= 2
 
 
+class LogLines:
+    """A stream on which each state of a bar is a line of its own."""
+
+    def __init__(self, stream: TextIO):
+        self._stream, self._last = stream, ""
+
+    def write(self, text: str) -> None:
+        text = text.strip().removeprefix(": ")  # of a bar without a description
+        if text and text != self._last:
+            self._stream.write(text + "\n")
+            self._last = text
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
 class Bar(tqdm):
-    """The progress bar of a stage, with the options of tqdm.
+    """The progress of a stage, with the options of tqdm: a bar on a terminal, lines elsewhere.
 
     Args:
         step: How many units the first step advances, which may be a part of one.
@@ -58,12 +75,20 @@ class Bar(tqdm):
     _first: FirstStep | None = None
 
     def __init__(self, *arguments: Any, step: float = 1, **options: Any):
-        self.live = sys.stderr.isatty()
-        interval = 0.1 if self.live else LOG_EVERY
-        super().__init__(*arguments, **{"mininterval": interval, "dynamic_ncols": True} | options)
+        stream = options.get("file") or sys.stderr
+        self.live = stream.isatty()
+        defaults: dict[str, Any] = {"dynamic_ncols": True}
+        if not self.live:
+            defaults = {"mininterval": LOG_EVERY, "bar_format": LOG_FORMAT}
+            options["file"] = LogLines(stream)
+        super().__init__(*arguments, **defaults | options)
         steps = None if self.total is None else math.ceil((self.total - self.n) / step)
         if not self.disable and steps != 0:
             self._first = FirstStep(steps, self.set_postfix_str)
+
+    def moveto(self, n: int) -> None:
+        if self.live:  # a file has no line above the last one
+            super().moveto(n)
 
     def __iter__(self) -> Iterator[Any]:
         for item in super().__iter__():

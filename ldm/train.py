@@ -176,8 +176,8 @@ def build_trainer(
         kept = [CSVLogger(run.root, name="metrics"), *build_loggers(loggers, run)]
         watching.append(LearningRateMonitor("step"))
     if settings.get("enable_progress_bar", True):
-        live = sys.stderr.isatty()
-        watching += [ProgressBar(refresh_rate=1 if live else 50), TimeLeft(live)]
+        live = settings["enable_progress_bar"] = sys.stderr.isatty()
+        watching += [ProgressBar(), TimeLeft(live)] if live else [TimeLeft()]
     arguments = {
         "accelerator": devices.accelerator,
         "devices": devices.devices,

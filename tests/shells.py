@@ -142,8 +142,10 @@ def run(words: list[str], folder: Path, variables: dict[str, str]) -> str:
     process = context.Process(target=_be, args=(words, folder, variables, log))
     process.start()
     process.join()
-    lines = log.read_text().strip().splitlines()[-3:] if log.exists() else []
-    return "" if process.exitcode == 0 else f"status {process.exitcode}: {' | '.join(lines)}"
+    output = log.read_bytes().decode() if log.exists() else ""
+    if process.exitcode:
+        return f"status {process.exitcode}: {' | '.join(output.strip().splitlines()[-3:])}"
+    return "a file's lines are written over: \\r" if "\r" in output else ""
 
 
 def _be(words: list[str], folder: Path, variables: dict[str, str], log: Path) -> None:

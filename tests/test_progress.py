@@ -55,7 +55,7 @@ def test_a_slow_first_step_tells_the_least_time_left(monkeypatch, stream, advanc
     monkeypatch.setattr("sys.stderr", out)
 
     def texts():
-        return [text for text in out.getvalue().split("\r") if "first step under way" in text]
+        return [text for text in out.getvalue().splitlines() if "first step under way" in text]
 
     stage = advance(Bar(file=out, **options))
     next(stage)
@@ -141,3 +141,47 @@ def test_a_delayed_bar_of_a_quick_stage_says_nothing():
     out = io.StringIO()
     assert list(Bar(range(5), file=out, delay=60, leave=False)) == list(range(5))
     assert out.getvalue() == ""
+
+
+def test_a_log_file_has_lines_and_no_bars(monkeypatch):
+    monkeypatch.setattr(progress, "LOG_EVERY", 0.0)
+    out = io.StringIO()
+    for _ in Bar(range(3), "tiles", file=out, unit="tile"):
+        time.sleep(0.15)
+    lines = out.getvalue().splitlines()
+    assert "\r" not in out.getvalue() and "|" not in out.getvalue()
+    assert lines[0].startswith("tiles: 0 of 3 tile") and lines[-1].startswith("tiles: 3 of 3 tile")
+    assert all(lines) and len(lines) == len(set(lines))
+
+
+def test_a_log_file_is_told_steps_and_losses(tmp_path, caplog):
+    class Shown(pl.LightningModule):
+        shown = ("train/loss",)
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
+        def training_step(self, batch, number):
+            self.log("train/loss", self.weight.sum())
+            return self.weight.sum()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.0)
+
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        default_root_dir=tmp_path,
+        callbacks=[TimeLeft()],
+    )
+    with caplog.at_level("INFO"):
+        trainer.fit(Shown(), torch.utils.data.DataLoader(range(4)))
+    told = [
+        record.getMessage() for record in caplog.records if "step 1 of 2" in record.getMessage()
+    ]
+    assert len(told) == 1 and told[0].endswith("train/loss 1")

@@ -430,6 +430,36 @@ def with_draws(settings) -> None:
     }
 
 
+def with_variations_of_pseudo_labelled_tiles(settings) -> None:
+    with_draws(settings)
+    settings["models"]["guide"]["classifier"]["data_dir"] = "{pool-sure-100}"
+    settings["generators"]["tuned"]["sampling"]["start_from"] = "{pool-sure-100}"
+
+
+def test_pseudo_labelled_tiles_train_the_guide_and_are_started_from(small, given):
+    plan = plan_of(small(with_variations_of_pseudo_labelled_tiles))
+    check_commands(plan.jobs)
+    jobs = {job.name: job for job in plan.jobs}
+    for part in ("@2-0", "@2-1", "@3-0", "@3-1"):
+        chosen = f"select-pool-sure-100{part}"
+        for name, option in (
+            (f"train-guide{part}", "data_dir"),
+            (f"sample-tuned{part}", "start_from"),
+        ):
+            assert chosen in jobs[name].after
+            place = jobs[name].command.index(f"--{option}") + 1
+            assert jobs[name].command[place].endswith(f"data/pool-sure-100{part}")
+
+
+def test_a_judge_may_not_be_trained_on_what_it_chooses(small, given):
+    def circle(settings) -> None:
+        with_variations_of_pseudo_labelled_tiles(settings)
+        settings["judge"]["features"] = ["guide:{guide}@{pretrained}"]
+
+    with pytest.raises(UserError, match=r"pool-sure-100@2-0 is trained on them"):
+        plan_of(small(circle))
+
+
 def test_everything_that_sees_labels_is_made_for_each_draw(small, given, tmp_path):
     plan = plan_of(small(with_draws))
     check_commands(plan.jobs)

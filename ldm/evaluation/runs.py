@@ -3,7 +3,6 @@
 import json
 import logging
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -28,7 +27,7 @@ from ldm.evaluation.sets import (
 from ldm.evaluation.summary import write_confusion, write_summary
 from ldm.evaluation.training import Predictor, RunBatches, TrainingData, predictions_of
 from ldm.files import remove_leftovers, require_outside, write_json
-from ldm.models.callbacks import LastCheckpoint, TimeLeft
+from ldm.models.callbacks import LastCheckpoint
 from ldm.models.vit import load_vit
 from ldm.models.vit_settings import Settings
 from ldm.models.vit_training import (
@@ -292,7 +291,7 @@ def train_to_the_end(
 ) -> None:
     """Train a network in its run folder, going on from a checkpoint if there is one."""
     show = f"{arm.name} seed {model.seed}"
-    interval, live = timedelta(seconds=SAVE_SECONDS), sys.stderr.isatty()
+    interval = timedelta(seconds=SAVE_SECONDS)
     fit(
         model,
         data,
@@ -302,7 +301,6 @@ def train_to_the_end(
         callbacks=[
             ValidateAtMarks(show),
             LastCheckpoint(train_time_interval=interval, dirpath=run.checkpoints, **OWN_NAMES),
-            *([] if live else [TimeLeft()]),
         ],
         settings={
             # All updates are one epoch for Lightning: passes are those of `RunBatches`.
@@ -311,7 +309,6 @@ def train_to_the_end(
             "limit_val_batches": 0,
             "use_distributed_sampler": False,
             "sync_batchnorm": arm.devices.ranks > 1 and arm.devices.accelerator == "gpu",
-            "enable_progress_bar": live,
         },
         loggers=False,  # metrics.csv has a row per validation
         summary=f"{show}: {_described(arm, model)}",

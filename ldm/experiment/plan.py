@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -23,7 +23,7 @@ from ldm.experiment.settings import Cells, Generator, Model, Options, Settings, 
 REAL = "real"  # key of the row without synthetic tiles
 PSEUDO = "pseudo"  # kind of rows with real tiles that a judge labelled
 TILES = "tiles"  # job that makes procedural ones
-PLACE = re.compile(r"\{(\w+)\}")
+PLACE = re.compile(r"\{([\w-]+)\}")
 VARIABLE = re.compile(r"\$\{oc\.env:\s*(\w+)")
 DATA_VARIABLE = "HISTO_DATA"
 
@@ -95,6 +95,7 @@ class Plan:
         self.rows: list[Arm] = []
         self.other_jobs: list[str] = []
         self._jobs: dict[str, Job] = {}
+        self._chosen: set[str] = set()  # folders whose selection is being planned
         self._draw: Draw | None = None  # the one that is planned
         names = [settings.data.unlabelled, "val", "test"]
         if settings.draws is None:
@@ -382,22 +383,40 @@ class Plan:
                   self._tiles(unlabelled), gpus=0)  # fmt: skip
 
     def _filled_options(self, options: Options) -> tuple[Options, Needs]:
-        """Options with `_filled` values; a folder of labelled tiles is needed, too."""
-        values, needs = self._filled(list(options.values()))
-        if any("{labelled}" in str(value) for value in options.values()):
-            needs += self._tiles(self._labelled)
-        return dict(zip(options, values, strict=True)), needs
+        """Options with `_filled` values; folders of tiles that they name are needed, too.
 
-    def _filled(self, texts: Sequence[Any]) -> tuple[list[Any], Needs]:
-        """Texts with the places of models for {NAME}, and of the labelled tiles for {labelled}."""
-        used: set[str] = set()
+        The key of a row of pseudo-labelled tiles stands for its training folder.
+        """
+        texts, folders = " ".join(map(str, options.values())), NOTHING
+        if "{labelled}" in texts:
+            folders += self._tiles(self._labelled)
+        places = {}
+        for name, selection, ratio in self.combinations():
+            key = f"{name}-{selection}-{ratio}"
+            if self.settings.generators[name].unlabelled is not None:
+                places[key] = show_path(self.data / (key + self._part))
+                if f"{{{key}}}" in texts:
+                    seed = self._seed.get("seed", 0)
+                    folders += self._selection(key + self._part, name, selection, ratio, seed)
+        values, needs = self._filled(list(options.values()), places)
+        return dict(zip(options, values, strict=True)), needs + folders
+
+    def _filled(
+        self, texts: Sequence[Any], places: Mapping[str, str] | None = None
+    ) -> tuple[list[Any], Needs]:
+        """Texts with the places of models for {NAME}, and of the labelled tiles for {labelled}.
+
+        Args:
+            places: Further names and what stands for them.
+        """
+        known, used = {"labelled": show_path(self.data / self._labelled), **(places or {})}, set()
 
         def place(found: re.Match) -> str:
-            if found[1] == "labelled":
-                return show_path(self.data / self._labelled)
+            if found[1] in known:
+                return known[found[1]]
             if found[1] not in self.settings.models:
-                known = [*self.settings.models, "labelled"]
-                raise UserError(f"{found[0]}: no such model{nearest(found[1], known)}")
+                names = [*self.settings.models, *known]
+                raise UserError(f"{found[0]}: no such model{nearest(found[1], names)}")
             used.add(found[1])
             return show_path(self.model(found[1]))
 
@@ -417,7 +436,7 @@ class Plan:
         return Needs(tuple(after), json.dumps(digests) if digests else "")
 
     def _training(self, name: str, model: Model) -> str:
-        data = self.settings.data
+        data, needs = self.settings.data, NOTHING
         given = {key: self.model(other) for key, other in model.needs.items()}
         run = self._model_name(name)
         common = {"name": run, "logdir": self.out / "models"}
@@ -437,7 +456,8 @@ class Plan:
             verb, files = "classify", ()
             splits = (self._labelled, "val")
             options = {"data_dir": self.data / self._labelled, "val_data_dir": self.data / "val"}
-            options |= {**given, **common, **self._seed, **(model.classifier or {})}
+            further, needs = self._filled_options(model.classifier or {})
+            options |= {**given, **common, **self._seed, **further}
             environment = dict(model.env)
         return self._add(
             f"train-{run}",
@@ -445,7 +465,7 @@ class Plan:
             verb,
             options,
             [self.out / "models" / run],
-            self._tiles(*splits) + self._models(*model.needs.values()),
+            self._tiles(*splits) + self._models(*model.needs.values()) + needs,
             model.overrides,
             files=files,
             environment=environment,
@@ -514,10 +534,16 @@ class Plan:
         title, output = f"features and UMAP of {pool}", [self.features(pool)]
         return self._add(f"features-{pool}", title, "features", options, output, needs)
 
-    def _selection(self, arm: Arm, folder: str, selection: str, ratio: int, seed: int) -> Needs:
-        """What a job needs that uses the training folder of an arm; adds the job that makes it."""
+    def _selection(
+        self, folder: str, generator: str, selection: str, ratio: int, seed: int
+    ) -> Needs:
+        """What a job needs that uses a training folder; adds the job that makes it."""
         labelled, strategy = self._labelled, self.settings.selection[selection]
-        candidates, needs = self._candidates(arm)
+        if folder in self._chosen:
+            raise UserError(f"the judge that chooses the tiles of {folder} is trained on them")
+        self._chosen.add(folder)
+        candidates, needs = self._candidates(generator)
+        self._chosen.remove(folder)
         options: dict[str, Any] = {
             "real": self.data / labelled,
             **candidates,
@@ -541,16 +567,15 @@ class Plan:
                         gpus=int("cache" in candidates))  # fmt: skip
         return Needs((job,))
 
-    def _candidates(self, arm: Arm) -> tuple[Options, Needs]:
-        """The tiles that an arm chooses among, and their judge, as options of a selection."""
-        name = arm.generator.removesuffix(self._part)
+    def _candidates(self, name: str) -> tuple[Options, Needs]:
+        """The tiles of a generator, and their judge, as options of a selection."""
         unlabelled, judge = self.settings.generators[name].unlabelled, self.settings.judge
         if unlabelled is None:
-            options: Options = {"synthetic": self.samples(arm.generator)}
-            needs = Needs((f"sample-{arm.generator}",))
+            pool = name + self._part
+            options: Options = {"synthetic": self.samples(pool)}
+            needs = Needs((f"sample-{pool}",))
             if not judge.features:
-                features = self.features(arm.generator)
-                return {**options, "features": features}, Needs((f"features-{arm.generator}",))
+                return {**options, "features": self.features(pool)}, Needs((f"features-{pool}",))
         else:
             place, needs = self._folder(unlabelled, f"generators.{name}.unlabelled")
             options = {"unlabelled": place}
@@ -710,11 +735,11 @@ class Plan:
             raise UserError(f"ratio {ratio}: less than one tile per class; raise it")
         if settings.selection[selection].redraw and not self._draw:
             for seed in settings.evaluation.seeds:
-                needs = self._selection(arm, f"{key}@{seed}", selection, ratio, seed)
+                needs = self._selection(f"{key}@{seed}", name, selection, ratio, seed)
                 self._add_seeds(arm, f"{key}@{seed}", needs, [seed])
         else:
             seed = self._seed.get("seed", 0)
-            self._add_seeds(arm, key, self._selection(arm, key, selection, ratio, seed))
+            self._add_seeds(arm, key, self._selection(key, name, selection, ratio, seed))
         if not pseudo:
             self._add_fidelity(arm)
         return arm

@@ -21,7 +21,7 @@ from ldm.devices import follow_layout
 from ldm.errors import Stopped
 from ldm.files import require_space, write_png
 from ldm.models.sharding import is_sharded
-from ldm.progress import FirstStep
+from ldm.progress import LOG_EVERY, FirstStep
 
 if TYPE_CHECKING:
     from ldm.models.base import HistoModule
@@ -124,10 +124,14 @@ class ProgressBar(TQDMProgressBar):
     def get_metrics(self, trainer: pl.Trainer, pl_module: "HistoModule") -> dict[str, float]:
         now = time.monotonic()
         if not trainer.training or now - self._read >= 1:
-            values = trainer.callback_metrics
-            self._metrics = {n: float(values[n]) for n in pl_module.shown if n in values}
-            self._read = now
+            self._metrics, self._read = shown_metrics(trainer, pl_module), now
         return self._metrics
+
+
+def shown_metrics(trainer: pl.Trainer, model: "HistoModule") -> dict[str, float]:
+    """The latest values of the metrics that a model shows."""
+    values = trainer.callback_metrics
+    return {name: float(values[name]) for name in model.shown if name in values}
 
 
 class TimeLeft(pl.Callback):
@@ -153,7 +157,7 @@ class TimeLeft(pl.Callback):
             say = bar.train_progress_bar.set_postfix_str if self.live else log.info
             self._waiting = FirstStep(self._steps - self._first, say)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: "HistoModule", *_: Any) -> None:
         spent = time.monotonic() - self._began
         step, done = trainer.global_step, trainer.global_step - self._first
         if not done or self._waiting is None:
@@ -161,13 +165,15 @@ class TimeLeft(pl.Callback):
         self._waiting.end()
         if self.live or spent < self._next:
             return
-        # A minute at least, and a tenth of the time, lest a long run fills its log.
-        self._next = spent + max(60.0, spent / 10)
+        # Later and later, lest a run of days fills its log: every six minutes after ten hours.
+        self._next = spent + max(LOG_EVERY, spent / 100)
         left = ""
         if math.isfinite(self._steps):
             seconds = max(0.0, spent / done * (self._steps - step))
             left = f" of {self._steps}, about {tqdm.format_interval(seconds)} left"
-        log.info("step %d%s, %.3g s per step", step, left, spent / done)
+        shown = shown_metrics(trainer, pl_module).items()
+        text = "".join(f", {name} {value:.4g}" for name, value in shown)
+        log.info("step %d%s, %.3g s per step%s", step, left, spent / done, text)
 
     def on_train_end(self, *_: Any) -> None:
         if self._waiting is not None:
