@@ -133,7 +133,7 @@ COMMANDS = {
     "reproduce_table": Command(
         "scripts.reproduce_table",
         "--config {site}/table.yaml out={out} --only colour_mean ceiling-100",
-        skipped=("jobs/*.log", "jobs/run.lock", ".snakemake/*/*"),
+        skipped=("jobs/*.log", "jobs/run.lock", "jobs/plan.json", ".snakemake/*/*"),
     ),
 }
 
