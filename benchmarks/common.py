@@ -20,14 +20,11 @@ from importlib.util import find_spec
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from ldm.cli import Count, NotNegative, like, option
 from ldm.errors import UserError
 from ldm.settings import DeviceOption, ProcessOptions
-
-if TYPE_CHECKING:
-    from benchmarks.networks import Execution
 
 # Imported in every process before memory is measured: libraries are not what is compared.
 IMPORTS = (
@@ -261,7 +258,7 @@ def compared(
 
 def run_contest(
     args: NetworkOptions,
-    execution: "Execution",
+    device: Any,
     builds: Mapping[str, Callable[[], Ready]],
     pairs: Sequence[tuple[str, str]],
     **facts: Any,
@@ -274,8 +271,8 @@ def run_contest(
     for name in args.peers:
         if find_spec(name) is None:
             raise UserError(f"{name} is missing: python -m pip install {name}", "peers")
-    numbers = compared(compete(builds, execution.device, args), pairs, args.batch_size)
-    print_result(args, dtype=execution.dtype, **facts, **numbers)
+    numbers = compared(compete(builds, device, args), pairs, args.batch_size)
+    print_result(args, **facts, **numbers)
 
 
 def print_result(args: BenchmarkOptions, **facts: Any) -> None:

@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> None:
         for library in ["ours", *args.peers]
     }
     pairs, shape = [("ours", peer) for peer in args.peers], [args.batch_size, *networks.image]
-    run_contest(args, execution, builds, pairs, bench="encode", shape=shape)
+    facts = {"bench": "encode", "dtype": execution.dtype, "shape": shape}
+    run_contest(args, execution.device, builds, pairs, **facts)
 
 
 if __name__ == "__main__":

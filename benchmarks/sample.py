@@ -116,6 +116,65 @@ def guide_flops(net_config: dict[str, Any], latent: tuple[int, ...], batch_size:
     return count_flops(run)
 
 
+def our_step(
+    models: "Models", execution: "Execution", batch_size: int, steps: int
+) -> Callable[[Lap], None]:
+    """The function that samples a batch by ours: of class 0 where there is a classifier."""
+    from ldm.devices import one_device
+    from ldm.synthesis.settings import Sampling
+    from ldm.synthesis.synthesiser import Synthesiser
+
+    guided = models.classifier is not None
+    devices = one_device(str(execution.device)).with_precision(
+        execution.precision,
+        channels_last=execution.channels_last,
+        compile=execution.compile,
+    )
+    sampling = Sampling("ddim", steps, eta=0.0, scale=float(guided), seed=0)
+    synthesiser = Synthesiser(models.to(execution.device), sampling, devices)
+    labels = [0 if guided else -1] * batch_size
+
+    def step(lap: Lap) -> None:
+        z = synthesiser.latents(labels, range(batch_size))
+        lap("steps")
+        synthesiser.images(z)
+        lap("decode")
+
+    return step
+
+
+def diffusers_step(
+    models: "Models", execution: "Execution", batch_size: int, steps: int
+) -> Callable[[Lap], None]:
+    """The function that samples a batch by diffusers, with the same networks."""
+    import torch
+
+    from ldm.data.tiles import to_uint8
+    from ldm.exchange.diffusers_export import build_pipeline
+
+    with execution.device:
+        pipeline = build_pipeline(models.diffusion)
+    for net in (pipeline.unet, pipeline.vqvae):
+        execution.place(net).requires_grad_(False)
+    execution.maybe_compile(pipeline.unet)
+    classify = None
+    if models.classifier is not None:
+        classify = execution.place(models.classifier.logits_model())
+        execution.maybe_compile(classify)
+    shape = (batch_size, *models.diffusion.latent_shape)
+
+    @torch.no_grad()
+    def step(lap: Lap) -> None:
+        with execution.autocast():
+            if classify is None:
+                pipeline(batch_size, num_inference_steps=steps, output_type="np")
+            else:
+                z_T = execution.place(torch.randn(shape, device=execution.device))
+                to_uint8(guided_images(pipeline, classify, z_T, steps))
+
+    return step
+
+
 def build(
     arm: str,
     networks: "Networks",
@@ -133,50 +192,13 @@ def build(
     import torch
 
     from benchmarks.networks import autoencoder_flops, count, unet_flops
-    from ldm.data.tiles import to_uint8
-    from ldm.devices import one_device
-    from ldm.exchange.diffusers_export import build_pipeline
-    from ldm.synthesis.settings import Sampling
-    from ldm.synthesis.synthesiser import Synthesiser
 
     torch.backends.cudnn.benchmark = execution.search
     guided = arm.startswith("guided")
+    library = "diffusers" if arm.endswith("diffusers") else "ours"
     with execution.device:
         models = random_models(networks, classifier if guided else None)
-        pipeline = build_pipeline(models.diffusion) if arm.endswith("diffusers") else None
-    if pipeline is not None:
-        for net in (pipeline.unet, pipeline.vqvae):
-            execution.place(net).requires_grad_(False)
-        execution.maybe_compile(pipeline.unet)
-        if guided:
-            classify = execution.place(models.classifier.logits_model())
-            execution.maybe_compile(classify)
-
-        @torch.no_grad()
-        def step(lap: Lap) -> None:
-            with execution.autocast():
-                if guided:
-                    z_T = torch.randn(batch_size, *networks.latent, device=execution.device)
-                    to_uint8(guided_images(pipeline, classify, execution.place(z_T), steps))
-                else:
-                    pipeline(batch_size, num_inference_steps=steps, output_type="np")
-    else:
-        devices = one_device(str(execution.device)).with_precision(
-            execution.precision,
-            channels_last=execution.channels_last,
-            compile=execution.compile,
-        )
-        sampling = Sampling("ddim", steps, eta=0.0, scale=float(guided), seed=0)
-        synthesiser = Synthesiser(models.to(execution.device), sampling, devices)
-        labels = [0 if guided else -1] * batch_size
-
-        def step(lap: Lap) -> None:
-            z = synthesiser.latents(labels, range(batch_size))
-            lap("steps")
-            synthesiser.images(z)
-            lap("decode")
-
-    library = "ours" if pipeline is None else "diffusers"
+    step = (our_step if library == "ours" else diffusers_step)(models, execution, batch_size, steps)
     flops = unet_flops(library, networks, batch_size)
     if guided:
         flops += guide_flops(models.classifier.net_config, networks.latent, batch_size)
@@ -194,7 +216,8 @@ def main(argv: list[str] | None = None) -> None:
     builds = {arm: partial(build, arm, *settings) for arm in ["ours", *args.peers, "guided"]}
     pairs = [*(("ours", peer) for peer in args.peers), ("guided", "ours")]
     shape = [args.batch_size, *networks.latent]
-    run_contest(args, execution, builds, pairs, bench="sample", shape=shape)
+    facts = {"bench": "sample", "dtype": execution.dtype, "shape": shape}
+    run_contest(args, execution.device, builds, pairs, **facts)
 
 
 if __name__ == "__main__":

@@ -72,6 +72,24 @@ def noise_and_average(
     )
 
 
+def latents_of(
+    library: str, networks: "Networks", execution: "Execution", batch: dict[str, Any]
+) -> tuple[str, Callable[["Tensor"], "Tensor"], int]:
+    """How latents are drawn from batches like `batch`.
+
+    Returns:
+        The key of the batch's tensor, the function that draws latents from that, and its
+        floating-point operations.
+    """
+    from benchmarks.networks import autoencoder_flops, make_encoder
+    from ldm.modules.autoencoder import DiagonalGaussian
+
+    if "moments" in batch:
+        return "moments", lambda moments: DiagonalGaussian(moments).sample(), 0
+    _, draw = make_encoder(library, networks, execution)
+    return "image", draw, autoencoder_flops(library, networks, len(batch["image"]))
+
+
 def build(
     library: str,
     networks: "Networks",
@@ -85,15 +103,7 @@ def build(
     """
     import torch
 
-    from benchmarks.networks import (
-        autoencoder_flops,
-        build_unet,
-        count,
-        make_encoder,
-        randomise,
-        unet_flops,
-    )
-    from ldm.modules.autoencoder import DiagonalGaussian
+    from benchmarks.networks import build_unet, count, randomise, unet_flops
 
     device = execution.device
     torch.manual_seed(0)
@@ -109,15 +119,8 @@ def build(
     execution.maybe_compile(net)  # not before: the average is a copy
     stream = batches()
     first = next(stream)
-    key = "moments" if "moments" in first else "image"
-    flops = unet_flops(library, networks, len(first[key]), train=True)
-    if key == "moments":
-
-        def draw(moments: "Tensor") -> "Tensor":
-            return DiagonalGaussian(moments).sample()
-    else:
-        _, draw = make_encoder(library, networks, execution)
-        flops += autoencoder_flops(library, networks, len(first[key]))
+    key, draw, flops = latents_of(library, networks, execution, first)
+    flops += unet_flops(library, networks, len(first[key]), train=True)
 
     def step(lap: Lap) -> None:
         x = next(stream)[key].to(device, non_blocking=True)
@@ -164,7 +167,8 @@ def main(argv: list[str] | None = None) -> None:
         if len(sources) == 2:
             pairs += [(f"{lib}_from_latents", f"{lib}_from_images") for lib in libraries]
         shape = [args.batch_size, *networks.latent]
-        run_contest(args, execution, builds, pairs, bench="train", shape=shape)
+        facts = {"bench": "train", "dtype": execution.dtype, "shape": shape}
+        run_contest(args, execution.device, builds, pairs, **facts)
 
 
 if __name__ == "__main__":

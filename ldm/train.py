@@ -122,6 +122,33 @@ def fit(
     return trainer
 
 
+def train_command(
+    args: RunOptions,
+    model: HistoModule,
+    data: pl.LightningDataModule,
+    devices: Devices,
+    config: dict[str, Any],
+    *,
+    stem: str,
+    checkpoints: dict[str, Any] | None = None,
+    callbacks: Sequence[pl.Callback] = (),
+    **options: Any,
+) -> tuple[pl.Trainer, RunFolder]:
+    """Train in the folder that a command's options name, going on where an earlier start stopped.
+
+    Args:
+        config: Resolved configuration.
+        stem: What an unnamed run is called after its time.
+        checkpoints: See `node` of `checkpoint_callbacks`.
+        callbacks: Further ones.
+        options: See `fit`.
+    """
+    run, found = RunFolder.find(args.logdir, args.name, args.resume, stem, config["model"])
+    kept = checkpoint_callbacks(run, model, data.val_dataset is not None, checkpoints)
+    options |= {"config": config, "dry_run": args.dry_run, "callbacks": [*kept, *callbacks]}
+    return fit(model, data, run, devices, checkpoint=found, **options), run
+
+
 def _run(
     trainer: pl.Trainer,
     model: HistoModule,

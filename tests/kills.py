@@ -17,6 +17,7 @@ import importlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -35,6 +36,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"  # threads do not survive a fork
 
+import psutil  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 import pytorch_lightning as pl  # noqa: E402, F401  imported once, for all forks
 import tiny  # noqa: E402
@@ -128,12 +130,17 @@ COMMANDS = {
         "eval",
         f"{VIT} --lr 0.05 --data_path {{site}}/D --subset train --logdir {{out}} --seeds 0 1",
     ),
+    "reproduce_table": Command(
+        "scripts.reproduce_table",
+        "--config {site}/table.yaml out={out} --only colour_mean ceiling-100",
+        skipped=("jobs/*.log", "jobs/run.lock", "jobs/plan.json", ".snakemake/*/*"),
+    ),
 }
 
 
 def prepare(site: Path) -> None:
     """Make what the commands read."""
-    counts = {"D/train": 12, "D/val": 4, "D/test": 4, "fake": 8}
+    counts = {"D/train": 12, "D/val": 4, "D/test": 4, "fake": 8, "D/train5": 3}
     for seed, (name, count) in enumerate(counts.items()):
         tiny.tiles(site / name, count, seed)
     tiny.models(site)
@@ -155,8 +162,16 @@ def prepare(site: Path) -> None:
         pictures = {"target": "ldm.models.callbacks.ImageLogger", "params": params}
         config["lightning"]["callbacks"] = {"pictures": pictures}
         path.write_text(yaml.safe_dump(config))
+    from test_reproduce_table import SMALL
+
     from scripts import index_corpus
 
+    table = {**SMALL, "data": {"root": f"{site}/D"}}
+    files = {"pretrained": "diffusion", "guide": "classifier", "tuned": "autoencoder"}
+    table["models"] = {name: {"run": f"{site}/{file}.ckpt"} for name, file in files.items()}
+    table["evaluation"] = {**SMALL["evaluation"], "seeds": [0]}
+    table["baselines"] = {"kinds": ["colour_mean"], "ceiling": {"ratios": [100]}}
+    (site / "table.yaml").write_text(yaml.safe_dump(table))
     index_corpus.main([str(site / "D/train"), "--out", str(site / "index.parquet")])
 
 
@@ -188,6 +203,9 @@ def content(path: Path) -> Any:
         return dict(flat(list(csv.DictReader(path.read_text().splitlines()))))
     if path.suffix == ".safetensors":
         return dict(flat(load_file(path)))
+    if path.suffix == ".html":  # but for the time and the share of each job, and their order
+        text = re.sub(r" *\b[\d.,]+( s| min| h|%</td>)", "", path.read_text())
+        return dict(enumerate(sorted(text.splitlines())))
     return file_sha256(path)
 
 
@@ -229,10 +247,16 @@ Disturb = Callable[[int], None]  # takes the number of the process
 
 
 def kill(pid: int) -> None:
-    """End a process, and whatever it has started, as the kernel does when memory is short."""
+    """End a process with its group, and half of the time with all below it, as a power cut does.
+
+    What is left of the other half, processes with sessions of their own, has to notice.
+    """
+    below = psutil.Process(pid).children(recursive=True) if random.random() < 0.5 else []
     with suppress(ProcessLookupError):  # it has no group of its own yet
         os.killpg(pid, signal.SIGKILL)
-    os.kill(pid, signal.SIGKILL)
+    for number in (pid, *(process.pid for process in below)):
+        with suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
 
 
 def in_fork(work: Callable[[], None], log: Path, moment: float = 0, disturb: Disturb = kill) -> int:

@@ -1,5 +1,6 @@
 """Data sets as they are published, one file of arrays: read row by row, with their labels."""
 
+import csv
 import importlib
 import json
 import os
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 
 import classifier_train
 from ldm.checkpoint import write_checkpoint
@@ -201,7 +203,8 @@ def test_damaged_labels_are_named(published, tmp_path):
 
 
 VIT = "--arch test_vit --patch_size 16 --input-size 32 --epochs 1 --device cpu --num_workers 0"
-NETWORK = "--features {vit} --device cpu --batch_size 8"
+CPU = "--device cpu --batch_size 8"
+NETWORK = "--features {vit} " + CPU
 COMMANDS = {
     "eval": VIT + " --lr 0.05 --data_path {data} --subset train --logdir {out} --seeds 0",
     "scripts.baselines": "--data_path {data} --subset train --logdir {out}"
@@ -212,8 +215,17 @@ COMMANDS = {
     "scripts.fidelity": "--real {data}/train --fake {data}/val --out {out}/f.json " + NETWORK,
     "scripts.copy_check": "--synthetic {data}/val --train {data}/train --holdout {data}/test"
     " --quantile 0.05 --out {out}/copies",
+    "scripts.cache_latents": "--model {models}/autoencoder.ckpt --data {data}/train --labelled"
+    " --val_data {data}/val --workers 0 --out {out}/cache " + CPU,
+    "scripts.guidance_sweep": "--model {models}/diffusion.ckpt --real {data}/test --judge {vit}"
+    " --classifier {models}/classifier.ckpt --scales 0,3 --steps 2 -n 8 --out {out}/sweep " + CPU,
+    "sample_diffusion": "-r {models}/diffusion.ckpt --classifier {models}/classifier.ckpt"
+    " --start_from {data}/train -n 2 -c 4 --out {out}/samples " + CPU,
+    "scripts.vis": "--real {data}/train --synthetic {data}/val --umap_neighbors 3 --workers 0"
+    " --out {out}/vis " + NETWORK,
 }
 OWN = {"seconds", "train_seconds", "images_per_second", "free", "cores", "threads", "size"}
+OWN |= {"images_per_s", "made", "start_from_sha256"}
 
 
 def numbers(value, key=""):
@@ -224,7 +236,7 @@ def numbers(value, key=""):
             if name not in OWN:
                 yield from numbers(item, f"{key}.{name}")
     elif isinstance(value, int | float):
-        yield key, value
+        yield key, float(f"{value:.12g}")  # sums of rows in another order
 
 
 def made(folder: Path) -> dict:
@@ -235,7 +247,11 @@ def made(folder: Path) -> dict:
         if path.suffix == ".json":
             found[name] = dict(numbers(json.loads(path.read_text())))
         elif path.suffix == ".csv":
-            found[name] = path.name == "metrics.csv" or path.read_text()  # with speeds
+            rows = csv.DictReader(path.read_text().splitlines())
+            kept = [{k: v for k, v in row.items() if k not in OWN} for row in rows]
+            found[name] = path.name == "metrics.csv" or kept  # with speeds
+        elif path.suffix == ".safetensors":  # rows in the order of the set
+            found[name] = {key: sorted(value.tolist()) for key, value in load_file(path).items()}
         elif path.suffix == ".png":
             found[name] = read_tile(path).tolist()
     return found
@@ -260,15 +276,23 @@ def both(tmp_path_factory) -> Path:
     net = TileClassifier("test_vit", 3, tiny.PIXELS, patch_size=16)
     net.classes = ["0", "1", "2"]
     write_checkpoint(root / "vit.ckpt", tiny.vit_checkpoint(net))
+    model = tiny.diffusion(tiny.save(tiny.autoencoder(), root / "autoencoder.ckpt"))
+    tiny.save(model, root / "diffusion.ckpt")
+    tiny.save(tiny.classifier(model, net.classes), root / "classifier.ckpt")
     return root
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(c, marks=[pytest.mark.slow] if c == "scripts.vis" else []) for c in COMMANDS],
+)
 def test_commands_make_of_arrays_what_they_make_of_folders(both, tmp_path, command):
     results = []
     for data in ("folders", "x.npz"):
         out = tmp_path / data
-        words = COMMANDS[command].format(data=both / data, out=out, vit=both / "vit.ckpt")
+        words = COMMANDS[command].format(
+            data=both / data, out=out, vit=both / "vit.ckpt", models=both
+        )
         importlib.import_module(command).main(words.split())
         results.append(made(out))
     assert results[0] and results[0].keys() == results[1].keys()

@@ -311,6 +311,8 @@ def test_valid_configuration_passes():
     )
     validate_config(whole(model, lightning=lightning, vars={"free": {"form": 1}}))
     validate_config(OmegaConf.create(whole(model, lightning=lightning)))
+    wrong = whole(model, lightning=lightning, modle={})
+    assert "modle: unknown section" in message(validate_config, wrong)
 
 
 def test_all_problems_are_reported_together_with_the_nearest_name():

@@ -1,5 +1,6 @@
 """Every YAML under configs/ is valid and trains one step, shrunk in batch and data only."""
 
+import functools
 import re
 from pathlib import Path
 
@@ -18,6 +19,7 @@ TRAINING = sorted(
     for p in (ROOT / "configs").rglob("*.yaml")
     if "\n  target: ldm.models." in p.read_text()  # not those that are merged over others
 )
+FOLDERS = ("train", "train5", "val", "lc25000")
 PAPER_SIZED = ("configs/autoencoder/", "configs/latent-diffusion/")
 
 
@@ -25,24 +27,24 @@ def test_there_are_as_many_as_expected():
     assert len(TRAINING) == 13
 
 
+def set_variables(patch: pytest.MonkeyPatch, root: Path) -> None:
+    """Where the tiles of configurations are, and no models."""
+    patch.setenv("HISTO_DATA", str(root))
+    for name in ("HISTO_AUTOENCODER", "HISTO_DIFFUSION"):
+        patch.setenv(name, str(root / "none.ckpt"))
+    patch.setenv("HISTO_LC25000", str(root / "lc25000"))
+
+
 @pytest.fixture
 def variables(monkeypatch, tmp_path):
-    monkeypatch.setenv("HISTO_DATA", str(tmp_path))
-    for name in ("HISTO_AUTOENCODER", "HISTO_DIFFUSION"):
-        monkeypatch.setenv(name, str(tmp_path / "none.ckpt"))
-    monkeypatch.setenv("HISTO_LC25000", str(tmp_path / "lc25000"))
+    set_variables(monkeypatch, tmp_path)
 
 
 @pytest.fixture
 def environment(variables, tmp_path):
-    for folder in ("train", "train5", "val", "lc25000"):
+    for folder in FOLDERS:
         tiny.tiles(tmp_path / folder, per_class=2, pixels=64)
     return tmp_path
-
-
-@pytest.mark.parametrize("path", TRAINING)
-def test_valid(path, variables):
-    validate_config(resolve(load_configs([ROOT / path])))
 
 
 BAD = ["x", -5, 1e30, float("nan"), True]
@@ -72,8 +74,9 @@ def numbers(tree: dict, path: str = "") -> dict[str, float | list]:
 @pytest.mark.parametrize("bad", [*BAD, 0], ids=str)
 @pytest.mark.parametrize("path", TRAINING)
 def test_every_number_has_a_type_and_a_range(path, bad, variables):
-    """All wrong ones are reported together, each by its name."""
+    """All wrong ones are reported together, each by its name; as it stands, none is wrong."""
     config = resolve(load_configs([ROOT / path]))
+    validate_config(config)
     config["lightning"].setdefault("trainer", {})["accumulate_grad_batches"] = 1
     params = {"every_n_train_steps": 10}
     target = "pytorch_lightning.callbacks.ModelCheckpoint"
@@ -120,25 +123,39 @@ def test_a_wrong_number_is_one_line_before_anything_is_made(override, environmen
     assert sorted(environment.rglob("*")) == before
 
 
+@pytest.fixture(scope="module")
+def train_once(tmp_path_factory):
+    """Trains a configuration one step, and before that what it starts from, each of them once."""
+    root = tmp_path_factory.mktemp("configs")
+    for folder in FOLDERS:
+        tiny.tiles(root / folder, per_class=2, pixels=64)
+
+    @functools.cache
+    def train(path: str) -> Path:
+        folder, _, name = path.rpartition("/")
+        needed = {}
+        if name not in ("autoencoder.yaml", "flow.yaml", "patch_pca.yaml"):
+            needed["HISTO_AUTOENCODER"] = train(f"{folder}/autoencoder.yaml")
+        if name == "label_adapter.yaml":
+            needed["HISTO_DIFFUSION"] = train(f"{folder}/diffusion.yaml")
+        run = root / "logs" / path.removesuffix(".yaml")
+        argv = ["--base", str(ROOT / path), "-t", "--logdir", str(root / "logs"), "--max_steps"]
+        argv += ["1", "--name", str(run.relative_to(root / "logs")), "data.params.batch_size=2"]
+        argv += ["lightning.trainer.limit_val_batches=1"]
+        argv += ["lightning.trainer.enable_progress_bar=false"]
+        with pytest.MonkeyPatch.context() as patch:
+            set_variables(patch, root)
+            for variable, start in needed.items():
+                patch.setenv(variable, str(start))
+            main_py.train(parse(main_py.Options, argv))
+        return run
+
+    return train
+
+
 @pytest.mark.parametrize("path", [p for p in TRAINING if not p.startswith(PAPER_SIZED)])
-def test_trains_one_step(path, environment, monkeypatch):
-    folder = path.rsplit("/", 1)[0]
-    small = ["data.params.batch_size=2", "lightning.trainer.limit_val_batches=1"]
-
-    def train(config: str, name: str) -> None:
-        argv = ["--base", str(ROOT / config), "-t", "--logdir", str(environment / "logs")]
-        argv += ["--name", name, "--max_steps", "1", "lightning.trainer.enable_progress_bar=false"]
-        main_py.train(parse(main_py.Options, [*argv, *small]))
-
-    alone = ("autoencoder.yaml", "flow.yaml", "patch_pca.yaml")
-    if not path.endswith(alone):
-        train(f"{folder}/autoencoder.yaml", "autoencoder")
-        monkeypatch.setenv("HISTO_AUTOENCODER", str(environment / "logs" / "autoencoder"))
-    if path.endswith("label_adapter.yaml"):
-        train(f"{folder}/diffusion.yaml", "diffusion")
-        monkeypatch.setenv("HISTO_DIFFUSION", str(environment / "logs" / "diffusion"))
-    train(path, "run")
-    assert RunFolder(environment / "logs" / "run").last.is_file()
+def test_trains_one_step(path, train_once):
+    assert RunFolder(train_once(path)).last.is_file()
 
 
 @pytest.mark.slow

@@ -339,7 +339,9 @@ engine.run(records, jobs, engine.Machine(), Progress(records))
 """
 
 
-@pytest.mark.parametrize("end", ["SIGTERM", "SIGKILL", "SIGKILL of Snakemake"])
+@pytest.mark.parametrize(
+    "end", ["SIGTERM", "SIGKILL", pytest.param("SIGKILL of Snakemake", marks=pytest.mark.slow)]
+)
 def test_a_run_that_is_ended_anyhow_stops_its_commands_and_goes_on(tmp_path, end):
     command = [sys.executable, "-c", DRIVER, str(tmp_path), STOPS, APPEND]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)

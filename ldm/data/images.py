@@ -162,7 +162,8 @@ def to_levels(pixels: np.ndarray, name: str, white: float | None = None) -> np.n
         return to_levels(np.stack([pixels] * 3, axis=2), name, white)
     if len(shape) == 4:
         raise UnsupportedImage(
-            f"{name}: an array of {shape[0]} tiles; read it as a corpus with layout: array"
+            f"{name}: an array of {shape[0]} tiles; give this file where a folder of tiles is"
+            " meant, or read it as a corpus with layout: array"
         )
     if len(shape) != 3 or shape[2] != 3 or 0 in shape:
         raise UnsupportedImage(f"{name}: shape {shape} must be (height, width, 3)")

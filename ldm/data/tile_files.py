@@ -82,7 +82,8 @@ class TileFiles:
         if labelled:
             if not names:
                 raise UserError(
-                    f"{root}: no class folders; a labelled set is {root}/CLASS/image files"
+                    f"{root}: no class folders; a labelled set is {root}/CLASS/image files, or a"
+                    " file of arrays by its name"
                 )
             chosen = matching_classes(f"{root}: class folders", sorted(names), classes)
         for name in chosen:

@@ -243,6 +243,7 @@ def _run_snakemake(
     command += ["--directory", str(records.folder), *machine.options()]
     # A job runs when its marker is missing; its parameters hold the key of `keys_of`.
     command += ["--rerun-triggers", "params", "--rerun-incomplete", "--nolock"]
+    command += ["--drop-metadata"]  # ours are the records; its own ignore the umask
     command += ["--scheduler", "greedy", "--nocolor"]  # greedy: by priority, the order of the plan
     if keep_going:
         command.append("--keep-going")

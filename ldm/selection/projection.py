@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ldm.devices import one_thread
 from ldm.errors import UserError
 from ldm.progress import FIRST_SIGN, Bar
 from ldm.report import plots
@@ -35,6 +36,7 @@ def project(features: np.ndarray, neighbors: int, min_dist: float, seed: int) ->
         neighbors: Size of the neighbourhood; N - 1 where there are fewer points.
         min_dist: How closely UMAP packs points, in [0, 1].
     """
+    import torch
     from umap import UMAP
 
     if len(features) < 3:
@@ -50,8 +52,10 @@ def project(features: np.ndarray, neighbors: int, min_dist: float, seed: int) ->
             n_jobs=1,
             tqdm_kwds={"desc": "UMAP", "disable": False, "delay": FIRST_SIGN, "leave": False},
         )
-        # The graph of neighbours and the start of the layout come before its epochs.
-        with Bar(total=1, desc="UMAP", bar_format="{desc}: {postfix}", delay=FIRST_SIGN):
+        # numba, when it starts, sets PyTorch's threads to all cores, where each operation waits for
+        # them. The graph of neighbours and the start of the layout come before UMAP's epochs.
+        bar = Bar(total=1, desc="UMAP", bar_format="{desc}: {postfix}", delay=FIRST_SIGN)
+        with one_thread(torch.device("cpu")), bar:
             return reducer.fit_transform(np.ascontiguousarray(features, dtype=np.float32))
 
 

@@ -87,14 +87,7 @@ def load_models(
     if classifier_path is not None:
         classifier = load_model(classifier_path, "classifier", device, what="`classifier`")
         note("classifier", classifier_path, classifier.record)
-        where = f"`classifier` {classifier_path}"
-        if not classifier.classes:
-            raise UserError(f"{where} is damaged: it names no classes; give another checkpoint")
-        remedy = f"train it with `first_stage` {diffusion_path}"
-        check_latents(diffusion, diffusion_path, classifier, where, remedy)
-        classifier.attach(diffusion, where)
-        if diffusion.conditional:
-            _check_classes(diffusion, diffusion_path, classifier, where)
+        _attach(classifier, classifier_path, diffusion, diffusion_path)
     if autoguidance_path is not None:
         weak = load_model(autoguidance_path, "diffusion", device, what="`autoguidance`")
         note("autoguidance", autoguidance_path, weak.record)
@@ -108,13 +101,30 @@ def load_models(
         diffusion.replace_first_stage(str(first_stage_path))
         record = read_checkpoint(first_stage_path)[KEY]
         note("first_stage", first_stage_path, record)
-        classes = Models(diffusion, classifier).classes
-        if classes and record["classes"] and record["classes"] != classes:
+        tuned, classes = record["classes"], Models(diffusion, classifier).classes
+        if classes and tuned and tuned != classes:
             raise UserError(
-                f"`first_stage` {first_stage_path} was tuned on classes {record['classes']}, the "
-                f"classifier on {classes}; use models of the same labelled set"
+                f"`first_stage` {first_stage_path} was tuned on classes {tuned}, the classifier on "
+                f"{classes}; use models of the same labelled set"
             )
     return Models(diffusion, classifier, weak, files, facts)
+
+
+def _attach(
+    classifier: GuidingClassifier,
+    path: str | Path,
+    diffusion: LatentDiffusion,
+    diffusion_path: str | Path,
+) -> None:
+    """Connect a classifier with the noise predictor that it guides, if they belong together."""
+    where = f"`classifier` {path}"
+    if not classifier.classes:
+        raise UserError(f"{where} is damaged: it names no classes; give another checkpoint")
+    remedy = f"train it with `first_stage` {diffusion_path}"
+    check_latents(diffusion, diffusion_path, classifier, where, remedy)
+    classifier.attach(diffusion, where)
+    if diffusion.conditional:
+        _check_classes(diffusion, diffusion_path, classifier, where)
 
 
 def _check_classes(
