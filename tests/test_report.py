@@ -158,6 +158,9 @@ def test_estimates_say_their_intervals():
     chart = plots.estimate_chart("Change", found, "points", Level("real", 0))
     assert "a +3.0 (+1.0 to +5.0); b -1.0" in chart
     assert "a 3.0 (1.0 to 5.0)" in plots.estimate_chart("A", found, "percent", Level("real", 2))
+    long = [Estimate("variations of the labelled tiles, random", 1.0)]
+    shown = plots.estimate_chart("A", long, "percent", Level("real", 2)).partition(">")[2]
+    assert all(word in shown for word in long[0].name.split()), "arms differ at their ends"
 
 
 def test_lines_of_one_name_have_one_colour_and_all_are_in_the_picture():

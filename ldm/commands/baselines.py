@@ -27,7 +27,7 @@ class Options(EvaluationOptions, DeviceOption):
     kind: Annotated[tuple[Kind, ...], Commas] = option(
         default=("colour_mean", "colour_histogram"),
         metavar="KINDS",
-        help=f"some of {','.join(get_args(Kind))} (a network as it is)",
+        help=f"some of {', '.join(get_args(Kind))} (a network as it is), with commas between",
     )
     logdir: str = option(
         default="logs/baselines", metavar="DIR", help="results go to LOGDIR/KIND/SUBSET"

@@ -155,7 +155,7 @@ def _arms(page: Page, results: Results) -> None:
             found = results.difference(row, split, metric)
             if found is not None and found.mean is not None:
                 low, high = in_percent(found.low), in_percent(found.high)
-                estimates.append(Estimate(shortened(row.label, 34), 100 * found.mean, low, high))
+                estimates.append(Estimate(row.label, 100 * found.mean, low, high))
         if estimates:
             level = Level(real.label, 0)
             title = f"Change in {word(metric)}"
@@ -178,9 +178,7 @@ def _estimate(results: Results, row: Row) -> Estimate | None:
     if not runs:
         return None
     found = row.summary.get("bootstrap", {}).get(split, {}).get("accuracy", (None, None))
-    return Estimate(
-        shortened(row.label, 34), float(np.mean(runs)), *map(in_percent, found), values=runs
-    )
+    return Estimate(row.label, float(np.mean(runs)), *map(in_percent, found), values=runs)
 
 
 def in_percent(value: float | None) -> float | None:

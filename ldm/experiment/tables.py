@@ -53,8 +53,10 @@ def plus_minus(mean: float | None, std: float | None) -> str:
 
 
 def shortened(text: str, longest: int = LONGEST) -> str:
+    """Text with its middle cut out: names of arms differ at their ends."""
     text = " ".join(text.split())
-    return text if len(text) <= longest else text[: longest - 1] + "…"
+    end = (longest - 1) // 2
+    return text if len(text) <= longest else f"{text[: longest - 1 - end]}…{text[-end:]}"
 
 
 class Results:
@@ -474,6 +476,8 @@ def fidelity_table(results: Results) -> TextTable:
             " as many as “by chance” are expected to be flagged where nothing was copied."
         )
     caption += warnings
+    kept = [i for i in range(len(heads)) if any(cells[i] for cells in rows)]
+    heads, rows = [heads[i] for i in kept], [[cells[i] for i in kept] for cells in rows]
     numbers = set(range(1, len(heads)))
     return TextTable("The synthetic tiles", heads, rows, caption, numbers, name="fidelity")
 

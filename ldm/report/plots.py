@@ -11,6 +11,7 @@ import html
 import io
 import re
 from collections.abc import Iterable, Sequence
+from textwrap import wrap
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -236,7 +237,9 @@ def estimate_chart(title: str, estimates: Sequence[Estimate], x_label: str, leve
     Args:
         level: 0 for differences.
     """
-    figure, axes = _chart_axes(title, 1.1 + 0.26 * len(estimates))
+    names = ["\n".join(wrap(one.name, 34, max_lines=3)) for one in estimates]
+    lines = max(name.count("\n") for name in names)
+    figure, axes = _chart_axes(title, 1.1 + (0.26 + 0.13 * lines) * len(estimates))
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", color=COLOURS["line"], linewidth=0.8)
     axes.axvline(level.value, color=COLOURS["soft"], linewidth=1, label=level.name)
@@ -249,7 +252,7 @@ def estimate_chart(title: str, estimates: Sequence[Estimate], x_label: str, leve
                       mfc=SERIES[0] if clear else COLOURS["page"])  # fmt: skip
         else:
             axes.plot(one.value, place, "x", ms=5, color=COLOURS["soft"])
-    axes.set_yticks(range(len(estimates)), [one.name for one in estimates])
+    axes.set_yticks(range(len(estimates)), names)
     axes.tick_params(axis="y", labelcolor=COLOURS["text"])
     axes.set_ylim(len(estimates) - 0.5, -0.5)
     axes.set_xlabel(x_label)
