@@ -383,4 +383,4 @@ def test_a_mistake_is_one_line_and_status_2(corpus, tmp_path, capsys):
     good = subprocess.run(
         [*script, str(corpus), "--out", str(tmp_path / "x.parquet")], capture_output=True, text=True
     )
-    assert good.returncode == 0 and "14/14" in good.stderr, good.stderr
+    assert good.returncode == 0 and "14 of 14" in good.stderr, good.stderr
