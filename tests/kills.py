@@ -206,7 +206,7 @@ def content(path: Path) -> Any:
         return dict(flat(load_file(path)))
     if path.suffix == ".html":  # but for the time and the share of each job, and their order
         text = re.sub(r" *\b[\d.,]+( s| min| h|%</td>)", "", path.read_text())
-        return dict(Counter(text.splitlines()))
+        return dict(Counter(line.strip() for line in re.split(r"\n|</?pre>", text)))
     return file_sha256(path)
 
 
