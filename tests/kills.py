@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
@@ -205,7 +206,7 @@ def content(path: Path) -> Any:
         return dict(flat(load_file(path)))
     if path.suffix == ".html":  # but for the time and the share of each job, and their order
         text = re.sub(r" *\b[\d.,]+( s| min| h|%</td>)", "", path.read_text())
-        return dict(enumerate(sorted(text.splitlines())))
+        return dict(Counter(line.strip() for line in re.split(r"\n|</?pre>", text)))
     return file_sha256(path)
 
 
