@@ -330,7 +330,8 @@ def test_one_bad_file_is_named_when_there_is_no_index(tmp_path):
     with pytest.raises(UserError, match=r"flat.npy: shape \(4,\) must be"):
         read_tile(tmp_path / "flat.npy")
     np.save(tmp_path / "many.npy", np.zeros((2, 4, 4, 3)))
-    with pytest.raises(UserError, match="array of 2 tiles; .* corpus with layout: array"):
+    expected = "array of 2 tiles; give this file where a folder of tiles is meant, or read it as a "
+    with pytest.raises(UserError, match=f"{expected}corpus with layout: array"):
         read_tile(tmp_path / "many.npy")
     np.save(tmp_path / "pickled.npy", np.array([{}, None], dtype=object))
     with pytest.raises(UserError, match=r"pickled.npy: unreadable"):

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -388,6 +390,22 @@ def test_files_merge_left_to_right_and_overrides_win(data, autoencoder_ckpt, tmp
     assert (
         config["model"]["base_learning_rate"] == 0.5 and config["data"]["params"]["batch_size"] == 3
     )
+
+
+def test_a_mistake_is_one_line_and_status_2(data, tmp_path):
+    config = write_config(tmp_path / "c.yaml", data, autoencoder_model())
+    words = ["--base", str(config), "-t", "--logdir", str(tmp_path / "logs")]
+    result = subprocess.run(
+        [sys.executable, "main.py", *words, "model.params.embed_dim=x"],
+        cwd=Path(__file__).resolve().parents[1],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1 and "model.params.embed_dim" in result.stderr
+    assert "Traceback" not in result.stderr and not (tmp_path / "logs").exists()
 
 
 BAD = {

@@ -68,6 +68,20 @@ def test_a_slow_first_step_tells_the_least_time_left(monkeypatch, stream, advanc
     stage.close()
 
 
+def make_trainer(folder, steps, *callbacks, **settings):
+    """A trainer that keeps nothing."""
+    return pl.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        callbacks=list(callbacks),
+        **settings,
+    )
+
+
 class SlowStart(pl.LightningModule):
     """A training whose only step waits until it was said to be under way, and may fail then."""
 
@@ -96,15 +110,7 @@ def test_a_progress_bar_on_a_terminal_tells_of_the_first_step(monkeypatch, capfd
         seen.append(capfd.readouterr())
         return any("first step under way" in text for pair in seen for text in pair)
 
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_steps=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-        callbacks=[ProgressBar(), TimeLeft(live=True)],
-    )
+    trainer = make_trainer(tmp_path, 1, ProgressBar(), TimeLeft(live=True))
     try:
         trainer.fit(SlowStart(said, fails), torch.utils.data.DataLoader(range(4)))
     except ValueError:
@@ -169,16 +175,7 @@ def test_a_log_file_is_told_steps_and_losses(tmp_path, caplog):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), 0.0)
 
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_steps=2,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        default_root_dir=tmp_path,
-        callbacks=[TimeLeft()],
-    )
+    trainer = make_trainer(tmp_path, 2, TimeLeft(), enable_progress_bar=False)
     with caplog.at_level("INFO"):
         trainer.fit(Shown(), torch.utils.data.DataLoader(range(4)))
     told = [

@@ -59,10 +59,10 @@ def test_training_reads_the_unet_and_keeps_no_copy(models, tmp_path):
     """Learns the classes of the tiny tiles; the checkpoint holds the readout alone."""
     # Of six validation tiles, the rounding of another release of torch decides about one or two.
     data, val = (tiny.tiles(tmp_path / f"{seed}", per_class=20, seed=seed) for seed in (0, 1))
-    words = ["--val_data_dir", str(val), "--iterations", "120", "--lr", "0.01"]
-    train(models, data, tmp_path, *words, "--readout_draws", "4")
+    words = ["--val_data_dir", str(val), "--iterations", "300", "--lr", "0.01"]
+    train(models, data, tmp_path, *words, "--readout_draws", "12")
     result = json.loads((tmp_path / "readout" / "result.json").read_text())
-    assert result["last"]["val/accuracy_clean"] > 0.5  # 1/3 by chance, 0.68 usually
+    assert result["last"]["val/accuracy_t0-249"] > 0.6  # 1/3 by chance; of all quarters less
     state = read_checkpoint(tmp_path / "readout")["state_dict"]
     assert not any("blocks" in name for name in state)
     size = sum(value.numel() for value in state.values())

@@ -14,6 +14,7 @@ from PIL import Image
 
 import sample_diffusion
 from ldm.checkpoint import KEY, load_model
+from ldm.cli import run_command
 from ldm.devices import one_thread
 from ldm.diffusion.samplers import IndexedNoise, ddim
 from ldm.diffusion.schedule import time_pairs
@@ -428,6 +429,14 @@ def test_guidance_interval(models, tmp_path):
     sample(models, tmp_path / "out", "--guidance_interval", 100, 600, "--classes", "ADI", n=1)
     lines = (tmp_path / "out" / "guidance.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines[1:]] == ["501", "251"]
+
+
+@pytest.mark.parametrize("wrong", [("-n", "0"), ("-e", "2"), ("--batch_size", "x"), ("-c", "0")])
+def test_a_wrong_option_is_one_line_and_status_2(wrong, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: sample_diffusion.main(["-r", "x", *wrong]))
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and len(said.splitlines()) == 1 and wrong[0] in said
 
 
 def test_command_line(tmp_path):

@@ -578,8 +578,7 @@ def test_pictures_with_a_selection(folders, tmp_path):
     rows = rows_of(tmp_path / "made" / "selection.csv")
     out = tmp_path / "vis"
     shutil.copytree(folders["vis"], out)  # with its features
-    chosen = str(tmp_path / "made" / "selection.csv")
-    run_vis(folders, out, "--selection", chosen, "--thumbnails", "10")
+    run_vis(folders, out, "--selection", str(tmp_path / "made"), "--thumbnails", "10")
     points = rows_of(out / "umap.csv")
     assert {p["file"]: p["decision"] for p in points if p["set"] == "synthetic"} == {
         row["file"]: row["decision"] for row in rows
@@ -591,6 +590,9 @@ def test_pictures_with_a_selection(folders, tmp_path):
     assert [p["kind"] for p in page] == [p["decision"] or p["set"] for p in points]
     assert [p["file"] for p in page] == [p["file"] for p in points]
     assert sum(bool(p["picture"]) for p in page) == 10
+    chosen = str(tmp_path / "made" / "selection.csv")
+    run_vis(folders, out, "--selection", chosen, "--thumbnails", "10")
+    assert page_of(out / "umap.html") == page
 
 
 def test_random_arm_of_the_command(folders, tmp_path):
@@ -806,7 +808,7 @@ def test_features_of_a_foreign_file(tmp_path):
         FeatureSet.load(path)
 
 
-@pytest.mark.parametrize("points", [3, 15])
+@pytest.mark.parametrize("points", [3, 4, 7, 15, 20])
 def test_picture_of_few_points(points):
     """With fewer than 16 it starts at random places."""
     from ldm.selection.projection import project

@@ -391,13 +391,12 @@ class Plan:
         if "{labelled}" in texts:
             folders += self._tiles(self._labelled)
         places = {}
-        for name, selection, ratio in self.combinations():
-            key = f"{name}-{selection}-{ratio}"
-            if self.settings.generators[name].unlabelled is not None:
+        for cell in self.combinations():
+            key = row_key(*cell)
+            if self.settings.generators[cell[0]].unlabelled is not None:
                 places[key] = show_path(self.data / (key + self._part))
                 if f"{{{key}}}" in texts:
-                    seed = self._seed.get("seed", 0)
-                    folders += self._selection(key + self._part, name, selection, ratio, seed)
+                    folders += self._selection(key + self._part, *cell)
         values, needs = self._filled(list(options.values()), places)
         return dict(zip(options, values, strict=True)), needs + folders
 
@@ -535,9 +534,13 @@ class Plan:
         return self._add(f"features-{pool}", title, "features", options, output, needs)
 
     def _selection(
-        self, folder: str, generator: str, selection: str, ratio: int, seed: int
+        self, folder: str, generator: str, selection: str, ratio: int, seed: int | None = None
     ) -> Needs:
-        """What a job needs that uses a training folder; adds the job that makes it."""
+        """What a job needs that uses a training folder; adds the job that makes it.
+
+        Args:
+            seed: Of a random choice; if omitted, that of the draw, or 0.
+        """
         labelled, strategy = self._labelled, self.settings.selection[selection]
         if folder in self._chosen:
             raise UserError(f"the judge that chooses the tiles of {folder} is trained on them")
@@ -554,7 +557,7 @@ class Plan:
         }
         output = [self.data / folder]
         if strategy.strategy == "random":
-            options["seed"] = seed
+            options["seed"] = self._seed.get("seed", 0) if seed is None else seed
         if strategy.sheets and strategy.strategy != "random":
             output.append(self.out / "sheets" / folder)
             options["sheets"] = output[-1]
@@ -716,7 +719,7 @@ class Plan:
         return arms
 
     def _synthetic_arm(self, name: str, generator: Generator, selection: str, ratio: int) -> Arm:
-        settings, key = self.settings, f"{name}-{selection}-{ratio}{self._part}"
+        settings, key = self.settings, row_key(name, selection, ratio) + self._part
         pseudo = generator.unlabelled is not None
         guidance = _guidance({**settings.sampling.options, **generator.sampling}, generator)
         made = {"decoder": generator.decoder or "own", "guidance": guidance}
@@ -738,8 +741,7 @@ class Plan:
                 needs = self._selection(f"{key}@{seed}", name, selection, ratio, seed)
                 self._add_seeds(arm, f"{key}@{seed}", needs, [seed])
         else:
-            seed = self._seed.get("seed", 0)
-            self._add_seeds(arm, key, self._selection(key, name, selection, ratio, seed))
+            self._add_seeds(arm, key, self._selection(key, name, selection, ratio))
         if not pseudo:
             self._add_fidelity(arm)
         return arm
@@ -804,6 +806,11 @@ class Plan:
         arm = Arm(key, f"real tiles instead, {ratio}%", "ceiling", factors)
         self._add_seeds(arm, key, Needs((job,)))
         return arm
+
+
+def row_key(generator: str, selection: str, ratio: int) -> str:
+    """The key of a row with tiles of a generator, without its draw of labels."""
+    return f"{generator}-{selection}-{ratio}"
 
 
 def _add_draw(arms: dict[str, Arm], arm: Arm, draw: Draw) -> None:
