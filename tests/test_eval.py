@@ -33,7 +33,7 @@ from ldm.data.tiles import read_tile
 from ldm.devices import Devices, Ranks
 from ldm.errors import Stopped, UserError
 from ldm.evaluation import runs
-from ldm.evaluation.baselines import colour_histogram, colour_histogram_baseline
+from ldm.evaluation.baselines import colour_histogram
 from ldm.evaluation.metrics import OF_PROBABILITIES, confusion_matrix, scores
 from ldm.evaluation.predictions import Predictions
 from ldm.evaluation.runs import Arm, build_training, train_to_the_end
@@ -1112,19 +1112,6 @@ def test_colour_histogram_by_hand():
     expected = torch.zeros(48)
     expected[[0, 15, 16, 17, 32]] = torch.tensor([0.75, 0.25, 0.75, 0.25, 1.0])
     assert colour_histogram(pixels).tolist() == expected.tolist()
-
-
-def test_colour_histogram_baseline_knows_colour_and_nothing_else(data):
-    result = colour_histogram_baseline(data / "train5+fake50%", data / "test")
-    assert result["accuracy"] == 1.0 and result["images"] == 18
-    assert result == colour_histogram_baseline(data / "train5+fake50%", data / "test")
-    # The same pictures under each other's names: now colour misleads.
-    for old, new in (("ADI", "x"), ("LYM", "ADI"), ("TUM", "LYM"), ("x", "TUM")):
-        (data / "test" / old).rename(data / "test" / new)
-    assert colour_histogram_baseline(data / "train5+fake50%", data / "test")["accuracy"] == 0.0
-    spoil_class_names(data)
-    with pytest.raises(UserError, match="TUMOUR"):
-        colour_histogram_baseline(data / "train5+fake50%", data / "val")
 
 
 def test_a_pass_draws_the_share_of_real_tiles_that_is_asked_for(data):

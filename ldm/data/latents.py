@@ -193,9 +193,7 @@ class LatentTiles(TileSet):
 Encode = Callable[[Tensor], DiagonalGaussian]  # from images, (B, 3, S, S), to their posterior
 
 
-def latent_sums(
-    dataset: Dataset, indices: Sequence[int], encode: Encode, batch_size: int = 32
-) -> Tensor:
+def latent_sums(dataset: Dataset, indices: Sequence[int], encode: Encode) -> Tensor:
     """Count, sum and sum of squares of the latents of these tiles, (3,) float64 on the CPU.
 
     Taken in expectation over the posterior, E[z^2] = mean^2 + variance, and without augmentation:
@@ -208,7 +206,7 @@ def latent_sums(
     if isinstance(dataset, LatentTiles):
         return dataset.latent_sums(indices)
     sums = torch.zeros(3, dtype=torch.float64)
-    for mean, variance in _posteriors(dataset, indices, encode, batch_size):
+    for mean, variance in _posteriors(dataset, indices, encode):
         sums[0] += mean.numel()
         sums[1] += mean.sum()
         sums[2] += (mean.square() + variance).sum()

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 AUGMENTATIONS = ("d4", "stain")
 CROPS = ("center", "random")
+SYMMETRIES = 8
 # Transforms of albumentations that may come before the crop: those that draw no random numbers.
 PREPROCESSING = ("CenterCrop", "LongestMaxSize", "PadIfNeeded", "Resize", "SmallestMaxSize")
 CHECK_LIMIT = 20_000  # `check="auto"` decodes sets up to this size (about 0.3 ms per 64 px tile)
@@ -59,6 +60,12 @@ def to_uint8(x: Tensor) -> np.ndarray:
     assert x.ndim in (3, 4) and x.shape[-3] == 3, tuple(x.shape)
     levels = x.detach().float().add(1.0).mul(127.5).round().clamp(0, 255)
     return levels.to(torch.uint8).movedim(-3, -1).cpu().contiguous().numpy()
+
+
+def symmetry(x: Tensor, number: int) -> Tensor:
+    """One of the 8 `SYMMETRIES` of the square (..., S, S): quarter turns, then flipped ones."""
+    turned = torch.rot90(x, number % 4, (-2, -1))
+    return turned.flip(-1) if number >= 4 else turned
 
 
 def _resize(size: int) -> A.SmallestMaxSize:

@@ -34,9 +34,9 @@ class Predictions:
     groups: list[str] | None = None  # patient, slide or region of each image; None where unknown
 
     @classmethod
-    def of(cls, tiles, predicted: np.ndarray, probabilities: np.ndarray) -> "Predictions":
-        """Predictions for a set, an `ldm.evaluation.sets.TransformedTiles`."""
-        labels = np.array(tiles.labels)
+    def of(cls, tiles, probabilities: np.ndarray) -> "Predictions":
+        """Predictions for a set, an `ldm.evaluation.sets.TransformedTiles`, by their (N, K)."""
+        labels, predicted = np.array(tiles.labels), probabilities.argmax(axis=1)
         names = tiles.relative_paths
         return cls(tiles.classes, names, labels, predicted, probabilities, tiles.groups)
 

@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoint import KEY, load_model
+from ldm.checkpoint import KEY, load_model, require_given
 from ldm.config import instantiate_from_config
 from ldm.data.latents import channel_sums, latent_sums, scale_from_sums
 from ldm.diffusion.flow import RectifiedFlow
@@ -162,6 +162,8 @@ class LatentDiffusion(HistoModule):
         config = dict(config or {})
         params = dict(config.get("params") or {})
         ckpt = ckpt or params.pop("ckpt_path", None)
+        if not params:
+            require_given(ckpt, "model.params.first_stage_ckpt", "HISTO_AUTOENCODER")
         if ckpt:
             module = load_model(ckpt, "autoencoder", what="model.params.first_stage_ckpt")
             stated = {k: params[k] for k in ("ddconfig", "embed_dim") if k in params}
@@ -173,14 +175,9 @@ class LatentDiffusion(HistoModule):
                     f"what {ckpt} was trained with; leave first_stage_config out, the checkpoint "
                     "knows its architecture"
                 )
-        elif params:
+        else:
             # Rebuilding from a diffusion checkpoint, whose weights follow.
             module = instantiate_from_config({"target": config["target"], "params": params})
-        else:
-            raise UserError(
-                "model.params.first_stage_ckpt is not set: export HISTO_AUTOENCODER=CKPT or give "
-                "model.params.first_stage_ckpt=CKPT"
-            )
         return module.net.eval().requires_grad_(False), module.rebuild_config()
 
     def _check_unet(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.data.arrays import holder
+from ldm.data.arrays import file_of
 from ldm.data.tile_files import TileFiles, new_rows
 from ldm.errors import UserError
 from ldm.evaluation.predictions import Predictions
@@ -108,7 +108,7 @@ def compute_judged(
     """
     if cache is None:
         beside = candidates_root.resolve()  # which has a name, other than "."
-        cache = holder(beside).with_name(f"{beside.name}.features")
+        cache = file_of(beside).with_name(f"{beside.name}.features")
     files = _tile_files(real_root, candidates_root, unlabelled, val_root, spread_root)
     held_out = {"val": files["val"]} if "val" in files else {}
     rows = {}

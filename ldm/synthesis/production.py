@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from itertools import accumulate, islice
 from typing import Any, NamedTuple
@@ -151,7 +151,8 @@ def synthesise(
         log.info("%s", synthesiser.devices.describe())
         folder.start(alone)
     ranks.barrier()
-    with _finishing(folder, ranks.is_first and alone):
+    finishes = ranks.is_first and alone
+    try:
         start = time.perf_counter()
         jobs = ((name, i) for name, images in counts.items() for i in range(images))
         missing = (job for job in islice(jobs, number, None, count) if job not in there)
@@ -166,26 +167,15 @@ def synthesise(
             _sample(synthesiser, folder, journal, mine, share, batch_size, quiet, sources)
         ranks.barrier()
         seconds = time.perf_counter() - start
-    return SampleReport(wanted - present, present, seconds)
-
-
-@contextmanager
-def _finishing(folder: SampleFolder, alone: bool) -> Iterator[None]:
-    """Write what is made of all images at the end, and their list after a failure too.
-
-    Args:
-        alone: Whether this process is the one to do so.
-    """
-    try:
-        yield
     except BaseException:
-        if alone:
+        if finishes:  # the list of what there is
             folder.read()
             folder.write_manifest()
         raise
-    if alone:
+    if finishes:
         folder.read()
         folder.finish()
+    return SampleReport(wanted - present, present, seconds)
 
 
 def _count_present(there: Iterable[Job], counts: Mapping[str, int], part: tuple[int, int]) -> int:
