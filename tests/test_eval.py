@@ -37,7 +37,7 @@ from ldm.evaluation.baselines import colour_histogram
 from ldm.evaluation.metrics import OF_PROBABILITIES, confusion_matrix, scores
 from ldm.evaluation.predictions import Predictions
 from ldm.evaluation.runs import Arm, build_training, train_to_the_end
-from ldm.evaluation.sets import TransformedTiles, open_splits, train_transform
+from ldm.evaluation.sets import TransformedTiles, open_splits, random_d4, train_transform
 from ldm.evaluation.training import Predictor, RunBatches
 from ldm.models.vit import TileClassifier, eval_transform, load_pretrained, load_vit
 from ldm.models.vit_settings import Settings
@@ -795,8 +795,9 @@ def test_d4_draws_all_eight_symmetries_alike(source):
     counts = [seen.count(k) for k in range(8)]
     assert min(counts) > 25 and sum(counts) == 400, "50 of each are expected"
     # timm's own mirroring would only double what is there already.
-    names = [type(step).__name__ for step in train_transform(Settings(d4=True)).transforms]
-    assert "RandomHorizontalFlip" not in names and names[1] == "RandomD4"
+    steps = train_transform(Settings(d4=True)).transforms
+    assert "RandomHorizontalFlip" not in map(lambda step: type(step).__name__, steps)
+    assert steps[1] is random_d4
 
 
 def test_stain_jitter_scales_each_stain_within_its_bounds():

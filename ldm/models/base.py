@@ -162,8 +162,6 @@ class HistoModule(pl.LightningModule):
             logger.save()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if KEY not in checkpoint or checkpoint[KEY]["kind"] != self.kind:
-            raise UserError(f"the checkpoint to resume does not hold a model of kind {self.kind}")
         stored = checkpoint[KEY]["classes"]
         if self.classes is not None and stored != self.classes:
             raise UserError(

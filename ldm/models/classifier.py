@@ -496,11 +496,6 @@ class NoisyLatentClassifier(GuidingClassifier):
         object.__setattr__(self, "first_stage", first_stage)
 
     def _check_first_stage(self, first_stage: AutoencoderNet) -> None:
-        if first_stage.fingerprint() != self.autoencoder_fingerprint:
-            raise UserError(
-                "the autoencoder is not the one that the classifier was trained with; "
-                "give the same `first_stage`"
-            )
         made = (first_stage.embed_dim, first_stage.latent_size, first_stage.latent_size)
         if made != self.latent_shape:
             ours, theirs = ("x".join(map(str, shape)) for shape in (self.latent_shape, made))
