@@ -2,6 +2,7 @@
 
 import logging
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -285,15 +286,16 @@ class LatentDiffusion(HistoModule):
         """Images, about [-1, 1] but not clamped, of scaled latents."""
         return self.first_stage_model.decode(z_0 / self.scale_factor)
 
-    def replace_first_stage(self, path: str) -> None:
-        """Decode with another autoencoder of the same latent space, one with a tuned decoder."""
-        other = load_model(path, "autoencoder", self.device, what="`first_stage`").net
-        if other.fingerprint() != self.autoencoder_fingerprint:
+    def replace_first_stage(self, path: str | Path) -> HistoModule:
+        """Decode with the (tuned) autoencoder of a checkpoint, of the same latent space."""
+        other = load_model(path, "autoencoder", self.device, what="`first_stage`")
+        if other.net.fingerprint() != self.autoencoder_fingerprint:
             raise UserError(
                 f"`first_stage`: {path} has another latent space than the diffusion model; give "
                 "the autoencoder it was trained with, or one whose decoder was fine-tuned from that"
             )
-        self.first_stage_model = other
+        self.first_stage_model = other.net
+        return other
 
     def on_fit_start(self) -> None:
         if isinstance(self.first_stage_model, PatchPCA) and not self.first_stage_model.is_fitted:
