@@ -28,7 +28,7 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.checkpoint import KEY, load_model, load_tensors, write_checkpoint
+from ldm.checkpoint import KEY, load_model, load_tensors, require_finite, write_checkpoint
 from ldm.cli import existing_path
 from ldm.config import read_yaml, upgrade_config
 from ldm.errors import UserError
@@ -221,8 +221,8 @@ def _grouped(names: list[str]) -> str:
     return ", ".join(shown) or "none"
 
 
-class Report:
-    """Assigns the weights of a foreign file to networks, and tells what happened to them.
+class Matcher:
+    """Assigns the weights of a foreign file to networks, and keeps count of them.
 
     Attributes:
         used, unused, missing: Names of weights, as in the file.
@@ -264,8 +264,6 @@ class Report:
             UserError: A weight has another shape (the configuration describes another network), or
                 is not finite.
         """
-        from ldm.checkpoint import require_finite
-
         own, wrong, found = module.state_dict(), [], {}
         for name, theirs in names.items():
             value = self.take(theirs)
@@ -296,7 +294,7 @@ def _identical_names(module: torch.nn.Module, prefix: str = "") -> dict[str, str
 # --- The three kinds -----------------------------------------------------------------------------
 
 
-def import_autoencoder(state: State, node: dict[str, Any]) -> tuple[HistoModule, Report]:
+def import_autoencoder(state: State, node: dict[str, Any]) -> tuple[HistoModule, Matcher]:
     """Build an autoencoder from its own file, or from the first stage in a diffusion model's file.
 
     Args:
@@ -309,9 +307,9 @@ def import_autoencoder(state: State, node: dict[str, Any]) -> tuple[HistoModule,
         raise UserError("config: the model section describes no autoencoder (ddconfig, embed_dim)")
     module = AutoencoderKL(**wanted)
     prefix = "first_stage_model." if any(k.startswith("first_stage_model.") for k in state) else ""
-    report = Report(state)
-    report.fill(module.net, _identical_names(module.net, prefix), "autoencoder")
-    return module, report
+    matcher = Matcher(state)
+    matcher.fill(module.net, _identical_names(module.net, prefix), "autoencoder")
+    return module, matcher
 
 
 def import_diffusion(
@@ -319,7 +317,7 @@ def import_diffusion(
     node: dict[str, Any],
     autoencoder: str | None = None,
     scale_factor: float | None = None,
-) -> tuple[HistoModule, Report]:
+) -> tuple[HistoModule, Matcher]:
     """Build an unconditional latent diffusion model.
 
     Args:
@@ -332,7 +330,7 @@ def import_diffusion(
             says; or the latent scale or the autoencoder is missing or given twice and different.
     """
     _require_target(node, "LatentDiffusion")
-    report = Report(state)
+    matcher = Matcher(state)
     params = dict(node.get("params") or {})
     stated = params.pop("scale_factor", None)
     other = None
@@ -343,14 +341,14 @@ def import_diffusion(
     has_unet, has_average = (any(k.startswith(p) for k in state) for p in (UNET, AVERAGE))
     params["use_ema"] = has_average and has_unet
     if has_average and not has_unet:
-        report.notes.append("only averaged weights (model_ema.*): they are the UNet's")
+        matcher.notes.append("only averaged weights (model_ema.*): they are the UNet's")
     elif not has_average:
-        report.notes.append("no averaged weights (model_ema.*): samples come from the UNet")
-    scale = _scale(report, stated, scale_factor)
+        matcher.notes.append("no averaged weights (model_ema.*): samples come from the UNet")
+    scale = _scale(matcher, stated, scale_factor)
     module = LatentDiffusion(**params, scale_factor=scale)
     net = module.first_stage_model
     if in_file:
-        report.fill(net, _identical_names(net, "first_stage_model."), "first stage")
+        matcher.fill(net, _identical_names(net, "first_stage_model."), "first stage")
         if other is not None and other.net.fingerprint() != net.fingerprint():
             raise UserError(
                 f"autoencoder: {autoencoder} is not the autoencoder in the file; leave it out"
@@ -360,12 +358,12 @@ def import_diffusion(
     names = _identical_names(module.unet, UNET if has_unet else "")
     if has_average and not has_unet:
         names = _average_names(module.unet)
-    report.fill(module.unet, names, "UNet")
+    matcher.fill(module.unet, names, "UNet")
     if params["use_ema"]:
-        _fill_average(report, module)
-    _check_schedule(report, module.schedule)
+        _fill_average(matcher, module)
+    _check_schedule(matcher, module.schedule)
     module.scale_factor = torch.tensor(scale)
-    return module, report
+    return module, matcher
 
 
 def _first_stage_config(
@@ -398,18 +396,18 @@ def _average_names(unet: torch.nn.Module) -> dict[str, str]:
     return {name: AVERAGE + name.replace(".", "") for name in unet.state_dict()}
 
 
-def _fill_average(report: Report, module: HistoModule) -> None:
+def _fill_average(matcher: Matcher, module: HistoModule) -> None:
     """Fill the average of the UNet's weights, its count of updates and its decay."""
     ema = module.ema
-    report.fill(ema.net, _average_names(ema.net), "averaged UNet")
-    updates, decay = report.take("model_ema.num_updates"), report.take("model_ema.decay")
+    matcher.fill(ema.net, _average_names(ema.net), "averaged UNet")
+    updates, decay = matcher.take("model_ema.num_updates"), matcher.take("model_ema.decay")
     if updates is not None and math.isfinite(updates):
         ema.num_updates.fill_(int(updates))
     if decay is not None and 0 <= round(float(decay), 6) < 1:
         module.ema_decay = ema.decay = round(float(decay), 6)
     elif decay is not None:  # 0.9999 in float16
         note = f"model_ema.decay is {float(decay):g}: {ema.decay:g} of the configuration is kept"
-        report.notes.append(note)
+        matcher.notes.append(note)
 
 
 def _tolerance(stored: torch.Tensor, least: float) -> float:
@@ -417,9 +415,9 @@ def _tolerance(stored: torch.Tensor, least: float) -> float:
     return max(least, 2 * torch.finfo(stored.dtype).eps) if stored.is_floating_point() else least
 
 
-def _scale(report: Report, stated: float | None, given: float | None) -> float:
+def _scale(matcher: Matcher, stated: float | None, given: float | None) -> float:
     """The latent scale: from the file, as given, or from the configuration; they must agree."""
-    stored = report.take("scale_factor")
+    stored = matcher.take("scale_factor")
     if isinstance(stated, list) or (stored is not None and stored.numel() != 1):
         raise UserError("a latent scale for each channel is not imported; give a single number")
     if stored is not None:
@@ -431,7 +429,7 @@ def _scale(report: Report, stated: float | None, given: float | None) -> float:
         if stated == 1 and float(stored) != 1:
             # What a published configuration without a scale means; the file has a measured one.
             del said["config: model.params.scale_factor"]
-            report.notes.append(f"scale_factor {float(stored):.6g} from the file")
+            matcher.notes.append(f"scale_factor {float(stored):.6g} from the file")
         for name, value in said.items():
             if abs(float(stored) - value) > tolerance * abs(value):
                 raise UserError(
@@ -448,16 +446,16 @@ def _scale(report: Report, stated: float | None, given: float | None) -> float:
             "the file holds no scale_factor, and the configuration says none: give scale_factor "
             "(1 / standard deviation of the latents that it was trained on)"
         )
-    report.notes.append(f"scale_factor {stated} from the configuration")
+    matcher.notes.append(f"scale_factor {stated} from the configuration")
     return float(stated)
 
 
-def _check_schedule(report: Report, schedule) -> None:
+def _check_schedule(matcher: Matcher, schedule) -> None:
     """Compare the file's noise schedule with the configuration's."""
     known = {"betas": schedule.betas, "alphas_cumprod": schedule.alphas_cumprod}
     seen = False
     for name, ours in known.items():
-        theirs = report.take(name)
+        theirs = matcher.take(name)
         if theirs is None:
             continue
         seen = True
@@ -472,7 +470,7 @@ def _check_schedule(report: Report, schedule) -> None:
                 "beta_schedule, linear_start and linear_end in the configuration"
             )
     if not seen:
-        report.notes.append("no table of betas to compare the schedule with")
+        matcher.notes.append("no table of betas to compare the schedule with")
 
 
 def import_classifier(
@@ -482,7 +480,7 @@ def import_classifier(
     node: dict[str, Any] | None = None,
     scale_factor: float | None = None,
     noised: bool = False,
-) -> tuple[HistoModule, Report]:
+) -> tuple[HistoModule, Matcher]:
     """Build a noisy-latent classifier.
 
     Args:
@@ -525,13 +523,13 @@ def import_classifier(
         first_stage=space.first_stage,
     )
     module.classes = list(classes)
-    report = Report(state)
-    report.fill(module.net, _identical_names(module.net), "classifier")
-    return module, report
+    matcher = Matcher(state)
+    matcher.fill(module.net, _identical_names(module.net), "classifier")
+    return module, matcher
 
 
 def write_imported(
-    module: HistoModule, report: Report, source: Path, out: Path, beside: dict[str, Any]
+    module: HistoModule, matcher: Matcher, source: Path, out: Path, beside: dict[str, Any]
 ) -> None:
     """Write the imported model as a checkpoint that records its source file."""
     payload: dict[str, Any] = {"state_dict": module.state_dict()}
@@ -541,8 +539,8 @@ def write_imported(
     payload[KEY]["source"] = {
         "file": source.name,
         "sha256": digests[0] if source.is_file() else digest_of(digests),
-        "unused": report.unused,
-        "missing": report.missing,
+        "unused": matcher.unused,
+        "missing": matcher.missing,
     }
     payload |= {k: v for k, v in beside.items() if k in ("epoch", "global_step")}
     write_checkpoint(out, payload)
