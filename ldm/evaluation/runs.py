@@ -17,13 +17,7 @@ from ldm.devices import Devices, Ranks
 from ldm.errors import UserError
 from ldm.evaluation.bootstrap import intervals
 from ldm.evaluation.predictions import predictions_name
-from ldm.evaluation.sets import (
-    EVALUATED,
-    GroupTable,
-    Splits,
-    open_evaluation_sets,
-    open_splits,
-)
+from ldm.evaluation.sets import EVALUATED, GroupTable, Splits, open_evaluation_sets, open_splits
 from ldm.evaluation.summary import write_confusion, write_summary
 from ldm.evaluation.training import Predictor, RunBatches, TrainingData, predictions_of
 from ldm.files import remove_leftovers, require_outside, write_json

@@ -264,10 +264,7 @@ def evaluated_sets(data_path: Path) -> list[str]:
 
 
 def open_evaluation_sets(
-    data_path: Path,
-    classes: Sequence[str],
-    input_size: int,
-    groups: GroupTable | None = None,
+    data_path: Path, classes: Sequence[str], input_size: int, groups: GroupTable | None = None
 ) -> dict[str, TransformedTiles]:
     """Those of `val` and `test` that are below `data_path`, with their groups."""
     transform = eval_transform(input_size)
@@ -312,11 +309,7 @@ def open_splits(
     for note in notes:
         log.warning("%s: %s", train_folder, note)
     identity: dict[str, dict[str, Any]] = {
-        name: {
-            "images": len(tiles),
-            "per_class": tiles.files.counts,
-            "sha256": tiles.files.listing,
-        }
+        name: {"images": len(tiles), "per_class": tiles.files.counts, "sha256": tiles.files.listing}
         for name, tiles in {"train": train, **evaluation}.items()
     }
     if settings.finetune:

@@ -35,12 +35,7 @@ from ldm.errors import UserError
 from ldm.files import digest_of, file_sha256
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.base import HistoModule
-from ldm.models.classifier import (
-    LatentSpace,
-    NoisyLatentClassifier,
-    network_config,
-    process_params,
-)
+from ldm.models.classifier import LatentSpace, NoisyLatentClassifier, network_config, process_params
 from ldm.models.diffusion import LatentDiffusion
 
 log = logging.getLogger(__name__)

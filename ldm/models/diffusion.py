@@ -272,10 +272,7 @@ class LatentDiffusion(HistoModule):
 
     @torch.no_grad()
     def latents(
-        self,
-        batch: dict[str, Any],
-        generator: torch.Generator | None = None,
-        sample: bool = True,
+        self, batch: dict[str, Any], generator: torch.Generator | None = None, sample: bool = True
     ) -> Tensor:
         """Scaled latents z_0 (B, C, h, w) of a batch, see `posterior_of`: a draw, or the mean."""
         posterior = posterior_of(batch, self.first_stage_model)

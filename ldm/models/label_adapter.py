@@ -60,10 +60,7 @@ class LabelAdapter(LatentDiffusion):
         # A model that is to be trained gets its average with its labels, in `use_classes`.
         params |= {"use_ema": use_ema and source is None, "ema_decay": ema_decay}
         super().__init__(
-            **params,
-            scheduler_config=scheduler_config,
-            weight_decay=weight_decay,
-            monitor=monitor,
+            **params, scheduler_config=scheduler_config, weight_decay=weight_decay, monitor=monitor
         )
         self.outputs = self.unet.num_classes
         self.label_dropout, self.tune = label_dropout, tune

@@ -137,10 +137,7 @@ def _check_classes(
 
 
 def make_settings(
-    sampling: Sampling,
-    models: Models,
-    devices: Devices | None = None,
-    out_size: int | None = None,
+    sampling: Sampling, models: Models, devices: Devices | None = None, out_size: int | None = None
 ) -> dict[str, Any]:
     """What decides the images of a folder, as `SampleFolder` compares it.
 

@@ -10,18 +10,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from ldm.cli import (
-    MOST,
-    Count,
-    NotNegative,
-    Pixels,
-    Positive,
-    Share,
-    Whole,
-    like,
-    option,
-    shown,
-)
+from ldm.cli import MOST, Count, NotNegative, Pixels, Positive, Share, Whole, like, option, shown
 from ldm.settings import (
     DEFAULT_COUNT,
     DEFAULT_SCALE,
