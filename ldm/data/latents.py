@@ -213,12 +213,10 @@ def latent_sums(dataset: Dataset, indices: Sequence[int], encode: Encode) -> Ten
     return sums
 
 
-def channel_sums(
-    dataset: Dataset, indices: Sequence[int], encode: Encode, channels: int, batch_size: int = 32
-) -> Tensor:
+def channel_sums(dataset: Dataset, indices: Sequence[int], encode: Encode, channels: int) -> Tensor:
     """As `latent_sums`, for each of C `channels` of its own, (3, C) float64 on the CPU."""
     sums = torch.zeros(3, channels, dtype=torch.float64)
-    for mean, variance in _posteriors(dataset, indices, encode, batch_size):
+    for mean, variance in _posteriors(dataset, indices, encode):
         sums[0] += mean.numel() / mean.shape[1]
         sums[1] += mean.sum(dim=(0, 2, 3))
         sums[2] += (mean.square() + variance).sum(dim=(0, 2, 3))
@@ -227,7 +225,7 @@ def channel_sums(
 
 @torch.no_grad()
 def _posteriors(
-    dataset: Dataset, indices: Sequence[int], encode: Encode, batch_size: int
+    dataset: Dataset, indices: Sequence[int], encode: Encode, batch_size: int = 32
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Mean and variance of the latents of tiles, each (B, C, h, w) float64, batch by batch."""
     dataset = without_augmentation(dataset)
