@@ -299,6 +299,12 @@ def test_random_models_have_the_sizes_of_the_configurations():
 # On a GPU
 
 
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(gpu, "PARTS", 1)
+    monkeypatch.setattr(gpu, "BLOCK", 100)
+
+
 def gpu_lines(tmp_path, *titles, networks=TINY, tasks=(), seconds=900.0, compiled=False):
     """Status and results of the GPU's benchmark, with tiny networks on the CPU."""
     args = gpu.Options(train_batch=2, autoencoder_batch=2, sample_batch=2, custom_steps=2)
@@ -336,12 +342,13 @@ def test_what_the_time_allows_is_measured(tmp_path, capsys):
         assert {lib: line["images_per_s"] for lib, line in summary["best"].items()} == fastest
         ratio = fastest["ours"] / fastest["diffusers"]
         assert summary["ours_over"]["diffusers"] == pytest.approx(ratio, rel=1e-3)
-    # A line of text each, the card, and two of each task: its best, and what its choices gave.
-    *_, choices = texts = capsys.readouterr().out.splitlines()
-    assert len(texts) == 3 + len(lines) + 2
+    # The machine, each line, and a summary of each task: what its choices gave.
+    _, *printed, summary = map(json.loads, capsys.readouterr().out.splitlines())
+    assert printed == result["lines"]
     rates = {line["channels_last"]: line["images_per_s"] for line in eager[:3:2]}
-    assert f"channels_last {rates[True] / rates[False]:.2f}, first step" in choices
-    assert "search" in choices and "compile" not in choices
+    gain = summary["choices"]["channels_last"]
+    assert gain == pytest.approx(rates[True] / rates[False], rel=1e-3)
+    assert summary["choices"].keys() == {"channels_last", "search"}
 
 
 def test_compiled_lines_are_made_ready_side_by_side(tmp_path, monkeypatch):
