@@ -258,12 +258,15 @@ def compared(
 
 def run_contest(
     args: NetworkOptions,
-    device: Any,
+    execution: Any,
     builds: Mapping[str, Callable[[], Ready]],
     pairs: Sequence[tuple[str, str]],
     **facts: Any,
 ) -> None:
     """Let contestants compete, and print what `compared` says of them beside `facts`.
+
+    Args:
+        execution: Where and how they run, a `benchmarks.networks.Execution`.
 
     Raises:
         UserError: A library is missing; or see `compete`.
@@ -271,8 +274,8 @@ def run_contest(
     for name in args.peers:
         if find_spec(name) is None:
             raise UserError(f"{name} is missing: python -m pip install {name}", "peers")
-    numbers = compared(compete(builds, device, args), pairs, args.batch_size)
-    print_result(args, **facts, **numbers)
+    numbers = compared(compete(builds, execution.device, args), pairs, args.batch_size)
+    print_result(args, **facts, dtype=execution.dtype, **numbers)
 
 
 def print_result(args: BenchmarkOptions, **facts: Any) -> None:

@@ -209,7 +209,7 @@ def build_autoencoder_training(
     x = execution.place(2 * torch.rand(batch_size, *networks.image) - 1)
 
     def step(lap: Lap) -> None:
-        with execution.autocast():
+        with execution.autocast(device):
             x_rec, posterior = reconstruct(net, x)
             loss, _ = loss_of.generator_loss(x, x_rec, posterior, 0)
         loss.backward()
@@ -431,7 +431,7 @@ def measured(
     yield {"task": "parts", "ms": ms, "flash": FLASH in os.environ}
     release(device)
     libraries = ["ours", *peers]
-    executions = [Execution(device, "bf16", **mode) for mode in MODES]
+    executions = [Execution.of(str(device), "bf16", **mode) for mode in MODES]
     contest = [(task, lib, run) for run in executions for task in tasks for lib in libraries]
     compiled = compile_ahead(contest, until, at_least)
     took: dict[tuple, float] = {}  # by task and mode, what the last line took

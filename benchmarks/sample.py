@@ -118,18 +118,12 @@ def our_step(
     models: "Models", execution: "Execution", batch_size: int, steps: int
 ) -> Callable[[Lap], None]:
     """The function that samples a batch by ours: of class 0 where there is a classifier."""
-    from ldm.devices import one_device
     from ldm.synthesis.settings import Sampling
     from ldm.synthesis.synthesiser import Synthesiser
 
     guided = models.classifier is not None
-    devices = one_device(str(execution.device)).with_precision(
-        execution.precision,
-        channels_last=execution.channels_last,
-        compile=execution.compile,
-    )
     sampling = Sampling("ddim", steps, eta=0.0, scale=float(guided), seed=0)
-    synthesiser = Synthesiser(models.to(execution.device), sampling, devices)
+    synthesiser = Synthesiser(models.to(execution.device), sampling, execution)
     labels = [0 if guided else -1] * batch_size
 
     def step(lap: Lap) -> None:
@@ -163,7 +157,7 @@ def diffusers_step(
 
     @torch.no_grad()
     def step(lap: Lap) -> None:
-        with execution.autocast():
+        with execution.autocast(execution.device):
             if classify is None:
                 pipeline(batch_size, num_inference_steps=steps, output_type="np")
             else:
@@ -209,13 +203,13 @@ def main(argv: list[str] | None = None) -> None:
 
     from benchmarks.networks import Execution, Networks
 
-    execution, networks = Execution.of(args), Networks.of(args.size)
+    execution, networks = Execution.asked(args), Networks.of(args.size)
     settings = (networks, CLASSIFIERS[args.size], execution, args.batch_size, args.custom_steps)
     builds = {arm: partial(build, arm, *settings) for arm in ["ours", *args.peers, "guided"]}
     pairs = [*(("ours", peer) for peer in args.peers), ("guided", "ours")]
     shape = [args.batch_size, *networks.latent]
-    facts = {"bench": "sample", "dtype": execution.dtype, "shape": shape}
-    run_contest(args, execution.device, builds, pairs, **facts)
+    facts = {"bench": "sample", "shape": shape}
+    run_contest(args, execution, builds, pairs, **facts)
 
 
 if __name__ == "__main__":

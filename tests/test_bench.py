@@ -51,7 +51,7 @@ from ldm.synthesis.synthesiser import Synthesiser
 
 SIZES = ("demo", "small", "paper")
 CPU = torch.device("cpu")
-EXECUTION = Execution(CPU)
+EXECUTION = Execution()
 TINY = Networks(tiny.UNET, tiny.DDCONFIG, 3)
 
 
@@ -203,7 +203,7 @@ def test_attention_runs_on_fused_kernels(block, monkeypatch):
 def test_networks_are_compiled_where_wanted(compiled):
     for library in ("ours", "diffusers"):
         net, _ = build_autoencoder(library, TINY)
-        Execution(CPU, compile=compiled).maybe_compile(net.encoder)
+        Execution(compile=compiled).maybe_compile(net.encoder)
         assert (net.encoder._compiled_call_impl is not None) == compiled
 
 

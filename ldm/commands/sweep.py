@@ -116,32 +116,30 @@ def settings_of(args: Options, models) -> list:
     from ldm.synthesis.settings import Sampling
 
     process, by_classifier = models.diffusion.schedule, models.classifier is not None
-    grid, usual = [], process.guided_interval if by_classifier else None
+    usual, grid = process.guided_interval if by_classifier else None, []
+    of_classifier = {
+        "guidance_on": args.guidance_on,
+        "normalise": args.guidance_norm,
+        "clip": args.guidance_clip,
+        "temperature": temperature_of(args, models),
+    }
     for sampler, steps, span, scale in product(
         args.samplers or process.samplers[:1], args.steps, args.intervals, args.scales
     ):
-        common = {
-            "sampler": sampler,
-            "steps": steps,
-            "eta": {"ddim": args.eta, "ddpm": 1.0}.get(sampler, 0.0),
-            "seed": args.seed,
-            "limit": args.latent_limit,
-        }
-        if not by_classifier:
-            unguided = scale == 1
-            values = {"scale": 0.0, "cfg_scale": scale}
-        elif scale == 0:
-            unguided, values = True, {"scale": 0.0}
-        else:
-            unguided = False
-            values = {
-                "scale": scale,
-                "guidance_on": args.guidance_on,
-                "normalise": args.guidance_norm,
-                "clip": args.guidance_clip,
-                "temperature": temperature_of(args, models),
-            }
-        grid.append(Sampling(**common, **values, interval=None if unguided else span or usual))
+        guided = scale != (0 if by_classifier else 1)
+        values = of_classifier if by_classifier and guided else {}
+        sampling = Sampling(
+            sampler,
+            steps,
+            eta={"ddim": args.eta, "ddpm": 1.0}.get(sampler, 0.0),
+            seed=args.seed,
+            limit=args.latent_limit,
+            scale=scale if by_classifier else 0.0,
+            cfg_scale=1.0 if by_classifier else scale,
+            interval=(span or usual) if guided else None,
+            **values,
+        )
+        grid.append(sampling)
     return list(dict.fromkeys(grid))
 
 

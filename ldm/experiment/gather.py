@@ -31,7 +31,7 @@ def gather(plan: Plan, standing: Mapping[str, Standing]) -> Table:
     done = [row.summary for row in rows if row.summary]
     classes = list(done[0]["per_seed"][0]["val"]["per_class"]) if done else []
     pools = dict.fromkeys(arm.generator for arm in plan.rows if arm.generator)
-    umaps = [plan.features(pool) for pool in pools]
+    umaps = [plan.out / "features" / pool for pool in pools]
     settings = plan.settings
     table = Table(
         name=settings.name,
@@ -108,10 +108,10 @@ def gather_row(plan: Plan, arm: Arm, standing: Mapping[str, Standing]) -> Row:
         ("fidelity", "copies", "chosen_copies", "samples", "selection")
     )
     if is_done(f"fidelity-{first}"):
-        found["fidelity"] = read_json(plan.fidelity(first))
+        found["fidelity"] = read_json(plan.out / "fidelity" / f"{first}.json")
     synthetic = None if images is None else 0
     if arm.generator is not None:
-        samples, pool = plan.samples(arm.generator), plan.copies(arm.generator)
+        samples, pool = (plan.out / part / arm.generator for part in ("samples", "copies"))
         found["samples"] = samples if samples.is_dir() else None
         if is_done(f"copies-{arm.generator}"):
             found["copies"] = read_json(pool / "report.json")
@@ -170,7 +170,7 @@ def merge(plan: Plan, arm: Arm, places: Mapping[int, Path]) -> dict[str, Any]:
     if groups:
         notes = [note for note in notes if note != OVER_IMAGES]
     folders = list(places.values())
-    return write_summary(plan.results(arm.key), arm.key, results, folders, groups, notes)
+    return write_summary(plan.out / "eval" / arm.key, arm.key, results, folders, groups, notes)
 
 
 def _predictions(place: Path) -> dict[str, Path]:
