@@ -128,11 +128,7 @@ class Task:
 
 
 def tasks_of(networks: "Networks", classifier: dict[str, Any], args: Options) -> list[Task]:
-    """The tasks, the most telling first.
-
-    Args:
-        classifier: Settings of the guide's network, see `ldm.models.classifier.network_config`.
-    """
+    """The tasks, the most telling first; `classifier` has the settings of the guide's network."""
     training = partial(build_training, networks)
     guided = partial(build_sampling, networks, classifier, args.custom_steps)
     autoencoder = partial(build_autoencoder_training, networks)
@@ -251,13 +247,10 @@ def release(device: "torch.device") -> None:
 def warm_up(
     task: Task, library: str, execution: "Execution", patience: int = 0
 ) -> Callable[[float], dict[str, Any]]:
-    """Build a contestant, with half of the images as long as they do not fit into memory.
+    """Build a contestant, with half of the images as long as they do not fit.
 
-    Args:
-        patience: How often to wait for memory that other processes may give back.
-
-    Returns:
-        A function that measures it for so many seconds.
+    First it waits `patience` times for memory that other processes may give back. Returns a
+    function that measures the contestant for so many seconds.
     """
     import torch
 
@@ -367,11 +360,7 @@ def parts(networks: "Networks", device: "torch.device") -> dict[str, float]:
 
 
 def choose_attention(ms: dict[str, float]) -> None:
-    """Have this process and those that it starts use flash attention where it is the faster one.
-
-    Args:
-        ms: What `parts` found; empty in a process that was started: what was chosen before.
-    """
+    """Use flash attention, here and in processes from here, where `parts` found it faster."""
     import torch
 
     flash, cudnn = (ms.get(f"attention {name}", math.inf) for name in ("flash", "cudnn"))
@@ -415,13 +404,7 @@ def measured(
     at_least: float,
     side: int,
 ) -> Iterator[dict[str, Any]]:
-    """Measure as much as the time allows, and give each result when it is there.
-
-    Args:
-        until: When to end, as `time.monotonic` says it.
-        at_least: Seconds that each line is measured for, after its warm-up.
-        side: Side of the matrices whose product gives the peak.
-    """
+    """Measure for `at_least` seconds each what fits `until` then, and give each result at once."""
     from benchmarks.networks import Execution
 
     peak = matmul_peak(device, side)
@@ -484,10 +467,9 @@ def compile_ahead(
 
 
 def summary_of(task: Task, lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """The best line of each library, ours over the others' images/s, the goal, and the choices.
+    """The best line of each library, ours over the others' images/s, the goal, and the choices:
 
-    `choices` says what each choice gave ours: times images/s of the line that differs in nothing
-    else.
+    times images/s of ours over the line that differs in nothing else.
     """
     own = [line for line in lines if line["task"] == task.title and "images_per_s" in line]
     rates = {(line["library"], *(line[c] for c in CHOICES)): line["images_per_s"] for line in own}
@@ -519,11 +501,7 @@ def measure_all(
     out: Path | None = None,
     side: int = MATRIX,
 ) -> int:
-    """Print each result at once and write all so far to the file `out`, see `measured`.
-
-    Returns:
-        Exit status: 1 if a line failed.
-    """
+    """Print each result at once, write all so far to `out`; returns 1 if a line failed, else 0."""
     import torch
 
     from ldm.files import write_json

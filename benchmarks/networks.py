@@ -96,11 +96,8 @@ def build_unet(library: str, params: dict[str, Any]) -> tuple[nn.Module, Predict
     """The noise predictor of a library, and how to call it.
 
     diffusers' is the same function of the same weights (see `ldm.exchange.diffusers_export`).
-    MONAI's adds the time embedding where the others scale and shift by it, so that it has 5 to 8%
-    fewer weights; the operations are the same to 0.3%.
-
-    Raises:
-        UserError: The library cannot express the architecture.
+    MONAI's adds the time embedding where the others scale and shift by it, so that it has 5 to
+    8% fewer weights; the operations are the same to 0.3%.
     """
     if library == "ours":
         from ldm.modules.unet import UNetModel
@@ -133,11 +130,7 @@ def build_unet(library: str, params: dict[str, Any]) -> tuple[nn.Module, Predict
 
 
 def build_autoencoder(library: str, networks: Networks) -> tuple[nn.Module, Encode]:
-    """The autoencoder of a library, and how to draw latents with it.
-
-    Raises:
-        UserError: The library cannot express the architecture.
-    """
+    """The autoencoder of a library, and how to draw latents with it."""
     ddconfig = networks.ddconfig
     if library == "ours":
         from ldm.modules.autoencoder import AutoencoderKL

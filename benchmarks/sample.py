@@ -41,12 +41,7 @@ class Options(NetworkOptions):
 
 
 def random_models(networks: "Networks", classifier: dict[str, Any] | None) -> "Models":
-    """Models with random weights; time does not depend on what they say.
-
-    Args:
-        networks: The architecture.
-        classifier: Settings of the classifier's network, or None for none.
-    """
+    """Models with random weights: time does not depend on what they say."""
     import torch
 
     from benchmarks.networks import randomise
@@ -175,12 +170,7 @@ def build(
     batch_size: int,
     steps: int,
 ) -> Ready:
-    """A contestant that samples by DDIM at eta 0.
-
-    Args:
-        arm: "ours" or "diffusers", or with guidance by our classifier "guided" (ours) or
-            "guided_diffusers".
-    """
+    """A contestant that samples by DDIM at eta 0; the arm `guided` is ours with a classifier."""
     import torch
 
     from benchmarks.networks import autoencoder_flops, count, unet_flops

@@ -75,12 +75,7 @@ def noise_and_average(
 def latents_of(
     library: str, networks: "Networks", execution: "Execution", batch: dict[str, Any]
 ) -> tuple[str, Callable[["Tensor"], "Tensor"], int]:
-    """How latents are drawn from batches like `batch`.
-
-    Returns:
-        The key of the batch's tensor, the function that draws latents from that, and its
-        floating-point operations.
-    """
+    """The key of a batch's tensor, how latents are drawn from that, and the operations of it."""
     from benchmarks.networks import autoencoder_flops, make_encoder
     from ldm.modules.autoencoder import DiagonalGaussian
 

@@ -160,11 +160,9 @@ def options_of(settings: type) -> dict[str, dataclasses.Field]:
 def checked(settings: type, values: Mapping[str, Any], strict: bool = True) -> Any:
     """The settings object of a mapping, such as a section of a YAML file.
 
-    With `strict`, types are those of YAML and JSON: the text "3" is no number.
-
-    Raises:
-        Problems: Every unknown name (with the nearest valid one), missing or wrong value, and what
-            the method `problems` of the class finds in values that are right one by one.
+    With `strict`, types are those of YAML and JSON: the text "3" is no number. `Problems` has
+    every unknown name (with the nearest valid one), missing or wrong value, and what the method
+    `problems` of the class finds in values that are right one by one.
     """
     known = options_of(settings)
     found = {
@@ -238,10 +236,7 @@ def _literals(annotation: Any) -> list[str]:
 
 
 def bounds_in_words(annotation: Any, violated: Mapping[str, Any]) -> str:
-    """`in [1, 8]`, or `at least 1`, of an annotated type.
-
-    The limit `MOST` is named only where it is the one that is `violated`.
-    """
+    """`in [1, 8]`, or `at least 1`, of a type; the limit `MOST` only where it is `violated`."""
     bounds: dict[str, Any] = {}  # by pydantic's names: gt, ge, lt, le
     for part in _parts(annotation):
         for bound in getattr(part, "metadata", ()):
@@ -300,12 +295,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def parse(settings: type, argv: Sequence[str] | None = None) -> Any:
-    """The settings that a command line means.
-
-    Raises:
-        Problems: All of a user's mistakes: see `checked`.
-        UserError: An option without its value.
-    """
+    """The settings that a command line means; all of a user's mistakes are one `Problems`."""
     parser = make_parser(settings)
     words = sys.argv[1:] if argv is None else argv
     fields = options_of(settings)
@@ -451,11 +441,7 @@ def _usage(program: str, fields: Mapping[str, dataclasses.Field]) -> str:
 def _replaced(
     words: Sequence[str], replaced: Mapping[str, str], found: dict[str, str]
 ) -> list[str]:
-    """The words, with published options that are none here turned into overrides or `found`.
-
-    Args:
-        replaced: By option, the key that it sets, or what to do instead.
-    """
+    """The words, with published options that are none here turned into overrides or `found`."""
     result: list[str] = []
     words = [str(word) for word in words]
     while words:
@@ -513,10 +499,7 @@ def _spelled(
 
 
 def _is_value(word: str, takes_value: bool, free_words: bool) -> bool:
-    """Whether a word after a boolean option is its value.
-
-    `free_words`: the command takes words without an option, other than overrides.
-    """
+    """Whether a word after a boolean option is its value; `free_words` need no option."""
     if word.strip().lower() in ("true", "false"):
         return True
     if not takes_value:
@@ -566,13 +549,11 @@ def _is_tuple(field: dataclasses.Field) -> bool:
 
 
 def existing_path(text: str | os.PathLike, what: str, kind: str = "any") -> Path:
-    """The path, if it is there and a file ("file"), a folder ("dir") or either ("any").
+    """The path, if it is there and a file, a folder ("dir") or either ("any").
 
-    A path configs/... that is not in the working folder is that of this package.
-    Of a folder of tiles ("tiles") it may be that of a file of arrays, or lead into one.
-
-    Args:
-        what: Name of the setting, for an error.
+    A path configs/... that is not in the working folder is that of this package. Of a folder of
+    tiles ("tiles") it may be that of a file of arrays, or lead into one. An error calls it
+    `what`.
     """
     path = Path(text).expanduser()
     if path.parts[:1] == ("configs",) and not path.exists() and (ROOT / path).exists():
@@ -619,10 +600,7 @@ def _messages(error: BaseException, settings: type | None) -> list[str]:
 
 
 def _as_typed(text: str, fields: Mapping[str, dataclasses.Field]) -> str:
-    """A text in which settings in backquotes are called as their options.
-
-    Scripts are called as commands where the user did not type a script.
-    """
+    """A text with settings in backquotes as options, and scripts as what was typed."""
     names = {name: _flag(field) for name, field in fields.items()}
     text = re.sub(r"`(\w+)`", lambda found: names.get(found[1], found[0]), text)
     return text if _is_script() else SCRIPT.sub(lambda found: OF_SCRIPTS[found[1]], text)

@@ -40,11 +40,7 @@ class Options:
 
 
 def read_demo(args: Options) -> "Settings":
-    """The settings of the demo: a table, with the folders and the devices that are here.
-
-    Raises:
-        UserError: `data` does not exist, or an override names nothing that is there.
-    """
+    """The settings of the demo: a table, with the folders and the devices that are here."""
     from omegaconf import OmegaConf
 
     from ldm.config import read_yaml, resolve

@@ -108,11 +108,7 @@ class Options(DeviceOption):
 
 
 def settings_of(args: Options, models) -> list:
-    """The settings to try: every combination, but an unguided one once for all intervals.
-
-    Args:
-        models: `ldm.synthesis.models.Models`.
-    """
+    """The settings to try: every combination, but an unguided one once for all intervals."""
     from ldm.synthesis.settings import Sampling
 
     process, by_classifier = models.diffusion.schedule, models.classifier is not None

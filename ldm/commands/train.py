@@ -96,10 +96,7 @@ def load_configuration(args: Options) -> dict[str, Any]:
 
 
 def configured_devices(args: Options, settings: dict[str, Any]) -> Options:
-    """`args` with `lightning.trainer.devices` and `.num_nodes` where it names none itself.
-
-    Both keys are removed from `settings`, the section lightning.trainer.
-    """
+    """`args` with the devices and nodes that `settings` names; they are removed from it."""
     wanted = settings.pop("devices", None)
     if args.gpus is None and args.devices is None and wanted not in (None, "auto"):
         if isinstance(wanted, int) and wanted > 0:

@@ -71,10 +71,7 @@ def wait_or_kill(process: subprocess.Popen, seconds: float) -> None:
 def launch(
     command: Sequence[str], log_path: Path, environment: Mapping[str, str], lock: int
 ) -> int:
-    """Run a command as a process, its output added to a file.
-
-    Any exception, a signal for example, ends the process. So does the end of our parent.
-    """
+    """Run a command as a process that any exception here, or the end of our parent, ends too."""
     parent = os.getppid()
     start = ["-m", "ldm.commands"] if command[0] in COMMANDS else []
     with log_path.open("ab") as output:
@@ -107,17 +104,11 @@ def execute(
     variables: Mapping[str, str] | None = None,
     launch: Launch = launch,
 ) -> int:
-    """Run a job, or take what another process has finished.
+    """Run a job, or take what another process has finished; returns its exit status.
 
-    Args:
-        variables: Environment of the command, but for the job's own; this process's if omitted.
-
-    Returns:
-        Exit status: that of the command, 1 when it wrote less than it should, 75 when it was
-        stopped by somebody else.
-
-    Raises:
-        JobBusy: Another process is running it.
+    That is 1 when it wrote less than it should, 75 when it was stopped by somebody else. The
+    command has these variables (of this process if omitted) and the job's own. JobBusy is
+    raised where another process is running it.
     """
     environment = {**(os.environ if variables is None else variables), **job.environment}
     with lock_file(records.lock(job.name)) as lock:
@@ -190,13 +181,10 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def take_gpus(folder: Path, gpus: Sequence[str], share: int, count: int) -> Iterator[list[str]]:
-    """Wait for GPUs and hold them for the block. Snakemake counts resources but names none.
+    """Wait for `count` GPUs and hold them for the block: Snakemake names none.
 
-    Args:
-        folder: Folder of the locks.
-        gpus: Numbers or UUIDs of all GPUs; where there are none, nothing is taken.
-        share: Jobs on one GPU at most; a job of several GPUs has each of them to itself.
-        count: How many this job wants.
+    At most `share` jobs are on one GPU; a job of several GPUs has each of them to itself. The
+    locks lie in `folder`; where there are no GPUs, nothing is taken.
     """
     # The first place of every GPU, then the second: evenly.
     parts = [(gpu, [place]) for place in range(share) for gpu in gpus]

@@ -22,11 +22,7 @@ from ldm.run import git_revision, hardware, versions
 
 
 def gather(plan: Plan, standing: Mapping[str, Standing]) -> Table:
-    """The table as far as its jobs have come; it is written to OUT/table.json, too.
-
-    Args:
-        standing: Of all jobs, see `ldm.experiment.jobs.Records.survey`.
-    """
+    """The table as far as its jobs have come; it is written to OUT/table.json, too."""
     rows = [gather_row(plan, arm, standing) for arm in plan.rows]
     done = [row.summary for row in rows if row.summary]
     classes = list(done[0]["per_seed"][0]["val"]["per_class"]) if done else []
@@ -149,12 +145,9 @@ def _status(states: Sequence[State]) -> str:
 
 
 def merge(plan: Plan, arm: Arm, places: Mapping[int, Path]) -> dict[str, Any]:
-    """summary.json over the seeds that are done, each of which another command trained.
+    """summary.json over the seeds (or draws) that are done, each of which another command trained.
 
     Patients or slides come in here: a better table of them changes intervals, not networks.
-
-    Args:
-        places: Folder by seed, which is also the number of the draw of labels.
     """
     from ldm.evaluation.sets import GroupTable
 
@@ -204,11 +197,7 @@ def _failures(jobs: Sequence[str], standing: Mapping[str, Standing]) -> list[str
 
 
 def read_paper(path: str | None, table: str, keys: list[str]) -> dict[str, dict[str, float]]:
-    """The numbers of the paper for one table: row key -> metric -> value, empty cells left out.
-
-    Raises:
-        UserError: No such file, or a row that the table does not have.
-    """
+    """The numbers of the paper for one table: row key -> metric -> value, empty cells left out."""
     if path is None:
         return {}
     source = existing_path(path, "paper", "file")

@@ -141,11 +141,7 @@ class Plan:
         return name + self._draw.part if self._depends_on_labels(name) else name
 
     def select_rows(self, patterns: Sequence[str]) -> list[Arm]:
-        """The rows whose key fits a pattern such as `*-centroid-100`; all without patterns.
-
-        Raises:
-            UserError: A pattern fits none.
-        """
+        """The rows whose key fits a pattern such as `*-centroid-100`; all without patterns."""
         if not patterns:
             return self.rows
         keys = [row.key for row in self.rows]
@@ -185,11 +181,7 @@ class Plan:
             raise UserError(f"out {out} lies in data.root {self.root}; give a folder outside")
 
     def _check_inputs(self) -> None:
-        """Check that everything from elsewhere is there.
-
-        Raises:
-            UserError: Something is missing; all that is missing, in one line.
-        """
+        """Check that everything from elsewhere is there; all that is missing is one UserError."""
         settings, data = self.settings, self.settings.data
         checks: list[tuple] = [(self._check_tiles,)]  # a function and its arguments
         if data.groups is not None:
@@ -286,12 +278,7 @@ class Plan:
         words: Sequence[str] = (),
         **more: Any,
     ) -> str:
-        """Add a job, unless one of that name is there; returns the name.
-
-        Args:
-            words: Arguments after the options.
-            more: Further attributes of `Job`.
-        """
+        """Add a job, unless one of that name is there; returns the name. `words` come last."""
         if name not in self._jobs:
             command, output = (verb, *arguments(options), *words), tuple(output)
             self._jobs[name] = Job(
@@ -353,10 +340,7 @@ class Plan:
                   self._tiles(unlabelled), gpus=0)  # fmt: skip
 
     def _filled_options(self, options: Options) -> tuple[Options, Needs]:
-        """Options with `_filled` values; folders of tiles that they name are needed, too.
-
-        The key of a row of pseudo-labelled tiles stands for its training folder.
-        """
+        """Options with `_filled` values; keys of pseudo-labelled rows are training folders."""
         texts, folders = " ".join(map(str, options.values())), NOTHING
         if "{labelled}" in texts:
             folders += self._tiles(self._draw.labelled)
@@ -373,11 +357,7 @@ class Plan:
     def _filled(
         self, texts: Sequence[Any], places: Mapping[str, str] | None = None
     ) -> tuple[list[Any], Needs]:
-        """Texts with the places of models for {NAME}, and of the labelled tiles for {labelled}.
-
-        Args:
-            places: Further names and what stands for them.
-        """
+        """Texts with models for {NAME}, the labelled tiles for {labelled}, and further `places`."""
         known, used = (
             {"labelled": show_path(self.data / self._draw.labelled), **(places or {})},
             set(),
@@ -512,11 +492,7 @@ class Plan:
     def _selection(
         self, folder: str, generator: str, selection: str, ratio: int, seed: int | None = None
     ) -> Needs:
-        """What a job needs that uses a training folder; adds the job that makes it.
-
-        Args:
-            seed: Of a random choice; if omitted, that of the draw, or 0.
-        """
+        """What a job needs that uses a training folder; adds the job that makes it."""
         labelled, strategy = self._draw.labelled, self.settings.selection[selection]
         if folder in self._chosen:
             raise UserError(f"the judge that chooses the tiles of {folder} is trained on them")

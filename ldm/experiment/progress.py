@@ -14,10 +14,7 @@ STOPPED_WORDS = "stopped; the same command goes on here"
 
 @dataclass
 class Progress:
-    """Follows the records of jobs.
-
-    On a terminal, the seconds of a job that runs alone count up.
-    """
+    """Follows the records of jobs; on a terminal, the seconds of a job alone count up."""
 
     records: Records
     at_once: int = 1  # how many jobs run at once; of several, the start is shown too

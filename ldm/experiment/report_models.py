@@ -43,11 +43,7 @@ CURVES = {
 
 
 def add_sections(page: Page, results: Results, out: Path) -> None:
-    """Add all sections to a page.
-
-    Args:
-        out: Folder of the page.
-    """
+    """Add all sections to a page in the folder `out`."""
     _samples(page, results)
     _stages(page, results.table)
     _guidance(page, results.table)

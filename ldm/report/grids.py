@@ -58,13 +58,9 @@ class Card(NamedTuple):
 def card_sheet(
     title: Sequence[str], rows: Sequence[tuple[str, Sequence[Card]]], side: int, columns: int
 ) -> bytes:
-    """A contact sheet as PNG.
+    """A contact sheet as PNG: lines of a title, then (heading or empty, cards) of each row.
 
-    Args:
-        title: Lines at the top.
-        rows: Heading of each row, which may be empty, and its cards.
-        side: Pixels of a picture.
-        columns: Least number of pictures that a row has room for.
+    A picture has `side` pixels, and a row room for `columns` of them at least.
     """
     import matplotlib
     from PIL import Image, ImageDraw, ImageFont
