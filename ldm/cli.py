@@ -25,7 +25,6 @@ import argparse
 import dataclasses
 import difflib
 import functools
-import json
 import logging
 import os
 import re
@@ -157,12 +156,11 @@ def options_of(settings: type) -> dict[str, dataclasses.Field]:
 # --- Checking ------------------------------------------------------------------------------------
 
 
-def checked(settings: type, values: Mapping[str, Any], strict: bool = True) -> Any:
+def checked(settings: type, values: Mapping[str, Any]) -> Any:
     """The settings object of a mapping, such as a section of a YAML file.
 
-    With `strict`, types are those of YAML and JSON: the text "3" is no number. `Problems` has
-    every unknown name (with the nearest valid one), missing or wrong value, and what the method
-    `problems` of the class finds in values that are right one by one.
+    `Problems` has every unknown name (with the nearest valid one), missing or wrong value, and what
+    the method `problems` of the class finds in values that are right one by one.
     """
     known = options_of(settings)
     found = {
@@ -170,10 +168,7 @@ def checked(settings: type, values: Mapping[str, Any], strict: bool = True) -> A
     }
     values = {name: value for name, value in values.items() if name in known}
     try:
-        if strict:
-            result = _adapter(settings).validate_json(json.dumps(values), strict=True)
-        else:
-            result = _adapter(settings).validate_python(values)
+        result = _adapter(settings).validate_python(values)
         if not found:
             for name, text in getattr(result, "problems", tuple)():
                 found.setdefault(name, text)
@@ -315,7 +310,7 @@ def parse(settings: type, argv: Sequence[str] | None = None) -> Any:
         found[f"unknown argument {word}{nearest(word, known, '')}"] = ""
     flags = {name: _flag(field) for name, field in fields.items()}
     try:
-        result = checked(settings, values, strict=False)
+        result = checked(settings, values)
     except Problems as problems:
         found |= {flags[name]: _as_typed(text, fields) for name, text in problems.found.items()}
     if found:

@@ -252,11 +252,16 @@ def remove_leftovers(*targets: Path) -> list[Path]:
             own = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{16}}\.part")
             found += [path for path in target.parent.iterdir() if own.fullmatch(path.name)]
     for path in found:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        remove(path)
     return found
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def lies_in(path: Path, folder: Path) -> bool:

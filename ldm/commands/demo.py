@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     plan.prepare()
     records = Records(plan.jobs_folder)
     records.forget_failures(plan.jobs)
-    progress = Progress(records, JOBS, extra=1, tails=True)
+    progress = Progress(records, JOBS, tails=True)
     standing = engine.run(records, plan.jobs, engine.Machine(JOBS), progress, keep_going=False)
     failed = [one.record.failed for one in standing.values() if one.state is State.FAILED]
     if failed:
@@ -101,9 +101,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from ldm.experiment.report import write_results
 
-    before = time.monotonic()
-    headline = write_results(gather(plan, standing), plan.out)
-    progress.step("report and table", time.monotonic() - before, headline)
+    print(write_results(gather(plan, standing), plan.out))
     print(f"{show_path(plan.out / 'report.html')} and table.csv, {time.monotonic() - start:.0f} s")
     print("next: open the report in a browser; --data DIR takes tiles of your own")
     return 0

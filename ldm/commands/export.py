@@ -6,6 +6,7 @@ says how to load it and sample. What is written is compared with the model befor
 
 import logging
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
@@ -37,13 +38,8 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(args.out)
     if out.exists():
         raise UserError(f"--out {out} exists; give another name, or remove it")
-    try:
-        import diffusers  # noqa: F401
-    except ModuleNotFoundError:
-        raise UserError(
-            "this command needs the package diffusers, which is not installed; run `pip install "
-            "diffusers`"
-        ) from None
+    if find_spec("diffusers") is None:
+        raise UserError("diffusers, which this command needs, is missing: pip install diffusers")
 
     from ldm.checkpoint import checkpoint_path, load_model
     from ldm.exchange.diffusers_export import export

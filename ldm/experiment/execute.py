@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from pydantic import TypeAdapter
 from ldm.cli import COMMANDS, STOPPED
 from ldm.experiment.jobs import Job, JobBusy, Record, Records, lock_file
 from ldm.experiment.numbers import key_number
-from ldm.files import write_json, write_text
+from ldm.files import remove, write_json, write_text
 
 PLAN = "plan.json"
 PLANNED = TypeAdapter(dict[str, tuple[Job, str]])  # job and key, by name
@@ -169,14 +168,6 @@ def explain_failure(records: Records, name: str, status: int) -> str:
             ended += ", perhaps for its memory"
         words = f"{ended}; last line: {words}" if words else ended
     return words.strip()[:300] or f"exit status {status}"
-
-
-def remove(path: Path) -> None:
-    """Delete a file, a link or a folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -18,7 +18,6 @@ class Progress:
 
     records: Records
     at_once: int = 1  # how many jobs run at once; of several, the start is shown too
-    extra: int = 0  # steps after the jobs, for the count
     tails: bool = False  # whether the end of a failed job's log is shown
     stream: TextIO = field(default_factory=lambda: sys.stdout)
 
@@ -31,7 +30,7 @@ class Progress:
 
     def begin(self, standing: Mapping[str, Standing]) -> None:
         """Tell what was done before."""
-        self.total = len(standing) + self.extra
+        self.total = len(standing)
         done = [one for one in standing.values() if one.state is State.DONE]
         self._settled = len(done)
         if done:
@@ -68,11 +67,6 @@ class Progress:
             record = self.records.read(name)
             seconds = record.seconds if record else 0.0
             self._say(self._line(self._settled, self.titles[name], seconds, STOPPED_WORDS))
-
-    def step(self, title: str, seconds: float, words: str) -> None:
-        """Print the line of a step after the jobs."""
-        self._settled += 1
-        self._say(self._line(self._settled, title, seconds, words))
 
     def _changed(self, name: str, record: Record) -> None:
         if record.done or record.failed is not None:

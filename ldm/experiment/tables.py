@@ -5,7 +5,7 @@ Metrics are fractions here and in the CSV, percent in what people read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -121,9 +121,6 @@ class Results:
         """Names of the strategies that choose at random."""
         return control_names(self.table)
 
-    def is_selected(self, row: Row) -> bool:
-        return row.kind == "synthetic" and row.factors.get("selection") not in self.controls
-
     @cached_property
     def best(self) -> Row | None:
         """The selected arm that gains most accuracy on val, which test has no part in."""
@@ -131,7 +128,8 @@ class Results:
         found = []
         for row in self.table.rows:
             value, real = self.mean(row, split, "accuracy"), self.reference_of(row)
-            if self.is_selected(row) and value is not None:
+            selected = row.factors.get("selection") not in self.controls
+            if row.kind == "synthetic" and selected and value is not None:
                 without = real and self.mean(real, split, "accuracy")
                 found.append((value - (without or 0.0), row))
         return max(found, key=lambda one: one[0])[1] if found else None
@@ -444,7 +442,8 @@ def fidelity_table(results: Results) -> TextTable:
     heads += ["flagged as copies", "of the pool", "by chance"]
     rows, extractors, warnings = [], {}, {}
     for row in results.table.rows:
-        failed = [_failure_of(row, job) for job in ("fidelity", "copy check")]
+        titles = [line.partition(" of ")[0] for line in row.failures]  # of the jobs
+        failed = ["failed" * (job in titles) for job in ("fidelity", "copy check")]
         if row.fidelity is None and row.copies is None and not any(failed):
             continue
         m, c = fidelity_numbers(row), copies_numbers(row)
@@ -454,8 +453,11 @@ def fidelity_table(results: Results) -> TextTable:
         parts = [] if kid is None else [digits(1000 * kid, 3), digits(1000 * m["kid_std"], 2)]
         cells.append(" ± ".join(parts))
         cells += ["" if m.get(k) is None else f"{m[k]:.3f}" for k in ("precision", "recall")]
-        chosen = row.chosen_copies
-        cells.append(flagged_cell(chosen) if chosen else failed[1])
+        if row.chosen_copies:
+            tiles, flagged = (row.chosen_copies[name] for name in ("tiles", "flagged"))
+            cells.append(f"{flagged:,} of {tiles:,} ({share(flagged, tiles)})")
+        else:
+            cells.append(failed[1])
         cells += [share(c[k], c["tiles"]) if c else "" for k in ("flagged", "expected_by_chance")]
         rows.append(cells)
         if row.fidelity:
@@ -482,20 +484,9 @@ def fidelity_table(results: Results) -> TextTable:
     return TextTable("The synthetic tiles", heads, rows, caption, numbers, name="fidelity")
 
 
-def _failure_of(row: Row, job: str) -> str:
-    """`failed` where a job of this title failed; the reason stands in full below the tables."""
-    return "failed" if any(line.startswith(f"{job} of ") for line in row.failures) else ""
-
-
 def digits(value: float, count: int) -> str:
     """A number with `count` digits, or with all of those before the point: never 3.37e+03."""
     return f"{value:.0f}" if abs(value) >= 10**count - 0.5 else f"{value:.{count}g}"
-
-
-def flagged_cell(numbers: Mapping[str, int]) -> str:
-    """`2 of 24 (8.3%)`."""
-    tiles, flagged = numbers["tiles"], numbers["flagged"]
-    return f"{flagged:,} of {tiles:,} ({share(flagged, tiles)})"
 
 
 def share(part: float, whole: float) -> str:

@@ -13,17 +13,11 @@ TEXT, SOFT = (29, 34, 41), (92, 102, 114)
 
 
 class Tile(NamedTuple):
-    """One picture of a grid.
+    """One picture of a grid."""
 
-    Attributes:
-        pixels: uint8 (H, W, 3).
-        caption: Below it; lines separated by a newline.
-        kind: "good" or "bad" draws a border, "" none.
-    """
-
-    pixels: np.ndarray
-    caption: str = ""
-    kind: str = ""
+    pixels: np.ndarray  # uint8 (H, W, 3)
+    caption: str = ""  # below it; lines separated by a newline
+    kind: str = ""  # "good" or "bad" draws a border, "" none
 
 
 class TileRow(NamedTuple):
@@ -43,16 +37,11 @@ def thumbnail(pixels: np.ndarray, side: int) -> np.ndarray:
 
 
 class Card(NamedTuple):
-    """Pictures of a contact sheet with the lines of text below them.
+    """Pictures of a contact sheet with the lines of text below them."""
 
-    Attributes:
-        pictures: uint8 (H, W, 3), side by side.
-        colour: Of a frame around the pictures and of the first line; None for no frame.
-    """
-
-    pictures: Sequence[np.ndarray]
+    pictures: Sequence[np.ndarray]  # uint8 (H, W, 3), side by side
     lines: Sequence[str] = ()
-    colour: Colour | None = None
+    colour: Colour | None = None  # of the first line and a frame around the pictures, if any
 
 
 def card_sheet(

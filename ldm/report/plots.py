@@ -34,18 +34,13 @@ PNG_METADATA = {"Software": None}  # else files differ with the version of matpl
 
 
 class Series(NamedTuple):
-    """Points of one line.
-
-    Attributes:
-        deviation: Half the length of each point's bar, None where unknown; empty without bars.
-        pale: Drawn behind the others.
-    """
+    """Points of one line."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
-    deviation: Sequence[float | None] = ()
-    pale: bool = False
+    deviation: Sequence[float | None] = ()  # half of each point's bar; empty without bars
+    pale: bool = False  # drawn behind the others
 
 
 class Level(NamedTuple):
