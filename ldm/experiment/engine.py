@@ -185,7 +185,8 @@ def run(
         remove_leftovers(records.folder)
         standing = records.survey(jobs)
         progress.begin(standing)
-        left = [name for name, one in standing.items() if not _settled(one)]
+        settled = (State.DONE, State.FAILED, State.BLOCKED)
+        left = [name for name, one in standing.items() if one.state not in settled]
         if left:
             keys = keys_of(jobs)
             save_plan(
@@ -204,19 +205,15 @@ def run(
             )
             for name, one in standing.items():
                 if one.state is State.DONE:
-                    write_text(records.marker(name), "")
+                    write_text(records.path(name, "done"), "")
                 else:
-                    records.marker(name).unlink(missing_ok=True)
+                    records.path(name, "done").unlink(missing_ok=True)
             _run_snakemake(records, machine, keep_going, lock, progress)
         standing = records.survey(jobs)
         progress.end()
         if left:
             _check_engine(records, standing)
         return standing
-
-
-def _settled(one: Standing) -> bool:
-    return one.state in (State.DONE, State.FAILED, State.BLOCKED)
 
 
 def _run_snakemake(

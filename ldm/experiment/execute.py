@@ -110,22 +110,22 @@ def execute(
     raised where another process is running it.
     """
     environment = {**(os.environ if variables is None else variables), **job.environment}
-    with lock_file(records.lock(job.name)) as lock:
+    with lock_file(records.path(job.name, "lock")) as lock:
         if lock is None:
             raise JobBusy(job.name)
         status = 0
         if records.finished(job, key) is None:
-            run = partial(launch, job.command, records.log(job.name), environment, lock)
+            run = partial(launch, job.command, records.path(job.name, "log"), environment, lock)
             status = _record(records, job, key, run)
         if status == 0:
-            write_text(records.marker(job.name), "")
+            write_text(records.path(job.name, "done"), "")
         return status
 
 
 def _record(records: Records, job: Job, key: str, run: Callable[[], int]) -> int:
     """Run a job's command by `run`, and keep its record; returns the exit status."""
-    log_path, known = records.log(job.name), records.read(job.name)
-    records.marker(job.name).unlink(missing_ok=True)
+    log_path, known = records.path(job.name, "log"), records.read(job.name)
+    records.path(job.name, "done").unlink(missing_ok=True)
     goes_on = known and known.key == key and not known.done
     before = known.seconds if goes_on else 0.0
     if not goes_on:

@@ -109,17 +109,8 @@ class Records:
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def path(self, name: str) -> Path:
-        return self.folder / f"{name}.json"
-
-    def log(self, name: str) -> Path:
-        return self.folder / f"{name}.log"
-
-    def marker(self, name: str) -> Path:
-        return self.folder / f"{name}.done"
-
-    def lock(self, name: str) -> Path:
-        return self.folder / f"{name}.lock"
+    def path(self, name: str, kind: str = "json") -> Path:
+        return self.folder / f"{name}.{kind}"
 
     def read(self, name: str) -> Record | None:
         """What is known of a job; None where it was never begun."""
@@ -140,9 +131,9 @@ class Records:
 
     def is_running(self, name: str) -> bool:
         """Whether a process, here or on another machine, holds the job."""
-        if not self.lock(name).is_file():
+        if not self.path(name, "lock").is_file():
             return False
-        with lock_file(self.lock(name)) as descriptor:
+        with lock_file(self.path(name, "lock")) as descriptor:
             return descriptor is None
 
     def survey(self, jobs: Sequence[Job]) -> dict[str, Standing]:
@@ -178,7 +169,7 @@ class Records:
     def tail(self, name: str, lines: int) -> list[str]:
         """The last lines of a job's log that are not empty, without colours."""
         try:
-            text = self.log(name).read_text(errors="replace").replace("\r", "\n")
+            text = self.path(name, "log").read_text(errors="replace").replace("\r", "\n")
         except OSError:
             return []
         text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)

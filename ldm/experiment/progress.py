@@ -74,7 +74,7 @@ class Progress:
             self._settled += 1
             words, tail = record.number, []
             if record.failed is not None:
-                words = f"failed: {record.reason} ({self.records.log(name)})"
+                words = f"failed: {record.reason} ({self.records.path(name, 'log')})"
                 tail = self.records.tail(name, TAIL) if self.tails else []
             self._say(self._line(self._settled, self.titles.pop(name), record.seconds, words))
             for row in tail:

@@ -535,14 +535,10 @@ def csv_rows(results: Results) -> Iterable[dict[str, Any]]:
                 "kind": row.kind,
                 "status": row.status,
                 **{f"factor_{name}": row.factors.get(name) for name in factors},
-                "images": row.images,
-                "synthetic": row.synthetic,
-                "wanted": row.wanted,
+                **{name: getattr(row, name) for name in ("images", "synthetic", "wanted")},
                 "split": split,
                 "seeds": len(results.runs(row, split)),
-                "updates": summary.get("updates"),
-                "epochs": summary.get("epochs"),
-                "validations": summary.get("validations"),
+                **{name: summary.get(name) for name in ("updates", "epochs", "validations")},
             }
             for metric in (*HEADLINE, *OF_PROBABILITIES):
                 cells[metric] = mean.get(metric)
