@@ -129,29 +129,17 @@ class Task:
 
 def tasks_of(networks: "Networks", classifier: dict[str, Any], args: Options) -> list[Task]:
     """The tasks, the most telling first; `classifier` has the settings of the guide's network."""
+    from benchmarks import sample
+
     training = partial(build_training, networks)
-    guided = partial(build_sampling, networks, classifier, args.custom_steps)
+    settings = {"networks": networks, "steps": args.custom_steps, "classifier": classifier}
+    guided = partial(sample.build, **settings)
     autoencoder = partial(build_autoencoder_training, networks)
     return [
         Task("training step", training, args.train_batch, 12, 110, goal=0.4),
         Task("guided sampling", guided, args.sample_batch, 15, 90, goal=25.0),
         Task("autoencoder step", autoencoder, args.autoencoder_batch, 8, 60),
     ]
-
-
-def build_sampling(
-    networks: "Networks",
-    classifier: dict[str, Any],
-    steps: int,
-    library: str,
-    execution: "Execution",
-    batch_size: int,
-) -> Ready:
-    """A contestant that samples under guidance, see `benchmarks.sample.build`."""
-    from benchmarks import sample
-
-    arm = "guided" if library == "ours" else f"guided_{library}"
-    return sample.build(arm, networks, classifier, execution, batch_size, steps)
 
 
 def build_training(

@@ -163,26 +163,24 @@ def diffusers_step(
 
 
 def build(
-    arm: str,
-    networks: "Networks",
-    classifier: dict[str, Any],
+    library: str,
     execution: "Execution",
     batch_size: int,
+    networks: "Networks",
     steps: int,
+    classifier: dict[str, Any] | None = None,
 ) -> Ready:
-    """A contestant that samples by DDIM at eta 0; the arm `guided` is ours with a classifier."""
+    """A contestant that samples by DDIM at eta 0, guided by a classifier of these settings."""
     import torch
 
     from benchmarks.networks import autoencoder_flops, count, unet_flops
 
     torch.backends.cudnn.benchmark = execution.search
-    guided = arm.startswith("guided")
-    library = "diffusers" if arm.endswith("diffusers") else "ours"
     with execution.device:
-        models = random_models(networks, classifier if guided else None)
+        models = random_models(networks, classifier)
     step = (our_step if library == "ours" else diffusers_step)(models, execution, batch_size, steps)
     flops = unet_flops(library, networks, batch_size)
-    if guided:
+    if classifier is not None:
         flops += guide_flops(models.classifier.net_config, networks.latent, batch_size)
     flops = steps * flops + autoencoder_flops(library, networks, batch_size, True)
     return Ready(step, count(models.diffusion.unet), flops)
@@ -194,8 +192,9 @@ def main(argv: list[str] | None = None) -> None:
     from benchmarks.networks import Execution, Networks
 
     execution, networks = Execution.asked(args), Networks.of(args.size)
-    settings = (networks, CLASSIFIERS[args.size], execution, args.batch_size, args.custom_steps)
-    builds = {arm: partial(build, arm, *settings) for arm in ["ours", *args.peers, "guided"]}
+    settings = (execution, args.batch_size, networks, args.custom_steps)
+    builds = {library: partial(build, library, *settings) for library in ["ours", *args.peers]}
+    builds["guided"] = partial(build, "ours", *settings, CLASSIFIERS[args.size])
     pairs = [*(("ours", peer) for peer in args.peers), ("guided", "ours")]
     shape = [args.batch_size, *networks.latent]
     facts = {"bench": "sample", "shape": shape}

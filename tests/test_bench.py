@@ -265,15 +265,17 @@ CLASSIFIER = {"width": 32, "depth": 1, "channel_mult": (1, 1)}
 
 
 def test_sampling():
+    guides = {"": None, "guided_": CLASSIFIER}
     ready = {
-        arm: sample.build(arm, TINY, CLASSIFIER, EXECUTION, 1, 2)
-        for arm in ("ours", "guided", "diffusers", "guided_diffusers")
+        guided + library: sample.build(library, EXECUTION, 1, TINY, 2, classifier)
+        for guided, classifier in guides.items()
+        for library in ("ours", "diffusers")
     }
     for one in ready.values():
         one.step(lambda part: None)
     flops = {arm: one.flops for arm, one in ready.items()}
-    assert flops["guided"] > flops["ours"] == flops["diffusers"]
-    assert flops["guided"] == flops["guided_diffusers"]
+    assert flops["guided_ours"] > flops["ours"] == flops["diffusers"]
+    assert flops["guided_ours"] == flops["guided_diffusers"]
     assert len({one.parameters for one in ready.values()}) == 1
 
 
