@@ -93,7 +93,6 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 def _split(value: Any) -> Any:
-    """`32,16` as a tuple of its parts."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(","))
     return tuple(value) if isinstance(value, list) else value
@@ -339,7 +338,6 @@ def typed(settings: type | None) -> str:
 
 
 def _is_script() -> bool:
-    """Whether a script was typed, not an installed command or a module."""
     of_module = getattr(sys.modules["__main__"], "__spec__", None) is not None
     return sys.argv[0].endswith(".py") and not of_module
 
@@ -602,8 +600,6 @@ def _as_typed(text: str, fields: Mapping[str, dataclasses.Field]) -> str:
 
 
 class _Formatter(logging.Formatter):
-    """Formats what is logged, with settings called as the options of a command."""
-
     def __init__(self, settings: type | None):
         super().__init__("%(message)s")
         self.fields = options_of(settings) if settings else {}

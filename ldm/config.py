@@ -151,7 +151,6 @@ def load_configs(paths: Iterable[str | os.PathLike], overrides: Iterable[str] = 
 
 
 def _plain(config: DictConfig) -> dict:
-    """Dicts and lists, with interpolations as they are written."""
     return OmegaConf.to_container(config)
 
 
@@ -405,7 +404,6 @@ def _type_hints(constructor: Callable) -> dict[str, Any]:
 
 
 def _mismatch(value: Any, annotation: Any) -> str | None:
-    """What is wrong with a YAML value of a parameter, or None."""
     try:
         checker = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
         checker.validate_json(json.dumps(value, default=str), strict=True)

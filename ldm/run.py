@@ -93,7 +93,6 @@ def differences(
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by dotted key, as JSON gives them back."""
     flat: dict[str, Any] = {}
     for key, value in json.loads(json.dumps(dict(settings))).items():
         nested = isinstance(value, dict) and value

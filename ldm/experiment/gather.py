@@ -136,7 +136,6 @@ def gather_row(plan: Plan, arm: Arm, standing: Mapping[str, Standing]) -> Row:
 
 
 def _status(states: Sequence[State]) -> str:
-    """The status of a row from the states of the jobs that train its networks."""
     if all(state is State.DONE for state in states):
         return "done"
     if State.DONE in states:
@@ -184,7 +183,6 @@ def _chosen_copies(selection: Path, pool: Path) -> dict[str, int]:
 
 
 def _failures(jobs: Sequence[str], standing: Mapping[str, Standing]) -> list[str]:
-    """A line per failed job that the row needs, each once."""
     found: dict[str, str] = {}
     for job in jobs:
         one = standing[job]

@@ -137,7 +137,6 @@ class Plan:
         return folder / "checkpoints" / f"{model.checkpoint}.ckpt"
 
     def _model_name(self, name: str) -> str:
-        """Name of the run of a model that is trained here."""
         return name + self._draw.part if self._depends_on_labels(name) else name
 
     def select_rows(self, patterns: Sequence[str]) -> list[Arm]:
@@ -311,7 +310,6 @@ class Plan:
             raise UserError(f"two rows are named {', '.join(twice)}; rename one of their parts")
 
     def _arms(self) -> list[Arm]:
-        """All rows, of the draw that is planned."""
         baselines = self.settings.baselines
         ceiling = baselines.ceiling
         return [
@@ -324,7 +322,6 @@ class Plan:
         ]
 
     def _draw_labels(self) -> None:
-        """Add the job that draws the labelled tiles."""
         draw, unlabelled = self._draw, self.settings.data.unlabelled
         out = self.data / draw.labelled
         options = {
@@ -743,7 +740,6 @@ class Plan:
         return [self._add(job, title, "copies", options, output, needs)]
 
     def _ceiling_arm(self, ratio: int) -> Arm:
-        """Real tiles in place of synthetic ones."""
         unlabelled, key = self.settings.data.unlabelled, f"ceiling-{ratio}{self._draw.part}"
         options = {
             "data": self.data / unlabelled,
@@ -787,7 +783,6 @@ def _add_draw(arms: dict[str, Arm], arm: Arm, draw: Draw) -> None:
 
 
 def _guidance(options: dict[str, Any], generator: Generator) -> str:
-    """How a generator is guided, in words."""
     words = []
     if generator.classifier is not None:
         words.append(f"classifier {options.get('classifier_scale', 'default')}")

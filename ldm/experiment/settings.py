@@ -284,7 +284,6 @@ def _describe(problem: Mapping[str, Any]) -> str:
 
 
 def _section_at(place: Sequence[str | int]) -> Any:
-    """The section that stands at a place of the file."""
     kind: Any = Settings
     for part in place:
         known = getattr(kind, "model_fields", None)
@@ -350,7 +349,6 @@ def _unknown_names(settings: Settings) -> Iterable[str]:
 
 
 def _contradictions(settings: Settings) -> Iterable[str]:
-    """Settings that do not go together."""
     for name, model in settings.models.items():
         where = f"models.{name}"
         given = [k for k in ("run", "config", "classifier") if getattr(model, k) is not None]

@@ -225,7 +225,6 @@ class Results:
 
 
 def _verdict(found: Difference) -> str:
-    """What a difference to the reference says, in a word or two."""
     if found.low is None or found.high is None:
         return "Not tested"
     if found.low <= 0 <= found.high:

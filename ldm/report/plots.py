@@ -100,7 +100,6 @@ def to_svg(figure: Any, description: str) -> str:
 
 
 def _chart_axes(title: str, height: float = HEIGHT) -> tuple[Any, Any]:
-    """A figure with one panel in the style of the page."""
     figure = new_figure(WIDTH, height)
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=COLOURS["text"],
@@ -120,7 +119,6 @@ def plain(axes: Any) -> None:
 
 
 def _legend(axes: Any) -> None:
-    """Names of the series in a line above the panel."""
     axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.99), ncols=4, frameon=False, fontsize=9,
                 labelcolor="linecolor", handlelength=1.2, columnspacing=1.2, borderpad=0.1,
                 handletextpad=0.5)  # fmt: skip
