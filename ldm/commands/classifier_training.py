@@ -8,7 +8,6 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import EarlyStopping
 
 from ldm.checkpoint import load_model
-from ldm.commands.classify import KEPT
 from ldm.config import instantiate_from_config
 from ldm.errors import UserError
 from ldm.files import write_json
@@ -69,13 +68,9 @@ def net_config(args: Any, space, classes: list[str], source) -> dict[str, Any]:
     """target/params of the encoder; `source` is the model of `init_from`, or None."""
     if source is not None and source.kind == "classifier":
         return source.net_config
-    names = KEPT if source is not None else [n for n in vars(args) if n.startswith("classifier_")]
-    given = {name.removeprefix("classifier_"): getattr(args, name) for name in names}
-    # Lists, as the configuration that is stored with the weights has them.
-    given = {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}
     if source is not None:
-        return network_config_of(source, len(classes), **given)
-    return network_config(space.first_stage, len(classes), **given)
+        return network_config_of(source, len(classes), **args.network)
+    return network_config(space.first_stage, len(classes), **args.network)
 
 
 def build_model(args: Any, space, classes: list[str]):

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -207,6 +207,15 @@ class Options(RunOptions):
                     yield name, "follows from --init_from; leave it out"
             elif of_network or name in OF_ENCODER:
                 yield name, "is an option of an encoder; leave it out with --readout"
+
+    @property
+    def network(self) -> dict[str, Any]:
+        """Settings of the encoder's network, as far as --init_from leaves them open."""
+        names = [name for name in vars(self) if name.startswith("classifier_")]
+        values = {name: getattr(self, name) for name in (KEPT if self.init_from else names)}
+        # Lists, as the configuration that is stored with the weights has them.
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        return {name.removeprefix("classifier_"): value for name, value in values.items()}
 
     def with_defaults(self) -> "Options":
         """What depends on the kind of classifier and, where tiles are read, on these, resolved."""
