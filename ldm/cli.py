@@ -92,6 +92,15 @@ Rate = Annotated[float, Field(ge=0, le=10)]  # learning rates
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
+class Metavar(str):
+    """What stands for a value in `--help`, beside the type of an option."""
+
+
+Dir = Annotated[str, Metavar("DIR")]
+File = Annotated[str, Metavar("FILE")]
+Ckpt = Annotated[str, Metavar("CKPT")]  # a checkpoint, or the folder of a run
+
+
 def _split(value: Any) -> Any:
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(","))
@@ -373,7 +382,7 @@ def _add_option(
 ) -> None:
     help = _as_typed(_help(field), fields)
     facts = field.metadata["option"]
-    metavar, nargs = facts["metavar"], facts["nargs"]
+    metavar, nargs = _metavar(field), facts["nargs"]
     if metavar is None:
         parts = list(_parts(field.type))
         several = any(typing.get_origin(part) is tuple for part in parts)
@@ -424,7 +433,7 @@ def _usage(program: str, fields: Mapping[str, dataclasses.Field]) -> str:
         needed = _is_required(field)
         if not (needed or facts["positional"]):
             continue
-        word = f"{facts['metavar'] or name.upper()}{' ...' if _is_tuple(field) else ''}"
+        word = f"{_metavar(field) or name.upper()}{' ...' if _is_tuple(field) else ''}"
         if not facts["positional"]:
             word = f"{_flag(field)} {word}"
         words.append(word if needed else f"[{word}]")
@@ -518,8 +527,14 @@ def _is_override(word: str) -> bool:
 
 
 def _flag(field: dataclasses.Field) -> str:
-    facts = field.metadata["option"]
-    return facts["metavar"] or field.name.upper() if facts["positional"] else f"--{field.name}"
+    if field.metadata["option"]["positional"]:
+        return _metavar(field) or field.name.upper()
+    return f"--{field.name}"
+
+
+def _metavar(field: dataclasses.Field) -> str | tuple[str, ...] | None:
+    of_type = (part for part in _parts(field.type) if isinstance(part, Metavar))
+    return field.metadata["option"]["metavar"] or next(of_type, None)
 
 
 def _is_required(field: dataclasses.Field) -> bool:

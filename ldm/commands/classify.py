@@ -17,8 +17,10 @@ from pydantic import Field
 
 from ldm.cli import (
     MOST,
+    Ckpt,
     Commas,
     Count,
+    Dir,
     NotNegative,
     Pixels,
     Rate,
@@ -68,32 +70,27 @@ class Options(RunOptions):
 --data_dir D/train5 --val_data_dir D/val --first_stage logs/ldm \\
       --iterations 10000 --name classifier"""
 
-    data_dir: str | None = _data(None, "labelled tiles, DIR/CLASS/images", metavar="DIR")
-    val_data_dir: str | None = _data(
-        None,
-        "labelled tiles to validate on; if omitted, a share of --data_dir is held out",
-        metavar="DIR",
+    data_dir: Dir | None = _data(None, "labelled tiles, DIR/CLASS/images")
+    val_data_dir: Dir | None = _data(
+        None, "labelled tiles to validate on; if omitted, a share of --data_dir is held out"
     )
     val_fraction: Annotated[float, Field(ge=0.01, le=0.5)] | None = _data(
         None, f"share held out; if omitted {VAL_FRACTION}"
     )
-    latents: str | None = _data(
+    latents: Dir | None = _data(
         None,
         "cache of scripts/cache_latents.py with labels and validation tiles, in place of "
         "--data_dir; augmented as its views are",
-        metavar="DIR",
     )
-    first_stage: str | None = _data(
+    first_stage: Ckpt | None = _data(
         lambda: os.environ.get(FIRST_STAGE_VARIABLE),
         "diffusion (best) or autoencoder checkpoint that gives the latents; if omitted, the "
         f"environment variable {FIRST_STAGE_VARIABLE}",
-        metavar="CKPT",
     )
-    init_from: str | None = _data(
+    init_from: Ckpt | None = _data(
         None,
         "diffusion checkpoint whose encoder and middle the classifier starts from, and whose "
         "latents it takes, or an (imported) classifier; the network is that of the checkpoint",
-        metavar="CKPT",
     )
     image_size: Pixels | None = _data(None, "pixels of a tile; must be the autoencoder's")
     augment: Literal["none", "d4", "stain", "d4,stain"] | None = _data(
@@ -158,10 +155,8 @@ class Options(RunOptions):
     classifier_dropout: Annotated[float, Field(ge=0, le=0.9)] = _network(
         0.0, "dropout in every block"
     )
-    readout: str | None = _readout(
-        None,
-        "diffusion checkpoint whose averaged UNet is read, frozen; one device trains",
-        metavar="CKPT",
+    readout: Ckpt | None = _readout(
+        None, "diffusion checkpoint whose averaged UNet is read, frozen; one device trains"
     )
     readout_blocks: Annotated[tuple[Whole, ...], Commas] | None = _readout(
         None,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ldm.cli import STOPPED, existing_path, option, parse
+from ldm.cli import STOPPED, Dir, existing_path, option, parse
 from ldm.devices import usable_cores
 
 if TYPE_CHECKING:
@@ -27,11 +27,10 @@ BATCH = 32  # of the flow
 class Options:
     example: ClassVar = "--out logs/demo sampling.options.classifier_scale=5"
 
-    out: str = option("logs/demo", "folder of all results", metavar="DIR")
-    data: str | None = option(
+    out: Dir = option("logs/demo", "folder of all results")
+    data: Dir | None = option(
         None,
         "your own tiles, DIR/{train,train5,val,test}/CLASS/images; if omitted, procedural ones",
-        metavar="DIR",
     )
     fast: bool = option(False, "a few steps of everything, to test the wiring")
     overrides: tuple[str, ...] = option(

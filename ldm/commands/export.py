@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
-from ldm.cli import option, parse
+from ldm.cli import Ckpt, Dir, option, parse
 from ldm.errors import UserError
 
 log = logging.getLogger("export_diffusers")
@@ -20,11 +20,9 @@ log = logging.getLogger("export_diffusers")
 class Options:
     example: ClassVar = "--model logs/ldm --out exported/ldm"
 
-    model: str = option(
-        ..., "diffusion checkpoint or run folder", metavar="CKPT", published=("--checkpoint",)
-    )
-    first_stage: str | None = option(None, "autoencoder with a fine-tuned decoder", metavar="CKPT")
-    out: str = option(..., "folder to make", metavar="DIR")
+    model: Ckpt = option(..., "diffusion checkpoint or run folder", published=("--checkpoint",))
+    first_stage: Ckpt | None = option(None, "autoencoder with a fine-tuned decoder")
+    out: Dir = option(..., "folder to make")
     ema: bool = option(
         True,
         "export the averaged weights, where there are any",

@@ -17,8 +17,10 @@ from pydantic import BeforeValidator, Field
 
 from ldm.cli import (
     MOST,
+    Ckpt,
     Commas,
     Count,
+    Dir,
     NotNegative,
     Positive,
     Share,
@@ -57,14 +59,12 @@ class Options(DeviceOption):
 --model DIFFUSION --classifier CLASSIFIER --real D/val \\
       --judge logs/eval/train5/seed0 --scales 0,3,10,30 -n 64 --out SWEEP"""
 
-    model: str = option(
-        ..., "diffusion checkpoint or run folder", "-r", metavar="CKPT", published=("--resume",)
-    )
-    classifier: str | None = option(None, "noisy-latent classifier that guides", metavar="CKPT")
-    first_stage: str | None = option(None, "autoencoder with a fine-tuned decoder", metavar="CKPT")
-    judge: str = option(..., "checkpoint (or seed folder) from eval.py", metavar="CKPT")
-    real: str = option(..., "held-out real tiles, DIR/CLASS/images", metavar="DIR")
-    out: str = option(..., "folder of the results", metavar="DIR")
+    model: Ckpt = option(..., "diffusion checkpoint or run folder", "-r", published=("--resume",))
+    classifier: Ckpt | None = option(None, "noisy-latent classifier that guides")
+    first_stage: Ckpt | None = option(None, "autoencoder with a fine-tuned decoder")
+    judge: Ckpt = option(..., "checkpoint (or seed folder) from eval.py")
+    real: Dir = option(..., "held-out real tiles, DIR/CLASS/images")
+    out: Dir = option(..., "folder of the results")
     scales: Annotated[tuple[NotNegative, ...], Commas] = _tried(
         (0.0, 3.0, 10.0, 30.0),
         "guidance scales; 0 is unguided (classifier), 1 plain conditional (label adapter)",
