@@ -96,7 +96,7 @@ def load_configuration(args: Options) -> dict[str, Any]:
 
 
 def configured_devices(args: Options, settings: dict[str, Any]) -> Options:
-    """`args` with the devices and nodes that `settings` names; they are removed from it."""
+    """`args`, if it names no devices, with those of `settings`, from which they are removed."""
     wanted = settings.pop("devices", None)
     if args.gpus is None and args.devices is None and wanted not in (None, "auto"):
         if isinstance(wanted, int) and wanted > 0:
