@@ -48,7 +48,7 @@ def add_sections(page: Page, results: Results, out: Path) -> None:
     _stages(page, results.table)
     _guidance(page, results.table)
     _selection(page, results)
-    _umap(page, results, out)
+    _umap(page, results)
     _copies(page, results, out)
     _training(page, results)
 
@@ -269,7 +269,7 @@ def _without_tiles(results: Results, best: Row, used: Mapping[str, int]) -> str:
     return f"{text} Sensitivity on {split} in percent, “{real.label}” to “{best.label}”: {words}."
 
 
-def _umap(page: Page, results: Results, out: Path) -> None:
+def _umap(page: Page, results: Results) -> None:
     folder = results.table.umap
     if folder is None or not (folder / "umap.png").is_file():
         return
