@@ -43,25 +43,25 @@ Turn = Mapping[str, Any]  # what a call of `prepare`'s function returns
 class BenchmarkOptions:
     """Options of every benchmark."""
 
-    repeats: Count = option(default=5, help="turns of each contestant")
-    min_run_time: NotNegative = option(default=1.0, help="shortest time of a turn, in seconds")
+    repeats: Count = option(5, "turns of each contestant")
+    min_run_time: NotNegative = option(1.0, "shortest time of a turn, in seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkOptions(BenchmarkOptions, DeviceOption):
     """Options of the benchmarks that run networks."""
 
-    size: Literal["demo", "small", "paper"] = option(default="small", help="size of the networks")
-    batch_size: Count = option(default=8, help="images of a step")
+    size: Literal["demo", "small", "paper"] = option("small", "size of the networks")
+    batch_size: Count = option(8, "images of a step")
     peers: tuple[Literal["diffusers", "monai"], ...] = option(
-        default=("diffusers",),
+        ("diffusers",),
+        "libraries to compare with, diffusers or monai; without a name: ours alone",
         nargs="*",
         metavar="LIBRARY",
-        help="libraries to compare with, diffusers or monai; without a name: ours alone",
     )
     precision: Literal["auto", "32", "bf16"] | None = like(ProcessOptions, "precision", None)
     channels_last: bool = like(ProcessOptions, "channels_last", False)
-    compile: bool = option(default=False, help="compile the networks")
+    compile: bool = option(False, "compile the networks")
 
 
 @dataclass(frozen=True)

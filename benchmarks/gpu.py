@@ -81,20 +81,16 @@ class Options:
     example: ClassVar = "--minutes 3 --out gpu.json"
 
     minutes: Annotated[float, Field(gt=0, le=600)] = option(
-        default=8.0, help="time for all; what does not fit is left out"
+        8.0, "time for all; what does not fit is left out"
     )
-    peer: bool = option(
-        default=True, help="compare with diffusers, if it is installed", off=("--no_peer",)
-    )
+    peer: bool = option(True, "compare with diffusers, if it is installed", off=("--no_peer",))
     train_batch: Count = option(
-        default=64, help="images of a training step; halved until they fit, as the others"
+        64, "images of a training step; halved until they fit, as the others"
     )
-    autoencoder_batch: Count = option(default=16, help="images of an autoencoder's step")
-    sample_batch: Count = option(default=64, help="images that are sampled at once")
-    custom_steps: Annotated[int, Field(ge=1, le=1000)] = option(
-        "-c", default=50, help="sampling steps"
-    )
-    out: Path | None = option(default=None, metavar="FILE", help="JSON file of the results")
+    autoencoder_batch: Count = option(16, "images of an autoencoder's step")
+    sample_batch: Count = option(64, "images that are sampled at once")
+    custom_steps: Annotated[int, Field(ge=1, le=1000)] = option(50, "sampling steps", "-c")
+    out: Path | None = option(None, "JSON file of the results", metavar="FILE")
 
 
 @dataclass(frozen=True)

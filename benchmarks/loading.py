@@ -33,19 +33,17 @@ class Options(BenchmarkOptions):
     example: ClassVar = "--workers 0 8 16 --needed 300"
 
     size: Literal["demo", "small", "paper"] = option(
-        default="paper", help="size of the tiles (paper: 256 pixels)"
+        "paper", "size of the tiles (paper: 256 pixels)"
     )
     kinds: tuple[Literal["png", "jpeg", "webp", "shards", "latents"], ...] = option(
-        default=KINDS, metavar="KIND", help="kinds of files: png, jpeg, webp, shards, latents"
+        KINDS, "kinds of files: png, jpeg, webp, shards, latents", metavar="KIND"
     )
     workers: tuple[Workers, ...] = option(
-        default=(0, 1, 2), metavar="N", help="loader processes, one number after the other"
+        (0, 1, 2), "loader processes, one number after the other", metavar="N"
     )
-    batch_size: Count = option(default=32, help="images of a batch")
-    tiles: Count = option(default=64, help="files that are read again and again")
-    needed: Positive | None = option(
-        default=None, help="images per second that training would take"
-    )
+    batch_size: Count = option(32, "images of a batch")
+    tiles: Count = option(64, "files that are read again and again")
+    needed: Positive | None = option(None, "images per second that training would take")
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,7 @@ class Options(NetworkOptions):
         ("diffusers",),
         help="diffusers, to compare with; without a name: ours alone",
     )
-    custom_steps: Annotated[int, Field(ge=1, le=1000)] = option(
-        "-c", default=10, help="sampling steps"
-    )
+    custom_steps: Annotated[int, Field(ge=1, le=1000)] = option(10, "sampling steps", "-c")
 
 
 def random_models(networks: "Networks", classifier: dict[str, Any] | None) -> "Models":

@@ -41,12 +41,12 @@ class Options(NetworkOptions):
 
     batch_size: Count = like(NetworkOptions, "batch_size", 4)
     sources: tuple[Literal["latents", "images"], ...] = option(
-        default=("latents",),
+        ("latents",),
+        "train from cached latents, from images that are encoded, or one beside the other",
         metavar="SOURCE",
         published=("--from",),
-        help="train from cached latents, from images that are encoded, or one beside the other",
     )
-    workers: Workers = option(default=0, help="loader processes")
+    workers: Workers = option(0, "loader processes")
 
 
 def noise_and_average(

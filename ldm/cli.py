@@ -8,7 +8,7 @@ says the default, the help, other names and the group in `--help`:
         \"\"\"Train a network.\"\"\"  # if omitted, the docstring of the module says what is done
 
         program: ClassVar = "python -m examples.train"
-        steps: Count = option("-n", default=100, help="optimiser steps")
+        steps: Count = option(100, "optimiser steps", "-n")
 
     settings = parse(TrainSettings)
 
@@ -107,10 +107,9 @@ Commas = BeforeValidator(_split)  # Annotated[tuple[int, ...], Commas] reads 32,
 
 
 def option(
-    *names: str,
+    default: Any,
     help: str,
-    default: Any = dataclasses.MISSING,
-    default_factory: Any = dataclasses.MISSING,
+    *names: str,
     group: str = OPTIONS,
     metavar: str | tuple[str, ...] | None = None,
     published: Sequence[str] = (),
@@ -123,6 +122,7 @@ def option(
     """A field of a settings class that is an option of the command line.
 
     Args:
+        default: A function gives it where the option is read; `...` makes the option required.
         names: Short names, such as `-n`; the long one is that of the field.
         published: Further names, of the published scripts or of earlier versions.
         off: Names that set a boolean to False.
@@ -132,17 +132,19 @@ def option(
         takes_value: Any boolean word after a boolean option is its value (`--anneal_lr 1`), as in
             published scripts. Otherwise only True and False are, and other words may follow.
     """
-    facts = {name: value for name, value in locals().items() if not name.startswith("default")}
-    return dataclasses.field(
-        default=default, default_factory=default_factory, metadata={"option": facts}
-    )
+    facts = {"option": {name: value for name, value in locals().items() if name != "default"}}
+    if default is ...:
+        return dataclasses.field(metadata=facts)
+    if callable(default):
+        return dataclasses.field(default_factory=default, metadata=facts)
+    return dataclasses.field(default=default, metadata=facts)
 
 
-def like(settings: type, name: str, default: Any = dataclasses.MISSING, **changes: Any) -> Any:
+def like(settings: type, name: str, default: Any = ..., **changes: Any) -> Any:
     """The option `name` of another settings class, with another default, help or names."""
     original = next(field for field in dataclasses.fields(settings) if field.name == name)
     facts = {**original.metadata["option"], **changes}
-    return option(*facts.pop("names"), default=default, **facts)
+    return option(default, facts.pop("help"), *facts.pop("names"), **facts)
 
 
 def options_of(settings: type) -> dict[str, dataclasses.Field]:

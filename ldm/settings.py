@@ -35,21 +35,21 @@ class SpeedOptions:
     """How training uses its devices: several of them, compiled networks, layouts, fused steps."""
 
     strategy: Literal["auto", "ddp", "fsdp", "deepspeed"] = _devices(
-        default="auto",
-        help="of several devices: ddp keeps the model on each, fsdp shards the diffusion UNet, its "
+        "auto",
+        "of several devices: ddp keeps the model on each, fsdp shards the diffusion UNet, its "
         "average and its optimiser; auto is ddp",
     )
-    compile: bool = _devices(default=False, help="compile the networks: a slow start, then faster")
-    channels_last: bool = _devices(default=False, help="memory layout that suits tensor cores")
+    compile: bool = _devices(False, "compile the networks: a slow start, then faster")
+    channels_last: bool = _devices(False, "memory layout that suits tensor cores")
     tf32: bool | None = _devices(
-        default=None,
-        takes_value=True,
-        help="True: matrix products and convolutions of float32 on tensor cores, with 10 bits of "
+        None,
+        "True: matrix products and convolutions of float32 on tensor cores, with 10 bits of "
         "mantissa; False: neither; if omitted, as PyTorch does: convolutions only",
+        takes_value=True,
     )
     fused: Literal["auto", "true", "false"] = _devices(
-        default="auto",
-        help="optimiser steps in one kernel; auto: on GPUs, without gradient clipping and float16",
+        "auto",
+        "optimiser steps in one kernel; auto: on GPUs, without gradient clipping and float16",
     )
 
 
@@ -58,27 +58,21 @@ class RunOptions(SpeedOptions):
     """A training run: where it writes, what it resumes, on which devices it trains."""
 
     name: str | None = _run(
-        "-n",
-        default=None,
-        help="name of the run: it writes to LOGDIR/NAME, and goes on where it stopped",
+        None, "name of the run: it writes to LOGDIR/NAME, and goes on where it stopped", "-n"
     )
-    resume: str | None = _run(
-        "-r", default=None, metavar="RUN", help="run folder or checkpoint to go on from"
-    )
-    seed: Seed = _run("-s", default=23, help="seed of all randomness, as in the published main.py")
-    logdir: str = _run("-l", default="logs", metavar="DIR", help="folder of all runs")
-    dry_run: bool = _run(default=False, help="print what would be trained, and exit")
+    resume: str | None = _run(None, "run folder or checkpoint to go on from", "-r", metavar="RUN")
+    seed: Seed = _run(23, "seed of all randomness, as in the published main.py", "-s")
+    logdir: str = _run("logs", "folder of all runs", "-l", metavar="DIR")
+    dry_run: bool = _run(False, "print what would be trained, and exit")
     gpus: str | None = _devices(
-        default=None,
+        None,
+        "GPUs as in Lightning 1: '0,1' these two, '2' any two, '0,' number 0 alone, '-1' all",
         metavar="LIST",
-        help="GPUs as in Lightning 1: '0,1' these two, '2' any two, '0,' number 0 alone, '-1' all",
     )
-    devices: Count | None = _devices(
-        default=None, help="number of devices of the best available kind"
-    )
-    num_nodes: Count = _devices(default=1, help="number of machines")
+    devices: Count | None = _devices(None, "number of devices of the best available kind")
+    num_nodes: Count = _devices(1, "number of machines")
     precision: Literal["auto", "32", "bf16-mixed", "16-mixed", "bf16-true", "64"] | None = _devices(
-        default=None, help=PRECISION_HELP.format("bf16-mixed")
+        None, PRECISION_HELP.format("bf16-mixed")
     )
 
 
@@ -86,29 +80,22 @@ class RunOptions(SpeedOptions):
 class EvaluationOptions:
     """The sets of an evaluation, the groups of their tiles, and its earlier results."""
 
-    data_path: str = _run(metavar="D", help="folder of the sets")
+    data_path: str = _run(..., "folder of the sets", metavar="D")
     subset: str = _run(
+        ...,
+        "training folder in D, for example train5+fake50%; it names the results too",
         metavar="SUBSET",
         published=("--output_dir",),
-        help="training folder in D, for example train5+fake50%; it names the results too",
     )
-    overwrite: bool = _run(
-        default=False, help="replace results that are of other settings or files"
-    )
+    overwrite: bool = _run(False, "replace results that are of other settings or files")
     groups: str | None = _run(
-        default=None,
-        metavar="CSV",
-        help="patient, slide or region of each tile of val and test, for intervals over these: "
+        None,
+        "patient, slide or region of each tile of val and test, for intervals over these: "
         "columns path (or file, below the set's folder) and group, and split where paths repeat",
+        metavar="CSV",
     )
-    group_column: str | None = _run(
-        default=None, metavar="NAME", help="column of `groups`; if omitted group"
-    )
-    workers: Workers = _run(
-        default_factory=some_cores,
-        published=("--num_workers",),
-        help="loader processes",
-    )
+    group_column: str | None = _run(None, "column of `groups`; if omitted group", metavar="NAME")
+    workers: Workers = _run(some_cores, "loader processes", published=("--num_workers",))
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.group_column is not None and self.groups is None:
@@ -119,17 +106,15 @@ class EvaluationOptions:
 class DeviceOption:
     """The one device that a command computes on."""
 
-    device: str = _machine(default="auto", help=DEVICE_HELP)
+    device: str = _machine("auto", DEVICE_HELP)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderOptions:
     """Reading images: how many at a time, by how many threads."""
 
-    batch_size: Count = _machine(default=64, help="images per pass of the network")
-    workers: Workers = _machine(
-        default=2, published=("--num_workers",), help="threads that decode images"
-    )
+    batch_size: Count = _machine(64, "images per pass of the network")
+    workers: Workers = _machine(2, "threads that decode images", published=("--num_workers",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,12 +122,12 @@ class SharedDevices(DeviceOption):
     """Several processes that share the work of a command; see `ldm.devices.shared_devices`."""
 
     devices: Count | None = _machine(
-        default=None,
-        help="processes on this machine that share the work, one per GPU or CPU core; if omitted "
-        "1, or what torchrun or srun started",
+        None,
+        "processes on this machine that share the work, one per GPU or CPU core; if omitted 1, "
+        "or what torchrun or srun started",
     )
     num_nodes: Count | None = _machine(
-        default=None, help="machines, with torchrun or srun on each; if omitted 1, or as started"
+        None, "machines, with torchrun or srun on each; if omitted 1, or as started"
     )
 
 
@@ -150,10 +135,8 @@ class SharedDevices(DeviceOption):
 class ProcessOptions(SharedDevices):
     """How a command runs networks without training them, in one process or several."""
 
-    precision: Literal["auto", "32", "bf16"] | None = _machine(
-        default=None, help=PRECISION_HELP.format("bf16")
-    )
-    channels_last: bool = _machine(default=False, help="memory layout that suits tensor cores")
+    precision: Literal["auto", "32", "bf16"] | None = _machine(None, PRECISION_HELP.format("bf16"))
+    channels_last: bool = _machine(False, "memory layout that suits tensor cores")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,31 +144,25 @@ class GroupOptions:
     """Which patient, slide or region a tile belongs to; read by `ldm.data.groups.grouping_of`."""
 
     group_level: Count | None = _groups(
-        default=None,
+        None,
+        "the group (patient, slide, region) is the folder N levels below the root; an array or a "
+        "shard counts as a folder",
         metavar="N",
-        help="the group (patient, slide, region) is the folder N levels below the root; an array "
-        "or a shard counts as a folder",
     )
     group_regex: str | None = _groups(
-        default=None,
+        None,
+        "the group is the first parenthesis of this expression, searched in the path below the "
+        "root",
         metavar="REGEX",
-        help="the group is the first parenthesis of this expression, searched in the path below "
-        "the root",
     )
     group_csv: str | None = _groups(
-        default=None,
-        metavar="FILE",
-        help="the groups are in a CSV with a column path (or file), below the root",
+        None, "the groups are in a CSV with a column path (or file), below the root", metavar="FILE"
     )
     group_column: str | None = _groups(
-        default=None,
-        metavar="NAME",
-        help="column of `group_csv` that names the group; if omitted: group",
+        None, "column of `group_csv` that names the group; if omitted: group", metavar="NAME"
     )
     group_rows: str | None = _groups(
-        default=None,
-        metavar="COLUMN=VALUE",
-        help="read only these rows of `group_csv`, such as split=train",
+        None, "read only these rows of `group_csv`, such as split=train", metavar="COLUMN=VALUE"
     )
 
     def problems(self):
@@ -200,13 +177,13 @@ class ModelOptions:
     """A timm network that makes features, where no checkpoint of eval.py does."""
 
     pretrained_weights: str | None = _features(
-        default=None,
+        None,
+        "local weights of the timm network; if omitted, those in the cache of timm (nothing is "
+        "downloaded)",
         metavar="FILE",
-        help="local weights of the timm network; if omitted, those in the cache of timm (nothing "
-        "is downloaded)",
     )
     input_size: Pixels | None = _features(
-        default=None, help="pixels that the timm network sees; if omitted, its own size"
+        None, "pixels that the timm network sees; if omitted, its own size"
     )
 
 
@@ -215,16 +192,10 @@ class NetworkChoice(ModelOptions):
     """The network that makes features: a run of eval.py, or one of timm."""
 
     features: str | None = _features(
-        default=None,
-        metavar="NAME|RUN|FILE",
-        help="network that makes the features",
+        None, "network that makes the features", metavar="NAME|RUN|FILE"
     )
-    weights: str | None = _features(
-        default=None, metavar="CKPT", help="the same as `features` CKPT"
-    )
-    model: str | None = _features(
-        default=None, metavar="NAME", help="the same as `features` timm:NAME"
-    )
+    weights: str | None = _features(None, "the same as `features` CKPT", metavar="CKPT")
+    model: str | None = _features(None, "the same as `features` timm:NAME", metavar="NAME")
 
     @property
     def network(self) -> str | None:
@@ -243,15 +214,11 @@ class NetworkChoice(ModelOptions):
 class FeatureOptions(ModelOptions):
     """How features are computed; None where features may exist already and nothing was said."""
 
-    batch_size: Count | None = _features(
-        default=None, help="images per pass of the network; if omitted 64"
-    )
+    batch_size: Count | None = _features(None, "images per pass of the network; if omitted 64")
     workers: Workers | None = _features(
-        default=None,
-        published=("--num_workers",),
-        help="threads that decode images; if omitted 2",
+        None, "threads that decode images; if omitted 2", published=("--num_workers",)
     )
-    device: str | None = _features(default=None, help=f"{DEVICE_HELP}; if omitted auto")
+    device: str | None = _features(None, f"{DEVICE_HELP}; if omitted auto")
 
     @property
     def loading(self) -> dict[str, int]:

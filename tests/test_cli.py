@@ -39,8 +39,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True, kw_only=True)
 class Shared:
-    seed: Seed = option("-s", default=23, help="seed", group="run")
-    workers: Count = option(default=2, help="processes", published=("--num_workers",))
+    seed: Seed = option(23, "seed", "-s", group="run")
+    workers: Count = option(2, "processes", published=("--num_workers",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +50,16 @@ class Options(Shared):
     program: ClassVar = "thing.py"
     example: ClassVar = "a.png"
 
-    files: tuple[str, ...] = option(positional=True, metavar="FILE", help="5% of images")
-    base: tuple[str, ...] = option("-b", default=(), metavar="YAML", help="files")
-    train: bool = option("-t", default=False, takes_value=True, help="train")
-    keep_all: bool = option(default=False, help="keep")
-    crop: bool = option(default=True, off=("--no_crop",), help="crop")
-    mode: Literal["fast", "slow"] | None = option(default=None, help="mode")
-    sizes: Annotated[tuple[Count, ...], Commas] = option(default=(1, 2), help="sizes")
-    span: tuple[int, int] | None = option(default=None, nargs=2, metavar=("A", "B"), help="span")
-    rate: NotNegative = option(default=0.5, help="rate")
-    more: tuple[str, ...] = option(default=(), repeats=True, help="more")
+    files: tuple[str, ...] = option(..., "5% of images", positional=True, metavar="FILE")
+    base: tuple[str, ...] = option((), "files", "-b", metavar="YAML")
+    train: bool = option(False, "train", "-t", takes_value=True)
+    keep_all: bool = option(False, "keep")
+    crop: bool = option(True, "crop", off=("--no_crop",))
+    mode: Literal["fast", "slow"] | None = option(None, "mode")
+    sizes: Annotated[tuple[Count, ...], Commas] = option((1, 2), "sizes")
+    span: tuple[int, int] | None = option(None, "span", nargs=2, metavar=("A", "B"))
+    rate: NotNegative = option(0.5, "rate")
+    more: tuple[str, ...] = option((), "more", repeats=True)
     seed: Seed = like(Shared, "seed", default=0)
 
     def problems(self):

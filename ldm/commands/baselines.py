@@ -25,41 +25,34 @@ class Options(EvaluationOptions, DeviceOption):
     example: ClassVar = "--data_path D --subset train5 --kind colour_histogram"
 
     kind: Annotated[tuple[Kind, ...], Commas] = option(
-        default=("colour_mean", "colour_histogram"),
+        ("colour_mean", "colour_histogram"),
+        f"some of {', '.join(get_args(Kind))} (a network as it is), with commas between",
         metavar="KINDS",
-        help=f"some of {', '.join(get_args(Kind))} (a network as it is), with commas between",
     )
-    logdir: str = option(
-        default="logs/baselines", metavar="DIR", help="results go to LOGDIR/KIND/SUBSET"
-    )
+    logdir: str = option("logs/baselines", "results go to LOGDIR/KIND/SUBSET", metavar="DIR")
     features: str | None = option(
-        default=None,
-        group=PROBE,
-        metavar="NAME|RUN|FILE",
-        help=f"network that is probed: {known_forms()}",
+        None, f"network that is probed: {known_forms()}", group=PROBE, metavar="NAME|RUN|FILE"
     )
     weights: str | None = option(
-        default=None,
+        None,
+        "the same as --features RUN; with a network of timm, a local file of weights",
         group=PROBE,
         metavar="RUN|FILE",
-        help="the same as --features RUN; with a network of timm, a local file of weights",
     )
-    arch: str | None = option(
-        default=None, group=PROBE, metavar="NAME", help="the same as --features timm:NAME"
-    )
+    arch: str | None = option(None, "the same as --features timm:NAME", group=PROBE, metavar="NAME")
     input_size: Pixels | None = option(
-        default=None, group=PROBE, help="pixels, with --arch; if omitted the network's own"
+        None, "pixels, with --arch; if omitted the network's own", group=PROBE
     )
     unlabelled: str | None = option(
-        default=None,
+        None,
+        "with label_spreading: tiles that the labels are spread over, for example D/train (names "
+        "of folders are ignored)",
         group=PROBE,
         metavar="DIR",
-        help="with label_spreading: tiles that the labels are spread over, for example D/train "
-        "(names of folders are ignored)",
     )
     device: str = like(DeviceOption, "device", "auto", group=PROBE)
     workers: Workers = like(
-        EvaluationOptions, "workers", default_factory=some_cores, help="threads that decode images"
+        EvaluationOptions, "workers", some_cores, help="threads that decode images"
     )
 
     @property

@@ -34,59 +34,54 @@ class Options(ProcessOptions, LoaderOptions):
       --data configs/latent-diffusion/histo-ldm-kl-8.yaml 'data.params.train.params.augment=[d4]'"""
 
     model: str = option(
+        ...,
+        "autoencoder, checkpoint or run folder; of a diffusion model, its first stage",
         "-r",
         metavar="CKPT",
         published=("--resume",),
-        help="autoencoder, checkpoint or run folder; of a diffusion model, its first stage",
     )
     data: tuple[str, ...] = option(
+        ...,
+        "folders of tiles, or training configurations, merged left to right",
         metavar="DIR|YAML",
-        help="folders of tiles, or training configurations, merged left to right",
     )
-    out: str = option(metavar="DIR", help="folder of the cache")
+    out: str = option(..., "folder of the cache", metavar="DIR")
     views: Count = option(
-        default=1,
-        help="augmented views of each training tile; the first is without augmentation",
+        1, "augmented views of each training tile; the first is without augmentation"
     )
-    dtype: Literal["float16", "float32"] = option(
-        default="float16", help="type of the numbers that are stored"
-    )
+    dtype: Literal["float16", "float32"] = option("float16", "type of the numbers that are stored")
     seed: Seed = option(
-        "-s",
-        default=23,
-        help="seed of hold-out and views; trainings have the same, and hold out the same tiles",
+        23, "seed of hold-out and views; trainings have the same, and hold out the same tiles", "-s"
     )
     shard_tiles: Count | None = option(
-        default=None, metavar="N", help="tiles per file; if omitted, as many as make 64 MiB"
+        None, "tiles per file; if omitted, as many as make 64 MiB", metavar="N"
     )
-    dry_run: bool = option(default=False, help="print what would be made, and exit")
+    dry_run: bool = option(False, "print what would be made, and exit")
     overrides: tuple[str, ...] = option(
-        default=(),
+        (),
+        "settings that override those of the configurations",
         positional=True,
         metavar="section.key=value",
-        help="settings that override those of the configurations",
     )
 
     val_data: tuple[str, ...] | None = option(
-        default=None, group=FOLDERS, metavar="DIR", help="folders of validation tiles"
+        None, "folders of validation tiles", group=FOLDERS, metavar="DIR"
     )
-    labelled: bool = option(default=False, group=FOLDERS, help="the folders are DIR/CLASS/images")
+    labelled: bool = option(False, "the folders are DIR/CLASS/images", group=FOLDERS)
     augment: Literal["d4", "stain", "d4,stain"] | None = option(
-        default=None,
+        None,
+        "augmentation of the views after the first: d4 (the 8 symmetries of the square), stain, "
+        "or both",
         group=FOLDERS,
-        help="augmentation of the views after the first: d4 (the 8 symmetries of the square), "
-        "stain, or both",
     )
     val_fraction: Annotated[float, Field(ge=0, le=0.5)] | None = option(
-        default=None,
-        group=FOLDERS,
-        help=f"share held out without --val_data; if omitted {VAL_FRACTION}",
+        None, f"share held out without --val_data; if omitted {VAL_FRACTION}", group=FOLDERS
     )
     group_regex: str | None = option(
-        default=None,
+        None,
+        "tiles whose paths have the same first group stay on one side of the hold-out",
         group=FOLDERS,
         metavar="REGEX",
-        help="tiles whose paths have the same first group stay on one side of the hold-out",
     )
     batch_size: Count = like(LoaderOptions, "batch_size", 32, help="images encoded together")
     workers: Workers = like(LoaderOptions, "workers", 2, help="loader processes of each process")

@@ -66,128 +66,114 @@ class Options(RunOptions):
 --data_dir D/train5 --val_data_dir D/val --first_stage logs/ldm \\
       --iterations 10000 --name classifier"""
 
-    data_dir: str | None = _data(
-        default=None, metavar="DIR", help="labelled tiles, DIR/CLASS/images"
-    )
+    data_dir: str | None = _data(None, "labelled tiles, DIR/CLASS/images", metavar="DIR")
     val_data_dir: str | None = _data(
-        default=None,
+        None,
+        "labelled tiles to validate on; if omitted, a share of --data_dir is held out",
         metavar="DIR",
-        help="labelled tiles to validate on; if omitted, a share of --data_dir is held out",
     )
     val_fraction: Annotated[float, Field(ge=0.01, le=0.5)] | None = _data(
-        default=None, help=f"share held out; if omitted {VAL_FRACTION}"
+        None, f"share held out; if omitted {VAL_FRACTION}"
     )
     latents: str | None = _data(
-        default=None,
-        metavar="DIR",
-        help="cache of scripts/cache_latents.py with labels and validation tiles, in place of "
+        None,
+        "cache of scripts/cache_latents.py with labels and validation tiles, in place of "
         "--data_dir; augmented as its views are",
+        metavar="DIR",
     )
     first_stage: str | None = _data(
-        default_factory=lambda: os.environ.get(FIRST_STAGE_VARIABLE),
-        metavar="CKPT",
-        help="diffusion (best) or autoencoder checkpoint that gives the latents; if omitted, the "
+        lambda: os.environ.get(FIRST_STAGE_VARIABLE),
+        "diffusion (best) or autoencoder checkpoint that gives the latents; if omitted, the "
         f"environment variable {FIRST_STAGE_VARIABLE}",
+        metavar="CKPT",
     )
     init_from: str | None = _data(
-        default=None,
-        metavar="CKPT",
-        help="diffusion checkpoint whose encoder and middle the classifier starts from, and whose "
+        None,
+        "diffusion checkpoint whose encoder and middle the classifier starts from, and whose "
         "latents it takes, or an (imported) classifier; the network is that of the checkpoint",
+        metavar="CKPT",
     )
-    image_size: Pixels | None = _data(
-        default=None, help="pixels of a tile; must be the autoencoder's"
-    )
+    image_size: Pixels | None = _data(None, "pixels of a tile; must be the autoencoder's")
     augment: Literal["none", "d4", "stain", "d4,stain"] | None = _data(
-        default=None,
-        help=f"d4: the 8 symmetries of the square; stain: its colours; if omitted {AUGMENT}",
+        None, f"d4: the 8 symmetries of the square; stain: its colours; if omitted {AUGMENT}"
     )
-    workers: Workers = _data(default=2, published=("--num_workers",), help="loader processes")
+    workers: Workers = _data(2, "loader processes", published=("--num_workers",))
 
     noised: bool = _training(
-        default=True,
+        True,
+        "train on noisy latents; False trains at t = 0 only, on clean latents, as published",
         takes_value=True,
-        help="train on noisy latents; False trains at t = 0 only, on clean latents, as published",
     )
-    iterations: Count | None = _training(
-        default=None, help=f"optimiser steps; {default_of('iterations')}"
-    )
+    iterations: Count | None = _training(None, f"optimiser steps; {default_of('iterations')}")
     batch_size: Count | None = _training(
-        default=None, help=f"images per step and device; {default_of('batch_size')}"
+        None, f"images per step and device; {default_of('batch_size')}"
     )
     microbatch: Annotated[int, Field(ge=-1, le=MOST)] = _training(
-        default=-1, help="images per pass; -1 for all at once"
+        -1, "images per pass; -1 for all at once"
     )
-    lr: Rate | None = _training(default=None, help=f"learning rate; {default_of('lr')}")
-    anneal_lr: bool = _training(
-        default=True, takes_value=True, help="let the learning rate fall linearly to 0"
-    )
-    weight_decay: NotNegative = _training(default=0.05, help="weight decay of AdamW")
+    lr: Rate | None = _training(None, f"learning rate; {default_of('lr')}")
+    anneal_lr: bool = _training(True, "let the learning rate fall linearly to 0", takes_value=True)
+    weight_decay: NotNegative = _training(0.05, "weight decay of AdamW")
     schedule_sampler: Literal["uniform", "stratified"] = _training(
-        default="uniform",
-        help="how t is drawn; stratified spreads each batch evenly over the schedule",
+        "uniform", "how t is drawn; stratified spreads each batch evenly over the schedule"
     )
-    log_interval: Count = _training(default=10, help="steps between log entries")
-    eval_interval: Count = _training(default=500, help="steps between validations")
-    save_interval: Count = _training(default=10_000, help="steps between checkpoints")
+    log_interval: Count = _training(10, "steps between log entries")
+    eval_interval: Count = _training(500, "steps between validations")
+    save_interval: Count = _training(10_000, "steps between checkpoints")
     patience: Count | None = _training(
-        default=None, help="stop after this many validations without a better one"
+        None, "stop after this many validations without a better one"
     )
     logger: tuple[Literal["tensorboard", "wandb"], ...] = _training(
-        default=("tensorboard",),
-        nargs="*",
-        help="loggers beside the CSV files; without a name, none",
+        ("tensorboard",), "loggers beside the CSV files; without a name, none", nargs="*"
     )
 
     classifier_width: Annotated[int, Field(ge=32, le=2**14)] = _network(
-        default=128, help="channels of the first level"
+        128, "channels of the first level"
     )
-    classifier_depth: Count = _network(default=2, help="residual blocks per level")
+    classifier_depth: Count = _network(2, "residual blocks per level")
     classifier_channel_mult: Annotated[tuple[Count, ...], Commas] | None = _network(
-        default=None,
+        None,
+        "width by level, in multiples of the first; if omitted, by the size of the tiles",
         metavar="1,2,4",
-        help="width by level, in multiples of the first; if omitted, by the size of the tiles",
     )
     classifier_attention_resolutions: Annotated[tuple[Count, ...], Commas] | None = _network(
-        default=None,
+        None,
+        "levels with attention, in pixels: a level of factor k counts as image_size / k",
         metavar="32,16",
-        help="levels with attention, in pixels: a level of factor k counts as image_size / k",
     )
-    classifier_pool: str = _network(
-        default="attention", help="attention, adaptive, spatial or spatial_v2"
-    )
+    classifier_pool: str = _network("attention", "attention, adaptive, spatial or spatial_v2")
     classifier_resblock_updown: bool = _network(
-        default=True, takes_value=True, help="resample inside the residual blocks"
+        True, "resample inside the residual blocks", takes_value=True
     )
     classifier_use_scale_shift_norm: bool = _network(
-        default=True, takes_value=True, help="condition on t by scale and shift"
+        True, "condition on t by scale and shift", takes_value=True
     )
     classifier_use_checkpoint: bool = _network(
-        default=False,
+        False,
+        "recompute features in the backward pass: less memory, the same gradients",
         takes_value=True,
-        help="recompute features in the backward pass: less memory, the same gradients",
     )
     classifier_dropout: Annotated[float, Field(ge=0, le=0.9)] = _network(
-        default=0.0, help="dropout in every block"
+        0.0, "dropout in every block"
     )
     readout: str | None = _readout(
-        default=None,
+        None,
+        "diffusion checkpoint whose averaged UNet is read, frozen; one device trains",
         metavar="CKPT",
-        help="diffusion checkpoint whose averaged UNet is read, frozen; one device trains",
     )
     readout_blocks: Annotated[tuple[Whole, ...], Commas] | None = _readout(
-        default=None,
-        metavar="0,1,2",
-        help="blocks that are read: 0 the middle, 1, 2, ... the up-blocks in the order of use; if "
+        None,
+        "blocks that are read: 0 the middle, 1, 2, ... the up-blocks in the order of use; if "
         "omitted, all",
+        metavar="0,1,2",
     )
-    readout_width: Count | None = _readout(default=None, help="hidden units; if omitted 256")
+    readout_width: Count | None = _readout(None, "hidden units; if omitted 256")
     readout_dropout: Annotated[float, Field(ge=0, le=0.9)] | None = _readout(
-        default=None, help="dropout of features and hidden units; if omitted 0.3"
+        None, "dropout of features and hidden units; if omitted 0.3"
     )
     readout_draws: Count | None = _readout(
-        default=None,
-        help="draws of augmentation, time and noise of each training tile; if omitted, as many as "
+        None,
+        "draws of augmentation, time and noise of each training tile; if omitted, as many as "
         "make 8,000 in all, and at least 8",
     )
     resume: str | None = like(RunOptions, "resume", None, published=("--resume_checkpoint",))

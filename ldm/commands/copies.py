@@ -30,10 +30,10 @@ class Options(NetworkChoice, DeviceOption):
 --synthetic OUT --train D/train --holdout D/val --out REPORT \\
       --features logs/eval/train5/seed0"""
 
-    synthetic: str = option(metavar="DIR", help="what sample_diffusion.py wrote")
-    train: str = option(metavar="DIR", help="real tiles that the generator saw")
-    holdout: str = option(metavar="DIR", help="real tiles that it never saw, of other patients")
-    out: str = option(metavar="REPORT", help="folder of the report")
+    synthetic: str = option(..., "what sample_diffusion.py wrote", metavar="DIR")
+    train: str = option(..., "real tiles that the generator saw", metavar="DIR")
+    holdout: str = option(..., "real tiles that it never saw, of other patients", metavar="DIR")
+    out: str = option(..., "folder of the report", metavar="REPORT")
     features: str | None = like(
         NetworkChoice,
         "features",
@@ -42,21 +42,19 @@ class Options(NetworkChoice, DeviceOption):
         "only",
     )
     quantile: Annotated[float, Field(ge=1e-5, le=0.5)] = option(
-        default=0.01, metavar="SHARE", help="share of new tiles that may be flagged by mistake"
+        0.01, "share of new tiles that may be flagged by mistake", metavar="SHARE"
     )
     group_regex: str | None = option(
-        default=None,
-        metavar="REGEX",
-        help="its first group is the patient or slide in a real tile's path: none may be in both "
+        None,
+        "its first group is the patient or slide in a real tile's path: none may be in both "
         "--train and --holdout, and tiles of one group are not compared with one another",
+        metavar="REGEX",
     )
-    sheet: Annotated[int, Field(ge=1, le=300)] = option(default=24, help="pairs in suspicious.png")
+    sheet: Annotated[int, Field(ge=1, le=300)] = option(24, "pairs in suspicious.png")
     remove: str | None = option(
-        default=None, metavar="FOLDER", help="training folder that holds some of the tiles"
+        None, "training folder that holds some of the tiles", metavar="FOLDER"
     )
-    removed_to: str | None = option(
-        default=None, metavar="NEW", help="where it goes without the flagged ones"
-    )
+    removed_to: str | None = option(None, "where it goes without the flagged ones", metavar="NEW")
     batch_size: Count = like(LoaderOptions, "batch_size", 64)
 
     def problems(self) -> Iterator[tuple[str, str]]:

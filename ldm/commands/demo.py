@@ -27,16 +27,15 @@ BATCH = 32  # of the flow
 class Options:
     example: ClassVar = "--out logs/demo sampling.options.classifier_scale=5"
 
-    out: str = option(default="logs/demo", metavar="DIR", help="folder of all results")
+    out: str = option("logs/demo", "folder of all results", metavar="DIR")
     data: str | None = option(
-        default=None,
+        None,
+        "your own tiles, DIR/{train,train5,val,test}/CLASS/images; if omitted, procedural ones",
         metavar="DIR",
-        help="your own tiles, DIR/{train,train5,val,test}/CLASS/images; if omitted, procedural "
-        "ones",
     )
-    fast: bool = option(default=False, help="a few steps of everything, to test the wiring")
+    fast: bool = option(False, "a few steps of everything, to test the wiring")
     overrides: tuple[str, ...] = option(
-        default=(), positional=True, metavar="section.key=value", help="settings"
+        (), "settings", positional=True, metavar="section.key=value"
     )
 
 

@@ -33,22 +33,21 @@ class Options(EvaluationOptions, SharedDevices, Settings):
     precision: Literal["auto", "32", "bf16-mixed", "16-mixed"] | None = like(
         Settings, "precision", None, help=PRECISION_HELP.format("bf16-mixed")
     )
-    logdir: str = run_option(default="logs/eval", metavar="DIR", help="results go to LOGDIR/SUBSET")
-    seed: Seed | None = run_option(default=None, help="seed; if omitted 0")
+    logdir: str = run_option("logs/eval", "results go to LOGDIR/SUBSET", metavar="DIR")
+    seed: Seed | None = run_option(None, "seed; if omitted 0")
     seeds: tuple[Seed, ...] | None = run_option(
-        default=None, metavar="N", help="several seeds: one network each, then mean and deviation"
+        None, "several seeds: one network each, then mean and deviation", metavar="N"
     )
     num_classes: Annotated[int, Field(ge=2, le=MOST)] | None = run_option(
-        default=None, help="compared with the class folders, which decide"
+        None, "compared with the class folders, which decide"
     )
     resume: str | None = run_option(
-        default=None,
+        None,
+        "checkpoint to go on from (an interrupted run goes on by itself), or to --eval",
         metavar="CKPT",
-        help="checkpoint to go on from (an interrupted run goes on by itself), or to --eval",
     )
     eval: bool = run_option(
-        default=False,
-        help="no training: evaluate --resume CKPT, or else the result of this SUBSET and seed",
+        False, "no training: evaluate --resume CKPT, or else the result of this SUBSET and seed"
     )
 
     @property

@@ -20,17 +20,15 @@ class Options:
     example: ClassVar = "--model logs/ldm --out exported/ldm"
 
     model: str = option(
-        metavar="CKPT", published=("--checkpoint",), help="diffusion checkpoint or run folder"
+        ..., "diffusion checkpoint or run folder", metavar="CKPT", published=("--checkpoint",)
     )
-    first_stage: str | None = option(
-        default=None, metavar="CKPT", help="autoencoder with a fine-tuned decoder"
-    )
-    out: str = option(metavar="DIR", help="folder to make")
+    first_stage: str | None = option(None, "autoencoder with a fine-tuned decoder", metavar="CKPT")
+    out: str = option(..., "folder to make", metavar="DIR")
     ema: bool = option(
-        default=True,
+        True,
+        "export the averaged weights, where there are any",
         takes_value=True,
         published=("--use_ema",),
-        help="export the averaged weights, where there are any",
     )
 
 

@@ -43,25 +43,23 @@ class Options(NetworkChoice, FeatureOptions):
         None,
         help=f"network that makes the features: {known_forms()}",
     )
-    real: str = option(metavar="DIR", help="labelled real tiles, DIR/CLASS/images")
-    synthetic: str = option(metavar="DIR", help="what sample_diffusion.py wrote")
-    out: str = option(metavar="DIR", help="folder of the results")
+    real: str = option(..., "labelled real tiles, DIR/CLASS/images", metavar="DIR")
+    synthetic: str = option(..., "what sample_diffusion.py wrote", metavar="DIR")
+    out: str = option(..., "folder of the results", metavar="DIR")
     selection: str | None = option(
-        default=None,
-        metavar="SELECTION",
-        help="training folder of scripts/distance.py, or its selection.csv: accepted and rejected "
+        None,
+        "training folder of scripts/distance.py, or its selection.csv: accepted and rejected "
         "images apart",
+        metavar="SELECTION",
     )
     thumbnails: Whole = option(
-        default=2000,
+        2000,
+        "most tiles that umap.html holds (about 2 kB each), evenly by kind and class",
         metavar="N",
-        help="most tiles that umap.html holds (about 2 kB each), evenly by kind and class",
     )
-    seed: Seed = option(default=0, help="seed of the UMAP picture")
-    umap_neighbors: Annotated[int, Field(ge=2, le=MOST)] = option(
-        default=15, help="neighbourhood of UMAP"
-    )
-    umap_min_dist: Share = option(default=0.1, help="how closely UMAP packs")
+    seed: Seed = option(0, "seed of the UMAP picture")
+    umap_neighbors: Annotated[int, Field(ge=2, le=MOST)] = option(15, "neighbourhood of UMAP")
+    umap_min_dist: Share = option(0.1, "how closely UMAP packs")
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from super().problems()

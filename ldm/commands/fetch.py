@@ -22,12 +22,12 @@ class Options:
     example: ClassVar = "inception dinov2 lpips"
 
     names: tuple[str, ...] = option(
-        default=(),
+        (),
+        f"among {', '.join(NAMES)}; if omitted: {', '.join(USUAL)}",
         positional=True,
         metavar="NAME",
-        help=f"among {', '.join(NAMES)}; if omitted: {', '.join(USUAL)}",
     )
-    list: bool = option(default=False, help="show what is here, fetch nothing")
+    list: bool = option(False, "show what is here, fetch nothing")
 
     def problems(self) -> Iterator[tuple[str, str]]:
         for name in self.names:

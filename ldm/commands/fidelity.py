@@ -32,39 +32,36 @@ class Options(LoaderOptions, DeviceOption):
 --real D/test --fake OUT --features dinov2 --out fidelity.json"""
 
     real: str | None = option(
-        default=None,
-        metavar="DIR",
-        help="real tiles, preferably ones that no model was trained on",
+        None, "real tiles, preferably ones that no model was trained on", metavar="DIR"
     )
     fake: tuple[str, ...] = option(
+        ...,
+        "synthetic tiles, for example what sample_diffusion.py wrote; several make one table",
         metavar="DIR",
         repeats=True,
-        help="synthetic tiles, for example what sample_diffusion.py wrote; several make one table",
     )
-    out: str = option(metavar="FILE", help="JSON file to write")
+    out: str = option(..., "JSON file to write", metavar="FILE")
     features: str | None = option(
-        default=None,
+        None,
+        f"network that makes the features: {known_forms()}; if omitted inception",
         metavar="NAME|RUN|FILE",
-        help=f"network that makes the features: {known_forms()}; if omitted inception",
     )
     extractor: str | None = option(
-        default=None,
-        metavar="NAME",
-        help="the same as --features NAME; or vit, with --weights RUN",
+        None, "the same as --features NAME; or vit, with --weights RUN", metavar="NAME"
     )
     weights: str | None = option(
-        default=None,
-        metavar="PATH",
-        help="weights of the extractor: a file, or a run (seed's folder) of eval.py; if omitted, "
+        None,
+        "weights of the extractor: a file, or a run (seed's folder) of eval.py; if omitted, "
         "those in the caches of torch and Hugging Face",
+        metavar="PATH",
     )
     stats: str | None = option(
-        default=None,
+        None,
+        "features of the real set: read, or written if missing; may later replace --real",
         metavar="FILE",
-        help="features of the real set: read, or written if missing; may later replace --real",
     )
-    overwrite: bool = option(default=False, help="replace --stats that is of other tiles")
-    seed: Seed = option(default=0, help="seed of the subsets of KID")
+    overwrite: bool = option(False, "replace --stats that is of other tiles")
+    seed: Seed = option(0, "seed of the subsets of KID")
 
     @property
     def network(self) -> tuple[str, str | None]:

@@ -29,38 +29,34 @@ ldm.ckpt --kind diffusion --config ldm.yaml \\
       --out models/diffusion.ckpt"""
 
     file: str = option(
-        positional=True, metavar="FILE", help="checkpoint of other code, or a folder of diffusers"
+        ..., "checkpoint of other code, or a folder of diffusers", positional=True, metavar="FILE"
     )
-    kind: Literal["autoencoder", "diffusion", "classifier"] = option(help="what to make of it")
+    kind: Literal["autoencoder", "diffusion", "classifier"] = option(..., "what to make of it")
     config: str | None = option(
-        default=None,
+        None,
+        "configuration of the checkpoint; a classifier without one has the published network",
         metavar="YAML",
-        help="configuration of the checkpoint; a classifier without one has the published network",
     )
-    out: str = option(metavar="CKPT", help="checkpoint to write")
+    out: str = option(..., "checkpoint to write", metavar="CKPT")
     autoencoder: str | None = _kind(
-        default=None,
+        None,
+        "diffusion: our autoencoder, for a file without one; classifier: our diffusion model (or "
+        "autoencoder) that it works with",
         metavar="CKPT",
-        help="diffusion: our autoencoder, for a file without one; classifier: our diffusion model "
-        "(or autoencoder) that it works with",
     )
     scale_factor: Annotated[float, Field(ge=1e-6, le=1e6)] | None = _kind(
-        default=None, metavar="X", help="scale of the latents, if the file does not hold it"
+        None, "scale of the latents, if the file does not hold it", metavar="X"
     )
     classes: str | None = _kind(
-        default=None,
-        metavar="A,B,C",
-        help="classifier: class names in the order of its outputs",
+        None, "classifier: class names in the order of its outputs", metavar="A,B,C"
     )
     noised: bool = _kind(
-        default=False,
+        False,
+        "classifier: it was trained on noisy latents (the published one was not)",
         takes_value=True,
-        help="classifier: it was trained on noisy latents (the published one was not)",
     )
-    allow_pickle: bool = option(default=False, help="read files with objects beside the weights")
-    allow_missing: bool = option(
-        default=False, help="leave missing weights as they are initialised"
-    )
+    allow_pickle: bool = option(False, "read files with objects beside the weights")
+    allow_missing: bool = option(False, "leave missing weights as they are initialised")
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.kind == "classifier":

@@ -29,45 +29,40 @@ class Options(GroupOptions):
     example: ClassVar = "ROOT --out corpus.parquet --min_size 224 --group_level 1"
 
     roots: tuple[str, ...] = option(
+        ...,
+        "folder of a corpus, or a file of arrays; several share one index",
         positional=True,
         metavar="ROOT",
-        help="folder of a corpus, or a file of arrays; several share one index",
     )
-    out: str = option(metavar="INDEX", help="Parquet file to write")
+    out: str = option(..., "Parquet file to write", metavar="INDEX")
     layout: Literal["folder", "array", "shards", "slides"] = option(
-        default="folder",
-        help="folder: image files in folders of any depth; array: images.npy, .npz and HDF5 files "
-        "as PanNuke, MedMNIST and PatchCamelyon have them (ROOT may be a file, or FILE/PART); "
+        "folder",
+        "folder: image files in folders of any depth; array: images.npy, .npz and HDF5 files as "
+        "PanNuke, MedMNIST and PatchCamelyon have them (ROOT may be a file, or FILE/PART); "
         "shards: tar files; slides: whole-slide images",
     )
-    min_size: Count = option(
-        default=1, metavar="PIXELS", help="tiles with a shorter side are left out"
-    )
+    min_size: Count = option(1, "tiles with a shorter side are left out", metavar="PIXELS")
     keep_duplicates: bool = option(
-        default=False,
-        help="list tiles with the same bytes as another, but do not leave them out",
+        False, "list tiles with the same bytes as another, but do not leave them out"
     )
-    workers: Threads = option(default_factory=usable_cores, help="threads")
+    workers: Threads = option(usable_cores, "threads")
     tile_um: Micrometres | None = option(
-        default=None,
+        None,
+        "side of a tile in micrometres; if omitted 112, 224 pixels of 0.5",
         group=SLIDES,
         metavar="LENGTH",
-        help="side of a tile in micrometres; if omitted 112, 224 pixels of 0.5",
     )
     pixels: Count | None = option(
-        default=None, group=SLIDES, help="side of a tile in pixels, as it is read; if omitted 224"
+        None, "side of a tile in pixels, as it is read; if omitted 224", group=SLIDES
     )
     tissue: Annotated[float, Field(gt=0, le=1)] | None = option(
-        default=None,
+        None,
+        "least share of a tile that shows tissue; if omitted 0.5",
         group=SLIDES,
         metavar="SHARE",
-        help="least share of a tile that shows tissue; if omitted 0.5",
     )
     mpp: Micrometres | None = option(
-        default=None,
-        group=SLIDES,
-        metavar="LENGTH",
-        help="micrometres per pixel of slides that do not say it",
+        None, "micrometres per pixel of slides that do not say it", group=SLIDES, metavar="LENGTH"
     )
 
     def problems(self) -> Iterator[tuple[str, str]]:

@@ -46,90 +46,84 @@ class Options(FeatureOptions):
 --real D/train5 --synthetic OUT --features VIS --ratio 50 \\
       --out 'D/train5+fake50%'"""
 
-    real: str = option(metavar="DIR", help="labelled real tiles, DIR/CLASS/images")
-    synthetic: str | None = option(
-        default=None, metavar="DIR", help="what sample_diffusion.py wrote"
-    )
+    real: str = option(..., "labelled real tiles, DIR/CLASS/images", metavar="DIR")
+    synthetic: str | None = option(None, "what sample_diffusion.py wrote", metavar="DIR")
     unlabelled: str | None = option(
-        default=None,
+        None,
+        "in place of --synthetic: real tiles, each for the class that the judge gives it (names "
+        "of folders are ignored, and tiles of --real left out)",
         metavar="DIR",
-        help="in place of --synthetic: real tiles, each for the class that the judge gives it "
-        "(names of folders are ignored, and tiles of --real left out)",
     )
     features: tuple[str, ...] = option(
+        ...,
+        "what scripts/vis.py wrote for them, a checkpoint of eval.py, timm:NAME or "
+        "diffusion:RUN@T; several are judge together, as the mean of their calibrated opinions",
         metavar="JUDGE",
         repeats=True,
-        help="what scripts/vis.py wrote for them, a checkpoint of eval.py, timm:NAME or "
-        "diffusion:RUN@T; several are judge together, as the mean of their calibrated opinions",
     )
     choose: bool = _judge(
-        default=False,
-        help="use only that one of --features which tells left-out tiles of --real apart best, for "
+        False,
+        "use only that one of --features which tells left-out tiles of --real apart best, for "
         "example of diffusion:RUN@50, RUN@200 and RUN@400",
     )
     val: str | None = _judge(
-        default=None,
+        None,
+        "labelled tiles that the judge is measured on: accuracy and calibration by class; they "
+        "also calibrate a checkpoint of eval.py",
         metavar="DIR",
-        help="labelled tiles that the judge is measured on: accuracy and calibration by class; "
-        "they also calibrate a checkpoint of eval.py",
     )
     spread: str | None = option(
-        default=None,
+        None,
+        "unlabelled tiles: the judge spreads the labels of --real over them (Zhou et al. 2003), "
+        "in place of a logistic regression",
         metavar="DIR",
-        help="unlabelled tiles: the judge spreads the labels of --real over them (Zhou et al. "
-        "2003), in place of a logistic regression",
     )
-    out: str = option(metavar="DIR", help="training folder to make")
+    out: str = option(..., "training folder to make", metavar="DIR")
     ratio: Count | None = _choice(
-        default=None,
+        None,
+        "synthetic images per class, in percent of its real ones (published: 50 100 200 300)",
         metavar="PERCENT",
-        help="synthetic images per class, in percent of its real ones (published: 50 100 200 300)",
     )
     per_class: Count | None = _choice(
-        default=None,
+        None,
+        f"most synthetic images of each class; {MOST_PER_CLASS} where --ratio is omitted too",
         metavar="N",
-        help=f"most synthetic images of each class; {MOST_PER_CLASS} where --ratio is omitted too",
     )
     strategy: Literal["centroid", "confidence", "knn", "coverage", "random"] | None = _choice(
-        default=None,
-        help="which images are accepted; if omitted centroid, with --unlabelled random",
+        None, "which images are accepted; if omitted centroid, with --unlabelled random"
     )
-    random: bool = _choice(default=False, help="the same as --strategy random")
-    seed: Seed | None = _choice(default=None, help="with --strategy random: its seed; if omitted 0")
+    random: bool = _choice(False, "the same as --strategy random")
+    seed: Seed | None = _choice(None, "with --strategy random: its seed; if omitted 0")
     neighbors: Count | None = _choice(
-        default=None,
+        None,
+        f"with --strategy knn: a real tile reaches to its K-th neighbour; if omitted {NEIGHBORS}",
         metavar="K",
-        help="with --strategy knn: a real tile reaches to its K-th neighbour; if omitted "
-        f"{NEIGHBORS}",
     )
     confidence: Literal["judge", "manifest"] | None = _choice(
-        default=None,
-        help="with --strategy confidence: by the network of --features (one that knows no classes "
-        "by logistic regression on --real), or by the classifier that guided (manifest.csv); if "
+        None,
+        "with --strategy confidence: by the network of --features (one that knows no classes by "
+        "logistic regression on --real), or by the classifier that guided (manifest.csv); if "
         "omitted judge",
     )
     fill: bool = _choice(
-        default=False,
-        help="where too few images are accepted, use the best of the rejected, marked as filled",
+        False, "where too few images are accepted, use the best of the rejected, marked as filled"
     )
     downstream: str | None = _results(
-        default=None,
+        None,
+        "checkpoint of eval.py that the images are for: a warning when it is the judge",
         metavar="CKPT",
-        help="checkpoint of eval.py that the images are for: a warning when it is the judge",
     )
     sheets: str | None = _results(
-        default=None, metavar="DIR", help="folder of contact sheets; if omitted OUT.sheets"
+        None, "folder of contact sheets; if omitted OUT.sheets", metavar="DIR"
     )
-    no_sheets: bool = _results(default=False, help="draw no contact sheets")
-    link: Literal["copy", "hard", "symbolic"] = _results(
-        default="copy", help="copy the files or link to them"
-    )
+    no_sheets: bool = _results(False, "draw no contact sheets")
+    link: Literal["copy", "hard", "symbolic"] = _results("copy", "copy the files or link to them")
     cache: str | None = option(
-        default=None,
+        None,
+        "folder of computed features and fitted judges; if omitted SYNTHETIC.features or "
+        "UNLABELLED.features",
         group="features",
         metavar="DIR",
-        help="folder of computed features and fitted judges; if omitted SYNTHETIC.features or "
-        "UNLABELLED.features",
     )
 
     @property

@@ -36,21 +36,17 @@ def size_in_bytes(text: str | int) -> int:
 class Options:
     example: ClassVar = "tcga.parquet --out /scratch/tcga_shards --size 1G"
 
-    index: str = option(positional=True, metavar="INDEX", help="what scripts/index_corpus.py wrote")
-    out: str = option(metavar="DIR", help="folder of the shards; the index is DIR.parquet")
+    index: str = option(..., "what scripts/index_corpus.py wrote", positional=True, metavar="INDEX")
+    out: str = option(..., "folder of the shards; the index is DIR.parquet", metavar="DIR")
     size: Annotated[int, BeforeValidator(size_in_bytes)] = option(
-        default=10**9, help="most bytes of a shard, such as 500M or 1G; if omitted 1G"
+        10**9, "most bytes of a shard, such as 500M or 1G; if omitted 1G"
     )
     root: tuple[str, ...] | None = option(
-        default=None,
-        metavar="DIR",
-        help="where the corpus is, if not where it was indexed; as many as then",
+        None, "where the corpus is, if not where it was indexed; as many as then", metavar="DIR"
     )
-    workers: Threads = option(default_factory=usable_cores, help="threads that read")
-    verify: bool = option(
-        default=False, help="read the shards that exist: damaged ones are written again"
-    )
-    dry_run: bool = option(default=False, help="print what would be written, and exit")
+    workers: Threads = option(usable_cores, "threads that read")
+    verify: bool = option(False, "read the shards that exist: damaged ones are written again")
+    dry_run: bool = option(False, "print what would be written, and exit")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -33,32 +33,29 @@ class Options(GroupOptions):
 --data D/train --fraction 0.05 --group_csv slides.csv --by_group \\
       --out D/train5"""
 
-    data: str = option(metavar="DIR", help="labelled tiles, DIR/CLASS/images")
-    out: str = option(metavar="DIR", help="folder to make")
+    data: str = option(..., "labelled tiles, DIR/CLASS/images", metavar="DIR")
+    out: str = option(..., "folder to make", metavar="DIR")
     fraction: Annotated[float, Field(gt=0, le=1)] | None = _amount(
-        default=None, metavar="SHARE", help="share of the tiles of each class (published: 0.05)"
+        None, "share of the tiles of each class (published: 0.05)", metavar="SHARE"
     )
     per_class: Count | None = _amount(
-        default=None, metavar="N", help="tiles of each class, the same number for all"
+        None, "tiles of each class, the same number for all", metavar="N"
     )
     ratio: Count | None = _amount(
-        default=None,
+        None,
+        "with --include: further tiles of each class, in percent of those it has there",
         metavar="PERCENT",
-        help="with --include: further tiles of each class, in percent of those it has there",
     )
     include: str | None = _amount(
-        default=None,
+        None,
+        "a labelled folder that is in the subset as a whole; only what it lacks is drawn",
         metavar="DIR",
-        help="a labelled folder that is in the subset as a whole; only what it lacks is drawn",
     )
     by_group: bool = option(
-        default=False,
-        help="no group is both in the subset and in the rest; the remaining tiles are unused",
+        False, "no group is both in the subset and in the rest; the remaining tiles are unused"
     )
-    seed: Seed = option(default=0, help="seed of the draw")
-    link: Literal["copy", "hard", "symbolic"] = option(
-        default="copy", help="copy the files, or link to them"
-    )
+    seed: Seed = option(0, "seed of the draw")
+    link: Literal["copy", "hard", "symbolic"] = option("copy", "copy the files, or link to them")
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from super().problems()

@@ -58,54 +58,46 @@ class Options(DeviceOption):
       --judge logs/eval/train5/seed0 --scales 0,3,10,30 -n 64 --out SWEEP"""
 
     model: str = option(
-        "-r", metavar="CKPT", published=("--resume",), help="diffusion checkpoint or run folder"
+        ..., "diffusion checkpoint or run folder", "-r", metavar="CKPT", published=("--resume",)
     )
-    classifier: str | None = option(
-        default=None, metavar="CKPT", help="noisy-latent classifier that guides"
-    )
-    first_stage: str | None = option(
-        default=None, metavar="CKPT", help="autoencoder with a fine-tuned decoder"
-    )
-    judge: str = option(metavar="CKPT", help="checkpoint (or seed folder) from eval.py")
-    real: str = option(metavar="DIR", help="held-out real tiles, DIR/CLASS/images")
-    out: str = option(metavar="DIR", help="folder of the results")
+    classifier: str | None = option(None, "noisy-latent classifier that guides", metavar="CKPT")
+    first_stage: str | None = option(None, "autoencoder with a fine-tuned decoder", metavar="CKPT")
+    judge: str = option(..., "checkpoint (or seed folder) from eval.py", metavar="CKPT")
+    real: str = option(..., "held-out real tiles, DIR/CLASS/images", metavar="DIR")
+    out: str = option(..., "folder of the results", metavar="DIR")
     scales: Annotated[tuple[NotNegative, ...], Commas] = _tried(
-        default=(0.0, 3.0, 10.0, 30.0),
+        (0.0, 3.0, 10.0, 30.0),
+        "guidance scales; 0 is unguided (classifier), 1 plain conditional (label adapter)",
         metavar="X,X",
-        help="guidance scales; 0 is unguided (classifier), 1 plain conditional (label adapter)",
     )
     intervals: Annotated[
         tuple[Annotated[tuple[Whole, Whole] | None, BeforeValidator(interval)], ...], Commas
     ] = _tried(
-        default=(None,),
+        (None,),
+        "guided time steps, LOW:HIGH or all; if omitted all, for a flow up to 950",
         metavar="SPANS",
-        help="guided time steps, LOW:HIGH or all; if omitted all, for a flow up to 950",
     )
-    steps: Annotated[tuple[Count, ...], Commas] = _tried(
-        default=(25,), metavar="N,N", help="sampling steps"
-    )
+    steps: Annotated[tuple[Count, ...], Commas] = _tried((25,), "sampling steps", metavar="N,N")
     samplers: (
         Annotated[tuple[Literal["ddim", "ddpm", "dpm++2m", "euler", "heun"], ...], Commas] | None
     ) = _tried(
-        default=None,
+        None,
+        "among ddim, ddpm, dpm++2m, or euler, heun for a flow; if omitted ddim or euler",
         metavar="NAME,NAME",
-        help="among ddim, ddpm, dpm++2m, or euler, heun for a flow; if omitted ddim or euler",
     )
     latent_limit: Positive | None = _tried(
-        default=None, help="with euler and heun: keep predicted clean latents within +-X"
+        None, "with euler and heun: keep predicted clean latents within +-X"
     )
-    eta: Share = _tried(default=1.0, help="DDIM noise, 0 is deterministic")
-    guidance_on: Literal["z_t", "z_0"] = _guidance(default="z_t", help="what the classifier sees")
-    guidance_norm: bool = _guidance(default=False, help="scale = |guidance| / |eps|")
-    guidance_clip: Positive | None = _guidance(default=None, help="largest |guidance| / |eps|")
+    eta: Share = _tried(1.0, "DDIM noise, 0 is deterministic")
+    guidance_on: Literal["z_t", "z_0"] = _guidance("z_t", "what the classifier sees")
+    guidance_norm: bool = _guidance(False, "scale = |guidance| / |eps|")
+    guidance_clip: Positive | None = _guidance(None, "largest |guidance| / |eps|")
     temperature: Annotated[float, Field(ge=1e-3, le=1e3)] | None = _guidance(
-        default=None, help="temperature of the classifier; if omitted its calibrated one"
+        None, "temperature of the classifier; if omitted its calibrated one"
     )
-    n_samples: Annotated[int, Field(ge=8, le=MOST)] = _images(
-        "-n", default=64, help="images per class"
-    )
+    n_samples: Annotated[int, Field(ge=8, le=MOST)] = _images(64, "images per class", "-n")
     batch_size: Count = like(LoaderOptions, "batch_size", 32, help="images sampled together")
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = _images(default=0, help="seed of the noise")
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = _images(0, "seed of the noise")
     precision: Literal["auto", "32", "bf16"] | None = like(ProcessOptions, "precision", None)
 
     def problems(self) -> Iterator[tuple[str, str]]:

@@ -27,31 +27,27 @@ _shown = partial(option, group="instead of a run")
 class Options:
     example: ClassVar = "--config configs/tables/crc5.yaml --gpus 0,1,2,3"
 
-    config: str = option(metavar="YAML", help="the table, see configs/tables")
-    status: bool = _shown(default=False, help="show where every job stands, and exit")
-    dry_run: bool = _shown(default=False, help="print the commands in order, and exit")
-    report: bool = _shown(default=False, help="only write the table again, from what is there")
+    config: str = option(..., "the table, see configs/tables", metavar="YAML")
+    status: bool = _shown(False, "show where every job stands, and exit")
+    dry_run: bool = _shown(False, "print the commands in order, and exit")
+    report: bool = _shown(False, "only write the table again, from what is there")
     slurm: bool = _ran(
-        default=False,
+        False,
+        "run the jobs on SLURM, as the section slurm says; this process waits for them",
         published=("--submit",),
-        help="run the jobs on SLURM, as the section slurm says; this process waits for them",
     )
     only: tuple[str, ...] = _ran(
-        default=(),
-        metavar="ROW",
-        help="only the jobs of these rows, for example 'real' '*-centroid-100'",
+        (), "only the jobs of these rows, for example 'real' '*-centroid-100'", metavar="ROW"
     )
-    jobs: Count | None = _ran(
-        default=None, metavar="N", help="jobs at once; if omitted one per GPU, or 1"
-    )
+    jobs: Count | None = _ran(None, "jobs at once; if omitted one per GPU, or 1", metavar="N")
     gpus: str | None = _ran(
-        default=None,
+        None,
+        "GPUs to share out, such as 0,1,2; each job gets one (or as many as it asks for)",
         metavar="LIST",
-        help="GPUs to share out, such as 0,1,2; each job gets one (or as many as it asks for)",
     )
-    retry: bool = _ran(default=False, help="run again what failed before")
+    retry: bool = _ran(False, "run again what failed before")
     overrides: tuple[str, ...] = option(
-        default=(), positional=True, metavar="section.key=value", help="settings"
+        (), "settings", positional=True, metavar="section.key=value"
     )
 
     def problems(self) -> Iterator[tuple[str, str]]:

@@ -16,17 +16,17 @@ from ldm.cli import Count, Seed, Threads, Whole, option, parse
 class Options:
     example: ClassVar = "--out tiles --size 64 --train 60 --train5 6"
 
-    out: str = option(metavar="DIR", help="folder to make; new, empty or one to go on in")
-    size: Annotated[int, Field(ge=32, le=512)] = option(default=64, help="pixels")
-    train: Count = option(default=60, help="tiles per class")
-    train5: Whole = option(default=6, help="how many of them are copied to train5")
-    val: Whole = option(default=20, help="tiles per class")
-    test: Whole = option(default=20, help="tiles per class")
-    seed: Seed = option(default=0, help="seed of the tiles")
+    out: str = option(..., "folder to make; new, empty or one to go on in", metavar="DIR")
+    size: Annotated[int, Field(ge=32, le=512)] = option(64, "pixels")
+    train: Count = option(60, "tiles per class")
+    train5: Whole = option(6, "how many of them are copied to train5")
+    val: Whole = option(20, "tiles per class")
+    test: Whole = option(20, "tiles per class")
+    seed: Seed = option(0, "seed of the tiles")
     classes: tuple[str, ...] | None = option(
-        default=None, metavar="CLASS", help="some of the nine classes; if omitted, all"
+        None, "some of the nine classes; if omitted, all", metavar="CLASS"
     )
-    workers: Threads = option(default_factory=lambda: os.cpu_count() or 1, help="processes")
+    workers: Threads = option(lambda: os.cpu_count() or 1, "processes")
 
 
 def main(argv: list[str] | None = None) -> None:

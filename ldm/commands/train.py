@@ -52,24 +52,20 @@ class Options(RunOptions):
 --base configs/latent-diffusion/histo-ldm-kl-8.yaml -t --gpus 0,1,2,3 \\
       data.params.train.params.root=/data/tiles"""
 
-    base: tuple[str, ...] = option(
-        "-b", default=(), metavar="YAML", help="configurations, merged left to right"
-    )
-    train: bool = option(
-        "-t", default=False, takes_value=True, help="train; this or --dry_run is needed"
-    )
+    base: tuple[str, ...] = option((), "configurations, merged left to right", "-b", metavar="YAML")
+    train: bool = option(False, "train; this or --dry_run is needed", "-t", takes_value=True)
     scale_lr: bool = option(
-        default=False,
+        False,
+        "multiply base_learning_rate by devices x batch size x accumulated batches",
         takes_value=True,
-        help="multiply base_learning_rate by devices x batch size x accumulated batches",
     )
-    max_steps: Count | None = option(default=None, help="optimiser steps to train for")
-    max_epochs: Count | None = option(default=None, help="epochs to train for")
+    max_steps: Count | None = option(None, "optimiser steps to train for")
+    max_epochs: Count | None = option(None, "epochs to train for")
     overrides: tuple[str, ...] = option(
-        default=(),
+        (),
+        "settings that override those of the configurations",
         positional=True,
         metavar="section.key=value",
-        help="settings that override those of the configurations",
     )
 
 

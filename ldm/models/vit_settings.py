@@ -34,129 +34,110 @@ class Settings:
     updates, the same schedule and equally many chances to be selected.
     """
 
-    arch: str = _network(
-        default="vit_small", help="vit_tiny, vit_small, vit_base, vit_large or any timm name"
-    )
+    arch: str = _network("vit_small", "vit_tiny, vit_small, vit_base, vit_large or any timm name")
     patch_size: Count | None = _network(
-        default=None,
-        help="pixels; if omitted 16 with the four names above, else the architecture's own",
+        None, "pixels; if omitted 16 with the four names above, else the architecture's own"
     )
-    input_size: Pixels = _network(default=224, help="pixels")
+    input_size: Pixels = _network(224, "pixels")
     avgpool_patchtokens: Annotated[int, Field(ge=0, le=1)] = _network(
-        default=0, help="1: mean of the patch tokens instead of the class token"
+        0, "1: mean of the patch tokens instead of the class token"
     )
     finetune: str | None = _network(
-        default=None,
+        None,
+        "local weights to start from; if omitted, training starts from scratch",
         metavar="FILE",
         published=("--pretrained_weights",),
-        help="local weights to start from; if omitted, training starts from scratch",
     )
     checkpoint_key: str | None = _network(
-        default=None,
+        None,
+        "entry of FILE that holds the weights, for example teacher; if omitted, it is found",
         metavar="ENTRY",
-        help="entry of FILE that holds the weights, for example teacher; if omitted, it is found",
     )
-    drop: Share = _network(default=0.0, help="dropout before the head")
-    attn_drop_rate: Share = _network(default=0.0, help="dropout of attention weights")
-    drop_path: Share = _network(default=0.1, help="stochastic depth")
+    drop: Share = _network(0.0, "dropout before the head")
+    attn_drop_rate: Share = _network(0.0, "dropout of attention weights")
+    drop_path: Share = _network(0.1, "stochastic depth")
 
-    epochs: Count = _training(default=300, help="passes over the training set")
+    epochs: Count = _training(300, "passes over the training set")
     batch_size: Count = _training(
-        default=256,
-        help="images per step, of all devices together; a smaller set makes one smaller batch",
+        256, "images per step, of all devices together; a smaller set makes one smaller batch"
     )
     real_share: Annotated[float, Field(gt=0, lt=1)] | None = _training(
-        default=None,
-        metavar="S",
-        help="share of the drawn images that are real tiles, the rest synthetic or pseudo-labelled "
+        None,
+        "share of the drawn images that are real tiles, the rest synthetic or pseudo-labelled "
         "ones that `histodiffusion select` added; if omitted as the folder has them",
+        metavar="S",
     )
-    opt: str = _training(default="adamw", help="any timm optimizer")
-    lr: Rate = _training(default=5e-4, help="learning rate at a batch of 512, scaled to the batch")
-    min_lr: Rate = _training(default=1e-5, help="least learning rate of the schedule")
-    warmup_lr: Rate = _training(default=1e-6, help="learning rate at which the warm-up starts")
+    opt: str = _training("adamw", "any timm optimizer")
+    lr: Rate = _training(5e-4, "learning rate at a batch of 512, scaled to the batch")
+    min_lr: Rate = _training(1e-5, "least learning rate of the schedule")
+    warmup_lr: Rate = _training(1e-6, "learning rate at which the warm-up starts")
     warmup_epochs: Whole | None = _training(
-        default=None, help="if omitted 5, or a tenth of the epochs where that is less"
+        None, "if omitted 5, or a tenth of the epochs where that is less"
     )
-    cooldown_epochs: Whole = _training(default=0, help="further epochs at the least learning rate")
+    cooldown_epochs: Whole = _training(0, "further epochs at the least learning rate")
     match_steps: Count | None = _training(
-        default=None,
+        None,
+        "exactly N updates instead of `epochs`, whatever the set's size, so that training sets "
+        "of different sizes compare",
         metavar="N",
-        help="exactly N updates instead of `epochs`, whatever the set's size, so that training "
-        "sets of different sizes compare",
     )
     validations: Count | None = _training(
-        default=None,
-        metavar="V",
-        help=f"with `match_steps`: validate V times at equal distances; if omitted "
+        None,
+        "with `match_steps`: validate V times at equal distances; if omitted "
         f"{MATCHED_VALIDATIONS}, or as many times as there are updates",
+        metavar="V",
     )
     warmup_updates: Whole | None = _training(
-        default=None, metavar="W", help="with `match_steps`: updates of warm-up; if omitted a tenth"
+        None, "with `match_steps`: updates of warm-up; if omitted a tenth", metavar="W"
     )
-    sched: Literal["cosine", "tanh", "constant"] = _training(
-        default="cosine", help="learning rate schedule"
-    )
-    weight_decay: NotNegative = _training(default=0.05, help="weight decay")
-    momentum: Share = _training(
-        default=0.9, help="momentum of the optimizers that have one, for example sgd"
-    )
+    sched: Literal["cosine", "tanh", "constant"] = _training("cosine", "learning rate schedule")
+    weight_decay: NotNegative = _training(0.05, "weight decay")
+    momentum: Share = _training(0.9, "momentum of the optimizers that have one, for example sgd")
     clip_grad: NotNegative | None = _training(
-        default=None,
-        metavar="NORM",
-        help="largest gradient norm; if omitted, gradients are not clipped",
+        None, "largest gradient norm; if omitted, gradients are not clipped", metavar="NORM"
     )
     model_ema: bool = _training(
-        default=True, off=("--no_model_ema",), help="evaluate the moving average of the weights"
+        True, "evaluate the moving average of the weights", off=("--no_model_ema",)
     )
     model_ema_decay: Annotated[float, Field(ge=0, le=0.9999999)] = _training(
-        default=0.99996,
-        help="decay of the moving average per step, after a warm-up of (1 + n) / (10 + n)",
+        0.99996, "decay of the moving average per step, after a warm-up of (1 + n) / (10 + n)"
     )
     precision: Literal["auto", "32", "bf16-mixed", "16-mixed"] = option(
-        default="auto", group="run", help="auto stands for the precision of the device"
+        "auto", "auto stands for the precision of the device", group="run"
     )
 
     crop_flip: bool = _augment(
-        default=True,
+        True,
+        "random resized crops and mirroring; without: the centre, as in the evaluation",
         off=("--no_crop_flip",),
-        help="random resized crops and mirroring; without: the centre, as in the evaluation",
     )
-    d4: bool = _augment(
-        default=False, help="turn by quarters and mirror both ways, as suits tissue"
-    )
+    d4: bool = _augment(False, "turn by quarters and mirror both ways, as suits tissue")
     stain_jitter: Annotated[float, Field(ge=0, le=0.99)] = _augment(
-        default=0.0,
+        0.0,
+        "multiply haematoxylin, eosin and the rest by random numbers in [1 - S, 1 + S], as other "
+        "laboratories would; 0 for none",
         metavar="S",
-        help="multiply haematoxylin, eosin and the rest by random numbers in [1 - S, 1 + S], as "
-        "other laboratories would; 0 for none",
     )
-    smoothing: Annotated[float, Field(ge=0, le=0.99)] = _augment(
-        default=0.1, help="label smoothing"
-    )
+    smoothing: Annotated[float, Field(ge=0, le=0.99)] = _augment(0.1, "label smoothing")
     aa: str = _augment(
-        default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm augmentation policy, or none"
+        "rand-m9-mstd0.5-inc1", "timm augmentation policy, or none", metavar="POLICY"
     )
     color_jitter: NotNegative = _augment(
-        default=0.4, help="strength, with `aa` none (a policy jitters colours itself)"
+        0.4, "strength, with `aa` none (a policy jitters colours itself)"
     )
     train_interpolation: Literal["random", "bilinear", "bicubic"] = _augment(
-        default="bicubic", help="interpolation of random resized crops"
+        "bicubic", "interpolation of random resized crops"
     )
-    reprob: Share = _augment(default=0.25, help="probability of random erasing")
-    remode: Literal["const", "rand", "pixel"] = _augment(
-        default="pixel", help="what random erasing fills in"
-    )
-    recount: Count = _augment(default=1, help="most areas erased in an image")
-    mixup: NotNegative = _augment(default=0.8, help="mixup alpha; 0 for none")
-    cutmix: NotNegative = _augment(default=1.0, help="cutmix alpha; 0 for none")
-    mixup_prob: Share = _augment(default=1.0, help="share of the batches that are mixed")
+    reprob: Share = _augment(0.25, "probability of random erasing")
+    remode: Literal["const", "rand", "pixel"] = _augment("pixel", "what random erasing fills in")
+    recount: Count = _augment(1, "most areas erased in an image")
+    mixup: NotNegative = _augment(0.8, "mixup alpha; 0 for none")
+    cutmix: NotNegative = _augment(1.0, "cutmix alpha; 0 for none")
+    mixup_prob: Share = _augment(1.0, "share of the batches that are mixed")
     mixup_switch_prob: Share = _augment(
-        default=0.5, help="share of the mixed batches that cutmix takes when both are on"
+        0.5, "share of the mixed batches that cutmix takes when both are on"
     )
-    mixup_mode: Literal["batch", "pair", "elem"] = _augment(
-        default="batch", help="what shares one mixing ratio"
-    )
+    mixup_mode: Literal["batch", "pair", "elem"] = _augment("batch", "what shares one mixing ratio")
 
     @property
     def mixes(self) -> bool:

@@ -73,140 +73,122 @@ class Options(ProcessOptions):
       --classifier_scale 10 --out OUT"""
 
     model: str = _models(
-        "-r", metavar="CKPT", published=("--resume",), help="diffusion checkpoint or run folder"
+        ..., "diffusion checkpoint or run folder", "-r", metavar="CKPT", published=("--resume",)
     )
-    classifier: str | None = _models(
-        default=None, metavar="CKPT", help="noisy-latent classifier that guides"
-    )
+    classifier: str | None = _models(None, "noisy-latent classifier that guides", metavar="CKPT")
     first_stage: str | None = _models(
-        default=None,
-        metavar="CKPT",
-        help="autoencoder with a decoder fine-tuned on labels, to decode with",
+        None, "autoencoder with a decoder fine-tuned on labels, to decode with", metavar="CKPT"
     )
     autoguidance: str | None = _models(
-        default=None, metavar="CKPT", help="earlier diffusion checkpoint to guide away from"
+        None, "earlier diffusion checkpoint to guide away from", metavar="CKPT"
     )
-    ema: bool = _models(
-        default=True, takes_value=True, help="use the averaged weights of the noise predictor"
-    )
+    ema: bool = _models(True, "use the averaged weights of the noise predictor", takes_value=True)
 
-    n_samples: Count | None = _images(
-        "-n", default=None, help=f"images per class; if omitted {DEFAULT_COUNT}"
-    )
+    n_samples: Count | None = _images(None, f"images per class; if omitted {DEFAULT_COUNT}", "-n")
     classes: str | None = _images(
-        default=None, metavar="A,B", help="classes to make, by name or index; if omitted, all"
+        None, "classes to make, by name or index; if omitted, all", metavar="A,B"
     )
-    counts: str | None = _images(
-        default=None, metavar="A=N,B=N", help="images of each class, by name or index"
-    )
+    counts: str | None = _images(None, "images of each class, by name or index", metavar="A=N,B=N")
     balance: str | None = _images(
-        default=None,
+        None,
+        "fill each class of this training set up to the size of its largest, and add -n",
         metavar="DIR",
-        help="fill each class of this training set up to the size of its largest, and add -n",
     )
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = _images(default=0, help="seed of the noise")
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = _images(0, "seed of the noise")
     out: str | None = _images(
+        None,
+        "folder of the images; if omitted RUN/samples/SETTINGS",
         "-l",
-        default=None,
         metavar="DIR",
         published=("--outdir", "--logdir"),
-        help="folder of the images; if omitted RUN/samples/SETTINGS",
     )
-    out_size: Pixels | None = _images(
-        default=None, metavar="PIXELS", help="resize the images to this side"
-    )
+    out_size: Pixels | None = _images(None, "resize the images to this side", metavar="PIXELS")
     start_from: str | None = _images(
-        default=None,
-        metavar="DIR",
-        help="start from these real training tiles instead of noise: class folders, or tiles that "
+        None,
+        "start from these real training tiles instead of noise: class folders, or tiles that "
         "--classifier labels",
+        metavar="DIR",
     )
     strength: Annotated[float, Field(gt=0, le=1)] | None = _images(
-        default=None,
+        None,
+        f"share of the way to noise that --start_from is noised to; if omitted {DEFAULT_STRENGTH}",
         metavar="S",
-        help="share of the way to noise that --start_from is noised to; if omitted "
-        f"{DEFAULT_STRENGTH}",
     )
     start_confidence: Share | None = _images(
-        default=None,
+        None,
+        "least probability of a tile's class where --classifier labels --start_from",
         metavar="P",
-        help="least probability of a tile's class where --classifier labels --start_from",
     )
-    tar: Count | None = _images(default=None, metavar="N", help="also pack them, N to a tar shard")
+    tar: Count | None = _images(None, "also pack them, N to a tar shard", metavar="N")
 
     sampler: Literal["ddim", "ddpm", "dpm++2m", "euler", "heun"] | None = _sampler(
-        default=None,
-        help="euler and heun are for rectified flows, the others for noise schedules; if omitted "
+        None,
+        "euler and heun are for rectified flows, the others for noise schedules; if omitted "
         "ddim, or euler for a flow",
     )
-    vanilla_sample: bool = _sampler("-v", default=False, help="the same as --sampler ddpm")
+    vanilla_sample: bool = _sampler(False, "the same as --sampler ddpm", "-v")
     custom_steps: Count | None = _sampler(
+        None,
+        f"sampling steps; if omitted {DEFAULT_STEPS}, or all training time steps with ddpm",
         "-c",
-        default=None,
-        help=f"sampling steps; if omitted {DEFAULT_STEPS}, or all training time steps with ddpm",
     )
-    eta: Share | None = _sampler(
-        "-e", default=None, help="DDIM noise, 0 is deterministic; if omitted 1"
-    )
+    eta: Share | None = _sampler(None, "DDIM noise, 0 is deterministic; if omitted 1", "-e")
 
     latent_limit: Positive | None = _sampler(
-        default=None,
-        metavar="X",
-        help="with euler and heun: keep predicted clean latents within +-X, which strong guidance "
+        None,
+        "with euler and heun: keep predicted clean latents within +-X, which strong guidance "
         "would leave",
+        metavar="X",
     )
 
     classifier_scale: NotNegative | None = _guidance(
-        default=None, help=f"scale of classifier guidance, 0 for none; if omitted {DEFAULT_SCALE:g}"
+        None, f"scale of classifier guidance, 0 for none; if omitted {DEFAULT_SCALE:g}"
     )
     guidance_on: Literal["z_t", "z_0"] | None = _guidance(
-        default=None,
-        help="what the classifier looks at: the noisy latent, or the clean one predicted from it "
+        None,
+        "what the classifier looks at: the noisy latent, or the clean one predicted from it "
         "(slower); if omitted z_t",
     )
     guidance_norm: bool = _guidance(
-        default=False,
-        help="make guidance SCALE times as long as the predicted noise, at every step",
+        False, "make guidance SCALE times as long as the predicted noise, at every step"
     )
     guidance_clip: Positive | None = _guidance(
-        default=None, metavar="R", help="guidance is at most R times as long as the predicted noise"
+        None, "guidance is at most R times as long as the predicted noise", metavar="R"
     )
     temperature: (
         Annotated[float | None, Field(ge=1e-3, le=1e3), BeforeValidator(auto_as_none)] | None
     ) = _guidance(
-        default=None,
+        None,
+        "divides the classifier's logits; auto (or omitted): as calibrated on validation",
         metavar="auto|VALUE",
-        help="divides the classifier's logits; auto (or omitted): as calibrated on validation",
     )
     cfg_scale: NotNegative | None = _guidance(
-        default=None,
+        None,
+        "classifier-free guidance, for a model that takes labels: 1 (or omitted) is the labelled "
+        "prediction, more goes beyond it",
         metavar="W",
-        help="classifier-free guidance, for a model that takes labels: 1 (or omitted) is the "
-        "labelled prediction, more goes beyond it",
     )
     autoguidance_scale: NotNegative | None = _guidance(
-        default=None,
-        metavar="W",
-        help="how far to go beyond the --autoguidance model; 1 would be no guidance",
+        None, "how far to go beyond the --autoguidance model; 1 would be no guidance", metavar="W"
     )
     guidance_interval: tuple[Whole, Whole] | None = _guidance(
-        default=None,
+        None,
+        "guide only at training time steps in [LOW, HIGH]; of a flow, thousandths of the way to "
+        "noise; if omitted everywhere, or up to 950 for a flow",
         nargs=2,
         metavar=("LOW", "HIGH"),
-        help="guide only at training time steps in [LOW, HIGH]; of a flow, thousandths of the way "
-        "to noise; if omitted everywhere, or up to 950 for a flow",
     )
 
     batch_size: Count = like(
         LoaderOptions, "batch_size", 32, help="images sampled together (8, 16, ... on a CPU)"
     )
     part: Annotated[tuple[int, int], BeforeValidator(part_of)] | None = _machine(
-        default=None,
-        metavar="I/N",
-        help="make only the I-th of N shares, 0/N to N-1/N, beside runs that make the others (job "
+        None,
+        "make only the I-th of N shares, 0/N to N-1/N, beside runs that make the others (job "
         "array); the command without it then writes the manifest",
+        metavar="I/N",
     )
-    compile: bool = _machine(default=False, help="compile the networks: a slow start, then faster")
+    compile: bool = _machine(False, "compile the networks: a slow start, then faster")
 
     def sampler_for(self, process) -> str:
         """The sampler for a model's process; the process's usual one if none is given."""
