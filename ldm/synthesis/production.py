@@ -181,7 +181,7 @@ def require_room(
         pixels: Height and width of an image.
 
     Raises:
-        UserError: There is too little room.
+        NoRoom: There is too little room.
     """
     wanted = len(range(part[0], sum(counts.values()), part[1]))
     missing = wanted - _count_present(folder.rows, counts, part)
