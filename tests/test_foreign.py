@@ -470,7 +470,7 @@ def test_a_model_that_was_saved_compiled(ours, tmp_path):
     payload = read_checkpoint(ours / "autoencoder.ckpt")
     state = {f"_orig_mod.{name}": value for name, value in payload["state_dict"].items()}
     torch.save({**payload, "state_dict": state}, tmp_path / "f.ckpt")
-    found = load_model(tmp_path / "f.ckpt").state_dict()
+    found = load_model(tmp_path / "f.ckpt", "autoencoder").state_dict()
     assert all(torch.equal(found[name], value) for name, value in payload["state_dict"].items())
 
 
