@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.cli import existing_path
+from ldm.cli import MOST, existing_path, shown
 from ldm.data.images import class_folders, list_images
 from ldm.errors import UserError
 from ldm.settings import DEFAULT_COUNT, DEFAULT_SCALE, DEFAULT_STEPS, DEFAULT_STRENGTH
@@ -14,20 +14,18 @@ from ldm.synthesis.settings import Sampling
 from ldm.synthesis.sources import Sources
 
 
-def _find_classes(words: Sequence[str], known: Sequence[str], option: str) -> list[str]:
-    """The classes that names or indices mean; a class whose name is a number wins over an index."""
-    listed, names = ", ".join(f"{index}={name}" for index, name in enumerate(known)), []
-    for word in words:
-        name = known[int(word)] if word.isdecimal() and int(word) < len(known) else None
-        name = word if word in known else name
-        if name is None:
-            raise UserError(f"{option}: unknown class {word!r}; the model knows {listed}")
-        if name in names:
-            raise UserError(f"{option}: {name} is given twice; name each class once")
-        names.append(name)
-    if not names:
-        raise UserError(f"{option}: empty list; the model knows {listed}")
-    return names
+def find_class(word: str, known: Sequence[str], option: str) -> str:
+    """The class that a name or an index means; a class whose name is a number wins over an index.
+
+    Raises:
+        UserError: There is no such class.
+    """
+    if word in known:
+        return word
+    if _is_whole(word) and int(word) < len(known):
+        return known[int(word)]
+    listed = ", ".join(f"{index}={name}" for index, name in enumerate(known))
+    raise UserError(f"{option}: unknown class {word!r}; the model knows {listed}")
 
 
 def choose_classes(text: str, known: Sequence[str]) -> list[str]:
@@ -37,7 +35,11 @@ def choose_classes(text: str, known: Sequence[str]) -> list[str]:
         UserError: A class is unknown or given twice, or the list is empty.
     """
     words = [word.strip() for word in text.split(",") if word.strip()]
-    chosen = _find_classes(words, known, f"classes={text}")
+    option = f"classes={text}"
+    if not words:
+        raise UserError(f"{option}: empty list; the model knows {', '.join(known)}")
+    chosen = [find_class(word, known, option) for word in words]
+    _check_distinct(chosen, option)
     return [name for name in known if name in chosen]
 
 
@@ -47,17 +49,20 @@ def parse_counts(text: str, known: Sequence[str]) -> dict[str, int]:
     Raises:
         UserError: A class is unknown or given twice, or a count is not a whole number from 1.
     """
-    words, numbers = [], []
+    option, counts = f"counts={text[:60]}", {}
+    names = []
     for part in (part.strip() for part in text.split(",") if part.strip()):
         word, equals, number = (piece.strip() for piece in part.rpartition("="))
-        if not equals or not number.isdecimal() or int(number) < 1:
+        if not equals or not _is_whole(number) or not 1 <= int(number) <= MOST:
             raise UserError(
-                f"counts={text}: {part!r} must be CLASS=NUMBER with a whole number from 1, as"
-                " ADI=500"
+                f"{option}: {shown(part)} must be CLASS=NUMBER with a whole number from 1 to"
+                f" {MOST}, as ADI=500"
             )
-        words.append(word)
-        numbers.append(int(number))
-    counts = dict(zip(_find_classes(words, known, f"counts={text}"), numbers, strict=True))
+        names.append(find_class(word, known, option))
+        counts[names[-1]] = int(number)
+    if not names:
+        raise UserError(f"{option}: empty list; give CLASS=NUMBER,...")
+    _check_distinct(names, option)
     return {name: counts[name] for name in known if name in counts}
 
 
@@ -94,6 +99,17 @@ def balance(
             "to add so many to each"
         )
     return counts
+
+
+def _is_whole(text: str) -> bool:
+    """Whether a text is a whole number of a sensible size; Python reads 4,300 digits at most."""
+    return text.isdecimal() and len(text) <= 20
+
+
+def _check_distinct(names: Sequence[str], option: str) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"{option}: {', '.join(twice)} is given twice; name each class once")
 
 
 def check_models(args: Any, models: Models) -> None:
