@@ -88,11 +88,7 @@ def seconds_per_call(call: Callable[[], Any], at_least: float) -> float:
 
 
 def measure(step: Callable[[Lap], None], min_run_time: float, device: Any) -> dict[str, float]:
-    """Seconds of a step: `total` (median), `cpu` (mean), and those of its parts in one more step.
-
-    `cpu`, on CPUs only, is the time of all processors together, which hardly depends on what else
-    the machine does.
-    """
+    """Seconds of a step: `total` (median), on CPUs `cpu` (mean), and of its parts in one more."""
     import torch
 
     calls, marks = 0, []
@@ -140,12 +136,7 @@ def peak_memory(device: Any) -> float:
 def prepare(
     build: Callable[[], Ready], device: Any, min_run_time: float
 ) -> Callable[[], dict[str, Any]]:
-    """Build a contestant and warm it up in this process.
-
-    Returns:
-        A function that measures a turn: seconds of a step, and the peak memory (MiB) of the
-        contestant since it was built.
-    """
+    """Build a contestant and warm it up in this process; returns what measures a turn of it."""
     for module in IMPORTS:
         if find_spec(module.partition(".")[0]):
             import_module(module)
@@ -178,14 +169,7 @@ def _run_turn() -> dict[str, Any]:
 def compete(
     builds: Mapping[str, Callable[[], Ready]], device: Any, args: BenchmarkOptions
 ) -> dict[str, list[Turn]]:
-    """Let contestants run in turn, `args.repeats` times, each built and warmed up before.
-
-    Args:
-        builds: By contestant, a function that can be pickled and builds it.
-
-    Raises:
-        UserError: A contestant could not be built or run.
-    """
+    """Let contestants that `builds` make, by name, run in turn, `args.repeats` times."""
     import torch
 
     turns: dict[str, list[Turn]] = {name: [] for name in builds}
@@ -222,13 +206,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def compared(
     turns: Mapping[str, Sequence[Turn]], pairs: Sequence[tuple[str, str]], images: int
 ) -> dict[str, Any]:
-    """The numbers of a contest: by contestant, and for pairs (a, b) as a over b, turn by turn.
-
-    Args:
-        turns: Of each contestant.
-        pairs: Names; where a ratio of rates is above 1, the first of the pair is faster.
-        images: Images of a step.
-    """
+    """The numbers of a contest: by contestant, and for pairs (a, b) as a over b, turn by turn."""
     import pandas as pd
 
     # A row per turn, a column per part of a step.
@@ -258,21 +236,17 @@ def compared(
 
 def run_contest(
     args: NetworkOptions,
-    device: Any,
+    execution: Any,
     builds: Mapping[str, Callable[[], Ready]],
     pairs: Sequence[tuple[str, str]],
     **facts: Any,
 ) -> None:
-    """Let contestants compete, and print what `compared` says of them beside `facts`.
-
-    Raises:
-        UserError: A library is missing; or see `compete`.
-    """
+    """Let contestants compete, and print what `compared` says of them beside `facts`."""
     for name in args.peers:
         if find_spec(name) is None:
             raise UserError(f"{name} is missing: python -m pip install {name}", "peers")
-    numbers = compared(compete(builds, device, args), pairs, args.batch_size)
-    print_result(args, **facts, **numbers)
+    numbers = compared(compete(builds, execution.device, args), pairs, args.batch_size)
+    print_result(args, **facts, dtype=execution.dtype, **numbers)
 
 
 def print_result(args: BenchmarkOptions, **facts: Any) -> None:

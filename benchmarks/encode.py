@@ -31,7 +31,7 @@ def build(library: str, networks: "Networks", execution: "Execution", batch_size
 
     @torch.no_grad()
     def step(lap: Lap) -> None:
-        with execution.autocast():
+        with execution.autocast(execution.device):
             encode(x)
 
     return Ready(step, count(net), autoencoder_flops(library, networks, batch_size))
@@ -42,14 +42,14 @@ def main(argv: list[str] | None = None) -> None:
 
     from benchmarks.networks import Execution, Networks
 
-    execution, networks = Execution.of(args), Networks.of(args.size)
+    execution, networks = Execution.asked(args), Networks.of(args.size)
     builds = {
         library: partial(build, library, networks, execution, args.batch_size)
         for library in ["ours", *args.peers]
     }
     pairs, shape = [("ours", peer) for peer in args.peers], [args.batch_size, *networks.image]
-    facts = {"bench": "encode", "dtype": execution.dtype, "shape": shape}
-    run_contest(args, execution.device, builds, pairs, **facts)
+    facts = {"bench": "encode", "shape": shape}
+    run_contest(args, execution, builds, pairs, **facts)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import NetworkOptions
-from ldm.devices import one_device
+from ldm.devices import Devices, one_device
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 # Configurations of the autoencoder and the diffusion model.
@@ -59,32 +59,27 @@ class Networks:
 
 
 @dataclass(frozen=True)
-class Execution:
-    """How networks are run."""
+class Execution(Devices):
+    """How networks are run on one device."""
 
-    device: torch.device  # where
-    precision: str = "32"  # "32", or "bf16" for autocast
-    channels_last: bool = False  # memory layout of features and weights
-    compile: bool = False  # whether the networks are compiled
     # Whether cuDNN tries its algorithms at the first step, as the configurations have it.
     search: bool = True
 
     @classmethod
-    def of(cls, args: NetworkOptions) -> "Execution":
-        """How the options say."""
-        devices = one_device(args.device).with_precision(args.precision)
-        precision = devices.record()["precision"]
-        return cls(devices.device, precision, args.channels_last, args.compile)
+    def of(cls, device: str, precision: str | None, **choices: Any) -> "Execution":
+        """On a device by name; see `ldm.devices.Devices.with_precision`."""
+        return cls(**vars(one_device(device))).with_precision(precision, **choices)
+
+    @classmethod
+    def asked(cls, args: NetworkOptions) -> "Execution":
+        """As the options say."""
+        choices = {"channels_last": args.channels_last, "compile": args.compile}
+        return cls.of(args.device, args.precision, **choices)
 
     @property
     def dtype(self) -> str:
         """What the result says of precision."""
-        return "bfloat16 autocast" if self.precision == "bf16" else "float32"
-
-    def autocast(self) -> torch.autocast:
-        """The context in which networks are called."""
-        enabled = self.precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+        return "bfloat16 autocast" if self.precision == "bf16-mixed" else "float32"
 
     def place(self, x: Any) -> Any:
         """Move a network or a tensor (B, C, H, W) to the device, in its layout."""
@@ -101,11 +96,8 @@ def build_unet(library: str, params: dict[str, Any]) -> tuple[nn.Module, Predict
     """The noise predictor of a library, and how to call it.
 
     diffusers' is the same function of the same weights (see `ldm.exchange.diffusers_export`).
-    MONAI's adds the time embedding where the others scale and shift by it, so that it has 5 to 8%
-    fewer weights; the operations are the same to 0.3%.
-
-    Raises:
-        UserError: The library cannot express the architecture.
+    MONAI's adds the time embedding where the others scale and shift by it, so that it has 5 to
+    8% fewer weights; the operations are the same to 0.3%.
     """
     if library == "ours":
         from ldm.modules.unet import UNetModel
@@ -138,11 +130,7 @@ def build_unet(library: str, params: dict[str, Any]) -> tuple[nn.Module, Predict
 
 
 def build_autoencoder(library: str, networks: Networks) -> tuple[nn.Module, Encode]:
-    """The autoencoder of a library, and how to draw latents with it.
-
-    Raises:
-        UserError: The library cannot express the architecture.
-    """
+    """The autoencoder of a library, and how to draw latents with it."""
     ddconfig = networks.ddconfig
     if library == "ours":
         from ldm.modules.autoencoder import AutoencoderKL

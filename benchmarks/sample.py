@@ -41,12 +41,7 @@ class Options(NetworkOptions):
 
 
 def random_models(networks: "Networks", classifier: dict[str, Any] | None) -> "Models":
-    """Models with random weights; time does not depend on what they say.
-
-    Args:
-        networks: The architecture.
-        classifier: Settings of the classifier's network, or None for none.
-    """
+    """Models with random weights: time does not depend on what they say."""
     import torch
 
     from benchmarks.networks import randomise
@@ -118,18 +113,12 @@ def our_step(
     models: "Models", execution: "Execution", batch_size: int, steps: int
 ) -> Callable[[Lap], None]:
     """The function that samples a batch by ours: of class 0 where there is a classifier."""
-    from ldm.devices import one_device
     from ldm.synthesis.settings import Sampling
     from ldm.synthesis.synthesiser import Synthesiser
 
     guided = models.classifier is not None
-    devices = one_device(str(execution.device)).with_precision(
-        execution.precision,
-        channels_last=execution.channels_last,
-        compile=execution.compile,
-    )
     sampling = Sampling("ddim", steps, eta=0.0, scale=float(guided), seed=0)
-    synthesiser = Synthesiser(models.to(execution.device), sampling, devices)
+    synthesiser = Synthesiser(models.to(execution.device), sampling, execution)
     labels = [0 if guided else -1] * batch_size
 
     def step(lap: Lap) -> None:
@@ -163,7 +152,7 @@ def diffusers_step(
 
     @torch.no_grad()
     def step(lap: Lap) -> None:
-        with execution.autocast():
+        with execution.autocast(execution.device):
             if classify is None:
                 pipeline(batch_size, num_inference_steps=steps, output_type="np")
             else:
@@ -174,31 +163,24 @@ def diffusers_step(
 
 
 def build(
-    arm: str,
-    networks: "Networks",
-    classifier: dict[str, Any],
+    library: str,
     execution: "Execution",
     batch_size: int,
+    networks: "Networks",
     steps: int,
+    classifier: dict[str, Any] | None = None,
 ) -> Ready:
-    """A contestant that samples by DDIM at eta 0.
-
-    Args:
-        arm: "ours" or "diffusers", or with guidance by our classifier "guided" (ours) or
-            "guided_diffusers".
-    """
+    """A contestant that samples by DDIM at eta 0, guided by a classifier of these settings."""
     import torch
 
     from benchmarks.networks import autoencoder_flops, count, unet_flops
 
     torch.backends.cudnn.benchmark = execution.search
-    guided = arm.startswith("guided")
-    library = "diffusers" if arm.endswith("diffusers") else "ours"
     with execution.device:
-        models = random_models(networks, classifier if guided else None)
+        models = random_models(networks, classifier)
     step = (our_step if library == "ours" else diffusers_step)(models, execution, batch_size, steps)
     flops = unet_flops(library, networks, batch_size)
-    if guided:
+    if classifier is not None:
         flops += guide_flops(models.classifier.net_config, networks.latent, batch_size)
     flops = steps * flops + autoencoder_flops(library, networks, batch_size, True)
     return Ready(step, count(models.diffusion.unet), flops)
@@ -209,13 +191,14 @@ def main(argv: list[str] | None = None) -> None:
 
     from benchmarks.networks import Execution, Networks
 
-    execution, networks = Execution.of(args), Networks.of(args.size)
-    settings = (networks, CLASSIFIERS[args.size], execution, args.batch_size, args.custom_steps)
-    builds = {arm: partial(build, arm, *settings) for arm in ["ours", *args.peers, "guided"]}
+    execution, networks = Execution.asked(args), Networks.of(args.size)
+    settings = (execution, args.batch_size, networks, args.custom_steps)
+    builds = {library: partial(build, library, *settings) for library in ["ours", *args.peers]}
+    builds["guided"] = partial(build, "ours", *settings, CLASSIFIERS[args.size])
     pairs = [*(("ours", peer) for peer in args.peers), ("guided", "ours")]
     shape = [args.batch_size, *networks.latent]
-    facts = {"bench": "sample", "dtype": execution.dtype, "shape": shape}
-    run_contest(args, execution.device, builds, pairs, **facts)
+    facts = {"bench": "sample", "shape": shape}
+    run_contest(args, execution, builds, pairs, **facts)
 
 
 if __name__ == "__main__":

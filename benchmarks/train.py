@@ -75,12 +75,7 @@ def noise_and_average(
 def latents_of(
     library: str, networks: "Networks", execution: "Execution", batch: dict[str, Any]
 ) -> tuple[str, Callable[["Tensor"], "Tensor"], int]:
-    """How latents are drawn from batches like `batch`.
-
-    Returns:
-        The key of the batch's tensor, the function that draws latents from that, and its
-        floating-point operations.
-    """
+    """The key of a batch's tensor, how latents are drawn from that, and the operations of it."""
     from benchmarks.networks import autoencoder_flops, make_encoder
     from ldm.modules.autoencoder import DiagonalGaussian
 
@@ -125,7 +120,7 @@ def build(
     def step(lap: Lap) -> None:
         x = next(stream)[key].to(device, non_blocking=True)
         lap("data")
-        with execution.autocast():
+        with execution.autocast(execution.device):
             with torch.no_grad():
                 z_0 = draw(x).float()  # (B, C, h, w)
             lap("encode")
@@ -153,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from benchmarks.networks import Execution, Networks
 
-    execution, networks = Execution.of(args), Networks.of(args.size)
+    execution, networks = Execution.asked(args), Networks.of(args.size)
     libraries, sources = ["ours", *args.peers], list(dict.fromkeys(args.sources))
     builds, pairs = {}, []
     with tempfile.TemporaryDirectory(prefix="benchmark") as folder:
@@ -167,8 +162,8 @@ def main(argv: list[str] | None = None) -> None:
         if len(sources) == 2:
             pairs += [(f"{lib}_from_latents", f"{lib}_from_images") for lib in libraries]
         shape = [args.batch_size, *networks.latent]
-        facts = {"bench": "train", "dtype": execution.dtype, "shape": shape}
-        run_contest(args, execution.device, builds, pairs, **facts)
+        facts = {"bench": "train", "shape": shape}
+        run_contest(args, execution, builds, pairs, **facts)
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ class DiffusionRun(AutoencoderRun):
             if name in options and group not in ("sampler", "guidance") and name not in OF_SAMPLES:
                 raise UserError(f"`{name}` is no option of `sample`; leave it out")
         values = {**self._paths, "classes": label, "n_samples": count, **options}
-        args, models = checked(Options, values, strict=False), self._models
+        args, models = checked(Options, values), self._models
         check_models(args, models)
         sampling, counts = choose_sampling(args, models), choose_counts(args, models)
         sources = choose_sources(args, models, counts)
@@ -292,7 +292,7 @@ def train_classifier(
     devices = one_device(device).with_precision(settings.get("precision"))
     if "precision" in settings:
         settings["precision"] = devices.precision
-    options = checked(Settings, settings, strict=False)
+    options = checked(Settings, settings)
     data, logs = existing_path(data_path, "`data_path`", "tiles"), Path(logdir).expanduser()
     return train_and_report(data, subset, options, list(seeds), logs, devices, workers)
 

@@ -25,7 +25,6 @@ import argparse
 import dataclasses
 import difflib
 import functools
-import json
 import logging
 import os
 import re
@@ -93,8 +92,16 @@ Rate = Annotated[float, Field(ge=0, le=10)]  # learning rates
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
+class Metavar(str):
+    """What stands for a value in `--help`, beside the type of an option."""
+
+
+Dir = Annotated[str, Metavar("DIR")]
+File = Annotated[str, Metavar("FILE")]
+Ckpt = Annotated[str, Metavar("CKPT")]  # a checkpoint, or the folder of a run
+
+
 def _split(value: Any) -> Any:
-    """`32,16` as a tuple of its parts."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(","))
     return tuple(value) if isinstance(value, list) else value
@@ -157,14 +164,11 @@ def options_of(settings: type) -> dict[str, dataclasses.Field]:
 # --- Checking ------------------------------------------------------------------------------------
 
 
-def checked(settings: type, values: Mapping[str, Any], strict: bool = True) -> Any:
+def checked(settings: type, values: Mapping[str, Any]) -> Any:
     """The settings object of a mapping, such as a section of a YAML file.
 
-    With `strict`, types are those of YAML and JSON: the text "3" is no number.
-
-    Raises:
-        Problems: Every unknown name (with the nearest valid one), missing or wrong value, and what
-            the method `problems` of the class finds in values that are right one by one.
+    `Problems` has every unknown name (with the nearest valid one), missing or wrong value, and what
+    the method `problems` of the class finds in values that are right one by one.
     """
     known = options_of(settings)
     found = {
@@ -172,10 +176,7 @@ def checked(settings: type, values: Mapping[str, Any], strict: bool = True) -> A
     }
     values = {name: value for name, value in values.items() if name in known}
     try:
-        if strict:
-            result = _adapter(settings).validate_json(json.dumps(values), strict=True)
-        else:
-            result = _adapter(settings).validate_python(values)
+        result = _adapter(settings).validate_python(values)
         if not found:
             for name, text in getattr(result, "problems", tuple)():
                 found.setdefault(name, text)
@@ -238,10 +239,7 @@ def _literals(annotation: Any) -> list[str]:
 
 
 def bounds_in_words(annotation: Any, violated: Mapping[str, Any]) -> str:
-    """`in [1, 8]`, or `at least 1`, of an annotated type.
-
-    The limit `MOST` is named only where it is the one that is `violated`.
-    """
+    """`in [1, 8]`, or `at least 1`, of a type; the limit `MOST` only where it is `violated`."""
     bounds: dict[str, Any] = {}  # by pydantic's names: gt, ge, lt, le
     for part in _parts(annotation):
         for bound in getattr(part, "metadata", ()):
@@ -300,12 +298,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def parse(settings: type, argv: Sequence[str] | None = None) -> Any:
-    """The settings that a command line means.
-
-    Raises:
-        Problems: All of a user's mistakes: see `checked`.
-        UserError: An option without its value.
-    """
+    """The settings that a command line means; all of a user's mistakes are one `Problems`."""
     parser = make_parser(settings)
     words = sys.argv[1:] if argv is None else argv
     fields = options_of(settings)
@@ -325,7 +318,7 @@ def parse(settings: type, argv: Sequence[str] | None = None) -> Any:
         found[f"unknown argument {word}{nearest(word, known, '')}"] = ""
     flags = {name: _flag(field) for name, field in fields.items()}
     try:
-        result = checked(settings, values, strict=False)
+        result = checked(settings, values)
     except Problems as problems:
         found |= {flags[name]: _as_typed(text, fields) for name, text in problems.found.items()}
     if found:
@@ -354,7 +347,6 @@ def typed(settings: type | None) -> str:
 
 
 def _is_script() -> bool:
-    """Whether a script was typed, not an installed command or a module."""
     of_module = getattr(sys.modules["__main__"], "__spec__", None) is not None
     return sys.argv[0].endswith(".py") and not of_module
 
@@ -390,7 +382,7 @@ def _add_option(
 ) -> None:
     help = _as_typed(_help(field), fields)
     facts = field.metadata["option"]
-    metavar, nargs = facts["metavar"], facts["nargs"]
+    metavar, nargs = _metavar(field), facts["nargs"]
     if metavar is None:
         parts = list(_parts(field.type))
         several = any(typing.get_origin(part) is tuple for part in parts)
@@ -441,7 +433,7 @@ def _usage(program: str, fields: Mapping[str, dataclasses.Field]) -> str:
         needed = _is_required(field)
         if not (needed or facts["positional"]):
             continue
-        word = f"{facts['metavar'] or name.upper()}{' ...' if _is_tuple(field) else ''}"
+        word = f"{_metavar(field) or name.upper()}{' ...' if _is_tuple(field) else ''}"
         if not facts["positional"]:
             word = f"{_flag(field)} {word}"
         words.append(word if needed else f"[{word}]")
@@ -451,11 +443,7 @@ def _usage(program: str, fields: Mapping[str, dataclasses.Field]) -> str:
 def _replaced(
     words: Sequence[str], replaced: Mapping[str, str], found: dict[str, str]
 ) -> list[str]:
-    """The words, with published options that are none here turned into overrides or `found`.
-
-    Args:
-        replaced: By option, the key that it sets, or what to do instead.
-    """
+    """The words, with published options that are none here turned into overrides or `found`."""
     result: list[str] = []
     words = [str(word) for word in words]
     while words:
@@ -513,10 +501,7 @@ def _spelled(
 
 
 def _is_value(word: str, takes_value: bool, free_words: bool) -> bool:
-    """Whether a word after a boolean option is its value.
-
-    `free_words`: the command takes words without an option, other than overrides.
-    """
+    """Whether a word after a boolean option is its value; `free_words` need no option."""
     if word.strip().lower() in ("true", "false"):
         return True
     if not takes_value:
@@ -542,8 +527,14 @@ def _is_override(word: str) -> bool:
 
 
 def _flag(field: dataclasses.Field) -> str:
-    facts = field.metadata["option"]
-    return facts["metavar"] or field.name.upper() if facts["positional"] else f"--{field.name}"
+    if field.metadata["option"]["positional"]:
+        return _metavar(field) or field.name.upper()
+    return f"--{field.name}"
+
+
+def _metavar(field: dataclasses.Field) -> str | tuple[str, ...] | None:
+    of_type = (part for part in _parts(field.type) if isinstance(part, Metavar))
+    return field.metadata["option"]["metavar"] or next(of_type, None)
 
 
 def _is_required(field: dataclasses.Field) -> bool:
@@ -566,13 +557,11 @@ def _is_tuple(field: dataclasses.Field) -> bool:
 
 
 def existing_path(text: str | os.PathLike, what: str, kind: str = "any") -> Path:
-    """The path, if it is there and a file ("file"), a folder ("dir") or either ("any").
+    """The path, if it is there and a file, a folder ("dir") or either ("any").
 
-    A path configs/... that is not in the working folder is that of this package.
-    Of a folder of tiles ("tiles") it may be that of a file of arrays, or lead into one.
-
-    Args:
-        what: Name of the setting, for an error.
+    A path configs/... that is not in the working folder is that of this package. Of a folder of
+    tiles ("tiles") it may be that of a file of arrays, or lead into one. An error calls it
+    `what`.
     """
     path = Path(text).expanduser()
     if path.parts[:1] == ("configs",) and not path.exists() and (ROOT / path).exists():
@@ -619,18 +608,13 @@ def _messages(error: BaseException, settings: type | None) -> list[str]:
 
 
 def _as_typed(text: str, fields: Mapping[str, dataclasses.Field]) -> str:
-    """A text in which settings in backquotes are called as their options.
-
-    Scripts are called as commands where the user did not type a script.
-    """
+    """A text with settings in backquotes as options, and scripts as what was typed."""
     names = {name: _flag(field) for name, field in fields.items()}
     text = re.sub(r"`(\w+)`", lambda found: names.get(found[1], found[0]), text)
     return text if _is_script() else SCRIPT.sub(lambda found: OF_SCRIPTS[found[1]], text)
 
 
 class _Formatter(logging.Formatter):
-    """Formats what is logged, with settings called as the options of a command."""
-
     def __init__(self, settings: type | None):
         super().__init__("%(message)s")
         self.fields = options_of(settings) if settings else {}

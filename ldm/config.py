@@ -118,20 +118,13 @@ Found = dict[str, str]  # dotted path -> what is wrong there and what to do
 
 
 def load_configs(paths: Iterable[str | os.PathLike], overrides: Iterable[str] = ()) -> DictConfig:
-    """Merge YAML files left to right, then dot-list overrides; resolved, and in native names.
+    """Merge YAML files left to right, then overrides; resolved, and in native names.
 
-    A section or callback that is null (`lightning.callbacks.image_logger=null`) is left out. Where
-    a later file names another `target`, the `params` of the earlier one are left out: another class
-    has its own. A file in published names can be merged with one in native names.
-
-    Args:
-        overrides: Such as `model.params.embed_dim=4` or `lightning.trainer.devices=[0,1]`; what
-            follows the = is YAML.
-
-    Raises:
-        UserError: A file that is missing, not a mapping or not YAML (with its line); a malformed
-            override; an interpolation that fails; published settings that are not supported, with
-            every other problem that `validate_config` finds.
+    An override is like `lightning.trainer.devices=[0,1]`, its value YAML. A section or callback
+    that is null is left out. Where a later file names another `target`, the `params` of the
+    earlier one are left out: another class has its own. A file in published names can be merged
+    with one in native names. Whatever is wrong, with the line of a file that is no YAML, is a
+    UserError.
     """
     paths = list(paths)
     if not paths:
@@ -158,7 +151,6 @@ def load_configs(paths: Iterable[str | os.PathLike], overrides: Iterable[str] = 
 
 
 def _plain(config: DictConfig) -> dict:
-    """Dicts and lists, with interpolations as they are written."""
     return OmegaConf.to_container(config)
 
 
@@ -232,14 +224,7 @@ def _with_override(config: DictConfig, override: str, translation: Translation) 
 
 
 def upgrade_config(config: DictConfig | Mapping) -> dict:
-    """A resolved copy in which published target and parameter names are native ones.
-
-    What means nothing here is dropped, with one log line for all; a native configuration comes back
-    equal.
-
-    Raises:
-        Problems: Settings of the published code that are not supported.
-    """
+    """A resolved copy in native names; what means nothing here is dropped, with one log line."""
     translation = Translation()
     tree = translation.tree(resolve(config))
     translation.log()
@@ -254,11 +239,8 @@ def upgrade_config(config: DictConfig | Mapping) -> dict:
 def validate_config(config: DictConfig | Mapping) -> None:
     """Check a whole configuration against the classes that it names, before anything is built.
 
-    Names are exact: a native class is given only what its signature spells out, so `**kwargs` there
-    admits nothing. A class of another package that takes `**kwargs` is believed.
-
-    Raises:
-        Problems: All that is wrong with sections, targets, parameters and types.
+    Names are exact: a native class is given only what its signature spells out, while a class
+    of another package that takes `**kwargs` is believed. All that is wrong is one `Problems`.
     """
     problems = _problems(resolve(config))
     if problems:
@@ -338,11 +320,7 @@ def _nodes(value: Any, path: str) -> Iterator[tuple[str, dict]]:
 def _check_nodes(
     outer: dict, path: str, problems: Found, supplied: AbstractSet[str] = frozenset()
 ) -> None:
-    """Collect what is wrong with a node and with those within it.
-
-    Args:
-        supplied: Parameters of the outer node that the caller passes itself.
-    """
+    """Collect what is wrong with a node, beside which `supplied` are given, and within it."""
     for where, node in _nodes(outer, path):
         _check_node(node, where, problems, supplied if node is outer else frozenset())
 
@@ -407,12 +385,7 @@ def _check_params(
 def _check_names(
     given: dict, known: Mapping[str, Any], path: str, problems: Found, owner: str = ""
 ) -> None:
-    """Check the names in a mapping.
-
-    Args:
-        known: The names there may be; the value of one that must be given is None.
-        owner: What has these names.
-    """
+    """Check names against those that `owner` knows; one whose value is None must be given."""
     for key in given:
         if key not in known:
             of = f" of {owner}" if owner else ""
@@ -431,7 +404,6 @@ def _type_hints(constructor: Callable) -> dict[str, Any]:
 
 
 def _mismatch(value: Any, annotation: Any) -> str | None:
-    """What is wrong with a YAML value of a parameter, or None."""
     try:
         checker = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
         checker.validate_json(json.dumps(value, default=str), strict=True)
@@ -470,13 +442,8 @@ def _out_of_range(value: Any, allowed: Any) -> str | None:
 def instantiate_from_config(config: DictConfig | Mapping, **extra: Any) -> Any:
     """The object that a `{target, params}` node stands for: the one place that builds from a node.
 
-    Nodes within `params` are checked here and passed on plain, for the object to build.
-
-    Args:
-        extra: Further arguments of the constructor; they take precedence over `params`.
-
-    Raises:
-        UserError: Names that do not exist, here or in a node within, all together.
+    Nodes within `params` are checked here and passed on plain. `extra` arguments of the
+    constructor take precedence over `params`. Names that do not exist are one UserError.
     """
     node = upgrade_config(config)
     if not _is_node(node):
@@ -526,10 +493,7 @@ def get_obj_from_str(name: str) -> Any:
 
 
 def require_own_targets(config: DictConfig | Mapping, source: str | os.PathLike) -> None:
-    """Refuse any target outside this package, for a configuration that came with someone's weights.
-
-    Building it could run any code on this machine.
-    """
+    """Refuse targets outside this package in a file from elsewhere: they could run any code."""
     for path, node in _nodes(resolve(config), ""):
         if not _is_own(str(node["target"])):
             raise UserError(

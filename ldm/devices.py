@@ -112,11 +112,7 @@ class Devices:
         return torch.autocast(device.type, dtype, enabled=self.precision.endswith("-mixed"))
 
     def describe(self, fused: bool | None = None) -> str:
-        """One line for the start of a training or sampling: all that decides how fast it is.
-
-        Args:
-            fused: What `fuses` said; None where nothing is trained.
-        """
+        """One line for the start of a run: all that decides how fast it is."""
         choices = {"channels_last": self.channels_last, "compile": self.compile, "tf32": self.tf32}
         if fused is not None:
             choices["fused"] = fused
@@ -152,11 +148,7 @@ class Devices:
         log.info("memory       freed blocks are kept for the next step (%s=system: not)", MALLOC)
 
     def fuses(self, clips: bool = False) -> bool:
-        """Whether optimisers take a step in one kernel.
-
-        Raises:
-            UserError: `fused` is "true" where gradients have to be unscaled or clipped before it.
-        """
+        """Whether optimisers step in one kernel; a UserError if `fused` is true but cannot be."""
         # Lightning refuses to clip in mixed precision before an optimiser that could unscale the
         # gradients by itself, as fused ones can.
         why = "float16 with its gradient scaling" if self.precision == "16-mixed" else None
@@ -195,12 +187,9 @@ class Devices:
     def launch(self, backend: str | None = "gloo") -> "Iterator[tuple[Ranks, torch.device]]":
         """Start the other processes, or join them; gives this one's place and device.
 
-        Args:
-            backend: How tensors travel: gloo where nothing goes between GPUs, which spares NCCL and
-                its timeouts; None for what suits the devices.
-
-        Raises:
-            UserError: The environment of the cluster does not fit the devices.
+        Tensors travel by `backend`: gloo where nothing goes between GPUs, which spares NCCL
+        and its timeouts; None for what suits the devices. A cluster that does not fit the
+        devices is a UserError.
         """
         self.keep_memory()
         if self.ranks == 1:
@@ -237,10 +226,7 @@ class Devices:
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that share a run, one per device; by default this one is alone.
-
-    Lightning Fabric starts them on one machine, or joins those that torchrun or srun started.
-    """
+    """The processes that share a run, one per device; by default this one is alone."""
 
     rank: int = 0  # number of this process, in [0, size)
     size: int = 1
@@ -311,9 +297,8 @@ def usable_cores() -> int:
 class Arrivals:
     """Single numbers that a device computes, each handed to a function once it is there.
 
-    Asking a GPU for a number stops the program until all work before it is done, and the GPU then
-    has nothing to do until it is given more. So the number is copied beside that work and is looked
-    at later, usually while the next step is under way. On a CPU it is there at once.
+    Asking a GPU for a number stops the program until all work before it is done. So the number
+    is copied beside that work and is looked at later. On a CPU it is there at once.
     """
 
     def __init__(self):
@@ -343,11 +328,7 @@ class Arrivals:
 
 @contextlib.contextmanager
 def within_memory(batch_size: int) -> Iterator[None]:
-    """Say which batch size to try where the memory of the GPU does not suffice.
-
-    Raises:
-        UserError: The GPU has too little memory for `batch_size` images at once.
-    """
+    """Raise a UserError that says which batch size to try where the GPU's memory is too small."""
     import torch
 
     try:
@@ -376,11 +357,7 @@ def one_thread(device: "torch.device") -> Iterator[None]:
 
 
 def resolve_device(name: str | None) -> "torch.device":
-    """The torch device for `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
-
-    Raises:
-        UserError: An unknown name, or a device that this machine does not have.
-    """
+    """The torch device for `auto`, `cpu`, `cuda`, `cuda:1` or `mps`, if this machine has it."""
     import torch
 
     if name in (None, "", "auto"):
@@ -409,9 +386,9 @@ def one_device(name: str | None) -> Devices:
 
 
 def shared_devices(device: str, devices: int | None, num_nodes: int | None) -> Devices:
-    """The devices of a command with the options `device`, `devices` and `num_nodes`.
+    """The devices of a command with these options.
 
-    Where the options say nothing, what torchrun or srun started is taken from their variables.
+    Where they say nothing, what torchrun or srun started is taken from their variables.
     """
     started, nodes = _started_outside()
     if started is not None and devices not in (None, started):
@@ -461,10 +438,10 @@ def _started_outside() -> tuple[int | None, int]:
 
 
 def in_shell_of_slurm() -> bool:
-    """Whether a user types into a shell that srun started on a terminal.
+    """Whether a user types into a shell of srun, where a command is one process.
 
-    A command there is one process, whatever number of tasks the variables of the job name. Tasks
-    that srun starts by themselves have no terminal.
+    The variables of the job may name more. Tasks that srun starts by themselves have no
+    terminal.
     """
     if os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
         return True
@@ -501,10 +478,9 @@ def parse_gpus(text: str) -> list[int] | int:
 def training_devices(
     gpus: str | None, devices: int | None, num_nodes: int = 1, dry_run: bool = False
 ) -> Devices:
-    """The devices of a training with the options `gpus`, `devices` and `num_nodes`.
+    """The devices of a training with these options; without any, one of the best kind.
 
-    If neither GPUs nor devices are given, one device of the best kind is used. With `dry_run`,
-    devices need not be there (a dry run on a login node).
+    In a dry run, as on a login node, they need not be there.
     """
     import torch
 
@@ -534,8 +510,8 @@ def training_devices(
 def follow_layout(optimizer: Any) -> None:
     """Give the states of an optimiser the strides of the parameters that they belong to.
 
-    Fused kernels walk through both in the order of memory, whatever their strides: with the states
-    of a run that began in another layout they would silently mix up the weights.
+    Fused kernels walk through both in the order of memory, and would silently mix up the
+    weights of a run that began in another layout.
     """
     import torch
 

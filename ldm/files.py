@@ -81,10 +81,8 @@ class _Recorded:
 def atomic_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     """Open a binary file for writing that appears at `path` when the block ends without an error.
 
-    Missing folders are made. What was at `path` before stays there until then.
-
-    Raises:
-        UserError: The disk, or the quota on it, is full.
+    Missing folders are made. What was at `path` before stays there until then. A full disk is a
+    UserError.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,11 +108,7 @@ def atomic_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Make a folder that appears at `path` when the block ends without an error.
-
-    Yields:
-        The temporary folder to fill, beside `path`. `path` must be new, or an empty folder.
-    """
+    """Yield a folder to fill that appears at `path`, new or empty, after the block."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
@@ -245,13 +239,10 @@ def is_temporary(path: Path) -> bool:
 
 
 def remove_leftovers(*targets: Path) -> list[Path]:
-    """Delete what killed processes left unfinished of these files and folders.
+    """Delete what killed processes left unfinished of files and folders; returns the paths.
 
-    That is what would have become a target, beside it, and everything unfinished directly in one
-    that is a folder. Call it only where no other process can be writing to the targets.
-
-    Returns:
-        The paths that were deleted.
+    That is what would have become a target, beside it, and everything unfinished directly in
+    one that is a folder. Call it only where no other process can be writing to the targets.
     """
     found = []
     for target in map(Path.absolute, targets):
@@ -261,11 +252,16 @@ def remove_leftovers(*targets: Path) -> list[Path]:
             own = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{16}}\.part")
             found += [path for path in target.parent.iterdir() if own.fullmatch(path.name)]
     for path in found:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        remove(path)
     return found
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def lies_in(path: Path, folder: Path) -> bool:
@@ -278,12 +274,8 @@ def require_outside(
 ) -> None:
     """Check that nothing is made in a folder of tiles, where it would count as a class or a tile.
 
-    Args:
-        targets: What a command writes, by option; None for an option that is not given.
-        sources: What it reads, or what else it writes, likewise.
-
-    Raises:
-        UserError: A target is a source, or lies in one.
+    Targets are what a command writes, by option, None where not given; sources are what it
+    reads, or what else it writes. A target that is a source, or lies in one, is a UserError.
     """
     for name, target in targets.items():
         for other, found in sources.items():
@@ -295,15 +287,10 @@ def require_outside(
 
 
 def require_class_names(names: Any, where: str) -> None:
-    """Check that class names can be names of folders, whatever file they come from.
+    """Check that names that a file or folder has can be those of folders.
 
-    Args:
-        names: A list of names; anything else is refused as well.
-        where: The file or folder that has them, for the error.
-
-    Raises:
-        UserError: They are no list of distinct names, or one is empty, too long, hidden (or `.`,
-            `..`), has a separator of paths (so it would lie elsewhere) or a control character.
+    A UserError says that they are no list of distinct names, or that one is empty, too long,
+    hidden, has a separator of paths (so it would lie elsewhere) or a control character.
     """
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{where}: classes={str(names)[:60]!r} must be a list of names")
@@ -349,11 +336,7 @@ def free_space(path: str | os.PathLike) -> int:
 
 
 def require_space(path: str | os.PathLike, size: int, what: str = "checkpoint") -> None:
-    """Check that a file of `size` bytes fits on the disk of `path` beside what is there.
-
-    Raises:
-        UserError: There is too little room.
-    """
+    """Raise a UserError unless `size` bytes fit on the disk of `path` beside what is there."""
     path, free = Path(path), free_space(path)
     if free < size:
         raise UserError(

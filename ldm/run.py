@@ -78,12 +78,10 @@ def provenance() -> dict[str, Any]:
 def differences(
     before: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
 ) -> list[str]:
-    """What differs between recorded and present settings, in words, a text for each key.
+    """What differs between recorded and present settings, in words, a text for each dotted key.
 
-    Nested settings are compared by dotted key. A key without a value is one that is null.
-
-    Args:
-        defaults: For keys that earlier versions did not record, the value that they stood for.
+    A key without a value is one that is null, or has one of `defaults`, for records of earlier
+    versions.
     """
     before = _flat({**(defaults or {}), **before})
     now = _flat(now)
@@ -95,7 +93,6 @@ def differences(
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by dotted key, as JSON gives them back."""
     flat: dict[str, Any] = {}
     for key, value in json.loads(json.dumps(dict(settings))).items():
         nested = isinstance(value, dict) and value
@@ -126,8 +123,8 @@ class MadeFolder:
     def read(self) -> dict[str, Any] | None:
         """The content of the record; None where no command has begun the folder.
 
-        Raises:
-            UserError: A file is in the way, the folder holds other files, or its record is damaged.
+        Raises a UserError where a file is in the way, the folder holds other files, or its
+        record is damaged.
         """
         if not self.path.exists():
             return None
@@ -156,12 +153,8 @@ class MadeFolder:
     def exists(self) -> bool:
         """Whether the folder has been made, or begun, with the same settings.
 
-        Returns:
-            False where it can be made: there is no folder yet, or nothing in it but unfinished
-            files of a killed process.
-
-        Raises:
-            UserError: See `read`; or the folder was made with other settings, all of them named.
+        It has not where nothing is in it but unfinished files of a killed process. Other
+        settings are a UserError that names all of them; see also `read`.
         """
         content = self.read()
         if content is None:
@@ -178,12 +171,9 @@ class MadeFolder:
     def begin(self, facts: Mapping[str, Any] | None = None, alone: bool = True) -> None:
         """Make the folder and its record, or keep those that an earlier start left.
 
-        The record comes first, so that the folder of a process that is killed later is known.
-
-        Args:
-            facts: What the record says beside the settings; only with `key`.
-            alone: Remove unfinished files of killed processes directly in the folder; False where
-                others may be writing to it.
+        The record, with `facts` beside the settings, comes first, so that the folder of a
+        process that is killed later is known. Unfinished files of killed processes are
+        removed if no other process can be writing (`alone`).
         """
         self.path.mkdir(parents=True, exist_ok=True)
         if not (self.path / self.record).is_file():
@@ -232,16 +222,10 @@ class RunFolder:
     ) -> "tuple[RunFolder, Path | None]":
         """The folder of a run, and the checkpoint to go on from (None for a new run).
 
-        A run is LOGDIR/NAME, or LOGDIR/TIME_STEM if it has no name. A named run that exists goes on
-        where it stopped, if its `model` section is the same.
-
-        Args:
-            name: May contain slashes; must stay below `logdir`.
-            stem: Name of the configuration, for an unnamed run.
-
-        Raises:
-            UserError: There is no checkpoint to resume from, `name` leaves `logdir`, or the run has
-                another model.
+        A run is LOGDIR/NAME, which may contain slashes, or LOGDIR/TIME_STEM. A named run
+        that exists goes on where it stopped, if its `model` section is the same. A
+        UserError says that there is no checkpoint to resume from, that `name` leaves
+        `logdir`, or that the model is another.
         """
         from omegaconf import OmegaConf
 

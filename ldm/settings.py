@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from ldm.cli import Count, Pixels, Seed, Workers, contradictions, option
+from ldm.cli import Ckpt, Count, Dir, File, Pixels, Seed, Workers, contradictions, option
 
 DEVICE_HELP = "auto, cpu, cuda, cuda:INDEX or mps"
 PRECISION_HELP = (
@@ -62,7 +62,7 @@ class RunOptions(SpeedOptions):
     )
     resume: str | None = _run(None, "run folder or checkpoint to go on from", "-r", metavar="RUN")
     seed: Seed = _run(23, "seed of all randomness, as in the published main.py", "-s")
-    logdir: str = _run("logs", "folder of all runs", "-l", metavar="DIR")
+    logdir: Dir = _run("logs", "folder of all runs", "-l")
     dry_run: bool = _run(False, "print what would be trained, and exit")
     gpus: str | None = _devices(
         None,
@@ -155,8 +155,8 @@ class GroupOptions:
         "root",
         metavar="REGEX",
     )
-    group_csv: str | None = _groups(
-        None, "the groups are in a CSV with a column path (or file), below the root", metavar="FILE"
+    group_csv: File | None = _groups(
+        None, "the groups are in a CSV with a column path (or file), below the root"
     )
     group_column: str | None = _groups(
         None, "column of `group_csv` that names the group; if omitted: group", metavar="NAME"
@@ -176,11 +176,10 @@ class GroupOptions:
 class ModelOptions:
     """A timm network that makes features, where no checkpoint of eval.py does."""
 
-    pretrained_weights: str | None = _features(
+    pretrained_weights: File | None = _features(
         None,
         "local weights of the timm network; if omitted, those in the cache of timm (nothing is "
         "downloaded)",
-        metavar="FILE",
     )
     input_size: Pixels | None = _features(
         None, "pixels that the timm network sees; if omitted, its own size"
@@ -194,7 +193,7 @@ class NetworkChoice(ModelOptions):
     features: str | None = _features(
         None, "network that makes the features", metavar="NAME|RUN|FILE"
     )
-    weights: str | None = _features(None, "the same as `features` CKPT", metavar="CKPT")
+    weights: Ckpt | None = _features(None, "the same as `features` CKPT")
     model: str | None = _features(None, "the same as `features` timm:NAME", metavar="NAME")
 
     @property

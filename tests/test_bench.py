@@ -51,7 +51,7 @@ from ldm.synthesis.synthesiser import Synthesiser
 
 SIZES = ("demo", "small", "paper")
 CPU = torch.device("cpu")
-EXECUTION = Execution(CPU)
+EXECUTION = Execution()
 TINY = Networks(tiny.UNET, tiny.DDCONFIG, 3)
 
 
@@ -203,7 +203,7 @@ def test_attention_runs_on_fused_kernels(block, monkeypatch):
 def test_networks_are_compiled_where_wanted(compiled):
     for library in ("ours", "diffusers"):
         net, _ = build_autoencoder(library, TINY)
-        Execution(CPU, compile=compiled).maybe_compile(net.encoder)
+        Execution(compile=compiled).maybe_compile(net.encoder)
         assert (net.encoder._compiled_call_impl is not None) == compiled
 
 
@@ -265,15 +265,17 @@ CLASSIFIER = {"width": 32, "depth": 1, "channel_mult": (1, 1)}
 
 
 def test_sampling():
+    guides = {"": None, "guided_": CLASSIFIER}
     ready = {
-        arm: sample.build(arm, TINY, CLASSIFIER, EXECUTION, 1, 2)
-        for arm in ("ours", "guided", "diffusers", "guided_diffusers")
+        guided + library: sample.build(library, EXECUTION, 1, TINY, 2, classifier)
+        for guided, classifier in guides.items()
+        for library in ("ours", "diffusers")
     }
     for one in ready.values():
         one.step(lambda part: None)
     flops = {arm: one.flops for arm, one in ready.items()}
-    assert flops["guided"] > flops["ours"] == flops["diffusers"]
-    assert flops["guided"] == flops["guided_diffusers"]
+    assert flops["guided_ours"] > flops["ours"] == flops["diffusers"]
+    assert flops["guided_ours"] == flops["guided_diffusers"]
     assert len({one.parameters for one in ready.values()}) == 1
 
 
@@ -297,6 +299,12 @@ def test_random_models_have_the_sizes_of_the_configurations():
 
 
 # On a GPU
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(gpu, "PARTS", 1)
+    monkeypatch.setattr(gpu, "BLOCK", 100)
 
 
 def gpu_lines(tmp_path, *titles, networks=TINY, tasks=(), seconds=900.0, compiled=False):
@@ -336,12 +344,13 @@ def test_what_the_time_allows_is_measured(tmp_path, capsys):
         assert {lib: line["images_per_s"] for lib, line in summary["best"].items()} == fastest
         ratio = fastest["ours"] / fastest["diffusers"]
         assert summary["ours_over"]["diffusers"] == pytest.approx(ratio, rel=1e-3)
-    # A line of text each, the card, and two of each task: its best, and what its choices gave.
-    *_, choices = texts = capsys.readouterr().out.splitlines()
-    assert len(texts) == 3 + len(lines) + 2
+    # The machine, each line, and a summary of each task: what its choices gave.
+    _, *printed, summary = map(json.loads, capsys.readouterr().out.splitlines())
+    assert printed == result["lines"]
     rates = {line["channels_last"]: line["images_per_s"] for line in eager[:3:2]}
-    assert f"channels_last {rates[True] / rates[False]:.2f}, first step" in choices
-    assert "search" in choices and "compile" not in choices
+    gain = summary["choices"]["channels_last"]
+    assert gain == pytest.approx(rates[True] / rates[False], rel=1e-3)
+    assert summary["choices"].keys() == {"channels_last", "search"}
 
 
 def test_compiled_lines_are_made_ready_side_by_side(tmp_path, monkeypatch):

@@ -163,7 +163,7 @@ def test_help_shows_what_the_fields_say(capsys):
 
 def test_a_mapping_is_checked_as_the_command_line_is():
     assert checked(Options, {"files": ["a"], "sizes": [3], "rate": 1}).sizes == (3,)
-    wrong = {"files": ["a"], "rate": -1, "sede": 3, "workers": "3", "crop": 1, "mode": "fats"}
+    wrong = {"files": ["a"], "rate": -1, "sede": 3, "workers": "three", "crop": 3, "mode": "fats"}
     with pytest.raises(Problems) as error:
         checked(Options, wrong)
     assert error.value.found.keys() == wrong.keys() - {"files"}

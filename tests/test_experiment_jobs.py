@@ -153,7 +153,7 @@ def test_a_job_that_fails_says_why(tmp_path):
         one = job(tmp_path, "a", code=code)
         assert execute(records, one, keys_of([one])["a"]) == status
         assert records.read("a").reason == reason
-        assert not records.marker("a").exists()
+        assert not records.path("a", "done").exists()
 
 
 def test_a_job_goes_on_under_its_key_and_starts_anew_under_another(tmp_path):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, get_args
 
-from ldm.cli import Commas, Pixels, Workers, existing_path, like, option, parse
+from ldm.cli import Commas, Dir, Pixels, Workers, existing_path, like, option, parse
 from ldm.devices import resolve_device
 from ldm.errors import UserError
 from ldm.features.source import known_forms
@@ -29,7 +29,7 @@ class Options(EvaluationOptions, DeviceOption):
         f"some of {', '.join(get_args(Kind))} (a network as it is), with commas between",
         metavar="KINDS",
     )
-    logdir: str = option("logs/baselines", "results go to LOGDIR/KIND/SUBSET", metavar="DIR")
+    logdir: Dir = option("logs/baselines", "results go to LOGDIR/KIND/SUBSET")
     features: str | None = option(
         None, f"network that is probed: {known_forms()}", group=PROBE, metavar="NAME|RUN|FILE"
     )
@@ -43,12 +43,11 @@ class Options(EvaluationOptions, DeviceOption):
     input_size: Pixels | None = option(
         None, "pixels, with --arch; if omitted the network's own", group=PROBE
     )
-    unlabelled: str | None = option(
+    unlabelled: Dir | None = option(
         None,
         "with label_spreading: tiles that the labels are spread over, for example D/train (names "
         "of folders are ignored)",
         group=PROBE,
-        metavar="DIR",
     )
     device: str = like(DeviceOption, "device", "auto", group=PROBE)
     workers: Workers = like(

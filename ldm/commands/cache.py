@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from ldm.cli import Count, Seed, Workers, existing_path, like, option, parse
+from ldm.cli import Ckpt, Count, Dir, Seed, Workers, existing_path, like, option, parse
 from ldm.devices import shared_devices
 from ldm.errors import UserError
 from ldm.files import require_outside
@@ -33,11 +33,10 @@ class Options(ProcessOptions, LoaderOptions):
 --model logs/autoencoder --out latents --views 8 \\
       --data configs/latent-diffusion/histo-ldm-kl-8.yaml 'data.params.train.params.augment=[d4]'"""
 
-    model: str = option(
+    model: Ckpt = option(
         ...,
         "autoencoder, checkpoint or run folder; of a diffusion model, its first stage",
         "-r",
-        metavar="CKPT",
         published=("--resume",),
     )
     data: tuple[str, ...] = option(
@@ -45,7 +44,7 @@ class Options(ProcessOptions, LoaderOptions):
         "folders of tiles, or training configurations, merged left to right",
         metavar="DIR|YAML",
     )
-    out: str = option(..., "folder of the cache", metavar="DIR")
+    out: Dir = option(..., "folder of the cache")
     views: Count = option(
         1, "augmented views of each training tile; the first is without augmentation"
     )
@@ -64,9 +63,7 @@ class Options(ProcessOptions, LoaderOptions):
         metavar="section.key=value",
     )
 
-    val_data: tuple[str, ...] | None = option(
-        None, "folders of validation tiles", group=FOLDERS, metavar="DIR"
-    )
+    val_data: tuple[Dir, ...] | None = option(None, "folders of validation tiles", group=FOLDERS)
     labelled: bool = option(False, "the folders are DIR/CLASS/images", group=FOLDERS)
     augment: Literal["d4", "stain", "d4,stain"] | None = option(
         None,

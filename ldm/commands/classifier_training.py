@@ -64,36 +64,13 @@ def check_cache(cache, space) -> None:
         )
 
 
-def _list(values: tuple[int, ...] | None) -> list[int] | None:
-    """A list, as the configuration that is stored with the weights has it."""
-    return None if values is None else list(values)
-
-
 def net_config(args: Any, space, classes: list[str], source) -> dict[str, Any]:
     """target/params of the encoder; `source` is the model of `init_from`, or None."""
     if source is not None and source.kind == "classifier":
         return source.net_config
     if source is not None:
-        return network_config_of(
-            source,
-            len(classes),
-            pool=args.classifier_pool,
-            dropout=args.classifier_dropout,
-            use_checkpoint=args.classifier_use_checkpoint,
-        )
-    return network_config(
-        space.first_stage,
-        len(classes),
-        width=args.classifier_width,
-        depth=args.classifier_depth,
-        channel_mult=_list(args.classifier_channel_mult),
-        attention_resolutions=_list(args.classifier_attention_resolutions),
-        pool=args.classifier_pool,
-        resblock_updown=args.classifier_resblock_updown,
-        use_scale_shift_norm=args.classifier_use_scale_shift_norm,
-        dropout=args.classifier_dropout,
-        use_checkpoint=args.classifier_use_checkpoint,
-    )
+        return network_config_of(source, len(classes), **args.network)
+    return network_config(space.first_stage, len(classes), **args.network)
 
 
 def build_model(args: Any, space, classes: list[str]):
@@ -133,7 +110,7 @@ def build_readout(args: Any, data, devices):
     model = ReadoutClassifier.of(
         diffusion,
         data.classes,
-        blocks=_list(args.readout_blocks),
+        blocks=args.readout_blocks and list(args.readout_blocks),
         width=args.readout_width or 256,
         dropout=0.3 if args.readout_dropout is None else args.readout_dropout,
         weight_decay=args.weight_decay,

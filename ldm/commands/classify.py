@@ -11,14 +11,16 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from ldm.cli import (
     MOST,
+    Ckpt,
     Commas,
     Count,
+    Dir,
     NotNegative,
     Pixels,
     Rate,
@@ -44,6 +46,8 @@ VAL_FRACTION = 0.1
 DEFAULTS = {"iterations": (300_000, 1500), "batch_size": (32, 128), "lr": (5e-5, 1e-3)}
 # Options of an encoder's training or network, which a readout has not.
 OF_ENCODER = ("noised", "microbatch", "schedule_sampler", "first_stage", "init_from")
+# Options of an encoder's network that the checkpoint of --init_from leaves open.
+KEPT = ("classifier_pool", "classifier_dropout", "classifier_use_checkpoint")
 
 
 _data = partial(option, group="data")
@@ -66,32 +70,27 @@ class Options(RunOptions):
 --data_dir D/train5 --val_data_dir D/val --first_stage logs/ldm \\
       --iterations 10000 --name classifier"""
 
-    data_dir: str | None = _data(None, "labelled tiles, DIR/CLASS/images", metavar="DIR")
-    val_data_dir: str | None = _data(
-        None,
-        "labelled tiles to validate on; if omitted, a share of --data_dir is held out",
-        metavar="DIR",
+    data_dir: Dir | None = _data(None, "labelled tiles, DIR/CLASS/images")
+    val_data_dir: Dir | None = _data(
+        None, "labelled tiles to validate on; if omitted, a share of --data_dir is held out"
     )
     val_fraction: Annotated[float, Field(ge=0.01, le=0.5)] | None = _data(
         None, f"share held out; if omitted {VAL_FRACTION}"
     )
-    latents: str | None = _data(
+    latents: Dir | None = _data(
         None,
         "cache of scripts/cache_latents.py with labels and validation tiles, in place of "
         "--data_dir; augmented as its views are",
-        metavar="DIR",
     )
-    first_stage: str | None = _data(
+    first_stage: Ckpt | None = _data(
         lambda: os.environ.get(FIRST_STAGE_VARIABLE),
         "diffusion (best) or autoencoder checkpoint that gives the latents; if omitted, the "
         f"environment variable {FIRST_STAGE_VARIABLE}",
-        metavar="CKPT",
     )
-    init_from: str | None = _data(
+    init_from: Ckpt | None = _data(
         None,
         "diffusion checkpoint whose encoder and middle the classifier starts from, and whose "
         "latents it takes, or an (imported) classifier; the network is that of the checkpoint",
-        metavar="CKPT",
     )
     image_size: Pixels | None = _data(None, "pixels of a tile; must be the autoencoder's")
     augment: Literal["none", "d4", "stain", "d4,stain"] | None = _data(
@@ -156,10 +155,8 @@ class Options(RunOptions):
     classifier_dropout: Annotated[float, Field(ge=0, le=0.9)] = _network(
         0.0, "dropout in every block"
     )
-    readout: str | None = _readout(
-        None,
-        "diffusion checkpoint whose averaged UNet is read, frozen; one device trains",
-        metavar="CKPT",
+    readout: Ckpt | None = _readout(
+        None, "diffusion checkpoint whose averaged UNet is read, frozen; one device trains"
     )
     readout_blocks: Annotated[tuple[Whole, ...], Commas] | None = _readout(
         None,
@@ -182,12 +179,10 @@ class Options(RunOptions):
         yield from self._problems_of_readout()
         if self.microbatch == 0:
             yield "microbatch", "0 must be -1 (all at once) or above 0"
-        if self.latents is None:
-            if self.data_dir is None:
-                yield "data_dir", "is missing; give the folder of the labelled tiles, or --latents"
-            return
+        if self.latents is None and self.data_dir is None:
+            yield "data_dir", "is missing; give the folder of the labelled tiles, or --latents"
         for name in ("data_dir", "val_data_dir", "val_fraction", "augment"):
-            if getattr(self, name) is not None:
+            if self.latents is not None and getattr(self, name) is not None:
                 yield (
                     name,
                     "the tiles, hold-out and augmentation of --latents are those it was made "
@@ -195,47 +190,36 @@ class Options(RunOptions):
                 )
 
     def _problems_of_readout(self) -> Iterator[tuple[str, str]]:
-        own = [field.name for field in fields(self)]
-        if self.readout is None:
-            for name in own:
-                if name.startswith("readout_") and getattr(self, name) is not None:
+        for field in fields(self):
+            name, factory = field.name, field.default_factory
+            if getattr(self, name) == (factory() if callable(factory) else field.default):
+                continue
+            of_network = name.startswith("classifier_")
+            if self.readout is None:
+                if name.startswith("readout_"):
                     yield name, "needs --readout CKPT; give it or leave this out"
-        network = [name for name in own if name.startswith("classifier_")]
-        if self.readout is not None:
-            for field in fields(self):
-                name = field.name
-                if name == "first_stage" and self.first_stage == os.environ.get(
-                    FIRST_STAGE_VARIABLE
-                ):
-                    continue
-                if name in (*OF_ENCODER, *network) and getattr(self, name) != field.default:
-                    yield name, "is an option of an encoder; leave it out with --readout"
-        elif self.init_from is not None:
-            kept = ("classifier_pool", "classifier_dropout", "classifier_use_checkpoint")
-            for field in fields(self):
-                given = getattr(self, field.name) != field.default
-                if field.name in network and field.name not in kept and given:
-                    yield field.name, "follows from --init_from; leave it out"
+                if self.init_from is not None and of_network and name not in KEPT:
+                    yield name, "follows from --init_from; leave it out"
+            elif of_network or name in OF_ENCODER:
+                yield name, "is an option of an encoder; leave it out with --readout"
+
+    @property
+    def network(self) -> dict[str, Any]:
+        """Settings of the encoder's network, as far as --init_from leaves them open."""
+        names = [name for name in vars(self) if name.startswith("classifier_")]
+        values = {name: getattr(self, name) for name in (KEPT if self.init_from else names)}
+        # Lists, as the configuration that is stored with the weights has them.
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        return {name.removeprefix("classifier_"): value for name, value in values.items()}
 
     def with_defaults(self) -> "Options":
-        """Numbers that depend on the kind of classifier resolved."""
-        kind = 0 if self.readout is None else 1
-        chosen = {name: values[kind] for name, values in DEFAULTS.items()}
-        given = {name: getattr(self, name) for name in DEFAULTS}
+        """What depends on the kind of classifier and, where tiles are read, on these, resolved."""
+        usual = {name: values[self.readout is not None] for name, values in DEFAULTS.items()}
+        if self.latents is None:  # a cache has its own
+            usual |= {"augment": AUGMENT, "val_fraction": VAL_FRACTION}
+        usual = {name: value for name, value in usual.items() if getattr(self, name) is None}
         return replace(
-            self.with_tile_defaults(),
-            **{name: chosen[name] if value is None else value for name, value in given.items()},
-            first_stage=self.readout or self.first_stage or self.init_from,
-        )
-
-    def with_tile_defaults(self) -> "Options":
-        """Augmentation and hold-out resolved, where tiles are read; a cache has its own."""
-        if self.latents is not None:
-            return self
-        return replace(
-            self,
-            augment=self.augment or AUGMENT,
-            val_fraction=self.val_fraction or VAL_FRACTION,
+            self, **usual, first_stage=self.readout or self.first_stage or self.init_from
         )
 
 
@@ -246,16 +230,15 @@ def check_paths(args: Options) -> None:
             "--first_stage is missing: give a diffusion or autoencoder checkpoint, or export "
             f"{FIRST_STAGE_VARIABLE}=CKPT"
         )
-    name = "--readout" if args.readout else "--first_stage"
-    existing_path(args.first_stage, name)
-    if args.init_from:
-        existing_path(args.init_from, "--init_from")
-    if args.latents:
-        existing_path(args.latents, "--latents", "dir")
-    else:
-        existing_path(args.data_dir, "--data_dir", "tiles")
-    if args.val_data_dir:
-        existing_path(args.val_data_dir, "--val_data_dir", "tiles")
+    for path, name, kind in (
+        (args.first_stage, "--readout" if args.readout else "--first_stage", "any"),
+        (args.init_from, "--init_from", "any"),
+        (args.latents, "--latents", "dir"),
+        (args.data_dir, "--data_dir", "tiles"),
+        (args.val_data_dir, "--val_data_dir", "tiles"),
+    ):
+        if path is not None:
+            existing_path(path, name, kind)
 
 
 def train(args: Options) -> "tuple[pl.Trainer, pl.LightningModule] | None":

@@ -17,7 +17,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from ldm.cli import Count, existing_path, like, option, output_path, parse
+from ldm.cli import Count, Dir, existing_path, like, option, output_path, parse
 from ldm.devices import resolve_device
 from ldm.features.source import known_forms
 from ldm.files import remove_leftovers, require_outside
@@ -30,9 +30,9 @@ class Options(NetworkChoice, DeviceOption):
 --synthetic OUT --train D/train --holdout D/val --out REPORT \\
       --features logs/eval/train5/seed0"""
 
-    synthetic: str = option(..., "what sample_diffusion.py wrote", metavar="DIR")
-    train: str = option(..., "real tiles that the generator saw", metavar="DIR")
-    holdout: str = option(..., "real tiles that it never saw, of other patients", metavar="DIR")
+    synthetic: Dir = option(..., "what sample_diffusion.py wrote")
+    train: Dir = option(..., "real tiles that the generator saw")
+    holdout: Dir = option(..., "real tiles that it never saw, of other patients")
     out: str = option(..., "folder of the report", metavar="REPORT")
     features: str | None = like(
         NetworkChoice,

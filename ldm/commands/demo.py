@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ldm.cli import STOPPED, existing_path, option, parse
+from ldm.cli import STOPPED, Dir, existing_path, option, parse
 from ldm.devices import usable_cores
 
 if TYPE_CHECKING:
@@ -27,11 +27,10 @@ BATCH = 32  # of the flow
 class Options:
     example: ClassVar = "--out logs/demo sampling.options.classifier_scale=5"
 
-    out: str = option("logs/demo", "folder of all results", metavar="DIR")
-    data: str | None = option(
+    out: Dir = option("logs/demo", "folder of all results")
+    data: Dir | None = option(
         None,
         "your own tiles, DIR/{train,train5,val,test}/CLASS/images; if omitted, procedural ones",
-        metavar="DIR",
     )
     fast: bool = option(False, "a few steps of everything, to test the wiring")
     overrides: tuple[str, ...] = option(
@@ -40,11 +39,7 @@ class Options:
 
 
 def read_demo(args: Options) -> "Settings":
-    """The settings of the demo: a table, with the folders and the devices that are here.
-
-    Raises:
-        UserError: `data` does not exist, or an override names nothing that is there.
-    """
+    """The settings of the demo: a table, with the folders and the devices that are here."""
     from omegaconf import OmegaConf
 
     from ldm.config import read_yaml, resolve
@@ -95,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     plan.prepare()
     records = Records(plan.jobs_folder)
     records.forget_failures(plan.jobs)
-    progress = Progress(records, JOBS, extra=1, tails=True)
+    progress = Progress(records, JOBS, tails=True)
     standing = engine.run(records, plan.jobs, engine.Machine(JOBS), progress, keep_going=False)
     failed = [one.record.failed for one in standing.values() if one.state is State.FAILED]
     if failed:
@@ -105,9 +100,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from ldm.experiment.report import write_results
 
-    before = time.monotonic()
-    headline = write_results(gather(plan, standing), plan.out)
-    progress.step("report and table", time.monotonic() - before, headline)
+    print(write_results(gather(plan, standing), plan.out))
     print(f"{show_path(plan.out / 'report.html')} and table.csv, {time.monotonic() - start:.0f} s")
     print("next: open the report in a browser; --data DIR takes tiles of your own")
     return 0

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ldm.cli import MOST, Seed, contradictions, existing_path, like, option, parse
+from ldm.cli import MOST, Ckpt, Dir, Seed, contradictions, existing_path, like, option, parse
 from ldm.devices import Devices, one_device, shared_devices
 from ldm.errors import UserError
 from ldm.models.vit_settings import Settings
@@ -33,7 +33,7 @@ class Options(EvaluationOptions, SharedDevices, Settings):
     precision: Literal["auto", "32", "bf16-mixed", "16-mixed"] | None = like(
         Settings, "precision", None, help=PRECISION_HELP.format("bf16-mixed")
     )
-    logdir: str = run_option("logs/eval", "results go to LOGDIR/SUBSET", metavar="DIR")
+    logdir: Dir = run_option("logs/eval", "results go to LOGDIR/SUBSET")
     seed: Seed | None = run_option(None, "seed; if omitted 0")
     seeds: tuple[Seed, ...] | None = run_option(
         None, "several seeds: one network each, then mean and deviation", metavar="N"
@@ -41,10 +41,8 @@ class Options(EvaluationOptions, SharedDevices, Settings):
     num_classes: Annotated[int, Field(ge=2, le=MOST)] | None = run_option(
         None, "compared with the class folders, which decide"
     )
-    resume: str | None = run_option(
-        None,
-        "checkpoint to go on from (an interrupted run goes on by itself), or to --eval",
-        metavar="CKPT",
+    resume: Ckpt | None = run_option(
+        None, "checkpoint to go on from (an interrupted run goes on by itself), or to --eval"
     )
     eval: bool = run_option(
         False, "no training: evaluate --resume CKPT, or else the result of this SUBSET and seed"

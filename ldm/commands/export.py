@@ -6,10 +6,11 @@ says how to load it and sample. What is written is compared with the model befor
 
 import logging
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
-from ldm.cli import option, parse
+from ldm.cli import Ckpt, Dir, option, parse
 from ldm.errors import UserError
 
 log = logging.getLogger("export_diffusers")
@@ -19,11 +20,9 @@ log = logging.getLogger("export_diffusers")
 class Options:
     example: ClassVar = "--model logs/ldm --out exported/ldm"
 
-    model: str = option(
-        ..., "diffusion checkpoint or run folder", metavar="CKPT", published=("--checkpoint",)
-    )
-    first_stage: str | None = option(None, "autoencoder with a fine-tuned decoder", metavar="CKPT")
-    out: str = option(..., "folder to make", metavar="DIR")
+    model: Ckpt = option(..., "diffusion checkpoint or run folder", published=("--checkpoint",))
+    first_stage: Ckpt | None = option(None, "autoencoder with a fine-tuned decoder")
+    out: Dir = option(..., "folder to make")
     ema: bool = option(
         True,
         "export the averaged weights, where there are any",
@@ -37,13 +36,8 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(args.out)
     if out.exists():
         raise UserError(f"--out {out} exists; give another name, or remove it")
-    try:
-        import diffusers  # noqa: F401
-    except ModuleNotFoundError:
-        raise UserError(
-            "this command needs the package diffusers, which is not installed; run `pip install "
-            "diffusers`"
-        ) from None
+    if find_spec("diffusers") is None:
+        raise UserError("diffusers, which this command needs, is missing: pip install diffusers")
 
     from ldm.checkpoint import checkpoint_path, load_model
     from ldm.exchange.diffusers_export import export

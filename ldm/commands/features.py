@@ -13,17 +13,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from ldm.cli import (
-    MOST,
-    Seed,
-    Share,
-    Whole,
-    existing_path,
-    like,
-    option,
-    output_path,
-    parse,
-)
+from ldm.cli import MOST, Dir, Seed, Share, Whole, existing_path, like, option, output_path, parse
 from ldm.devices import resolve_device
 from ldm.errors import UserError
 from ldm.features.source import known_forms
@@ -38,14 +28,11 @@ class Options(NetworkChoice, FeatureOptions):
       --out VIS"""
 
     features: str | None = like(
-        NetworkChoice,
-        "features",
-        None,
-        help=f"network that makes the features: {known_forms()}",
+        NetworkChoice, "features", None, help=f"network that makes the features: {known_forms()}"
     )
-    real: str = option(..., "labelled real tiles, DIR/CLASS/images", metavar="DIR")
-    synthetic: str = option(..., "what sample_diffusion.py wrote", metavar="DIR")
-    out: str = option(..., "folder of the results", metavar="DIR")
+    real: Dir = option(..., "labelled real tiles, DIR/CLASS/images")
+    synthetic: Dir = option(..., "what sample_diffusion.py wrote")
+    out: Dir = option(..., "folder of the results")
     selection: str | None = option(
         None,
         "training folder of scripts/distance.py, or its selection.csv: accepted and rejected "

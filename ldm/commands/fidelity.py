@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from ldm.cli import Seed, existing_path, option, output_path, parse
+from ldm.cli import Dir, File, Seed, existing_path, option, output_path, parse
 from ldm.devices import resolve_device
 from ldm.errors import UserError
 from ldm.features.source import known_forms
@@ -31,16 +31,13 @@ class Options(LoaderOptions, DeviceOption):
     example: ClassVar = """\
 --real D/test --fake OUT --features dinov2 --out fidelity.json"""
 
-    real: str | None = option(
-        None, "real tiles, preferably ones that no model was trained on", metavar="DIR"
-    )
-    fake: tuple[str, ...] = option(
+    real: Dir | None = option(None, "real tiles, preferably ones that no model was trained on")
+    fake: tuple[Dir, ...] = option(
         ...,
         "synthetic tiles, for example what sample_diffusion.py wrote; several make one table",
-        metavar="DIR",
         repeats=True,
     )
-    out: str = option(..., "JSON file to write", metavar="FILE")
+    out: File = option(..., "JSON file to write")
     features: str | None = option(
         None,
         f"network that makes the features: {known_forms()}; if omitted inception",
@@ -55,10 +52,8 @@ class Options(LoaderOptions, DeviceOption):
         "those in the caches of torch and Hugging Face",
         metavar="PATH",
     )
-    stats: str | None = option(
-        None,
-        "features of the real set: read, or written if missing; may later replace --real",
-        metavar="FILE",
+    stats: File | None = option(
+        None, "features of the real set: read, or written if missing; may later replace --real"
     )
     overwrite: bool = option(False, "replace --stats that is of other tiles")
     seed: Seed = option(0, "seed of the subsets of KID")

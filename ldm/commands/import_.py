@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ldm.cli import existing_path, option, parse
+from ldm.cli import Ckpt, File, existing_path, option, parse
 from ldm.errors import UserError
 from ldm.files import remove_leftovers, require_class_names
 
@@ -28,21 +28,18 @@ class Options:
 ldm.ckpt --kind diffusion --config ldm.yaml \\
       --out models/diffusion.ckpt"""
 
-    file: str = option(
-        ..., "checkpoint of other code, or a folder of diffusers", positional=True, metavar="FILE"
-    )
+    file: File = option(..., "checkpoint of other code, or a folder of diffusers", positional=True)
     kind: Literal["autoencoder", "diffusion", "classifier"] = option(..., "what to make of it")
     config: str | None = option(
         None,
         "configuration of the checkpoint; a classifier without one has the published network",
         metavar="YAML",
     )
-    out: str = option(..., "checkpoint to write", metavar="CKPT")
-    autoencoder: str | None = _kind(
+    out: Ckpt = option(..., "checkpoint to write")
+    autoencoder: Ckpt | None = _kind(
         None,
         "diffusion: our autoencoder, for a file without one; classifier: our diffusion model (or "
         "autoencoder) that it works with",
-        metavar="CKPT",
     )
     scale_factor: Annotated[float, Field(ge=1e-6, le=1e6)] | None = _kind(
         None, "scale of the latents, if the file does not hold it", metavar="X"

@@ -9,12 +9,7 @@ from ldm.experiment.jobs import Job
 
 
 def check_commands(jobs: Sequence[Job]) -> None:
-    """Parse all command lines, as the commands will.
-
-    Raises:
-        UserError: Options that a command does not have, or values that it does not take; all
-            problems at once, each option once.
-    """
+    """Parse all command lines, as the commands will; all problems are one UserError, each once."""
     problems: dict[str, str] = {}
     for job in jobs:
         verb, *words = job.command

@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from ldm.cli import Count, Seed, contradictions, existing_path, option, parse
+from ldm.cli import Ckpt, Count, Dir, Seed, contradictions, existing_path, option, parse
 from ldm.devices import resolve_device
 from ldm.errors import UserError
 from ldm.files import require_outside
@@ -46,13 +46,12 @@ class Options(FeatureOptions):
 --real D/train5 --synthetic OUT --features VIS --ratio 50 \\
       --out 'D/train5+fake50%'"""
 
-    real: str = option(..., "labelled real tiles, DIR/CLASS/images", metavar="DIR")
-    synthetic: str | None = option(None, "what sample_diffusion.py wrote", metavar="DIR")
-    unlabelled: str | None = option(
+    real: Dir = option(..., "labelled real tiles, DIR/CLASS/images")
+    synthetic: Dir | None = option(None, "what sample_diffusion.py wrote")
+    unlabelled: Dir | None = option(
         None,
         "in place of --synthetic: real tiles, each for the class that the judge gives it (names "
         "of folders are ignored, and tiles of --real left out)",
-        metavar="DIR",
     )
     features: tuple[str, ...] = option(
         ...,
@@ -66,19 +65,17 @@ class Options(FeatureOptions):
         "use only that one of --features which tells left-out tiles of --real apart best, for "
         "example of diffusion:RUN@50, RUN@200 and RUN@400",
     )
-    val: str | None = _judge(
+    val: Dir | None = _judge(
         None,
         "labelled tiles that the judge is measured on: accuracy and calibration by class; they "
         "also calibrate a checkpoint of eval.py",
-        metavar="DIR",
     )
-    spread: str | None = option(
+    spread: Dir | None = option(
         None,
         "unlabelled tiles: the judge spreads the labels of --real over them (Zhou et al. 2003), "
         "in place of a logistic regression",
-        metavar="DIR",
     )
-    out: str = option(..., "training folder to make", metavar="DIR")
+    out: Dir = option(..., "training folder to make")
     ratio: Count | None = _choice(
         None,
         "synthetic images per class, in percent of its real ones (published: 50 100 200 300)",
@@ -108,22 +105,17 @@ class Options(FeatureOptions):
     fill: bool = _choice(
         False, "where too few images are accepted, use the best of the rejected, marked as filled"
     )
-    downstream: str | None = _results(
-        None,
-        "checkpoint of eval.py that the images are for: a warning when it is the judge",
-        metavar="CKPT",
+    downstream: Ckpt | None = _results(
+        None, "checkpoint of eval.py that the images are for: a warning when it is the judge"
     )
-    sheets: str | None = _results(
-        None, "folder of contact sheets; if omitted OUT.sheets", metavar="DIR"
-    )
+    sheets: Dir | None = _results(None, "folder of contact sheets; if omitted OUT.sheets")
     no_sheets: bool = _results(False, "draw no contact sheets")
     link: Literal["copy", "hard", "symbolic"] = _results("copy", "copy the files or link to them")
-    cache: str | None = option(
+    cache: Dir | None = option(
         None,
         "folder of computed features and fitted judges; if omitted SYNTHETIC.features or "
         "UNLABELLED.features",
         group="features",
-        metavar="DIR",
     )
 
     @property

@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator
 
-from ldm.cli import Threads, existing_path, option, parse, shown
+from ldm.cli import Dir, Threads, existing_path, option, parse, shown
 from ldm.devices import usable_cores
 from ldm.files import require_outside
 
@@ -37,12 +37,12 @@ class Options:
     example: ClassVar = "tcga.parquet --out /scratch/tcga_shards --size 1G"
 
     index: str = option(..., "what scripts/index_corpus.py wrote", positional=True, metavar="INDEX")
-    out: str = option(..., "folder of the shards; the index is DIR.parquet", metavar="DIR")
+    out: Dir = option(..., "folder of the shards; the index is DIR.parquet")
     size: Annotated[int, BeforeValidator(size_in_bytes)] = option(
         10**9, "most bytes of a shard, such as 500M or 1G; if omitted 1G"
     )
-    root: tuple[str, ...] | None = option(
-        None, "where the corpus is, if not where it was indexed; as many as then", metavar="DIR"
+    root: tuple[Dir, ...] | None = option(
+        None, "where the corpus is, if not where it was indexed; as many as then"
     )
     workers: Threads = option(usable_cores, "threads that read")
     verify: bool = option(False, "read the shards that exist: damaged ones are written again")

@@ -16,7 +16,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ldm.cli import Count, Seed, contradictions, existing_path, option, parse
+from ldm.cli import Count, Dir, Seed, contradictions, existing_path, option, parse
 from ldm.data.groups import grouping_of
 from ldm.errors import UserError
 from ldm.files import require_outside
@@ -33,8 +33,8 @@ class Options(GroupOptions):
 --data D/train --fraction 0.05 --group_csv slides.csv --by_group \\
       --out D/train5"""
 
-    data: str = option(..., "labelled tiles, DIR/CLASS/images", metavar="DIR")
-    out: str = option(..., "folder to make", metavar="DIR")
+    data: Dir = option(..., "labelled tiles, DIR/CLASS/images")
+    out: Dir = option(..., "folder to make")
     fraction: Annotated[float, Field(gt=0, le=1)] | None = _amount(
         None, "share of the tiles of each class (published: 0.05)", metavar="SHARE"
     )
@@ -46,10 +46,8 @@ class Options(GroupOptions):
         "with --include: further tiles of each class, in percent of those it has there",
         metavar="PERCENT",
     )
-    include: str | None = _amount(
-        None,
-        "a labelled folder that is in the subset as a whole; only what it lacks is drawn",
-        metavar="DIR",
+    include: Dir | None = _amount(
+        None, "a labelled folder that is in the subset as a whole; only what it lacks is drawn"
     )
     by_group: bool = option(
         False, "no group is both in the subset and in the rest; the remaining tiles are unused"

@@ -17,8 +17,10 @@ from pydantic import BeforeValidator, Field
 
 from ldm.cli import (
     MOST,
+    Ckpt,
     Commas,
     Count,
+    Dir,
     NotNegative,
     Positive,
     Share,
@@ -57,14 +59,12 @@ class Options(DeviceOption):
 --model DIFFUSION --classifier CLASSIFIER --real D/val \\
       --judge logs/eval/train5/seed0 --scales 0,3,10,30 -n 64 --out SWEEP"""
 
-    model: str = option(
-        ..., "diffusion checkpoint or run folder", "-r", metavar="CKPT", published=("--resume",)
-    )
-    classifier: str | None = option(None, "noisy-latent classifier that guides", metavar="CKPT")
-    first_stage: str | None = option(None, "autoencoder with a fine-tuned decoder", metavar="CKPT")
-    judge: str = option(..., "checkpoint (or seed folder) from eval.py", metavar="CKPT")
-    real: str = option(..., "held-out real tiles, DIR/CLASS/images", metavar="DIR")
-    out: str = option(..., "folder of the results", metavar="DIR")
+    model: Ckpt = option(..., "diffusion checkpoint or run folder", "-r", published=("--resume",))
+    classifier: Ckpt | None = option(None, "noisy-latent classifier that guides")
+    first_stage: Ckpt | None = option(None, "autoencoder with a fine-tuned decoder")
+    judge: Ckpt = option(..., "checkpoint (or seed folder) from eval.py")
+    real: Dir = option(..., "held-out real tiles, DIR/CLASS/images")
+    out: Dir = option(..., "folder of the results")
     scales: Annotated[tuple[NotNegative, ...], Commas] = _tried(
         (0.0, 3.0, 10.0, 30.0),
         "guidance scales; 0 is unguided (classifier), 1 plain conditional (label adapter)",
@@ -108,40 +108,34 @@ class Options(DeviceOption):
 
 
 def settings_of(args: Options, models) -> list:
-    """The settings to try: every combination, but an unguided one once for all intervals.
-
-    Args:
-        models: `ldm.synthesis.models.Models`.
-    """
+    """The settings to try: every combination, but an unguided one once for all intervals."""
     from ldm.synthesis.settings import Sampling
 
     process, by_classifier = models.diffusion.schedule, models.classifier is not None
-    grid, usual = [], process.guided_interval if by_classifier else None
+    usual, grid = process.guided_interval if by_classifier else None, []
+    of_classifier = {
+        "guidance_on": args.guidance_on,
+        "normalise": args.guidance_norm,
+        "clip": args.guidance_clip,
+        "temperature": temperature_of(args, models),
+    }
     for sampler, steps, span, scale in product(
         args.samplers or process.samplers[:1], args.steps, args.intervals, args.scales
     ):
-        common = {
-            "sampler": sampler,
-            "steps": steps,
-            "eta": {"ddim": args.eta, "ddpm": 1.0}.get(sampler, 0.0),
-            "seed": args.seed,
-            "limit": args.latent_limit,
-        }
-        if not by_classifier:
-            unguided = scale == 1
-            values = {"scale": 0.0, "cfg_scale": scale}
-        elif scale == 0:
-            unguided, values = True, {"scale": 0.0}
-        else:
-            unguided = False
-            values = {
-                "scale": scale,
-                "guidance_on": args.guidance_on,
-                "normalise": args.guidance_norm,
-                "clip": args.guidance_clip,
-                "temperature": temperature_of(args, models),
-            }
-        grid.append(Sampling(**common, **values, interval=None if unguided else span or usual))
+        guided = scale != (0 if by_classifier else 1)
+        values = of_classifier if by_classifier and guided else {}
+        sampling = Sampling(
+            sampler,
+            steps,
+            eta={"ddim": args.eta, "ddpm": 1.0}.get(sampler, 0.0),
+            seed=args.seed,
+            limit=args.latent_limit,
+            scale=scale if by_classifier else 0.0,
+            cfg_scale=1.0 if by_classifier else scale,
+            interval=(span or usual) if guided else None,
+            **values,
+        )
+        grid.append(sampling)
     return list(dict.fromkeys(grid))
 
 

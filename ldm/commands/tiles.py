@@ -9,14 +9,14 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from ldm.cli import Count, Seed, Threads, Whole, option, parse
+from ldm.cli import Count, Dir, Seed, Threads, Whole, option, parse
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     example: ClassVar = "--out tiles --size 64 --train 60 --train5 6"
 
-    out: str = option(..., "folder to make; new, empty or one to go on in", metavar="DIR")
+    out: Dir = option(..., "folder to make; new, empty or one to go on in")
     size: Annotated[int, Field(ge=32, le=512)] = option(64, "pixels")
     train: Count = option(60, "tiles per class")
     train5: Whole = option(6, "how many of them are copied to train5")

@@ -96,10 +96,7 @@ def load_configuration(args: Options) -> dict[str, Any]:
 
 
 def configured_devices(args: Options, settings: dict[str, Any]) -> Options:
-    """`args` with `lightning.trainer.devices` and `.num_nodes` where it names none itself.
-
-    Both keys are removed from `settings`, the section lightning.trainer.
-    """
+    """`args`, if it names no devices, with those of `settings`, from which they are removed."""
     wanted = settings.pop("devices", None)
     if args.gpus is None and args.devices is None and wanted not in (None, "auto"):
         if isinstance(wanted, int) and wanted > 0:
@@ -112,9 +109,7 @@ def configured_devices(args: Options, settings: dict[str, Any]) -> Options:
     return replace(args, num_nodes=nodes) if args.num_nodes == 1 else args
 
 
-def describe(
-    config: dict[str, Any], model, data, batch: int, learning_rate: float, scaled: bool
-) -> str:
+def describe(model, data, batch: int, learning_rate: float, scaled: bool) -> str:
     """Parameter counts, data set sizes, effective batch and learning rate, one per line."""
     lines = []
     for name, child in model.named_children():
@@ -160,7 +155,7 @@ def train(args: Options) -> "tuple[pl.Trainer, pl.LightningModule] | None":
     accumulated = lightning["trainer"].get("accumulate_grad_batches", 1)
     batch = devices.ranks * config["data"]["params"]["batch_size"] * accumulated
     model.learning_rate = config["model"]["base_learning_rate"] * (batch if args.scale_lr else 1)
-    text = describe(config, model, data, batch, model.learning_rate, args.scale_lr)
+    text = describe(model, data, batch, model.learning_rate, args.scale_lr)
     stem = Path(args.base[0]).stem if args.base else "run"
     nodes = (lightning.get("callbacks") or {}).values()
     settings = dict(lightning["trainer"])

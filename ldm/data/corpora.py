@@ -45,7 +45,7 @@ class Corpus(Weighted):
         if not isinstance(settings, Mapping):
             raise UserError(f"{where}={settings!r} must be a mapping, such as {{root: DIR}}")
         try:
-            return checked(cls, {**settings, "name": name}, strict=False)
+            return checked(cls, {**settings, "name": name})
         except Problems as error:
             found = {f"{where}.{key}": text for key, text in error.found.items()}
             raise Problems(found) from None

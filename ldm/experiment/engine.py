@@ -58,20 +58,13 @@ class Machine:
 
     @property
     def variables(self) -> dict[str, str]:
-        """Variables of all commands: side by side, each has its share of the cores.
-
-        Otherwise each would start a thread per core, and they would take turns.
-        """
+        """Variables of all commands: side by side, each has its share of the cores as threads."""
         if THREADS in os.environ:
             return {THREADS: os.environ[THREADS]}
         return {THREADS: str(self.threads)} if self.jobs > 1 and self.slurm is None else {}
 
     def check(self, jobs: Sequence[Job]) -> None:
-        """Check that the jobs can run here.
-
-        Raises:
-            UserError: A job wants more GPUs than there are, or there is no SLURM.
-        """
+        """Raise a UserError if a job wants more GPUs than there are, or there is no SLURM."""
         if self.slurm is not None and shutil.which("sbatch") is None:
             raise UserError("`slurm`: no command sbatch here; run it on a machine of the cluster")
         for job in jobs:
@@ -141,10 +134,8 @@ def slurm_resources(slurm: Slurm, job: Job) -> dict[str, Any]:
 def only_run(folder: Path) -> Iterator[int]:
     """Be the only run of an experiment for the block; yields the descriptor of the lock.
 
-    Where the run before was killed, wait until its commands have saved what they have.
-
-    Raises:
-        UserError: Another run is going on in the folder.
+    Where the run before was killed, wait until its commands have saved what they have. Another
+    run that is going on is a UserError.
     """
     path, end = folder / "run.lock", time.monotonic() + GRACE + PATIENCE
     while True:
@@ -183,25 +174,19 @@ def run(
     progress: Progress,
     keep_going: bool = True,
 ) -> dict[str, Standing]:
-    """Run what is not done yet, until nothing is left that can run.
+    """Run what is not done yet, until nothing is left that can run; returns where every job stands.
 
-    Args:
-        jobs: Each after those that it needs.
-        keep_going: Whether the others go on after a failure.
-
-    Returns:
-        Where every job stands then.
-
-    Raises:
-        UserError: Another run is going on, or Snakemake itself failed.
-        BaseException: Whatever ends this process (a signal, Ctrl-C), after the jobs have stopped.
+    With `keep_going` the others go on after a failure. Whatever ends this process (a signal,
+    Ctrl-C) ends the jobs first. A UserError says that another run is going on, or that
+    Snakemake itself failed.
     """
     machine.check(jobs)
     with only_run(records.folder) as lock:
         remove_leftovers(records.folder)
         standing = records.survey(jobs)
         progress.begin(standing)
-        left = [name for name, one in standing.items() if not _settled(one)]
+        settled = (State.DONE, State.FAILED, State.BLOCKED)
+        left = [name for name, one in standing.items() if one.state not in settled]
         if left:
             keys = keys_of(jobs)
             save_plan(
@@ -220,19 +205,15 @@ def run(
             )
             for name, one in standing.items():
                 if one.state is State.DONE:
-                    write_text(records.marker(name), "")
+                    write_text(records.path(name, "done"), "")
                 else:
-                    records.marker(name).unlink(missing_ok=True)
+                    records.path(name, "done").unlink(missing_ok=True)
             _run_snakemake(records, machine, keep_going, lock, progress)
         standing = records.survey(jobs)
         progress.end()
         if left:
             _check_engine(records, standing)
         return standing
-
-
-def _settled(one: Standing) -> bool:
-    return one.state in (State.DONE, State.FAILED, State.BLOCKED)
 
 
 def _run_snakemake(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from pydantic import TypeAdapter
 from ldm.cli import COMMANDS, STOPPED
 from ldm.experiment.jobs import Job, JobBusy, Record, Records, lock_file
 from ldm.experiment.numbers import key_number
-from ldm.files import write_json, write_text
+from ldm.files import remove, write_json, write_text
 
 PLAN = "plan.json"
 PLANNED = TypeAdapter(dict[str, tuple[Job, str]])  # job and key, by name
@@ -71,10 +70,7 @@ def wait_or_kill(process: subprocess.Popen, seconds: float) -> None:
 def launch(
     command: Sequence[str], log_path: Path, environment: Mapping[str, str], lock: int
 ) -> int:
-    """Run a command as a process, its output added to a file.
-
-    Any exception, a signal for example, ends the process. So does the end of our parent.
-    """
+    """Run a command as a process that any exception here, or the end of our parent, ends too."""
     parent = os.getppid()
     start = ["-m", "ldm.commands"] if command[0] in COMMANDS else []
     with log_path.open("ab") as output:
@@ -107,35 +103,29 @@ def execute(
     variables: Mapping[str, str] | None = None,
     launch: Launch = launch,
 ) -> int:
-    """Run a job, or take what another process has finished.
+    """Run a job, or take what another process has finished; returns its exit status.
 
-    Args:
-        variables: Environment of the command, but for the job's own; this process's if omitted.
-
-    Returns:
-        Exit status: that of the command, 1 when it wrote less than it should, 75 when it was
-        stopped by somebody else.
-
-    Raises:
-        JobBusy: Another process is running it.
+    That is 1 when it wrote less than it should, 75 when it was stopped by somebody else. The
+    command has these variables (of this process if omitted) and the job's own. JobBusy is
+    raised where another process is running it.
     """
     environment = {**(os.environ if variables is None else variables), **job.environment}
-    with lock_file(records.lock(job.name)) as lock:
+    with lock_file(records.path(job.name, "lock")) as lock:
         if lock is None:
             raise JobBusy(job.name)
         status = 0
         if records.finished(job, key) is None:
-            run = partial(launch, job.command, records.log(job.name), environment, lock)
+            run = partial(launch, job.command, records.path(job.name, "log"), environment, lock)
             status = _record(records, job, key, run)
         if status == 0:
-            write_text(records.marker(job.name), "")
+            write_text(records.path(job.name, "done"), "")
         return status
 
 
 def _record(records: Records, job: Job, key: str, run: Callable[[], int]) -> int:
     """Run a job's command by `run`, and keep its record; returns the exit status."""
-    log_path, known = records.log(job.name), records.read(job.name)
-    records.marker(job.name).unlink(missing_ok=True)
+    log_path, known = records.path(job.name, "log"), records.read(job.name)
+    records.path(job.name, "done").unlink(missing_ok=True)
     goes_on = known and known.key == key and not known.done
     before = known.seconds if goes_on else 0.0
     if not goes_on:
@@ -180,23 +170,12 @@ def explain_failure(records: Records, name: str, status: int) -> str:
     return words.strip()[:300] or f"exit status {status}"
 
 
-def remove(path: Path) -> None:
-    """Delete a file, a link or a folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 @contextmanager
 def take_gpus(folder: Path, gpus: Sequence[str], share: int, count: int) -> Iterator[list[str]]:
-    """Wait for GPUs and hold them for the block. Snakemake counts resources but names none.
+    """Wait for `count` GPUs and hold them for the block: Snakemake names none.
 
-    Args:
-        folder: Folder of the locks.
-        gpus: Numbers or UUIDs of all GPUs; where there are none, nothing is taken.
-        share: Jobs on one GPU at most; a job of several GPUs has each of them to itself.
-        count: How many this job wants.
+    At most `share` jobs are on one GPU; a job of several GPUs has each of them to itself. The
+    locks lie in `folder`; where there are no GPUs, nothing is taken.
     """
     # The first place of every GPU, then the second: evenly.
     parts = [(gpu, [place]) for place in range(share) for gpu in gpus]

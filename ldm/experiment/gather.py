@@ -22,16 +22,12 @@ from ldm.run import git_revision, hardware, versions
 
 
 def gather(plan: Plan, standing: Mapping[str, Standing]) -> Table:
-    """The table as far as its jobs have come; it is written to OUT/table.json, too.
-
-    Args:
-        standing: Of all jobs, see `ldm.experiment.jobs.Records.survey`.
-    """
+    """The table as far as its jobs have come; it is written to OUT/table.json, too."""
     rows = [gather_row(plan, arm, standing) for arm in plan.rows]
     done = [row.summary for row in rows if row.summary]
     classes = list(done[0]["per_seed"][0]["val"]["per_class"]) if done else []
     pools = dict.fromkeys(arm.generator for arm in plan.rows if arm.generator)
-    umaps = [plan.features(pool) for pool in pools]
+    umaps = [plan.out / "features" / pool for pool in pools]
     settings = plan.settings
     table = Table(
         name=settings.name,
@@ -108,10 +104,10 @@ def gather_row(plan: Plan, arm: Arm, standing: Mapping[str, Standing]) -> Row:
         ("fidelity", "copies", "chosen_copies", "samples", "selection")
     )
     if is_done(f"fidelity-{first}"):
-        found["fidelity"] = read_json(plan.fidelity(first))
+        found["fidelity"] = read_json(plan.out / "fidelity" / f"{first}.json")
     synthetic = None if images is None else 0
     if arm.generator is not None:
-        samples, pool = plan.samples(arm.generator), plan.copies(arm.generator)
+        samples, pool = (plan.out / part / arm.generator for part in ("samples", "copies"))
         found["samples"] = samples if samples.is_dir() else None
         if is_done(f"copies-{arm.generator}"):
             found["copies"] = read_json(pool / "report.json")
@@ -140,7 +136,6 @@ def gather_row(plan: Plan, arm: Arm, standing: Mapping[str, Standing]) -> Row:
 
 
 def _status(states: Sequence[State]) -> str:
-    """The status of a row from the states of the jobs that train its networks."""
     if all(state is State.DONE for state in states):
         return "done"
     if State.DONE in states:
@@ -149,12 +144,9 @@ def _status(states: Sequence[State]) -> str:
 
 
 def merge(plan: Plan, arm: Arm, places: Mapping[int, Path]) -> dict[str, Any]:
-    """summary.json over the seeds that are done, each of which another command trained.
+    """summary.json over the seeds (or draws) that are done, each of which another command trained.
 
     Patients or slides come in here: a better table of them changes intervals, not networks.
-
-    Args:
-        places: Folder by seed, which is also the number of the draw of labels.
     """
     from ldm.evaluation.sets import GroupTable
 
@@ -170,7 +162,7 @@ def merge(plan: Plan, arm: Arm, places: Mapping[int, Path]) -> dict[str, Any]:
     if groups:
         notes = [note for note in notes if note != OVER_IMAGES]
     folders = list(places.values())
-    return write_summary(plan.results(arm.key), arm.key, results, folders, groups, notes)
+    return write_summary(plan.out / "eval" / arm.key, arm.key, results, folders, groups, notes)
 
 
 def _predictions(place: Path) -> dict[str, Path]:
@@ -191,7 +183,6 @@ def _chosen_copies(selection: Path, pool: Path) -> dict[str, int]:
 
 
 def _failures(jobs: Sequence[str], standing: Mapping[str, Standing]) -> list[str]:
-    """A line per failed job that the row needs, each once."""
     found: dict[str, str] = {}
     for job in jobs:
         one = standing[job]
@@ -204,11 +195,7 @@ def _failures(jobs: Sequence[str], standing: Mapping[str, Standing]) -> list[str
 
 
 def read_paper(path: str | None, table: str, keys: list[str]) -> dict[str, dict[str, float]]:
-    """The numbers of the paper for one table: row key -> metric -> value, empty cells left out.
-
-    Raises:
-        UserError: No such file, or a row that the table does not have.
-    """
+    """The numbers of the paper for one table: row key -> metric -> value, empty cells left out."""
     if path is None:
         return {}
     source = existing_path(path, "paper", "file")

@@ -36,11 +36,7 @@ class Split:
 
     @cached_property
     def counts(self) -> dict[str, int]:
-        """Tiles by class folder.
-
-        Raises:
-            UserError: There are no class folders, or one is empty.
-        """
+        """Tiles by class folder; a UserError where there are no such folders, or one is empty."""
         counts = {
             name: sum(len(folder.files) for folder in walk(self.root / name, is_image))
             for name in class_folders(self.root)
@@ -54,11 +50,7 @@ class Split:
 
 
 class Checkpoints:
-    """Digests of checkpoint files; each is read again only when its size or time changes.
-
-    Args:
-        memory: File that remembers them.
-    """
+    """Digests of checkpoint files, kept in `memory`; a file that changes is read again."""
 
     def __init__(self, memory: Path):
         self.memory = memory

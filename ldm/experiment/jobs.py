@@ -101,25 +101,16 @@ class JobBusy(Exception):
 class Records:
     """NAME.json, NAME.log, NAME.lock and NAME.done of every job, in one folder.
 
-    NAME.done is the empty file that Snakemake waits for. It stands for the record and is made from
-    it. A lock belongs to whoever runs the job, and goes when that process and its command are gone:
-    there is none to clean up after a crash.
+    Snakemake waits for NAME.done, an empty file that is made from the record. A lock goes when
+    the process that runs the job and its command are gone: there is none to clean up after a
+    crash.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def path(self, name: str) -> Path:
-        return self.folder / f"{name}.json"
-
-    def log(self, name: str) -> Path:
-        return self.folder / f"{name}.log"
-
-    def marker(self, name: str) -> Path:
-        return self.folder / f"{name}.done"
-
-    def lock(self, name: str) -> Path:
-        return self.folder / f"{name}.lock"
+    def path(self, name: str, kind: str = "json") -> Path:
+        return self.folder / f"{name}.{kind}"
 
     def read(self, name: str) -> Record | None:
         """What is known of a job; None where it was never begun."""
@@ -140,17 +131,13 @@ class Records:
 
     def is_running(self, name: str) -> bool:
         """Whether a process, here or on another machine, holds the job."""
-        if not self.lock(name).is_file():
+        if not self.path(name, "lock").is_file():
             return False
-        with lock_file(self.lock(name)) as descriptor:
+        with lock_file(self.path(name, "lock")) as descriptor:
             return descriptor is None
 
     def survey(self, jobs: Sequence[Job]) -> dict[str, Standing]:
-        """Where every job stands, by name.
-
-        Args:
-            jobs: Each after those that it needs.
-        """
+        """Where every job stands, by name; `jobs` stand after those that they need."""
         keys, found = keys_of(jobs), {}
         for job in jobs:
             found[job.name] = self._standing(job, keys[job.name], found)
@@ -182,7 +169,7 @@ class Records:
     def tail(self, name: str, lines: int) -> list[str]:
         """The last lines of a job's log that are not empty, without colours."""
         try:
-            text = self.log(name).read_text(errors="replace").replace("\r", "\n")
+            text = self.path(name, "log").read_text(errors="replace").replace("\r", "\n")
         except OSError:
             return []
         text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)
@@ -191,11 +178,7 @@ class Records:
 
 @contextmanager
 def lock_file(path: Path, wait: bool = False) -> Iterator[int | None]:
-    """Lock a file for the block; yields its descriptor, or None where another process holds it.
-
-    Args:
-        wait: Wait for the other process instead.
-    """
+    """Lock a file; yields its descriptor, or None where another has it and `wait` is False."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         try:
@@ -234,10 +217,7 @@ def needed_by(jobs: Sequence[Job], names: Sequence[str]) -> list[Job]:
 
 
 def arguments(options: Mapping[str, Any]) -> list[str]:
-    """Options as words: `{"n": 3}` is `--n 3`, a list several words, None nothing.
-
-    True is a flag, `--n`; False is `--n=False`, for options that take True or False.
-    """
+    """Options as words: True is `--n`, False `--n=False`, None nothing, a list several words."""
     words: list[str] = []
     for name, value in options.items():
         if value is False:
@@ -257,10 +237,7 @@ def show_path(path: Path) -> str:
 
 
 def deciding_words(command: Sequence[str]) -> list[str]:
-    """The words of a command that decide its result.
-
-    The command is called by its script, as in version 0.1.0: what was made then counts.
-    """
+    """The words of a command that decide its result; its script first, as in version 0.1.0."""
     words, skip = [COMMANDS.get(command[0], command[0])], False
     for word in command[1:]:
         if skip:
@@ -284,11 +261,7 @@ def content_of(path: Path) -> str:
 
 
 def convert_records(records: Records, jobs: Sequence[Job]) -> None:
-    """Rewrite records of version 0.1.0 that are still valid under the present keys.
-
-    Args:
-        jobs: Each after those that it needs.
-    """
+    """Rewrite records of version 0.1.0 that are still valid under the present keys."""
     keys, stamps = keys_of(jobs), {}
     for job in jobs:
         try:

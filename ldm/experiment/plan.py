@@ -64,15 +64,19 @@ NOTHING = Needs()
 
 @dataclass(frozen=True)
 class Draw:
-    """A draw of labelled tiles; the seed is that of the networks, too."""
+    """The labelled tiles that rows are planned for."""
 
-    per_class: int
-    seed: int
+    labelled: str  # their folder, below `data`
+    seeds: list[int]  # of the networks of an arm
+    per_class: int | None = None  # None where they are not drawn
+    part: str = ""  # end of the names of all that belongs to this draw
+    seed: Options = field(default_factory=dict)  # an option of what is made for each draw
 
-    @property
-    def part(self) -> str:
-        """End of the names of all that belongs to this draw."""
-        return f"@{self.per_class}-{self.seed}"
+    @classmethod
+    def of(cls, per_class: int, seed: int) -> Draw:
+        """A draw by the seed that is that of the networks, too."""
+        part = f"@{per_class}-{seed}"
+        return cls(f"labels{part}", [seed], per_class, part, {"seed": seed})
 
 
 class Plan:
@@ -96,7 +100,8 @@ class Plan:
         self.other_jobs: list[str] = []
         self._jobs: dict[str, Job] = {}
         self._chosen: set[str] = set()  # folders whose selection is being planned
-        self._draw: Draw | None = None  # the one that is planned
+        # The one that is planned.
+        self._draw = Draw(settings.data.labelled, settings.evaluation.seeds)
         names = [settings.data.unlabelled, "val", "test"]
         if settings.draws is None:
             names.insert(1, settings.data.labelled)
@@ -109,27 +114,6 @@ class Plan:
     def jobs(self) -> list[Job]:
         """All jobs, each after those that it needs."""
         return list(self._jobs.values())
-
-    # Draws of labels
-
-    @property
-    def _part(self) -> str:
-        return self._draw.part if self._draw else ""
-
-    @property
-    def _labelled(self) -> str:
-        """Folder of the labelled tiles, below `data`."""
-        return f"labels{self._part}" if self._draw else self.settings.data.labelled
-
-    @property
-    def _seeds(self) -> list[int]:
-        """Seeds of the networks of an arm."""
-        return [self._draw.seed] if self._draw else self.settings.evaluation.seeds
-
-    @property
-    def _seed(self) -> Options:
-        """The seed of the draw, as an option of what is made for each draw."""
-        return {"seed": self._draw.seed} if self._draw else {}
 
     def _depends_on_labels(self, name: str) -> bool:
         """Whether a model is trained anew for every draw of labels."""
@@ -144,21 +128,6 @@ class Plan:
         """Links to the tiles, and the training folders that are made."""
         return self.out / "data"
 
-    def samples(self, generator: str) -> Path:
-        return self.out / "samples" / generator
-
-    def features(self, generator: str) -> Path:
-        return self.out / "features" / generator
-
-    def copies(self, generator: str) -> Path:
-        return self.out / "copies" / generator
-
-    def results(self, row: str) -> Path:
-        return self.out / "eval" / row
-
-    def fidelity(self, row: str) -> Path:
-        return self.out / "fidelity" / f"{row}.json"
-
     def model(self, name: str) -> Path:
         """The checkpoint of a model, whether or not it is trained yet."""
         model = self.settings.models[name]
@@ -168,15 +137,10 @@ class Plan:
         return folder / "checkpoints" / f"{model.checkpoint}.ckpt"
 
     def _model_name(self, name: str) -> str:
-        """Name of the run of a model that is trained here."""
-        return name + self._part if self._draw and self._depends_on_labels(name) else name
+        return name + self._draw.part if self._depends_on_labels(name) else name
 
     def select_rows(self, patterns: Sequence[str]) -> list[Arm]:
-        """The rows whose key fits a pattern such as `*-centroid-100`; all without patterns.
-
-        Raises:
-            UserError: A pattern fits none.
-        """
+        """The rows whose key fits a pattern such as `*-centroid-100`; all without patterns."""
         if not patterns:
             return self.rows
         keys = [row.key for row in self.rows]
@@ -216,11 +180,7 @@ class Plan:
             raise UserError(f"out {out} lies in data.root {self.root}; give a folder outside")
 
     def _check_inputs(self) -> None:
-        """Check that everything from elsewhere is there.
-
-        Raises:
-            UserError: Something is missing; all that is missing, in one line.
-        """
+        """Check that everything from elsewhere is there; all that is missing is one UserError."""
         settings, data = self.settings, self.settings.data
         checks: list[tuple] = [(self._check_tiles,)]  # a function and its arguments
         if data.groups is not None:
@@ -273,9 +233,9 @@ class Plan:
     def _tiles(self, *splits: str) -> Needs:
         """What a job needs that reads these splits."""
         drawn = NOTHING
-        if self._draw and self._labelled in splits:
-            drawn = Needs((f"subset-{self._labelled}",))
-            splits = tuple(name for name in splits if name != self._labelled)
+        if self._draw.part and self._draw.labelled in splits:
+            drawn = Needs((f"subset-{self._draw.labelled}",))
+            splits = tuple(name for name in splits if name != self._draw.labelled)
         if self.settings.data.tiles is not None:
             return drawn + Needs((TILES,))
         known = {name: self._splits[name].identity for name in splits}
@@ -292,13 +252,13 @@ class Plan:
         """Labelled tiles by class; of procedural ones, which may not be there yet, as many."""
         data, draw = self.settings.data, self._draw
         if data.tiles is None:
-            counts = self._splits[data.unlabelled if draw else data.labelled].counts
+            counts = self._splits[data.unlabelled if draw.part else data.labelled].counts
         else:
             from ldm.data.procedural import CLASSES
 
             names = data.tiles.get("classes") or CLASSES
             counts = dict.fromkeys(names, int(data.tiles.get("train5", 6)))
-        return dict.fromkeys(counts, draw.per_class) if draw else counts
+        return dict.fromkeys(counts, draw.per_class) if draw.part else counts
 
     def _wanted(self, ratio: int) -> dict[str, int]:
         """Synthetic tiles of a ratio, by class, rounded as scripts/distance.py does."""
@@ -317,12 +277,7 @@ class Plan:
         words: Sequence[str] = (),
         **more: Any,
     ) -> str:
-        """Add a job, unless one of that name is there; returns the name.
-
-        Args:
-            words: Arguments after the options.
-            more: Further attributes of `Job`.
-        """
+        """Add a job, unless one of that name is there; returns the name. `words` come last."""
         if name not in self._jobs:
             command, output = (verb, *arguments(options), *words), tuple(output)
             self._jobs[name] = Job(
@@ -339,14 +294,15 @@ class Plan:
         if settings.draws is None:
             self.rows = self._arms()
         else:
+            undrawn = self._draw
             for number in settings.draws.per_class:
                 arms: dict[str, Arm] = {}
                 for seed in settings.evaluation.seeds:
-                    self._draw = Draw(number, seed)
+                    self._draw = Draw.of(number, seed)
                     self._draw_labels()
                     for arm in self._arms():
                         _add_draw(arms, arm, self._draw)
-                self._draw = None
+                self._draw = undrawn
                 self.rows += arms.values()
         keys = [row.key for row in self.rows]
         twice = sorted({key for key in keys if keys.count(key) > 1})
@@ -354,7 +310,6 @@ class Plan:
             raise UserError(f"two rows are named {', '.join(twice)}; rename one of their parts")
 
     def _arms(self) -> list[Arm]:
-        """All rows, of the draw that is planned."""
         baselines = self.settings.baselines
         ceiling = baselines.ceiling
         return [
@@ -367,48 +322,43 @@ class Plan:
         ]
 
     def _draw_labels(self) -> None:
-        """Add the job that draws the labelled tiles."""
         draw, unlabelled = self._draw, self.settings.data.unlabelled
-        out = self.data / self._labelled
+        out = self.data / draw.labelled
         options = {
             "data": self.data / unlabelled,
             "per_class": draw.per_class,
-            **self._seed,
+            **draw.seed,
             "link": self.settings.link,
             "out": out,
             **self.settings.draws.options,
         }
-        title = f"{draw.per_class} labelled tiles per class, draw {draw.seed}"
-        self._add(f"subset-{self._labelled}", title, "subset", options, [out],
+        title = f"{draw.per_class} labelled tiles per class, draw {draw.seeds[0]}"
+        self._add(f"subset-{self._draw.labelled}", title, "subset", options, [out],
                   self._tiles(unlabelled), gpus=0)  # fmt: skip
 
     def _filled_options(self, options: Options) -> tuple[Options, Needs]:
-        """Options with `_filled` values; folders of tiles that they name are needed, too.
-
-        The key of a row of pseudo-labelled tiles stands for its training folder.
-        """
+        """Options with `_filled` values; keys of pseudo-labelled rows are training folders."""
         texts, folders = " ".join(map(str, options.values())), NOTHING
         if "{labelled}" in texts:
-            folders += self._tiles(self._labelled)
+            folders += self._tiles(self._draw.labelled)
         places = {}
         for cell in self.combinations():
             key = row_key(*cell)
             if self.settings.generators[cell[0]].unlabelled is not None:
-                places[key] = show_path(self.data / (key + self._part))
+                places[key] = show_path(self.data / (key + self._draw.part))
                 if f"{{{key}}}" in texts:
-                    folders += self._selection(key + self._part, *cell)
+                    folders += self._selection(key + self._draw.part, *cell)
         values, needs = self._filled(list(options.values()), places)
         return dict(zip(options, values, strict=True)), needs + folders
 
     def _filled(
         self, texts: Sequence[Any], places: Mapping[str, str] | None = None
     ) -> tuple[list[Any], Needs]:
-        """Texts with the places of models for {NAME}, and of the labelled tiles for {labelled}.
-
-        Args:
-            places: Further names and what stands for them.
-        """
-        known, used = {"labelled": show_path(self.data / self._labelled), **(places or {})}, set()
+        """Texts with models for {NAME}, the labelled tiles for {labelled}, and further `places`."""
+        known, used = (
+            {"labelled": show_path(self.data / self._draw.labelled), **(places or {})},
+            set(),
+        )
 
         def place(found: re.Match) -> str:
             if found[1] in known:
@@ -453,10 +403,13 @@ class Plan:
                         environment.setdefault(variable, os.environ[variable])
         else:
             verb, files = "classify", ()
-            splits = (self._labelled, "val")
-            options = {"data_dir": self.data / self._labelled, "val_data_dir": self.data / "val"}
+            splits = (self._draw.labelled, "val")
+            options = {
+                "data_dir": self.data / self._draw.labelled,
+                "val_data_dir": self.data / "val",
+            }
             further, needs = self._filled_options(model.classifier or {})
-            options |= {**given, **common, **self._seed, **further}
+            options |= {**given, **common, **self._draw.seed, **further}
             environment = dict(model.env)
         return self._add(
             f"train-{run}",
@@ -482,19 +435,19 @@ class Plan:
         if len(set(amounts.values())) == 1:
             amount = {"n_samples": next(iter(amounts.values()))}
         further, needs = self._filled_options({**sampling.options, **generator.sampling})
-        pool = self.samples(name + self._part)
+        pool = self.out / "samples" / (name + self._draw.part)
         options = {
             "resume": self.model(generator.diffusion),
             "classifier": generator.classifier and self.model(generator.classifier),
             "first_stage": generator.decoder and self.model(generator.decoder),
             **amount,
             "outdir": pool,
-            **self._seed,
+            **self._draw.seed,
             **further,
         }
         models = filter(None, (generator.diffusion, generator.classifier, generator.decoder))
         title = f"sampling of {generator.label or name}"
-        return self._add(f"sample-{name}{self._part}", title, "sample", options,
+        return self._add(f"sample-{name}{self._draw.part}", title, "sample", options,
                          [pool], self._models(*models) + needs, gpus=sampling.gpus)  # fmt: skip
 
     def _judge(self) -> tuple[dict[str, Any], Needs]:
@@ -511,37 +464,33 @@ class Plan:
             return {"weights": path}, Needs(data=self.checkpoints.digest(file))
         if judge.model is not None:
             return {"model": judge.model}, NOTHING
-        seed = self._seeds[0] if judge.seed is None or self._draw else judge.seed
-        labelled = self._labelled
+        seed = self._draw.seeds[0] if judge.seed is None or self._draw.part else judge.seed
+        labelled = self._draw.labelled
         key, label, overrides = self._network(judge.network)
         job = self._evaluation(key, label, labelled, seed, overrides)
         return {"weights": self._jobs[job].output[0]}, Needs((job,))
 
     def _features(self, name: str, sample_job: str) -> str:
         """The job that makes the features of a generator's pool, and a UMAP of them."""
-        labelled, pool = self._labelled, name + self._part
+        labelled, pool = self._draw.labelled, name + self._draw.part
         judge, needs = self._judge()
         settings = self.settings.judge
         options = {
             "real": self.data / labelled,
-            "synthetic": self.samples(pool),
-            "out": self.features(pool),
+            "synthetic": self.out / "samples" / pool,
+            "out": self.out / "features" / pool,
             **judge,
             **(settings.umap if settings.umap is not None else settings.options),
         }
         needs = self._tiles(labelled) + Needs((sample_job,)) + needs
-        title, output = f"features and UMAP of {pool}", [self.features(pool)]
+        title, output = f"features and UMAP of {pool}", [self.out / "features" / pool]
         return self._add(f"features-{pool}", title, "features", options, output, needs)
 
     def _selection(
         self, folder: str, generator: str, selection: str, ratio: int, seed: int | None = None
     ) -> Needs:
-        """What a job needs that uses a training folder; adds the job that makes it.
-
-        Args:
-            seed: Of a random choice; if omitted, that of the draw, or 0.
-        """
-        labelled, strategy = self._labelled, self.settings.selection[selection]
+        """What a job needs that uses a training folder; adds the job that makes it."""
+        labelled, strategy = self._draw.labelled, self.settings.selection[selection]
         if folder in self._chosen:
             raise UserError(f"the judge that chooses the tiles of {folder} is trained on them")
         self._chosen.add(folder)
@@ -557,7 +506,7 @@ class Plan:
         }
         output = [self.data / folder]
         if strategy.strategy == "random":
-            options["seed"] = self._seed.get("seed", 0) if seed is None else seed
+            options["seed"] = self._draw.seed.get("seed", 0) if seed is None else seed
         if strategy.sheets and strategy.strategy != "random":
             output.append(self.out / "sheets" / folder)
             options["sheets"] = output[-1]
@@ -574,11 +523,13 @@ class Plan:
         """The tiles of a generator, and their judge, as options of a selection."""
         unlabelled, judge = self.settings.generators[name].unlabelled, self.settings.judge
         if unlabelled is None:
-            pool = name + self._part
-            options: Options = {"synthetic": self.samples(pool)}
+            pool = name + self._draw.part
+            options: Options = {"synthetic": self.out / "samples" / pool}
             needs = Needs((f"sample-{pool}",))
             if not judge.features:
-                return {**options, "features": self.features(pool)}, Needs((f"features-{pool}",))
+                return {**options, "features": self.out / "features" / pool}, Needs(
+                    (f"features-{pool}",)
+                )
         else:
             place, needs = self._folder(unlabelled, f"generators.{name}.unlabelled")
             options = {"unlabelled": place}
@@ -605,7 +556,7 @@ class Plan:
         options = {
             "data_path": self.data,
             "output_dir": folder,
-            "logdir": self.results(key),
+            "logdir": self.out / "eval" / key,
             **evaluation.arguments,
             **overrides,
         }
@@ -614,8 +565,8 @@ class Plan:
             f"ViT on {label}, seed {seed}",
             "evaluate",
             options,
-            [self.results(key) / folder / f"seed{seed}"],
-            self._tiles(self._labelled, "val", "test") + needs,
+            [self.out / "eval" / key / folder / f"seed{seed}"],
+            self._tiles(self._draw.labelled, "val", "test") + needs,
             ["--seed", str(seed)],
             gpus=evaluation.gpus,
         )
@@ -631,7 +582,7 @@ class Plan:
         overrides: dict[str, Any] | None = None,
     ) -> None:
         """Add a network for each seed (of the evaluation, if omitted), trained on a folder."""
-        for seed in seeds or self._seeds:
+        for seed in seeds or self._draw.seeds:
             arm.folders[seed] = folder
             job = self._evaluation(arm.key, arm.label, folder, seed, overrides or {}, needs)
             arm.jobs[seed], arm.places[seed] = job, self._jobs[job].output[0]
@@ -645,11 +596,12 @@ class Plan:
         needs: Needs = NOTHING,
     ) -> Arm:
         """A classifier that scripts/baselines.py fits; nothing in it is random but the labels."""
-        seed, labelled, results = self._seeds[0] if self._draw else 0, self._labelled, self.out
+        draw, labelled, results = self._draw, self._draw.labelled, self.out
+        seed = draw.seed.get("seed", 0)
         results = results / "eval" if key == kind else results / "eval" / key
-        arm = Arm(key + self._part, label or kind.replace("_", " "), "baseline")
+        arm = Arm(key + self._draw.part, label or kind.replace("_", " "), "baseline")
         arm.folders[seed], output = labelled, results / kind
-        if self._draw or key != kind:
+        if draw.part or key != kind:
             output /= labelled
         options = {
             "data_path": self.data,
@@ -673,14 +625,14 @@ class Plan:
     def _network(self, name: str | None) -> tuple[str, str, dict[str, Any]]:
         """Key, label and options of a network on the labelled tiles; None: that of all arms."""
         if name is None:
-            return REAL + self._part, "real only", {}
+            return REAL + self._draw.part, "real only", {}
         network = self.settings.baselines.networks[name]
-        return name + self._part, network.label or name, network.arguments
+        return name + self._draw.part, network.label or name, network.arguments
 
     def _real_arm(self, name: str | None) -> Arm:
         key, label, overrides = self._network(name)
         arm = Arm(key, label, REAL if name is None else "baseline")
-        self._add_seeds(arm, self._labelled, overrides=overrides)
+        self._add_seeds(arm, self._draw.labelled, overrides=overrides)
         return arm
 
     def combinations(self) -> list[tuple[str, str, int]]:
@@ -719,7 +671,7 @@ class Plan:
         return arms
 
     def _synthetic_arm(self, name: str, generator: Generator, selection: str, ratio: int) -> Arm:
-        settings, key = self.settings, row_key(name, selection, ratio) + self._part
+        settings, key = self.settings, row_key(name, selection, ratio) + self._draw.part
         pseudo = generator.unlabelled is not None
         guidance = _guidance({**settings.sampling.options, **generator.sampling}, generator)
         made = {"decoder": generator.decoder or "own", "guidance": guidance}
@@ -732,11 +684,11 @@ class Plan:
         }
         label = f"{generator.label or name}, {selection} {ratio}%"
         kind = PSEUDO if pseudo else "synthetic"
-        arm = Arm(key, label, kind, factors, generator=name + self._part)
+        arm = Arm(key, label, kind, factors, generator=name + self._draw.part)
         arm.wanted = sum(self._wanted(ratio).values())
         if not arm.wanted:
             raise UserError(f"ratio {ratio}: less than one tile per class; raise it")
-        if settings.selection[selection].redraw and not self._draw:
+        if settings.selection[selection].redraw and not self._draw.part:
             for seed in settings.evaluation.seeds:
                 needs = self._selection(f"{key}@{seed}", name, selection, ratio, seed)
                 self._add_seeds(arm, f"{key}@{seed}", needs, [seed])
@@ -751,7 +703,7 @@ class Plan:
         fidelity = self.settings.fidelity
         if fidelity is None:
             return
-        folder, output = next(iter(arm.folders.values())), self.fidelity(arm.key)
+        folder, output = next(iter(arm.folders.values())), self.out / "fidelity" / f"{arm.key}.json"
         real, needs = self._folder(fidelity.real, "fidelity.real")
         needs += Needs((f"select-{folder}",))
         options = {"real": real, "fake": self.data / folder, "out": output, **fidelity.options}
@@ -772,34 +724,33 @@ class Plan:
             return []
         holdout, needs = self._folder(copies.holdout, "copies.holdout")
         needs += Needs((sample_job,)) + self._tiles(data.unlabelled)
-        pool = name + self._part
+        pool = name + self._draw.part
         options = {
-            "synthetic": self.samples(pool),
+            "synthetic": self.out / "samples" / pool,
             "train": self.data / data.unlabelled,
             "holdout": holdout,
-            "out": self.copies(pool),
+            "out": self.out / "copies" / pool,
             **copies.options,
         }
         if copies.judge:
             judge, judged = self._judge()
             options |= judge
             needs += judged
-        job, title, output = f"copies-{pool}", f"copy check of {pool}", [self.copies(pool)]
+        job, title, output = f"copies-{pool}", f"copy check of {pool}", [self.out / "copies" / pool]
         return [self._add(job, title, "copies", options, output, needs)]
 
     def _ceiling_arm(self, ratio: int) -> Arm:
-        """Real tiles in place of synthetic ones."""
-        unlabelled, key = self.settings.data.unlabelled, f"ceiling-{ratio}{self._part}"
+        unlabelled, key = self.settings.data.unlabelled, f"ceiling-{ratio}{self._draw.part}"
         options = {
             "data": self.data / unlabelled,
-            "include": self.data / self._labelled,
+            "include": self.data / self._draw.labelled,
             "ratio": ratio,
             "link": self.settings.link,
             "out": self.data / key,
-            **self._seed,
+            **self._draw.seed,
             **self.settings.baselines.ceiling.options,
         }
-        needs = self._tiles(unlabelled, self._labelled)
+        needs = self._tiles(unlabelled, self._draw.labelled)
         job = self._add(f"subset-{key}", f"{ratio}% more real tiles", "subset",
                         options, [self.data / key], needs, gpus=0)  # fmt: skip
         factors = {"selection": REAL, "ratio": ratio}
@@ -832,7 +783,6 @@ def _add_draw(arms: dict[str, Arm], arm: Arm, draw: Draw) -> None:
 
 
 def _guidance(options: dict[str, Any], generator: Generator) -> str:
-    """How a generator is guided, in words."""
     words = []
     if generator.classifier is not None:
         words.append(f"classifier {options.get('classifier_scale', 'default')}")

@@ -14,14 +14,10 @@ STOPPED_WORDS = "stopped; the same command goes on here"
 
 @dataclass
 class Progress:
-    """Follows the records of jobs.
-
-    On a terminal, the seconds of a job that runs alone count up.
-    """
+    """Follows the records of jobs; on a terminal, the seconds of a job alone count up."""
 
     records: Records
     at_once: int = 1  # how many jobs run at once; of several, the start is shown too
-    extra: int = 0  # steps after the jobs, for the count
     tails: bool = False  # whether the end of a failed job's log is shown
     stream: TextIO = field(default_factory=lambda: sys.stdout)
 
@@ -34,7 +30,7 @@ class Progress:
 
     def begin(self, standing: Mapping[str, Standing]) -> None:
         """Tell what was done before."""
-        self.total = len(standing) + self.extra
+        self.total = len(standing)
         done = [one for one in standing.values() if one.state is State.DONE]
         self._settled = len(done)
         if done:
@@ -72,18 +68,13 @@ class Progress:
             seconds = record.seconds if record else 0.0
             self._say(self._line(self._settled, self.titles[name], seconds, STOPPED_WORDS))
 
-    def step(self, title: str, seconds: float, words: str) -> None:
-        """Print the line of a step after the jobs."""
-        self._settled += 1
-        self._say(self._line(self._settled, title, seconds, words))
-
     def _changed(self, name: str, record: Record) -> None:
         if record.done or record.failed is not None:
             self._started.pop(name, None)
             self._settled += 1
             words, tail = record.number, []
             if record.failed is not None:
-                words = f"failed: {record.reason} ({self.records.log(name)})"
+                words = f"failed: {record.reason} ({self.records.path(name, 'log')})"
                 tail = self.records.tail(name, TAIL) if self.tails else []
             self._say(self._line(self._settled, self.titles.pop(name), record.seconds, words))
             for row in tail:

@@ -186,7 +186,6 @@ def in_percent(value: float | None) -> float | None:
 
 
 def _curves(page: Page, results: Results, out: Path) -> None:
-    """Accuracy over labels per class, or over the amount of synthetic tiles."""
     amount = "labels" if results.by_labels else "ratio"
     words = {"labels": "labels per class", "ratio": "synthetic tiles, % of the labelled"}[amount]
     for split in (results.reported, *results.table.splits[-2::-1]):
@@ -226,7 +225,6 @@ def _series_of_arms(results: Results, split: str, amount: str) -> Iterable[Serie
 
 
 def _accuracy(mean: dict, std: dict) -> tuple[float, float | None]:
-    """Accuracy and its deviation in percent."""
     return 100 * mean["accuracy"], in_percent(std["accuracy"])
 
 
@@ -303,7 +301,6 @@ def _record(page: Page, results: Results) -> None:
 
 
 def _stages(jobs: list[dict]) -> TextTable:
-    """Jobs and time of each stage."""
     frame = pandas.DataFrame({"stage": [STAGES.get(job.get("kind"), "other") for job in jobs],
                               "seconds": [job["seconds"] for job in jobs]})  # fmt: skip
     found = frame.groupby("stage", sort=False)["seconds"].agg(["count", "sum"])
@@ -318,7 +315,6 @@ def _stages(jobs: list[dict]) -> TextTable:
 
 
 def _machine(record: dict) -> Iterable[str]:
-    """Hardware, revision and versions, in words."""
     hardware, versions = record.get("hardware") or {}, record.get("versions") or {}
     if hardware:
         gpus = ", ".join(hardware.get("gpus") or ()) or "no GPU"

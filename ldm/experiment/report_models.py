@@ -43,16 +43,12 @@ CURVES = {
 
 
 def add_sections(page: Page, results: Results, out: Path) -> None:
-    """Add all sections to a page.
-
-    Args:
-        out: Folder of the page.
-    """
+    """Add all sections to a page in the folder `out`."""
     _samples(page, results)
     _stages(page, results.table)
     _guidance(page, results.table)
     _selection(page, results)
-    _umap(page, results, out)
+    _umap(page, results)
     _copies(page, results, out)
     _training(page, results)
 
@@ -64,7 +60,6 @@ def below(path: Path, out: Path) -> str:
 
 
 def _numbers_table(heads: list[str], rows: list[list[str]], caption: list[str]) -> TextTable:
-    """A table whose columns are numbers, but for the first."""
     return TextTable("", heads, rows, caption, set(range(1, len(heads))))
 
 
@@ -72,7 +67,6 @@ def _numbers_table(heads: list[str], rows: list[list[str]], caption: list[str]) 
 
 
 def _samples(page: Page, results: Results) -> None:
-    """The first tiles of every pool, beside labelled ones."""
     table = results.table
     if not table.pools:
         return
@@ -97,17 +91,14 @@ def _samples(page: Page, results: Results) -> None:
 
 
 def _of_classes(table: Table, folder: Path) -> list[list[Tile]]:
-    """The first tiles of each class of a folder."""
     return [first_tiles(folder / name) for name in table.classes]
 
 
 def first_tiles(folder: Path) -> list[Tile]:
-    """The first tiles of a folder."""
     return [_tile(path) for path in list_images(folder)[:TILES]] if folder.is_dir() else []
 
 
 def _tile(path: Path, caption: str = "", kind: str = "") -> Tile:
-    """A tile, small enough for a page."""
     return Tile(thumbnail(read_tile(path), SOURCE), caption, kind)
 
 
@@ -208,7 +199,6 @@ def _by_noise(runs: Sequence[RunFolder], classes: Sequence[str]) -> str | None:
 
 
 def _selection(page: Page, results: Results) -> None:
-    """What the selection of the best arm took and left, class by class."""
     best, classes = results.best, results.table.classes
     if best is None or best.selection is None or not (best.selection / "selection.csv").is_file():
         return
@@ -279,7 +269,7 @@ def _without_tiles(results: Results, best: Row, used: Mapping[str, int]) -> str:
     return f"{text} Sensitivity on {split} in percent, “{real.label}” to “{best.label}”: {words}."
 
 
-def _umap(page: Page, results: Results, out: Path) -> None:
+def _umap(page: Page, results: Results) -> None:
     folder = results.table.umap
     if folder is None or not (folder / "umap.png").is_file():
         return

@@ -236,14 +236,7 @@ class Settings(Section):
 
 
 def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
-    """Read, merge and check the settings of an experiment.
-
-    Args:
-        overrides: `section.key=value`.
-
-    Raises:
-        UserError: The file is missing, or something in it is wrong; all problems in one line.
-    """
+    """Read, merge (`section.key=value`) and check settings; all problems are one UserError."""
     config = read_yaml(existing_path(path, "config", "file"))
     for word in overrides:
         config = with_override(config, word)
@@ -251,14 +244,7 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
 
 
 def with_override(config: DictConfig, word: str) -> DictConfig:
-    """A configuration with one value replaced or added.
-
-    Args:
-        word: `section.key=value`.
-
-    Raises:
-        UserError: The word has another form, or does not fit the configuration.
-    """
+    """A configuration with one value replaced or added by `section.key=value`."""
     key, equals, _ = word.partition("=")
     if not equals or key.startswith("-"):
         raise UserError(f"{word}: overrides have the form section.key=value")
@@ -269,14 +255,7 @@ def with_override(config: DictConfig, word: str) -> DictConfig:
 
 
 def check_settings(raw: Mapping[str, Any], source: str) -> Settings:
-    """Settings from plain dictionaries.
-
-    Args:
-        source: Where they come from, for messages.
-
-    Raises:
-        Problems: All that is wrong.
-    """
+    """Settings from plain dictionaries; `source`, for messages, says where they come from."""
     try:
         settings = Settings.model_validate(raw)
     except ValidationError as error:
@@ -305,7 +284,6 @@ def _describe(problem: Mapping[str, Any]) -> str:
 
 
 def _section_at(place: Sequence[str | int]) -> Any:
-    """The section that stands at a place of the file."""
     kind: Any = Settings
     for part in place:
         known = getattr(kind, "model_fields", None)
@@ -371,7 +349,6 @@ def _unknown_names(settings: Settings) -> Iterable[str]:
 
 
 def _contradictions(settings: Settings) -> Iterable[str]:
-    """Settings that do not go together."""
     for name, model in settings.models.items():
         where = f"models.{name}"
         given = [k for k in ("run", "config", "classifier") if getattr(model, k) is not None]

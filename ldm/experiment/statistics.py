@@ -205,13 +205,10 @@ def _check_summary(run: Predictions, row: Row, seed: int, split: str, path: Path
 
 
 def influence(run: Predictions, metric: str) -> tuple[float, np.ndarray]:
-    """A metric of a set, and what each image contributes to it to first order.
+    """A metric of a set, and phi (N,), what each image contributes to it to first order.
 
-    If image i is drawn w_i times, the metric becomes value + sum_i w_i phi_i / sum_i w_i; phi has
-    mean 0.
-
-    Returns:
-        The value, and phi (N,).
+    If image i is drawn w_i times, the metric becomes value + sum_i w_i phi_i / sum_i w_i; phi
+    has mean 0.
     """
     correct = run.predicted == run.labels
     if metric == "accuracy":
@@ -251,11 +248,7 @@ class Prior:
     most: float = 0.0  # all degrees of freedom that there are
 
     def moderate(self, variance: float, degrees: int, arms: int) -> tuple[float, float]:
-        """A variance and its degrees of freedom, moderated.
-
-        Args:
-            arms: How many arms' variances add up to it (a difference of two has both).
-        """
+        """A moderated variance, the sum of those of so many arms, and its degrees of freedom."""
         weight = min(self.degrees, MOST_WEIGHT * degrees)
         total = weight + degrees
         mixed = (weight * arms * self.variance + degrees * variance) / total
@@ -263,12 +256,7 @@ class Prior:
 
 
 def prior_of(variances: Sequence[float], degrees: Sequence[int]) -> Prior:
-    """The scaled inverse chi-square that sample variances come from (Smyth 2004, section 6.2).
-
-    Args:
-        variances: s_a^2 of each arm, over its seeds.
-        degrees: Their degrees of freedom, at least 1.
-    """
+    """The scaled inverse chi-square that sample variances come from (Smyth 2004, section 6.2)."""
     s2, d = np.array(variances, dtype=float), np.array(degrees, dtype=float)
     if len(s2) < FEWEST_ARMS or not np.median(s2) > 0:
         return Prior()
@@ -448,14 +436,7 @@ def common_to_seeds(u: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def resample_means(u: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Means of rows drawn with replacement.
-
-    Args:
-        u: (G, M); all M columns see the same draws.
-
-    Returns:
-        (R, M).
-    """
+    """Means (R, M) of rows of u (G, M) drawn with replacement, the same for all columns."""
     groups = len(u)
     step = max(1, CHUNK // groups)
     means = []

@@ -5,7 +5,7 @@ Metrics are fractions here and in the CSV, percent in what people read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -121,9 +121,6 @@ class Results:
         """Names of the strategies that choose at random."""
         return control_names(self.table)
 
-    def is_selected(self, row: Row) -> bool:
-        return row.kind == "synthetic" and row.factors.get("selection") not in self.controls
-
     @cached_property
     def best(self) -> Row | None:
         """The selected arm that gains most accuracy on val, which test has no part in."""
@@ -131,7 +128,8 @@ class Results:
         found = []
         for row in self.table.rows:
             value, real = self.mean(row, split, "accuracy"), self.reference_of(row)
-            if self.is_selected(row) and value is not None:
+            selected = row.factors.get("selection") not in self.controls
+            if row.kind == "synthetic" and selected and value is not None:
                 without = real and self.mean(real, split, "accuracy")
                 found.append((value - (without or 0.0), row))
         return max(found, key=lambda one: one[0])[1] if found else None
@@ -227,7 +225,6 @@ class Results:
 
 
 def _verdict(found: Difference) -> str:
-    """What a difference to the reference says, in a word or two."""
     if found.low is None or found.high is None:
         return "Not tested"
     if found.low <= 0 <= found.high:
@@ -444,7 +441,8 @@ def fidelity_table(results: Results) -> TextTable:
     heads += ["flagged as copies", "of the pool", "by chance"]
     rows, extractors, warnings = [], {}, {}
     for row in results.table.rows:
-        failed = [_failure_of(row, job) for job in ("fidelity", "copy check")]
+        titles = [line.partition(" of ")[0] for line in row.failures]  # of the jobs
+        failed = ["failed" * (job in titles) for job in ("fidelity", "copy check")]
         if row.fidelity is None and row.copies is None and not any(failed):
             continue
         m, c = fidelity_numbers(row), copies_numbers(row)
@@ -454,8 +452,11 @@ def fidelity_table(results: Results) -> TextTable:
         parts = [] if kid is None else [digits(1000 * kid, 3), digits(1000 * m["kid_std"], 2)]
         cells.append(" ± ".join(parts))
         cells += ["" if m.get(k) is None else f"{m[k]:.3f}" for k in ("precision", "recall")]
-        chosen = row.chosen_copies
-        cells.append(flagged_cell(chosen) if chosen else failed[1])
+        if row.chosen_copies:
+            tiles, flagged = (row.chosen_copies[name] for name in ("tiles", "flagged"))
+            cells.append(f"{flagged:,} of {tiles:,} ({share(flagged, tiles)})")
+        else:
+            cells.append(failed[1])
         cells += [share(c[k], c["tiles"]) if c else "" for k in ("flagged", "expected_by_chance")]
         rows.append(cells)
         if row.fidelity:
@@ -482,20 +483,9 @@ def fidelity_table(results: Results) -> TextTable:
     return TextTable("The synthetic tiles", heads, rows, caption, numbers, name="fidelity")
 
 
-def _failure_of(row: Row, job: str) -> str:
-    """`failed` where a job of this title failed; the reason stands in full below the tables."""
-    return "failed" if any(line.startswith(f"{job} of ") for line in row.failures) else ""
-
-
 def digits(value: float, count: int) -> str:
     """A number with `count` digits, or with all of those before the point: never 3.37e+03."""
     return f"{value:.0f}" if abs(value) >= 10**count - 0.5 else f"{value:.{count}g}"
-
-
-def flagged_cell(numbers: Mapping[str, int]) -> str:
-    """`2 of 24 (8.3%)`."""
-    tiles, flagged = numbers["tiles"], numbers["flagged"]
-    return f"{flagged:,} of {tiles:,} ({share(flagged, tiles)})"
 
 
 def share(part: float, whole: float) -> str:
@@ -544,14 +534,10 @@ def csv_rows(results: Results) -> Iterable[dict[str, Any]]:
                 "kind": row.kind,
                 "status": row.status,
                 **{f"factor_{name}": row.factors.get(name) for name in factors},
-                "images": row.images,
-                "synthetic": row.synthetic,
-                "wanted": row.wanted,
+                **{name: getattr(row, name) for name in ("images", "synthetic", "wanted")},
                 "split": split,
                 "seeds": len(results.runs(row, split)),
-                "updates": summary.get("updates"),
-                "epochs": summary.get("epochs"),
-                "validations": summary.get("validations"),
+                **{name: summary.get(name) for name in ("updates", "epochs", "validations")},
             }
             for metric in (*HEADLINE, *OF_PROBABILITIES):
                 cells[metric] = mean.get(metric)

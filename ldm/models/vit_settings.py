@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ldm.cli import Count, NotNegative, Pixels, Rate, Share, Whole, option
+from ldm.cli import Count, File, NotNegative, Pixels, Rate, Share, Whole, option
 from ldm.errors import Problems
 
 NO_AUGMENT = "none"
@@ -42,10 +42,9 @@ class Settings:
     avgpool_patchtokens: Annotated[int, Field(ge=0, le=1)] = _network(
         0, "1: mean of the patch tokens instead of the class token"
     )
-    finetune: str | None = _network(
+    finetune: File | None = _network(
         None,
         "local weights to start from; if omitted, training starts from scratch",
-        metavar="FILE",
         published=("--pretrained_weights",),
     )
     checkpoint_key: str | None = _network(

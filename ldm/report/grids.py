@@ -13,17 +13,11 @@ TEXT, SOFT = (29, 34, 41), (92, 102, 114)
 
 
 class Tile(NamedTuple):
-    """One picture of a grid.
+    """One picture of a grid."""
 
-    Attributes:
-        pixels: uint8 (H, W, 3).
-        caption: Below it; lines separated by a newline.
-        kind: "good" or "bad" draws a border, "" none.
-    """
-
-    pixels: np.ndarray
-    caption: str = ""
-    kind: str = ""
+    pixels: np.ndarray  # uint8 (H, W, 3)
+    caption: str = ""  # below it; lines separated by a newline
+    kind: str = ""  # "good" or "bad" draws a border, "" none
 
 
 class TileRow(NamedTuple):
@@ -43,28 +37,19 @@ def thumbnail(pixels: np.ndarray, side: int) -> np.ndarray:
 
 
 class Card(NamedTuple):
-    """Pictures of a contact sheet with the lines of text below them.
+    """Pictures of a contact sheet with the lines of text below them."""
 
-    Attributes:
-        pictures: uint8 (H, W, 3), side by side.
-        colour: Of a frame around the pictures and of the first line; None for no frame.
-    """
-
-    pictures: Sequence[np.ndarray]
+    pictures: Sequence[np.ndarray]  # uint8 (H, W, 3), side by side
     lines: Sequence[str] = ()
-    colour: Colour | None = None
+    colour: Colour | None = None  # of the first line and a frame around the pictures, if any
 
 
 def card_sheet(
     title: Sequence[str], rows: Sequence[tuple[str, Sequence[Card]]], side: int, columns: int
 ) -> bytes:
-    """A contact sheet as PNG.
+    """A contact sheet as PNG: lines of a title, then (heading or empty, cards) of each row.
 
-    Args:
-        title: Lines at the top.
-        rows: Heading of each row, which may be empty, and its cards.
-        side: Pixels of a picture.
-        columns: Least number of pictures that a row has room for.
+    A picture has `side` pixels, and a row room for `columns` of them at least.
     """
     import matplotlib
     from PIL import Image, ImageDraw, ImageFont

@@ -13,11 +13,7 @@ from ldm.report.tables import TextTable, environment
 
 
 class Page:
-    """A page that is put together from top to bottom; its template escapes all text.
-
-    Args:
-        wide: For tables with many columns.
-    """
+    """A page that is put together from top to bottom; its template escapes all text."""
 
     def __init__(self, title: str, wide: bool = False):
         self.title, self.wide = title, wide
@@ -52,11 +48,7 @@ class Page:
         self.add("links", links=list(links))
 
     def table(self, table: TextTable, wide: bool = False) -> None:
-        """A table without its title, its caption as a list below it.
-
-        Args:
-            wide: Smaller letters, for many columns.
-        """
+        """A table without its title, its caption as a list below it; `wide` has smaller letters."""
         self.add("table", table=table, wide=wide)
 
     def folded(self, summary: str, text: str) -> None:
@@ -64,11 +56,7 @@ class Page:
         self.add("folded", summary=summary, text=text)
 
     def pictures(self, pictures: Iterable[tuple[bytes, str]], summary: str = "") -> None:
-        """PNG or JPEG files with captions, side by side where there is room.
-
-        Args:
-            summary: Fold them under these words.
-        """
+        """PNG or JPEG files with captions, side by side, or folded under the words of `summary`."""
         shown = [(image_address(data), caption) for data, caption in pictures]
         self.add("pictures", summary=summary, pictures=shown)
 
@@ -77,12 +65,7 @@ class Page:
         self.add("frame", summary=summary, page=page)
 
     def grid(self, rows: Sequence[TileRow], heads: Sequence[str], caption: str, side: int) -> None:
-        """Rows of tiles in groups of columns.
-
-        Args:
-            heads: Title of each group.
-            side: Pixels of a tile on the screen.
-        """
+        """Rows of tiles, `side` pixels on the screen, in groups of columns with these `heads`."""
         widths = [max([1, *(len(row.groups[g]) for row in rows)]) for g in range(len(heads))]
         shown = [
             (row.name, [[(encode_png(t.pixels), t) for t in group] for group in row.groups])
@@ -116,12 +99,7 @@ def encode_png(pixels: np.ndarray) -> str:
 
 
 def embeddable(path: Path, width: int = 1600, largest: int = 400_000) -> bytes:
-    """A picture file for a page: unchanged if it is small, else narrower and as JPEG.
-
-    Args:
-        width: In pixels, at most.
-        largest: Bytes up to which a file is not changed.
-    """
+    """A picture file for a page: unchanged up to `largest` bytes, else narrower and as JPEG."""
     from PIL import Image
 
     data = path.read_bytes()

@@ -34,18 +34,13 @@ PNG_METADATA = {"Software": None}  # else files differ with the version of matpl
 
 
 class Series(NamedTuple):
-    """Points of one line.
-
-    Attributes:
-        deviation: Half the length of each point's bar, None where unknown; empty without bars.
-        pale: Drawn behind the others.
-    """
+    """Points of one line."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
-    deviation: Sequence[float | None] = ()
-    pale: bool = False
+    deviation: Sequence[float | None] = ()  # half of each point's bar; empty without bars
+    pale: bool = False  # drawn behind the others
 
 
 class Level(NamedTuple):
@@ -84,11 +79,7 @@ def to_png(figure: Any) -> bytes:
 
 
 def to_svg(figure: Any, description: str) -> str:
-    """An <svg> element for a page.
-
-    Args:
-        description: What a reader who does not see it should know.
-    """
+    """An <svg> element for a page; the description is for readers who do not see it."""
     import matplotlib
 
     stream = io.StringIO()
@@ -109,7 +100,6 @@ def to_svg(figure: Any, description: str) -> str:
 
 
 def _chart_axes(title: str, height: float = HEIGHT) -> tuple[Any, Any]:
-    """A figure with one panel in the style of the page."""
     figure = new_figure(WIDTH, height)
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=COLOURS["text"],
@@ -129,18 +119,13 @@ def plain(axes: Any) -> None:
 
 
 def _legend(axes: Any) -> None:
-    """Names of the series in a line above the panel."""
     axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.99), ncols=4, frameon=False, fontsize=9,
                 labelcolor="linecolor", handlelength=1.2, columnspacing=1.2, borderpad=0.1,
                 handletextpad=0.5)  # fmt: skip
 
 
 def line_chart(title: str, series: Sequence[Series], x_label: str, falling: bool = False) -> str:
-    """Lines over a common axis, see `draw_series`; from 0 where no value is below.
-
-    Args:
-        falling: Draw x from high to low, as a sampler goes through time steps.
-    """
+    """Lines over a common axis, from 0 where no value is below; `falling`: x from high to low."""
     figure, axes = _chart_axes(title)
     names = draw_series(axes, series)
     if not names:
@@ -172,10 +157,7 @@ def bar_chart(
 
 
 def draw_series(axes: Any, series: Sequence[Series], colours: Sequence[str] = SERIES) -> set[str]:
-    """Points joined by lines, with bars of their deviations; returns the names that have values.
-
-    Values that are not finite are left out. Series of one name have one colour.
-    """
+    """Draw finite points joined by lines, a colour per name; returns the names that have any."""
     by_name = dict(zip(dict.fromkeys(line.name for line in series), colours, strict=False))
     names: set[str] = set()
     shift = 0.01 * np.ptp([x for line in series for x in line.x] or [0])
@@ -232,11 +214,7 @@ def _in_words(line: Series) -> str:
 
 
 def estimate_chart(title: str, estimates: Sequence[Estimate], x_label: str, level: Level) -> str:
-    """Values with their intervals, one below the other, beside a line at what they compare with.
-
-    Args:
-        level: 0 for differences.
-    """
+    """Values with their intervals, one below the other, beside a line (0 for differences)."""
     names = ["\n".join(wrap(one.name, 34, max_lines=3)) for one in estimates]
     lines = max(name.count("\n") for name in names)
     figure, axes = _chart_axes(title, 1.1 + (0.26 + 0.13 * lines) * len(estimates))
@@ -267,11 +245,7 @@ def estimate_chart(title: str, estimates: Sequence[Estimate], x_label: str, leve
 
 
 def draw_confusion(axes: Any, counts: np.ndarray, classes: Sequence[str]) -> None:
-    """A confusion matrix: shares of the rows (true classes) as colours and in percent, and counts.
-
-    Args:
-        counts: (K, K), true class by row; means over networks need not be whole.
-    """
+    """A confusion matrix (K, K), a row per true class: shares as colours and percent; counts."""
     from matplotlib.patches import Rectangle
 
     k = len(classes)
@@ -318,11 +292,7 @@ def confusion_chart(title: str, counts: np.ndarray, classes: Sequence[str]) -> s
 def draw_histogram(
     axes: Any, sides: Iterable[tuple[str, np.ndarray, str]], x_label: str, bins: int = 60
 ) -> None:
-    """Overlapping histograms of sets of numbers from 0, in percent of each set.
-
-    Args:
-        sides: Name, values and colour of each set.
-    """
+    """Overlapping histograms, in percent, of sets of numbers from 0: (name, values, colour)."""
     sides = list(sides)
     highest = max(values.max() for _, values, _ in sides)
     edges = np.linspace(0, highest or 1, bins + 1)

@@ -130,11 +130,7 @@ def escape_latex(text: str) -> str:
 
 
 def to_latex(tables: Sequence[TextTable], document: str) -> str:
-    """Tables for a paper; they need the packages booktabs and graphicx.
-
-    Args:
-        document: First part of the labels, `tab:DOCUMENT-NAME`.
-    """
+    """Tables for a paper, labelled `tab:DOCUMENT-NAME`; they need booktabs and graphicx."""
     latex = environment(
         block_start_string="<%",
         block_end_string="%>",

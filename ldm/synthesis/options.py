@@ -12,7 +12,9 @@ from pydantic import BeforeValidator, Field
 
 from ldm.cli import (
     MOST,
+    Ckpt,
     Count,
+    Dir,
     NotNegative,
     Pixels,
     Positive,
@@ -72,16 +74,12 @@ class Options(ProcessOptions):
 --model logs/ldm --classifier logs/classifier -n 100 -c 50 \\
       --classifier_scale 10 --out OUT"""
 
-    model: str = _models(
-        ..., "diffusion checkpoint or run folder", "-r", metavar="CKPT", published=("--resume",)
+    model: Ckpt = _models(..., "diffusion checkpoint or run folder", "-r", published=("--resume",))
+    classifier: Ckpt | None = _models(None, "noisy-latent classifier that guides")
+    first_stage: Ckpt | None = _models(
+        None, "autoencoder with a decoder fine-tuned on labels, to decode with"
     )
-    classifier: str | None = _models(None, "noisy-latent classifier that guides", metavar="CKPT")
-    first_stage: str | None = _models(
-        None, "autoencoder with a decoder fine-tuned on labels, to decode with", metavar="CKPT"
-    )
-    autoguidance: str | None = _models(
-        None, "earlier diffusion checkpoint to guide away from", metavar="CKPT"
-    )
+    autoguidance: Ckpt | None = _models(None, "earlier diffusion checkpoint to guide away from")
     ema: bool = _models(True, "use the averaged weights of the noise predictor", takes_value=True)
 
     n_samples: Count | None = _images(None, f"images per class; if omitted {DEFAULT_COUNT}", "-n")
@@ -89,25 +87,21 @@ class Options(ProcessOptions):
         None, "classes to make, by name or index; if omitted, all", metavar="A,B"
     )
     counts: str | None = _images(None, "images of each class, by name or index", metavar="A=N,B=N")
-    balance: str | None = _images(
-        None,
-        "fill each class of this training set up to the size of its largest, and add -n",
-        metavar="DIR",
+    balance: Dir | None = _images(
+        None, "fill each class of this training set up to the size of its largest, and add -n"
     )
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = _images(0, "seed of the noise")
-    out: str | None = _images(
+    out: Dir | None = _images(
         None,
         "folder of the images; if omitted RUN/samples/SETTINGS",
         "-l",
-        metavar="DIR",
         published=("--outdir", "--logdir"),
     )
     out_size: Pixels | None = _images(None, "resize the images to this side", metavar="PIXELS")
-    start_from: str | None = _images(
+    start_from: Dir | None = _images(
         None,
         "start from these real training tiles instead of noise: class folders, or tiles that "
         "--classifier labels",
-        metavar="DIR",
     )
     strength: Annotated[float, Field(gt=0, le=1)] | None = _images(
         None,
