@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 KEY = "histodiffusion"
 FORMAT = 1
+# What torch raises for a damaged file. Any text is a pickle too, of nonsense: instructions on an
+# empty stack, numbers cut short, tensors made of something else.
+DAMAGED = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError)
+DAMAGED += (AttributeError, TypeError, AssertionError, OverflowError, struct.error)
 # Classes that have moved since checkpoints that name them were written.
 MOVED = {"ldm.evaluation.vit.TileClassifier": "ldm.models.vit.TileClassifier"}
 KINDS = ("autoencoder", "diffusion", "classifier", "vit")
@@ -76,7 +80,7 @@ def training_step_of(path: Path) -> int | None:
 
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, OSError, pickle.UnpicklingError, EOFError):
+    except DAMAGED:
         return None
     return payload.get("global_step") if isinstance(payload, dict) else None
 
@@ -120,8 +124,7 @@ def load_tensors(path: Path, what: str) -> Any:
             f"{what}: {path} cannot be read: it is no checkpoint, or holds more than tensors and "
             "plain data; give another file (checkpoints of other code: import_checkpoint.py)"
         ) from None
-    # Text is a pickle too, of nonsense: instructions on an empty stack, numbers cut short.
-    except (RuntimeError, EOFError, ValueError, LookupError, struct.error) as error:
+    except DAMAGED as error:
         said = "" if isinstance(error, LookupError) else str(error)  # a bare key says nothing
         reason = said.splitlines()[0][:120] if said else "it is something else, or cut short"
         raise UserError(
@@ -210,7 +213,9 @@ def load_model(
     target = record["model"]["target"]
     model = instantiate_from_config({**record["model"], "target": MOVED.get(target, target)})
     training_only = tuple(record["training_only"])
-    state = {k: v for k, v in payload["state_dict"].items() if not k.startswith(training_only)}
+    # Somebody's script may have saved it compiled.
+    state = {k.replace("_orig_mod.", ""): v for k, v in payload["state_dict"].items()}
+    state = {k: v for k, v in state.items() if not k.startswith(training_only)}
     load_strictly(model, state, f"{what}: {path}")
     names, outputs = record["classes"] or [], getattr(model, "outputs", None)
     if names and outputs and len(names) != outputs:

@@ -33,17 +33,20 @@ import sys
 import textwrap
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
-from ldm.errors import Problems, Stopped, UserError
-from ldm.files import ROOT
+from ldm.errors import NoRoom, Problems, Stopped, UserError
+from ldm.files import FULL, ROOT
 
 TRACEBACK_VARIABLE = "HISTO_TRACEBACK"
 PROGRAM = "histodiffusion"
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
+# Set for a job of a table, which ends with this status where a disk is full: it has not failed.
+JOB_VARIABLE, NO_ROOM = "HISTO_JOB", 74  # EX_IOERR
 TRUE_WORDS, FALSE_WORDS = ("true", "yes", "y", "1", "t"), ("false", "no", "n", "0", "f")
 
 # The commands in the order of use, with the scripts of a checkout that are their other names.
@@ -660,9 +663,14 @@ def run_command(main: Callable[[], int | None], settings: type | None = None) ->
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             sys.exit(128 + 13)  # as SIGPIPE ends a command
         program = re.sub(r"^python (-m )?(.*/)?", "", typed(settings))
-        for message in _messages(error, settings):
-            print(f"{program}: error: {message}", file=sys.stderr)
-        status = 2
-    sys.stdout.flush()
-    sys.stderr.flush()
+        with suppress(OSError):  # standard error may be a file on a full disk
+            for message in _messages(error, settings):
+                print(f"{program}: error: {message}", file=sys.stderr)
+        full = isinstance(error, NoRoom) or getattr(error, "errno", None) in FULL
+        status = NO_ROOM if full and JOB_VARIABLE in os.environ else 2
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # Python would try again at its end, and change the status
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(status)

@@ -48,5 +48,12 @@ def require_whole(key: str, value: object, least: int) -> None:
         raise UserError(f"{key}={value!r} must be a whole number, at least {least}")
 
 
+class NoRoom(UserError):
+    """A disk has no room for what is to be written; the same command goes on where there is some.
+
+    All of a file that was begun is gone, and what was there before it is untouched.
+    """
+
+
 class Stopped(Exception):
     """A run was asked to stop and can go on later: one line for the user and exit status 75."""

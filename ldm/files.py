@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from ldm.errors import UserError
+from ldm.errors import NoRoom, UserError
 
 _PACKAGE = Path(__file__).resolve().parent
 # Folder of the repository; None where the package is installed without it.
@@ -81,8 +81,8 @@ class _Recorded:
 def atomic_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     """Open a binary file for writing that appears at `path` when the block ends without an error.
 
-    Missing folders are made. What was at `path` before stays there until then. A full disk is a
-    UserError.
+    Missing folders are made. What was at `path` before stays there until then. A full disk is
+    NoRoom.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,9 +124,9 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
         raise
 
 
-def _disk_full(path: Path, error: OSError, kept: str = "") -> UserError:
+def _disk_full(path: Path, error: OSError, kept: str = "") -> NoRoom:
     """The one line about a disk on which `path` finds no room."""
-    return UserError(
+    return NoRoom(
         f"{path} cannot be written ({os.strerror(error.errno)}, {free_space(path):,} bytes are free"
         f" there); {kept}make room and repeat the command"
     )
@@ -142,7 +142,7 @@ class Journal:
         path: The file; it is made where it is missing. One process may write to it at a time.
 
     Raises:
-        UserError: The disk, or the quota on it, is full; here and in `add`.
+        NoRoom: The disk, or the quota on it, is full; here and in `add`.
     """
 
     def __init__(self, path: Path):
@@ -336,10 +336,10 @@ def free_space(path: str | os.PathLike) -> int:
 
 
 def require_space(path: str | os.PathLike, size: int, what: str = "checkpoint") -> None:
-    """Raise a UserError unless `size` bytes fit on the disk of `path` beside what is there."""
+    """Raise NoRoom unless `size` bytes fit on the disk of `path` beside what is there."""
     path, free = Path(path), free_space(path)
     if free < size:
-        raise UserError(
+        raise NoRoom(
             f"{what}: {path} needs {size / 1e6:,.1f} MB, its disk has {free / 1e6:,.1f} MB free; "
             f"{_kept(path)}make room, or choose another place"
         )

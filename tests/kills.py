@@ -416,8 +416,9 @@ def try_fills(trial: Trial, count: int, seed: int) -> None:
     filler = disk / "filler"
 
     def fill(pid: int) -> None:
+        left = random.choice((0, 65536))  # bytes: a record has room, a checkpoint has none
         with filler.open("wb") as stream, suppress(OSError):
-            while free := shutil.disk_usage(disk).free:
+            while (free := shutil.disk_usage(disk).free - left) > 0:
                 os.posix_fallocate(stream.fileno(), stream.seek(0, os.SEEK_END), free)
                 stream.seek(0, os.SEEK_END)
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm.errors import UserError
+from ldm.errors import NoRoom, UserError
 from ldm.experiment import engine
 from ldm.experiment.engine import Machine, slurm_resources
 from ldm.experiment.execute import execute, take_gpus
@@ -374,6 +374,21 @@ def test_what_is_stopped_by_somebody_else_is_no_failure(tmp_path):
     found, printed = run(tmp_path, *jobs)
     assert found == {"a": "stopped", "b": "waiting"}
     assert "goes on here" in printed
+
+
+def test_a_full_disk_is_no_failure(tmp_path):
+    """Of a job of its own, that is; the command ends as for any mistake elsewhere."""
+    code = (
+        "import pathlib, sys; from ldm import cli, files; p = pathlib.Path(sys.argv[1]);"
+        "room = p.exists(); p.open('a').write('x');"
+        "cli.run_command(lambda: None if room else files.require_space(p, 10**18))"
+    )
+    jobs = [job(tmp_path, "a", code=code), job(tmp_path, "b", "a"), job(tmp_path, "other")]
+    with pytest.raises(NoRoom, match=r"^a: no room on the disk .*a\.log"):
+        run(tmp_path, *jobs)
+    assert states(tmp_path, *jobs) == ["stopped", "waiting", "done"]
+    assert set(run(tmp_path, *jobs)[0].values()) == {"done"}
+    assert (tmp_path / "a").read_text() == "xx", "it goes on with what is there"
 
 
 # SLURM, as far as it goes without one; the rest is tests/slurm/table.sh

@@ -1,6 +1,7 @@
 """Checkpoints of other code: files with its exact names, made from our networks' weights."""
 
 import os
+import random
 import re
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
 from safetensors.torch import save_file
 
-from ldm.checkpoint import KEY, load_model, read_checkpoint
+from ldm.checkpoint import KEY, load_model, read_checkpoint, training_step_of
 from ldm.cli import parse
 from ldm.commands import classify as classifier_train
 from ldm.errors import UserError
@@ -445,6 +446,32 @@ def test_a_damaged_record(entry, value, ours, tmp_path):
     torch.save(payload, tmp_path / "f.ckpt")
     with pytest.raises(UserError, match=r"f\.ckpt is damaged"):
         load_model(tmp_path / "f.ckpt", "autoencoder")
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_damaged_file(seed, ours, tmp_path):
+    """Cut short, or with a few wrong bytes where the names and numbers of its tensors stand."""
+    rng, path = random.Random(seed), tmp_path / "f.ckpt"
+    content = bytearray((ours / "autoencoder.ckpt").read_bytes())
+    if seed % 4:
+        for place in rng.sample(range(6000), 20):
+            content[place] = rng.randrange(256)
+    else:
+        del content[rng.randrange(len(content)) :]
+    path.write_bytes(content)
+    training_step_of(path)
+    try:
+        load_model(path, "autoencoder")
+    except UserError as error:
+        assert str(path) in str(error)
+
+
+def test_a_model_that_was_saved_compiled(ours, tmp_path):
+    payload = read_checkpoint(ours / "autoencoder.ckpt")
+    state = {f"_orig_mod.{name}": value for name, value in payload["state_dict"].items()}
+    torch.save({**payload, "state_dict": state}, tmp_path / "f.ckpt")
+    found = load_model(tmp_path / "f.ckpt", "autoencoder").state_dict()
+    assert all(torch.equal(found[name], value) for name, value in payload["state_dict"].items())
 
 
 def test_a_checkpoint_whose_weights_are_not_finite_is_not_loaded(ours, tmp_path):

@@ -34,8 +34,7 @@ def test_killed_at_many_moments(name):
     disturbed("--kills", "20", name)
 
 
-# A job of a table that failed, for a full disk or else, is run again with --retry only.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "reproduce_table"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_a_disk_that_fills_up_under_way(name):
     disturbed("--fills", "5", name)

@@ -434,6 +434,10 @@ def damage(path: Path, how: str) -> str:
     if how == "table":
         (path / "train.parquet").write_bytes(b"PAR1")
         return "train.parquet is damaged"
+    if how == "page":  # what the end of the file says of its pages does not fit
+        table = path / "train.parquet"
+        table.write_bytes(b"\xff\xfe\x00" + table.read_bytes())
+        return "train.parquet is damaged"
     if how == "manifest":
         (path / "manifest.json").write_text("{")
         return "manifest.json is damaged"
@@ -447,7 +451,7 @@ def damage(path: Path, how: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "how", ["missing", "short", "empty", "shape", "table", "manifest", "unfinished", "none"]
+    "how", ["missing", "short", "empty", "shape", "table", "page", "manifest", "unfinished", "none"]
 )
 def test_damage_is_found_at_the_start(plain, tmp_path, how):
     copy = shutil.copytree(plain, tmp_path / "c")

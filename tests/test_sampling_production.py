@@ -313,6 +313,8 @@ def test_classes_and_counts():
     for text, message in {
         "ADI": "'ADI' must be CLASS=NUMBER",
         "ADI=0": "'ADI=0' must be",
+        "ADI=" + "9" * 5000: "with a whole number from 1 to 1000000000",
+        "9" * 5000 + "=1": "unknown class",
         "ADI=1.5": "'ADI=1.5' must be",
         "ADI=": "'ADI=' must be",
         "XXX=1": "unknown class 'XXX'",
@@ -566,6 +568,8 @@ def test_guidance_log_merges():
         (("-v", "--sampler", "ddim"), "--sampler: ddim: --vanilla_sample means ddpm"),
         (("--sampler", "dpm++2m", "-e", 1), "--eta: 1 belongs to DDIM"),
         (("--counts", "ADI=1"), "--counts: says how many of which class; leave -n out"),
+        (("-n", 10**9), r"3,000,000,000 images: .*/out needs 12,288,000.0 MB, its disk has"),
+        (("-n", 10**9, "--out_size", 256, "--part", "0/3"), r"needs 24,576,000.0 MB"),
         (("--balance", "missing"), "balance: missing does not exist"),
         (("--classifier_scale", 0, "--guidance_clip", 1), "--guidance_clip: does nothing"),
         (("--classifier_scale", 0, "--guidance_interval", 1, 2), "`guidance_interval` needs"),

@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     from ldm.checkpoint import checkpoint_path
     from ldm.synthesis.folder import SampleFolder, write_shards
     from ldm.synthesis.models import load_models, make_settings
-    from ldm.synthesis.production import synthesise
+    from ldm.synthesis.production import require_room, synthesise
     from ldm.synthesis.request import check_models, choose_counts, choose_sampling, choose_sources
     from ldm.synthesis.synthesiser import Synthesiser
 
@@ -41,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     settings = make_settings(sampling, models, devices, args.out_size)
     part = args.part or (0, 1)
     folder = SampleFolder(outdir, settings, models.facts)
+    pixels = args.out_size or models.diffusion.first_stage_model.resolution
+    require_room(folder, counts, part, pixels)
 
     with devices.launch() as (ranks, device):
         synthesiser = Synthesiser(models.to(device), sampling, devices)

@@ -325,8 +325,8 @@ def _read_table(path: Path, tiles: int) -> dict[str, list]:
             table = pq.read_table(stream).to_pydict()
     except FileNotFoundError:
         raise UserError(f"{path} is missing; run {COMMAND} again as before") from None
-    except pa.ArrowException:
+    except (pa.ArrowException, OSError, ValueError):
         raise UserError(f"{path} is damaged; {AGAIN}") from None
-    if len(table["name"]) != tiles:
-        raise UserError(f"{path} lists {len(table['name'])} tiles instead of {tiles}; {AGAIN}")
+    if (found := len(table.get("name", ()))) != tiles:
+        raise UserError(f"{path} lists {found} tiles instead of {tiles}; {AGAIN}")
     return table

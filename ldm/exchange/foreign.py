@@ -30,7 +30,7 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.checkpoint import KEY, load_model, load_tensors, write_checkpoint
+from ldm.checkpoint import DAMAGED, KEY, load_model, load_tensors, write_checkpoint
 from ldm.cli import existing_path
 from ldm.config import read_yaml, upgrade_config
 from ldm.errors import UserError
@@ -169,7 +169,7 @@ def read_payload(path: Path, allow_pickle: bool = False) -> Any:
                 "the weights and leaves the objects unbuilt"
             ) from None
         return _load_without_objects(path)
-    except (RuntimeError, EOFError, ValueError, LookupError):
+    except DAMAGED:
         pass
     return load_tensors(path, "FILE")  # or say what is wrong with it
 
@@ -180,7 +180,7 @@ def _load_without_objects(path: Path) -> Any:
         payload = torch.load(
             path, map_location="cpu", weights_only=False, pickle_module=_unpickling_module(met)
         )
-    except (pickle.UnpicklingError, RuntimeError, TypeError, AttributeError, EOFError) as error:
+    except DAMAGED as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} cannot be read even with allow_pickle ({reason[:120]})") from None
     log.warning(

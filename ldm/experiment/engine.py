@@ -22,17 +22,18 @@ from pathlib import Path
 from typing import Any
 
 from ldm.devices import usable_cores
-from ldm.errors import UserError
-from ldm.experiment.execute import GRACE, THREADS, save_plan, wait_or_kill
+from ldm.errors import NoRoom, UserError
+from ldm.experiment.execute import FULL_DISK, GRACE, THREADS, save_plan, wait_or_kill
 from ldm.experiment.jobs import Job, Records, Standing, State, keys_of, lock_file
 from ldm.experiment.progress import Progress
 from ldm.experiment.settings import Slurm
-from ldm.files import CHECKOUT, ROOT, remove_leftovers, write_text
+from ldm.files import CHECKOUT, ROOT, remove_leftovers, require_space, write_text
 
 POLL = 0.2  # seconds between looks at the records
 PATIENCE = 10.0  # seconds beyond `GRACE` that a stopped run has to be gone
 STOP_BEFORE = 180  # seconds before SLURM's time limit when a job is told to stop
 LOG = "snakemake.log"
+ROOM = 1_000_000  # bytes without which Snakemake is thought to have failed for a full disk
 
 
 @dataclass(frozen=True)
@@ -177,8 +178,8 @@ def run(
     """Run what is not done yet, until nothing is left that can run; returns where every job stands.
 
     With `keep_going` the others go on after a failure. Whatever ends this process (a signal,
-    Ctrl-C) ends the jobs first. A UserError says that another run is going on, or that
-    Snakemake itself failed.
+    Ctrl-C) ends the jobs first. A UserError says that another run is going on, that a
+    disk is full, or that Snakemake itself failed.
     """
     machine.check(jobs)
     with only_run(records.folder) as lock:
@@ -255,10 +256,14 @@ def _run_snakemake(
 
 
 def _check_engine(records: Records, standing: Mapping[str, Standing]) -> None:
-    """UserError when jobs that could run were left: Snakemake itself has failed."""
+    """UserError when a disk was full, or jobs that could run were left: Snakemake has failed."""
+    for name, one in standing.items():
+        if one.state is State.STOPPED and one.record.reason == FULL_DISK:
+            raise NoRoom(f"{name}: {FULL_DISK} ({records.path(name, 'log')}); make some and repeat")
     if any(one.state in (State.FAILED, State.STOPPED) for one in standing.values()):
         return
     if any(one.state is State.WAITING for one in standing.values()):
+        require_space(records.folder, ROOM, "Snakemake")
         path = records.folder / LOG
         rows = [row.strip() for row in path.read_text(errors="replace").splitlines() if row.strip()]
         raise UserError(f"Snakemake failed: {' '.join(rows[-3:])[:500]} (see {path})")

@@ -21,7 +21,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from ldm.cli import COMMANDS, STOPPED
+from ldm.cli import COMMANDS, JOB_VARIABLE, NO_ROOM, STOPPED
 from ldm.experiment.jobs import Job, JobBusy, Record, Records, lock_file
 from ldm.experiment.numbers import key_number
 from ldm.files import remove, write_json, write_text
@@ -31,6 +31,7 @@ PLANNED = TypeAdapter(dict[str, tuple[Job, str]])  # job and key, by name
 GRACE = 60.0  # seconds in which a stopped command has to end by itself, its checkpoint written
 POLL = 0.2  # seconds between attempts to get a lock
 
+FULL_DISK = "no room on the disk"  # why a job was stopped
 # Statuses of a command that somebody stopped: it goes on later, and has not failed.
 INTERRUPTED = (STOPPED, 128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)
 
@@ -76,7 +77,7 @@ def launch(
     with log_path.open("ab") as output:
         process = subprocess.Popen(
             [sys.executable, *start, *command],
-            env=dict(environment),
+            env={**environment, JOB_VARIABLE: "1"},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -105,9 +106,9 @@ def execute(
 ) -> int:
     """Run a job, or take what another process has finished; returns its exit status.
 
-    That is 1 when it wrote less than it should, 75 when it was stopped by somebody else. The
-    command has these variables (of this process if omitted) and the job's own. JobBusy is
-    raised where another process is running it.
+    That is 1 when it wrote less than it should, 75 when it was stopped by somebody else, 74
+    when there was no room on a disk. The command has these variables (of this process if omitted)
+    and the job's own. JobBusy is raised where another process is running it.
     """
     environment = {**(os.environ if variables is None else variables), **job.environment}
     with lock_file(records.path(job.name, "lock")) as lock:
@@ -154,6 +155,8 @@ def _record(records: Records, job: Job, key: str, run: Callable[[], int]) -> int
     elif status in INTERRUPTED:
         note()
         return STOPPED
+    elif status == NO_ROOM:
+        note(reason=FULL_DISK)
     else:
         note(failed=status, reason=explain_failure(records, job.name, status))
     return status

@@ -70,7 +70,7 @@ class Record:
     number: str = ""  # key number of its result, in words
     # Exit status of a command that failed; None of one that was stopped or goes on.
     failed: int | None = None
-    reason: str = ""  # why it failed, on one line
+    reason: str = ""  # why it failed or was stopped, on one line
 
 
 class State(Enum):

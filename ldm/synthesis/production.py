@@ -17,7 +17,7 @@ from torch import Tensor
 from ldm import __version__
 from ldm.devices import Ranks, one_thread, within_memory
 from ldm.diffusion.samplers import Step
-from ldm.files import Journal
+from ldm.files import Journal, require_space
 from ldm.progress import LOG_EVERY, Bar
 from ldm.run import git_revision, versions
 from ldm.synthesis.folder import SampleFolder, image_row
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 Job = tuple[str, int]  # class and index of an image
 QUEUE = 2  # sampled batches that may wait to be written: latents are small, but not free
+LEAST_BYTES = 4096  # of a file on a disk
+LEAST_BITS = 3  # of a pixel of a tile as PNG, which has 24: what its disk must have room for
 STAGES = 8  # pictures of a class's first image on its way from noise
 
 
@@ -167,6 +169,24 @@ def synthesise(
         ranks.barrier()
         seconds = time.perf_counter() - start
     return SampleReport(wanted - present, present, seconds)
+
+
+def require_room(
+    folder: SampleFolder, counts: Mapping[str, int], part: tuple[int, int], pixels: int
+) -> None:
+    """Check that the disk can hold the images that `folder` lacks, even if they compress well.
+
+    Args:
+        counts, part: As in `synthesise`.
+        pixels: Height and width of an image.
+
+    Raises:
+        NoRoom: There is too little room.
+    """
+    wanted = len(range(part[0], sum(counts.values()), part[1]))
+    missing = wanted - _count_present(folder.rows, counts, part)
+    size = max(LEAST_BYTES, LEAST_BITS * pixels**2 // 8)
+    require_space(folder.root, missing * size, f"{missing:,} images")
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.cli import existing_path
+from ldm.cli import MOST, existing_path, shown
 from ldm.data.images import class_folders, list_images
 from ldm.errors import UserError
 from ldm.settings import DEFAULT_COUNT, DEFAULT_SCALE, DEFAULT_STEPS, DEFAULT_STRENGTH
@@ -22,7 +22,7 @@ def find_class(word: str, known: Sequence[str], option: str) -> str:
     """
     if word in known:
         return word
-    if word.isdecimal() and int(word) < len(known):
+    if _is_whole(word) and int(word) < len(known):
         return known[int(word)]
     listed = ", ".join(f"{index}={name}" for index, name in enumerate(known))
     raise UserError(f"{option}: unknown class {word!r}; the model knows {listed}")
@@ -49,13 +49,14 @@ def parse_counts(text: str, known: Sequence[str]) -> dict[str, int]:
     Raises:
         UserError: A class is unknown or given twice, or a count is not a whole number from 1.
     """
-    option, counts = f"counts={text}", {}
+    option, counts = f"counts={text[:60]}", {}
     names = []
     for part in (part.strip() for part in text.split(",") if part.strip()):
         word, equals, number = (piece.strip() for piece in part.rpartition("="))
-        if not equals or not number.isdecimal() or int(number) < 1:
+        if not equals or not _is_whole(number) or not 1 <= int(number) <= MOST:
             raise UserError(
-                f"{option}: {part!r} must be CLASS=NUMBER with a whole number from 1, as ADI=500"
+                f"{option}: {shown(part)} must be CLASS=NUMBER with a whole number from 1 to"
+                f" {MOST}, as ADI=500"
             )
         names.append(find_class(word, known, option))
         counts[names[-1]] = int(number)
@@ -98,6 +99,11 @@ def balance(
             "to add so many to each"
         )
     return counts
+
+
+def _is_whole(text: str) -> bool:
+    """Whether a text is a whole number of a sensible size; Python reads 4,300 digits at most."""
+    return text.isdecimal() and len(text) <= 20
 
 
 def _check_distinct(names: Sequence[str], option: str) -> None:
