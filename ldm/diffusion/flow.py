@@ -2,8 +2,8 @@
 2023).
 
 Letters: B batch, C channels, H W latent size, S sampling steps. A place on the line is s in [0, 1],
-0 clean and 1 noise; the network is told t = T s, so that its time embedding and everything that
-speaks of time steps sees numbers in [0, T] as for a noise schedule.
+0 clean and 1 noise. The network gets t = T s, so that its time embedding and all code for time
+steps get numbers in [0, T] as with a noise schedule.
 """
 
 import math
@@ -15,8 +15,8 @@ from ldm.diffusion.process import DrawFn, Process, equal_times
 from ldm.errors import UserError
 
 TIME_SAMPLINGS = ("logit_normal", "uniform")
-# Where samplers begin. At s = 1 nothing of the clean latent is left to divide by; the 0.2% of
-# signal that a start from pure noise lacks here are far below what the network tells apart.
+# Start of sampling. At s = 1 a division by the signal 1 - s is impossible. A start from pure noise
+# lacks 0.2% of signal here, far below what the network can distinguish.
 LARGEST_S = 0.998
 LARGEST_GUIDED_S = 0.95
 
@@ -26,15 +26,15 @@ class RectifiedFlow(Process):
 
     Args:
         time_sampling: Distribution of s in training. "logit_normal": logit(s) is normal (Esser et
-            al. 2024, eq. 19), which spends most images in the middle of the line; or "uniform".
+            al. 2024, eq. 19), so that most images are in the middle of the line; or "uniform".
         time_mean, time_std: Mean and deviation of logit(s); not used with "uniform".
         time_shift: Moves s towards noise, s -> shift s / (1 + (shift - 1) s), in training and in
-            sampling (Esser et al. 2024, eq. 23). Larger latents need more: at the same s their
-            neighbouring values tell more of one another, so less is hidden.
+            sampling (Esser et al. 2024, eq. 23). Larger latents need a larger shift: their
+            neighbouring values are more alike, so the same s hides less of the image.
         timesteps: T.
 
     Raises:
-        UserError: A value out of range.
+        UserError: A value is out of range.
     """
 
     samplers = ("euler", "heun")
@@ -72,7 +72,7 @@ class RectifiedFlow(Process):
         }
 
     def __eq__(self, other: object) -> bool:
-        # How s was drawn in training does not change what z_s means.
+        # The distribution of s in training does not change the meaning of z_s.
         return isinstance(other, RectifiedFlow) and self.T == other.T
 
     __hash__ = None
@@ -81,7 +81,7 @@ class RectifiedFlow(Process):
         return f"RectifiedFlow({', '.join(f'{k}={v!r}' for k, v in self.settings.items())})"
 
     def _s(self, t: Tensor, like: Tensor) -> Tensor:
-        # Half-precision latents are multiplied in float32, as by a noise schedule.
+        # Half-precision latents are multiplied in float32, as in a noise schedule.
         dtype = like.dtype if like.dtype in (torch.float32, torch.float64) else torch.float32
         return (t.to(like.device, dtype) / self.T).view(-1, *[1] * (like.ndim - 1))
 
@@ -109,8 +109,8 @@ class RectifiedFlow(Process):
     def time_pairs(self, steps: int, start: float | None = None) -> list[tuple[float, float]]:
         """See `Process.time_pairs`; the last t_prev is 0, the clean end.
 
-        Equal steps of s, shifted; the first s is at most `LARGEST_S`. From a `start` on, the steps
-        are equal, since little of the noisy end is left to spend more of them on.
+        Steps of s are equal, then shifted; the first s is at most `LARGEST_S`. With a `start` they
+        are not shifted, since little of the noisy end is left.
         """
         if not 1 <= steps <= self.T:
             raise UserError(f"sampling steps={steps} must be in [1, {self.T}]")

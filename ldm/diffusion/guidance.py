@@ -1,10 +1,10 @@
-"""Guidance: wrappers around a noise predictor that are noise predictors themselves.
+"""Guidance: functions that wrap a noise predictor and give a guided noise predictor.
 
 Classifier guidance (Dhariwal & Nichol 2021, algorithm 2) adds a classifier's gradient,
 
     eps_hat = eps(z_t, t) - sqrt(1 - alpha_bar_t) * scale * grad_z log p(y | .)
 
-where the classifier looks at z_t, or at the clean latent predicted from it. Extrapolation goes
+where the classifier gets z_t, or the clean latent predicted from it. Extrapolation goes
 from a weaker prediction through a stronger one: classifier-free guidance (Ho & Salimans 2022) and
 autoguidance (Karras et al. 2024). Every sampler can be guided, and wrappers can be nested.
 """
@@ -33,11 +33,11 @@ def classifier_log_prob_grad(
     Args:
         net: (z_t (B, C, H, W), t (B,)) -> logits (B, K).
         y: Wanted classes, (B,) int64 in [0, K).
-        temperature: The logits are divided by it; above 1 for an overconfident classifier.
+        temperature: Divisor of the logits; above 1 for an overconfident classifier.
         on_log_prob: Called with t (B,) and log p(y | z_t, t) (B,) at each evaluation.
 
     Returns:
-        (z_t, t) -> gradient shaped like z_t; each image's gradient is its own.
+        (z_t, t) -> gradient shaped like z_t; the images of a batch do not affect each other.
 
     Raises:
         UserError: The temperature is not above 0.
@@ -55,12 +55,12 @@ def z_0_log_prob_grad(
 ) -> GradFn:
     """Gradient in z_t of log p(y | z_0_pred(z_t), t = 0), for a classifier of clean latents.
 
-    Forward universal guidance (Bansal et al. 2023); the gradient runs through the noise predictor
-    (Chung et al. 2023), which costs another evaluation of it and its backward pass.
+    This is forward universal guidance (Bansal et al. 2023). The gradient runs through the noise
+    predictor (Chung et al. 2023), which needs another forward and backward pass of it.
 
     Args:
         eps_fn: Noise predictor that gives z_0_pred; unguided, differentiable.
-        Others as `classifier_log_prob_grad`. `on_log_prob` is told the t of z_t.
+        Others as in `classifier_log_prob_grad`. `on_log_prob` gets the t of z_t.
     """
 
     def on_prediction(z_t: Tensor, t: Tensor) -> Tensor:
@@ -77,19 +77,19 @@ def shared_pass(
     interval: tuple[int, int] | None = None,
     on_log_prob: ReportFn | None = None,
 ) -> tuple[EpsFn, GradFn]:
-    """A noise predictor and a classifier's gradient from one pass of the network that both read.
+    """A noise predictor and a classifier's gradient from one pass of their common network.
 
-    Readout guidance (Luo et al. 2024): the classifier reads features of the noise predictor. The
-    gradient must be asked for at the latents that were predicted last, as `classifier_guidance`
+    In readout guidance (Luo et al. 2024) the classifier reads features of the noise predictor. The
+    gradient can only be computed at the latents of the last prediction, as `classifier_guidance`
     does.
 
     Args:
         eps_and_logits: (z_t, t) -> eps, shaped like z_t, and logits (B, K).
-        interval: Where the gradient will be asked for, as in `classifier_guidance`; elsewhere
-            nothing is kept for it.
-        Others as `classifier_log_prob_grad`.
+        interval: Times at which the gradient will be needed, as in `classifier_guidance`; at
+            others no graph is kept.
+        Others as in `classifier_log_prob_grad`.
     """
-    kept: list[tuple[Tensor, Tensor, Tensor]] = []  # z_t as given, its leaf, logits
+    kept: list[tuple[Tensor, Tensor, Tensor]] = []  # z_t as given, its autograd leaf, logits
 
     def eps_fn(z_t: Tensor, t: Tensor) -> Tensor:
         kept.clear()
@@ -158,17 +158,17 @@ def classifier_guidance(
     clip: float | None = None,
     on_ratio: ReportFn | None = None,
 ) -> EpsFn:
-    """The noise predictor guided towards what `log_prob_grad` ascends.
+    """Guide a noise predictor in the direction of `log_prob_grad`.
 
     Args:
         scale: Guidance scale, one multiplication; 0 returns `eps_fn` itself.
-        interval: Guide only where lo <= t <= hi (Kynkaanniemi et al. 2024); everywhere by default.
-            The classifier is not evaluated where no image is guided.
+        interval: Guide only if lo <= t <= hi (Kynkaanniemi et al. 2024); by default always.
+            The classifier is not evaluated if no image is guided.
         normalise: Use the gradient's direction only: the guidance is `scale` times as long as eps,
             image by image. A gradient of 0 has no direction and does not guide.
-        clip: The guidance is at most so many times as long as eps, image by image.
-        on_ratio: Called with t (B,) and |guidance| / |eps| (B,) at each evaluation: whether
-            guidance does nothing or drowns the noise predictor.
+        clip: Largest length of the guidance in multiples of that of eps, image by image.
+        on_ratio: Called with t (B,) and |guidance| / |eps| (B,) at each evaluation, which shows
+            whether the guidance is too weak or too strong.
 
     Raises:
         UserError: `clip` is not above 0.
@@ -201,13 +201,13 @@ def extrapolate(
 ) -> EpsFn:
     """weak + scale * (strong - weak), a prediction beyond the stronger of two.
 
-    Classifier-free guidance when `weak_fn` knows no label (Ho & Salimans 2022), autoguidance when
-    it is a worse version of the same model (Karras et al. 2024).
+    This is classifier-free guidance if `weak_fn` knows no label (Ho & Salimans 2022), and
+    autoguidance if it is a worse version of the same model (Karras et al. 2024).
 
     Args:
-        scale: 1 returns `strong_fn` itself, more extrapolates.
-        interval: Extrapolate only where lo <= t <= hi; elsewhere the prediction is the strong one,
-            and the weak network is not evaluated.
+        scale: 1 returns `strong_fn` itself; a larger one extrapolates.
+        interval: Extrapolate only if lo <= t <= hi; at other times the prediction is the strong
+            one, and the weak network is not evaluated.
         on_ratio: Called with t (B,) and |(scale - 1) (strong - weak)| / |strong| (B,).
     """
     if scale == 1:
@@ -251,8 +251,8 @@ def _norm(x: Tensor) -> Tensor:
 
 def _direction(x: Tensor) -> Tensor:
     """Each image divided by its length, however small or large; 0 stays 0."""
-    # Squares of a vanishing gradient underflow, so its largest value is brought to 1 first; the
-    # length is then at least 1, but for an image of zeros.
+    # Squares of a tiny gradient underflow, so its largest value is scaled to 1 first. The length is
+    # then at least 1, except for an image of zeros.
     peak = x.abs().amax(dim=(1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
     x = x / torch.where(peak > 0, peak, 1)
     return x / _norm(x).clamp(min=1)

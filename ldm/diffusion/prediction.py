@@ -1,4 +1,4 @@
-"""What a network predicts, and the noise that its prediction implies.
+"""Kinds of network output, and the noise that each implies.
 
 Samplers, guidance and validation work with noise predictors; training compares the network's output
 with the target of its own kind.
@@ -16,7 +16,7 @@ class NoisePrediction:
         self.process = process
 
     def target(self, z_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """What the network is to give for `process.q_sample(z_0, t, eps)`, (B, C, H, W)."""
+        """Output that the network should give for `process.q_sample(...)`, (B, C, H, W)."""
         return eps
 
     def eps(self, z_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
@@ -24,13 +24,13 @@ class NoisePrediction:
         return output
 
     def simple_error(self, t: Tensor, error: Tensor) -> Tensor:
-        """The error that `loss_simple` is made of, from `error` of the output."""
+        """Error that `loss_simple` averages, from the `error` of the output."""
         return error
 
     def validation_error(
         self, output: Tensor, z_0: Tensor, z_t: Tensor, t: Tensor, eps: Tensor
     ) -> Tensor:
-        """As `simple_error`, from the output itself."""
+        """Like `simple_error`, computed from the output itself."""
         return self.eps(z_t, t, output) - eps
 
 
@@ -44,7 +44,7 @@ class VPrediction(NoisePrediction):
         return self.process.eps_of_v(z_t, t, output)
 
     def simple_error(self, t: Tensor, error: Tensor) -> Tensor:
-        # An error of v is one of eps times sqrt(alpha_bar_t), see `NoiseSchedule.eps_of_v`.
+        # The error of eps is sqrt(alpha_bar_t) times that of v, see `NoiseSchedule.eps_of_v`.
         return self.process.signal(t, error) * error
 
 
@@ -67,11 +67,11 @@ PREDICTIONS = {"eps": NoisePrediction, "v": VPrediction, "flow": VelocityPredict
 
 
 class NoisePredictor(nn.Module):
-    """The noise predictor that a network of something else is.
+    """Adapter that makes a network of any prediction kind a noise predictor.
 
     Args:
         net: (z_t (B, C, H, W), t (B,), y (B,) or None) -> its prediction, (B, C, H, W).
-        prediction: Says what that is.
+        prediction: Kind of that prediction.
     """
 
     def __init__(self, net: nn.Module, prediction: NoisePrediction):

@@ -1,9 +1,9 @@
-"""What every forward process from clean latents to noise has in common.
+"""Common interface of forward processes from clean latents to noise.
 
 Letters: B batch, C channels, H W latent size. A process mixes a clean latent with standard normal
-noise, z_t = signal(t) z_0 + noise(t) eps, at a time t in [0, T] that the network is told. Samplers,
-guidance and classifiers ask the process for these two factors and for the times to visit, so none
-of them needs to know which process it is.
+noise, z_t = signal(t) z_0 + noise(t) eps, at a time t in [0, T] that the network gets. Samplers,
+guidance and classifiers ask the process for these two factors and for the times to visit, so they
+work with any process.
 """
 
 from abc import ABC, abstractmethod
@@ -17,14 +17,14 @@ DrawFn = Callable[..., Tensor]
 
 
 def equal_times(t: float, count: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """`count` times t, (count,); `any_within` knows them without asking the device."""
+    """`count` times t, (count,), marked so that `any_within` need not wait for a GPU."""
     times = torch.full((count,), t, dtype=dtype, device=device)
     times.known = torch.tensor(t, dtype=dtype).item()
     return times
 
 
 def any_within(t: Tensor, interval: tuple[float, float]) -> bool:
-    """Whether one of the times t (B,) is in [lo, hi]. A GPU is waited for unless all are known."""
+    """Whether a time t (B,) is in [lo, hi]. Waits for a GPU unless `equal_times` made t."""
     low, high = interval
     known = getattr(t, "known", None)
     return bool(((t >= low) & (t <= high)).any()) if known is None else low <= known <= high
@@ -33,15 +33,15 @@ def any_within(t: Tensor, interval: tuple[float, float]) -> bool:
 class Process(ABC):
     """A forward process q(z_t | z_0).
 
-    Not an nn.Module: it follows from a few numbers, so checkpoints store those (`settings`).
+    It is no nn.Module: a few numbers define it, and checkpoints store these (`settings`).
 
     Attributes:
         T: Largest time of the network.
-        settings: What rebuilds the process, see `ldm.diffusion.make_process`.
-        samplers: Names in `ldm.diffusion.samplers.SAMPLERS` that suit it, the usual one first.
-        predictions: Names in `ldm.diffusion.prediction.PREDICTIONS` of what a network may predict.
-        largest_guided: Times above it are left unguided unless a user says otherwise: where hardly
-            any signal is left, a little guidance of the noise is a huge one of the clean latent.
+        settings: Values that rebuild the process, see `ldm.diffusion.make_process`.
+        samplers: Names in `ldm.diffusion.samplers.SAMPLERS` that suit it, with the default first.
+        predictions: Names in `ldm.diffusion.prediction.PREDICTIONS` that a network may predict.
+        largest_guided: By default, later times are not guided: with hardly any signal left, a
+            little guidance of the noise changes the clean latent a lot.
     """
 
     T: int
@@ -52,7 +52,7 @@ class Process(ABC):
 
     @property
     def guided_interval(self) -> tuple[int, int] | None:
-        """The times that are guided unless a user says otherwise; None for all."""
+        """Times that are guided by default; None for all."""
         return (0, int(self.largest_guided)) if self.largest_guided < self.T else None
 
     @abstractmethod
@@ -73,7 +73,7 @@ class Process(ABC):
 
     @abstractmethod
     def uniform_times(self, draw: DrawFn, count: int) -> Tensor:
-        """Times (count,) uniform over the process, for what must be good at all of them alike.
+        """Times (count,) uniform over the process, for networks that need all of them equally.
 
         Args: as `draw_times`.
         """
@@ -84,7 +84,7 @@ class Process(ABC):
 
         Args:
             steps: Sampler steps.
-            start: Begin at this time, from a latent that was noised to it; None begins from noise.
+            start: Begin at this time, from a latent noised to it; None begins from noise.
 
         Raises:
             UserError: `steps` or `start` is out of range.
@@ -92,7 +92,7 @@ class Process(ABC):
 
     @abstractmethod
     def times(self, t: float, count: int, device: torch.device | str) -> Tensor:
-        """One time for `count` images, (count,), of the type that the network was trained with."""
+        """One time for `count` images, (count,), in the type that the network was trained with."""
 
     def q_sample(self, z_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """Sample q(z_t | z_0) (for a noise schedule Ho et al. 2020, eq. 4).

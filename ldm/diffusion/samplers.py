@@ -1,8 +1,8 @@
-"""Samplers: from noise to clean latents, as functions over a noise predictor.
+"""Samplers from noise to clean latents, as functions over a noise predictor.
 
 Contract: `eps_fn(z_t, t) -> eps_pred` with z_t (B, C, H, W) and t (B,), int64 for a noise schedule
 and float32 for a rectified flow. All noise comes from the caller (`noise_fn(j)` for step
-j = 0..S-1, noisiest first): a sampler draws nothing by itself.
+j = 0..S-1, noisiest first): a sampler draws no random numbers itself.
 
 | variable | in the DDIM paper (Song et al. 2021) |
 |---|---|
@@ -28,7 +28,7 @@ NoiseFn = Callable[[int], Tensor]
 
 
 class Step(NamedTuple):
-    """What a sampler reports after each step."""
+    """State that a sampler reports after each step."""
 
     j: int  # step of the sampler, 0 = noisiest
     t: float  # training time step that the network saw
@@ -41,12 +41,12 @@ class IndexedNoise:
     """Standard normal noise that depends on (seed, class, image, step) only.
 
     So an image is the same in any batch, at any position, on any device: values are drawn in
-    float32 on the CPU, then moved. NumPy's Philox serves because torch's CPU generator keeps 32
-    bits of its seed: among 100,000 images, one pair would be expected to share all its noise.
+    float32 on the CPU, then moved. It uses NumPy's Philox because torch's CPU generator keeps only
+    32 bits of its seed: among 100,000 images, about one pair would share all its noise.
 
     Args:
         seed: Seed of the run, at least 0.
-        class_index: Class of the images, one for all or one each; -1 for unconditional images.
+        class_index: Class of the images, one for all or one per image; -1 for unconditional images.
         indices: Number of each image within its class, (B,).
         shape: Shape of one latent, (C, H, W).
     """
@@ -61,7 +61,7 @@ class IndexedNoise:
     ):
         indices = [int(i) for i in indices]
         classes = [class_index] * len(indices) if isinstance(class_index, int) else class_index
-        # SeedSequence takes whole numbers from 0, hence + 1.
+        # SeedSequence takes no negative numbers, hence + 1.
         self._keys = [(seed, int(c) + 1, i) for c, i in zip(classes, indices, strict=True)]
         self._shape = tuple(shape)
         self._device = device
@@ -75,7 +75,7 @@ class IndexedNoise:
         ]
         noise = torch.from_numpy(np.stack(draws))  # (B, C, H, W)
         if torch.device(self._device).type == "cuda":
-            return noise.pin_memory().to(self._device, non_blocking=True)  # beside its other work
+            return noise.pin_memory().to(self._device, non_blocking=True)  # overlaps other work
         return noise.to(self._device)
 
     def initial(self) -> Tensor:
@@ -145,7 +145,7 @@ def ddpm(
 ) -> Tensor:
     """Ancestral sampling with the posterior variance (Ho et al. 2020, eqs. 6 and 7).
 
-    Args as `ddim`; without `pairs` every one of the T steps is taken, down to the clean end. On a
+    Args: as in `ddim`. If `pairs` is omitted, all T steps are taken, down to the clean end. On a
     subsequence of steps the posterior q(z_prev | z_t, z_0) is that of the shortened chain.
     """
     pairs = time_pairs(schedule.T, schedule.T) if pairs is None else pairs
@@ -175,11 +175,11 @@ def dpm_solver_pp_2m(
 ) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, "DPM-Solver++", algorithm 2), deterministic.
 
-    Multistep of second order in lambda = log(alpha / sigma) on the predicted clean latent. The
-    first and the last step are of first order, which is DDIM's: before the one there is no
-    prediction to extrapolate from, and the other goes where lambda grows without bound.
+    It is a multistep method of second order in lambda = log(alpha / sigma) on the predicted clean
+    latent. The first and the last step are of first order, like DDIM's: before the first there is
+    no prediction to extrapolate from, and in the last one lambda grows without bound.
 
-    Args: as `ddim`, without noise.
+    Args: as in `ddim`, without noise.
     """
     z, last = z_T, len(pairs) - 1
     z_0_before, h_before = None, None
@@ -213,9 +213,9 @@ def euler(
 ) -> Tensor:
     """Euler's method along a rectified flow, deterministic: z moves by (s_prev - s) (eps - z_0).
 
-    Args: as `ddim`, without noise, and
-        limit: The predicted clean latents are kept within [-limit, limit]; the noise is then what
-            z_t and they imply. None for no limit.
+    Args: as in `ddim`, without noise, and
+        limit: Predicted clean latents are clamped to [-limit, limit], and the noise is computed
+            from z_t and them. None for no limit.
     """
     z = z_T
     for j, (t, t_prev) in enumerate(pairs):
@@ -236,10 +236,10 @@ def heun(
 ) -> Tensor:
     """Heun's method along a rectified flow: two evaluations a step, of second order, deterministic.
 
-    The mean of the velocities at both ends of a step is followed. The last step, whose end is
+    Each step follows the mean of the velocities at its both ends. The last step, whose end is
     clean, is Euler's (as in Karras et al. 2022, algorithm 1).
 
-    Args: as `euler`.
+    Args: as in `euler`.
     """
     z = z_T
     for j, (t, t_prev) in enumerate(pairs):
@@ -259,7 +259,7 @@ def heun(
 def _limited(
     eps_fn: EpsFn, process: Process, z: Tensor, t: float, limit: float | None
 ) -> tuple[Tensor, Tensor]:
-    """The predicted clean latents, within the limit, and the noise that goes with them."""
+    """The predicted clean latents, clamped to the limit, and the matching noise."""
     steps = process.times(t, len(z), z.device)  # (B,)
     eps_pred = eps_fn(z, steps)
     z_0_pred = process.predict_z_0(z, steps, eps_pred)

@@ -2,7 +2,7 @@
 
 Letters: B batch, C channels, H W latent size, T training time steps, S sampling steps. A time step
 `t` is in [0, T); -1 stands for the clean end, where alpha_bar is 1. Tables are float64 on the CPU;
-what is gathered from them has the type and device of the latents it multiplies.
+gathered values have the type and device of the latents that they multiply.
 """
 
 import math
@@ -15,7 +15,7 @@ from ldm.diffusion.process import DrawFn, Process, equal_times
 from ldm.errors import UserError
 
 NAMES = ("scaled_linear", "linear", "cosine")
-# alpha_bar of the last step where it should be 0: small enough to show nothing of the image, large
+# alpha_bar of the last step where it should be 0: small enough to hide the image, large
 # enough to divide by (its root, 2^-13, costs float32 half of its digits).
 TERMINAL_ALPHA_BAR = 2.0**-26
 SMALLEST_GUIDED_SIGNAL = 0.05  # with zero terminal SNR
@@ -38,7 +38,7 @@ def make_betas(
         linear_end: Last beta, at least `linear_start` and below 1.
 
     Raises:
-        UserError: for an unknown name or values out of range.
+        UserError: The name is unknown or a value is out of range.
     """
     if name not in NAMES:
         raise UserError(f"schedule={name!r} must be one of {', '.join(NAMES)}")
@@ -63,10 +63,10 @@ def make_betas(
 class NoiseSchedule(Process):
     """q(z_t | z_0) = N(sqrt(alpha_bar_t) z_0, (1 - alpha_bar_t) I) (Ho et al. 2020, eq. 4).
 
-    Args: as `make_betas`, and
+    Args: as in `make_betas`, and
         rescale_zero_terminal_snr: Stretch sqrt(alpha_bar) so that the last step is noise alone (Lin
-            et al. 2024, algorithm 1). Without it a trace of the image is left at t = T - 1, which a
-            sampler that starts from noise lacks: it cannot make very bright or very dark images.
+            et al. 2024, algorithm 1). Otherwise a trace of the image remains at t = T - 1. A
+            sampler that starts from noise lacks it and cannot make very bright or dark images.
 
     Raises:
         UserError: See `make_betas`.
@@ -114,7 +114,7 @@ class NoiseSchedule(Process):
         root = self.alphas_cumprod.sqrt()
         root = (root - root[-1]) * root[0] / (root[0] - root[-1])
         self.alphas_cumprod = root.square()
-        # Half of the one before where the table is so fine that this is less.
+        # In a very fine table, half of the entry before is smaller still.
         last = min(TERMINAL_ALPHA_BAR, float(self.alphas_cumprod[-2]) / 2)
         self.alphas_cumprod[-1] = last
         before = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
@@ -160,9 +160,9 @@ class NoiseSchedule(Process):
         return equal_times(t, count, torch.int64, device)
 
     def time_pairs(self, steps: int, start: float | None = None) -> list[tuple[int, int]]:
-        """See `time_pairs`; a `start` leaves out the steps above it.
+        """See `time_pairs`; a `start` omits the steps above it.
 
-        With zero terminal SNR the steps are counted from the end, since only the last one of the
+        With zero terminal SNR the steps are counted from the end, since only the last entry of the
         table is the noise that sampling starts from (Lin et al. 2024, section 3.3).
         """
         pairs = time_pairs(self.T, steps)
@@ -179,7 +179,7 @@ class NoiseSchedule(Process):
     def v(self, z_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) z_0 (Salimans & Ho 2022, appendix D).
 
-        Args: as `Process.q_sample`.
+        Args: as in `Process.q_sample`.
         """
         return self.signal(t, z_0) * eps - self.noise(t, z_0) * z_0
 
@@ -190,13 +190,14 @@ class NoiseSchedule(Process):
     def min_snr_weight(self, t: Tensor, like: Tensor, gamma: float, predicted: str) -> Tensor:
         """Min-SNR-gamma weights of a squared error (Hang et al. 2023, section 3.4).
 
-        With SNR = alpha_bar_t / (1 - alpha_bar_t), an error of z_0 weighs min(SNR, gamma). One of
-        eps is larger by SNR, one of v by SNR + 1, hence min(SNR, gamma) / SNR and / (SNR + 1).
+        With SNR = alpha_bar_t / (1 - alpha_bar_t), an error of z_0 has weight min(SNR, gamma). An
+        error of eps is larger by SNR, one of v by SNR + 1, hence min(SNR, gamma) / SNR and
+        / (SNR + 1).
 
         Args:
             t: Time steps, (B,) int64 in [0, T).
-            like: What the weights are to multiply.
-            gamma: Above 0.
+            like: Tensor that the weights multiply.
+            gamma: Largest signal-to-noise ratio that counts, above 0.
             predicted: "eps" or "v".
         """
         snr = (self.signal(t, like) / self.noise(t, like)).square()  # shaped as `alpha_bar`
@@ -212,7 +213,7 @@ def time_pairs(T: int, steps: int, offset: int = 1) -> list[tuple[int, int]]:
     leave the table (S = T) take offset 0. S need not divide T.
 
     Raises:
-        UserError: when `steps` is not in [1, T].
+        UserError: `steps` is not in [1, T].
     """
     if not 1 <= steps <= T:
         raise UserError(f"sampling steps={steps} must be in [1, {T}], the training time steps")

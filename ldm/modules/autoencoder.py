@@ -41,10 +41,11 @@ class DiagonalGaussian:
         generator: torch.Generator | None = None,
         draw: Callable[..., Tensor] | None = None,
     ) -> Tensor:
-        """Draw z; a CPU generator gives the same draw on every device.
+        """Draw z.
 
         Args:
-            draw: Gives the standard normal noise, (size, dtype=...) -> Tensor, instead.
+            generator: Source of the noise; a CPU generator gives the same draw on every device.
+            draw: Function (size, dtype=...) -> standard normal Tensor, used instead of `generator`.
         """
         if draw is not None:
             return self.mean + self.std * draw(self.mean.shape, dtype=self.mean.dtype)
@@ -64,7 +65,7 @@ class DiagonalGaussian:
 
 
 class _Block(nn.Module):
-    """A block whose features are kept for the backward pass, or recomputed in it."""
+    """A block that can recompute its features in the backward pass instead of storing them."""
 
     use_checkpoint = False
 
@@ -121,7 +122,7 @@ class _Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Padding right and below only, as published weights were trained.
+        # Published weights were trained with padding on the right and below only.
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -224,7 +225,7 @@ class Decoder(nn.Module):
         channels = ch * ch_mult[-1]
         self.conv_in = nn.Conv2d(z_channels, channels, 3, padding=1)
         self.mid = _Middle(channels, dropout)
-        stages = []  # built from the lowest resolution up, stored by level as published
+        stages = []  # built from the lowest resolution up, stored in the order of the levels
         for level, mult in reversed(list(enumerate(ch_mult))):
             attention = resolution // 2**level in attn_resolutions
             stage = _Level(channels, ch * mult, num_res_blocks + 1, dropout, attention)
@@ -247,7 +248,7 @@ class Decoder(nn.Module):
 
 @dataclass
 class Architecture:
-    """What the networks of an autoencoder look like: the keys of `ddconfig`.
+    """Settings of an autoencoder's networks: the keys of `ddconfig`.
 
     Args:
         ch: Channels of the first level; a multiple of 32.
@@ -258,7 +259,7 @@ class Architecture:
         resolution: Side of a tile in pixels.
         in_channels: Channels of a tile.
         out_ch: Channels of a decoded tile.
-        attn_resolutions: Sides in pixels at which there is attention.
+        attn_resolutions: Sides in pixels of the levels with attention.
         dropout: Share of the features that training leaves out.
         double_z: Must be true: the encoder gives mean and log-variance.
         use_checkpoint: Recompute features in the backward pass: less memory, the same gradients.
@@ -347,8 +348,8 @@ class AutoencoderKL(nn.Module):
     def fingerprint(self) -> str:
         """SHA-256 of the encoder's weights, hexadecimal.
 
-        It names the latent space: tuning the decoder keeps it, while a diffusion model or a
-        classifier of another latent space can be told apart.
+        It identifies the latent space. Tuning the decoder does not change it; a diffusion model or
+        a classifier of another latent space has another one.
         """
         return weights_digest([self.encoder, self.quant_conv])
 

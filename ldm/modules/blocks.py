@@ -23,7 +23,7 @@ GROUPS = 32
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """Sinusoidal embedding of time steps (Vaswani et al. 2017; DDPM, Ho et al. 2020, appendix B).
 
-    From (B,), integer or fractional, to (B, dim) float32: cosines first, then sines.
+    Maps (B,), integer or fractional, to (B, dim) float32: cosines first, then sines.
     """
     half = dim // 2
     exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
@@ -33,7 +33,7 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 def group_norm(channels: int, eps: float = 1e-5) -> nn.GroupNorm:
-    """GroupNorm over 32 groups; UserError where 32 does not divide the number of channels."""
+    """GroupNorm over 32 groups; raises UserError if 32 does not divide the number of channels."""
     if channels % GROUPS:
         raise UserError(
             f"a layer of {channels} channels cannot be normalised in {GROUPS} groups; choose "
@@ -53,18 +53,18 @@ def zero_init(module: nn.Module) -> nn.Module:
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention within heads, (B, heads, N, D) each, scale 1/sqrt(D), on fused kernels.
 
-    These take values of a head that lie beside one another in memory. Of others PyTorch would make
-    all N x N scores, without a word: at 64x64 positions seven times slower, and a gigabyte.
+    The fused kernels need the values of a head side by side in memory. For other layouts PyTorch
+    silently computes all N x N scores: at 64x64 positions seven times slower, with a gigabyte.
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v)
 
 
 class Pointwise(nn.Conv1d):
-    """A convolution of width 1 over tokens whose channels come last, (B, N, C) to (B, N, C').
+    """A convolution of width 1 over tokens with channels last, (B, N, C) to (B, N, C').
 
-    It is a matrix product, and faster as one: of such a convolution PyTorch makes, on a CPU, a copy
-    of its input and a product for each image.
+    It is computed as a matrix product, which is faster: on a CPU, PyTorch's convolution copies its
+    input and makes a product for each image.
     """
 
     def __init__(self, channels: int, out_channels: int):
@@ -172,8 +172,8 @@ class AttentionBlock(nn.Module):
     Args:
         num_heads: Number of heads, used when `num_head_channels` is -1.
         num_head_channels: Width D of a head; the number of heads follows.
-        use_new_attention_order: How published weights lay out the 3C channels of `qkv`:
-            False: heads outermost, (heads, 3, D); True: (3, heads, D).
+        use_new_attention_order: Layout of the 3C channels of `qkv` in published weights. False:
+            heads outermost, (heads, 3, D); True: (3, heads, D).
     """
 
     def __init__(
@@ -243,8 +243,8 @@ class AttentionPool2d(nn.Module):
         x = torch.cat([x.mean(dim=-1, keepdim=True), x], dim=-1)  # (B, C, 1 + N)
         x = x + self.positional_embedding.to(x.dtype)
         q, k, v = rearrange(self.qkv_proj(x), "b (s h d) n -> s b h n d", s=3, h=self.num_heads)
-        # Only the mean token asks. Written out, because for one query the fused kernels divide the
-        # keys among threads by place in the batch: an image's gradient would round by its place.
+        # Only the mean token is a query. The fused kernels are not used: for one query they split
+        # keys among threads by place in the batch, on which an image's rounding would depend.
         scores = (q[:, :, :1] * k).sum(dim=-1, keepdim=True) * k.shape[-1] ** -0.5
         pooled = (scores.softmax(dim=2) * v).sum(dim=2, keepdim=True)  # (B, heads, 1, D)
         return self.c_proj(rearrange(pooled, "b h n d -> b (h d) n"))[:, :, 0]  # (B, output_dim)

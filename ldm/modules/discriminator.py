@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 
 def _init_weights(module: nn.Module) -> None:
-    # N(0, 0.02), as DCGAN (Radford et al. 2016) and published discriminators start.
+    # N(0, 0.02), the initialisation of DCGAN (Radford et al. 2016) and published discriminators.
     if isinstance(module, nn.Conv2d):
         nn.init.normal_(module.weight, 0.0, 0.02)
     elif isinstance(module, nn.BatchNorm2d):
@@ -36,7 +36,7 @@ class NLayerDiscriminator(nn.Module):
             channels = width
         layers.append(nn.Conv2d(channels, 1, 4, stride=1, padding=1))
         self.main = nn.Sequential(*layers)
-        # Pixels of a side: the last two layers take one each from what is left of them, one stays.
+        # Smallest side in pixels: each of the last two layers takes one of the rest, one remains.
         self.smallest = 3 * 2**n_layers
         self.apply(_init_weights)
 

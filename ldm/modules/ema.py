@@ -12,8 +12,8 @@ class EMA(nn.Module):
     """A copy of `net` whose weights follow an exponential moving average.
 
     Call `update(net)` once per optimiser step, whatever the gradient accumulation or number of
-    ranks. The decay of update number n is min(decay, (1 + n) / (10 + n)), so that a young average
-    is not held back by its random start (as latent diffusion's average does).
+    ranks. The decay of update number n is min(decay, (1 + n) / (10 + n)), so that an early average
+    soon forgets the random initial weights (as in latent diffusion).
 
     Args:
         net: The trained network; it is copied.
@@ -27,11 +27,11 @@ class EMA(nn.Module):
         self.decay = decay
         self.net = copy.deepcopy(net).eval().requires_grad_(False)
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))
-        # `num_updates`, for which a GPU would have to be waited for; None where it is not known.
+        # Copy of `num_updates` that needs no wait for a GPU; None if it is not known.
         self._count: int | None = 0
 
     def train(self, mode: bool = True) -> "EMA":
-        """The average is only ever evaluated, so it stays in evaluation mode."""
+        """Keep evaluation mode: the average is never trained."""
         return super().train(False)
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:

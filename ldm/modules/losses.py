@@ -23,7 +23,7 @@ def build_lpips(backbone: Mapping[str, Tensor]) -> nn.Module:
     from torchmetrics.functional.image.lpips import _LPIPS
 
     lpips = _LPIPS(net="vgg", pnet_rand=True)
-    # torchmetrics cuts VGG into slices but keeps the numbers: features.5.bias, slice2.5.bias.
+    # torchmetrics splits VGG into slices but keeps the numbers: features.5.bias, slice2.5.bias.
     state = {}
     for name in lpips.net.state_dict():
         source = "features." + name.split(".", 1)[1]
@@ -40,8 +40,8 @@ def build_lpips(backbone: Mapping[str, Tensor]) -> nn.Module:
 class PerceptualLoss:
     """LPIPS distance that builds its network at construction and follows the images' device.
 
-    Not an nn.Module: its frozen weights are a library's, so they belong neither in checkpoints nor
-    in the optimiser's or DDP's list of parameters.
+    It is no nn.Module: its frozen weights come from a library, so they belong neither in
+    checkpoints nor in the parameters of the optimiser or DDP.
     """
 
     def __init__(self, backbone: Mapping[str, Tensor]):
@@ -68,12 +68,12 @@ class LPIPSWithDiscriminator(nn.Module):
     """Reconstruction, KL and adversarial loss with an adaptive adversarial weight.
 
     The reconstruction term is a Laplace negative log-likelihood summed over each image's pixels,
-    (|x - x_rec| + perceptual_weight * LPIPS) / exp(logvar) + logvar; the adversarial term is
-    weighted so that its gradient at the decoder's last layer matches the reconstruction's (Esser
-    et al. 2021, eq. 7).
+    (|x - x_rec| + perceptual_weight * LPIPS) / exp(logvar) + logvar. The adversarial term is
+    weighted so that its gradient at the decoder's last layer is as long as that of the
+    reconstruction (Esser et al. 2021, eq. 7).
 
     Args:
-        disc_start: Generator step (optimiser steps) from which the discriminator takes part.
+        disc_start: Generator step (optimiser step) from which the discriminator is used.
         logvar_init: Log-variance of the reconstruction term.
         pixelloss_weight: Weight of |x - x_rec|.
         kl_weight: Weight of KL(q || N(0, 1)), summed over each image.
@@ -86,8 +86,8 @@ class LPIPSWithDiscriminator(nn.Module):
         disc_loss: Adversarial loss of the discriminator.
         disc_factor: Further factor of both adversarial losses.
         perceptual_weight: Weight of LPIPS; 0 needs no backbone weights.
-        perceptual_weights: File of the backbone's weights; None for torchvision's cache. Whoever
-            builds this loss reads it and hands the weights to `use_backbone`.
+        perceptual_weights: File of the backbone's weights; None for torchvision's cache. The code
+            that builds this loss reads it and passes the weights to `use_backbone`.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class LPIPSWithDiscriminator(nn.Module):
             self.discriminator = NLayerDiscriminator(disc_in_channels, n_layers=disc_num_layers)
 
     def use_backbone(self, backbone: Mapping[str, Tensor]) -> None:
-        """Take the weights of LPIPS's backbone, which a `perceptual_weight` above 0 needs."""
+        """Set the weights of LPIPS's backbone, which a `perceptual_weight` above 0 needs."""
         self.perceptual = PerceptualLoss(backbone)
 
     def disc_scale(self, step: int) -> float:
@@ -155,8 +155,8 @@ class LPIPSWithDiscriminator(nn.Module):
         Args:
             x, x_rec: Images and reconstructions, (B, 3, H, W) in [-1, 1].
             step: Generator steps done so far.
-            last_layer: The decoder's last weight; without it (validation) the adversarial term is
-                left out.
+            last_layer: The decoder's last weight. If omitted (validation), there is no adversarial
+                term.
         """
         l1 = (x - x_rec).abs()
         distance = self.pixelloss_weight * l1

@@ -1,6 +1,6 @@
 """A first stage without training: tiles as the first principal components of their patches.
 
-Letters: B batch, C components, H W pixels, p side of a patch in pixels, D = 3 p^2 values of it.
+Letters: B batch, C components, H W pixels, p side of a patch in pixels, D = 3 p^2 values per patch.
 Each latent value is a known linear function of p x p pixels, and decoding is exact on the span of
 the components.
 """
@@ -18,7 +18,7 @@ class _Linear(nn.Module):
 
     def __init__(self, rows: int, columns: int, offset: int):
         super().__init__()
-        # NaN until they are fitted, so that a use before that cannot pass unseen.
+        # NaN until they are fitted, so that an earlier use is noticed.
         self.register_buffer("weight", torch.full((rows, columns), float("nan")))
         self.register_buffer("bias", torch.full((offset,), float("nan")))
 
@@ -26,16 +26,16 @@ class _Linear(nn.Module):
 class PatchPCA(nn.Module):
     """Encoder and decoder between tiles and principal components of their patches.
 
-    In the place of `ldm.modules.autoencoder.AutoencoderKL`: the posterior has no width to speak of.
+    It replaces `ldm.modules.autoencoder.AutoencoderKL`; its posterior has almost no variance.
 
     Args:
         resolution: Pixels of a tile.
-        patch: p; the latent has resolution / p values a side.
+        patch: p; the latent has resolution / p values per side.
         components: C, in [1, 3 p^2]; with all of them decoding is exact.
         exponent: Component c of deviation sd_c is scaled to a deviation proportional to
-            sd_c^exponent, the mean square over components being 1. 0 makes all deviations equal, 1
-            keeps their proportions. A network that learns to remove noise cares most for what is
-            largest: at 0 it spends itself on fine texture.
+            sd_c^exponent, with a mean square over components of 1. 0 makes all deviations equal, 1
+            keeps their proportions. A network that learns to remove noise learns the components of
+            large deviation best: at 0 it spends itself on fine texture.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class PatchPCA(nn.Module):
                 f"components={self.embed_dim}: the patches of these tiles vary in fewer "
                 "directions; lower it, and check that the tiles differ"
             )
-        # Signs are arbitrary: the largest value of each component is made positive.
+        # Signs are arbitrary, so the largest value of each component is made positive.
         largest = basis.abs().argmax(0, keepdim=True)
         basis = basis * basis.gather(0, largest).sign()  # (D, C)
         deviations = variances.sqrt()
@@ -99,7 +99,7 @@ class PatchPCA(nn.Module):
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
         """Posterior of images (B, 3, H, W) in [-1, 1] over latents (B, C, H / p, W / p)."""
-        # Autocast would round to two digits what costs next to nothing.
+        # Autocast would round to two digits, and float32 costs little here.
         with torch.autocast(x.device.type, enabled=False):
             weight, bias = self.encoder.weight, self.encoder.bias
             mean = F.conv2d(self.patches(x.float()), weight[..., None, None], bias)

@@ -1,4 +1,4 @@
-"""A small classifier of what a noise predictor knows (readout guidance, Luo et al. 2024).
+"""A small classifier on features of a noise predictor (readout guidance, Luo et al. 2024).
 
 Letters: B batch, D features, K classes.
 """
@@ -13,13 +13,13 @@ TIME_WIDTH = 64
 
 
 class Readout(nn.Module):
-    """p(y | features of a UNet at z_t, t): one hidden layer that also sees the time.
+    """p(y | features of a UNet at z_t, t): one hidden layer that also gets the time.
 
     Args:
         features: D.
         classes: K.
-        width: Of the hidden layer.
-        dropout: Of the features and of the hidden layer.
+        width: Width of the hidden layer.
+        dropout: Dropout of the features and of the hidden layer.
     """
 
     def __init__(self, features: int, classes: int, width: int = 256, dropout: float = 0.3):
@@ -32,7 +32,7 @@ class Readout(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def standardise(self, features: Tensor) -> None:
-        """Take mean and deviation of the training features (N, D), which inputs are scaled by."""
+        """Store mean and deviation of the training features (N, D), which standardise inputs."""
         self.mean.copy_(features.mean(dim=0))
         self.deviation.copy_(features.std(dim=0) + 1e-6)
 

@@ -1,4 +1,4 @@
-"""The diffusion UNet and its half, the noisy-latent classifier, from one set of blocks.
+"""The diffusion UNet and the noisy-latent classifier, which is its half, from the same blocks.
 
 Letters: B batch, C channels, H W spatial (of the latent), K classes, E width of the time embedding.
 """
@@ -29,7 +29,7 @@ POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
 
 
 class _Encoder(nn.Module):
-    """What both networks share: the time embedding, the down-sampling path and the middle."""
+    """Common part of both networks: time embedding, down-sampling path and middle."""
 
     def __init__(
         self,
@@ -79,13 +79,13 @@ class _Encoder(nn.Module):
             use_checkpoint=use_checkpoint,
             use_new_attention_order=use_new_attention_order,
         )
-        # A first level narrower than `model_channels` (guided diffusion at 512 pixels) begins at
-        # its own width; a wider one begins at `model_channels`, as in latent diffusion.
+        # A first level narrower than `model_channels` (guided diffusion at 512 pixels) starts with
+        # its own width; a wider one starts with `model_channels`, as in latent diffusion.
         channels = int(min(1, channel_mult[0]) * model_channels)
         self.input_blocks = nn.ModuleList(
             [TimestepEmbedSequential(nn.Conv2d(in_channels, channels, 3, padding=1))]
         )
-        self._widths = [channels]  # of every input block's output, for the skip connections
+        self._widths = [channels]  # width of every input block's output, for the skip connections
         factor = 1  # down-sampling factor, the unit of attention_resolutions
         for level, mult in enumerate(channel_mult):
             for _ in range(num_res_blocks):
@@ -116,7 +116,8 @@ class _Encoder(nn.Module):
 def _require_levels(attention_resolutions: Sequence[int], levels: int) -> None:
     """Check the down-sampling factors of attention.
 
-    Published configurations name factors of levels that a small network does not have.
+    Factors of levels that a small network lacks only give a warning: published configurations have
+    them.
 
     Raises:
         UserError: A factor is no power of two, so that no level can have it.
@@ -141,17 +142,19 @@ class UNetModel(_Encoder):
         model_channels: Channels of the first level; a multiple of 32.
         num_res_blocks: Residual blocks per level; the up-sampling path has one more.
         dropout: Share of the features that training leaves out.
-        attention_resolutions: Down-sampling factors at which there is attention (1 = full
+        attention_resolutions: Down-sampling factors of the levels with attention (1 = full
             resolution).
         channel_mult: Width of each level in multiples (or parts) of `model_channels`.
         conv_resample: Learned resampling between levels; unused with `resblock_updown`.
-        num_heads, num_head_channels: Heads by number, or by width when `num_head_channels` is not
-            -1.
+        num_heads, num_head_channels: Number of heads; width of a head, which replaces the number
+            unless it is -1.
         num_heads_upsample: Number of heads on the up-sampling path; -1 for `num_heads`.
         use_scale_shift_norm: The time scales and shifts features, instead of being added to them.
         resblock_updown: Resample in residual blocks.
-        use_new_attention_order: Split heads before query, key and value; changes what weights mean.
-        num_classes: Labels are embedded and added to the time embedding, see `add_labels`.
+        use_new_attention_order: Split heads before query, key and value; the same weights then have
+            another meaning.
+        num_classes: Number of labels whose embedding is added to that of the time, see
+            `add_labels`; None for no labels.
         use_checkpoint: Recompute activations in the backward pass: less memory, the same gradients.
     """
 
@@ -221,7 +224,7 @@ class UNetModel(_Encoder):
         )
 
     def add_labels(self, num_classes: int) -> None:
-        """Embed labels from now on; the embedding is 0, so the predictions stay as they are."""
+        """Embed labels from now on; the embedding starts at 0, so predictions do not change."""
         self.num_classes = num_classes
         self.label_emb = zero_init(nn.Embedding(num_classes, 4 * self.model_channels))
 
@@ -231,24 +234,24 @@ class UNetModel(_Encoder):
         Args:
             z_t: Noisy latents, (B, C, H, W).
             t: Time steps, (B,) int64 in [0, T).
-            y: Labels, (B,) int64, for a network with `num_classes`; -1 (or None for all) is no
-                label, to which no embedding is added.
+            y: Labels, (B,) int64, for a network with `num_classes`. -1 (or None for all) means no
+                label: no embedding is added.
         """
         return self._pass(z_t, t, y, ())[0]
 
     def with_features(
         self, z_t: Tensor, t: Tensor, blocks: Sequence[int], y: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The prediction, and what some of the blocks say of each image.
+        """Predict the noise and give features of some blocks.
 
         Args:
             blocks: 0 for the middle, 1, 2, ... for the up-blocks in the order of use, see
                 `feature_widths`.
-            Others as `forward`.
+            Others as in `forward`.
 
         Returns:
-            (B, out_channels, H, W), and (B, D): mean, then deviation over space of every channel,
-            block by block.
+            (B, out_channels, H, W), and (B, D): block by block, the mean over space of every
+            channel, then the deviations.
         """
         output, features = self._pass(z_t, t, y, blocks)
         return output, torch.cat(features, dim=1)
