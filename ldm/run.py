@@ -228,6 +228,7 @@ class RunFolder:
         `logdir`, or that the model is another.
         """
         from omegaconf import OmegaConf
+        from yaml import YAMLError
 
         if resume:
             return cls.of_resume(resume)
@@ -237,7 +238,13 @@ class RunFolder:
         if not run.last.is_file():
             return run, None
         written = run.configs / "resolved.yaml"
-        if OmegaConf.to_container(OmegaConf.load(written))["model"] != model:
+        try:
+            known = OmegaConf.to_container(OmegaConf.load(written))["model"]
+        except (OSError, ValueError, TypeError, LookupError, YAMLError):
+            raise UserError(
+                f"{written} is missing or damaged; give another name than {name}"
+            ) from None
+        if known != model:
             raise UserError(
                 f"name={name}: {run.root} holds a run with another model section; give another "
                 f"name, or repeat its command ({written} says how it was configured)"

@@ -168,6 +168,17 @@ def test_the_test_set_is_read_once(data, monkeypatch):
     assert "test" not in seen[: -seen.count("test")], "test comes after everything else"
 
 
+def test_a_damaged_result_is_named(data):
+    first = run(data)
+    (path,) = data.rglob("seed0/result.json")
+    for damaged in (b"", b"{", b"3", b"[]", b"{}", b"\xff", b"\0"):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"result\.json is damaged; remove it"):
+            run(data)
+    path.unlink()
+    assert run(data)["per_seed"][0]["test"] == first["per_seed"][0]["test"]
+
+
 def test_the_same_command_again_trains_nothing(data, monkeypatch):
     first = run(data)
     monkeypatch.setattr(runs, "build_training", None)  # a call would be a TypeError

@@ -485,6 +485,10 @@ def test_another_model_under_the_same_name_is_refused(data, tmp_path):
     run(config, tmp_path, "ae", 1)
     with pytest.raises(UserError, match="another model section"):
         run(config, tmp_path, "ae", 2, "model.params.lossconfig.params.kl_weight=0.5")
+    for damaged in (b"", b"a: [", b"3", b"[]", b"\xff", b"\0"):
+        (tmp_path / "ae" / "configs" / "resolved.yaml").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"resolved\.yaml is missing or damaged"):
+            run(config, tmp_path, "ae", 2)
 
 
 def test_a_nan_stops_the_run_and_names_the_files(data, tmp_path):

@@ -76,9 +76,16 @@ def read_result(run: Path, now: dict[str, Any], overwrite: bool) -> dict[str, An
     """The result of a finished run, if it has the settings and data of now (see `is_current`)."""
     if not (run / RESULT).is_file():
         return None
-    result = json.loads((run / RESULT).read_text())
-    if not is_current(run, result, now, overwrite):
-        return None
+    try:
+        result = json.loads((run / RESULT).read_text())
+        if not is_current(run, result, now, overwrite):
+            return None
+    except UserError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError):
+        raise UserError(
+            f"{run / RESULT} is damaged; remove it, and the run is done again"
+        ) from None
     log.info("%s is finished: not made again", run)
     return result
 
