@@ -98,6 +98,12 @@ def checkpoint_path(path: str | os.PathLike, what: str = "checkpoint") -> Path:
     return found
 
 
+def require_given(path: str | None, key: str, variable: str) -> None:
+    """UserError where the setting `key` of a checkpoint has no value, nor the variable has one."""
+    if not path:
+        raise UserError(f"{key} is not set: export {variable}=CKPT or give {key}=CKPT")
+
+
 def load_tensors(path: Path, what: str) -> Any:
     """Content of a file that torch or safetensors saved, on the CPU: tensors and plain data only.
 

@@ -150,10 +150,7 @@ def train_command(
 
 
 def _run(
-    trainer: pl.Trainer,
-    model: HistoModule,
-    data: pl.LightningDataModule,
-    checkpoint: Path | None,
+    trainer: pl.Trainer, model: HistoModule, data: pl.LightningDataModule, checkpoint: Path | None
 ) -> None:
     # Older Lightning has no such argument; its own default then is to load everything.
     takes_it = "weights_only" in inspect.signature(trainer.fit).parameters

@@ -15,9 +15,11 @@ from safetensors.torch import save_file
 
 import eval as evaluation
 from ldm.checkpoint import write_checkpoint
+from ldm.data.tile_files import TileFiles
 from ldm.errors import UserError
-from ldm.evaluation.baselines import STRENGTHS, colour_histogram_baseline, colour_mean
+from ldm.evaluation.baselines import STRENGTHS, colour_features, colour_mean
 from ldm.evaluation.metrics import HEADLINE
+from ldm.features.probe import logistic_regression
 from ldm.models.vit import TileClassifier
 from scripts import baselines
 
@@ -94,11 +96,18 @@ def test_colour_alone_tells_plain_colours_apart_and_the_summary_is_that_of_eval(
         assert files == {p.name for p in (data / "vit/train5").iterdir()}
 
 
+def accuracy_of_one_penalty(data) -> float:
+    train, test = (TileFiles.below(data / name) for name in ("train5", "test"))
+    known, x = (colour_features(tiles.paths, "colour_histogram") for tiles in (train, test))
+    model = logistic_regression(known, np.array(train.labels), strength=1.0)
+    return float((model.predict(x) == test.labels).mean())
+
+
 def test_labels_that_say_nothing_are_worth_chance(data):
     accuracies, chosen = [], []
     for seed in range(30):
         shuffle_labels(data / "train5", seed)
-        accuracies.append(colour_histogram_baseline(data / "train5", data / "test")["accuracy"])
+        accuracies.append(accuracy_of_one_penalty(data))
         if seed < 3:
             chosen.append(run(data, "colour_histogram", "--overwrite")["mean"]["accuracy"])
     # A class of one colour is right or wrong as a whole, so one draw deviates by about 1/3.
@@ -119,9 +128,11 @@ def test_a_change_of_order_changes_nothing(data):
 def test_val_chooses_the_penalty_and_test_does_not(data):
     """With its classes exchanged the test set is all wrong, and the choice stays."""
     first = run(data, "colour_mean")
+    assert first["mean"]["accuracy"] == 1.0
     for old, new in (("ADI", "x"), ("LYM", "ADI"), ("TUM", "LYM"), ("x", "TUM")):
         (data / "test" / old).rename(data / "test" / new)
     second = run(data, "colour_mean", "--overwrite")
+    assert second["mean"]["accuracy"] == 0.0, "colour and nothing else"
     assert first["per_seed"][0]["strength"] == second["per_seed"][0]["strength"]
     assert first["per_seed"][0]["val"] == second["per_seed"][0]["val"]
     assert (first["mean"]["accuracy"], second["mean"]["accuracy"]) == (1.0, 0.0)

@@ -419,7 +419,7 @@ def test_a_resume_must_fit(trained, data, tmp_path):
     other = tiny.save(tiny.autoencoder(seed=5), tmp_path / "other.ckpt")
     with pytest.raises(UserError, match="latents of another autoencoder"):
         train(data, tmp_path, *resume, first_stage=other)
-    with pytest.raises(UserError, match=r"another network \(.*model_channels 32 there, 64 here"):
+    with pytest.raises(UserError, match=r"another network \(.*model_channels 32 there, 64 now"):
         train(data, tmp_path, *resume, "--classifier_width", 64)
     with pytest.raises(UserError, match="holds a run with another model"):
         train(data, tmp_path, *RUN, "--classifier_width", 64)

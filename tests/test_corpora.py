@@ -398,7 +398,6 @@ def test_bad_corpora(stored, tmp_path, monkeypatch, settings, text):
             "classes ['A', 'B'] differ from the classes ['A']",
         ),
         ({"x": {"root": "files/A/p0"}}, {"labelled": True}, "no class is known of x/00.png"),
-        ({"x": {"root": "files"}}, {"check": "never"}, "check='never'"),
     ],
 )
 def test_bad_settings(stored, monkeypatch, nodes, options, text):

@@ -6,6 +6,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
+from ldm.config import instantiate_from_config
 from ldm.data.datamodule import DataModuleFromConfig, ResumableSampler, split_by_group
 from ldm.errors import UserError
 from ldm.files import write_png
@@ -23,6 +24,9 @@ def root(tmp_path):
             image = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
             write_png(tmp_path / name / f"s{i // 2}_{i}.png", image)
     return tmp_path
+
+
+DATA = "ldm.data.datamodule.DataModuleFromConfig"
 
 
 def node(root, **params) -> dict:
@@ -129,18 +133,19 @@ def test_given_validation_must_have_the_same_classes(root, tmp_path_factory):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"batch_size": 2.5}, "batch_size=2.5"),
-        ({"num_workers": -1}, "num_workers=-1"),
-        ({"prefetch": 0}, "prefetch=0"),
-        ({"val_fraction": 0.6}, "val_fraction=0.6"),
-        ({"val_fraction": float("nan")}, "val_fraction=nan"),
-        ({"seed": -1}, "seed=-1"),
+        ({"batch_size": 0}, "batch_size: 0"),
+        ({"batch_size": 2.5}, "batch_size: 2.5"),
+        ({"num_workers": -1}, "num_workers: -1"),
+        ({"prefetch": 0}, "prefetch: 0"),
+        ({"val_fraction": 0.6}, "val_fraction: 0.6"),
+        ({"val_fraction": float("nan")}, "val_fraction: nan"),
+        ({"seed": -1}, "seed: -1"),
     ],
 )
 def test_bad_settings(root, options, text):
+    params = {"batch_size": 4, "train": node(root), **options}
     with pytest.raises(UserError, match=text):
-        module(root, **options)
+        instantiate_from_config({"target": DATA, "params": params})
 
 
 @pytest.mark.parametrize(("batch_size", "sizes"), [(5, [5] * 4), (24, [24]), (100, [24])])

@@ -155,11 +155,11 @@ def test_list_shows_what_is_here_and_fetches_nothing(caches, monkeypatch, capsys
 def test_places_are_those_that_the_libraries_look_into(caches):
     from torchvision.models import VGG16_Weights
 
-    from ldm.models.autoencoder import find_backbone
+    from ldm.models.autoencoder import read_backbone
 
     assert known.WEIGHTS["lpips"].url == VGG16_Weights.IMAGENET1K_V1.url
     with pytest.raises(UserError, match=str(known.WEIGHTS["lpips"].place)):
-        find_backbone(None)
+        read_backbone(None)
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
     assert known.WEIGHTS["inception"].url == URL_INCEPTION_V3

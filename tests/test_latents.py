@@ -23,10 +23,10 @@ from ldm.cli import _one_line, parse
 from ldm.commands import classify as classifier_train
 from ldm.commands import train as main_py
 from ldm.config import instantiate_from_config
-from ldm.data.caching import CachePlan, Views, make_cache, symmetry
+from ldm.data.caching import CachePlan, Views, make_cache
 from ldm.data.datamodule import DataModuleFromConfig, ResumableSampler
 from ldm.data.latents import LatentCache, latent_sums, scale_from_sums
-from ldm.data.tiles import TileFolder
+from ldm.data.tiles import TileFolder, symmetry
 from ldm.devices import Ranks
 from ldm.errors import UserError
 from ldm.modules.autoencoder import DiagonalGaussian

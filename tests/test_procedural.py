@@ -181,21 +181,6 @@ def test_a_slide_has_one_stain_in_all_classes():
     assert glass.std(axis=1).mean() < 0.6 * glass.mean(axis=1).std(axis=0).mean()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        (("ADIPOSE", 0), "'ADIPOSE' is not one of ADI BACK"),
-        (("ADI", 0, 16), "size=16"),
-        (("ADI", 0, 1024), "size=1024"),
-        (("ADI", -1), "index=-1"),
-        (("ADI", 0, 64, -1), "seed=-1"),
-    ],
-)
-def test_bad_values(arguments, text):
-    with pytest.raises(UserError, match=text):
-        render_tile(*arguments)
-
-
 @pytest.fixture(scope="module")
 def sets():
     """(tiles, labels) of 40 training and 30 test tiles per class, on different slides."""

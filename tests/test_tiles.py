@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from ldm.config import instantiate_from_config
 from ldm.data import tiles
 from ldm.data.images import check_tiles, class_folders, list_images, read_tile
 from ldm.data.tiles import TileFolder, to_tensor, to_uint8
@@ -284,11 +285,7 @@ def test_differing_classes_name_the_differences(labelled):
         ({"root": "A", "labelled": True}, "no images"),  # its only folder holds a text file
         ({"root": "empty"}, "no images"),
         ({"root": "empty", "labelled": True}, "no class folders"),
-        ({"size": 0}, "size=0"),
-        ({"size": 8.5}, "size=8.5"),
         ({"augment": ["d5"]}, "['d5']"),
-        ({"crop": "middle"}, "crop='middle'"),
-        ({"check": "never"}, "check='never'"),
         ({"classes": ["A"]}, "labelled=true"),
     ],
 )
@@ -299,6 +296,17 @@ def test_bad_settings(labelled, monkeypatch, options, text):
     with pytest.raises(UserError) as error:
         TileFolder(**{"root": ["A", "B"], "size": 8, **options})
     assert text in message(error)
+
+
+@pytest.mark.parametrize(
+    "options", [{"size": 0}, {"size": 8.5}, {"crop": "middle"}, {"check": "never"}]
+)
+def test_bad_settings_of_a_configuration(labelled, options):
+    node = {"target": "ldm.data.tiles.TileFolder", "params": {"root": str(labelled), "size": 8}}
+    node["params"] |= options
+    (name,) = options
+    with pytest.raises(UserError, match=f"params.{name}: "):
+        instantiate_from_config(node)
 
 
 def test_loose_images_are_reported(labelled, caplog):

@@ -173,104 +173,45 @@ def _quantiles(values: np.ndarray) -> dict[str, float]:
 
 def to_markdown(check: CopyCheck, numbers: dict[str, Any], settings: dict[str, Any]) -> str:
     """The report in words and tables, for a supplement; `numbers` are those of `summary`."""
-    flagged = numbers["flagged"][ALL]
-    lines = [
-        "# Copy check",
-        "",
-        f"{flagged['flagged']} of {flagged['tiles']} synthetic tiles are flagged as possible copies"
-        f" of training tiles; about {flagged['expected_by_chance']:.1f} are expected by chance"
-        f" among new tiles (a share of {check.quantile:g}, estimated on {len(check.held_out)}"
-        " held-out tiles). Look at `suspicious.png` before a tile is called a copy.",
-        "",
-    ]
-    if check.variations is not None:
-        lines += _variation_lines(numbers["variations"])
-    if len(check.comparisons) == 1:
-        lines += ["No network was given: tiles are compared in pixels only.", ""]
-    rows = [
-        [name.replace("_", "-"), str(row["compared"]), str(row["without_structure"])]
-        for name, row in numbers["tiles"].items()
-    ]
-    lines += _table(["set", "tiles compared", "without structure (left out)"], rows)
-    settings = {**numbers["method"], **settings}
-    given = {name: value for name, value in settings.items() if value is not None}
-    rows = [[name.replace("_", " "), str(value)] for name, value in given.items()]
-    lines += _table(["setting", "value"], rows)
-    for name, space in numbers["spaces"].items():
-        lines += _space_section(name, space)
-    return "\n".join(lines + NOTES)
+
+    def table(head: list[str], rows: list[list[Any]]) -> str:
+        cells = [[str(cell) for cell in row] for row in rows]
+        return tables.to_markdown(tables.TextTable("", head, cells))
+
+    said = {**numbers["method"], **settings}
+    content = {
+        "flagged": numbers["flagged"][ALL],
+        "variations": numbers.get("variations"),
+        "quantile": check.quantile,
+        "held_out": len(check.held_out),
+        "scale_neighbour": SCALE_NEIGHBOUR,
+        "table": table,
+        "tiles": [
+            [name.replace("_", "-"), row["compared"], row["without_structure"]]
+            for name, row in numbers["tiles"].items()
+        ],
+        "settings": [[k.replace("_", " "), v] for k, v in said.items() if v is not None],
+        "spaces": [_space(name, space) for name, space in numbers["spaces"].items()],
+    }
+    return tables.environment().get_template("copies.md").render(content)
 
 
-def _variation_lines(numbers: dict[str, Any]) -> list[str]:
-    missing = numbers["tiles"] - numbers["source_compared"]
-    words = (
-        f"{numbers['tiles']} of the tiles are variations: they started from a real tile, the"
-        f" `source` in manifest.csv. For {numbers['source_is_nearest']} of them it is the nearest"
-        f" training tile in pixels, and {numbers['flagged_for_their_source']} lie so near to it"
-        " that they are flagged."
-    )
-    if numbers["distance"] is not None:
-        least, median = (numbers["distance"][name] for name in ("least", "0.5"))
-        words += f" Distance to the own source: least {least:.3f}, median {median:.3f}."
-    if missing:
-        words += (
-            f" The sources of {missing} were not compared: they are not in the training folder,"
-            " or are background."
-        )
-    return [words, ""]
-
-
-def _space_section(name: str, space: dict[str, Any]) -> list[str]:
-    held_out = space["held_out"]
-    lines = [f"## In {name}", ""]
-    rows = [
+def _space(name: str, space: dict[str, Any]) -> tuple[Any, ...]:
+    """Name, threshold, rows of counts, rows of quantiles and names of the quantiles."""
+    held_out, synthetic = space["held_out"], space["synthetic"][ALL]
+    counts = [
         [
-            row_name,
-            str(row["tiles"]),
-            str(row["flagged"]),
-            str(row["closer_than_any_held_out"]),
+            *(label, row["tiles"], row["flagged"], row["closer_than_any_held_out"]),
             f"{row['authenticity']:.1%}",
             "too few tiles" if row["c_t"] is None else f"{row['c_t']:.2f}",
             f"{row['c_t_cells']} ({row['c_t_cells_left_out']} left out)",
         ]
-        for row_name, row in space["synthetic"].items()
+        for label, row in space["synthetic"].items()
     ]
-    rows.append(["held-out tiles", "", "", "", f"{held_out['authenticity']:.1%}", "", ""])
-    head = ["synthetic", "tiles", "flagged", "closer than any held-out", "authenticity", "C_T"]
-    lines += _table([*head, "cells"], rows)
-    lines += [f"Flagged below a relative distance of {space['threshold']:.3f}. Quantiles:", ""]
-    synthetic = space["synthetic"][ALL]
-    rows = [
+    counts.append(["held-out tiles", "", "", "", f"{held_out['authenticity']:.1%}", "", ""])
+    quantiles = [
         [f"{label}, {kind}", *(f"{value:.3f}" for value in side[kind].values())]
         for kind in ("distance", "relative")
         for label, side in (("synthetic", synthetic), ("held-out", held_out))
     ]
-    return lines + _table(["to the training set", *held_out["distance"]], rows)
-
-
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    return [tables.to_markdown(tables.TextTable("", head, rows)), ""]
-
-
-NOTES = [
-    "## How to read this",
-    "",
-    "- A distance is that of a synthetic (or held-out) tile, in the best of its 8 orientations, to"
-    " its nearest training tile: sqrt(2 - 2 r) for a correlation r, so 0 is a copy and 1.41 is"
-    " unrelated.",
-    f"- The relative distance is divided by the distance to the {SCALE_NEIGHBOUR}th nearest"
-    " training tile. A tile is flagged where it is smaller than that of (almost) all held-out"
-    " tiles; the rate of false alarms is shared by the spaces.",
-    "- Authenticity (Alaa et al. 2022): share of tiles that are farther from their nearest"
-    " training tile than that one is from its nearest other. Compare with the held-out tiles'"
-    " value.",
-    "- C_T (Meehan et al. 2020): Mann-Whitney z of the distances, averaged over k-means cells of"
-    " the training set. Far below 0: nearer to the training set than new real tiles are, copying;"
-    " near 0: as new; far above 0: unlike the training set. Blurred tiles are nearer in pixels"
-    " than sharp ones without being copies.",
-    "- Pixels show copies under flips, quarter turns, compression, slight blur and other stain."
-    " Copies that are shifted, zoomed or in part are seen in features at best. A copy of a tile"
-    f" of which the training set holds {SCALE_NEIGHBOUR} slightly differing versions is not seen.",
-    "- Tiles without structure (background) look alike everywhere and are left out.",
-    "",
-]
+    return name, space["threshold"], counts, quantiles, list(held_out["distance"])

@@ -36,14 +36,16 @@ def holds_arrays(name: str) -> bool:
     return _HOLDERS.fullmatch(name) is not None
 
 
-def holder(path: Path) -> Path:
-    """The file of a path FILE or FILE/PART, where a part is one of the arrays of a file."""
-    return path if path.exists() or not path.parent.is_file() else path.parent
+def file_of(path: Path) -> Path:
+    """The file that a path leads into: itself, or a file of arrays, FILE/PART or FILE/PART/TILE."""
+    if path.exists():
+        return path
+    return next((parent for parent in path.parents if parent.is_file()), path)
 
 
 def is_array(path: Path) -> bool:
     """Whether a path is that of a file of arrays, or of a part of one; also by a link to it."""
-    file = holder(path)
+    file = file_of(path)
     return file.is_file() and holds_arrays(file.resolve().name)
 
 
@@ -58,13 +60,6 @@ def list_rows(root: Path) -> list[str]:
         for part, array in open_arrays(root).items()
         for i, label in enumerate(array.class_names())
     ]
-
-
-def file_of(path: Path) -> Path:
-    """The file that holds a tile: the path itself, or the file of arrays that it leads into."""
-    if path.exists():
-        return path
-    return next((parent for parent in path.parents if parent.is_file()), path)
 
 
 def find_row(path: Path) -> "tuple[TileArray, int]":
@@ -134,7 +129,7 @@ def open_arrays(path: Path) -> dict[str, TileArray]:
 
     The only array of a file has no name.
     """
-    file = holder(path)
+    file = file_of(path)
     # By process, since a handle of HDF5 must not be shared after a fork.
     arrays = _open(str(file.resolve()), os.getpid())
     if file == path:

@@ -25,7 +25,7 @@ from ldm.data.latents import (
     read_manifest,
     scale_from_sums,
 )
-from ldm.data.tiles import Tiles
+from ldm.data.tiles import SYMMETRIES, Tiles, symmetry
 from ldm.devices import Devices, Ranks, one_thread
 from ldm.errors import UserError
 from ldm.files import digest_of_text, free_space, remove_leftovers, require_space, write_bytes
@@ -35,14 +35,7 @@ from ldm.run import MadeFolder, hardware, provenance
 
 SHARD_BYTES = 64 * 2**20  # a shard is held in memory until it is written
 SCALE_TILES = 2048  # over which the scale of the latents is measured, as training does
-SYMMETRIES = 8
 Jobs = Sequence[tuple[str, int]]  # shards: split, number
-
-
-def symmetry(x: Tensor, number: int) -> Tensor:
-    """One of the 8 symmetries of the square (..., S, S), 0 the identity."""
-    turned = torch.rot90(x, number % 4, (-2, -1))
-    return turned.flip(-1) if number >= 4 else turned
 
 
 class Views(Dataset):

@@ -17,7 +17,7 @@ from ldm.config import instantiate_from_config
 from ldm.data.groups import by_regex, random_order
 from ldm.data.latents import LatentCache
 from ldm.data.tiles import Tiles, TileSet
-from ldm.errors import UserError, require_whole
+from ldm.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -151,8 +151,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         cache: The open cache, once the data sets are built; None without `latents`.
 
     Raises:
-        UserError: A value is out of range, the classes of the two sets differ, tiles are bad, or a
-            cache is damaged.
+        UserError: The classes of the two sets differ, tiles are bad, or a cache is damaged.
     """
 
     def __init__(
@@ -168,12 +167,6 @@ class DataModuleFromConfig(pl.LightningDataModule):
         latents: str | None = None,
     ):
         super().__init__()
-        require_whole("batch_size", batch_size, 1)
-        require_whole("num_workers", num_workers, 0)
-        require_whole("prefetch", prefetch, 1)
-        require_whole("seed", seed, 0)
-        if not 0 <= val_fraction <= 0.5:
-            raise UserError(f"val_fraction={val_fraction} must be in [0, 0.5]")
         if train is None and latents is None:
             raise UserError("train: give the node of the training tiles, or latents=DIR of a cache")
         self.batch_size = batch_size

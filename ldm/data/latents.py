@@ -193,9 +193,7 @@ class LatentTiles(TileSet):
 Encode = Callable[[Tensor], DiagonalGaussian]  # from images, (B, 3, S, S), to their posterior
 
 
-def latent_sums(
-    dataset: Dataset, indices: Sequence[int], encode: Encode, batch_size: int = 32
-) -> Tensor:
+def latent_sums(dataset: Dataset, indices: Sequence[int], encode: Encode) -> Tensor:
     """Count, sum and sum of squares of the latents of these tiles, (3,) float64 on the CPU.
 
     Taken in expectation over the posterior, E[z^2] = mean^2 + variance, and without augmentation:
@@ -208,19 +206,17 @@ def latent_sums(
     if isinstance(dataset, LatentTiles):
         return dataset.latent_sums(indices)
     sums = torch.zeros(3, dtype=torch.float64)
-    for mean, variance in _posteriors(dataset, indices, encode, batch_size):
+    for mean, variance in _posteriors(dataset, indices, encode):
         sums[0] += mean.numel()
         sums[1] += mean.sum()
         sums[2] += (mean.square() + variance).sum()
     return sums
 
 
-def channel_sums(
-    dataset: Dataset, indices: Sequence[int], encode: Encode, channels: int, batch_size: int = 32
-) -> Tensor:
+def channel_sums(dataset: Dataset, indices: Sequence[int], encode: Encode, channels: int) -> Tensor:
     """As `latent_sums`, for each of C `channels` of its own, (3, C) float64 on the CPU."""
     sums = torch.zeros(3, channels, dtype=torch.float64)
-    for mean, variance in _posteriors(dataset, indices, encode, batch_size):
+    for mean, variance in _posteriors(dataset, indices, encode):
         sums[0] += mean.numel() / mean.shape[1]
         sums[1] += mean.sum(dim=(0, 2, 3))
         sums[2] += (mean.square() + variance).sum(dim=(0, 2, 3))
@@ -229,7 +225,7 @@ def channel_sums(
 
 @torch.no_grad()
 def _posteriors(
-    dataset: Dataset, indices: Sequence[int], encode: Encode, batch_size: int
+    dataset: Dataset, indices: Sequence[int], encode: Encode, batch_size: int = 32
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Mean and variance of the latents of tiles, each (B, C, h, w) float64, batch by batch."""
     dataset = without_augmentation(dataset)

@@ -17,7 +17,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from ldm.data.arrays import OPEN_FILES, TileArray, holder, holds_arrays, is_array, open_arrays
+from ldm.data.arrays import OPEN_FILES, TileArray, file_of, holds_arrays, is_array, open_arrays
 from ldm.data.images import decode_tile, is_image, is_junk, to_levels, walk
 from ldm.data.slides import EXTENSIONS, Tiling, chosen_tiles, read_window
 from ldm.errors import UserError
@@ -98,7 +98,7 @@ class ArrayLayout(Layout):
         return not is_junk(name) and holds_arrays(name)
 
     def state(self, root: Path, file: str) -> os.stat_result:
-        return os.stat(holder(root / file))
+        return os.stat(file_of(root / file))
 
     def places(self, root: Path, file: str) -> list[Place]:
         found = []

@@ -13,7 +13,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from zlib import crc32
 
 import albumentations as A
@@ -30,12 +30,12 @@ from ldm.data.index import CorpusIndex
 from ldm.data.stain import jitter_stains
 from ldm.data.storage import LAYOUTS, Layout, Place, find_files, layout_of, read_place
 from ldm.data.tile_files import TileFiles, matching_classes
-from ldm.errors import UserError, require_whole
+from ldm.errors import UserError
 
 log = logging.getLogger(__name__)
 
 AUGMENTATIONS = ("d4", "stain")
-CROPS = ("center", "random")
+SYMMETRIES = 8
 # Transforms of albumentations that may come before the crop: those that draw no random numbers.
 PREPROCESSING = ("CenterCrop", "LongestMaxSize", "PadIfNeeded", "Resize", "SmallestMaxSize")
 CHECK_LIMIT = 20_000  # `check="auto"` decodes sets up to this size (about 0.3 ms per 64 px tile)
@@ -61,6 +61,12 @@ def to_uint8(x: Tensor) -> np.ndarray:
     return levels.to(torch.uint8).movedim(-3, -1).cpu().contiguous().numpy()
 
 
+def symmetry(x: Tensor, number: int) -> Tensor:
+    """One of the 8 `SYMMETRIES` of the square (..., S, S): quarter turns, then flipped ones."""
+    turned = torch.rot90(x, number % 4, (-2, -1))
+    return turned.flip(-1) if number >= 4 else turned
+
+
 def _resize(size: int) -> A.SmallestMaxSize:
     # Area averaging avoids moire when shrinking; cubic when enlarging. No-op at the right size.
     return A.SmallestMaxSize(
@@ -79,13 +85,11 @@ class StainJitter(A.ImageOnlyTransform):
     albumentations' own HEStain drops what the two stains do not explain, which turns tissue blue.
 
     Args:
-        strength: Stains are multiplied by numbers in [1 - strength, 1 + strength].
+        strength: Stains are multiplied by numbers in [1 - strength, 1 + strength]; in (0, 1).
         p: Probability.
     """
 
     def __init__(self, strength: float = 0.25, p: float = 1.0):
-        if not 0 < strength < 1:
-            raise UserError(f"strength={strength} of StainJitter must be between 0 and 1")
         super().__init__(p=p)
         self.strength = strength
 
@@ -263,13 +267,12 @@ class Tiles(TileSet):
         labelled: bool = False,
         classes: Sequence[str] | None = None,
         augment: Sequence[str | Mapping] | None = None,
-        crop: str = "center",
-        check: bool | str = "auto",
+        crop: Literal["center", "random"] = "center",
+        check: bool | Literal["auto"] = "auto",
         cache: bool = False,
         preprocess: Sequence[Mapping] | None = None,
         resize: bool = True,
     ):
-        require_whole("size", size, 1)
         augment = [augment] if isinstance(augment, str | Mapping) else list(augment or [])
         unknown = sorted({name for name in augment if isinstance(name, str)} - set(AUGMENTATIONS))
         if unknown:
@@ -277,10 +280,6 @@ class Tiles(TileSet):
                 f"augment={unknown}: choose among {list(AUGMENTATIONS)}, or give target: and"
                 " params: of an albumentations transform"
             )
-        if crop not in CROPS:
-            raise UserError(f"crop={crop!r}: choose among {list(CROPS)}")
-        if check not in (True, False, "auto"):
-            raise UserError(f"check={check!r}: choose among true, false and auto")
         if classes is not None and not labelled:
             raise UserError(f"classes={list(classes)}: classes need labelled=true")
         self.size = size
@@ -504,8 +503,8 @@ class TileFolder(Tiles):
         labelled: bool = False,
         classes: Sequence[str] | None = None,
         augment: Sequence[str | Mapping] | None = None,
-        crop: str = "center",
-        check: bool | str = "auto",
+        crop: Literal["center", "random"] = "center",
+        check: bool | Literal["auto"] = "auto",
         cache: bool = False,
         preprocess: Sequence[Mapping] | None = None,
         resize: bool = True,

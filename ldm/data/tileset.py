@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from ldm.data.procedural import CLASSES, SIZES, TILES_PER_SLIDE, VERSION, render_tile, slide_of
+from ldm.data.procedural import CLASSES, TILES_PER_SLIDE, VERSION, render_tile, slide_of
 from ldm.errors import UserError
 from ldm.files import remove_leftovers, write_bytes, write_png
 from ldm.run import MadeFolder
@@ -37,22 +37,16 @@ def _render(out: Path, size: int, seed: int, task: tuple[str, str, int]) -> None
     write_png(out / split / name / tile_name(index), render_tile(name, index, size, seed))
 
 
-def _check(
-    size: int, counts: Mapping[str, int], train5: int, seed: int, classes: Sequence[str]
-) -> None:
+def _check(counts: Mapping[str, int], train5: int, classes: Sequence[str]) -> None:
     unknown = [name for name in classes if name not in CLASSES]
     if unknown or not classes or len(set(classes)) != len(classes):
         raise UserError(f"classes={' '.join(classes)}: give distinct names of {' '.join(CLASSES)}")
-    if not SIZES[0] <= size <= SIZES[1]:
-        raise UserError(f"size={size} must be in [{SIZES[0]}, {SIZES[1]}]")
     for split, count in counts.items():
         least = 1 if split == "train" else 0
         if not least <= count <= MOST:
             raise UserError(f"{split}={count} must be in [{least}, {MOST}]")
     if not 0 <= train5 <= counts["train"]:
         raise UserError(f"train5={train5} must be in [0, {counts['train']}] (train)")
-    if seed < 0:
-        raise UserError(f"seed={seed} must be at least 0")
 
 
 def make_tileset(
@@ -83,7 +77,7 @@ def make_tileset(
     """
     out = Path(out).expanduser()
     counts = {"train": train, "val": val, "test": test}
-    _check(size, counts, train5, seed, classes)
+    _check(counts, train5, classes)
     settings = {"version": VERSION, "size": size, **counts, "train5": train5}
     made = MadeFolder(out, {**settings, "seed": seed, "classes": list(classes)}, RECORD, key=None)
     made.exists()

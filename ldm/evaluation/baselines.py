@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ldm.data.images import decode_tiles, read_tile
 from ldm.data.tile_files import TileFiles, new_rows
-from ldm.data.tiles import TileFolder, decode_tiles, read_tile
 from ldm.errors import UserError
-from ldm.evaluation.metrics import confusion_matrix, scores
 from ldm.evaluation.predictions import Predictions, predictions_name
 from ldm.evaluation.runs import RESULT, read_result
 from ldm.evaluation.sets import GroupTable, Splits, TransformedTiles, open_splits
@@ -61,20 +60,6 @@ COLOURS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 def colour_features(paths: Sequence[Path], kind: str) -> np.ndarray:
     """Features of tiles by colour alone, (N, D) float64."""
     return np.stack(decode_tiles(paths, lambda path: COLOURS[kind](read_tile(path))))
-
-
-def colour_histogram_baseline(train_dir: Path, test_dir: Path) -> dict[str, Any]:
-    """`ldm.evaluation.metrics.scores` of logistic regression on 3 x 16-bin colour histograms.
-
-    Args:
-        train_dir, test_dir: Folders of class folders to learn from and to report.
-    """
-    train = TileFolder(train_dir, size=1, labelled=True, check=False)
-    test = TileFolder(test_dir, size=1, labelled=True, classes=train.classes, check=False)
-    features, reported = (colour_features(t.paths, COLOUR_HISTOGRAM) for t in (train, test))
-    model = logistic_regression(features, np.array(train.labels), strength=1.0)
-    matrix = confusion_matrix(test.labels, model.predict(reported), len(train.classes))
-    return scores(matrix, train.classes)
 
 
 def run_baseline(
@@ -203,7 +188,7 @@ def _report(splits: Splits, found: Mapping[str, np.ndarray], run: Path) -> dict[
     result: dict[str, Any] = {"seed": 0, "split": splits.reported, "notes": []}
     result |= dict.fromkeys(("best_epoch", "updates", "epochs"))
     for name, p in found.items():
-        predictions = Predictions.of(splits.evaluated[name], p.argmax(axis=1), p)
+        predictions = Predictions.of(splits.evaluated[name], p)
         predictions.write(run / predictions_name(name))
         result[name] = predictions.scores()
     return result

@@ -69,10 +69,7 @@ def accuracy_and_macro_f1(confusions: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def intervals(
-    runs: Sequence[Predictions],
-    resamples: int = RESAMPLES,
-    level: float = LEVEL,
-    seed: int = 0,
+    runs: Sequence[Predictions], resamples: int = RESAMPLES, level: float = LEVEL
 ) -> dict[str, Any]:
     """Percentile intervals of the mean over networks, over groups where these are known.
 
@@ -84,7 +81,7 @@ def intervals(
         `groups` (their number; None where images were drawn), `resamples` and `level`.
     """
     found: dict[str, list[np.ndarray]] = {"accuracy": [], "macro_f1": []}
-    for confusions in resampled_confusions(runs, resamples, seed):
+    for confusions in resampled_confusions(runs, resamples):
         for name, values in accuracy_and_macro_f1(confusions).items():
             found[name].append(values.mean(axis=1))  # over the networks
     tails = [50 * (1 - level), 50 * (1 + level)]

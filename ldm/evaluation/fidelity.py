@@ -16,8 +16,6 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from ldm.errors import UserError
-
 KID_SUBSETS = 50
 KID_SUBSET_SIZE = 1000  # at most; smaller sets are taken whole in halves
 FEWEST_TILES = 8
@@ -79,16 +77,8 @@ def fidelity(real: Tensor, synthetic: Tensor, seed: int = 0) -> dict[str, float]
         `kernel_distance` and `kernel_distance_std` (Binkowski et al. 2018; unbiased), `precision`
         and `recall` in [0, 1] (Kynkaanniemi et al. 2019).
     """
-    if real.ndim != 2 or synthetic.ndim != 2 or real.shape[1] != synthetic.shape[1]:
-        raise UserError(
-            f"features of shapes {tuple(real.shape)} and {tuple(synthetic.shape)} do not compare; "
-            "compute both with the same network"
-        )
-    fewest = min(len(real), len(synthetic))
-    if fewest < FEWEST_TILES:
-        raise UserError(
-            f"{fewest} tiles are too few to compare distributions; give at least {FEWEST_TILES}"
-        )
+    assert real.ndim == synthetic.ndim == 2 and real.shape[1] == synthetic.shape[1]
+    assert min(len(real), len(synthetic)) >= FEWEST_TILES
     real, synthetic = real.double(), synthetic.double()
     frechet = frechet_distance(synthetic, real)
     kernel = kid_features_to_metric(

@@ -28,11 +28,8 @@ CALIBRATION_BINS = 15
 def confusion_matrix(labels: ArrayLike, predictions: ArrayLike, num_classes: int) -> np.ndarray:
     """Counts (K, K) int64, true class by row and predicted class by column, of (N,) integers."""
     true, predicted = np.asarray(labels), np.asarray(predictions)
-    if true.ndim != 1 or true.shape != predicted.shape:
-        raise ValueError(f"labels {true.shape} and predictions {predicted.shape} must both be (N,)")
-    for name, values in (("labels", true), ("predictions", predicted)):
-        if values.size and not (values.min() >= 0 and values.max() < num_classes):
-            raise ValueError(f"{name} must be in [0, {num_classes})")
+    assert true.ndim == 1 and true.shape == predicted.shape, (true.shape, predicted.shape)
+    assert all(((v >= 0) & (v < num_classes)).all() for v in (true, predicted)), num_classes
     pairs = true.astype(np.int64) * num_classes + predicted.astype(np.int64)
     return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
@@ -40,11 +37,9 @@ def confusion_matrix(labels: ArrayLike, predictions: ArrayLike, num_classes: int
 def scores(confusion: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
     """Accuracy, macro and per-class metrics, as JSON can hold them, of counts (K, K)."""
     confusion = np.asarray(confusion)
-    if confusion.shape != (len(classes), len(classes)):
-        raise ValueError(f"confusion matrix {confusion.shape} is not for {len(classes)} classes")
+    assert confusion.shape == (len(classes), len(classes)), (confusion.shape, classes)
     total = int(confusion.sum())
-    if total == 0:
-        raise ValueError("metrics of a set without images are undefined")
+    assert total, "metrics of a set without images are undefined"
     correct = np.diag(confusion)  # TP, (K,)
     images = confusion.sum(axis=1)  # TP + FN, (K,)
     predicted = confusion.sum(axis=0)  # TP + FP, (K,)
@@ -117,16 +112,9 @@ def macro_auc(probabilities: ArrayLike, labels: ArrayLike) -> float | None:
 
 
 def _checked(probabilities: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Both as arrays.
-
-    Raises:
-        ValueError: Shapes that do not go together, no images, or rows that are no probabilities.
-    """
     p, true = np.asarray(probabilities, dtype=np.float64), np.asarray(labels)
-    if p.ndim != 2 or true.shape != p.shape[:1] or not len(p):
-        raise ValueError(f"probabilities {p.shape} and labels {true.shape} must be (N, K) and (N,)")
-    if not np.allclose(p.sum(axis=1), 1, atol=1e-4):
-        raise ValueError("the probabilities of an image must sum to 1")
+    assert p.ndim == 2 and true.shape == p.shape[:1] and len(p), (p.shape, true.shape)
+    assert np.allclose(p.sum(axis=1), 1, atol=1e-4), "the probabilities of an image sum to 1"
     return p, true
 
 

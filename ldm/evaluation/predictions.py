@@ -4,6 +4,7 @@ Letters: N images, K classes.
 """
 
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,9 @@ class Predictions:
     groups: list[str] | None = None  # patient, slide or region of each image; None where unknown
 
     @classmethod
-    def of(cls, tiles, predicted: np.ndarray, probabilities: np.ndarray) -> "Predictions":
-        """Predictions for a set, an `ldm.evaluation.sets.TransformedTiles`."""
-        labels = np.array(tiles.labels)
+    def of(cls, tiles, probabilities: np.ndarray) -> "Predictions":
+        """Predictions for a set, an `ldm.evaluation.sets.TransformedTiles`, by their (N, K)."""
+        labels, predicted = np.array(tiles.labels), probabilities.argmax(axis=1)
         names = tiles.relative_paths
         return cls(tiles.classes, names, labels, predicted, probabilities, tiles.groups)
 
@@ -88,16 +89,13 @@ def check_same_images(a: Predictions, b: Predictions, name_a: str, name_b: str) 
     """Raise a UserError unless two sets of predictions are of the same images in the same order."""
     if a.classes != b.classes:
         raise UserError(f"{name_a} has classes {a.classes}, {name_b} {b.classes}; not comparable")
-    if len(a.paths) != len(b.paths):
-        raise UserError(
-            f"{name_a} is of {len(a.paths)} images, {name_b} of {len(b.paths)}; evaluate both on"
-            " the same set"
-        )
-    for i, (path_a, path_b) in enumerate(zip(a.paths, b.paths, strict=True)):
-        if path_a != path_b or a.labels[i] != b.labels[i]:
+    rows = (zip(one.paths, np.array(one.classes)[one.labels], strict=True) for one in (a, b))
+    for number, (one, other) in enumerate(zip_longest(*rows), 1):
+        if one != other:
+            in_a, in_b = (f"{row[0]} ({row[1]})" if row else "nothing" for row in (one, other))
             raise UserError(
-                f"{name_a} has {path_a} ({a.classes[a.labels[i]]}) in row {i + 1}, {name_b}"
-                f" {path_b} ({b.classes[b.labels[i]]}); evaluate both on the same set"
+                f"{name_a} has {in_a} in row {number}, {name_b} {in_b}; evaluate both on the same"
+                " set"
             )
     if a.groups != b.groups:
         raise UserError(f"{name_a} and {name_b} have different groups; evaluate both with the same")

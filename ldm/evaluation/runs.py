@@ -17,13 +17,7 @@ from ldm.devices import Devices, Ranks
 from ldm.errors import UserError
 from ldm.evaluation.bootstrap import intervals
 from ldm.evaluation.predictions import predictions_name
-from ldm.evaluation.sets import (
-    EVALUATED,
-    GroupTable,
-    Splits,
-    open_evaluation_sets,
-    open_splits,
-)
+from ldm.evaluation.sets import EVALUATED, GroupTable, Splits, open_evaluation_sets, open_splits
 from ldm.evaluation.summary import write_confusion, write_summary
 from ldm.evaluation.training import Predictor, RunBatches, TrainingData, predictions_of
 from ldm.files import remove_leftovers, require_outside, write_json
@@ -345,7 +339,8 @@ def _results(arm: Arm, model: VitTraining, ranks: Ranks) -> tuple[dict[str, Any]
         predictor = Predictor(arm.devices, arm.workers, ranks)
         network = model.evaluated.to(predictor.device)
         network.load_state_dict(model.best_state)
-        predictions["test"] = predictor.predictions(network, splits.test, settings.batch_size)
+        loader = predictor.loader(splits.test, settings.batch_size)
+        predictions["test"] = predictions_of(splits.test, predictor.logits(network, loader))
     speeds = [row["images_per_second"] for row in model.history]
     return {
         "train_folder": arm.name,
@@ -395,7 +390,8 @@ def evaluate_checkpoint(
     predictor = Predictor(devices, workers)
     for name, tiles in sets.items():
         tiles.load()
-        predictions = predictor.predictions(model, tiles, EVAL_BATCH)
+        logits = predictor.logits(model, predictor.loader(tiles, EVAL_BATCH))
+        predictions = predictions_of(tiles, logits)
         predictions.write(out / f"evaluation_{name}.csv")
         report[name] = predictions.scores()
         report["bootstrap"][name] = intervals([predictions])

@@ -127,28 +127,16 @@ class TransformedTiles(TileSet):
         return {"image": item, "label": self.labels[index]}
 
 
-class RandomD4:
+def random_d4(image: Image.Image) -> Image.Image:
     """One of the 8 symmetries of the square, drawn with Python's generator: tissue has no up."""
-
-    TURNS = (None, *Image.Transpose)
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        turn = random.choice(self.TURNS)
-        return image if turn is None else image.transpose(turn)
+    turn = random.choice((None, *Image.Transpose))
+    return image if turn is None else image.transpose(turn)
 
 
-class RandomStains:
-    """More or less of each stain (`jitter_stains`), drawn with Python's generator.
-
-    Haematoxylin, eosin and the rest are multiplied by numbers in [1 - strength, 1 + strength].
-    """
-
-    def __init__(self, strength: float):
-        self.strength = strength
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        scale = [random.uniform(1 - self.strength, 1 + self.strength) for _ in range(3)]
-        return Image.fromarray(jitter_stains(np.asarray(image), np.array(scale)))
+def random_stains(strength: float, image: Image.Image) -> Image.Image:
+    """The stains times random numbers in [1 - strength, 1 + strength], drawn as `random_d4`."""
+    scale = [random.uniform(1 - strength, 1 + strength) for _ in range(3)]
+    return Image.fromarray(jitter_stains(np.asarray(image), np.array(scale)))
 
 
 def train_transform(settings: Settings):
@@ -161,9 +149,9 @@ def train_transform(settings: Settings):
         # The last step makes a tensor.
         geometry = eval_transform(settings.input_size).transforms[:-1]
     if settings.d4:
-        geometry = [*geometry, RandomD4()]
+        geometry = [*geometry, random_d4]
     if settings.stain_jitter:
-        colour = [RandomStains(settings.stain_jitter), *colour]
+        colour = [partial(random_stains, settings.stain_jitter), *colour]
     for step in colour:
         operations = [*getattr(step, "ops", []), *chain(*getattr(step, "policy", []))]
         for operation in operations:
@@ -276,10 +264,7 @@ def evaluated_sets(data_path: Path) -> list[str]:
 
 
 def open_evaluation_sets(
-    data_path: Path,
-    classes: Sequence[str],
-    input_size: int,
-    groups: GroupTable | None = None,
+    data_path: Path, classes: Sequence[str], input_size: int, groups: GroupTable | None = None
 ) -> dict[str, TransformedTiles]:
     """Those of `val` and `test` that are below `data_path`, with their groups."""
     transform = eval_transform(input_size)
@@ -324,11 +309,7 @@ def open_splits(
     for note in notes:
         log.warning("%s: %s", train_folder, note)
     identity: dict[str, dict[str, Any]] = {
-        name: {
-            "images": len(tiles),
-            "per_class": tiles.files.counts,
-            "sha256": tiles.files.listing,
-        }
+        name: {"images": len(tiles), "per_class": tiles.files.counts, "sha256": tiles.files.listing}
         for name, tiles in {"train": train, **evaluation}.items()
     }
     if settings.finetune:

@@ -129,11 +129,6 @@ class Predictor:
             logits[rank :: self.ranks.size] = share
         return logits
 
-    def predictions(
-        self, net: TileClassifier, tiles: TransformedTiles, batch_size: int
-    ) -> Predictions:
-        return predictions_of(tiles, self.logits(net, self.loader(tiles, batch_size)))
-
     def judge(self, tiles: TransformedTiles, batch_size: int) -> Callable[..., Validation]:
         """A function that validates a network on a set."""
         loader = self.loader(tiles, batch_size)
@@ -150,4 +145,4 @@ class Predictor:
 
 def predictions_of(tiles: TransformedTiles, logits: Tensor) -> Predictions:
     """Logits (N, K) of a set, as predictions."""
-    return Predictions.of(tiles, logits.argmax(1).numpy(), logits.double().softmax(1).numpy())
+    return Predictions.of(tiles, logits.double().softmax(1).numpy())

@@ -19,6 +19,7 @@ from ldm.files import atomic_folder, file_sha256, write_json, write_text
 from ldm.models.diffusion import LatentDiffusion
 from ldm.modules.autoencoder import Architecture
 from ldm.modules.blocks import AttentionBlock, ResBlock
+from ldm.report.tables import environment
 
 log = logging.getLogger(__name__)
 
@@ -356,23 +357,6 @@ def largest_difference(model: LatentDiffusion, pipeline: Any, use_ema: bool = Tr
     return max(float((a - b).abs().max() / a.abs().max().clamp(min=1)) for a, b in pairs)
 
 
-CARD = """# {name}
-
-An unconditional latent diffusion model of tissue tiles ({pixels} x {pixels} pixels), exported for
-the diffusers library from `{source}` (SHA-256 {sha256}).
-
-    from diffusers import LDMPipeline
-
-    pipeline = {load}
-    images = pipeline(batch_size=4, num_inference_steps=50, eta=1.0,
-                      generator=torch.Generator().manual_seed(0)).images
-
-The time steps are those of the toolkit for every `num_inference_steps` below {T} that divides {T}.
-With eta 0 and the same initial noise the images are the same; with eta above 0 the two libraries
-draw their noise differently. Classifier guidance is not part of the pipeline.
-"""
-
-
 def export(checkpoint: Path, model: LatentDiffusion, out: Path, use_ema: bool = True) -> float:
     """Write the pipeline to the new folder `out`, completely or not at all.
 
@@ -394,28 +378,21 @@ def export(checkpoint: Path, model: LatentDiffusion, out: Path, use_ema: bool = 
             f"{checkpoint}: the exported networks differ by {difference:.2g} from ours, above "
             f"{TOLERANCE:g}; nothing is written"
         )
-    sha256 = file_sha256(checkpoint)
     record = {
         "checkpoint": checkpoint.name,
-        "sha256": sha256,
+        "sha256": file_sha256(checkpoint),
         "averaged_weights": use_ema and model.ema is not None,
         "largest_difference": difference,
         "record": model.record,
     }
     with atomic_folder(out) as folder:
         pipeline.save_pretrained(folder)
-        options = ""
-        if type(pipeline.unet).__name__ == HEADS_CLASS:
+        has_code = type(pipeline.unet).__name__ == HEADS_CLASS
+        if has_code:
             _add_heads_class(folder)
-            options = ", trust_remote_code=True"
-        card = CARD.format(
-            name=out.name,
-            pixels=model.first_stage_model.resolution,
-            source=checkpoint.name,
-            sha256=sha256,
-            T=model.schedule.T,
-            load=f'LDMPipeline.from_pretrained("{out.name}"{options})',
-        )
+        facts = {"name": out.name, "T": model.schedule.T, "has_code": has_code, **record}
+        facts["pixels"] = model.first_stage_model.resolution
+        card = environment().get_template("pipeline.md").render(facts)
         write_text(folder / "README.md", card)
         write_json(folder / "histodiffusion.json", record)
     return difference

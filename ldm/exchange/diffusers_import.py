@@ -13,13 +13,7 @@ import torch
 from ldm.config import instantiate_from_config
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
-from ldm.exchange.diffusers_export import (
-    HEADS_CLASS,
-    PREDICTIONS,
-    SCHEDULES,
-    unet_state,
-    vae_state,
-)
+from ldm.exchange.diffusers_export import HEADS_CLASS, PREDICTIONS, SCHEDULES, unet_state, vae_state
 from ldm.exchange.foreign import UNET, State, read_payload
 from ldm.modules.autoencoder import AutoencoderKL
 
@@ -80,10 +74,7 @@ def _weights(folder: Path) -> State:
 
 
 def _in_our_names(
-    net: torch.nn.Module,
-    theirs: State,
-    translate: Callable[[torch.nn.Module], State],
-    prefix: str,
+    net: torch.nn.Module, theirs: State, translate: Callable[[torch.nn.Module], State], prefix: str
 ) -> State:
     """The weights `theirs` under our names, with `prefix`; those that are missing are left out.
 

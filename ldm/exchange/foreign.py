@@ -21,8 +21,6 @@ import math
 import pickle
 import re
 import types
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +28,21 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.checkpoint import DAMAGED, KEY, load_model, load_tensors, write_checkpoint
+from ldm.checkpoint import (
+    DAMAGED,
+    KEY,
+    load_model,
+    load_tensors,
+    require_finite,
+    write_checkpoint,
+)
 from ldm.cli import existing_path
 from ldm.config import read_yaml, upgrade_config
 from ldm.errors import UserError
 from ldm.files import digest_of, file_sha256
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.base import HistoModule
-from ldm.models.classifier import (
-    LatentSpace,
-    NoisyLatentClassifier,
-    network_config,
-    process_params,
-)
+from ldm.models.classifier import LatentSpace, NoisyLatentClassifier, network_config, process_params
 from ldm.models.diffusion import LatentDiffusion
 
 log = logging.getLogger(__name__)
@@ -68,20 +68,10 @@ class _Placeholder:
     def __new__(cls, *args: Any, **kwargs: Any) -> "_Placeholder":
         return super().__new__(cls)
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        pass
+    def _ignore(self, *args: Any, **kwargs: Any) -> None:
+        """Take whatever a pickle gives the object."""
 
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    def append(self, item: Any) -> None:
-        pass
-
-    def extend(self, items: Iterable[Any]) -> None:
-        pass
+    __init__ = __setstate__ = __setitem__ = append = extend = _ignore
 
 
 # What a pickle may call: these rebuild tensors. torch itself resolves the names of storage types.
@@ -224,14 +214,29 @@ def read_model_node(path: str | Path, kind: str) -> dict[str, Any]:
 # --- Matching names ------------------------------------------------------------------------------
 
 
-@dataclass
-class Report:
-    """The weights of a file by what happened to them; names are those of the file."""
+def _grouped(names: list[str]) -> str:
+    """Shorten a list of names by their part before the first dot: `loss.* (64), betas`."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name.split(".", 1)[0], []).append(name)
+    shown = [f"{g}.* ({len(n)})" if len(n) > 1 else n[0] for g, n in sorted(groups.items())]
+    return ", ".join(shown) or "none"
 
-    used: list[str] = field(default_factory=list)
-    unused: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+
+class Matcher:
+    """Assigns the weights of a foreign file to networks, and keeps count of them.
+
+    Attributes:
+        used, unused, missing: Names of weights, as in the file.
+        notes: Remarks for the user.
+    """
+
+    def __init__(self, state: State):
+        self.state = state
+        self.unused = sorted(state)
+        self.used: list[str] = []
+        self.missing: list[str] = []
+        self.notes: list[str] = []
 
     def lines(self) -> list[str]:
         """Lines for the user, with the names in groups."""
@@ -242,30 +247,13 @@ class Report:
             *(f"note         {note}" for note in self.notes),
         ]
 
-
-def _grouped(names: list[str]) -> str:
-    """Shorten a list of names by their part before the first dot: `loss.* (64), betas`."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(name.split(".", 1)[0], []).append(name)
-    shown = [f"{g}.* ({len(n)})" if len(n) > 1 else n[0] for g, n in sorted(groups.items())]
-    return ", ".join(shown) or "none"
-
-
-class _Matcher:
-    """Assigns the weights of a foreign file to networks and keeps count of them."""
-
-    def __init__(self, state: State):
-        self.state = state
-        self.report = Report(unused=sorted(state))
-
     def take(self, name: str) -> torch.Tensor | None:
         """The tensor of that name, marked as used; None if the file does not have it."""
         if name not in self.state:
             return None
-        if name in self.report.unused:
-            self.report.unused.remove(name)
-            self.report.used.append(name)
+        if name in self.unused:
+            self.unused.remove(name)
+            self.used.append(name)
         return self.state[name]
 
     def fill(self, module: torch.nn.Module, names: dict[str, str], where: str) -> None:
@@ -278,13 +266,11 @@ class _Matcher:
             UserError: A weight has another shape (the configuration describes another network), or
                 is not finite.
         """
-        from ldm.checkpoint import require_finite
-
         own, wrong, found = module.state_dict(), [], {}
         for name, theirs in names.items():
             value = self.take(theirs)
             if value is None:
-                self.report.missing.append(theirs)
+                self.missing.append(theirs)
             elif value.shape != own[name].shape:
                 wrong.append(f"{theirs} is {tuple(value.shape)}, here {tuple(own[name].shape)}")
             else:
@@ -310,7 +296,7 @@ def _identical_names(module: torch.nn.Module, prefix: str = "") -> dict[str, str
 # --- The three kinds -----------------------------------------------------------------------------
 
 
-def import_autoencoder(state: State, node: dict[str, Any]) -> tuple[HistoModule, Report]:
+def import_autoencoder(state: State, node: dict[str, Any]) -> tuple[HistoModule, Matcher]:
     """Build an autoencoder from its own file, or from the first stage in a diffusion model's file.
 
     Args:
@@ -323,9 +309,9 @@ def import_autoencoder(state: State, node: dict[str, Any]) -> tuple[HistoModule,
         raise UserError("config: the model section describes no autoencoder (ddconfig, embed_dim)")
     module = AutoencoderKL(**wanted)
     prefix = "first_stage_model." if any(k.startswith("first_stage_model.") for k in state) else ""
-    matcher = _Matcher(state)
+    matcher = Matcher(state)
     matcher.fill(module.net, _identical_names(module.net, prefix), "autoencoder")
-    return module, matcher.report
+    return module, matcher
 
 
 def import_diffusion(
@@ -333,7 +319,7 @@ def import_diffusion(
     node: dict[str, Any],
     autoencoder: str | None = None,
     scale_factor: float | None = None,
-) -> tuple[HistoModule, Report]:
+) -> tuple[HistoModule, Matcher]:
     """Build an unconditional latent diffusion model.
 
     Args:
@@ -346,7 +332,7 @@ def import_diffusion(
             says; or the latent scale or the autoencoder is missing or given twice and different.
     """
     _require_target(node, "LatentDiffusion")
-    matcher = _Matcher(state)
+    matcher = Matcher(state)
     params = dict(node.get("params") or {})
     stated = params.pop("scale_factor", None)
     other = None
@@ -357,9 +343,9 @@ def import_diffusion(
     has_unet, has_average = (any(k.startswith(p) for k in state) for p in (UNET, AVERAGE))
     params["use_ema"] = has_average and has_unet
     if has_average and not has_unet:
-        matcher.report.notes.append("only averaged weights (model_ema.*): they are the UNet's")
+        matcher.notes.append("only averaged weights (model_ema.*): they are the UNet's")
     elif not has_average:
-        matcher.report.notes.append("no averaged weights (model_ema.*): samples come from the UNet")
+        matcher.notes.append("no averaged weights (model_ema.*): samples come from the UNet")
     scale = _scale(matcher, stated, scale_factor)
     module = LatentDiffusion(**params, scale_factor=scale)
     net = module.first_stage_model
@@ -379,7 +365,7 @@ def import_diffusion(
         _fill_average(matcher, module)
     _check_schedule(matcher, module.schedule)
     module.scale_factor = torch.tensor(scale)
-    return module, matcher.report
+    return module, matcher
 
 
 def _first_stage_config(
@@ -412,7 +398,7 @@ def _average_names(unet: torch.nn.Module) -> dict[str, str]:
     return {name: AVERAGE + name.replace(".", "") for name in unet.state_dict()}
 
 
-def _fill_average(matcher: _Matcher, module: HistoModule) -> None:
+def _fill_average(matcher: Matcher, module: HistoModule) -> None:
     """Fill the average of the UNet's weights, its count of updates and its decay."""
     ema = module.ema
     matcher.fill(ema.net, _average_names(ema.net), "averaged UNet")
@@ -423,7 +409,7 @@ def _fill_average(matcher: _Matcher, module: HistoModule) -> None:
         module.ema_decay = ema.decay = round(float(decay), 6)
     elif decay is not None:  # 0.9999 in float16
         note = f"model_ema.decay is {float(decay):g}: {ema.decay:g} of the configuration is kept"
-        matcher.report.notes.append(note)
+        matcher.notes.append(note)
 
 
 def _tolerance(stored: torch.Tensor, least: float) -> float:
@@ -431,7 +417,7 @@ def _tolerance(stored: torch.Tensor, least: float) -> float:
     return max(least, 2 * torch.finfo(stored.dtype).eps) if stored.is_floating_point() else least
 
 
-def _scale(matcher: _Matcher, stated: float | None, given: float | None) -> float:
+def _scale(matcher: Matcher, stated: float | None, given: float | None) -> float:
     """The latent scale: from the file, as given, or from the configuration; they must agree."""
     stored = matcher.take("scale_factor")
     if isinstance(stated, list) or (stored is not None and stored.numel() != 1):
@@ -445,7 +431,7 @@ def _scale(matcher: _Matcher, stated: float | None, given: float | None) -> floa
         if stated == 1 and float(stored) != 1:
             # What a published configuration without a scale means; the file has a measured one.
             del said["config: model.params.scale_factor"]
-            matcher.report.notes.append(f"scale_factor {float(stored):.6g} from the file")
+            matcher.notes.append(f"scale_factor {float(stored):.6g} from the file")
         for name, value in said.items():
             if abs(float(stored) - value) > tolerance * abs(value):
                 raise UserError(
@@ -462,11 +448,11 @@ def _scale(matcher: _Matcher, stated: float | None, given: float | None) -> floa
             "the file holds no scale_factor, and the configuration says none: give scale_factor "
             "(1 / standard deviation of the latents that it was trained on)"
         )
-    matcher.report.notes.append(f"scale_factor {stated} from the configuration")
+    matcher.notes.append(f"scale_factor {stated} from the configuration")
     return float(stated)
 
 
-def _check_schedule(matcher: _Matcher, schedule) -> None:
+def _check_schedule(matcher: Matcher, schedule) -> None:
     """Compare the file's noise schedule with the configuration's."""
     known = {"betas": schedule.betas, "alphas_cumprod": schedule.alphas_cumprod}
     seen = False
@@ -486,7 +472,7 @@ def _check_schedule(matcher: _Matcher, schedule) -> None:
                 "beta_schedule, linear_start and linear_end in the configuration"
             )
     if not seen:
-        matcher.report.notes.append("no table of betas to compare the schedule with")
+        matcher.notes.append("no table of betas to compare the schedule with")
 
 
 def import_classifier(
@@ -496,7 +482,7 @@ def import_classifier(
     node: dict[str, Any] | None = None,
     scale_factor: float | None = None,
     noised: bool = False,
-) -> tuple[HistoModule, Report]:
+) -> tuple[HistoModule, Matcher]:
     """Build a noisy-latent classifier.
 
     Args:
@@ -539,13 +525,13 @@ def import_classifier(
         first_stage=space.first_stage,
     )
     module.classes = list(classes)
-    matcher = _Matcher(state)
+    matcher = Matcher(state)
     matcher.fill(module.net, _identical_names(module.net), "classifier")
-    return module, matcher.report
+    return module, matcher
 
 
 def write_imported(
-    module: HistoModule, report: Report, source: Path, out: Path, beside: dict[str, Any]
+    module: HistoModule, matcher: Matcher, source: Path, out: Path, beside: dict[str, Any]
 ) -> None:
     """Write the imported model as a checkpoint that records its source file."""
     payload: dict[str, Any] = {"state_dict": module.state_dict()}
@@ -555,8 +541,8 @@ def write_imported(
     payload[KEY]["source"] = {
         "file": source.name,
         "sha256": digests[0] if source.is_file() else digest_of(digests),
-        "unused": report.unused,
-        "missing": report.missing,
+        "unused": matcher.unused,
+        "missing": matcher.missing,
     }
     payload |= {k: v for k, v in beside.items() if k in ("epoch", "global_step")}
     write_checkpoint(out, payload)

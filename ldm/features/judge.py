@@ -56,25 +56,21 @@ class Judge:
         Raises:
             UserError: A regression has too few real tiles.
         """
-        labels = real[0].labels
+        labels, left_out = real[0].labels, []
         probes: list[FeatureClassifier | None] = []
         temperatures = []
         for k, one in enumerate(real):
-            probe = None
-            if one.logits is None and unlabelled is None:
+            if one.logits is not None:
+                probes.append(None)
+                temperatures.append(1.0 if val is None else _softened(val[k].logits, val[k].labels))
+                continue
+            if unlabelled is None:
                 probe = Probe.of(one, cache)
-            elif one.logits is None:
+            else:
                 probe = Spreading(one.values, labels.numpy(), one.classes, unlabelled[k].values)
             probes.append(probe)
-            if probe is not None:
-                temperatures.append(_softened(probe.left_out, labels))
-            else:
-                temperatures.append(1.0 if val is None else _softened(val[k].logits, val[k].labels))
-        left_out = [
-            (probe.left_out / temperature).log_softmax(dim=1)
-            for probe, temperature in zip(probes, temperatures, strict=True)
-            if probe is not None
-        ]
+            temperatures.append(_softened(probe.left_out, labels))
+            left_out.append((probe.left_out / temperatures[-1]).log_softmax(dim=1))
         together = 1.0
         if len(left_out) > 1:
             together = _softened(torch.stack(left_out).mean(dim=0), labels)

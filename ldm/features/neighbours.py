@@ -3,7 +3,7 @@
 Letters: N queries, M candidates, D features, B and C rows of one block of each.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -87,24 +87,17 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
     return (x.square().sum(1)[:, None] + y.square().sum(1) - 2 * products).clamp_(min=0)
 
 
-def in_chunks(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Parts of at most CHUNK rows, each with its place."""
-    for start in range(0, len(x), CHUNK):
-        yield slice(start, start + CHUNK), x[start : start + CHUNK]
-
-
 def centroid_distances(features: Tensor, centroids: Tensor) -> Tensor:
     """Mean squared distance (over D) of images (N, D) to centroids (K, D), (N, K) float64.
 
     Each entry is computed from its own row alone, so it depends neither on the order of the images
     nor on how many there are.
     """
-    shape = (len(features), len(centroids))
-    distances = torch.empty(shape, dtype=torch.float64, device=features.device)
-    for place, part in in_chunks(features):
-        for k, centroid in enumerate(centroids.double()):
-            distances[place, k] = (part.double() - centroid).square().mean(dim=1)
-    return distances
+    parts = []
+    for part in features.split(CHUNK):
+        columns = [(part.double() - c).square().mean(dim=1) for c in centroids.double()]
+        parts.append(torch.stack(columns, dim=1))
+    return torch.cat(parts)
 
 
 def nearest(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,7 +118,5 @@ def neighbour_distances(x: Tensor, k: int) -> Tensor:
 
 def paired_distances(x: Tensor, y: Tensor) -> Tensor:
     """Distance of row i of x to row i of y, from these two alone: (N,) float64."""
-    result = torch.empty(len(x), dtype=torch.float64, device=x.device)
-    for place, part in in_chunks(x):
-        result[place] = (part.double() - y[place].double()).square().sum(1).sqrt()
-    return result
+    pairs = zip(x.split(CHUNK), y.split(CHUNK), strict=True)
+    return torch.cat([(a.double() - b.double()).square().sum(1).sqrt() for a, b in pairs])

@@ -19,12 +19,12 @@ from ldm.features.source import DINOV2, INCEPTION, FeatureSource
 from ldm.features.weights import WEIGHTS, cached_weights
 from ldm.files import digest_of, file_sha256
 from ldm.models.vit import (
-    SHORT_NAMES,
     TileClassifier,
     eval_transform,
     load_pretrained,
     load_vit,
     selected_epoch,
+    timm_name,
 )
 
 DINOV2_SIZE = 224  # pixels, as published Frechet distances in DINOv2 have it (16 x 16 patches)
@@ -47,8 +47,8 @@ def open_timm(source: FeatureSource, device: torch.device | str) -> Extractor:
     import timm
 
     arch = source.argument
-    full_name = f"{arch}_patch16_224" if arch in SHORT_NAMES else arch
-    config = timm.get_pretrained_cfg(full_name) if timm.is_model(full_name) else None
+    name = timm_name(arch)
+    config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     size = source.input_size or (config.input_size[-1] if config else 224)
     weights = source.weights or cached_weights(config)
     net = _timm_network(arch, size, source, config, weights, device)
@@ -170,11 +170,10 @@ def _timm_network(
     except UserError as error:
         raise UserError(f"features {source}: {error}") from None
     if weights is None:
-        name = f"{arch}_patch16_224" if arch in SHORT_NAMES else arch
         raise UserError(
             f"features {source}: the weights are not on this machine and nothing is downloaded;"
             " give a local file of weights, or where there is internet run: python -c"
-            f" \"import timm; timm.create_model('{name}', pretrained=True)\""
+            f" \"import timm; timm.create_model('{timm_name(arch)}', pretrained=True)\""
         )
     load_pretrained(net, weights, what="weights")
     return net.to(device).eval().requires_grad_(False)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ldm.data.stain import optical_density
+from ldm.data.tiles import SYMMETRIES, symmetry
 from ldm.features.extractor import FEATURES, Extractor, Views
 from ldm.features.source import FeatureSource
 from ldm.files import digest_of
@@ -87,8 +88,7 @@ def oriented(images: Tensor) -> Tensor:
     In the order of `ORIENTATIONS`: turned counter-clockwise by so many degrees, and then flipped
     left to right.
     """
-    turned = [torch.rot90(images, k, (-2, -1)) for k in range(4)]
-    return torch.stack(turned + [image.flip(-1) for image in turned], dim=1)
+    return torch.stack([symmetry(images, k) for k in range(SYMMETRIES)], dim=1)
 
 
 def turned_back(image: np.ndarray, orientation: int) -> np.ndarray:

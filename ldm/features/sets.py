@@ -37,6 +37,7 @@ FORMAT = "histodiffusion features 1"
 REFERENCE_FORMAT = "histodiffusion fidelity reference 1"  # of earlier versions, which are read
 CENTROIDS_FORMAT = "histodiffusion centroids 1"
 SUFFIX = ".safetensors"
+TEXTS = ("extractor", "tiles", "network", "trained_on")  # fields of a set in a file's metadata
 
 
 @dataclass(frozen=True)
@@ -132,15 +133,9 @@ class FeatureSet:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file."""
-        metadata = {
-            "format": FORMAT,
-            "files": json.dumps(self.files),
-            "classes": json.dumps(self.classes),
-            "extractor": self.extractor,
-            "tiles": self.tiles,
-            "network": self.network,
-            "trained_on": self.trained_on or "",
-        }
+        metadata = {"format": FORMAT, "files": json.dumps(self.files)}
+        metadata |= {"classes": json.dumps(self.classes)}
+        metadata |= {name: getattr(self, name) or "" for name in TEXTS}
         if self.facts:
             metadata["facts"] = json.dumps(self.facts)
         write_tensors(path, {FEATURES: self.values, "labels": self.labels, **self.others}, metadata)
@@ -156,19 +151,11 @@ class FeatureSet:
             if not classes:
                 labels = torch.full_like(labels, -1)
             return cls(values, labels, [], classes, "", "", facts={"raw": True, **facts})
-        require_class_names(json.loads(metadata["classes"]), str(path))
-        return cls(
-            values=values,
-            labels=labels,
-            files=json.loads(metadata["files"]),
-            classes=json.loads(metadata["classes"]),
-            extractor=metadata["extractor"],
-            tiles=metadata["tiles"],
-            network=metadata.get("network", ""),
-            trained_on=metadata.get("trained_on") or None,
-            others=tensors,
-            facts=facts,
-        )
+        files, classes = (json.loads(metadata[name]) for name in ("files", "classes"))
+        require_class_names(classes, str(path))
+        texts = [metadata.get(name, "") for name in TEXTS[:-1]]
+        trained_on = metadata.get(TEXTS[-1]) or None
+        return cls(values, labels, files, classes, *texts, trained_on, tensors, facts)
 
     def save_centroids(self, path: str | os.PathLike) -> None:
         """Write `centroids` with what they belong to as a safetensors file."""

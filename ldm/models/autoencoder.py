@@ -155,8 +155,8 @@ class AutoencoderKL(HistoModule):
         }
 
 
-def find_backbone(path: str | None) -> Path:
-    """The given file, or the one in torchvision's download cache; nothing is ever downloaded."""
+def read_backbone(path: str | None) -> dict[str, Tensor]:
+    """State dictionary of torchvision's VGG-16: of a file, or from torchvision's download cache."""
     from torchvision.models import VGG16_Weights
 
     cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(VGG16_Weights.IMAGENET1K_V1.url).name
@@ -168,9 +168,4 @@ def find_backbone(path: str | None) -> Path:
             "where to), or set lossconfig.params.perceptual_weights=FILE, or train without LPIPS "
             "with lossconfig.params.perceptual_weight=0"
         )
-    return found
-
-
-def read_backbone(path: str | None) -> dict[str, Tensor]:
-    """State dictionary of torchvision's VGG-16; see `find_backbone`."""
-    return load_tensors(find_backbone(path), "LPIPS backbone (torchvision's vgg16)")
+    return load_tensors(found, "LPIPS backbone (torchvision's vgg16)")

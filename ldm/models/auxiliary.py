@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.checkpoint import load_model
+from ldm.checkpoint import load_model, require_given
 from ldm.errors import UserError
 from ldm.models.autoencoder import read_backbone
 from ldm.models.base import HistoModule
@@ -55,15 +55,12 @@ class DecoderFinetune(HistoModule):
         monitor: str | None = None,
     ):
         super().__init__()
-        if not autoencoder_ckpt:
-            raise UserError(
-                "model.params.autoencoder_ckpt is not set: export HISTO_AUTOENCODER=CKPT or give "
-                "model.params.autoencoder_ckpt=CKPT"
-            )
-        source = load_model(autoencoder_ckpt, "autoencoder", what="model.params.autoencoder_ckpt")
+        key = "model.params.autoencoder_ckpt"
+        require_given(autoencoder_ckpt, key, "HISTO_AUTOENCODER")
+        source = load_model(autoencoder_ckpt, "autoencoder", what=key)
         if not isinstance(source.net, AutoencoderNet):
             raise UserError(
-                f"model.params.autoencoder_ckpt: {autoencoder_ckpt} holds a "
+                f"{key}: {autoencoder_ckpt} holds a "
                 f"{type(source.net).__name__}, whose decoder cannot be tuned; give an autoencoder"
             )
         self.source_config = source.rebuild_config()
@@ -87,13 +84,7 @@ class DecoderFinetune(HistoModule):
 
     def use_classes(self, classes: list[str]) -> None:
         """Make the auxiliary classifier for these classes."""
-        if not classes:
-            raise UserError(
-                "decoder fine-tuning needs labelled tiles: set "
-                "data.params.train.params.labelled=true and give a "
-                "folder with one folder per class"
-            )
-        self.classes = list(classes)
+        self.require_labels(classes, "decoder fine-tuning")
         try:
             self.aux_classifier = timm.create_model(
                 self.aux_arch, pretrained=False, num_classes=len(classes)

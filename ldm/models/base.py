@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytorch_lightning as pl
@@ -53,6 +53,15 @@ class HistoModule(pl.LightningModule):
 
     def use_classes(self, classes: list[str]) -> None:
         """Take the class names of the data before training; none if it is unlabelled."""
+
+    def require_labels(self, classes: list[str], name: str) -> None:
+        """Take the class names; UserError if there are none for what is called `name`."""
+        if not classes:
+            raise UserError(
+                f"{name} needs labelled tiles: set data.params.train.params.labelled=true and give"
+                " a folder with one folder per class"
+            )
+        self.classes = list(classes)
 
     def check_data(self, data: pl.LightningDataModule) -> None:
         """Check, before a run begins, that this model can train on the data.
@@ -153,8 +162,6 @@ class HistoModule(pl.LightningModule):
             logger.save()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if KEY not in checkpoint or checkpoint[KEY]["kind"] != self.kind:
-            raise UserError(f"the checkpoint to resume does not hold a model of kind {self.kind}")
         stored = checkpoint[KEY]["classes"]
         if self.classes is not None and stored != self.classes:
             raise UserError(
@@ -188,10 +195,7 @@ class HistoModule(pl.LightningModule):
 
         def check(value: float) -> None:
             if not math.isfinite(value):
-                raise UserError(
-                    f"the loss is {value} at step {step}, batch {batch_idx} (files: "
-                    f"{_listed(files)}); {self._last_checkpoint()}: {REMEDY}, and resume"
-                )
+                self._stop(f"the loss is {value} at step {step}, batch {batch_idx}", files)
 
         self.arrivals.add(loss, check)
 
@@ -218,10 +222,7 @@ class HistoModule(pl.LightningModule):
             self._skipped[key] = 0 if math.isfinite(norm) else self._skipped[key] + 1
             if self._skipped[key] == most:
                 often = f" {most} times in a row" if most > 1 else ""
-                raise UserError(
-                    f"the gradient is {norm}{often} at step {step} (files: {_listed(files)}); "
-                    f"{self._last_checkpoint()}: {REMEDY}, and resume"
-                )
+                self._stop(f"the gradient is {norm}{often} at step {step}", files)
 
         self.arrivals.add(self.gradient_norm, check)
 
@@ -246,6 +247,12 @@ class HistoModule(pl.LightningModule):
     def _steps_done(self) -> int:
         return 0 if self._trainer is None else self.global_step
 
+    def _stop(self, reason: str, files: Sequence[str], most: int = 8) -> NoReturn:
+        listed = ", ".join(map(str, files[:most]))
+        listed += f" and {len(files) - most} more" if len(files) > most else ""
+        last = self._last_checkpoint()
+        raise UserError(f"{reason} (files: {listed}); {last}: {REMEDY}, and resume")
+
     def _last_checkpoint(self) -> str:
         """Text that says where to go on after an error; see `on_save_checkpoint`."""
         root = None if self._trainer is None else Path(self.trainer.default_root_dir)
@@ -255,8 +262,3 @@ class HistoModule(pl.LightningModule):
         steps = {path: training_step_of(path) or 0 for path in found}
         newest = max(found, key=lambda path: (steps[path], path.name == "last.ckpt"))
         return f"the last good checkpoint is {newest}, of step {steps[newest]}"
-
-
-def _listed(files: Sequence[str], most: int = 8) -> str:
-    more = f" and {len(files) - most} more" if len(files) > most else ""
-    return ", ".join(map(str, files[:most])) + more

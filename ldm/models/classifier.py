@@ -5,7 +5,7 @@ Letters: B batch, C channels, H W latent size, K classes, T training time steps.
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import PurePath
@@ -33,6 +33,7 @@ from ldm.models.diffusion import (
 )
 from ldm.modules.autoencoder import AutoencoderKL as AutoencoderNet
 from ldm.modules.lr_schedule import LinearAnneal
+from ldm.run import differences
 
 QUARTERS = 4  # ranges of t whose validation accuracy is reported
 SCALE_TOLERANCE = 0.05  # relative difference of latent scales that models bear
@@ -231,16 +232,7 @@ def network_config_of(
 
 def start_from_unet(model: "NoisyLatentClassifier", diffusion: LatentDiffusion, where: str) -> None:
     """Copy the averaged weights of a diffusion model's encoder and middle into a classifier."""
-    if diffusion.autoencoder_fingerprint != model.autoencoder_fingerprint:
-        raise UserError(
-            f"{where} was trained on latents of another autoencoder than `first_stage`; leave "
-            "`first_stage` out"
-        )
-    if diffusion.schedule != model.schedule:
-        raise UserError(
-            f"{where} was trained for {diffusion.schedule}, `first_stage` says {model.schedule}; "
-            "leave `first_stage` out"
-        )
+    check_latents(model, "`first_stage`", diffusion, where, "leave `first_stage` out")
     unet = diffusion.network()
     for name in ("time_embed", "input_blocks", "middle_block"):
         state = getattr(unet, name).state_dict()
@@ -313,7 +305,7 @@ class GuidingClassifier(HistoModule):
     def attach(self, diffusion: LatentDiffusion, where: str) -> None:
         """Take over what sampling shares with the diffusion model; some share nothing."""
 
-    def logits_model(self) -> nn.Module:
+    def logits_model(self) -> Callable[[Tensor, Tensor], Tensor]:
         """(z_t (B, C, H, W), t (B,)) -> logits (B, K)."""
         return self.net
 
@@ -345,6 +337,26 @@ class GuidingClassifier(HistoModule):
         factor = LinearAnneal(self.anneal_steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    @staticmethod
+    def fixed_settings(params: dict[str, Any]) -> dict[str, Any]:
+        """Those of the parameters of a checkpoint that cannot change where a training goes on."""
+        return params
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        stored, own = checkpoint[KEY]["model"]["params"], self.rebuild_config()["params"]
+        if stored["autoencoder_fingerprint"] != self.autoencoder_fingerprint:
+            raise UserError(
+                "the checkpoint to resume was trained on latents of another autoencoder; "
+                "give the same `first_stage`"
+            )
+        theirs, ours = self.fixed_settings(stored), self.fixed_settings(own)
+        if different := differences({key: theirs.get(key) for key in ours}, ours):
+            raise UserError(
+                f"the checkpoint to resume holds another network ({'; '.join(different)}); "
+                "give the options that it was started with"
+            )
 
     def on_validation_epoch_start(self) -> None:
         self._validated.clear()
@@ -401,13 +413,13 @@ class GuidingClassifier(HistoModule):
 
 
 def check_latents(
-    diffusion: LatentDiffusion,
+    diffusion: GuidingClassifier | LatentDiffusion,
     path: str | PurePath,
     other: GuidingClassifier | LatentDiffusion,
     where: str,
     remedy: str,
 ) -> None:
-    """UserError unless `other` works on the latents that the diffusion model makes."""
+    """UserError unless `other` works on the latents of `diffusion`, the model at `path`."""
     if other.autoencoder_fingerprint != diffusion.autoencoder_fingerprint:
         raise UserError(
             f"{where} was trained on latents of another autoencoder than {path}; {remedy}"
@@ -484,11 +496,6 @@ class NoisyLatentClassifier(GuidingClassifier):
         object.__setattr__(self, "first_stage", first_stage)
 
     def _check_first_stage(self, first_stage: AutoencoderNet) -> None:
-        if first_stage.fingerprint() != self.autoencoder_fingerprint:
-            raise UserError(
-                "the autoencoder is not the one that the classifier was trained with; "
-                "give the same `first_stage`"
-            )
         made = (first_stage.embed_dim, first_stage.latent_size, first_stage.latent_size)
         if made != self.latent_shape:
             ours, theirs = ("x".join(map(str, shape)) for shape in (self.latent_shape, made))
@@ -512,26 +519,11 @@ class NoisyLatentClassifier(GuidingClassifier):
         state_dict = {"temperature": torch.ones(()), **state_dict}
         return super().load_state_dict(state_dict, *args, **kwargs)
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        stored = checkpoint[KEY]["model"]["params"]
-        if stored["autoencoder_fingerprint"] != self.autoencoder_fingerprint:
-            raise UserError(
-                "the checkpoint to resume was trained on latents of another autoencoder; "
-                "give the same `first_stage`"
-            )
-        theirs, ours = stored["net_config"]["params"], self.net_config["params"]
-        names = ours.keys() - {"use_checkpoint"}  # the same network either way
-        different = [
-            f"{k} {theirs.get(k)} there, {ours[k]} here"
-            for k in sorted(names)
-            if theirs.get(k) != ours[k]
-        ]
-        if different:
-            raise UserError(
-                f"the checkpoint to resume holds another network ({'; '.join(different)}); "
-                "give the options that it was started with"
-            )
+    @staticmethod
+    def fixed_settings(params: dict[str, Any]) -> dict[str, Any]:
+        settings = dict(params["net_config"]["params"])
+        settings.pop("use_checkpoint", None)  # the same network either way
+        return settings
 
     def forward(self, z_t: Tensor, t: Tensor) -> Tensor:
         """Logits (B, K) of noisy latents (B, C, H, W) at time steps (B,)."""

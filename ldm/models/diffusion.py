@@ -2,13 +2,14 @@
 
 import logging
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoint import KEY, load_model
+from ldm.checkpoint import KEY, load_model, require_given
 from ldm.config import instantiate_from_config
 from ldm.data.latents import channel_sums, latent_sums, scale_from_sums
 from ldm.diffusion.flow import RectifiedFlow
@@ -162,6 +163,8 @@ class LatentDiffusion(HistoModule):
         config = dict(config or {})
         params = dict(config.get("params") or {})
         ckpt = ckpt or params.pop("ckpt_path", None)
+        if not params:
+            require_given(ckpt, "model.params.first_stage_ckpt", "HISTO_AUTOENCODER")
         if ckpt:
             module = load_model(ckpt, "autoencoder", what="model.params.first_stage_ckpt")
             stated = {k: params[k] for k in ("ddconfig", "embed_dim") if k in params}
@@ -173,14 +176,9 @@ class LatentDiffusion(HistoModule):
                     f"what {ckpt} was trained with; leave first_stage_config out, the checkpoint "
                     "knows its architecture"
                 )
-        elif params:
+        else:
             # Rebuilding from a diffusion checkpoint, whose weights follow.
             module = instantiate_from_config({"target": config["target"], "params": params})
-        else:
-            raise UserError(
-                "model.params.first_stage_ckpt is not set: export HISTO_AUTOENCODER=CKPT or give "
-                "model.params.first_stage_ckpt=CKPT"
-            )
         return module.net.eval().requires_grad_(False), module.rebuild_config()
 
     def _check_unet(self) -> None:
@@ -274,10 +272,7 @@ class LatentDiffusion(HistoModule):
 
     @torch.no_grad()
     def latents(
-        self,
-        batch: dict[str, Any],
-        generator: torch.Generator | None = None,
-        sample: bool = True,
+        self, batch: dict[str, Any], generator: torch.Generator | None = None, sample: bool = True
     ) -> Tensor:
         """Scaled latents z_0 (B, C, h, w) of a batch, see `posterior_of`: a draw, or the mean."""
         posterior = posterior_of(batch, self.first_stage_model)
@@ -288,15 +283,16 @@ class LatentDiffusion(HistoModule):
         """Images, about [-1, 1] but not clamped, of scaled latents."""
         return self.first_stage_model.decode(z_0 / self.scale_factor)
 
-    def replace_first_stage(self, path: str) -> None:
-        """Decode with another autoencoder of the same latent space, one with a tuned decoder."""
-        other = load_model(path, "autoencoder", self.device, what="`first_stage`").net
-        if other.fingerprint() != self.autoencoder_fingerprint:
+    def replace_first_stage(self, path: str | Path) -> HistoModule:
+        """Decode with the (tuned) autoencoder of a checkpoint, of the same latent space."""
+        other = load_model(path, "autoencoder", self.device, what="`first_stage`")
+        if other.net.fingerprint() != self.autoencoder_fingerprint:
             raise UserError(
                 f"`first_stage`: {path} has another latent space than the diffusion model; give "
                 "the autoencoder it was trained with, or one whose decoder was fine-tuned from that"
             )
-        self.first_stage_model = other
+        self.first_stage_model = other.net
+        return other
 
     def on_fit_start(self) -> None:
         if isinstance(self.first_stage_model, PatchPCA) and not self.first_stage_model.is_fitted:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ldm.checkpoint import load_model
+from ldm.checkpoint import load_model, require_given
 from ldm.diffusion.samplers import EpsFn
 from ldm.errors import UserError
 from ldm.models.diffusion import LatentDiffusion
@@ -60,10 +60,7 @@ class LabelAdapter(LatentDiffusion):
         # A model that is to be trained gets its average with its labels, in `use_classes`.
         params |= {"use_ema": use_ema and source is None, "ema_decay": ema_decay}
         super().__init__(
-            **params,
-            scheduler_config=scheduler_config,
-            weight_decay=weight_decay,
-            monitor=monitor,
+            **params, scheduler_config=scheduler_config, weight_decay=weight_decay, monitor=monitor
         )
         self.outputs = self.unet.num_classes
         self.label_dropout, self.tune = label_dropout, tune
@@ -75,12 +72,7 @@ class LabelAdapter(LatentDiffusion):
 
     def use_classes(self, classes: list[str]) -> None:
         """Make the label embedding for these classes, and the average of the weights."""
-        if not classes:
-            raise UserError(
-                "a label adapter needs labelled tiles: set data.params.train.params.labelled=true "
-                "and give a folder with one folder per class"
-            )
-        self.classes = list(classes)
+        self.require_labels(classes, "a label adapter")
         self.unet.add_labels(len(classes))
         settings = {**self.unet_config["params"], "num_classes": len(classes)}
         self.unet_config = {**self.unet_config, "params": settings}
@@ -133,11 +125,7 @@ class LabelAdapter(LatentDiffusion):
 
 def _pretrained(path: str | None) -> LatentDiffusion:
     """The unconditional model to start from."""
-    if not path:
-        raise UserError(
-            "model.params.pretrained is not set: export HISTO_DIFFUSION=CKPT or give "
-            "model.params.pretrained=CKPT"
-        )
+    require_given(path, "model.params.pretrained", "HISTO_DIFFUSION")
     source = load_model(path, "diffusion", what="model.params.pretrained")
     if source.conditional:
         raise UserError(

@@ -8,7 +8,7 @@ training takes seconds. Guidance shares the UNet's pass with the noise predictio
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, StackDataset
 
-from ldm.checkpoint import KEY
 from ldm.data.datamodule import ResumableSampler
 from ldm.devices import Devices
 from ldm.errors import UserError
@@ -53,17 +52,6 @@ class ReadoutPass(nn.Module):
         """The noise (B, C, H, W) and logits (B, K) of z_t at t (B,)."""
         output, features = self.net.with_features(z_t, t, self.blocks)
         return self.prediction.eps(z_t, t, output), self.head(features, t)
-
-
-class _Logits(nn.Module):
-    """The logits alone of a `ReadoutPass`."""
-
-    def __init__(self, both: ReadoutPass):
-        super().__init__()
-        self.both = both
-
-    def forward(self, z_t: Tensor, t: Tensor) -> Tensor:
-        return self.both(z_t, t)[1]
 
 
 class ReadoutClassifier(GuidingClassifier):
@@ -167,8 +155,9 @@ class ReadoutClassifier(GuidingClassifier):
         assert self._both is not None, "attach a diffusion model first"
         return self._both
 
-    def logits_model(self) -> nn.Module:
-        return _Logits(self.shared_model())
+    def logits_model(self) -> Callable[[Tensor, Tensor], Tensor]:
+        both = self.shared_model()
+        return lambda z_t, t: both(z_t, t)[1]
 
     def rebuild_config(self) -> dict[str, Any]:
         params = {
@@ -181,16 +170,6 @@ class ReadoutClassifier(GuidingClassifier):
             "process": self.schedule.settings,
         }
         return {"target": "ldm.models.readout.ReadoutClassifier", "params": params}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        stored, own = checkpoint[KEY]["model"]["params"], self.rebuild_config()["params"]
-        different = [key for key, value in own.items() if stored.get(key) != value]
-        if different:
-            raise UserError(
-                f"the checkpoint to resume holds another readout ({', '.join(different)} differ); "
-                "give the options that it was started with"
-            )
 
     def check_data(self, data: pl.LightningDataModule) -> None:
         """Features are made from images or cached latents before training starts."""

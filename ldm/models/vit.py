@@ -17,14 +17,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transf
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from ldm.checkpoint import (
-    KEY,
-    check_record,
-    load_model,
-    load_strictly,
-    load_tensors,
-    read_checkpoint,
-)
+from ldm.checkpoint import KEY, check_record, load_model, load_strictly, load_tensors
 from ldm.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -35,6 +28,11 @@ SHORT_NAME_PATCH = 16
 # Entries of checkpoints that hold the weights, in the order in which they are looked for.
 WEIGHT_ENTRIES = ("state_dict", "model", "teacher", "student")
 PREFIXES = ("module.", "backbone.", "_orig_mod.")
+
+
+def timm_name(arch: str) -> str:
+    """timm's name of one of `SHORT_NAMES`; another name stays itself."""
+    return f"{arch}_patch16_224" if arch in SHORT_NAMES else arch
 
 
 class TileClassifier(nn.Module):
@@ -145,7 +143,7 @@ def _create(
     required: dict[str, Any],
 ) -> nn.Module:
     """Build the timm network, with new weights: nothing is downloaded."""
-    name = f"{arch}_patch16_224" if arch in SHORT_NAMES else arch
+    name = timm_name(arch)
     if not timm.is_model(name):
         near = difflib.get_close_matches(arch, [*SHORT_NAMES, *timm.list_models()], n=3)
         hint = f"nearest: {', '.join(near)}" if near else "see timm.list_models()"
@@ -215,8 +213,8 @@ def load_vit(
     Returns:
         The network and its checkpoint record.
     """
-    path = selected_epoch(path)
-    return load_model(path, "vit", device, what), read_checkpoint(path, ("vit",), what)[KEY]
+    model = load_model(selected_epoch(path), "vit", device, what)
+    return model, model.record
 
 
 def load_pretrained(

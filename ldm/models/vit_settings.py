@@ -186,10 +186,7 @@ class Settings:
             if value is not None:
                 yield name, f"{value} belongs to match_steps; give that, or leave it out"
         if self.warmup >= self.epochs:
-            yield (
-                "warmup_epochs",
-                f"{self.warmup} must be less than epochs {self.epochs}; lower it",
-            )
+            yield "warmup_epochs", f"{self.warmup} must be less than epochs {self.epochs}; lower it"
         if self.cooldown_epochs and self.sched == "constant":
             yield "cooldown_epochs", "needs a sched that decays: cosine or tanh"
 
@@ -203,12 +200,6 @@ class Settings:
                     "one of them out",
                 )
         if (self.validations or 0) > steps:
-            yield (
-                "validations",
-                f"{self.validations} must be at most match_steps {steps}; lower it",
-            )
+            yield "validations", f"{self.validations} must be at most match_steps {steps}; lower it"
         if self.warmup >= steps:
-            yield (
-                "warmup_updates",
-                f"{self.warmup} must be less than match_steps {steps}; lower it",
-            )
+            yield "warmup_updates", f"{self.warmup} must be less than match_steps {steps}; lower it"

@@ -384,12 +384,7 @@ class ValidateAtMarks(pl.Callback):
         write_csv(Path(trainer.default_root_dir) / "metrics.csv", rows, list(row))
         if not sys.stderr.isatty() and (done + 1) % math.ceil(len(marks) / LOG_LINES) == 0:
             log.info(
-                "%s update %d/%d: loss %.3f val %.3f best %.3f %.0f img/s",
-                self.show,
-                pl_module.updates,
-                marks[-1],
-                row["train_loss"],
-                row["val_accuracy"],
-                pl_module.best["val_accuracy"],
-                row["images_per_second"],
+                f"{self.show} update {pl_module.updates}/{marks[-1]}: loss {row['train_loss']:.3f}"
+                f" val {row['val_accuracy']:.3f} best {pl_module.best['val_accuracy']:.3f}"
+                f" {row['images_per_second']:.0f} img/s"
             )

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.data.arrays import holder
+from ldm.data.arrays import file_of
 from ldm.data.tile_files import TileFiles, new_rows
 from ldm.errors import UserError
 from ldm.evaluation.predictions import Predictions
@@ -108,7 +108,7 @@ def compute_judged(
     """
     if cache is None:
         beside = candidates_root.resolve()  # which has a name, other than "."
-        cache = holder(beside).with_name(f"{beside.name}.features")
+        cache = file_of(beside).with_name(f"{beside.name}.features")
     files = _tile_files(real_root, candidates_root, unlabelled, val_root, spread_root)
     held_out = {"val": files["val"]} if "val" in files else {}
     rows = {}
@@ -126,7 +126,11 @@ def compute_judged(
     judge, left_out = None, ()
     if with_judge:
         judge = Judge.fit(sets["real"], cache, sets.get("val"), sets.get("spread"))
-        left_out = _left_out_scores(judge, sets["real"])
+        left_out = tuple(
+            {"network": one.network, **probe.scores(one.labels)}
+            for one, probe in zip(sets["real"], judge.probes, strict=True)
+            if probe is not None
+        )
     if choose:
         best = _best_network(judge, left_out)
         judge = judge.alone(best)
@@ -139,15 +143,6 @@ def compute_judged(
     both = FeatureSet.joined(sets["real"]), FeatureSet.joined(found)
     val = measured(judge, sets["val"]) if "val" in sets else None
     return Judged(*both, found, judge, val, left_out)
-
-
-def _left_out_scores(judge: Judge, real: Sequence[FeatureSet]) -> tuple[dict[str, Any], ...]:
-    """How good the regression of each network is on left-out real tiles."""
-    return tuple(
-        {"network": one.network, **probe.scores(one.labels)}
-        for one, probe in zip(real, judge.probes, strict=True)
-        if probe is not None
-    )
 
 
 def _best_network(judge: Judge, left_out: Sequence[dict[str, Any]]) -> int:

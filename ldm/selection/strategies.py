@@ -21,7 +21,7 @@ from torch import Tensor
 from ldm.data.folders import manifest_column
 from ldm.errors import UserError
 from ldm.features.neighbours import (
-    in_chunks,
+    CHUNK,
     nearest,
     neighbour_distances,
     paired_distances,
@@ -59,25 +59,27 @@ class Strategy:
         return order, scores[order] if self.score else np.full(len(order), np.nan)
 
 
-def _rivals(values: Tensor, synthetic: FeatureSet) -> tuple[Tensor, list[tuple[int, float, str]]]:
+def _against_rivals(
+    values: Tensor, synthetic: FeatureSet, reason: str, tie: str
+) -> tuple[Tensor, list[str | None]]:
     """The value of the own class, (N,), of values (N, K) of which the larger is better.
 
-    Also the images that have as large a value of another class: number, value and class.
+    Also why images are rejected: another class has a larger value (`reason`, with the class and
+    the value in braces), or an equal one (`tie`).
     """
     own = values.gather(1, synthetic.labels[:, None])[:, 0]
     best, winner = values.scatter(1, synthetic.labels[:, None], -torch.inf).max(dim=1)
-    rows = (best >= own).nonzero().flatten().tolist()
-    return own, [(i, best[i].item(), synthetic.classes[winner[i]]) for i in rows]
-
-
-def centroid_rejections(synthetic: FeatureSet, distances: Tensor) -> list[str | None]:
-    """Why images are rejected: another centroid is at least as near. `distances` are (N, K)."""
-    own, rivals = _rivals(-distances, synthetic)
     reasons: list[str | None] = [None] * len(own)
-    for i, best, name in rivals:
-        tie = best == own[i]
-        reasons[i] = "another centroid is as near" if tie else f"nearest centroid is {name}"
-    return reasons
+    for i in (best >= own).nonzero().flatten().tolist():
+        text = tie if best[i] == own[i] else reason
+        reasons[i] = text.format(synthetic.classes[winner[i]], best[i].item())
+    return own, reasons
+
+
+def by_nearness(synthetic: FeatureSet, distances: Tensor) -> tuple[Tensor, list[str | None]]:
+    """Minus the own one of distances (N, K) to centroids, (N,), and why images are rejected."""
+    reason, tie = "nearest centroid is {}", "another centroid is as near"
+    return _against_rivals(-distances, synthetic, reason, tie)
 
 
 def by_centroid(synthetic: FeatureSet, distances: Tensor) -> Strategy:
@@ -86,9 +88,10 @@ def by_centroid(synthetic: FeatureSet, distances: Tensor) -> Strategy:
     Args:
         distances: To every centroid, (N, K), see `centroid_distances`.
     """
+    own, reasons = by_nearness(synthetic, distances)
     return Strategy(
-        centroid_rejections(synthetic, distances),
-        -distances.gather(1, synthetic.labels[:, None])[:, 0],
+        reasons,
+        own,
         score="minus the distance to the centroid",
         accepted="own centroid is the nearest",
         surplus="{} others are closer",
@@ -101,10 +104,8 @@ def by_confidence(synthetic: FeatureSet, probabilities: Tensor) -> Strategy:
     Args:
         probabilities: Of the judge, (N, K), see `ldm.features.judge.Judge`.
     """
-    own, rivals = _rivals(probabilities, synthetic)
-    reasons: list[str | None] = [None] * len(own)
-    for i, p, name in rivals:
-        reasons[i] = f"judged {name}, probability {p:.3f}"
+    reason = "judged {}, probability {:.3f}"
+    own, reasons = _against_rivals(probabilities, synthetic, reason, reason)
     return Strategy(
         reasons,
         own,
@@ -241,7 +242,7 @@ class Coverage(Strategy):
     def of(cls, synthetic: FeatureSet, real: FeatureSet, distances: Tensor) -> Strategy:
         labels = range(len(real.classes))
         return cls(
-            centroid_rejections(synthetic, distances),
+            by_nearness(synthetic, distances)[1],
             None,
             "gain in coverage when chosen",
             "adds most to the coverage of its class",
@@ -265,10 +266,8 @@ class Coverage(Strategy):
             squared = squares + y.square().sum() - 2 * (x @ y)
             return squared.clamp_(min=0).div_(-width).exp_().double()
 
-        target = torch.empty(len(x), dtype=torch.float64)
-        for place, part in in_chunks(x):
-            squared = squared_distances(part, own - centre)
-            target[place] = squared.div_(-width).exp_().mean(dim=1)
+        squared = (squared_distances(part, own - centre) for part in x.split(CHUNK))
+        target = torch.cat([part.div_(-width).exp_().mean(dim=1) for part in squared])
         total = torch.zeros(len(x), dtype=torch.float64)
         for y in self.synthetic.values[taken] - centre:
             total += kernel(y)

@@ -116,10 +116,7 @@ def render(
 
 
 def point_records(
-    groups: Sequence[Points],
-    classes: Sequence[str],
-    roots: Mapping[str, Path],
-    thumbnails: int,
+    groups: Sequence[Points], classes: Sequence[str], roots: Mapping[str, Path], thumbnails: int
 ) -> list[dict[str, str | None]]:
     """Kind, class (label), file and picture of each point; no picture where it has no thumbnail."""
     records: list[dict[str, str | None]] = []

@@ -41,41 +41,21 @@ GRID_COLUMNS = 8
 GRID_ROWS = 8  # of a grid without classes
 JOURNAL, STAGES = ".parts", ".stages"
 
-# Manifest columns and their Arrow types. What stands in a row of the journal, then what is the
-# same for all images of a folder, from its settings.
-OF_IMAGE = {
-    "class": "string",
-    "index": "int32",
-    "file": "string",
-    "prob": "float64",
-    "entropy": "float64",
-    "source": "string",
-    "made": "timestamp",
-    "seconds": "float64",
+_COLUMNS = """class index file seed sampler steps eta scale interval_low interval_high
+    guidance_on normalise clip temperature cfg_scale autoguidance_scale limit strength
+    diffusion_sha256 classifier_sha256 autoguidance_sha256 first_stage_sha256 start_from_sha256
+    prob entropy source made seconds"""
+COLUMNS = tuple(_COLUMNS.split())  # of the manifest
+# Columns of a row of the journal; the others are the same for all images, from the settings.
+OF_IMAGE = ("class", "index", "file", "prob", "entropy", "source", "made", "seconds")
+OF_FOLDER = tuple(name for name in COLUMNS if name not in OF_IMAGE)
+_FLOATS = """eta scale clip temperature cfg_scale autoguidance_scale limit strength prob entropy
+    seconds"""
+TYPES = {  # of Arrow; columns that are not named hold texts
+    **dict.fromkeys(_FLOATS.split(), "float64"),
+    **dict.fromkeys(("index", "steps", "interval_low", "interval_high"), "int32"),
+    **{"seed": "int64", "normalise": "bool"},
 }
-OF_FOLDER = {
-    "seed": "int64",
-    "sampler": "string",
-    "steps": "int32",
-    "eta": "float64",
-    "scale": "float64",
-    "interval_low": "int32",
-    "interval_high": "int32",
-    "guidance_on": "string",
-    "normalise": "bool",
-    "clip": "float64",
-    "temperature": "float64",
-    "cfg_scale": "float64",
-    "autoguidance_scale": "float64",
-    "limit": "float64",
-    "strength": "float64",
-    "diffusion_sha256": "string",
-    "classifier_sha256": "string",
-    "autoguidance_sha256": "string",
-    "first_stage_sha256": "string",
-    "start_from_sha256": "string",
-}
-COLUMNS = ("class", "index", "file", *OF_FOLDER, "prob", "entropy", "source", "made", "seconds")
 # Columns that manifests of earlier versions lack.
 LATER = ("limit", "strength", "start_from_sha256", "source")
 DECIMALS = {"prob": 6, "entropy": 6, "seconds": 3}
@@ -282,12 +262,11 @@ def _parquet(rows: Sequence[Row]) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    kinds = OF_IMAGE | OF_FOLDER
-    types = {key: pa.type_for_alias(kind) for key, kind in kinds.items() if kind != "timestamp"}
+    types = {key: pa.type_for_alias(TYPES.get(key, "string")) for key in COLUMNS}
     types["made"] = pa.timestamp("ms", tz="UTC")  # Parquet has no seconds
     made = [datetime.fromisoformat(row["made"].replace("Z", "+00:00")) for row in rows]
     columns = {key: [row[key] for row in rows] for key in COLUMNS} | {"made": made}
-    schema = pa.schema([(key, types[key]) for key in COLUMNS])
+    schema = pa.schema(list(types.items()))
     stream = io.BytesIO()
     pq.write_table(pa.table(columns, schema=schema), stream)
     return stream.getvalue()

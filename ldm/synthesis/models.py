@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ldm.checkpoint import KEY, checkpoint_path, load_model, read_checkpoint
+from ldm.checkpoint import checkpoint_path, load_model
 from ldm.devices import Devices
 from ldm.errors import UserError
 from ldm.files import file_sha256
@@ -75,22 +75,22 @@ def load_models(
     files: dict[str, str] = {}
     facts: dict[str, dict[str, Any]] = {}
 
-    def note(role: str, path: str | Path, record: dict[str, Any]) -> None:
+    def note(role: str, path: str | Path, model: HistoModule) -> None:
         """Note what a reader of a data set may want to know of a checkpoint."""
         files[role] = file_sha256(checkpoint_path(path))
-        known = {name: record[name] for name in ("classes", "seed", "revision")}
-        facts[role] = {"model": record["model"]["target"].rsplit(".", 1)[-1], **known}
+        known = {name: model.record[name] for name in ("classes", "seed", "revision")}
+        facts[role] = {"model": model.record["model"]["target"].rsplit(".", 1)[-1], **known}
 
     diffusion = load_model(diffusion_path, "diffusion", device, what="`model`")
-    note("diffusion", diffusion_path, diffusion.record)
+    note("diffusion", diffusion_path, diffusion)
     classifier = weak = None
     if classifier_path is not None:
         classifier = load_model(classifier_path, "classifier", device, what="`classifier`")
-        note("classifier", classifier_path, classifier.record)
+        note("classifier", classifier_path, classifier)
         _attach(classifier, classifier_path, diffusion, diffusion_path)
     if autoguidance_path is not None:
         weak = load_model(autoguidance_path, "diffusion", device, what="`autoguidance`")
-        note("autoguidance", autoguidance_path, weak.record)
+        note("autoguidance", autoguidance_path, weak)
         where = f"`autoguidance` {autoguidance_path}"
         if files["autoguidance"] == files["diffusion"]:
             raise UserError(f"{where} is {diffusion_path} itself; give an earlier one of its run")
@@ -98,10 +98,9 @@ def load_models(
         if diffusion.conditional and weak.conditional:
             _check_classes(diffusion, diffusion_path, weak, where)
     if first_stage_path is not None:
-        diffusion.replace_first_stage(str(first_stage_path))
-        record = read_checkpoint(first_stage_path)[KEY]
-        note("first_stage", first_stage_path, record)
-        tuned, classes = record["classes"], Models(diffusion, classifier).classes
+        first_stage = diffusion.replace_first_stage(first_stage_path)
+        note("first_stage", first_stage_path, first_stage)
+        tuned, classes = first_stage.classes, Models(diffusion, classifier).classes
         if classes and tuned and tuned != classes:
             raise UserError(
                 f"`first_stage` {first_stage_path} was tuned on classes {tuned}, the classifier on "
@@ -138,10 +137,7 @@ def _check_classes(
 
 
 def make_settings(
-    sampling: Sampling,
-    models: Models,
-    devices: Devices | None = None,
-    out_size: int | None = None,
+    sampling: Sampling, models: Models, devices: Devices | None = None, out_size: int | None = None
 ) -> dict[str, Any]:
     """What decides the images of a folder, as `SampleFolder` compares it.
 

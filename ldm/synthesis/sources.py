@@ -16,13 +16,12 @@ from ldm.data.arrays import is_array, list_rows
 from ldm.data.folders import refuse_held_out
 from ldm.data.images import class_folders
 from ldm.data.tile_files import content_sha256
-from ldm.data.tiles import TileFolder
+from ldm.data.tiles import SYMMETRIES, TileFolder, symmetry
 from ldm.errors import UserError
 from ldm.files import digest_of
 from ldm.models.classifier import GuidingClassifier
 from ldm.models.diffusion import LatentDiffusion
 
-SYMMETRIES = 8
 BATCH = 64
 
 
@@ -129,14 +128,8 @@ class Sources:
     def _encode(self, members: Sequence[int], turns: Sequence[int] | None = None) -> Tensor:
         x = [self._tiles[i]["image"] for i in members]
         if turns is not None:
-            x = [_turned(image, turn) for image, turn in zip(x, turns, strict=True)]
+            x = [symmetry(image, turn) for image, turn in zip(x, turns, strict=True)]
         device = self.diffusion.scale_factor.device
         # One at a time: an image must not depend on those that are made beside it.
         batches = ({"image": image[None].to(device)} for image in x)
         return torch.cat([self.diffusion.latents(batch, sample=False) for batch in batches])
-
-
-def _turned(image: Tensor, turn: int) -> Tensor:
-    """One of the eight symmetries of the square, 0 being the image itself."""
-    image = torch.rot90(image, turn % 4, (1, 2))
-    return image.flip(2) if turn >= 4 else image
