@@ -38,7 +38,8 @@ class Process(ABC):
     Attributes:
         T: Largest time of the network.
         settings: Values that rebuild the process, see `ldm.diffusion.make_process`.
-        samplers: Names in `ldm.diffusion.samplers.SAMPLERS` that suit it, with the default first.
+        samplers: Names of samplers that suit it (see `ldm.diffusion.samplers.sample`), the default
+            first.
         predictions: Names in `ldm.diffusion.prediction.PREDICTIONS` that a network may predict.
         largest_guided: By default, later times are not guided: with hardly any signal left, a
             little guidance of the noise changes the clean latent a lot.

@@ -27,7 +27,7 @@ class AutoencoderKL(HistoModule):
         lossconfig: target/params of the loss; without it the module only encodes and decodes.
         ckpt_path: Autoencoder checkpoint to start from.
         monitor: Validation metric that chooses the best checkpoint.
-        betas: Adam's, of both optimisers.
+        betas: Decay rates of Adam's two moments, for both optimisers.
         accumulate_grad_batches: Batches per optimiser step.
     """
 

@@ -151,8 +151,8 @@ class UNetModel(_Encoder):
         num_heads_upsample: Number of heads on the up-sampling path; -1 for `num_heads`.
         use_scale_shift_norm: The time scales and shifts features, instead of being added to them.
         resblock_updown: Resample in residual blocks.
-        use_new_attention_order: Split heads before query, key and value; the same weights then have
-            another meaning.
+        use_new_attention_order: Split query, key and value before the heads; the same weights then
+            have another meaning.
         num_classes: Number of labels whose embedding is added to that of the time, see
             `add_labels`; None for no labels.
         use_checkpoint: Recompute activations in the backward pass: less memory, the same gradients.
