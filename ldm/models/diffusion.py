@@ -80,7 +80,8 @@ class LatentDiffusion(HistoModule):
         channel_scale: Measure a scale for each channel, so that every channel has unit deviation.
         scale_images: Number of tiles to measure it on.
         use_ema, ema_decay: Moving average of the UNet's weights, per optimiser step.
-        weight_decay, betas: Weight decay of AdamW, and the decay rates of its two moments.
+        weight_decay: Weight decay of AdamW.
+        betas: Decay rates of the two moments of AdamW.
         ckpt_path: Diffusion checkpoint to start from.
         monitor: Validation metric that chooses the best checkpoint.
     """
