@@ -176,6 +176,8 @@ def check_record(payload: Any, found: Path, kinds: tuple[str, ...] | None, what:
         or not all(isinstance(record.get(name), kind) for name, kind in types.items())
         or not isinstance(record["model"].get("target"), str)
         or not isinstance(record.get("classes"), list | None)
+        or not isinstance(record.get("seed"), int | None)
+        or not isinstance(record.get("revision"), str | None)
         or not isinstance(state, dict)
         or not all(isinstance(name, str) for name in (*state, *record["training_only"]))
     ):

@@ -198,7 +198,7 @@ def test_nothing_is_written_beside_the_folder_of_samples(site, tmp_path):
         {"class": ESCAPE, "file": f"{ESCAPE}/000000.png"},
         {"file": "../ESC/000000.png"},
     ):
-        lines.append(json.dumps({"rows": [row | change], "guidance": {}}))
+        lines.append(json.dumps({"rows": [row | change], "guidance": []}))
     journal.write_text("\n".join(lines) + "\n")
     sample_diffusion.main([*words.split(), "--out", str(out), "--tar", "9"])
     assert "ESC" not in (out / "manifest.csv").read_text()

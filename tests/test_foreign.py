@@ -435,6 +435,8 @@ def test_the_published_classifier_needs_no_configuration(ours, tmp_path):
         (KEY, {"model": {}}),
         (KEY, {"classes": 3}),
         (KEY, {"format": None}),
+        (KEY, {"seed": "a"}),
+        (KEY, {"revision": 5}),
         ("state_dict", None),
         ("state_dict", {1: torch.zeros(1)}),
     ],

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -381,6 +382,16 @@ def test_a_classifier_without_classes(models, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("temperature", [0.0, math.nan])
+def test_a_classifier_without_a_temperature(models, tmp_path, temperature):
+    payload = torch.load(models / "classifier.ckpt", weights_only=True)
+    payload["state_dict"]["temperature"] = torch.tensor(temperature)
+    torch.save(payload, tmp_path / "cold.ckpt")
+    with pytest.raises(UserError, match="cold.ckpt has the temperature"):
+        sample(models, tmp_path / "out", classifier=tmp_path / "cold.ckpt")
+    assert not (tmp_path / "out").exists()
+
+
 def test_wrong_kinds(models, tmp_path):
     swapped = {
         "--model": "classifier.ckpt",
@@ -390,6 +401,30 @@ def test_wrong_kinds(models, tmp_path):
     for option, name in swapped.items():
         with pytest.raises(UserError, match=f"{option[2:]}`: .*holds a model of kind"):
             sample(models, tmp_path / "out", option, models / name)
+
+
+def test_damaged_lines_of_a_journal_are_made_again(models, tmp_path):
+    out = tmp_path / "out"
+    options = ("--classes", "ADI")
+    sample(models, out, *options, n=1, steps=1)
+    (path,) = out.glob(".parts/*.jsonl")
+    start, batch = map(json.loads, path.read_text().splitlines())
+    wrong = [(start, "run", value) for value in (5, {}, start["run"] | {"versions": None})]
+    row = batch["rows"][0]
+    for change in ({"prob": "abc"}, {"source": ["x"]}, {"index": -1}):
+        wrong.append((batch, "rows", [row | change]))
+    wrong.append((batch, "rows", [{k: v for k, v in row.items() if k != "entropy"}]))
+    wrong += [(batch, "guidance", value) for value in ([[1, 2]], [["a", 1, 2, 3, 4]])]
+    for line, key, value in wrong:
+        lines = [line | {key: value} if one is line else one for one in (start, batch)]
+        path.write_text("".join(json.dumps(one) + "\n" for one in lines))
+        for made in (out / "manifest.csv", *out.glob(".parts/*.jsonl")):
+            if made != path:
+                made.unlink()
+        sample(models, out, *options, n=1, steps=1)
+        assert [row["file"] for row in manifest(out)] == ["ADI/000000.png"], value
+        remade = len(list(out.glob(".parts/*.jsonl"))) == 2
+        assert remade == (line is batch), value
 
 
 def test_folders_that_are_not_ours(models, tmp_path):

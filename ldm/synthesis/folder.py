@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, TypeAdapter
 
 from ldm.data.shards import NAME, write_tar
 from ldm.data.tiles import read_tile, resize_tile
@@ -62,6 +63,38 @@ DECIMALS = {"prob": 6, "entropy": 6, "seconds": 3}
 VOLATILE = ("made", "seconds")  # what two runs of the same command differ in
 
 Row = dict[str, Any]
+
+
+class _Image(BaseModel):
+    name: str = Field(alias="class")
+    index: NonNegativeInt
+    file: str
+    prob: FiniteFloat | None
+    entropy: FiniteFloat | None
+    source: str | None = None  # journals of earlier versions know of none
+    made: str
+    seconds: FiniteFloat | None
+
+
+class _Run(BaseModel):
+    command: list[str]
+    started: str
+    processes: int
+    device: str
+    revision: str | None
+    versions: dict[str, str]
+
+
+class _Start(BaseModel):
+    run: _Run
+
+
+class _Batch(BaseModel):
+    rows: list[_Image]
+    guidance: list[tuple[float, float | None, float | None, float | None, int]]
+
+
+LINE = TypeAdapter(_Start | _Batch)  # of a journal
 
 
 class SampleFolder:
@@ -125,7 +158,8 @@ class SampleFolder:
             ) from None
 
     def _take(self, entry: dict[str, Any]) -> None:
-        """Count what a line of a journal says."""
+        """Count what a line of a journal says; ValueError, and nothing counts, if it is damaged."""
+        LINE.validate_python(entry)
         if "run" in entry:
             self.runs.append(entry["run"])
             return
