@@ -332,19 +332,17 @@ def parts(networks: "Networks", device: "torch.device") -> dict[str, float]:
     }
     for name in ("flash", "cudnn"):
         backend = getattr(SDPBackend, f"{name.upper()}_ATTENTION")
-        calls[f"attention {name}"] = partial(attention, backend, True)
-        calls[f"attention {name} forward"] = partial(attention, backend, False)
+        with contextlib.suppress(RuntimeError):  # a device without this kernel
+            attention(backend, True)
+            calls[f"attention {name}"] = partial(attention, backend, True)
+            calls[f"attention {name} forward"] = partial(attention, backend, False)
     weights = [torch.zeros(BLOCK, device=device, requires_grad=True) for _ in range(100)]
     for p in weights:
         p.grad = torch.zeros_like(p)
     for name in ("fused", "foreach"):
         step = torch.optim.AdamW(weights, **{name: True}).step
         calls[f"AdamW {name}, {100 * BLOCK // 10**6} M weights"] = step
-    result = {}
-    for name, call in calls.items():
-        with contextlib.suppress(RuntimeError):  # a device without this kernel
-            result[name] = rounded(1000 * seconds_per_call(call, 0.2))
-    return result
+    return {name: rounded(1000 * seconds_per_call(call, 0.2)) for name, call in calls.items()}
 
 
 def choose_attention(ms: dict[str, float]) -> None:

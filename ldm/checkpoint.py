@@ -11,6 +11,7 @@ rebuilds the model without any other file:
     seed, versions, revision
 """
 
+import math
 import os
 import pickle
 import struct
@@ -230,6 +231,12 @@ def load_model(
         raise UserError(
             f"{what}: {path} is damaged: its network knows {outputs} classes, and it names "
             f"{len(names)}, {names}; give another checkpoint"
+        )
+    heat = getattr(model, "temperature", None)
+    if heat is not None and not 0 < float(heat) < math.inf:
+        raise UserError(
+            f"{what}: {path} has the temperature {float(heat):g}, which must be finite and above 0;"
+            " give another checkpoint"
         )
     model.classes = record["classes"]
     model.record = record

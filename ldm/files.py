@@ -252,14 +252,14 @@ def remove_leftovers(*targets: Path) -> list[Path]:
             own = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{16}}\.part")
             found += [path for path in target.parent.iterdir() if own.fullmatch(path.name)]
     for path in found:
-        remove(path)
+        remove(path, ignore_errors=True)
     return found
 
 
-def remove(path: Path) -> None:
-    """Delete a file, a link or a folder, if it is there."""
+def remove(path: Path, ignore_errors: bool = False) -> None:
+    """Delete a file, a link or a folder, if it is there; `ignore_errors` of a folder."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors)
     else:
         path.unlink(missing_ok=True)
 

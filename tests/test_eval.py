@@ -646,7 +646,9 @@ def test_predictions_that_are_missing_leave_out_the_interval_and_say_so(data):
 
 def test_a_broken_table_of_predictions_is_one_line(tmp_path):
     path = tmp_path / "predictions_val.csv"
-    for text in ("", "path,label\n", "path,group,label,predicted,p_A\na.png,,B,A,1\n"):
+    head = "path,group,label,predicted,p_A"
+    rows = (f"{head}\na.png,,B,A,1\n", f"{head}\na.png,,A,A,7\n", f"{head}\na.png,,A,A,nan\n")
+    for text in ("", "path,label\n", *rows):
         path.write_text(text)
         with pytest.raises(UserError, match="not a table of predictions"):
             Predictions.read(path)

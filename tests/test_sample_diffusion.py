@@ -414,6 +414,7 @@ def test_damaged_lines_of_a_journal_are_made_again(models, tmp_path):
     for change in ({"prob": "abc"}, {"source": ["x"]}, {"index": -1}):
         wrong.append((batch, "rows", [row | change]))
     wrong.append((batch, "rows", [{k: v for k, v in row.items() if k != "entropy"}]))
+    wrong.append((batch, "rows", [row, row | {"class": "NONE"}]))
     wrong += [(batch, "guidance", value) for value in ([[1, 2]], [["a", 1, 2, 3, 4]])]
     for line, key, value in wrong:
         lines = [line | {key: value} if one is line else one for one in (start, batch)]

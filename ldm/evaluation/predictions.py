@@ -70,12 +70,15 @@ class Predictions:
             paths, groups, labels, predicted = (table[name].tolist() for name in COLUMNS)
             names = [name.removeprefix(PROBABILITY) for name in table.columns[len(COLUMNS) :]]
             number = {name: k for k, name in enumerate(names)}
+            probabilities = table.iloc[:, len(COLUMNS) :].to_numpy(np.float64)
+            if not np.allclose(probabilities.sum(axis=1), 1, atol=1e-4):
+                raise ValueError("the probabilities of an image do not sum to 1")
             return cls(
                 names,
                 paths,
                 np.array([number[name] for name in labels]),
                 np.array([number[name] for name in predicted]),
-                table.iloc[:, len(COLUMNS) :].to_numpy(np.float64),
+                probabilities,
                 groups if all(groups) else None,
             )
         except (ValueError, KeyError) as error:

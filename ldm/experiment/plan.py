@@ -333,7 +333,7 @@ class Plan:
             **self.settings.draws.options,
         }
         title = f"{draw.per_class} labelled tiles per class, draw {draw.seeds[0]}"
-        self._add(f"subset-{self._draw.labelled}", title, "subset", options, [out],
+        self._add(f"subset-{draw.labelled}", title, "subset", options, [out],
                   self._tiles(unlabelled), gpus=0)  # fmt: skip
 
     def _filled_options(self, options: Options) -> tuple[Options, Needs]:
@@ -355,10 +355,8 @@ class Plan:
         self, texts: Sequence[Any], places: Mapping[str, str] | None = None
     ) -> tuple[list[Any], Needs]:
         """Texts with models for {NAME}, the labelled tiles for {labelled}, and further `places`."""
-        known, used = (
-            {"labelled": show_path(self.data / self._draw.labelled), **(places or {})},
-            set(),
-        )
+        known = {"labelled": show_path(self.data / self._draw.labelled), **(places or {})}
+        used = set()
 
         def place(found: re.Match) -> str:
             if found[1] in known:
@@ -527,9 +525,8 @@ class Plan:
             options: Options = {"synthetic": self.out / "samples" / pool}
             needs = Needs((f"sample-{pool}",))
             if not judge.features:
-                return {**options, "features": self.out / "features" / pool}, Needs(
-                    (f"features-{pool}",)
-                )
+                options["features"] = self.out / "features" / pool
+                return options, Needs((f"features-{pool}",))
         else:
             place, needs = self._folder(unlabelled, f"generators.{name}.unlabelled")
             options = {"unlabelled": place}

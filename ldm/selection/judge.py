@@ -126,11 +126,7 @@ def compute_judged(
     judge, left_out = None, ()
     if with_judge:
         judge = Judge.fit(sets["real"], cache, sets.get("val"), sets.get("spread"))
-        left_out = tuple(
-            {"network": one.network, **probe.scores(one.labels)}
-            for one, probe in zip(sets["real"], judge.probes, strict=True)
-            if probe is not None
-        )
+        left_out = _left_out_scores(judge, sets["real"])
     if choose:
         best = _best_network(judge, left_out)
         judge = judge.alone(best)
@@ -143,6 +139,15 @@ def compute_judged(
     both = FeatureSet.joined(sets["real"]), FeatureSet.joined(found)
     val = measured(judge, sets["val"]) if "val" in sets else None
     return Judged(*both, found, judge, val, left_out)
+
+
+def _left_out_scores(judge: Judge, real: Sequence[FeatureSet]) -> tuple[dict[str, Any], ...]:
+    """How good the regression of each network is on left-out real tiles."""
+    return tuple(
+        {"network": one.network, **probe.scores(one.labels)}
+        for one, probe in zip(real, judge.probes, strict=True)
+        if probe is not None
+    )
 
 
 def _best_network(judge: Judge, left_out: Sequence[dict[str, Any]]) -> int:

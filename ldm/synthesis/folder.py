@@ -47,9 +47,6 @@ _COLUMNS = """class index file seed sampler steps eta scale interval_low interva
     diffusion_sha256 classifier_sha256 autoguidance_sha256 first_stage_sha256 start_from_sha256
     prob entropy source made seconds"""
 COLUMNS = tuple(_COLUMNS.split())  # of the manifest
-# Columns of a row of the journal; the others are the same for all images, from the settings.
-OF_IMAGE = ("class", "index", "file", "prob", "entropy", "source", "made", "seconds")
-OF_FOLDER = tuple(name for name in COLUMNS if name not in OF_IMAGE)
 _FLOATS = """eta scale clip temperature cfg_scale autoguidance_scale limit strength prob entropy
     seconds"""
 TYPES = {  # of Arrow; columns that are not named hold texts
@@ -74,6 +71,11 @@ class _Image(BaseModel):
     source: str | None = None  # journals of earlier versions know of none
     made: str
     seconds: FiniteFloat | None
+
+
+# Columns of a row of the journal; the others are the same for all images, from the settings.
+OF_IMAGE = tuple(one.alias or name for name, one in _Image.model_fields.items())
+OF_FOLDER = tuple(name for name in COLUMNS if name not in OF_IMAGE)
 
 
 class _Run(BaseModel):
@@ -148,7 +150,7 @@ class SampleFolder:
                     row["index"] = int(row["index"])
                     for key in DECIMALS:
                         row[key] = None if row[key] is None else float(row[key])
-                    self._add(row)
+                    self._add([row])
         except (ValueError, TypeError, AttributeError, csv.Error) as error:
             if isinstance(error, UserError):
                 raise
@@ -163,21 +165,22 @@ class SampleFolder:
         if "run" in entry:
             self.runs.append(entry["run"])
             return
-        for row in entry["rows"]:
-            self._add(row)
+        self._add(entry["rows"])
         self.guidance_log.merge(entry["guidance"])
 
-    def _add(self, row: Row) -> None:
-        """Count an image as finished if it is there; ValueError for a row that none can have."""
-        row = {"source": None} | row  # journals of earlier versions know of none
-        name, index = row["class"], row["index"]
-        if name not in (self.settings.get("classes") or [UNCONDITIONAL]):
-            raise ValueError(f"{name!r} is no class of {SETTINGS}")
-        if row["file"] != image_file(name, index):
-            raise ValueError(f"{row['file']!r} is not the file of image {index} of {name}")
-        datetime.fromisoformat(row["made"].replace("Z", "+00:00"))
-        if (self.root / row["file"]).is_file():
-            self.rows[name, index] = row
+    def _add(self, rows: Sequence[Row]) -> None:
+        """Count images as finished that are there; ValueError for a row that none can have."""
+        for row in rows:
+            name, index = row["class"], row["index"]
+            if name not in (self.settings.get("classes") or [UNCONDITIONAL]):
+                raise ValueError(f"{name!r} is no class of {SETTINGS}")
+            if row["file"] != image_file(name, index):
+                raise ValueError(f"{row['file']!r} is not the file of image {index} of {name}")
+            datetime.fromisoformat(row["made"].replace("Z", "+00:00"))
+        for row in rows:
+            if (self.root / row["file"]).is_file():
+                # Journals of earlier versions know of no source.
+                self.rows[row["class"], row["index"]] = {"source": None} | row
 
     # Writing
 

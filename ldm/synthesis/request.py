@@ -1,6 +1,5 @@
 """What the options of sample_diffusion.py mean for given models."""
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -162,11 +161,6 @@ def choose_sampling(args: Any, models: Models) -> Sampling:
     if models.classifier is not None:
         scale = DEFAULT_SCALE if args.classifier_scale is None else args.classifier_scale
         heat = args.temperature or float(models.classifier.temperature)
-        if not 0 < heat < math.inf:
-            raise UserError(
-                f"{args.classifier} has the temperature {heat:g}, which must be above 0; give "
-                "`temperature`, or another classifier"
-            )
     # What each sampler is, in DDIM's terms: ancestral sampling has the noise of eta 1.
     eta = {"ddim": 1.0 if args.eta is None else args.eta, "ddpm": 1.0}
     interval = tuple(args.guidance_interval) if args.guidance_interval else None
