@@ -153,7 +153,7 @@ def test_list_shows_what_is_here_and_fetches_nothing(caches, monkeypatch, capsys
 def test_places_are_those_that_the_libraries_look_into(caches):
     from torchvision.models import VGG16_Weights
 
-    from ldm.models.autoencoder import read_backbone
+    from ldm.models.perceptual import read_backbone
 
     assert known.WEIGHTS["lpips"].url == VGG16_Weights.IMAGENET1K_V1.url
     with pytest.raises(UserError, match=str(known.WEIGHTS["lpips"].place)):

@@ -20,9 +20,10 @@ from torch_fidelity import calculate_metrics
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from ldm.checkpoint import write_checkpoint
+from ldm.checkpoint import load_model, write_checkpoint
 from ldm.cli import run_command
 from ldm.data.tile_files import TileFiles
+from ldm.data.tiles import to_tensor
 from ldm.errors import UserError
 from ldm.evaluation.fidelity import (
     KID_SUBSETS,
@@ -163,7 +164,8 @@ def run(tmp_path: Path, real, *fakes, weights=None, options: tuple = ()) -> dict
     words = ["--out", out, "--device", "cpu", "--num_workers", 0, *options]
     words += [] if real is None else ["--real", real]
     words += [] if weights is None else ["--weights", weights]
-    command.main([str(word) for word in [*words, "--fake", *fakes]])
+    words += ["--fake", *fakes] if fakes else []
+    command.main([str(word) for word in words])
     return json.loads(out.read_text())
 
 
@@ -527,9 +529,39 @@ def test_reference_file_notices_tiles_replaced_with_their_times_kept(tile_sets, 
         run(tmp_path, real, tile_sets["fake"], weights=vit, options=("--stats", stats))
 
 
+def test_reconstructions_beside_their_tiles(tile_sets, vit, tmp_path, capsys):
+    """Against reconstructions that are made here and measured as a set of files."""
+    autoencoder = tiny.save(tiny.autoencoder(), tmp_path / "autoencoder.ckpt")
+    diffusion = tiny.save(tiny.diffusion(autoencoder), tmp_path / "diffusion.ckpt")
+    net, folder, errors = load_model(autoencoder, "autoencoder").net, tmp_path / "made", []
+    for path in sorted(tile_sets["real"].rglob("*.png")):
+        x = to_tensor(np.asarray(Image.open(path)))[None]
+        x_rec = net.decode(net.encode(x).mode()).clamp(-1, 1)
+        errors.append(10 * torch.log10(4 / (x - x_rec).square().mean()))
+        tile = ((x_rec[0] + 1) * 127.5).round().byte().movedim(0, -1).numpy()
+        target = folder / path.relative_to(tile_sets["real"])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(tile).save(target)
+    options = ("--reconstruct", autoencoder, diffusion)
+    files, *found = run(tmp_path, tile_sets["real"], folder, weights=vit, options=options)
+    for record, model in zip(found, (autoencoder, diffusion), strict=True):
+        for name in ("fid", "kid", "precision", "recall"):
+            assert record["overall"][name] == pytest.approx(files["overall"][name], rel=1e-4)
+        assert record["reconstruction"]["psnr"] == pytest.approx(float(torch.stack(errors).mean()))
+        assert 0 < record["reconstruction"]["feature_distance"] < 1
+        assert record["fake"]["dir"] == f"{tile_sets['real']} by {model}"
+        assert not any("same files" in warning for warning in record["warnings"])
+    assert "PSNR" in capsys.readouterr().out
+    alone = run(tmp_path, tile_sets["real"], weights=vit, options=("--reconstruct", autoencoder))
+    assert alone["overall"] == found[0]["overall"]
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
+        (["--real", "{real}"], "--fake: is missing; give it, or --reconstruct"),
+        (["--reconstruct", "{vit}", "--stats", "{vit}"], "--reconstruct: belongs to --real"),
+        (["--real", "{real}", "--reconstruct", "{vit}", "--weights", "{vit}"], "--reconstruct: "),
         (["--real", "{none}", "--fake", "{fake}"], "--real: {none} does not exist"),
         (["--real", "{real}", "--fake", "{fake}", "{none}"], "--fake: {none} does not exist"),
         (["--real", "{real}", "--fake", "{empty}"], "--fake: {empty} has no images"),

@@ -3,12 +3,14 @@
 import copy
 
 import pytest
+import timm
 import tiny
 import torch
 from torch import nn
 
 from ldm.errors import UserError
-from ldm.models.autoencoder import AutoencoderKL, read_backbone
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.perceptual import open_perceptual, read_backbone
 from ldm.modules import losses
 from ldm.modules.autoencoder import DiagonalGaussian
 from ldm.modules.ema import EMA
@@ -85,7 +87,7 @@ def test_discriminator_loss_has_the_right_direction(name):
 
 def test_lpips_is_a_distance_with_gradients(vgg_weights):
     loss_fn = LPIPSWithDiscriminator(disc_start=0, disc_weight=0)
-    loss_fn.use_backbone(read_backbone(str(vgg_weights)))
+    loss_fn.perceptual = open_perceptual("lpips", str(vgg_weights), 32)
     x, x_rec = images(0), images(1).requires_grad_(True)
     assert loss_fn.perceptual(x, x).abs().max() == 0
     loss, log = loss_fn.generator_loss(x, x_rec, posterior(), step=0)
@@ -122,6 +124,51 @@ def test_lpips_without_weights_says_how_to_get_them(tmp_path, monkeypatch):
             3,
             {"target": "ldm.modules.losses.LPIPSWithDiscriminator", "params": {"disc_start": 0}},
         )
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet"])
+def test_a_timm_network_is_a_perceptual_distance(name, tmp_path):
+    torch.manual_seed(0)
+    path = tmp_path / "weights.pth"
+    torch.save(timm.create_model(name).state_dict(), path)
+    node = {"disc_start": 0, "disc_weight": 0, "perceptual_network": name}
+    node |= {"perceptual_weights": str(path), "perceptual_weight": 1.0}
+    target = "ldm.modules.losses.LPIPSWithDiscriminator"
+    model = AutoencoderKL(tiny.DDCONFIG, 3, {"target": target, "params": node})
+    x, x_rec = images(0), images(1).requires_grad_(True)
+    assert model.loss.perceptual(x, x).abs().max() == 0
+    assert model.loss.perceptual(x, x_rec).shape == (2, 1, 1, 1)
+    loss, log = model.loss.generator_loss(x, x_rec, posterior(), step=0)
+    loss.backward()
+    assert 0 < log["p_loss"] < 4 and x_rec.grad.abs().sum() > 0
+    assert "val/p_loss" in model.metrics()
+    assert not any("perceptual" in name for name in model.state_dict())
+
+
+def test_feature_distance_equals_its_equation():
+    class Maps(nn.Module):
+        def feature_maps(self, images):
+            return [images, 3 * images[:, :2, ::2, ::2]]
+
+    x, y = images(0), images(1)
+    expected = 0
+    for a, b in zip(Maps().feature_maps(x), Maps().feature_maps(y), strict=True):
+        lengths = [(m**2).sum(dim=1, keepdim=True) ** 0.5 for m in (a, b)]
+        expected += ((a / lengths[0] - b / lengths[1]) ** 2).sum(dim=1).mean(dim=(1, 2)) / 2
+    torch.testing.assert_close(losses.FeatureDistance(Maps())(x, y).flatten(), expected)
+
+
+@pytest.mark.parametrize(
+    "network, weights, expected",
+    [
+        ("resnet19x", "vgg", "perceptual_network='resnet19x'.*nearest"),
+        ("test_resnet", None, "perceptual_network='test_resnet' needs perceptual_weights=FILE"),
+        ("test_resnet", "vgg", "vgg16.*do not fit"),
+    ],
+)
+def test_a_perceptual_network_that_cannot_be_loaded(network, weights, expected, vgg_weights):
+    with pytest.raises(UserError, match=expected):
+        open_perceptual(network, weights and str(vgg_weights), 32)
 
 
 @pytest.mark.parametrize("content", [b"not weights", None])

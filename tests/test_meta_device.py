@@ -47,6 +47,7 @@ from ldm.modules.autoencoder import AttnBlock, ResnetBlock
 from ldm.modules.autoencoder import AutoencoderKL as AutoencoderNet
 from ldm.modules.blocks import AttentionBlock, Downsample, ResBlock, Upsample
 from ldm.modules.discriminator import NLayerDiscriminator
+from ldm.modules.losses import PerceptualLoss, build_lpips
 from ldm.modules.patch_pca import PatchPCA
 from ldm.modules.readout import Readout
 from ldm.modules.unet import POOLS, EncoderUNetModel, UNetModel
@@ -288,7 +289,8 @@ def autoencoder_module(perceptual_weight: float = 0.0, **loss) -> AutoencoderKL:
         model.loss.perceptual_weight = perceptual_weight
         with META:
             state = make_layers(cfgs["D"]).state_dict()
-            model.loss.use_backbone({f"features.{name}": value for name, value in state.items()})
+            lpips = build_lpips({f"features.{name}": value for name, value in state.items()})
+            model.loss.perceptual = PerceptualLoss(lpips)
     return model
 
 

@@ -1,8 +1,9 @@
 """FID, KID, precision and recall of synthetic tiles against real ones, per class and overall.
 
 DIR/CLASS/images, or a folder of images without classes; of a training folder of
-scripts/distance.py, the synthetic tiles. Prints a table and writes a JSON object (a list for
-several --fake) in which images, extractor and pre-processing stand beside the values. --stats keeps
+scripts/distance.py, the synthetic tiles. --reconstruct compares real tiles with what an autoencoder
+makes of them, and gives PSNR, too. Prints a table and writes a JSON object (a list for
+several sets) in which images, extractor and pre-processing stand beside the values. --stats keeps
 the features of the real set in a file, which may later stand in for --real.
 
 Nothing is downloaded: scripts/fetch_weights.py gets weights where there is internet.
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from ldm.cli import Dir, File, Seed, existing_path, option, output_path, parse
+from ldm.cli import Ckpt, Dir, File, Seed, existing_path, option, output_path, parse
 from ldm.devices import resolve_device
 from ldm.errors import UserError
 from ldm.features.source import known_forms
@@ -23,6 +24,7 @@ from ldm.settings import TIMM, DeviceOption, LoaderOptions
 
 log = logging.getLogger("fidelity")
 
+NETWORK = "network that makes the features"  # a group of options
 NETWORKS = ("inception", "dinov2", "dinov2_base", "dinov2_large", "dinov2_giant")
 
 
@@ -33,8 +35,14 @@ class Options(LoaderOptions, DeviceOption):
 
     real: Dir | None = option(None, "real tiles, preferably ones that no model was trained on")
     fake: tuple[Dir, ...] = option(
-        ...,
+        (),
         "synthetic tiles, for example what sample_diffusion.py wrote; several make one table",
+        repeats=True,
+    )
+    reconstruct: tuple[Ckpt, ...] = option(
+        (),
+        "autoencoder, or diffusion model with its first stage: compare the real tiles with their "
+        "reconstructions; several make one table",
         repeats=True,
     )
     out: File = option(..., "JSON file to write")
@@ -42,15 +50,20 @@ class Options(LoaderOptions, DeviceOption):
         None,
         f"network that makes the features: {known_forms()}; if omitted inception",
         metavar="NAME|RUN|FILE",
+        group=NETWORK,
     )
     extractor: str | None = option(
-        None, "the same as --features NAME; or vit, with --weights RUN", metavar="NAME"
+        None,
+        "the same as --features NAME; or vit, with --weights RUN",
+        metavar="NAME",
+        group=NETWORK,
     )
     weights: str | None = option(
         None,
         "weights of the extractor: a file, or a run (seed's folder) of eval.py; if omitted, "
         "those in the caches of torch and Hugging Face",
         metavar="PATH",
+        group=NETWORK,
     )
     stats: File | None = option(
         None, "features of the real set: read, or written if missing; may later replace --real"
@@ -77,6 +90,10 @@ class Options(LoaderOptions, DeviceOption):
             yield "extractor", "vit: give --weights RUN, a seed's folder of eval.py"
         if self.overwrite and not (self.stats and self.real):
             yield "overwrite", "belongs to --stats and --real; give them too, or leave it out"
+        if not (self.fake or self.reconstruct):
+            yield "fake", "is missing; give it, or --reconstruct"
+        if self.reconstruct and self.real is None:
+            yield "reconstruct", "belongs to --real; give it, too"
         if self.real is None and self.stats is None:
             yield "real", "is needed without --stats; give one of them"
 
@@ -128,13 +145,16 @@ def main(argv: list[str] | None = None) -> None:
     require_outside({"--out": out, "--stats": stats}, classes)
     remove_leftovers(out, *([stats] if stats else []))
 
+    from ldm.evaluation.reconstructions import reconstruct_set, reconstruction_error
     from ldm.evaluation.reference import (
         compare_sets,
         reference,
         require_known_classes,
         tiles_of_part,
     )
+    from ldm.features.sets import FeatureSet
     from ldm.features.source import parse_features
+    from ldm.models.classifier import LatentSpace
 
     # All are indexed before any features are computed: what is wrong with one is known at once.
     real_files = None if real_root is None else tiles_of_part(real_root, False, "--real")
@@ -142,19 +162,39 @@ def main(argv: list[str] | None = None) -> None:
     if real_files is not None:
         for files in fake_files:
             require_known_classes(real_files.class_names, files.class_names, files.root)
-    extractor = parse_features(*args.network).open(resolve_device(args.device))
+    device = resolve_device(args.device)
+    nets = [
+        LatentSpace.load(path, "--reconstruct").first_stage.to(device) for path in args.reconstruct
+    ]
+    extractor = parse_features(*args.network).open(device)
     loading = {"batch_size": args.batch_size, "num_workers": args.workers}
     real = reference(real_files, extractor, stats, args.overwrite, **loading)
     for files in fake_files:
         require_known_classes(real.class_names, files.class_names, files.root)
     results = [
-        compare_sets(real, files, extractor, stats, args.seed, **loading) for files in fake_files
+        compare_sets(
+            real,
+            FeatureSet.compute(files, extractor, raw=True, **loading),
+            extractor,
+            stats,
+            args.seed,
+        )
+        for files in fake_files
     ]
+    for path, net in zip(args.reconstruct, nets, strict=True):
+        found = reconstruct_set(real_files, net, path, extractor, **loading)
+        record = compare_sets(real, found, extractor, stats, args.seed)
+        results.append({**record, "reconstruction": reconstruction_error(real, found)})
     write_json(out, results if len(results) > 1 else results[0])
     print(to_markdown(results))
     print(f"\nreal: {real.facts['root']}, {len(real.values)} tiles")
     print(f"extractor: {extractor.network}, weights {extractor.weights_sha256[:12]}")
     print(f"pre-processing: {extractor.preprocessing}")
     for result in results:
+        if lost := result.get("reconstruction"):
+            print(
+                f"{result['fake']['dir']}: PSNR {lost['psnr']:.2f} dB, distance in features "
+                f"{lost['feature_distance']:.4f} (1 - cosine)"
+            )
         for warning in result["warnings"]:
             log.warning("%s: %s", result["fake"]["dir"], warning)

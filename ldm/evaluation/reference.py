@@ -84,20 +84,15 @@ def reference(
 
 
 def compare_sets(
-    real: FeatureSet,
-    files: TileFiles,
-    extractor: Extractor,
-    stats: Path | None,
-    seed: int,
-    **loading: int,
+    real: FeatureSet, fake: FeatureSet, extractor: Extractor, stats: Path | None, seed: int
 ) -> dict[str, Any]:
     """What scripts/fidelity.py writes of one synthetic set: values, both sets, how, warnings.
 
     Args:
+        real, fake: Raw features by `extractor`.
         stats: File that keeps the features of the real set, for the record.
-        seed, loading: See `fidelity` and `FeatureSet.compute`.
+        seed: See `fidelity`.
     """
-    fake = FeatureSet.compute(files, extractor, raw=True, **loading)
     overall, per_class = measure_classes(
         real.values, real.class_names, fake.values, fake.class_names, seed
     )

@@ -21,8 +21,8 @@ from ldm.files import digest_of, file_sha256
 from ldm.models.vit import (
     TileClassifier,
     eval_transform,
-    load_pretrained,
     load_vit,
+    pretrained_network,
     selected_epoch,
     timm_name,
 )
@@ -51,7 +51,7 @@ def open_timm(source: FeatureSource, device: torch.device | str) -> Extractor:
     config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     size = source.input_size or (config.input_size[-1] if config else 224)
     weights = source.weights or cached_weights(config)
-    net = _timm_network(arch, size, source, config, weights, device)
+    net = pretrained_network(arch, size, weights, f"features {source}").to(device)
     return classifier_extractor(net, f"{arch} with {weights.name}", weights, device)
 
 
@@ -85,12 +85,11 @@ def open_inception(source: FeatureSource, device: torch.device | str) -> Extract
 
 def open_dinov2(source: FeatureSource, device: torch.device | str) -> Extractor:
     """Load a DINOv2 network of timm, which sees the whole tile at 224 pixels."""
-    from timm import get_pretrained_cfg
     from timm.data import create_transform
 
     path = _weights_file(source)
     name = DINOV2[source.kind]
-    net = _timm_network(name, DINOV2_SIZE, source, get_pretrained_cfg(name), path, device)
+    net = pretrained_network(name, DINOV2_SIZE, path, f"features {source}").to(device)
     options = {"is_training": False, "interpolation": "bicubic", "crop_pct": 1, "normalize": False}
     return _published(
         f"timm {name}, class token",
@@ -158,25 +157,6 @@ def _published(network, forward, transform, device, weights: Path, preprocessing
         weights=weights,
         weights_sha256=weights_sha256,
     )
-
-
-def _timm_network(
-    arch: str, size: int, source: FeatureSource, config, weights: Path | None, device
-) -> TileClassifier:
-    """A timm network without a head, with the normalisation of its pretrained configuration."""
-    settings = {"mean": list(config.mean), "std": list(config.std)} if config else {}
-    try:
-        net = TileClassifier(arch, 0, size, **settings)
-    except UserError as error:
-        raise UserError(f"features {source}: {error}") from None
-    if weights is None:
-        raise UserError(
-            f"features {source}: the weights are not on this machine and nothing is downloaded;"
-            " give a local file of weights, or where there is internet run: python -c"
-            f" \"import timm; timm.create_model('{timm_name(arch)}', pretrained=True)\""
-        )
-    load_pretrained(net, weights, what="weights")
-    return net.to(device).eval().requires_grad_(False)
 
 
 def _weights_file(source: FeatureSource) -> Path:

@@ -1,22 +1,21 @@
 """Training of the KL autoencoder (stage 1 of the method)."""
 
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from ldm.checkpoint import load_tensors
 from ldm.config import instantiate_from_config
 from ldm.errors import UserError
 from ldm.models.base import HistoModule
+from ldm.models.perceptual import open_perceptual
 from ldm.modules.autoencoder import AutoencoderKL as AutoencoderNet
 from ldm.modules.autoencoder import psnr
 
 
 class AutoencoderKL(HistoModule):
-    """Trains `ldm.modules.autoencoder.AutoencoderKL` with LPIPS, KL and a PatchGAN.
+    """Trains `ldm.modules.autoencoder.AutoencoderKL` with a perceptual, a KL and a PatchGAN loss.
 
     Two Adam optimisers under manual optimisation; `global_step` counts the generator's steps only,
     so that `max_steps`, `disc_start` and checkpoint names mean the same with and without the
@@ -57,7 +56,9 @@ class AutoencoderKL(HistoModule):
         self.tile_size = self.net.resolution
         self.loss = instantiate_from_config(lossconfig) if lossconfig else None
         if getattr(self.loss, "perceptual_weight", 0) > 0:
-            self.loss.use_backbone(read_backbone(self.loss.perceptual_weights))
+            self.loss.perceptual = open_perceptual(
+                self.loss.perceptual_network, self.loss.perceptual_weights, self.tile_size
+            )
         if ckpt_path:
             self.start_from(ckpt_path)
 
@@ -153,19 +154,3 @@ class AutoencoderKL(HistoModule):
             "reconstructions": x_rec,
             "samples": self.net.decode(torch.randn_like(posterior.mean)),
         }
-
-
-def read_backbone(path: str | None) -> dict[str, Tensor]:
-    """State dictionary of torchvision's VGG-16: of a file, or from torchvision's download cache."""
-    from torchvision.models import VGG16_Weights
-
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(VGG16_Weights.IMAGENET1K_V1.url).name
-    found = Path(path).expanduser() if path else cached
-    if not found.is_file():
-        raise UserError(
-            f"perceptual_weight is above 0, but the LPIPS backbone weights are not at {found}; "
-            "where there is internet, run python scripts/fetch_weights.py lpips (TORCH_HOME says "
-            "where to), or set lossconfig.params.perceptual_weights=FILE, or train without LPIPS "
-            "with lossconfig.params.perceptual_weight=0"
-        )
-    return load_tensors(found, "LPIPS backbone (torchvision's vgg16)")

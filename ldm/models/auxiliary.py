@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ldm.checkpoint import load_model, require_given
 from ldm.errors import UserError
-from ldm.models.autoencoder import read_backbone
 from ldm.models.base import HistoModule
+from ldm.models.perceptual import open_perceptual
 from ldm.modules.autoencoder import AutoencoderKL as AutoencoderNet
-from ldm.modules.losses import PerceptualLoss
+from ldm.modules.autoencoder import psnr
 
 
 class DecoderFinetune(HistoModule):
@@ -31,7 +31,8 @@ class DecoderFinetune(HistoModule):
         aux_start: Step from which the cross entropy reaches the decoder; before it, only the
             classifier learns, so that the decoder is not tuned by a classifier that knows nothing.
         rec_weight: Weight of the mean absolute reconstruction error.
-        perceptual_weight, perceptual_weights: See `ldm.modules.losses.LPIPSWithDiscriminator`.
+        perceptual_weight, perceptual_network, perceptual_weights: See
+            `ldm.modules.losses.LPIPSWithDiscriminator`.
         weight_decay: AdamW's, of the auxiliary classifier only.
         monitor: Validation metric that chooses the best checkpoint.
 
@@ -50,6 +51,7 @@ class DecoderFinetune(HistoModule):
         aux_start: int = 0,
         rec_weight: float = 1.0,
         perceptual_weight: float = 0.0,
+        perceptual_network: str = "lpips",
         perceptual_weights: str | None = None,
         weight_decay: float = 0.05,
         monitor: str | None = None,
@@ -72,7 +74,9 @@ class DecoderFinetune(HistoModule):
         self.aux_weight, self.aux_start, self.rec_weight = aux_weight, aux_start, rec_weight
         self.perceptual_weight, self.perceptual = perceptual_weight, None
         if perceptual_weight > 0:
-            self.perceptual = PerceptualLoss(read_backbone(perceptual_weights))
+            self.perceptual = open_perceptual(
+                perceptual_network, perceptual_weights, self.tile_size
+            )
         self.weight_decay, self.monitor = weight_decay, monitor
         self.aux_classifier = None  # built when the data says how many classes there are
 
@@ -80,7 +84,9 @@ class DecoderFinetune(HistoModule):
         return self.source_config
 
     def metrics(self) -> set[str]:
-        return {"val/aux_loss", "val/aux_accuracy", "val/rec_loss", "val/total_loss"}
+        names = {"aux_loss", "aux_accuracy", "rec_loss", "total_loss", "psnr"}
+        names |= {"p_loss"} if self.perceptual else set()
+        return {f"val/{name}" for name in names}
 
     def use_classes(self, classes: list[str]) -> None:
         """Make the auxiliary classifier for these classes."""
@@ -122,6 +128,7 @@ class DecoderFinetune(HistoModule):
         rec_loss = (x - x_rec).abs().mean()
         total = self.aux_weight * aux_loss + self.rec_weight * rec_loss
         log = {"aux_loss": aux_loss.detach(), "rec_loss": rec_loss.detach()}
+        log["psnr"] = psnr(x, x_rec.detach())
         if self.perceptual is not None:
             p_loss = self.perceptual(x, x_rec).mean()
             total = total + self.perceptual_weight * p_loss

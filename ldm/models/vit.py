@@ -125,6 +125,11 @@ class TileClassifier(nn.Module):
         tokens = self.net.forward_features(self._normalised(images))
         return self.net.forward_head(tokens, pre_logits=True), self.net.forward_head(tokens)
 
+    def feature_maps(self, images: Tensor) -> list[Tensor]:
+        """Maps (B, C, h, w) after each stage, or of a ViT each block, of images in [-1, 1]."""
+        images = ((images + 1) / 2 - self.mean) / self.std
+        return self.net.forward_intermediates(images, intermediates_only=True)
+
     def forward(self, images: Tensor) -> Tensor:
         """Logits, (B, 3, S, S) -> (B, K)."""
         return self.net(self._normalised(images))
@@ -255,6 +260,34 @@ def load_pretrained(
         model.origin = f"{len(body)} tensors of {path}, the head is new"
         state = body | own_head
     load_strictly(model.net, state, f"{what} {path}")
+
+
+def pretrained_network(
+    arch: str, input_size: int, weights: str | os.PathLike | None, named: str
+) -> TileClassifier:
+    """Build a timm network without a head, frozen, with weights of a local file.
+
+    Its normalisation is that of its pretrained configuration.
+
+    Args:
+        weights: See `load_pretrained`; None is refused, after the name was checked.
+        named: The setting that names the network, for errors.
+    """
+    name = timm_name(arch)
+    config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    settings = {"mean": list(config.mean), "std": list(config.std)} if config else {}
+    try:
+        net = TileClassifier(arch, 0, input_size, **settings)
+    except UserError as error:
+        raise UserError(f"{named}: {error}") from None
+    if weights is None:
+        raise UserError(
+            f"{named}: the weights are not on this machine and nothing is downloaded;"
+            " give a local file of weights, or where there is internet run: python -c"
+            f" \"import timm; timm.create_model('{name}', pretrained=True)\""
+        )
+    load_pretrained(net, weights, what="weights")
+    return net.eval().requires_grad_(False)
 
 
 def read_weights(

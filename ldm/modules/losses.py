@@ -1,4 +1,4 @@
-"""The autoencoder's loss: pixels, LPIPS, KL and a PatchGAN (Rombach et al. 2022, appendix G)."""
+"""The autoencoder's loss: pixels, perception, KL, PatchGAN (Rombach et al. 2022, appendix G)."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -37,15 +37,40 @@ def build_lpips(backbone: Mapping[str, Tensor]) -> nn.Module:
     return lpips.eval().requires_grad_(False)
 
 
-class PerceptualLoss:
-    """LPIPS distance that builds its network at construction and follows the images' device.
+class FeatureDistance(nn.Module):
+    """Distance of images in the feature maps of a frozen network.
 
-    It is no nn.Module: its frozen weights come from a library, so they belong neither in
-    checkpoints nor in the parameters of the optimiser or DDP.
+    It is LPIPS without trained heads (Zhang et al. 2018, equation 1 with w = 1), as a mean over
+    the maps: channels are scaled to length 1 at each position, and their squared differences are
+    summed over channels and averaged over positions. Its range is [0, 4].
+
+    Args:
+        network: Has `feature_maps`, images (B, 3, H, W) in [-1, 1] -> maps (B, C, h, w).
     """
 
-    def __init__(self, backbone: Mapping[str, Tensor]):
-        self._net = build_lpips(backbone)
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network.eval().requires_grad_(False)
+
+    def forward(self, x: Tensor, x_rec: Tensor) -> Tensor:
+        pairs = zip(*(self.network.feature_maps(images) for images in (x, x_rec)), strict=True)
+        squares = [(F.normalize(a) - F.normalize(b)).square().sum(dim=1) for a, b in pairs]
+        distances = [square.mean(dim=(1, 2)) for square in squares]  # (B,) each
+        return torch.stack(distances).mean(dim=0)[:, None, None, None]
+
+
+class PerceptualLoss:
+    """Perceptual distance by a frozen network, which follows the images' device.
+
+    It is no nn.Module: the weights come from a library, so they belong neither in checkpoints nor
+    in the parameters of the optimiser or DDP.
+
+    Args:
+        network: `build_lpips` or `FeatureDistance`.
+    """
+
+    def __init__(self, network: nn.Module):
+        self._net = network
 
     def __call__(self, x: Tensor, x_rec: Tensor) -> Tensor:
         """Distance of each pair of images (B, 3, H, W) in [-1, 1]: (B, 1, 1, 1)."""
@@ -68,7 +93,7 @@ class LPIPSWithDiscriminator(nn.Module):
     """Reconstruction, KL and adversarial loss with an adaptive adversarial weight.
 
     The reconstruction term is a Laplace negative log-likelihood summed over each image's pixels,
-    (|x - x_rec| + perceptual_weight * LPIPS) / exp(logvar) + logvar. The adversarial term is
+    (|x - x_rec| + perceptual_weight * distance) / exp(logvar) + logvar. The adversarial term is
     weighted so that its gradient at the decoder's last layer is as long as that of the
     reconstruction (Esser et al. 2021, eq. 7).
 
@@ -85,9 +110,11 @@ class LPIPSWithDiscriminator(nn.Module):
         disc_in_channels: Channels of a tile.
         disc_loss: Adversarial loss of the discriminator.
         disc_factor: Further factor of both adversarial losses.
-        perceptual_weight: Weight of LPIPS; 0 needs no backbone weights.
-        perceptual_weights: File of the backbone's weights; None for torchvision's cache. The code
-            that builds this loss reads it and passes the weights to `use_backbone`.
+        perceptual_weight: Weight of the perceptual distance; 0 needs no network.
+        perceptual_network: "lpips", or timm's name of a network whose feature maps are compared.
+            The code that builds this loss opens it and passes the distance as `perceptual`.
+        perceptual_weights: File of the network's weights; None for those of LPIPS's VGG-16 in
+            torchvision's cache.
     """
 
     def __init__(
@@ -104,6 +131,7 @@ class LPIPSWithDiscriminator(nn.Module):
         disc_loss: Literal["hinge", "vanilla"] = "hinge",
         disc_ramp: int = 0,
         disc_adaptive_max: float = 1e4,
+        perceptual_network: str = "lpips",
         perceptual_weights: str | None = None,
     ):
         super().__init__()
@@ -117,15 +145,11 @@ class LPIPSWithDiscriminator(nn.Module):
         self.perceptual_weight = perceptual_weight
         self.d_loss = D_LOSSES[disc_loss]
         self.register_buffer("logvar", torch.tensor(float(logvar_init)))
-        self.perceptual_weights = perceptual_weights
-        self.perceptual: PerceptualLoss | None = None
+        self.perceptual_network, self.perceptual_weights = perceptual_network, perceptual_weights
+        self.perceptual: PerceptualLoss | None = None  # needed if `perceptual_weight` is above 0
         self.discriminator = None
         if disc_weight > 0 and disc_factor > 0:
             self.discriminator = NLayerDiscriminator(disc_in_channels, n_layers=disc_num_layers)
-
-    def use_backbone(self, backbone: Mapping[str, Tensor]) -> None:
-        """Set the weights of LPIPS's backbone, which a `perceptual_weight` above 0 needs."""
-        self.perceptual = PerceptualLoss(backbone)
 
     def disc_scale(self, step: int) -> float:
         """Factor of the adversarial losses: 0 before generator step `disc_start`, then ramped."""
@@ -162,7 +186,7 @@ class LPIPSWithDiscriminator(nn.Module):
         distance = self.pixelloss_weight * l1
         log = {"rec_loss": l1.detach().mean()}
         if self.perceptual_weight > 0:
-            assert self.perceptual is not None, "call use_backbone before training with LPIPS"
+            assert self.perceptual is not None, "set `perceptual` before training with it"
             p_loss = self.perceptual(x, x_rec)
             distance = distance + self.perceptual_weight * p_loss
             log["p_loss"] = p_loss.detach().mean()
