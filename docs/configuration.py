@@ -10,40 +10,23 @@ import json
 import re
 import sys
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from ldm.cli import bounds_in_words  # noqa: E402
-from ldm.config import RANGES, get_obj_from_str  # noqa: E402
+from ldm.config import RANGES, get_obj_from_str, type_in_words  # noqa: E402
 from ldm.experiment import settings as experiment  # noqa: E402
 
 PAGE = ROOT / "docs" / "configuration.md"
 MARK = "<!-- The rest is written by `make docs` from docstrings and comments in the code. -->\n"
 CHAPTERS = {"models": "Models", "modules": "Networks, losses and schedules", "data": "Data"}
 FURTHER = ("ldm.modules.autoencoder.Architecture",)  # holds keys, but is no target
-TYPES = {int: "whole number", float: "number", str: "text", bool: "true or false", Any: "any value"}
-TYPES |= {NoneType: "null"}
 HEAD = ("| key | type | default | meaning |", "|---|---|---|---|")
 REFERENCE = r"(?:[Ss]ee|[Aa]s|[Aa]s for) `([\w.]+)`"
-
-
-def words(kind: Any) -> str:
-    """A type as a reader of YAML knows it."""
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Annotated:
-        return words(parts[0])
-    if origin is Literal:
-        return " or ".join(f"`{choice}`" for choice in parts)
-    if origin in (UnionType, typing.Union):
-        return " or ".join(dict.fromkeys(words(part) for part in parts))
-    if origin is not None:
-        return "mapping" if issubclass(origin, Mapping) else f"list of {words(parts[0])}"
-    return TYPES.get(kind, "text" if hasattr(kind, "__fspath__") else "mapping")
 
 
 def entries(doc: str) -> dict[str, str]:
@@ -82,7 +65,7 @@ def row(key: str, kind: Any, default: Any, limits: Any, text: str) -> str:
     within = bounds_in_words(limits, lowest) or bounds_in_words(kind, lowest)
     shown = "required" if default is ... else f"`{json.dumps(default, default=str)}`"
     shown = "[its own keys](#tables)" if isinstance(default, experiment.Section) else shown
-    cells = (f"`{key}`", ", ".join(filter(None, [words(kind), within])), shown, text)
+    cells = (f"`{key}`", ", ".join(filter(None, [type_in_words(kind), within])), shown, text)
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
@@ -91,7 +74,7 @@ def rows_of_class(cls: Any) -> Iterator[str]:
     hints = typing.get_type_hints(cls.__init__, include_extras=True)
     for key, parameter in inspect.signature(cls).parameters.items():
         kind = hints.get(key, Any)
-        limits = RANGES.get(key) if "number" in words(kind) else None
+        limits = RANGES.get(key) if "number" in type_in_words(kind) else None
         default = ... if parameter.default is parameter.empty else parameter.default
         yield row(key, kind, default, limits, meaning(cls, key))
 

@@ -220,7 +220,10 @@ def load_model(
     # weights_only keeps code out of the tensors; this keeps it out of the classes to build.
     require_own_targets(record["model"], path)
     target = record["model"]["target"]
-    model = instantiate_from_config({**record["model"], "target": MOVED.get(target, target)})
+    try:
+        model = instantiate_from_config({**record["model"], "target": MOVED.get(target, target)})
+    except UserError as error:
+        raise UserError(f"{what}: {path}: {error}") from None
     training_only = tuple(record["training_only"])
     # Somebody's script may have saved it compiled.
     state = {k.replace("_orig_mod.", ""): v for k, v in payload["state_dict"].items()}

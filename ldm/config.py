@@ -17,7 +17,8 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import Annotated, Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -49,6 +50,8 @@ LIGHTNING_SECTIONS = ("trainer", "callbacks", "logger", "modelcheckpoint", "stra
 LIGHTNING = "pytorch_lightning."
 TRAINER = f"{LIGHTNING}Trainer"
 TILES = "tiles in folders are ldm.data.tiles.TileFolder"
+TYPES = {int: "whole number", float: "number", str: "text", bool: "true or false", Any: "any value"}
+TYPES |= {NoneType: "null"}
 
 # Parameters that hold plain settings, and the class whose parameters their keys are.
 SETTINGS = {"ddconfig": "ldm.modules.autoencoder.Architecture"}
@@ -417,10 +420,7 @@ def _mismatch(value: Any, annotation: Any) -> str | None:
         return None
     if errors[0]["type"] in (*RANGE_ERRORS, "literal_error"):
         return reason(errors[0], annotation)
-    if typing.get_origin(annotation) is Annotated:
-        annotation = annotation.__origin__  # without the range
-    wanted = inspect.formatannotation(annotation).replace("typing.", "")
-    return f"{shown(value)} must be {wanted.replace('collections.abc.', '')}"
+    return f"{shown(value)} must be of type {type_in_words(annotation)}"
 
 
 def _out_of_range(value: Any, allowed: Any) -> str | None:
@@ -503,6 +503,20 @@ def require_own_targets(config: DictConfig | Mapping, source: str | os.PathLike)
 
 
 # --- Wording -------------------------------------------------------------------------------------
+
+
+def type_in_words(kind: Any) -> str:
+    """A type as a reader of YAML knows it."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return type_in_words(parts[0])
+    if origin is Literal:
+        return " or ".join(f"`{choice}`" for choice in parts)
+    if origin in (UnionType, typing.Union):
+        return " or ".join(dict.fromkeys(type_in_words(part) for part in parts))
+    if origin is not None:
+        return "mapping" if issubclass(origin, Mapping) else f"list of {type_in_words(parts[0])}"
+    return TYPES.get(kind, "text" if hasattr(kind, "__fspath__") else "mapping")
 
 
 def tile_roots(data: Any) -> list[Path]:

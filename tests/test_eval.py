@@ -171,7 +171,10 @@ def test_the_test_set_is_read_once(data, monkeypatch):
 def test_a_damaged_result_is_named(data):
     first = run(data)
     (path,) = data.rglob("seed0/result.json")
-    for damaged in (b"", b"{", b"3", b"[]", b"{}", b"\xff", b"\0"):
+    whole = json.loads(path.read_text())
+    partial = [{k: v for k, v in whole.items() if k != name} for name in ("test", "versions")]
+    cut = [json.dumps(one).encode() for one in partial]
+    for damaged in (b"", b"{", b"3", b"[]", b"{}", b"\xff", b"\0", *cut):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=r"result\.json is damaged; remove it"):
             run(data)

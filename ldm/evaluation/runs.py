@@ -18,7 +18,7 @@ from ldm.errors import UserError
 from ldm.evaluation.bootstrap import intervals
 from ldm.evaluation.predictions import predictions_name
 from ldm.evaluation.sets import EVALUATED, GroupTable, Splits, open_evaluation_sets, open_splits
-from ldm.evaluation.summary import write_confusion, write_summary
+from ldm.evaluation.summary import summarise, write_confusion, write_summary
 from ldm.evaluation.training import Predictor, RunBatches, TrainingData, predictions_of
 from ldm.files import remove_leftovers, require_outside, write_json
 from ldm.models.callbacks import LastCheckpoint
@@ -80,6 +80,7 @@ def read_result(run: Path, now: dict[str, Any], overwrite: bool) -> dict[str, An
         result = json.loads((run / RESULT).read_text())
         if not is_current(run, result, now, overwrite):
             return None
+        summarise(run.name, [result])  # fails where anything is missing
     except UserError:
         raise
     except (ValueError, TypeError, LookupError, AttributeError):
