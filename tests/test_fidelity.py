@@ -303,6 +303,12 @@ def test_features_of_a_run_are_those_of_the_selection_before_their_length_is_tak
     torch.testing.assert_close(torch.nn.functional.normalize(raw.values, dim=1), theirs.values)
 
 
+def test_features_of_a_run_that_is_not_finished_are_those_of_its_last_checkpoint(vit, tmp_path):
+    (tmp_path / "seed0" / "checkpoints").mkdir(parents=True)
+    shutil.copy(vit, tmp_path / "seed0" / "checkpoints" / "last.ckpt")
+    assert load_extractor(tmp_path / "seed0").identity == load_extractor(vit).identity
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_features_on_a_gpu_are_those_of_the_cpu(inception_file, vit, tile_sets):
     paths = TileFiles.below(tile_sets["real"], True).paths[:4]

@@ -450,6 +450,14 @@ def test_a_damaged_record(entry, value, ours, tmp_path):
         load_model(tmp_path / "f.ckpt", "autoencoder")
 
 
+def test_a_record_that_does_not_fit_names_its_file(ours, tmp_path):
+    payload = read_checkpoint(ours / "autoencoder.ckpt")
+    payload[KEY]["model"]["params"] = [1]
+    torch.save(payload, tmp_path / "f.ckpt")
+    with pytest.raises(UserError, match=r"`model`: .*f\.ckpt: .*params: \[1\] must be a mapping"):
+        load_model(tmp_path / "f.ckpt", "autoencoder", what="`model`")
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_a_damaged_file(seed, ours, tmp_path):
     """Cut short, or with a few wrong bytes where the names and numbers of its tensors stand."""

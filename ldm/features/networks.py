@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm.checkpoint import load_tensors
+from ldm.checkpoint import checkpoint_path, load_tensors
 from ldm.errors import UserError
 from ldm.features.extractor import FEATURES, LOGITS, Extractor
 from ldm.features.source import DINOV2, INCEPTION, FeatureSource
@@ -34,7 +34,7 @@ RUN_RESULT = "result.json"  # what eval.py writes in the folder of a seed
 def open_vit(source: FeatureSource, device: torch.device | str) -> Extractor:
     """Load a classifier that eval.py trained, from a checkpoint or the folder of a seed."""
     net, record = load_vit(source.argument, device, source.setting)
-    weights = selected_epoch(source.argument)
+    weights = checkpoint_path(selected_epoch(source.argument), source.setting)
     name = f"{record['model']['params']['arch']} of {source.argument}"
     return classifier_extractor(net, name, weights, device, _recorded_training_tiles(weights))
 
