@@ -124,6 +124,21 @@ def to_markdown(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def print_notes(results: list[dict]) -> None:
+    """Print what is not in the table: the network, what was lost of tiles, and warnings."""
+    extractor = results[0]["extractor"]
+    print(f"extractor: {extractor['name']}, weights {extractor['weights_sha256'][:12]}")
+    print(f"pre-processing: {extractor['preprocessing']}")
+    for result in results:
+        if lost := result.get("reconstruction"):
+            print(
+                f"{result['fake']['dir']}: PSNR {lost['psnr']:.2f} dB, distance in features "
+                f"{lost['feature_distance']:.4f} (1 - cosine)"
+            )
+        for warning in result["warnings"]:
+            log.warning("%s: %s", result["fake"]["dir"], warning)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(Options, argv)
 
@@ -171,16 +186,10 @@ def main(argv: list[str] | None = None) -> None:
     real = reference(real_files, extractor, stats, args.overwrite, **loading)
     for files in fake_files:
         require_known_classes(real.class_names, files.class_names, files.root)
-    results = [
-        compare_sets(
-            real,
-            FeatureSet.compute(files, extractor, raw=True, **loading),
-            extractor,
-            stats,
-            args.seed,
-        )
-        for files in fake_files
-    ]
+    results = []
+    for files in fake_files:
+        found = FeatureSet.compute(files, extractor, raw=True, **loading)
+        results.append(compare_sets(real, found, extractor, stats, args.seed))
     for path, net in zip(args.reconstruct, nets, strict=True):
         found = reconstruct_set(real_files, net, path, extractor, **loading)
         record = compare_sets(real, found, extractor, stats, args.seed)
@@ -188,13 +197,4 @@ def main(argv: list[str] | None = None) -> None:
     write_json(out, results if len(results) > 1 else results[0])
     print(to_markdown(results))
     print(f"\nreal: {real.facts['root']}, {len(real.values)} tiles")
-    print(f"extractor: {extractor.network}, weights {extractor.weights_sha256[:12]}")
-    print(f"pre-processing: {extractor.preprocessing}")
-    for result in results:
-        if lost := result.get("reconstruction"):
-            print(
-                f"{result['fake']['dir']}: PSNR {lost['psnr']:.2f} dB, distance in features "
-                f"{lost['feature_distance']:.4f} (1 - cosine)"
-            )
-        for warning in result["warnings"]:
-            log.warning("%s: %s", result["fake"]["dir"], warning)
+    print_notes(results)
