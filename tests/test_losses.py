@@ -163,7 +163,7 @@ def test_feature_distance_equals_its_equation():
     [
         ("resnet19x", "vgg", "perceptual_network='resnet19x'.*nearest"),
         ("test_resnet", None, "perceptual_network='test_resnet' needs perceptual_weights=FILE"),
-        ("test_resnet", "vgg", "vgg16.*do not fit"),
+        ("test_resnet", "vgg", "perceptual_weights .*vgg16.*do not fit"),
     ],
 )
 def test_a_perceptual_network_that_cannot_be_loaded(network, weights, expected, vgg_weights):

@@ -31,8 +31,10 @@ def open_perceptual(network: str, weights: str | None, resolution: int) -> Perce
             f"perceptual_network={network!r} needs perceptual_weights=FILE, a local file of its "
             "weights, or lpips"
         )
-    named = f"perceptual_network={network!r}"
-    return PerceptualLoss(FeatureDistance(pretrained_network(network, resolution, weights, named)))
+    settings = f"perceptual_network={network!r}", "perceptual_weights"
+    return PerceptualLoss(
+        FeatureDistance(pretrained_network(network, resolution, weights, *settings))
+    )
 
 
 def read_backbone(path: str | None) -> dict[str, Tensor]:

@@ -263,7 +263,7 @@ def load_pretrained(
 
 
 def pretrained_network(
-    arch: str, input_size: int, weights: str | os.PathLike | None, named: str
+    arch: str, input_size: int, weights: str | os.PathLike | None, named: str, what: str = "weights"
 ) -> TileClassifier:
     """Build a timm network without a head, frozen, with weights of a local file.
 
@@ -271,7 +271,7 @@ def pretrained_network(
 
     Args:
         weights: See `load_pretrained`; None is refused, after the name was checked.
-        named: The setting that names the network, for errors.
+        named, what: The settings that name the network and the weights, for errors.
     """
     name = timm_name(arch)
     config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
@@ -286,7 +286,7 @@ def pretrained_network(
             " give a local file of weights, or where there is internet run: python -c"
             f" \"import timm; timm.create_model('{name}', pretrained=True)\""
         )
-    load_pretrained(net, weights, what="weights")
+    load_pretrained(net, weights, what=what)
     return net.eval().requires_grad_(False)
 
 
