@@ -24,11 +24,13 @@ from ldm.checkpoint import write_checkpoint
 from ldm.cli import run_command
 from ldm.data.folders import PREFIX
 from ldm.data.images import class_folders, list_images
+from ldm.data.tile_files import TileFiles
 from ldm.data.tiles import TileFolder
 from ldm.errors import UserError
 from ldm.evaluation.sets import open_splits
 from ldm.features.neighbours import centroid_distances
-from ldm.features.sets import FeatureSet, read_tensors
+from ldm.features.sets import FeatureSet, cached_features, read_tensors
+from ldm.features.source import parse_features
 from ldm.features.weights import cached_weights
 from ldm.models.vit import TileClassifier
 from ldm.models.vit_settings import Settings
@@ -482,6 +484,21 @@ def make_manifest(fake: Path) -> None:
     lines = ["class,file,prob"]
     lines += [f"{p.parent.name},{p.parent.name}/{p.name},0.9" for p in list_images(fake)]
     (fake / "manifest.csv").write_text("\n".join(lines) + "\n")
+
+
+def test_kept_features_serve_labelled_and_unlabelled_uses_of_the_same_tiles(
+    folders, tmp_path, monkeypatch
+):
+    """One command may know the classes of a folder that another takes for a heap of tiles."""
+    extractor = parse_features("pixels").open("cpu")
+    labelled = TileFiles.below(folders["real"], True)
+    heap = dataclasses.replace(labelled, classes=[], labels=[-1] * len(labelled.labels))
+    first = cached_features(labelled, extractor, tmp_path / "kept")
+    monkeypatch.setattr(FeatureSet, "compute", None)  # a call would be a TypeError
+    for files in (heap, labelled):
+        found = cached_features(files, extractor, tmp_path / "kept")
+        assert torch.equal(found.values, first.values)
+        assert (found.labels.tolist(), found.classes) == (files.labels, files.classes)
 
 
 def test_features_of_a_timm_network(folders, tmp_path):

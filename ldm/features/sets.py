@@ -206,9 +206,10 @@ def cached_features(
     """Features of files, read from `cache` where nothing has changed.
 
     Args:
-        cache: Safetensors file. It is used when it holds the same images, classes, network and
-            kind of values, and written otherwise. A path that does not end so is a folder, which
-            holds a file for each network and set, named by the first 16 digits of their digests.
+        cache: Safetensors file. It is used when it holds the same images, network and kind of
+            values, with the classes of now, and written otherwise. A path that does not end so
+            is a folder, which holds a file for each network and set, named by the first 16 digits
+            of their digests.
         batch_size, num_workers, views, raw: See `FeatureSet.compute`.
     """
     if cache.suffix != SUFFIX:
@@ -222,13 +223,15 @@ def cached_features(
         else:
             if (
                 (known.extractor, known.tiles) == (extractor.identity, files.digest)
-                and (known.files, known.classes) == (files.names, files.classes)
+                and known.files == files.names
                 and (known.logits is not None) == extractor.classifies(files.classes)
                 and known.facts.get("views", WHOLE.name) == views.name
                 and known.facts.get("raw", False) == raw
             ):
                 log.info("%s: %d images, features from %s", files.root, len(known.files), cache)
-                return known
+                # The same tiles may be labelled for one command and unlabelled for another.
+                labels = torch.tensor(files.labels, dtype=torch.int64)
+                return replace(known, labels=labels, classes=list(files.classes))
             log.info("%s: other images or network than in %s; computing anew", files.root, cache)
     result = FeatureSet.compute(files, extractor, batch_size, num_workers, views, raw)
     result.save(cache)
