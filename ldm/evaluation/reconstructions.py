@@ -6,17 +6,17 @@ Letters: N tiles, B batch, D features.
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.data.tile_files import TileFiles
+from ldm.data.tiles import to_uint8
 from ldm.features.diffusion import centre
 from ldm.features.extractor import FEATURES, Extractor
 from ldm.features.sets import FeatureSet
 from ldm.files import digest_of
-from ldm.modules.autoencoder import psnr, weights_digest
+from ldm.modules.autoencoder import psnr
 
 PSNR = "psnr"  # dB, of each tile
 
@@ -33,9 +33,8 @@ def reconstruct_set(
     """
 
     def forward(x: Tensor) -> dict[str, Tensor]:
-        x_rec = net.decode(net.encode(x).mode()).clamp(-1, 1)
-        tiles = ((x_rec + 1) * 127.5).round().byte().movedim(1, -1).cpu().numpy()  # (B, H, W, 3)
-        images = torch.stack([extractor.transform(np.ascontiguousarray(tile)) for tile in tiles])
+        x_rec = net.decode(net.encode(x).mode())
+        images = torch.stack([extractor.transform(tile) for tile in to_uint8(x_rec)])
         values = extractor.forward(images.to(extractor.device))
         pairs = zip(x, x_rec, strict=True)
         return {
@@ -48,7 +47,7 @@ def reconstruct_set(
     facts = {
         "root": f"{files.root} by {model}",
         "part": "reconstructions",
-        "sha256": digest_of([files.listing, weights_digest([net])]),
+        "sha256": digest_of([files.listing, net.fingerprint()]),
         "pixels": {f"{net.resolution}x{net.resolution}": len(files.paths)},
     }
     return replace(found, facts={**found.facts, **facts})

@@ -45,12 +45,12 @@ class FeatureDistance(nn.Module):
     summed over channels and averaged over positions. Its range is [0, 4].
 
     Args:
-        network: Has `feature_maps`, images (B, 3, H, W) in [-1, 1] -> maps (B, C, h, w).
+        network: Frozen; has `feature_maps`, images (B, 3, H, W) in [-1, 1] -> maps (B, C, h, w).
     """
 
     def __init__(self, network: nn.Module):
         super().__init__()
-        self.network = network.eval().requires_grad_(False)
+        self.network = network
 
     def forward(self, x: Tensor, x_rec: Tensor) -> Tensor:
         pairs = zip(*(self.network.feature_maps(images) for images in (x, x_rec)), strict=True)
