@@ -16,7 +16,7 @@ from ldm.features.diffusion import centre
 from ldm.features.extractor import FEATURES, Extractor
 from ldm.features.sets import FeatureSet
 from ldm.files import digest_of
-from ldm.modules.autoencoder import psnr
+from ldm.modules.autoencoder import psnr, weights_digest
 
 PSNR = "psnr"  # dB, of each tile
 
@@ -47,7 +47,7 @@ def reconstruct_set(
     facts = {
         "root": f"{files.root} by {model}",
         "part": "reconstructions",
-        "sha256": digest_of([files.listing, net.fingerprint()]),
+        "sha256": digest_of([files.listing, weights_digest([net])]),
         "pixels": {f"{net.resolution}x{net.resolution}": len(files.paths)},
     }
     return replace(found, facts={**found.facts, **facts})
