@@ -56,7 +56,8 @@ Tiles = str | os.PathLike | np.ndarray | Tensor
 Labels = str | Sequence[str] | None  # a class name of each tile, or one of all
 TIME = 400  # training time step of a diffusion model at which it describes tiles best
 # Options of sample_diffusion.py that decide tiles, beside the models, the classes and their number.
-OF_SAMPLES = ("seed", "ema", "batch_size", "start_from", "strength", "start_confidence")
+_SOURCES = ("start_from", "strength", "source_detail", "start_confidence")
+OF_SAMPLES = ("seed", "ema", "batch_size", *_SOURCES)
 
 
 def load(run: str | os.PathLike, device: str = "auto", **others: str | os.PathLike):
@@ -148,9 +149,9 @@ class DiffusionRun(AutoencoderRun):
         Args:
             label: Class by name, or several as A,B; by default all, one class after the other.
             count: N, of each class. Tile i is the same, however many there are.
-            options: `seed`, `batch_size`, `ema`, `start_from`, `strength`, `start_confidence`, and
-                any other option of the groups sampler and guidance by its name, such as
-                `classifier_scale`, `custom_steps` and `eta`.
+            options: `seed`, `batch_size`, `ema`, `start_from`, `strength`, `source_detail`,
+                `start_confidence`, and any other option of the groups sampler and guidance by its
+                name, such as `classifier_scale`, `custom_steps` and `eta`.
 
         Raises:
             UserError: An option is unknown, wrong, or does nothing with these models.
@@ -176,7 +177,8 @@ class DiffusionRun(AutoencoderRun):
                 starts = None if sources is None else sources.latents(batch)
                 labels, indices = [models.label(name) for name, _ in batch], [i for _, i in batch]
                 z_0 = synthesiser.latents(labels, indices, sources=starts)
-                parts.append(synthesiser.images(z_0))
+                detail = sources.detail(batch) if sampling.source_detail else None
+                parts.append(synthesiser.images(z_0, detail))
                 bar.update(len(batch))
         return np.concatenate(parts)
 

@@ -12,7 +12,7 @@ import sample_diffusion
 from ldm.checkpoint import load_model, read_checkpoint
 from ldm.cli import parse
 from ldm.commands import classify as classifier_train
-from ldm.data.tiles import TileFolder
+from ldm.data.tiles import TileFolder, read_tile, symmetry, to_tensor
 from ldm.devices import Devices
 from ldm.diffusion.guidance import classifier_log_prob_grad, shared_pass
 from ldm.errors import UserError
@@ -293,6 +293,44 @@ def test_variations_of_labelled_tiles(kind, models, data, tmp_path):
         a, b = (tmp_path / name / row["file"] for name in "ab")
         assert a.read_bytes() == b.read_bytes()
     assert len(other) == 2
+
+
+@pytest.mark.parametrize("kind", ["eps", "flow"])
+def test_a_variation_gets_the_detail_of_its_source(kind, models, data, tmp_path):
+    """Hardly noised, it is its source; without the detail, what the first stage keeps of it."""
+    more = ("-n", "7", "--start_from", str(data), "--classifier_scale", "0", "--strength", "0.01")
+    distances = {}
+    for detail in (None, 0.5, 1):
+        out, given = tmp_path / f"{detail}", () if detail is None else ("--source_detail", detail)
+        rows = sample(models, out, *more, *map(str, given), kind=kind)
+        assert {row["source_detail"] for row in rows} == {"" if detail is None else f"{detail:.1f}"}
+        distances[detail] = []
+        for row in rows:
+            # The seventh image of a class starts from its first tile again, flipped.
+            tile = to_tensor(read_tile(data / row["source"]))
+            tile = symmetry(tile, int(row["index"]) // 6)
+            other = to_tensor(read_tile(out / row["file"]))
+            distances[detail].append(float((tile - other).abs().mean()))
+    for none, half, whole in zip(*distances.values(), strict=True):
+        assert whole < 0.6 * half < 0.6 * none
+
+
+def test_a_folder_of_before_the_detail_goes_on(models, data, tmp_path):
+    """Its record and its manifest know of no `source_detail`."""
+    more, out = ("--start_from", str(data), "--strength", "0.5"), tmp_path / "out"
+    made = sample(models, out, "-n", "1", *more)
+    settings = json.loads((out / "settings.json").read_text())
+    del settings["images"]["source_detail"]
+    (out / "settings.json").write_text(json.dumps(settings))
+    with (out / "manifest.csv").open("w", newline="") as stream:
+        columns = [key for key in made[0] if key != "source_detail"]
+        writer = csv.DictWriter(stream, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(made)
+    on = sample(models, out, "-n", "2", *more)
+    assert [row for row in on if row["index"] == "0"] == made and len(on) == 6
+    with pytest.raises(UserError, match="source_detail"):
+        sample(models, out, "-n", "2", *more, "--source_detail", "1")
 
 
 def test_variations_of_unlabelled_tiles(models, data, tmp_path):

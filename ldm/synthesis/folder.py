@@ -44,18 +44,18 @@ JOURNAL, STAGES = ".parts", ".stages"
 
 _COLUMNS = """class index file seed sampler steps eta scale interval_low interval_high
     guidance_on normalise clip temperature cfg_scale autoguidance_scale limit strength
-    diffusion_sha256 classifier_sha256 autoguidance_sha256 first_stage_sha256 start_from_sha256
-    prob entropy source made seconds"""
+    source_detail diffusion_sha256 classifier_sha256 autoguidance_sha256 first_stage_sha256
+    start_from_sha256 prob entropy source made seconds"""
 COLUMNS = tuple(_COLUMNS.split())  # of the manifest
-_FLOATS = """eta scale clip temperature cfg_scale autoguidance_scale limit strength prob entropy
-    seconds"""
+_FLOATS = """eta scale clip temperature cfg_scale autoguidance_scale limit strength
+    source_detail prob entropy seconds"""
 TYPES = {  # of Arrow; columns that are not named hold texts
     **dict.fromkeys(_FLOATS.split(), "float64"),
     **dict.fromkeys(("index", "steps", "interval_low", "interval_high"), "int32"),
     **{"seed": "int64", "normalise": "bool"},
 }
 # Columns that manifests of earlier versions lack.
-LATER = ("limit", "strength", "start_from_sha256", "source")
+LATER = {"limit", "strength", "source_detail", "start_from_sha256", "source"}
 DECIMALS = {"prob": 6, "entropy": 6, "seconds": 3}
 VOLATILE = ("made", "seconds")  # what two runs of the same command differ in
 
@@ -143,7 +143,8 @@ class SampleFolder:
             with path.open(newline="") as stream:
                 reader = csv.DictReader(stream, strict=True)
                 columns = tuple(reader.fieldnames or ())
-                if columns not in (COLUMNS, tuple(key for key in COLUMNS if key not in LATER)):
+                known = tuple(key for key in COLUMNS if key in columns or key not in LATER)
+                if columns != known:
                     raise UserError(f"{path}: columns {reader.fieldnames} are not {list(COLUMNS)}")
                 for cells in reader:
                     row: Row = {key: cells.get(key) or None for key in OF_IMAGE}

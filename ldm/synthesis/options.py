@@ -108,6 +108,12 @@ class Options(ProcessOptions):
         f"share of the way to noise that --start_from is noised to; if omitted {DEFAULT_STRENGTH}",
         metavar="S",
     )
+    source_detail: Annotated[float, Field(gt=0, le=1)] | None = _images(
+        None,
+        "share of the fine detail that the first stage loses of --start_from, to be added to the "
+        "images; if omitted none",
+        metavar="D",
+    )
     start_confidence: Share | None = _images(
         None,
         "least probability of a tile's class where --classifier labels --start_from",
@@ -198,7 +204,7 @@ class Options(ProcessOptions):
         if other not in (None, "ddim") and self.eta is not None:
             yield "eta", f"{self.eta:g} belongs to DDIM; leave it out with {other}"
         if self.start_from is None:
-            for name in ("strength", "start_confidence"):
+            for name in ("strength", "source_detail", "start_confidence"):
                 if getattr(self, name) is not None:
                     yield name, "needs --start_from DIR; give it or leave this out"
         if self.counts is not None:

@@ -55,6 +55,7 @@ class Batch(NamedTuple):
     guidance: GuidanceLog
     seconds: float  # that it took so far
     sources: list[str | None]  # the real tile that each image started from
+    detail: Tensor | None  # that the images get from it, (B, 3, H, W)
     stages: list[tuple[str, float, Tensor]]  # class, t, expected latent of first images
 
 
@@ -95,7 +96,7 @@ class Writer:
         start = time.perf_counter()
         # The latents are complete: `latents` has looked at them.
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-            images = self._synthesiser.images(batch.z_0)
+            images = self._synthesiser.images(batch.z_0, batch.detail)
             for name, t, z_0_pred in batch.stages:
                 self._folder.write_stage(name, t, self._synthesiser.images(z_0_pred[None])[0])
         files = [
@@ -273,10 +274,11 @@ def _sample(
             indices = [index for _, index in batch]
             synthesiser.guidance_log, stages = GuidanceLog(), []
             starts = None if sources is None else sources.latents(batch)
+            detail = sources.detail(batch) if synthesiser.sampling.source_detail else None
             z_0 = synthesiser.latents(labels, indices, show, starts)
             confidences = synthesiser.confidences(z_0, labels)
             seconds = time.perf_counter() - start
             files = [None if sources is None else sources.file(*job) for job in batch]
             guidance = synthesiser.guidance_log
-            writer.put(Batch(batch, z_0, confidences, guidance, seconds, files, stages))
+            writer.put(Batch(batch, z_0, confidences, guidance, seconds, files, detail, stages))
             bar.update(len(batch))

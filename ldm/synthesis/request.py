@@ -182,6 +182,7 @@ def choose_sampling(args: Any, models: Models) -> Sampling:
         autoguidance_scale=1.0 if args.autoguidance_scale is None else args.autoguidance_scale,
         limit=args.latent_limit,
         strength=(args.strength or DEFAULT_STRENGTH) if args.start_from else None,
+        source_detail=args.source_detail,
     )
 
 

@@ -15,6 +15,7 @@ NAMED = (
     ("autoguidance_scale", 1, "autoguidance{:g}"),
     ("limit", None, "limit{:g}"),
     ("strength", None, "strength{:g}"),
+    ("source_detail", None, "detail{:g}"),
 )
 
 
@@ -46,6 +47,9 @@ class Sampling:
     # Images start from real tiles that are noised to this share of the way to pure noise, in (0,
     # 1]; None starts from noise.
     strength: float | None = None
+    # This share of what the first stage loses of its source is added to each image, in (0, 1]; None
+    # adds nothing.
+    source_detail: float | None = None
 
     def __post_init__(self):
         if self.limit is not None and self.sampler not in ("euler", "heun"):

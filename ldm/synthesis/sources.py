@@ -5,7 +5,7 @@ Trabucco et al. 2023). What is left of it keeps layout and colour plausible wher
 starts from noise alone is not good enough yet.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +93,8 @@ class Sources:
         """Tiles of each class by falling probability, at t = 0."""
         net, probabilities = judge.logits_model(), []
         for start in range(0, len(self._tiles), BATCH):
-            z_0 = self._encode(range(start, min(start + BATCH, len(self._tiles))))
+            members = range(start, min(start + BATCH, len(self._tiles)))
+            z_0 = self._encode(self._tiles[i]["image"] for i in members)
             t = torch.zeros(len(z_0), dtype=torch.int64, device=z_0.device)
             logits = net(z_0, t).float() / judge.temperature
             probabilities.append(logits.softmax(dim=1).cpu())
@@ -120,16 +121,25 @@ class Sources:
 
     def latents(self, jobs: Sequence[tuple[str, int]]) -> Tensor:
         """Clean scaled latents (B, C, H, W) of the sources of images (class, index)."""
-        members = [self._chosen[name][index % len(self._chosen[name])] for name, index in jobs]
-        turns = [index // len(self._chosen[name]) % SYMMETRIES for name, index in jobs]
-        return self._encode(members, turns)
+        return self._encode([self._image(*job) for job in jobs])
 
     @torch.no_grad()
-    def _encode(self, members: Sequence[int], turns: Sequence[int] | None = None) -> Tensor:
-        x = [self._tiles[i]["image"] for i in members]
-        if turns is not None:
-            x = [symmetry(image, turn) for image, turn in zip(x, turns, strict=True)]
+    def detail(self, jobs: Sequence[tuple[str, int]]) -> Tensor:
+        """What the first stage loses of those sources, x - D(E(x)): (B, 3, H, W), in [-2, 2]."""
+        images = [self._image(*job) for job in jobs]
+        decode, z_0 = self.diffusion.decode_first_stage, self._encode(images)
+        kept = torch.cat([decode(z[None]) for z in z_0])
+        return torch.stack(images).to(kept.device) - kept
+
+    def _image(self, name: str, index: int) -> Tensor:
+        """The tile (3, H, W) that an image starts from, flipped and turned, in [-1, 1]."""
+        members = self._chosen[name]
+        tile = self._tiles[members[index % len(members)]]["image"]
+        return symmetry(tile, index // len(members) % SYMMETRIES)
+
+    @torch.no_grad()
+    def _encode(self, images: Iterable[Tensor]) -> Tensor:
         device = self.diffusion.scale_factor.device
         # One at a time: an image must not depend on those that are made beside it.
-        batches = ({"image": image[None].to(device)} for image in x)
+        batches = ({"image": image[None].to(device)} for image in images)
         return torch.cat([self.diffusion.latents(batch, sample=False) for batch in batches])

@@ -270,9 +270,16 @@ class Synthesiser:
         return z_0
 
     @torch.no_grad()
-    def images(self, z_0: Tensor) -> np.ndarray:
-        """Decoded tiles, uint8 (B, H, W, 3)."""
-        return to_uint8(self._decode(z_0))
+    def images(self, z_0: Tensor, detail: Tensor | None = None) -> np.ndarray:
+        """Decoded tiles, uint8 (B, H, W, 3).
+
+        Args:
+            detail: Added to them, (B, 3, H, W), in the share `Sampling.source_detail`.
+        """
+        x = self._decode(z_0)
+        if detail is not None:
+            x = x + self.sampling.source_detail * detail.to(x.device)
+        return to_uint8(x)
 
     @torch.no_grad()
     def confidences(self, z_0: Tensor, labels: Sequence[int]) -> list[Confidence]:
