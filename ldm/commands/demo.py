@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ldm.cli import STOPPED, Dir, existing_path, option, parse
 from ldm.devices import usable_cores
+from ldm.errors import UserError
 
 if TYPE_CHECKING:
     from ldm.experiment.settings import Settings
 
-DEMO, FAST = "configs/demo/demo.yaml", "configs/demo/fast.yaml"
+DEMO = "configs/demo/demo.yaml"
+OWN, FAST = "configs/demo/own.yaml", "configs/demo/fast.yaml"  # merged over it
 JOBS = 2  # at once: networks this small gain little from a second thread
-BATCH = 32  # of the flow
+BATCH = 64  # of the flow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,29 +49,37 @@ def read_demo(args: Options) -> "Settings":
     from ldm.experiment.settings import check_settings, with_override
     from ldm.files import ROOT
 
-    files = [DEMO, FAST] if args.fast else [DEMO]
+    files = [DEMO, *([OWN] if args.data else []), *([FAST] if args.fast else [])]
     config = OmegaConf.merge(*(read_yaml(ROOT / file) for file in files))
     for word in args.overrides:
         config = with_override(config, word)
     config.out = args.out
+    for name in ("ratio", "most"):
+        if not isinstance(value := config.vars[name], int) or value < 1:
+            raise UserError(f"vars.{name} {value!r} must be a whole number from 1")
     if args.data is not None:
         data = config.data
         data.root, data.tiles = str(existing_path(args.data, "data", "dir").absolute()), None
-        config.grid.ratios = affordable_ratios(config, Path(data.root) / data.labelled)
+        config.vars.ratio = affordable_ratio(config, Path(data.root) / data.labelled)
+    flow = config.models.flow
+    if config.vars.pretrained is not None:
+        start = existing_path(str(config.vars.pretrained), "vars.pretrained", "file")
+        flow.overrides.append(f"model.params.ckpt_path={start.absolute()}")
+    batch = BATCH
     if resolve_device(None).type == "cpu" and usable_cores() >= JOBS:
         # A process on each core, half a batch in each.
-        config.models.flow.arguments.devices = JOBS
-        config.models.flow.overrides.append(f"data.params.batch_size={BATCH // JOBS}")
+        flow.arguments.devices, batch = JOBS, BATCH // JOBS
+    flow.overrides.append(f"data.params.batch_size={batch}")
     return check_settings(resolve(config), DEMO)
 
 
-def affordable_ratios(config: Any, labelled: Path) -> list[int]:
-    """The ratios of the demo, lowered where they want more than `vars.most` tiles of a class."""
+def affordable_ratio(config: Any, labelled: Path) -> int:
+    """The ratio of the demo, lowered where it wants more than `vars.most` tiles of a class."""
     from ldm.experiment.inputs import Split
 
     count = max(Split(labelled).counts.values()) if labelled.is_dir() else 1
     most = int(100 * config.vars.most / (config.sampling.per_wanted * count))
-    return [max(1, min(ratio, most)) for ratio in config.grid.ratios]
+    return max(1, min(config.vars.ratio, most))
 
 
 def main(argv: list[str] | None = None) -> int:

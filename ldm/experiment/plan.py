@@ -559,7 +559,7 @@ class Plan:
         }
         return self._add(
             f"eval-{key}-seed{seed}",
-            f"ViT on {label}, seed {seed}",
+            f"classifier on {label}, seed {seed}",
             "evaluate",
             options,
             [self.out / "eval" / key / folder / f"seed{seed}"],
