@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from inprocess import Here
 
 from ldm.cli import parse, run_command
@@ -60,19 +61,25 @@ def test_the_demo_is_a_table(tmp_path):
 def test_what_the_flow_starts_from(tmp_path, user_data, own):
     """The weights that come with the demo are for its procedural tiles, and may be left out."""
 
-    def starts(*words: str) -> list[str]:
+    def starts(*words: str) -> tuple[str | None, str]:
         words = (*words, *(("--data", str(user_data)) if own else ()))
-        command = {job.name: job.command for job in plan_of(tmp_path / "out", *words).jobs}[
-            "train-flow"
-        ]
-        return [word.partition("=")[2] for word in command if "ckpt_path" in word]
+        plan = plan_of(tmp_path / "out", *words)
+        job = next(job for job in plan.jobs if job.name == "train-flow")
+        start = job.environment.get("HISTO_PRETRAINED")
+        assert ("configs/demo/pretrained.yaml" in job.command) == (start is not None)
+        return start, keys_of(plan.jobs)[job.name]
 
     weights = str(ROOT / "configs/demo/pretrained.ckpt")
-    assert starts() == ([] if own else [weights])
-    assert starts("vars.pretrained=null") == []
-    if not own:
-        with pytest.raises(UserError, match="missing.ckpt does not exist"):
-            starts("vars.pretrained=missing.ckpt")
+    first = starts()[0]
+    assert first is None if own else Path(first).samefile(weights)
+    assert starts("vars.pretrained=null")[0] is None
+    with pytest.raises(UserError, match="missing.ckpt does not exist"):
+        starts("vars.pretrained=missing.ckpt")
+    other = tmp_path / "other.ckpt"
+    torch.save(torch.load(weights) | {"epoch": 7}, other)
+    first = starts(f"vars.pretrained={other}")
+    torch.save(torch.load(weights) | {"epoch": 8}, other)
+    assert starts(f"vars.pretrained={other}") != first  # the flow is trained again
 
 
 @pytest.mark.parametrize(
@@ -83,7 +90,12 @@ def test_what_the_flow_starts_from(tmp_path, user_data, own):
         ("sampling.per_wanted=many", "sampling.per_wanted 'many' must be"),
         ("evaluation.seeds=1", "evaluation.seeds 1 must be"),
         ("judge=3", "judge 3 must be"),
-        ("vars.ratio=many", "vars.ratio 'many' must be a whole number from 1"),
+        ("vars.ratio=many", "ratios.0. 'many' must be"),
+        ("vars.most=0", "vars.most 0 must be a whole number from 1"),
+        ("vars.size=50", "vars.size 50 must be a multiple of 16"),
+        ("vars=3", "vars"),
+        ("models.flow.overrides=null", "models.flow.overrides"),
+        ("vars.pretrained=README.md", "vars.pretrained.*README.md"),
         ("vars.pretrained=5", "5 does not exist"),
     ],
 )
@@ -195,7 +207,7 @@ def test_whole_demo(tmp_path, monkeypatch, capsys):
     for address in re.findall('<a href="([^"]*)"', text):
         assert (out / address).exists()
 
-    # The pools that are guided and all that uses them; the ViT on real tiles is none of that.
+    # The pools that are guided and all that uses them; the network on real tiles is none of that.
     changed = plan_of(out, "--fast", "sampling.options.classifier_scale=1")
     found = Records(plan.jobs_folder).survey(changed.jobs).items()
     assert {name for name, one in found if one.state is State.WAITING} == {

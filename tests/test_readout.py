@@ -304,6 +304,7 @@ def test_a_variation_gets_the_detail_of_its_source(kind, models, data, tmp_path)
         out, given = tmp_path / f"{detail}", () if detail is None else ("--source_detail", detail)
         rows = sample(models, out, *more, *map(str, given), kind=kind)
         assert {row["source_detail"] for row in rows} == {"" if detail is None else f"{detail:.1f}"}
+        assert ("its finest grain" in (out / "README.md").read_text()) == (detail is not None)
         distances[detail] = []
         for row in rows:
             # The seventh image of a class starts from its first tile again, flipped.

@@ -234,12 +234,12 @@ def test_an_interrupted_run_goes_on(models, tmp_path, monkeypatch):
     images = Synthesiser.images
     calls = []
 
-    def stop(self, z_0):
+    def stop(self, z_0, *detail):
         if len(z_0) > 1:  # others are the first tile on its way
             calls.append(len(z_0))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return images(self, z_0)
+        return images(self, z_0, *detail)
 
     monkeypatch.setattr(Synthesiser, "images", stop)
     with pytest.raises(KeyboardInterrupt):

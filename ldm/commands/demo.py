@@ -5,6 +5,7 @@ command of the other entry points. Run again, it goes on where it stopped. Write
 and OUT/table.csv; the log of each job is OUT/jobs/NAME.log.
 """
 
+import math
 import signal
 import sys
 import time
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
 
 DEMO = "configs/demo/demo.yaml"
 OWN, FAST = "configs/demo/own.yaml", "configs/demo/fast.yaml"  # merged over it
+START = "configs/demo/pretrained.yaml"  # merged over the flow's
 JOBS = 2  # at once: networks this small gain little from a second thread
 BATCH = 64  # of the flow
+PATCH, SIDE = 4, 16  # pixels of a position of a latent, and of one of the coarsest level
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +35,8 @@ class Options:
     out: Dir = option("logs/demo", "folder of all results")
     data: Dir | None = option(
         None,
-        "your own tiles, DIR/{train,train5,val,test}/CLASS/images; if omitted, procedural ones",
+        "your own tiles, DIR/{train,train5,val,test}/CLASS/images, and a flow from random weights; "
+        "if omitted, procedural ones",
     )
     fast: bool = option(False, "a few steps of everything, to test the wiring")
     overrides: tuple[str, ...] = option(
@@ -44,6 +48,7 @@ def read_demo(args: Options) -> "Settings":
     """The settings of the demo: a table, with the folders and the devices that are here."""
     from omegaconf import OmegaConf
 
+    from ldm.checkpoint import read_checkpoint
     from ldm.config import read_yaml, resolve
     from ldm.devices import resolve_device
     from ldm.experiment.settings import check_settings, with_override
@@ -54,17 +59,19 @@ def read_demo(args: Options) -> "Settings":
     for word in args.overrides:
         config = with_override(config, word)
     config.out = args.out
-    for name in ("ratio", "most"):
-        if not isinstance(value := config.vars[name], int) or value < 1:
-            raise UserError(f"vars.{name} {value!r} must be a whole number from 1")
+    check_settings(resolve(config), DEMO)
+    check_vars(config.vars)
+    data, flow = config.data, config.models.flow
     if args.data is not None:
-        data = config.data
         data.root, data.tiles = str(existing_path(args.data, "data", "dir").absolute()), None
-        config.vars.ratio = affordable_ratio(config, Path(data.root) / data.labelled)
-    flow = config.models.flow
+    config.vars.latent = config.vars.size // PATCH
+    config.vars.ratio = affordable_ratio(config)
     if config.vars.pretrained is not None:
         start = existing_path(str(config.vars.pretrained), "vars.pretrained", "file")
-        flow.overrides.append(f"model.params.ckpt_path={start.absolute()}")
+        read_checkpoint(start, ("diffusion",), "vars.pretrained")
+        config.models.pretrained = {"run": str(start)}
+        flow.needs = {"HISTO_PRETRAINED": "pretrained"}
+        flow.config.append(START)
     batch = BATCH
     if resolve_device(None).type == "cpu" and usable_cores() >= JOBS:
         # A process on each core, half a batch in each.
@@ -73,13 +80,25 @@ def read_demo(args: Options) -> "Settings":
     return check_settings(resolve(config), DEMO)
 
 
-def affordable_ratio(config: Any, labelled: Path) -> int:
+def check_vars(values: Any) -> None:
+    """UserError unless the numbers that the demo computes with are such numbers."""
+    for name, least in (("size", SIDE), ("ratio", 1), ("most", 1)):
+        if type(value := values[name]) is not int or value < least or value % least:
+            allowed = f"a multiple of {least}" if least > 1 else "a whole number from 1"
+            raise UserError(f"vars.{name} {value!r} must be {allowed}")
+
+
+def affordable_ratio(config: Any) -> int:
     """The ratio of the demo, lowered where it wants more than `vars.most` tiles of a class."""
     from ldm.experiment.inputs import Split
 
-    count = max(Split(labelled).counts.values()) if labelled.is_dir() else 1
+    data, count = config.data, 1
+    if data.tiles is not None:
+        count = data.tiles[data.labelled]
+    elif (labelled := Path(data.root) / data.labelled).is_dir():
+        count = max(Split(labelled).counts.values())
     most = int(100 * config.vars.most / (config.sampling.per_wanted * count))
-    return max(1, min(config.vars.ratio, most))
+    return max(math.ceil(100 / count), min(config.vars.ratio, most))  # a tile at least
 
 
 def main(argv: list[str] | None = None) -> int:

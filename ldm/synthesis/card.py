@@ -38,8 +38,9 @@ def make_card(
         if key != "classes" and not key.endswith("_sha256")
     ]
     content = {"size": size, "count": len(rows), "sampling": sampling, "runs": runs}
-    content |= {"strength": settings.get("strength"), "classes": _classes(settings, rows)}
-    content |= {"models": _models(settings, facts), "shell": shlex.join}
+    content |= {"strength": settings.get("strength"), "detail": settings.get("source_detail")}
+    content |= {"classes": _classes(settings, rows), "models": _models(settings, facts)}
+    content |= {"shell": shlex.join}
     return environment().get_template("card.md").render(content)
 
 
