@@ -174,10 +174,11 @@ class DiffusionRun(AutoencoderRun):
         ):
             for start in range(0, len(jobs), args.batch_size):
                 batch = jobs[start : start + args.batch_size]
-                starts = None if sources is None else sources.latents(batch)
+                starts = detail = None
+                if sources is not None:
+                    starts, detail = sources.start(batch, sampling.source_detail)
                 labels, indices = [models.label(name) for name, _ in batch], [i for _, i in batch]
                 z_0 = synthesiser.latents(labels, indices, sources=starts)
-                detail = sources.detail(batch) if sampling.source_detail else None
                 parts.append(synthesiser.images(z_0, detail))
                 bar.update(len(batch))
         return np.concatenate(parts)

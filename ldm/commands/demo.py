@@ -64,7 +64,6 @@ def read_demo(args: Options) -> "Settings":
     data, flow = config.data, config.models.flow
     if args.data is not None:
         data.root, data.tiles = str(existing_path(args.data, "data", "dir").absolute()), None
-    config.vars.latent = config.vars.size // PATCH
     config.vars.ratio = affordable_ratio(config)
     if config.vars.pretrained is not None:
         start = existing_path(str(config.vars.pretrained), "vars.pretrained", "file")
@@ -76,7 +75,10 @@ def read_demo(args: Options) -> "Settings":
     if resolve_device(None).type == "cpu" and usable_cores() >= JOBS:
         # A process on each core, half a batch in each.
         flow.arguments.devices, batch = JOBS, BATCH // JOBS
-    flow.overrides.append(f"data.params.batch_size={batch}")
+    flow.overrides += [
+        f"vars.latent={config.vars.size // PATCH}",
+        f"data.params.batch_size={batch}",
+    ]
     return check_settings(resolve(config), DEMO)
 
 

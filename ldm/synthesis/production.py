@@ -273,8 +273,9 @@ def _sample(
             labels = [synthesiser.models.label(name) for name, _ in batch]
             indices = [index for _, index in batch]
             synthesiser.guidance_log, stages = GuidanceLog(), []
-            starts = None if sources is None else sources.latents(batch)
-            detail = sources.detail(batch) if synthesiser.sampling.source_detail else None
+            starts = detail = None
+            if sources is not None:
+                starts, detail = sources.start(batch, synthesiser.sampling.source_detail)
             z_0 = synthesiser.latents(labels, indices, show, starts)
             confidences = synthesiser.confidences(z_0, labels)
             seconds = time.perf_counter() - start

@@ -119,17 +119,25 @@ class Sources:
         files = self.by_class[name]
         return files[index % len(files)]
 
-    def latents(self, jobs: Sequence[tuple[str, int]]) -> Tensor:
-        """Clean scaled latents (B, C, H, W) of the sources of images (class, index)."""
-        return self._encode([self._image(*job) for job in jobs])
-
     @torch.no_grad()
-    def detail(self, jobs: Sequence[tuple[str, int]]) -> Tensor:
-        """What the first stage loses of those sources, x - D(E(x)): (B, 3, H, W), in [-2, 2]."""
+    def start(
+        self, jobs: Sequence[tuple[str, int]], share: float | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Where images (class, index) start, and what is added to them in the end.
+
+        Args:
+            share: Of what the first stage loses of the sources, x - D(E(x)), in (0, 1].
+
+        Returns:
+            Clean scaled latents of the sources, (B, C, H, W); that share, (B, 3, H, W) in [-2, 2],
+            or None.
+        """
         images = [self._image(*job) for job in jobs]
-        decode, z_0 = self.diffusion.decode_first_stage, self._encode(images)
-        kept = torch.cat([decode(z[None]) for z in z_0])
-        return torch.stack(images).to(kept.device) - kept
+        z_0 = self._encode(images)
+        if share is None:
+            return z_0, None
+        kept = torch.cat([self.diffusion.decode_first_stage(z[None]) for z in z_0])
+        return z_0, share * (torch.stack(images).to(kept.device) - kept)
 
     def _image(self, name: str, index: int) -> Tensor:
         """The tile (3, H, W) that an image starts from, flipped and turned, in [-1, 1]."""

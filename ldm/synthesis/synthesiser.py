@@ -274,12 +274,10 @@ class Synthesiser:
         """Decoded tiles, uint8 (B, H, W, 3).
 
         Args:
-            detail: Added to them, (B, 3, H, W), in the share `Sampling.source_detail`.
+            detail: Added to them, (B, 3, H, W).
         """
         x = self._decode(z_0)
-        if detail is not None:
-            x = x + self.sampling.source_detail * detail.to(x.device)
-        return to_uint8(x)
+        return to_uint8(x if detail is None else x + detail)
 
     @torch.no_grad()
     def confidences(self, z_0: Tensor, labels: Sequence[int]) -> list[Confidence]:
