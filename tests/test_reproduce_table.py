@@ -175,6 +175,7 @@ def set_key(key: str, value):
         ("selection.centroid.redraw", True, "redraw belongs to strategy random"),
         ("evaluation.seeds", [1, 1], "seeds must be different"),
         ("evaluation.seeds", "many", "evaluation.seeds"),
+        ("sampling.options.start_from", {"pseudo-random-200": None}, "start_from .* in quotes"),
         ("evaluation.seeds", [-1], r"seeds\[0\] -1 must be greater"),
         ("sampling.gpus", -1, "gpus -1 must be greater"),
         ("slurm.hours", float("inf"), "hours inf must be"),

@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from ldm.cli import MOST, Count, Positive, Seed, Whole, existing_path, nearest
 from ldm.config import read_yaml, resolve
@@ -26,7 +27,17 @@ RESERVED = ("train", "val", "test", "real")
 # Parts of pydantic's place of an error that name a member of a union, not a key.
 UNION_PARTS = ("constrained-int", "list[constrained-int]")
 
-Options = dict[str, Any]  # of an entry point: names without dashes
+
+
+def _plain(value: Any) -> Any:
+    if any(isinstance(one, Mapping | list) for one in as_list(value)):
+        advice = "must be a value or a list of values; put text that begins with a brace in quotes"
+        raise PydanticCustomError("plain", advice)
+    return value
+
+
+# Of an entry point: names without dashes.
+Options = dict[str, Annotated[Any, AfterValidator(_plain)]]
 Ratio = Annotated[
     int, Field(ge=1, le=MOST, strict=True)
 ]  # synthetic tiles in percent of the labelled ones
@@ -217,7 +228,7 @@ class Settings(Section):
     caution: str = ""  # what readers of the report must not conclude
     out: str  # folder of everything that the experiment makes
     paper: str | None = None  # YAML file with published numbers
-    vars: Options = {}  # values for interpolation, such as ${vars.steps}
+    vars: dict[str, Any] = {}  # values for interpolation, such as ${vars.steps}
     data: Data
     draws: Draws | None = None  # draws of labels in place of `data.labelled`
     models: dict[str, Model] = {}
