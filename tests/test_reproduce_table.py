@@ -173,6 +173,7 @@ def set_key(key: str, value):
         ("models.guide.config", "x.yaml", "models.guide must have one of run, config"),
         ("models.guide.needs", {"first_stage": "tuned"}, "belongs to a model that is trained here"),
         ("selection.centroid.redraw", True, "redraw belongs to strategy random"),
+        ("selection.centroid.ensemble", True, "ensemble belongs to strategy confidence"),
         ("evaluation.seeds", [1, 1], "seeds must be different"),
         ("evaluation.seeds", "many", "evaluation.seeds"),
         ("sampling.options.start_from", {"pseudo-random-200": None}, "start_from .* in quotes"),
@@ -186,6 +187,7 @@ def set_key(key: str, value):
         ("judge.umap", {}, "judge.umap belongs to judge.features"),
         ("draws", {"per_class": [0]}, r"draws.per_class\[0\] 0 must be greater"),
         ("generators.tuned.unlabelled", "train", "either diffusion or unlabelled"),
+        ("generators.pool", {"unlabelled": "train5"}, "another folder than data.labelled"),
         ("link", "hardly", "link 'hardly' must be 'copy'"),
         ("slurm.cluster", "pbs", "slurm.cluster 'pbs' must be"),
         ("data.root", "${oc.env:HISTO_NOWHERE}", "HISTO_NOWHERE is not set"),
@@ -450,6 +452,24 @@ def test_pseudo_labelled_tiles_train_the_guide_and_are_started_from(small, given
             assert chosen in jobs[name].after
             place = jobs[name].command.index(f"--{option}") + 1
             assert jobs[name].command[place].endswith(f"data/pool-sure-100{part}")
+
+
+def test_classifiers_on_the_labelled_tiles_judge_along(small, given):
+    def change(settings) -> None:
+        with_draws(settings)
+        settings["selection"]["sure"]["ensemble"] = True
+
+    plan = plan_of(small(change))
+    check_commands(plan.jobs)
+    jobs = {job.name: job for job in plan.jobs}
+    for part in ("@2-0", "@3-1"):
+        job, classifier = jobs[f"select-tuned-sure-100{part}"], f"eval-real{part}-seed{part[-1]}"
+        assert classifier in job.after
+        assert classifier not in jobs[f"select-tuned-random-100{part}"].after
+        start = job.command.index("--features") + 1
+        networks = job.command[start : start + 3]
+        assert networks[0] == "pixels" and networks[1].startswith("diffusion:")
+        assert networks[2].endswith(f"eval/real{part}/labels{part}/seed{part[-1]}")
 
 
 def test_a_judge_may_not_be_trained_on_what_it_chooses(small, given):

@@ -494,6 +494,12 @@ class Plan:
         self._chosen.add(folder)
         candidates, needs = self._candidates(generator)
         self._chosen.remove(folder)
+        if strategy.ensemble:
+            key, label, overrides = self._network(None)
+            jobs = [self._evaluation(key, label, labelled, s, overrides) for s in self._draw.seeds]
+            runs = [self._jobs[job].output[0] for job in jobs]
+            candidates["features"] = [*candidates["features"], *runs]
+            needs += Needs(tuple(jobs))
         options: dict[str, Any] = {
             "real": self.data / labelled,
             **candidates,

@@ -28,7 +28,6 @@ RESERVED = ("train", "val", "test", "real")
 UNION_PARTS = ("constrained-int", "list[constrained-int]")
 
 
-
 def _plain(value: Any) -> Any:
     if any(isinstance(one, Mapping | list) for one in as_list(value)):
         advice = "must be a value or a list of values; put text that begins with a brace in quotes"
@@ -135,6 +134,8 @@ class Strategy(Section):
     strategy: str  # `--strategy` of scripts/distance.py
     redraw: bool = False  # draw anew for every seed of the evaluation (strategy random only)
     sheets: bool = True  # write contact sheets
+    # The classifiers of the row "real only" judge, too (strategy confidence, `judge.features`).
+    ensemble: bool = False
     options: Options = {}  # further options of scripts/distance.py
 
 
@@ -374,9 +375,15 @@ def _contradictions(settings: Settings) -> Iterable[str]:
     for name, strategy in settings.selection.items():
         if strategy.redraw and strategy.strategy != "random":
             yield f"selection.{name}.redraw belongs to strategy random; remove it"
+        if strategy.ensemble and not (
+            strategy.strategy == "confidence" and settings.judge.features
+        ):
+            yield f"selection.{name}.ensemble belongs to strategy confidence with judge.features"
     for name, generator in settings.generators.items():
         if (generator.diffusion is None) == (generator.unlabelled is None):
             yield f"generators.{name} must have either diffusion or unlabelled"
+        if settings.draws is None and generator.unlabelled == settings.data.labelled:
+            yield f"generators.{name}.unlabelled must be another folder than data.labelled"
     judge = settings.judge
     keys = ("seed", "network", "run", "model", "features")
     judged = [key for key in keys if getattr(judge, key) not in (None, [])]
