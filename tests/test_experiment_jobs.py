@@ -228,7 +228,8 @@ def test_a_failure_stops_only_what_needs_it(tmp_path):
     found, printed = run(tmp_path, *jobs)
     assert list(found.values()) == ["done", "failed", "blocked", "blocked", "done"]
     assert "failed: disk is full" in printed and "jobs/bad.log" in printed
-    assert [line[:5] for line in printed.splitlines()] == ["[1/5]", "[2/5]", "[3/5]"]
+    ends = [line[:5] for line in printed.splitlines() if not line.startswith("started: ")]
+    assert ends == ["[1/5]", "[2/5]", "[3/5]"]
     records = Records(tmp_path / "jobs")
     standing = records.survey(jobs)
     assert standing["far@1"].blocked_by == "bad" and standing["bad"].record.failed == 3
@@ -294,16 +295,28 @@ def test_jobs_run_at_once_each_with_its_gpus(tmp_path, monkeypatch):
         run(tmp_path, *jobs, machine=Machine(1, ["0"]))
 
 
-def test_the_start_of_a_job_is_told_where_several_run(tmp_path):
-    """Of one that is seen while it runs; one job at a time has a line for its end alone."""
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_start_of_a_job_is_told(tmp_path):
+    """Of one that is seen while it runs; on a terminal, the seconds of a job alone count up."""
     records, one = Records(tmp_path / "jobs"), job(tmp_path, "a")
-    for at_once, expected in ((2, "started: job a\n"), (1, "")):
+    told = "started: job a\n"
+    for at_once, stream, expected in (
+        (2, io.StringIO(), told),
+        (1, io.StringIO(), told),
+        (2, Terminal(), told),
+        (1, Terminal(), "\r[1/1] job a"),
+    ):
         records.path("a").unlink(missing_ok=True)
-        progress = Progress(records, at_once, stream=io.StringIO())
+        progress = Progress(records, at_once, stream=stream)
         progress.begin(records.survey([one]))
         records.write("a", Record("key", one.title, one.shown))
         progress.look()
-        assert progress.stream.getvalue() == expected
+        printed = stream.getvalue()
+        assert printed.startswith(expected) and printed.count("\n") == expected.count("\n")
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path, monkeypatch):
@@ -362,7 +375,7 @@ def test_a_run_that_is_ended_anyhow_stops_its_commands_and_goes_on(tmp_path, end
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90)
     assert again.returncode == 0, again.stderr
     assert (out.read_text(), (tmp_path / "b").read_text()) == ("xstoppedx", "x")
-    assert len(again.stdout.splitlines()) == 2
+    assert len([line for line in again.stdout.splitlines() if line.startswith("[")]) == 2
 
 
 def test_what_is_stopped_by_somebody_else_is_no_failure(tmp_path):

@@ -14,10 +14,13 @@ STOPPED_WORDS = "stopped; the same command goes on here"
 
 @dataclass
 class Progress:
-    """Follows the records of jobs; on a terminal, the seconds of a job alone count up."""
+    """Follows the records of jobs.
+
+    On a terminal, the seconds of a job alone count up; elsewhere the start has a line, too.
+    """
 
     records: Records
-    at_once: int = 1  # how many jobs run at once; of several, the start is shown too
+    at_once: int = 1  # how many jobs run at once
     tails: bool = False  # whether the end of a failed job's log is shown
     stream: TextIO = field(default_factory=lambda: sys.stdout)
 
@@ -27,6 +30,7 @@ class Progress:
         self._started: dict[str, float] = {}
         self._settled = 0
         self._open = False  # the line on the terminal is not complete
+        self._counts = self.at_once == 1 and self.stream.isatty()
 
     def begin(self, standing: Mapping[str, Standing]) -> None:
         """Tell what was done before."""
@@ -53,7 +57,7 @@ class Progress:
                 record = self.records.read(name)
                 if record is not None:
                     self._changed(name, record)
-        if self._started and self.at_once == 1 and self.stream.isatty():
+        if self._started and self._counts:
             name, start = next(iter(self._started.items()))
             line = self._line(self._settled + 1, self.titles[name], time.monotonic() - start)
             self.stream.write(f"\r{line}")
@@ -81,7 +85,7 @@ class Progress:
                 self._say(f"    {row}")
         elif name not in self._started:
             self._started[name] = time.monotonic() - record.seconds
-            if self.at_once > 1:
+            if not self._counts:
                 self._say(f"started: {self.titles[name]}")
 
     def _time(self, name: str) -> int:

@@ -217,7 +217,7 @@ class Slurm(Section):
     memory_gb: Positive | None = None  # memory of a job; the cluster's default if omitted
     gpus: bool = True  # false on a cluster without GPUs
     parallel: Count = 16  # jobs in the queue at once
-    parameters: Options = {}  # further parameters of sbatch, such as slurm_account
+    parameters: dict[str, Any] = {}  # further parameters of sbatch, such as slurm_account
 
 
 class Settings(Section):
