@@ -13,6 +13,7 @@ command write elsewhere than it was told.
 
 import csv
 import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -254,6 +255,31 @@ def remove_leftovers(*targets: Path) -> list[Path]:
     for path in found:
         remove(path, ignore_errors=True)
     return found
+
+
+@contextmanager
+def lock_file(path: Path, wait: bool = False) -> Iterator[int | None]:
+    """Lock a file; yields its descriptor, or None without the lock.
+
+    That is where another process has it and `wait` is False, or where it is True and the file
+    system knows no locks, such as Lustre mounted without them.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield None
+            return
+        except OSError as error:
+            if not wait or error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            yield None
+            return
+        try:
+            yield file.fileno()
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def remove(path: Path, ignore_errors: bool = False) -> None:

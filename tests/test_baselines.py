@@ -191,12 +191,17 @@ def test_label_spreading_over_unlabelled_tiles(data, tmp_path):
     tiny.tiles(pool, 20, seed=7)
     shutil.copytree(data / "train5", pool / "labelled")  # are left out
     weights = timm_weights(data / "model.safetensors")
-    options = ("--arch", "test_resnet", "--input_size", 32, "--weights", weights)
+    options = ["--arch", "test_resnet", "--input_size", 32, "--weights", weights]
+    options += ["--cache", tmp_path / "kept"]
     summary = run(data, "label_spreading", *options, "--unlabelled", pool)
     assert summary["per_seed"][0]["unlabelled"] == 60
     assert "strength" not in summary["per_seed"][0]
     assert summary["mean"]["accuracy"] > 0.6, "random features of plain colours; chance is 1/3"
     assert run(data, "label_spreading", *options, "--unlabelled", pool) == summary
+    # Kept features serve other baselines, too: of train5, val and test.
+    before = set((tmp_path / "kept").iterdir())
+    run(data, "linear_probe", *options)
+    assert set((tmp_path / "kept").iterdir()) == before and len(before) == 4
     min((pool / "ADI").iterdir()).unlink()
     with pytest.raises(UserError, match="unlabelled .* there, .* now; add [-`]*overwrite`?"):
         run(data, "label_spreading", *options, "--unlabelled", pool)
@@ -227,6 +232,7 @@ def spoil_image(data):
     [
         (None, "--kind linear_probe", "linear_probe needs a network: --weights RUN"),
         (None, "--kind colour_mean --arch vit_small", "belongs to --kind linear_probe"),
+        (None, "--kind colour_mean --cache {data}/kept", "belongs to --kind linear_probe"),
         (None, "--kind linear_probe --weights {data} --input_size 32", "belongs to --arch"),
         (None, "--kind linear_probe --arch vit_smal --weights {data}/val", "nearest: vit_small"),
         (None, "--kind linear_probe --arch vit_small", r"nothing is downloaded; give a local file"),

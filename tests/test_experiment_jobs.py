@@ -26,12 +26,11 @@ from ldm.experiment.jobs import (
     Records,
     convert_records,
     keys_of,
-    lock_file,
     needed_by,
 )
 from ldm.experiment.progress import Progress
 from ldm.experiment.settings import Slurm
-from ldm.files import write_json
+from ldm.files import lock_file, write_json
 
 APPEND = "import pathlib, sys; p = pathlib.Path(sys.argv[1]); p.open('a').write(sys.argv[2])"
 FAIL = "print('all is well'); print('disk is full'); raise SystemExit(3)"

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from ldm.features.neighbours import centroid_distances
 from ldm.features.sets import FeatureSet, cached_features, read_tensors
 from ldm.features.source import parse_features
 from ldm.features.weights import cached_weights
+from ldm.files import lock_file
 from ldm.models.vit import TileClassifier
 from ldm.models.vit_settings import Settings
 from ldm.selection.judge import Judged, read_judged
@@ -499,6 +501,21 @@ def test_kept_features_serve_labelled_and_unlabelled_uses_of_the_same_tiles(
         found = cached_features(files, extractor, tmp_path / "kept")
         assert torch.equal(found.values, first.values)
         assert (found.labels.tolist(), found.classes) == (files.labels, files.classes)
+
+
+def test_features_that_another_process_computes_are_waited_for(folders, tmp_path, monkeypatch):
+    extractor, cache = parse_features("pixels").open("cpu"), tmp_path / "kept.safetensors"
+    files = TileFiles.below(folders["real"], True)
+    known = FeatureSet.compute(files, extractor, 64, 0)
+    monkeypatch.setattr(FeatureSet, "compute", None)  # a call would be a TypeError
+    lock = tmp_path / ".kept.safetensors.lock"
+    with ThreadPoolExecutor() as pool:
+        with lock_file(lock):
+            found = pool.submit(cached_features, files, extractor, cache)
+            assert not wait([found], timeout=0.5).done
+            known.save(cache)
+        assert torch.equal(found.result(timeout=60).values, known.values)
+    assert list(tmp_path.glob(".*")) == []
 
 
 def test_features_of_a_timm_network(folders, tmp_path):

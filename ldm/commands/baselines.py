@@ -49,6 +49,9 @@ class Options(EvaluationOptions, DeviceOption):
         "of folders are ignored)",
         group=PROBE,
     )
+    cache: Dir | None = option(
+        None, "folder of computed features; if omitted LOGDIR/features", group=PROBE
+    )
     device: str = like(DeviceOption, "device", "auto", group=PROBE)
     workers: Workers = like(
         EvaluationOptions, "workers", some_cores, help="threads that decode images"
@@ -72,7 +75,7 @@ class Options(EvaluationOptions, DeviceOption):
             if self.weights is not None and not self.features.startswith(TIMM):
                 yield "weights", "not allowed with --features RUN; give one of them"
         yield from super().problems()
-        for name in ("features", "weights", "arch", "input_size"):
+        for name in ("features", "weights", "arch", "input_size", "cache"):
             if getattr(self, name) is not None and OF_NETWORKS.isdisjoint(self.kind):
                 yield name, "belongs to --kind linear_probe; add that, or leave it out"
         if (self.unlabelled is None) == (SPREADING in self.kind):
@@ -118,6 +121,7 @@ def main(argv: list[str] | None = None) -> None:
             args.workers,
             args.overwrite,
             unlabelled if kind == SPREADING else None,
+            args.cache and Path(args.cache),
         )
         print(format_summary(summary))
         print(f"\n{Path(args.logdir) / kind / args.subset / 'summary.json'}\n")

@@ -72,18 +72,20 @@ def run_baseline(
     num_workers: int = 0,
     overwrite: bool = False,
     unlabelled: Path | None = None,
+    cache: Path | None = None,
 ) -> dict[str, Any]:
     """Fit one baseline on `train_folder`, choose its penalty on val, return the summary.
 
     Leaves `logdir`/`kind`/`train_folder` as eval.py leaves `logdir`/`train_folder`, with the single
-    seed 0, since nothing in it is random, and features of a network in `logdir`/features. What is
-    there already with the same settings and files is not computed again.
+    seed 0, since nothing in it is random. What is there already with the same settings and files is
+    not computed again.
 
     Args:
         kind: One of `KINDS`.
         extractor: The network of a linear probe or label spreading, or the classifier.
         num_workers: Threads that decode images for it.
         unlabelled: Tiles that labels are spread over; names of folders are ignored.
+        cache: Folder that keeps features of the network; if omitted `logdir`/features.
     """
     splits = open_splits(data_path, train_folder, Settings(input_size=1), None, groups)
     pool = None if unlabelled is None else unlabelled_pool(unlabelled)
@@ -103,7 +105,7 @@ def run_baseline(
         if kind == CLASSIFIER:
             found = _report(splits, _asked(extractor, num_workers, splits), run)
         else:
-            features = partial(_features, kind, extractor, logdir / FEATURES, num_workers)
+            features = partial(_features, kind, extractor, cache or logdir / FEATURES, num_workers)
             found = _fit_and_report(splits, features, run, pool)
         result = {
             "train_folder": train_folder,

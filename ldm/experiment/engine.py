@@ -24,10 +24,10 @@ from typing import Any
 from ldm.devices import usable_cores
 from ldm.errors import NoRoom, UserError
 from ldm.experiment.execute import FULL_DISK, GRACE, THREADS, save_plan, wait_or_kill
-from ldm.experiment.jobs import Job, Records, Standing, State, keys_of, lock_file
+from ldm.experiment.jobs import Job, Records, Standing, State, keys_of
 from ldm.experiment.progress import Progress
 from ldm.experiment.settings import Slurm
-from ldm.files import CHECKOUT, ROOT, remove_leftovers, require_space, write_text
+from ldm.files import CHECKOUT, ROOT, lock_file, remove_leftovers, require_space, write_text
 
 POLL = 0.2  # seconds between looks at the records
 PATIENCE = 10.0  # seconds beyond `GRACE` that a stopped run has to be gone

@@ -22,9 +22,9 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from ldm.cli import COMMANDS, JOB_VARIABLE, NO_ROOM, STOPPED
-from ldm.experiment.jobs import Job, JobBusy, Record, Records, lock_file
+from ldm.experiment.jobs import Job, JobBusy, Record, Records
 from ldm.experiment.numbers import key_number
-from ldm.files import remove, write_json, write_text
+from ldm.files import lock_file, remove, write_json, write_text
 
 PLAN = "plan.json"
 PLANNED = TypeAdapter(dict[str, tuple[Job, str]])  # job and key, by name

@@ -10,13 +10,11 @@ knows a job's parameters only from its metadata folder, which a copied experimen
 because the comments of a configuration, or the device, are no reason to train again.
 """
 
-import fcntl
 import hashlib
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -25,7 +23,7 @@ from typing import Any
 import yaml
 
 from ldm.cli import COMMANDS
-from ldm.files import ROOT, digest_of, write_json
+from ldm.files import ROOT, digest_of, lock_file, write_json
 
 # Options that say how something is computed, not what: another value makes nothing anew.
 NEUTRAL = ("--device", "--num_workers", "--workers")
@@ -174,22 +172,6 @@ class Records:
             return []
         text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)
         return [row for row in text.splitlines() if row.strip()][-lines:]
-
-
-@contextmanager
-def lock_file(path: Path, wait: bool = False) -> Iterator[int | None]:
-    """Lock a file; yields its descriptor, or None where another has it and `wait` is False."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield None
-            return
-        try:
-            yield file.fileno()
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def keys_of(jobs: Sequence[Job]) -> dict[str, str]:

@@ -128,6 +128,11 @@ class Plan:
         """Links to the tiles, and the training folders that are made."""
         return self.out / "data"
 
+    @property
+    def _kept(self) -> Path:
+        """Features of networks, which all jobs share."""
+        return self.out / "features" / "kept"
+
     def model(self, name: str) -> Path:
         """The checkpoint of a model, whether or not it is trained yet."""
         model = self.settings.models[name]
@@ -541,8 +546,7 @@ class Plan:
         else:
             named, models = self._judge()
             texts = [f"timm:{named['model']}" if "model" in named else named["weights"]]
-        cache = self.out / "features" / "kept"
-        options |= {"features": texts, "val": self.data / "val", "cache": cache}
+        options |= {"features": texts, "val": self.data / "val", "cache": self._kept}
         options |= judge.options if judge.features else {}
         return options, needs + models + self._tiles("val")
 
@@ -623,6 +627,8 @@ class Plan:
         probe = self.settings.baselines.probes[name]
         options, needs = self._filled_options(probe.arguments)
         kind = options.pop("kind", "linear_probe")
+        if kind != "classifier":
+            options = {"cache": self._kept, **options}
         return self._baseline(name, kind, probe.label or name, options, needs)
 
     def _network(self, name: str | None) -> tuple[str, str, dict[str, Any]]:

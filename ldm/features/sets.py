@@ -29,7 +29,7 @@ from ldm.features.extractor import (
     directions,
     require_finite,
 )
-from ldm.files import digest_of, remove_leftovers, require_class_names, write_bytes
+from ldm.files import digest_of, lock_file, remove_leftovers, require_class_names, write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -214,29 +214,50 @@ def cached_features(
     """
     if cache.suffix != SUFFIX:
         cache = cache / f"{extractor.identity[:16]}-{files.digest[:16]}{SUFFIX}"
-    remove_leftovers(cache)
-    if cache.is_file():
-        try:
-            known = FeatureSet.load(cache)
-        except UserError as error:
-            log.info("%s; computing anew", error)
-        else:
-            if (
-                (known.extractor, known.tiles) == (extractor.identity, files.digest)
-                and known.files == files.names
-                and (known.logits is not None) == extractor.classifies(files.classes)
-                and known.facts.get("views", WHOLE.name) == views.name
-                and known.facts.get("raw", False) == raw
-            ):
-                log.info("%s: %d images, features from %s", files.root, len(known.files), cache)
-                # The same tiles may be labelled for one command and unlabelled for another.
-                labels = torch.tensor(files.labels, dtype=torch.int64)
-                return replace(known, labels=labels, classes=list(files.classes))
-            log.info("%s: other images or network than in %s; computing anew", files.root, cache)
-    result = FeatureSet.compute(files, extractor, batch_size, num_workers, views, raw)
-    result.save(cache)
-    log.info("%s: features of %d images with %s", files.root, len(result.files), extractor.name)
-    return result
+    known = _read_cached(files, extractor, cache, views, raw)
+    if known is None:
+        lock = cache.with_name(f".{cache.name}.lock")
+        with lock_file(lock, wait=True):
+            # Another process may have computed them since.
+            known = _read_cached(files, extractor, cache, views, raw)
+            if known is None:
+                remove_leftovers(cache)
+                if cache.is_file():
+                    log.info("%s: %s has none of these images by this network", files.root, cache)
+                known = FeatureSet.compute(files, extractor, batch_size, num_workers, views, raw)
+                known.save(cache)
+                log.info(
+                    "%s: features of %d images with %s",
+                    files.root,
+                    len(known.files),
+                    extractor.name,
+                )
+            lock.unlink(missing_ok=True)  # those who wait for it find the features
+    return known
+
+
+def _read_cached(
+    files: TileFiles, extractor: Extractor, cache: Path, views: Views, raw: bool
+) -> FeatureSet | None:
+    """What a cache holds of these files; None where it is missing, damaged or of something else."""
+    if not cache.is_file():
+        return None
+    try:
+        known = FeatureSet.load(cache)
+    except UserError:
+        return None
+    if (
+        (known.extractor, known.tiles) != (extractor.identity, files.digest)
+        or known.files != files.names
+        or (known.logits is not None) != extractor.classifies(files.classes)
+        or known.facts.get("views", WHOLE.name) != views.name
+        or known.facts.get("raw", False) != raw
+    ):
+        return None
+    log.info("%s: %d images, features from %s", files.root, len(known.files), cache)
+    # The same tiles may be labelled for one command and unlabelled for another.
+    labels = torch.tensor(files.labels, dtype=torch.int64)
+    return replace(known, labels=labels, classes=list(files.classes))
 
 
 def write_tensors(
