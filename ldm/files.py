@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 
 # What the operating system reports of a disk, a quota or a file size limit that is reached.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Of places that cannot be written, or whose file system knows no locks.
+UNLOCKABLE = (errno.EACCES, errno.EROFS, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 # Names that `temporary_path` makes, and those of earlier versions: ".last.ckpt.a8b_c9de" (by
 # Python's tempfile), ".000000.png.part", ".shard-000000.tar.part" and ".tiles.json.part".
@@ -261,25 +263,36 @@ def remove_leftovers(*targets: Path) -> list[Path]:
 def lock_file(path: Path, wait: bool = False) -> Iterator[int | None]:
     """Lock a file; yields its descriptor, or None without the lock.
 
-    That is where another process has it and `wait` is False, or where it is True and the file
-    system knows no locks, such as Lustre mounted without them.
+    That is where another process has it and `wait` is False, or where it is True and the place
+    cannot be written or knows no locks, such as Lustre mounted without them.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield None
-            return
-        except OSError as error:
-            if not wait or error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-            yield None
-            return
+    file = _locked(path, wait)
+    if file is None:
+        yield None
+        return
+    with file:
         try:
             yield file.fileno()
         finally:
             fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _locked(path: Path, wait: bool) -> IO | None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            file.close()
+            raise
+    except BlockingIOError:
+        return None
+    except OSError as error:
+        if wait and error.errno in UNLOCKABLE:
+            return None
+        raise
+    return file
 
 
 def remove(path: Path, ignore_errors: bool = False) -> None:

@@ -232,7 +232,7 @@ def spoil_image(data):
     [
         (None, "--kind linear_probe", "linear_probe needs a network: --weights RUN"),
         (None, "--kind colour_mean --arch vit_small", "belongs to --kind linear_probe"),
-        (None, "--kind colour_mean --cache {data}/kept", "belongs to --kind linear_probe"),
+        (None, "--kind classifier --cache {data}/kept", "belongs to --kind linear_probe"),
         (None, "--kind linear_probe --weights {data} --input_size 32", "belongs to --arch"),
         (None, "--kind linear_probe --arch vit_smal --weights {data}/val", "nearest: vit_small"),
         (None, "--kind linear_probe --arch vit_small", r"nothing is downloaded; give a local file"),

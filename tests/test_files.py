@@ -1,5 +1,6 @@
 """How files and folders reach the disk: permissions, threads, a full disk, what a kill leaves."""
 
+import errno
 import os
 import resource
 import signal
@@ -215,3 +216,16 @@ def test_a_png_holds_the_pixels(tmp_path):
     files.write_png(tmp_path / "a" / "b.png", pixels)
     with Image.open(tmp_path / "a" / "b.png") as image:
         assert image.format == "PNG" and np.array_equal(np.array(image), pixels)
+
+
+def test_a_place_that_knows_no_locks(tmp_path, monkeypatch):
+    """Who would wait goes on without the lock; who must not wait is told."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    with files.lock_file(tmp_path / "lock", wait=True) as lock:
+        assert lock is None
+    with pytest.raises(OSError, match="not implemented"), files.lock_file(tmp_path / "lock"):
+        pass

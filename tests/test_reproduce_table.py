@@ -174,6 +174,16 @@ def set_key(key: str, value):
         ("models.guide.needs", {"first_stage": "tuned"}, "belongs to a model that is trained here"),
         ("selection.centroid.redraw", True, "redraw belongs to strategy random"),
         ("selection.centroid.ensemble", True, "ensemble belongs to strategy confidence"),
+        (
+            "selection.sure",
+            {"strategy": "confidence", "ensemble": True, "options": {"confidence": "manifest"}},
+            "selection.sure.ensemble needs a judge",
+        ),
+        (
+            "selection.sure",
+            {"strategy": "confidence", "ensemble": True, "options": {"choose": True}},
+            "selection.sure.ensemble does not go with choose",
+        ),
         ("evaluation.seeds", [1, 1], "seeds must be different"),
         ("evaluation.seeds", "many", "evaluation.seeds"),
         ("sampling.options.start_from", {"pseudo-random-200": None}, "start_from .* in quotes"),
@@ -470,6 +480,11 @@ def test_classifiers_on_the_labelled_tiles_judge_along(small, given):
         networks = job.command[start : start + 3]
         assert networks[0] == "pixels" and networks[1].startswith("diffusion:")
         assert networks[2].endswith(f"eval/real{part}/labels{part}/seed{part[-1]}")
+        # Selections and probes share what they compute.
+        probe = jobs[f"baseline-judge{part}"].command
+        kept = [words[words.index("--cache") + 1] for words in (job.command, probe)]
+        assert kept[0] == kept[1]
+        assert "--cache" not in jobs[f"baseline-guide{part}"].command
 
 
 def test_a_judge_may_not_be_trained_on_what_it_chooses(small, given):

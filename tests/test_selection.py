@@ -553,6 +553,11 @@ def test_warns_when_the_judge_is_no_independent_witness(folders, tmp_path, caplo
     assert "are the same network" in record["warnings"][0]
     assert "trained on the very tiles of `real`" in record["warnings"][1]
     assert all(warning in caplog.text for warning in record["warnings"])
+    # Beside another network it is a second opinion.
+    both = ["--features", "pixels", *options, "--strategy", "confidence"]
+    distance.main([*common, *both, "--out", str(tmp_path / "both")])
+    record = json.loads((tmp_path / "both" / "selection.json").read_text())
+    assert record["judge"]["trained_on_real"] and len(record["warnings"]) == 1
     # Another network, trained on other tiles: no warning.
     torch.manual_seed(5)
     net = TileClassifier("vit_tiny", 3, input_size=32, patch_size=8)

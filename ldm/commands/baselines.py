@@ -75,7 +75,9 @@ class Options(EvaluationOptions, DeviceOption):
             if self.weights is not None and not self.features.startswith(TIMM):
                 yield "weights", "not allowed with --features RUN; give one of them"
         yield from super().problems()
-        for name in ("features", "weights", "arch", "input_size", "cache"):
+        if self.cache is not None and {PROBE, SPREADING}.isdisjoint(self.kind):
+            yield "cache", "belongs to --kind linear_probe or label_spreading; leave it out"
+        for name in ("features", "weights", "arch", "input_size"):
             if getattr(self, name) is not None and OF_NETWORKS.isdisjoint(self.kind):
                 yield name, "belongs to --kind linear_probe; add that, or leave it out"
         if (self.unlabelled is None) == (SPREADING in self.kind):

@@ -627,7 +627,7 @@ class Plan:
         probe = self.settings.baselines.probes[name]
         options, needs = self._filled_options(probe.arguments)
         kind = options.pop("kind", "linear_probe")
-        if kind != "classifier":
+        if kind in ("linear_probe", "label_spreading"):
             options = {"cache": self._kept, **options}
         return self._baseline(name, kind, probe.label or name, options, needs)
 

@@ -375,14 +375,12 @@ def _contradictions(settings: Settings) -> Iterable[str]:
     for name, strategy in settings.selection.items():
         if strategy.redraw and strategy.strategy != "random":
             yield f"selection.{name}.redraw belongs to strategy random; remove it"
-        if strategy.ensemble and not (
-            strategy.strategy == "confidence" and settings.judge.features
-        ):
-            yield f"selection.{name}.ensemble belongs to strategy confidence with judge.features"
+        if strategy.ensemble:
+            yield from _no_ensemble(f"selection.{name}", strategy, settings.judge)
     for name, generator in settings.generators.items():
         if (generator.diffusion is None) == (generator.unlabelled is None):
             yield f"generators.{name} must have either diffusion or unlabelled"
-        if settings.draws is None and generator.unlabelled == settings.data.labelled:
+        if settings.draws is None and _is_labelled(generator.unlabelled, settings.data):
             yield f"generators.{name}.unlabelled must be another folder than data.labelled"
     judge = settings.judge
     keys = ("seed", "network", "run", "model", "features")
@@ -394,3 +392,20 @@ def _contradictions(settings: Settings) -> Iterable[str]:
     seeds = settings.evaluation.seeds
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         yield "evaluation.seeds must be different whole numbers from 0, such as [0, 1, 2]"
+
+
+def _no_ensemble(where: str, strategy: Strategy, judge: Judge) -> Iterable[str]:
+    """Why classifiers cannot judge along in a selection."""
+    if strategy.strategy != "confidence" or not judge.features:
+        yield f"{where}.ensemble belongs to strategy confidence with judge.features; remove it"
+    if strategy.options.get("confidence") == "manifest":
+        yield f"{where}.ensemble needs a judge, not options.confidence manifest; remove one"
+    if strategy.options.get("choose") or judge.options.get("choose"):
+        yield f"{where}.ensemble does not go with choose, which takes one network; remove one"
+
+
+def _is_labelled(unlabelled: str | None, data: Data) -> bool:
+    """Whether a folder of `data`, or a path, is that of the labelled tiles."""
+    if unlabelled is None:
+        return False
+    return Path(data.root, data.labelled) in (Path(unlabelled), Path(data.root, unlabelled))

@@ -214,26 +214,23 @@ def cached_features(
     """
     if cache.suffix != SUFFIX:
         cache = cache / f"{extractor.identity[:16]}-{files.digest[:16]}{SUFFIX}"
-    known = _read_cached(files, extractor, cache, views, raw)
-    if known is None:
-        lock = cache.with_name(f".{cache.name}.lock")
-        with lock_file(lock, wait=True):
-            # Another process may have computed them since.
+    lock = cache.with_name(f".{cache.name}.lock")
+    if lock.exists():
+        log.info("%s: another process may be computing these features; waits for it", files.root)
+    with lock_file(lock, wait=True) as alone:
+        try:
             known = _read_cached(files, extractor, cache, views, raw)
-            if known is None:
+            if known is not None:
+                return known
+            if alone is not None:
                 remove_leftovers(cache)
-                if cache.is_file():
-                    log.info("%s: %s has none of these images by this network", files.root, cache)
-                known = FeatureSet.compute(files, extractor, batch_size, num_workers, views, raw)
-                known.save(cache)
-                log.info(
-                    "%s: features of %d images with %s",
-                    files.root,
-                    len(known.files),
-                    extractor.name,
-                )
-            lock.unlink(missing_ok=True)  # those who wait for it find the features
-    return known
+            result = FeatureSet.compute(files, extractor, batch_size, num_workers, views, raw)
+            result.save(cache)
+        finally:
+            if alone is not None:
+                lock.unlink(missing_ok=True)
+    log.info("%s: features of %d images with %s", files.root, len(result.files), extractor.name)
+    return result
 
 
 def _read_cached(
@@ -244,7 +241,8 @@ def _read_cached(
         return None
     try:
         known = FeatureSet.load(cache)
-    except UserError:
+    except UserError as error:
+        log.info("%s; computing anew", error)
         return None
     if (
         (known.extractor, known.tiles) != (extractor.identity, files.digest)
@@ -253,6 +251,7 @@ def _read_cached(
         or known.facts.get("views", WHOLE.name) != views.name
         or known.facts.get("raw", False) != raw
     ):
+        log.info("%s: other images, network or kind of values than in %s", files.root, cache)
         return None
     log.info("%s: %d images, features from %s", files.root, len(known.files), cache)
     # The same tiles may be labelled for one command and unlabelled for another.

@@ -226,6 +226,8 @@ def conflicts(
     networks = judged.networks or (judge,)
     known = [one.trained_on == real.listing for one in networks if one.trained_on is not None]
     trained_here = any(known) if known else None
+    # Beside others, a classifier is a second opinion: it is asked itself, and calibrated on val.
+    only_such = len(known) == len(networks) and all(known)
     facts: dict[str, Any] = {
         "judge": {"network": name, "identity": judge.extractor, "trained_on_real": trained_here},
         "downstream": None,
@@ -240,7 +242,7 @@ def conflicts(
                 f"judge and downstream model are the same network ({name}): it is given what it"
                 " agrees with already; judge with another one, for example `features` timm:NAME"
             )
-    if trained_here:
+    if only_such:
         warnings.append(
             f"the judge ({name}) was trained on the very tiles of `real`: they lie closer to their"
             " class for it than new tiles do; a judge trained on others is a better witness"
