@@ -51,7 +51,7 @@ def test_the_demo_is_a_table(tmp_path):
 
     assert option("sample-guided", "--classifier_scale") == "5"
     assert option("sample-unguided", "--classifier_scale") == "0"
-    assert option("sample-variations", "--n_samples") == "3"
+    assert option("sample-variations", "--n_samples") == "4"
     assert option("sample-variations", "--start_from").endswith("pseudo-random-100")
     assert option("eval-real-seed3", "--match_steps") == "70"
     assert "vars.steps=2" in jobs["train-flow"]
@@ -112,7 +112,7 @@ def user_data(tmp_path) -> Path:
     return root
 
 
-@pytest.mark.parametrize("most, ratio", [(40, 1538), (2, 76)])
+@pytest.mark.parametrize("most, ratio", [(40, 1250), (2, 62)])
 def test_a_folder_of_the_user(tmp_path, user_data, most, ratio):
     """Where it has more labels than can be sampled for, the ratio is lowered."""
     words = ("--data", str(user_data), f"vars.most={most}")

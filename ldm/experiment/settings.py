@@ -16,7 +16,6 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import PydanticCustomError
 
 from ldm.cli import MOST, Count, Positive, Seed, Whole, existing_path, nearest
 from ldm.config import read_yaml, resolve
@@ -30,8 +29,9 @@ UNION_PARTS = ("constrained-int", "list[constrained-int]")
 
 def _plain(value: Any) -> Any:
     if any(isinstance(one, Mapping | list) for one in as_list(value)):
-        advice = "must be a value or a list of values; put text that begins with a brace in quotes"
-        raise PydanticCustomError("plain", advice)
+        raise ValueError(
+            "must be a value or a list of values; put text that begins with a brace in quotes"
+        )
     return value
 
 
@@ -291,7 +291,7 @@ def _describe(problem: Mapping[str, Any]) -> str:
         return f"unknown key {where}{nearest(place[-1], _section_at(place[:-1]).model_fields)}"
     if problem["type"] == "missing":
         return f"{where} is missing; add it"
-    words = problem["msg"].replace("Input should be", "must be")
+    words = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     return f"{where} {problem['input']!r} {words}"
 
 
