@@ -130,7 +130,7 @@ class Plan:
 
     @property
     def _kept(self) -> Path:
-        """Features of networks, which all jobs share."""
+        """Features of networks, which selections and probes share."""
         return self.out / "features" / "kept"
 
     def model(self, name: str) -> Path:
@@ -468,10 +468,14 @@ class Plan:
         if judge.model is not None:
             return {"model": judge.model}, NOTHING
         seed = self._draw.seeds[0] if judge.seed is None or self._draw.part else judge.seed
-        labelled = self._draw.labelled
-        key, label, overrides = self._network(judge.network)
-        job = self._evaluation(key, label, labelled, seed, overrides)
-        return {"weights": self._jobs[job].output[0]}, Needs((job,))
+        run, needs = self._classifier(judge.network, seed)
+        return {"weights": run}, needs
+
+    def _classifier(self, network: str | None, seed: int) -> tuple[Path, Needs]:
+        """The run of a network on the labelled tiles, and what a job needs that uses it."""
+        key, label, overrides = self._network(network)
+        job = self._evaluation(key, label, self._draw.labelled, seed, overrides)
+        return self._jobs[job].output[0], Needs((job,))
 
     def _features(self, name: str, sample_job: str) -> str:
         """The job that makes the features of a generator's pool, and a UMAP of them."""
@@ -500,11 +504,10 @@ class Plan:
         candidates, needs = self._candidates(generator)
         self._chosen.remove(folder)
         if strategy.ensemble:
-            key, label, overrides = self._network(None)
-            jobs = [self._evaluation(key, label, labelled, s, overrides) for s in self._draw.seeds]
-            runs = [self._jobs[job].output[0] for job in jobs]
-            candidates["features"] = [*candidates["features"], *runs]
-            needs += Needs(tuple(jobs))
+            for one in self._draw.seeds:
+                run, classifier = self._classifier(None, one)
+                candidates["features"] = [*candidates["features"], run]
+                needs += classifier
         options: dict[str, Any] = {
             "real": self.data / labelled,
             **candidates,

@@ -216,7 +216,7 @@ def cached_features(
         cache = cache / f"{extractor.identity[:16]}-{files.digest[:16]}{SUFFIX}"
     lock = cache.with_name(f".{cache.name}.lock")
     if lock.exists():
-        log.info("%s: another process may be computing these features; waits for it", files.root)
+        log.info("%s: another process may be computing these features; this one waits", files.root)
     with lock_file(lock, wait=True) as alone:
         try:
             known = _read_cached(files, extractor, cache, views, raw)
